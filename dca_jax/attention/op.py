@@ -1,0 +1,290 @@
+"""The op: argument checks, the choice of a backend, and the exact gradient they all share.
+
+Gradient. With the *global* log-sum-exp and delta = rowsum(dO * O), each phase's flash backward is
+exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and none is dropped.
+(Released code detaches the log-sum-exp of the merge, and so gets dq and dk wrong.)
+"""
+
+import functools
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dca_jax.attention import xla
+from dca_jax.dca import (
+    DCAConfig,
+    Phase,
+    dense_attention,
+    key_position,
+    phases_within,
+    temperature,
+)
+from dca_jax.errors import InputError
+from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
+
+BACKENDS: dict[str, ModuleType] = {"xla": xla}
+IMPLEMENTATIONS = ("reference", *BACKENDS)
+
+# Plain causal attention is DCA whose first chunk never ends.
+PLAIN = DCAConfig(chunk_len=2**30, max_query_position=2**30)
+
+
+class Rows(NamedTuple):
+    """What differs from row to row of a batch; carries no gradient."""
+
+    inv_freq: Float[Array, "#B half"]  # radians per position
+    scale: Float[Array, " B"]  # what the row's logits are multiplied by
+    offset: Int[Array, " B"]  # index of the row's first query in its text
+    lengths: Int[Array, " B"]  # tokens of the row's text, the queries' own included
+
+
+def dual_chunk_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    dca: DCAConfig | None,
+    rope: RopeConfig,
+    lengths: Int[Array, " B"] | None = None,
+    query_offset: int | Int[Array, " B"] = 0,
+    context_lengths: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Dual Chunk Attention over raw (unrotated) queries and keys; causal, one softmax.
+
+    Args:
+        query: row b's queries stand at text indices query_offset[b] + 0 .. T - 1.
+        key, value: the texts from their first token, K kv heads; N is a multiple of K, and query
+            head n reads kv head n // (N / K). Keys are not repeated in memory.
+        dca: chunk length and largest query position; None is plain causal RoPE attention.
+        rope: how the frequencies are made.
+        lengths: tokens of each row's text, its queries' own included (right-padded batches).
+            Default: query_offset + T. Outputs of padding queries are zero.
+        query_offset: text index of the first query, one for all rows or one a row.
+        context_lengths: the length L that temperature and dynamic NTK see, in tokens; default
+            `lengths`. During a prefill in pieces: the whole prompt's length.
+        implementation: one of `IMPLEMENTATIONS`; None picks the best for the device.
+
+    Returns:
+        [B, T, N, H] in the dtype of `query`. Logits and softmax are float32 (float64 for float64).
+        Differentiable in query, key and value, exactly.
+
+    Raises:
+        InputError: shapes that do not fit, or an implementation that cannot run.
+
+    Source: arXiv 2402.17463, section 3; see `dca_jax.dca`.
+    """
+    num_keys = key.shape[1]
+    rows = make_rows(
+        query.shape,
+        dca=dca,
+        rope=rope,
+        lengths=lengths,
+        query_offset=query_offset,
+        context_lengths=context_lengths,
+    )
+    positions = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
+    rotated = rotate_keys(key, positions, dca=dca, inv_freq=rows.inv_freq)
+    return attend(query, rotated, value, dca=dca, rows=rows, implementation=implementation)
+
+
+def make_rows(
+    query_shape: tuple[int, ...],
+    *,
+    dca: DCAConfig | None,
+    rope: RopeConfig,
+    lengths: Int[Array, " B"] | None = None,
+    query_offset: int | Int[Array, " B"] = 0,
+    context_lengths: Int[Array, " B"] | None = None,
+    frequency_lengths: Int[Array, " B"] | None = None,
+) -> Rows:
+    """Works out each row's frequencies and logit scale; arguments as in `dual_chunk_attention`.
+
+    `frequency_lengths`, the lengths dynamic NTK sees, differ from `context_lengths` only for a
+    growing KV cache, whose keys keep the frequencies they were written with.
+    """
+    batch, num_queries, _, head_dim = query_shape
+    offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
+    lengths = offset + num_queries if lengths is None else lengths.astype(jnp.int32)
+    if context_lengths is None:
+        context_lengths = lengths
+    if frequency_lengths is None:
+        frequency_lengths = context_lengths
+    # DCA never uses a position above Q, so its rope never has to stretch for more than Q + 1.
+    if dca is not None:
+        frequency_lengths = jnp.minimum(frequency_lengths, dca.max_query_position + 1)
+    tau = temperature(context_lengths, dca or PLAIN)
+    return Rows(
+        inv_freq=inverse_frequencies(rope, head_dim, frequency_lengths),
+        scale=tau * jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim)),
+        offset=offset,
+        lengths=lengths,
+    )
+
+
+def rotate_keys(
+    key: Float[Array, "B S K H"],
+    index: Int[Array, "#B S"],
+    *,
+    dca: DCAConfig | None,
+    inv_freq: Float[Array, "#B half"],
+) -> Float[Array, "B S K H"]:
+    """Rotates keys to P_k of their text index: all that a KV cache needs to hold of them.
+
+    A rotated key depends on its own index only, so prefix reuse, rollback and any split of a
+    prefill are exact.
+    """
+    return rotate(key, key_position(index, dca or PLAIN), inv_freq)
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    dca: DCAConfig | None,
+    rows: Rows,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """`dual_chunk_attention` with `key` already rotated by `rotate_keys` (a KV cache).
+
+    Keys beyond a row's length are not read, whatever they hold (NaN excepted: XLA multiplies
+    masked values by zero).
+    """
+    name = choose_implementation(implementation)
+    _check_shapes(query, key, value)
+    dca = dca or PLAIN
+    if name == "reference":
+        return dense_attention(query, key, value, dca=dca, **rows._asdict())
+    phases = phases_within(key.shape[1], dca)
+    out, _ = _flash(name, dca, phases, query, key, value, rows)
+    return out
+
+
+def attention_pass(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    phase: Phase,
+    dca: DCAConfig,
+    rope: RopeConfig,
+    lengths: Int[Array, " B"] | None = None,
+    query_offset: int | Int[Array, " B"] = 0,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """One of the paper's three passes: attention over the keys of one phase only.
+
+    Arguments as in `dual_chunk_attention` (raw query and key); `implementation` is a flash
+    backend, not "reference".
+
+    Returns:
+        The pass's output, and the natural log-sum-exp of its logits, float32 [B, N, T]; a query
+        that meets no key in this phase has output 0 and log-sum-exp -inf. Both are
+        differentiable, so `merge_passes` of three passes has the exact gradient too.
+    """
+    name = choose_implementation(implementation)
+    if name == "reference":
+        raise InputError(
+            "implementation 'reference' has no separate passes; expected one of "
+            + ", ".join(BACKENDS)
+        )
+    _check_shapes(query, key, value)
+    rows = make_rows(query.shape, dca=dca, rope=rope, lengths=lengths, query_offset=query_offset)
+    positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
+    rotated = rotate_keys(key, positions, dca=dca, inv_freq=rows.inv_freq)
+    return _flash(name, dca, (phase,), query, rotated, value, rows)
+
+
+def merge_passes(
+    outs: list[Float[Array, "B T N H"]], lses: list[Float[Array, "B N T"]]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Merges passes over disjoint keys into attention over all of them, by their log-sum-exp.
+
+    o = sum_p w_p o_p with w = softmax over p of lse_p (section 3.4, with one softmax overall).
+    Equal to the single softmax up to rounding. Queries that met no key stay 0 and -inf.
+    """
+    lse = jnp.stack(lses)
+    met = jnp.isfinite(lse).any(axis=0)
+    lse = jnp.where(met[None], lse, 0)  # a softmax of nothing has neither value nor gradient
+    total = jax.nn.logsumexp(lse, axis=0)
+    weights = jnp.swapaxes(jnp.exp(lse - total[None]), 2, 3)[..., None]
+    stacked = jnp.stack(outs).astype(lse.dtype)
+    out = jnp.sum(weights * stacked, axis=0).astype(outs[0].dtype)
+    return out, jnp.where(met, total, -jnp.inf)
+
+
+def choose_implementation(implementation: str | None) -> str:
+    """The implementation to run: the named one if it can, the best for the device if None."""
+    if implementation is None:
+        return "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"unknown attention implementation {implementation!r}; expected one of "
+            f"{', '.join(IMPLEMENTATIONS)}, or None to pick the best for the device"
+        )
+    return implementation
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise InputError(
+            f"query {query.shape} and key {key.shape} must agree in batch and head_dim"
+        )
+    if key.shape != value.shape:
+        raise InputError(f"key {key.shape} and value {value.shape} must have one shape")
+    if query.shape[2] % key.shape[2]:
+        raise InputError(
+            f"query heads ({query.shape[2]}) must be a multiple of kv heads ({key.shape[2]})"
+        )
+    if not (query.dtype == key.dtype == value.dtype):
+        raise InputError(
+            f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}"
+        )
+
+
+# --- the exact gradient ------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _flash(
+    name: str,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    query: Array,
+    key: Array,
+    value: Array,
+    rows: Rows,
+) -> tuple[Array, Array]:
+    """(out [B,T,N,H], lse [B,N,T]) of the keys that `phases` cover; `key` is rotated."""
+    return BACKENDS[name].forward(query, key, value, rows, dca=dca, phases=phases)
+
+
+def _flash_forward(name, dca, phases, query, key, value, rows):
+    out, lse = _flash(name, dca, phases, query, key, value, rows)
+    return (out, lse), (query, key, value, rows, out, lse)
+
+
+def _flash_backward(name, dca, phases, residuals, cotangents):
+    query, key, value, rows, out, lse = residuals
+    out_bar, lse_bar = cotangents
+    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
+    # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
+    delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)
+    grads = BACKENDS[name].backward(
+        query, key, value, rows, out_bar, lse, delta, dca=dca, phases=phases
+    )
+    no_grad = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rows)
+    no_grad = no_grad._replace(
+        inv_freq=jnp.zeros_like(rows.inv_freq), scale=jnp.zeros_like(rows.scale)
+    )
+    return (*grads, no_grad)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

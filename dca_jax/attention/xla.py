@@ -1,0 +1,233 @@
+"""Blockwise attention in plain XLA: any device, any length, any chunk length, O(T) memory.
+
+For each tile of queries, one online softmax runs over the blocks of keys of every phase in turn.
+The blocks visited are those the tile's queries meet, so the work is that of causal attention.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dca_jax.dca import DCAConfig, Phase, key_range, query_position
+from dca_jax.dtypes import compute_dtype
+from dca_jax.rope import rotate
+
+if TYPE_CHECKING:
+    from dca_jax.attention.op import Rows
+
+TILE = 512  # queries a tile
+LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
+
+
+def forward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    rows: "Rows",
+    *,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated."""
+    num_queries, kv_heads = query.shape[1], key.shape[2]
+    tile, block = _block_sizes(num_queries, key.shape[1])
+
+    def one_tile(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        queries, start = args
+        batch, _, _, group, head_dim = queries.shape
+        index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
+        compute = compute_dtype(queries.dtype)
+        state = (
+            jnp.full((batch, kv_heads, group, tile), -jnp.inf, compute),  # running maximum
+            jnp.zeros((batch, kv_heads, group, tile), compute),  # running sum
+            jnp.zeros((batch, kv_heads, group, tile, head_dim), compute),  # running output
+        )
+        for phase in phases:
+            rotated = _rotated_query(queries, index, phase, dca, rows)
+            first, last, span = _blocks(index, phase, dca, rows.lengths, block)
+
+            def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
+                peak, total, acc = state
+                at, keys, met = _block(n, key, span, block)
+                logits = _dot("BTKGH,BSKH->BKGTS", rotated, keys)
+                logits = jnp.where(met, logits, -jnp.inf)
+                new_peak = jnp.maximum(peak, logits.max(axis=-1))
+                safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)  # no key met so far
+                decay = jnp.exp(peak - safe)
+                weights = jnp.exp(logits - safe[..., None])
+                values = jax.lax.dynamic_slice_in_dim(value, at, block, axis=1)
+                update = _dot("BKGTS,BSKH->BKGTH", weights.astype(value.dtype), values)
+                total = total * decay + weights.sum(axis=-1)
+                return new_peak, total, acc * decay[..., None] + update
+
+            state = jax.lax.fori_loop(first, last, step, state)
+        peak, total, acc = state
+        met_any = total > 0
+        out = acc / jnp.where(met_any, total, 1)[..., None]
+        lse = jnp.where(met_any, peak + jnp.log(jnp.where(met_any, total, 1)), -jnp.inf)
+        return jnp.moveaxis(out, 3, 1).astype(queries.dtype), lse
+
+    with jax.named_scope("dca_xla_forward"):
+        out, lse = jax.lax.map(one_tile, _split_tiles(query, kv_heads, tile))
+    return _join_tiles(out, num_queries), _join_tiles_lse(lse, num_queries)
+
+
+def backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    rows: "Rows",
+    out_bar: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    *,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Gradients of query, key (rotated) and value, from the global `lse` and `delta`."""
+    num_queries, kv_heads = query.shape[1], key.shape[2]
+    tile, block = _block_sizes(num_queries, key.shape[1])
+    compute = compute_dtype(query.dtype)
+
+    def one_tile(carry: tuple[Array, Array], args: tuple) -> tuple[tuple[Array, Array], Array]:
+        (queries, start), (outs_bar, _), (lse, delta) = args
+        index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
+        lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
+        query_bar = jnp.zeros(queries.shape, compute)
+        for phase in phases:
+            rotated = _rotated_query(queries, index, phase, dca, rows)
+            first, last, span = _blocks(index, phase, dca, rows.lengths, block)
+
+            def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
+                key_bar, value_bar, rotated_bar = state
+                at, keys, met = _block(n, key, span, block)
+                values = jax.lax.dynamic_slice_in_dim(value, at, block, axis=1)
+                logits = _dot("BTKGH,BSKH->BKGTS", rotated, keys)
+                weights = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
+                weights_bar = _dot("BTKGH,BSKH->BKGTS", outs_bar, values)
+                logits_bar = (weights * (weights_bar - delta[..., None])).astype(query.dtype)
+                weights = weights.astype(value.dtype)
+                rotated_bar = rotated_bar + _dot("BKGTS,BSKH->BTKGH", logits_bar, keys)
+                key_bar = _add_at(key_bar, at, _dot("BKGTS,BTKGH->BSKH", logits_bar, rotated))
+                value_bar = _add_at(value_bar, at, _dot("BKGTS,BTKGH->BSKH", weights, outs_bar))
+                return key_bar, value_bar, rotated_bar
+
+            init = (*carry, jnp.zeros(queries.shape, compute))
+            *carry, rotated_bar = jax.lax.fori_loop(first, last, step, init)
+            turned_back = rotate(rotated_bar, -query_position(index, phase, dca), rows.inv_freq)
+            query_bar = query_bar + turned_back
+        query_bar = query_bar * rows.scale.astype(compute)[:, None, None, None, None]
+        return tuple(carry), query_bar.astype(queries.dtype)
+
+    with jax.named_scope("dca_xla_backward"):
+        (key_bar, value_bar), query_bar = jax.lax.scan(
+            one_tile,
+            (jnp.zeros(key.shape, compute), jnp.zeros(value.shape, compute)),
+            (
+                _split_tiles(query, kv_heads, tile),
+                _split_tiles(out_bar, kv_heads, tile),
+                (_split_tiles_lse(lse, kv_heads, tile), _split_tiles_lse(delta, kv_heads, tile)),
+            ),
+        )
+    return (
+        _join_tiles(query_bar, num_queries),
+        key_bar.astype(key.dtype),
+        value_bar.astype(value.dtype),
+    )
+
+
+# --- a tile of queries against a block of keys -------------------------------------------------
+
+
+def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
+    tile = min(TILE, num_queries)
+    return tile, min(num_keys, LOGITS // tile)
+
+
+def _rotated_query(
+    queries: Float[Array, "B t K G H"],
+    index: Int[Array, "B t"],
+    phase: Phase,
+    dca: DCAConfig,
+    rows: "Rows",
+) -> Float[Array, "B t K G H"]:
+    """The tile's queries where `phase` puts them, times the logit scale; rounded once."""
+    compute = compute_dtype(queries.dtype)
+    rotated = rotate(queries.astype(compute), query_position(index, phase, dca), rows.inv_freq)
+    scale = rows.scale.astype(compute)[:, None, None, None, None]
+    return (rotated * scale).astype(queries.dtype)
+
+
+def _blocks(
+    index: Int[Array, "B t"], phase: Phase, dca: DCAConfig, lengths: Int[Array, " B"], block: int
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """[first, last) of the blocks that any of the tile's queries meets; each query's key range."""
+    start, stop = key_range(index, phase, dca)
+    stop = jnp.where(index < lengths[:, None], stop, start)  # padding queries meet nothing
+    meets = start < stop
+    first = jnp.min(jnp.where(meets, start, jnp.int32(2**31 - 1))) // block
+    last = (jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block
+    return first, last, (start, stop)
+
+
+def _block(
+    n: Int[Array, ""], key: Float[Array, "B S K H"], span: tuple[Array, Array], block: int
+) -> tuple[Array, Array, Array]:
+    """Where block n starts, its keys, and which of them each query meets [B, 1, 1, t, block].
+
+    The last block of a cache whose length is no multiple of `block` starts early and masks what
+    the block before has had: nothing is padded or copied.
+    """
+    at = jnp.minimum(n * block, key.shape[1] - block)
+    keys = jax.lax.dynamic_slice_in_dim(key, at, block, axis=1)
+    j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
+    start, stop = span
+    met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
+    return at, keys, met[:, None, None, :, :]
+
+
+def _dot(subscripts: str, a: Array, b: Array) -> Array:
+    """einsum with products summed in float32 (float64 for float64); float32 inputs unrounded."""
+    compute = compute_dtype(a.dtype)
+    precision = None if a.dtype.itemsize < 4 else "highest"
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=compute)
+
+
+def _add_at(total: Array, at: Array, update: Array) -> Array:
+    """Adds `update` to total[:, at : at + len(update)], in place inside a loop."""
+    old = jax.lax.dynamic_slice_in_dim(total, at, update.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + update, at, axis=1)
+
+
+# --- tiles -------------------------------------------------------------------------------------
+
+
+def _split_tiles(x: Float[Array, "B T N H"], kv_heads: int, tile: int) -> tuple[Array, Array]:
+    """[tiles, B, t, K, G, H] with the last tile zero-padded, and each tile's first index."""
+    batch, length, heads, head_dim = x.shape
+    tiles = -(-length // tile)
+    x = jnp.pad(x, ((0, 0), (0, tiles * tile - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, tiles, tile, kv_heads, heads // kv_heads, head_dim)
+    return jnp.moveaxis(x, 1, 0), jnp.arange(tiles, dtype=jnp.int32) * tile
+
+
+def _split_tiles_lse(x: Float[Array, "B N T"], kv_heads: int, tile: int) -> Array:
+    """[tiles, B, K, G, t]."""
+    batch, heads, length = x.shape
+    tiles = -(-length // tile)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, tiles * tile - length)))
+    return jnp.moveaxis(x.reshape(batch, kv_heads, heads // kv_heads, tiles, tile), 3, 0)
+
+
+def _join_tiles(x: Float[Array, "tiles B t K G H"], length: int) -> Float[Array, "B T N H"]:
+    x = jnp.moveaxis(x, 0, 1)
+    batch, tiles, tile, kv_heads, group, head_dim = x.shape
+    return x.reshape(batch, tiles * tile, kv_heads * group, head_dim)[:, :length]
+
+
+def _join_tiles_lse(x: Float[Array, "tiles B K G t"], length: int) -> Float[Array, "B N T"]:
+    x = jnp.moveaxis(x, 0, 3)
+    batch, kv_heads, group, tiles, tile = x.shape
+    return x.reshape(batch, kv_heads * group, tiles * tile)[:, :, :length]

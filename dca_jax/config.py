@@ -1,0 +1,181 @@
+"""A model's shape, read from any Hugging Face `config.json` of the Llama family."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.rope import RopeConfig
+
+# Hugging Face architectures whose forward pass is `dca_jax.model.Llama`, with their model_type.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Shape of a Llama-family decoder. Names are Hugging Face's; sizes are counts of elements.
+
+    Attributes:
+        qkv_bias, o_bias, mlp_bias: which projections have a bias (Qwen2: q, k and v only).
+        sliding_window: keys a token may look back at in the model's own plain attention (Mistral
+            v0.1), None for all. DCA takes its place; plain attention refuses longer texts.
+        dca: what the checkpoint itself asks for (`dual_chunk_attention_config`), or None.
+        eos_token_ids: every id that ends a text (Llama 3 has several).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    dca: DCAConfig | None = None
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings"
+        ).split()
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a positive integer, got {value!r}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
+            raise InputError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        if self.model_type not in ARCHITECTURES.values():
+            raise InputError(
+                f"model_type {self.model_type!r} is not supported; expected one of "
+                f"{', '.join(ARCHITECTURES.values())}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise InputError(f"sliding_window must be positive or null, got {self.sliding_window}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the dict of a Hugging Face `config.json`, old form or new.
+
+        Raises:
+            InputError: an architecture, activation, rope type or quantization that this model does
+                not compute, or a missing or impossible size; named, never ignored.
+        """
+        model_type = _model_type(config)
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise InputError(
+                f"hidden_act {activation!r} is not supported: this model's MLP is SwiGLU ('silu')"
+            )
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise InputError(
+                f"this checkpoint is quantized ({method}); use the unquantized checkpoint"
+            )
+        required = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "max_position_embeddings"
+        ).split()
+        missing = [name for name in required if config.get(name) is None]
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}")
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if config["hidden_size"] % heads:
+                raise InputError(
+                    f"hidden_size {config['hidden_size']} is not a multiple of "
+                    f"num_attention_heads {heads}, and config.json gives no head_dim"
+                )
+            head_dim = config["hidden_size"] // heads
+        # Llama's attention_bias covers q, k, v and o; Qwen2 has q, k, v biases by definition.
+        attention_bias = model_type == "llama" and bool(config.get("attention_bias", False))
+        eos = config.get("eos_token_id")
+        dca = config.get("dual_chunk_attention_config")
+        return cls(
+            **{name: config[name] for name in required},
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=RopeConfig.from_hf(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=model_type == "qwen2" or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+            sliding_window=_sliding_window(config, model_type),
+            dca=None if dca is None else DCAConfig.from_hf(dca),
+            model_type=model_type,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            pad_token_id=config.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict of a new-form `config.json` that `from_hf` and `transformers` read back."""
+        architecture = next(a for a, t in ARCHITECTURES.items() if t == self.model_type)
+        names = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings rms_norm_eps "
+            "tie_word_embeddings model_type bos_token_id pad_token_id"
+        ).split()
+        config: dict[str, Any] = {"architectures": [architecture], "hidden_act": "silu"}
+        config |= {name: getattr(self, name) for name in names}
+        config["rope_parameters"] = self.rope.to_hf()
+        eos = list(self.eos_token_ids)
+        config["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else eos
+        if self.model_type == "llama":
+            config |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+        if self.model_type == "mistral":
+            config["sliding_window"] = self.sliding_window
+        if self.dca is not None:
+            config["dual_chunk_attention_config"] = self.dca.to_hf()
+        return config
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or []
+    known = [ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES]
+    if known:
+        return known[0]
+    named = f"architecture {architectures[0]!r}" if architectures else "no known architecture"
+    model_type = config.get("model_type")
+    if architectures or model_type not in ARCHITECTURES.values():
+        raise InputError(
+            f"config.json names {named} (model_type {model_type!r}), which is not supported; "
+            f"expected one of {', '.join(ARCHITECTURES)}"
+        )
+    return model_type
+
+
+def _sliding_window(config: Mapping[str, Any], model_type: str) -> int | None:
+    if model_type == "mistral":
+        return config.get("sliding_window")
+    if model_type == "qwen2" and config.get("use_sliding_window"):
+        raise InputError(
+            "use_sliding_window is true: a Qwen2 whose upper layers slide is not supported; "
+            "set it to false in config.json to attend to everything"
+        )
+    return None

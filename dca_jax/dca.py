@@ -1,0 +1,371 @@
+"""Dual Chunk Attention: the paper in one file.
+
+An et al., "Training-Free Long-Context Scaling of Large Language Models", ICML 2024
+(arXiv 2402.17463). A text is cut into chunks of `s` tokens. Keys count their position from the
+start of their chunk; a query is given one of three positions, by how far back the key's chunk is,
+so that no relative position ever exceeds what the model was trained on. With n(i) = i // s:
+
+    key j                       P_k(j) = j mod s
+    query i, same chunk         P_q(i) = i mod s                  intra   n(i) - n(j) == 0, j <= i
+    query i, previous chunk     P_q(i) = min(i mod s + s, Q)      succ    n(i) - n(j) == 1
+    query i, older chunks       P_q(i) = min(2s - 1, Q)           inter   n(i) - n(j) >= 2
+
+    logit(i, j) = tau * <rope(q_i, P_q), rope(k_j, P_k)> / sqrt(head_dim), one softmax over j <= i
+
+Figure 2 of the paper (s = 6, Q = 9, 12 tokens), the matrix P_q(i) - P_k(j):
+
+    i\\j  0  1  2  3  4  5 | 6  7  8  9 10 11
+     0   0                |
+     1   1  0             |
+     2   2  1  0          |                      intra: what plain RoPE has
+     3   3  2  1  0       |
+     4   4  3  2  1  0    |
+     5   5  4  3  2  1  0 |
+    ----------------------+------------------
+     6   6  5  4  3  2  1 | 0
+     7   7  6  5  4  3  2 | 1  0
+     8   8  7  6  5  4  3 | 2  1  0              succ: exact up to the local window,
+     9   9  8  7  6  5  4 | 3  2  1  0           then held at Q
+    10   9  8  7  6  5  4 | 4  3  2  1  0
+    11   9  8  7  6  5  4 | 5  4  3  2  1  0
+
+Everything fast (`dca_jax.attention`) computes what `dense_attention` here computes.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dca_jax.dtypes import compute_dtype
+from dca_jax.errors import InputError
+from dca_jax.rope import rotate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Phase = Literal["inter", "succ", "intra"]
+PHASES: tuple[Phase, ...] = ("inter", "succ", "intra")  # in the order of their keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCAConfig:
+    """Where the chunks are cut, and how far a query may stand.
+
+    "Chunk size" means two things: the stride (the paper's text) and the largest query position
+    (all released code, and Hugging Face's key). So the fields are named for what they are.
+
+    Attributes:
+        chunk_len: s, the stride of the chunks in tokens.
+        max_query_position: Q, the largest position a query is given; s <= Q, and Q below the
+            trained length, or the model sees relative positions it was not trained on.
+        trained_length: c, tokens the model was pretrained on, where known.
+        temperature_slope: a in m(L) = max(1, 1 + a ln(L / c)); logits are multiplied by tau = m^2
+            for a text of L tokens. 0 (the default, and the paper's results): no temperature.
+    """
+
+    chunk_len: int
+    max_query_position: int
+    trained_length: int | None = None
+    temperature_slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_len", "max_query_position", "trained_length"):
+            value = getattr(self, name)
+            if value is None and name == "trained_length":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a positive integer (tokens), got {value!r}")
+        if self.chunk_len > self.max_query_position:
+            raise InputError(
+                f"chunk_len ({self.chunk_len}) must not exceed max_query_position "
+                f"({self.max_query_position}): the first tokens of a chunk would stand too near to "
+                "the chunk before"
+            )
+        if self.trained_length is not None and self.max_query_position > self.trained_length:
+            raise InputError(
+                f"max_query_position ({self.max_query_position}) exceeds the trained length "
+                f"({self.trained_length}): the model would see positions it was not trained on"
+            )
+        slope = self.temperature_slope
+        if not (math.isfinite(slope) and slope >= 0.0):
+            raise InputError(f"temperature_slope must be a finite number >= 0, got {slope}")
+        if slope > 0.0 and self.trained_length is None:
+            raise InputError("temperature_slope needs trained_length, from which it starts")
+
+    @property
+    def local_window(self) -> int:
+        """w: every pair of tokens at most this far apart keeps its true distance (w = c - s)."""
+        return min(self.max_query_position, 2 * self.chunk_len - 1) - self.chunk_len + 1
+
+    @classmethod
+    def paper(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
+        """Section 3 and 4.1: s = 3c/4, Q = c - 1."""
+        c = _divisible(trained_length, 4, "paper")
+        return cls(
+            chunk_len=3 * c // 4,
+            max_query_position=c - 1,
+            trained_length=c,
+            temperature_slope=temperature_slope,
+        )
+
+    @classmethod
+    def chunkllama(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
+        """ChunkLlama's default: chunk_size 3c/4, local window c/8; s = 5c/8, Q = 3c/4.
+
+        Its released code sets `temperature_slope` 0.05.
+        """
+        return cls._released(trained_length, 8, "chunkllama", temperature_slope)
+
+    @classmethod
+    def chunkllama_ppl(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
+        """ChunkLlama's perplexity script (Table 1): local window c/4; s = c/2, Q = 3c/4."""
+        return cls._released(trained_length, 4, "chunkllama_ppl", temperature_slope)
+
+    @classmethod
+    def chunkllama_flash_decoding(
+        cls, trained_length: int, *, temperature_slope: float = 0.0
+    ) -> "DCAConfig":
+        """ChunkLlama's flash decoding: local window c/16; s = 11c/16, Q = 3c/4.
+
+        Its released code sets `temperature_slope` 0.1.
+        """
+        return cls._released(trained_length, 16, "chunkllama_flash_decoding", temperature_slope)
+
+    @classmethod
+    def _released(cls, trained_length: int, part: int, name: str, slope: float) -> "DCAConfig":
+        c = _divisible(trained_length, part, name)
+        return cls(
+            chunk_len=3 * c // 4 - c // part,
+            max_query_position=3 * c // 4,
+            trained_length=c,
+            temperature_slope=slope,
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "DCAConfig":
+        """Reads Hugging Face's `dual_chunk_attention_config` (Qwen2.5-1M).
+
+        `chunk_size` there is the largest query position and `local_size` the window, so
+        s = chunk_size - local_size. With `original_max_position_embeddings` c, the servers that
+        read this key also apply the temperature with a = 0.1, and so does this (it is 1 up to c
+        tokens). Sparse attention, where asked for, is an approximation of the dense attention
+        computed here; that is logged once.
+        """
+        missing = [key for key in ("chunk_size", "local_size") if config.get(key) is None]
+        if missing:
+            raise InputError(f"dual_chunk_attention_config lacks {', '.join(missing)}")
+        chunk_size, local_size = config["chunk_size"], config["local_size"]
+        if not (isinstance(chunk_size, int) and isinstance(local_size, int)) or not (
+            0 <= local_size < chunk_size
+        ):
+            raise InputError(
+                "dual_chunk_attention_config needs integers 0 <= local_size < chunk_size, got "
+                f"local_size {local_size!r} and chunk_size {chunk_size!r}"
+            )
+        if config.get("sparse_attention_enabled") or config.get("sparse_attention_config"):
+            log.warning(
+                "This checkpoint asks for sparse attention; dense attention, which it "
+                "approximates, is used instead."
+            )
+        trained = config.get("original_max_position_embeddings") or None
+        return cls(
+            chunk_len=chunk_size - local_size,
+            max_query_position=chunk_size,
+            trained_length=trained,
+            temperature_slope=0.0 if trained is None else 0.1,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `dual_chunk_attention_config` that `from_hf` reads back."""
+        config = {
+            "chunk_size": self.max_query_position,
+            "local_size": self.max_query_position - self.chunk_len,
+        }
+        if self.trained_length is not None:
+            config["original_max_position_embeddings"] = self.trained_length
+        return config
+
+
+def _divisible(trained_length: int, part: int, preset: str) -> int:
+    if isinstance(trained_length, bool) or not isinstance(trained_length, int):
+        raise InputError(f"the trained length must be an integer, got {trained_length!r}")
+    if trained_length < part or trained_length % part:
+        raise InputError(
+            f"preset {preset!r} needs a trained length that is a positive multiple of {part}, got "
+            f"{trained_length}; or give chunk_len and max_query_position yourself"
+        )
+    return trained_length
+
+
+# --- positions ---------------------------------------------------------------------------------
+
+
+def key_position(index: Int[Array, "..."], dca: DCAConfig) -> Int[Array, "..."]:
+    """P_k(j): the key's place in its chunk (section 3, eq. 2)."""
+    return index % dca.chunk_len
+
+
+def query_position(index: Int[Array, "..."], phase: Phase, dca: DCAConfig) -> Int[Array, "..."]:
+    """P_q(i) of query `index` towards the keys of a phase (eqs. 3, 5 and 7)."""
+    s, largest = dca.chunk_len, dca.max_query_position
+    if phase == "intra":
+        return index % s
+    if phase == "succ":
+        return jnp.minimum(index % s + s, largest)
+    return jnp.full_like(index, min(2 * s - 1, largest))
+
+
+def key_range(
+    index: Int[Array, "..."], phase: Phase, dca: DCAConfig
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """[start, stop) of the keys that query `index` meets in a phase; empty where stop <= start.
+
+    The three ranges follow one another and together are [0, index + 1): so attention is one
+    softmax over them in any order.
+    """
+    s = dca.chunk_len
+    chunk_start = index - index % s
+    if phase == "intra":
+        return chunk_start, index + 1
+    if phase == "succ":
+        return jnp.maximum(chunk_start - s, 0), chunk_start
+    return jnp.zeros_like(index), chunk_start - s
+
+
+def phases_within(num_keys: int, dca: DCAConfig) -> tuple[Phase, ...]:
+    """The phases that a text of `num_keys` tokens can meet: all three beyond two chunks."""
+    met = 1 if num_keys <= dca.chunk_len else 2 if num_keys <= 2 * dca.chunk_len else 3
+    return PHASES[-met:]
+
+
+def relative_positions(length: int, dca: DCAConfig) -> Int[np.ndarray, "length length"]:
+    """The matrix M of Figure 2: P_q(i) - P_k(j) for j <= i, and -1 above the diagonal; int32."""
+    i, j = np.arange(length)[:, None], np.arange(length)[None, :]
+    index = jnp.arange(length)
+    position = {p: np.asarray(query_position(index, p, dca))[:, None] for p in PHASES}
+    behind = i // dca.chunk_len - j // dca.chunk_len
+    query = np.select([behind == 0, behind == 1], [position["intra"], position["succ"]])
+    query = np.where(behind >= 2, position["inter"], query)
+    return np.where(j <= i, query - j % dca.chunk_len, -1).astype(np.int32)
+
+
+def plot_relative_positions(length: int, dca: DCAConfig, axes: "Axes | None" = None) -> "Axes":
+    """Draws `relative_positions`, numbers in the cells while they can be read (<= 32 tokens)."""
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    matrix = np.ma.masked_less(relative_positions(length, dca), 0)
+    image = axes.imshow(matrix, cmap="viridis", interpolation="nearest")
+    if length <= 32:
+        threshold = 0.6 * float(matrix.max())
+        for (i, j), value in np.ndenumerate(matrix.filled(-1)):
+            if value >= 0:
+                color = "black" if value > threshold else "white"
+                axes.text(j, i, str(value), ha="center", va="center", color=color, fontsize=7)
+    for edge in range(dca.chunk_len, length, dca.chunk_len):
+        axes.axhline(edge - 0.5, color="tab:red", linewidth=0.8)
+        axes.axvline(edge - 0.5, color="tab:red", linewidth=0.8)
+    axes.set(
+        xlabel="key j",
+        ylabel="query i",
+        title=f"relative position, s = {dca.chunk_len}, Q = {dca.max_query_position}",
+    )
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    return axes
+
+
+# --- temperature -------------------------------------------------------------------------------
+
+
+def temperature(lengths: Int[Array, " B"], dca: DCAConfig) -> Float[Array, " B"]:
+    """tau = m(L)^2, by which a text of L tokens has its logits multiplied; float32, 1 if unset.
+
+    m(L) = max(1, 1 + a ln(L / c)), as in ChunkLlama (a = 0.05) and Qwen2.5-1M (a = 0.1).
+    """
+    if dca.temperature_slope == 0.0 or dca.trained_length is None:
+        return jnp.ones(lengths.shape, jnp.float32)
+    ratio = jnp.maximum(lengths, 1).astype(jnp.float32) / dca.trained_length
+    return jnp.maximum(1.0 + dca.temperature_slope * jnp.log(ratio), 1.0) ** 2
+
+
+def explain(dca: DCAConfig, length: int) -> str:
+    """What this setting does to a text of `length` tokens, in words and figures."""
+    c = dca.trained_length
+    tau = float(temperature(jnp.asarray([length], jnp.int32), dca)[0])
+    furthest = min(length - 1, 2 * dca.chunk_len - 1, dca.max_query_position)
+    slope = dca.temperature_slope
+    rows = {
+        "trained length c": "not given" if c is None else f"{c} tokens",
+        "chunk length s": f"{dca.chunk_len} tokens ({math.ceil(length / dca.chunk_len)} chunks)",
+        "largest query position Q": str(dca.max_query_position),
+        "identity range": f"texts up to {dca.chunk_len} tokens are read by plain RoPE attention",
+        "local window": f"tokens at most {dca.local_window} apart keep their true distance",
+        "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
+        "temperature": f"logits x {tau:.4f}" + (f" (slope {slope})" if slope else " (none)"),
+    }
+    width = max(map(len, rows))
+    return "\n".join(
+        [f"Dual Chunk Attention on a text of {length} tokens"]
+        + [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+    )
+
+
+# --- the oracle --------------------------------------------------------------------------------
+
+
+def dense_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    dca: DCAConfig,
+    inv_freq: Float[Array, "#B half"],
+    scale: Float[Array, " B"],
+    offset: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """The definition, with its [T, S] matrix: what every fast path is tested against.
+
+    Args:
+        query: not rotated. key: rotated to `key_position`. Both are taken to float32 (float64
+            stays), and so is the softmax. Query head n reads kv head n // (N / K).
+        inv_freq: radians per position (`dca_jax.rope.inverse_frequencies`).
+        scale: what row b's logits are multiplied by: tau / sqrt(H), times YaRN's factor squared.
+        offset: index of row b's first query in its text.
+        lengths: tokens of row b's text; a query at or beyond it is padding, and gets zeros.
+
+    Returns:
+        In the dtype of `query`.
+    """
+    compute = compute_dtype(query.dtype)
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[1], key.shape[2]
+    i = offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
+    j = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
+    grouped = query.astype(compute).reshape(
+        batch, num_queries, kv_heads, num_heads // kv_heads, head_dim
+    )
+    logits = jnp.full((batch, kv_heads, num_heads // kv_heads, num_queries, num_keys), -jnp.inf)
+    logits = logits.astype(compute)
+    for phase in PHASES:
+        rotated = rotate(grouped, query_position(i, phase, dca), inv_freq)
+        rotated = rotated * scale.astype(compute)[:, None, None, None, None]
+        dots = jnp.einsum("BTKGH,BSKH->BKGTS", rotated, key.astype(compute), precision="highest")
+        start, stop = key_range(i, phase, dca)
+        met = (start[:, :, None] <= j) & (j < stop[:, :, None]) & (i < lengths[:, None])[:, :, None]
+        logits = jnp.where(met[:, None, None, :, :], dots, logits)
+    # A padding query meets no key: its softmax is 0/0, and its output is defined as zero.
+    is_text = (i < lengths[:, None])[:, None, None, :, None]
+    weights = jnp.where(is_text, jax.nn.softmax(jnp.where(is_text, logits, 0), axis=-1), 0)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value.astype(compute), precision="highest")
+    return out.reshape(query.shape).astype(query.dtype)

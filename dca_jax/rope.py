@@ -1,0 +1,252 @@
+"""Rotary position embedding: the frequencies of every rope type, and the rotation.
+
+RoPE scaling changes the *frequencies*; DCA changes the *positions* (`dca_jax.dca`). They compose.
+The frequencies and the attention factor equal those of `transformers.modeling_rope_utils`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dca_jax.dtypes import compute_dtype
+from dca_jax.errors import InputError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """How a model's rotary frequencies are made. Fields are Hugging Face's `rope_parameters`.
+
+    Attributes:
+        rope_type: one of `ROPE_TYPES`. "linear" is Position Interpolation (arXiv 2306.15595),
+            "dynamic" is dynamic NTK, "yarn" is arXiv 2309.00071, "llama3" is Llama 3.1's.
+        theta: base of the geometric series of wavelengths (`rope_theta`).
+        factor: context extension factor (every type but "default").
+        original_max_position_embeddings: trained length in tokens before the extension
+            ("dynamic", "yarn", "llama3").
+        attention_factor: cos and sin are multiplied by this (so logits by its square); None means
+            what the type prescribes ("yarn": 0.1 ln(factor) + 1; others: 1).
+        beta_fast, beta_slow, mscale, mscale_all_dim, truncate: "yarn" only.
+        low_freq_factor, high_freq_factor: "llama3" only.
+    """
+
+    rope_type: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise InputError(
+                f"rope_type {self.rope_type!r} is not supported; expected one of "
+                f"{', '.join(ROPE_TYPES)}. It is not ignored, because the model would read "
+                "positions it was not trained for."
+            )
+        if not (math.isfinite(self.theta) and self.theta > 1.0):
+            raise InputError(f"rope theta must be a finite number above 1, got {self.theta}")
+        if not (math.isfinite(self.factor) and self.factor >= 1.0):
+            raise InputError(
+                f"rope factor must be a finite number of at least 1, got {self.factor}"
+            )
+        if self.rope_type in ("dynamic", "yarn", "llama3"):
+            length = self.original_max_position_embeddings
+            if length is None or length < 1:
+                raise InputError(
+                    f"rope_type {self.rope_type!r} needs original_max_position_embeddings (the "
+                    f"trained length, a positive number of tokens), got {length}"
+                )
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise InputError(
+                "rope_type 'llama3' needs low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
+        """Reads the rope of a Hugging Face `config.json`, in its old or its new form.
+
+        Old: `rope_theta` and `rope_scaling` at top level (the type under "type" or "rope_type").
+        New (transformers 5): `rope_parameters`, which holds `rope_theta` too.
+
+        Raises:
+            InputError: unknown rope type, a missing key, or rotation of a part of the head only.
+        """
+        # transformers' order: `rope_scaling` replaces `rope_parameters` when both are there.
+        params = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        rope_type = params.get("rope_type") or params.get("type") or "default"
+        if rope_type == "longrope" or rope_type == "su":
+            raise InputError(
+                f"rope_type {rope_type!r} (two frequency tables, switched by length) is not "
+                "supported: a cached key would depend on how long its text becomes. Use a "
+                "checkpoint with one of: " + ", ".join(ROPE_TYPES)
+            )
+        if rope_type not in ROPE_TYPES:
+            raise InputError(
+                f"rope_type {rope_type!r} is not supported; expected one of {', '.join(ROPE_TYPES)}"
+            )
+        partial = params.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise InputError(
+                f"partial_rotary_factor {partial} is not supported: the whole head must be rotated"
+            )
+        theta = params.get("rope_theta", config.get("rope_theta"))
+        kwargs: dict[str, Any] = {
+            "rope_type": rope_type,
+            "theta": 10_000.0 if theta is None else theta,
+        }
+        trained = config.get("max_position_embeddings")
+        original = config.get("original_max_position_embeddings") or params.get(
+            "original_max_position_embeddings", trained
+        )
+        if rope_type == "dynamic":
+            original = trained  # transformers' dynamic NTK knows max_position_embeddings only
+        if rope_type in ("dynamic", "yarn", "llama3"):
+            kwargs["original_max_position_embeddings"] = original
+        if rope_type != "default":
+            factor = params.get("factor")
+            if factor is None and rope_type == "yarn" and trained and original:
+                factor = trained / original
+            if factor is None:
+                raise InputError(f"rope_type {rope_type!r} needs a factor, got none in {params}")
+            kwargs["factor"] = float(factor)
+        optional = {
+            "yarn": ("attention_factor beta_fast beta_slow mscale mscale_all_dim truncate").split(),
+            "llama3": ["low_freq_factor", "high_freq_factor"],
+        }
+        for name in optional.get(rope_type, []):
+            if params.get(name) is not None:
+                kwargs[name] = params[name]
+            elif rope_type == "llama3":
+                raise InputError(f"rope_type 'llama3' needs {name}, got none in {params}")
+        return cls(**kwargs)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` of a new-form Hugging Face `config.json` (inverse of `from_hf`)."""
+        params: dict[str, Any] = {"rope_type": self.rope_type, "rope_theta": self.theta}
+        if self.rope_type != "default":
+            params["factor"] = self.factor
+        if self.rope_type in ("yarn", "llama3"):
+            params["original_max_position_embeddings"] = self.original_max_position_embeddings
+        if self.rope_type == "llama3":
+            params |= {n: getattr(self, n) for n in ("low_freq_factor", "high_freq_factor")}
+        if self.rope_type == "yarn":
+            names = "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()
+            params |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return params
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cos and sin are multiplied by; attention logits get its square (YaRN, section 3.4)."""
+    if rope.attention_factor is not None:
+        return float(rope.attention_factor)
+    if rope.rope_type != "yarn":
+        return 1.0
+
+    def mscale(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, lengths: Int[Array, " B"] | None = None
+) -> Float[Array, "1 half"] | Float[Array, "B half"]:
+    """Angle per position, in radians, of each of the head's `head_dim / 2` planes; float32.
+
+    Args:
+        rope: the model's rope.
+        head_dim: even.
+        lengths: tokens of each row's text; only dynamic NTK looks at it, and without it dynamic
+            NTK gives the unscaled frequencies.
+
+    Returns:
+        [B, head_dim / 2] for dynamic NTK with `lengths`, else [1, head_dim / 2].
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    if rope.rope_type == "dynamic" and lengths is not None:
+        trained = rope.original_max_position_embeddings or 0  # validated: never None here
+        ratio = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
+        stretch = (rope.factor * ratio - (rope.factor - 1.0)) ** (head_dim / (head_dim - 2))
+        return 1.0 / (rope.theta * stretch)[:, None] ** jnp.asarray(exponent)[None, :]
+    # The powers are rounded to float32 once; the rest follows transformers operation by operation,
+    # so that angles of far positions agree too.
+    period = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
+    frequency = np.float32(1.0) / period
+    if rope.rope_type == "linear":
+        frequency = frequency / np.float32(rope.factor)
+    elif rope.rope_type == "yarn":
+        frequency = _yarn(rope, head_dim, period)
+    elif rope.rope_type == "llama3":
+        frequency = _llama3(rope, frequency)
+    return jnp.asarray(frequency, jnp.float32)[None, :]
+
+
+def _yarn(rope: RopeConfig, head_dim: int, period: np.ndarray) -> np.ndarray:
+    """NTK-by-parts: fast planes keep their frequency, slow ones are interpolated (section 3.2)."""
+    trained = rope.original_max_position_embeddings or 0
+
+    def plane(rotations: float) -> float:  # the plane that turns `rotations` times in training
+        return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = plane(rope.beta_fast), plane(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp, without dividing by zero
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    keep = (1 - ramp).astype(np.float32)
+    interpolated = np.float32(1.0) / (np.float32(rope.factor) * period)
+    return interpolated * (1 - keep) + np.float32(1.0) / period * keep
+
+
+def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
+    """Llama 3.1: short wavelengths kept, long ones divided by `factor`, a ramp between."""
+    trained = rope.original_max_position_embeddings or 0
+    wavelength = np.float32(2 * math.pi) / frequency
+    factor, low, high = (
+        np.float32(x) for x in (rope.factor, rope.low_freq_factor, rope.high_freq_factor)
+    )
+    smooth = (trained / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequency / factor + smooth * frequency
+    result = np.where(wavelength > trained / low, frequency / factor, between)
+    return np.where(wavelength < trained / high, frequency, result)
+
+
+def rotate(
+    x: Float[Array, "B T *heads H"],
+    positions: Int[Array, "#B T"],
+    inv_freq: Float[Array, "#B half"],
+) -> Float[Array, "B T *heads H"]:
+    """Rotates every head of `x` to its token's position; angles, cos and sin in float32.
+
+    Plane p is formed by elements p and p + H/2 (the Hugging Face layout). The result has the
+    dtype of `x`; the arithmetic is float32, or float64 for float64 `x`. Negative positions turn
+    back: `rotate(rotate(x, p), -p)` is `x`.
+
+    Source: RoFormer (arXiv 2104.09864) eq. 34; `transformers` `apply_rotary_pos_emb`.
+    """
+    compute = compute_dtype(x.dtype)
+    angle = positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]
+    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + angle.shape[2:])
+    cos, sin = jnp.cos(angle).astype(compute), jnp.sin(angle).astype(compute)
+    first, second = jnp.split(x.astype(compute), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jax.lax.convert_element_type(rotated, x.dtype)

@@ -1,0 +1,332 @@
+"""Every fast path against the dense oracle, in value and gradient, at the edges.
+
+The tiles of the blockwise backend are made small here, so that short texts cross many of them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dca_jax.attention import (
+    IMPLEMENTATIONS,
+    attention_pass,
+    dual_chunk_attention,
+    merge_passes,
+    xla,
+)
+from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.rope import RopeConfig
+
+GOLDEN = Path(__file__).parent / "golden" / "chunkllama"
+ROPE = RopeConfig()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "TILE", 16)
+    monkeypatch.setattr(xla, "LOGITS", 16 * 24)
+
+
+def draw(
+    seed: int,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
+    q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
+    return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+
+
+# Compiled as one, as users run it (and much faster to compile than op by op).
+attention = jax.jit(dual_chunk_attention, static_argnames=("dca", "rope", "implementation"))
+
+
+def case_names() -> list[dict]:
+    return json.loads((GOLDEN / "attention.json").read_text())
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "three_pass"])
+@pytest.mark.parametrize("case", case_names(), ids=lambda case: case["name"])
+def test_equals_the_original_chunkllama(case: dict, implementation: str) -> None:
+    with np.load(GOLDEN / "attention.npz") as arrays:
+        q, k, v, expected = (
+            jnp.asarray(arrays[f"{case['name']}.{name}"]) for name in ("q", "k", "v", "out")
+        )
+    # The golden multiplier is m(L) of ChunkLlama's slope; where it is 1, no temperature.
+    dca = DCAConfig(
+        chunk_len=case["chunk_len"],
+        max_query_position=case["max_query_position"],
+        trained_length=case["pretraining_length"],
+        temperature_slope=0.05 if case["cos_sin_multiplier"] > 1 else 0.0,
+    )
+    rope = RopeConfig(theta=case["rope_theta"])
+    if implementation == "three_pass":
+        if dca.temperature_slope:
+            pytest.skip("a single pass has no temperature of its own")
+        out = three_passes(q, k, v, dca=dca, rope=rope)
+    else:
+        out = attention(q, k, v, dca=dca, rope=rope, implementation=implementation)
+    np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
+
+
+def three_passes(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    passes = [attention_pass(q, k, v, phase=phase, **options) for phase in PHASES]
+    return merge_passes([out for out, _ in passes], [lse for _, lse in passes])[0]
+
+
+S = 40  # no multiple of the tile
+EDGES = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 5 * S + 7]
+
+
+@pytest.mark.parametrize("largest", [S, 48, 60, 2 * S - 1])
+@pytest.mark.parametrize("length", EDGES)
+@pytest.mark.usefixtures("small_tiles")
+def test_edges_in_value(length: int, largest: int) -> None:
+    dca = DCAConfig(chunk_len=S, max_query_position=largest)
+    with jax.enable_x64(True):
+        q, k, v = draw(length, 2, length, length, 4, 2, 16, jnp.float64)
+        lengths = [length, max(length - 9, 1)]
+        expected = oracle.attention(q, k, v, s=S, largest=largest, lengths=lengths)
+        for implementation in IMPLEMENTATIONS:
+            out = attention(
+                q,
+                k,
+                v,
+                dca=dca,
+                rope=ROPE,
+                lengths=jnp.asarray(lengths, jnp.int32),
+                implementation=implementation,
+            )
+            # Angles are float32 by design; the oracle's are float64.
+            np.testing.assert_allclose(out, expected, atol=3e-5, rtol=0)
+            assert not np.asarray(out[1, lengths[1] :]).any()
+
+
+@pytest.mark.parametrize("form", ["fused", "three_pass"])
+@pytest.mark.parametrize("length", EDGES)
+@pytest.mark.usefixtures("small_tiles")
+def test_edges_in_gradient_float64(length: int, form: str) -> None:
+    dca = DCAConfig(chunk_len=S, max_query_position=60)
+    with jax.enable_x64(True):
+        q, k, v = draw(length, 2, length, length, 4, 2, 16, jnp.float64)
+        weight = draw(1, 2, length, length, 4, 4, 16, jnp.float64)[0]
+        options: dict[str, Any] = {
+            "dca": dca,
+            "rope": ROPE,
+            "lengths": jnp.asarray([length, max(length - 9, 1)], jnp.int32),
+        }
+
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array, form: str) -> jax.Array:
+            if form == "three_pass":
+                return jnp.sum(three_passes(q, k, v, **options) * weight)
+            name = "reference" if form == "reference" else "xla"
+            out = attention(q, k, v, implementation=name, **options)
+            return jnp.sum(out * weight)
+
+        grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+        expected = grad(q, k, v, "reference")
+        for ours, theirs in zip(grad(q, k, v, form), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-10, rtol=0)
+            assert length == 1 or np.abs(theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (8, 1), (6, 2)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.usefixtures("small_tiles")
+def test_heads(heads: int, kv_heads: int, dim: int) -> None:
+    dca = DCAConfig(chunk_len=24, max_query_position=30)
+    q, k, v = draw(0, 1, 101, 101, heads, kv_heads, dim)
+    expected = oracle.attention(q, k, v, s=24, largest=30)
+    for implementation in IMPLEMENTATIONS:
+        out = attention(q, k, v, dca=dca, rope=ROPE, implementation=implementation)
+        np.testing.assert_allclose(out, expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(jnp.float32, 3e-6), (jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)]
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_dtypes_in_value_and_gradient(dtype: Any, atol: float) -> None:
+    dca = DCAConfig(chunk_len=24, max_query_position=30)
+    q, k, v = draw(0, 1, 101, 101, 4, 2, 64, dtype)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    weight = draw(1, 1, 101, 101, 4, 4, 64)[0]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, name: str) -> jax.Array:
+        out = attention(q, k, v, dca=dca, rope=ROPE, implementation=name)
+        assert out.dtype == q.dtype
+        return jnp.sum(out.astype(jnp.float32) * weight)
+
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
+    expected, grads = grad(*wide, "reference")
+    value, ours = grad(q, k, v, "xla")
+    assert value == pytest.approx(float(expected), abs=100 * atol)
+    for a, b in zip(ours, grads, strict=True):
+        assert a.dtype == dtype
+        error = np.linalg.norm(a.astype(jnp.float32) - b) / np.linalg.norm(b)
+        assert error < atol
+
+
+@settings(max_examples=40)
+@given(
+    s=st.integers(1, 30),
+    extra=st.integers(0, 30),
+    start=st.integers(0, 70),
+    other=st.integers(0, 70),
+    num_queries=st.integers(1, 40),
+    spare=st.integers(0, 25),
+)
+def test_a_piece_anywhere_in_a_longer_cache(
+    s: int, extra: int, start: int, other: int, num_queries: int, spare: int
+) -> None:
+    """Two rows at different places, padding in one, a cache longer than either; values and all."""
+    num_keys = max(start, other) + num_queries + spare
+    q, k, v = draw(s, 2, num_queries, num_keys, 2, 1, 8)
+    # Whatever lies beyond a row's tokens must not be read.
+    lengths = [start + num_queries, other + max(num_queries - 3, 1)]
+    beyond = jnp.arange(num_keys)[None, :, None, None] >= jnp.asarray(lengths)[:, None, None, None]
+    k, v = jnp.where(beyond, 1e4, k), jnp.where(beyond, 1e4, v)
+    expected = oracle.attention(
+        q, k, v, s=s, largest=s + extra, offset=[start, other], lengths=lengths
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "TILE", 16)
+        patch.setattr(xla, "LOGITS", 16 * 24)
+        for implementation in IMPLEMENTATIONS:
+            out = attention(
+                q,
+                k,
+                v,
+                dca=DCAConfig(chunk_len=s, max_query_position=s + extra),
+                rope=ROPE,
+                query_offset=jnp.asarray([start, other], jnp.int32),
+                lengths=jnp.asarray(lengths, jnp.int32),
+                implementation=implementation,
+            )
+            np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_up_to_a_chunk_dca_is_plain_attention() -> None:
+    q, k, v = draw(0, 1, 64, 64, 4, 2, 32)
+    dca = DCAConfig(chunk_len=64, max_query_position=70)
+    for implementation in IMPLEMENTATIONS:
+        options: dict[str, Any] = {"rope": ROPE, "implementation": implementation}
+        ours = attention(q, k, v, dca=dca, **options)
+        plain = attention(q, k, v, dca=None, **options)
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_plain_attention_equals_jax() -> None:
+    """A peer that knows nothing of us: `jax.nn.dot_product_attention` on keys rotated outside."""
+    from dca_jax.rope import inverse_frequencies, rotate
+
+    q, k, v = draw(0, 2, 150, 150, 4, 2, 32)
+    inv_freq = inverse_frequencies(ROPE, 32)
+    index = jnp.arange(150)[None]
+    expected = jax.nn.dot_product_attention(
+        rotate(q, index, inv_freq), rotate(k, index, inv_freq), v, is_causal=True
+    )
+    out = attention(q, k, v, dca=None, rope=ROPE, implementation="xla")
+    np.testing.assert_allclose(out, expected, atol=3e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_log_sum_exp_of_a_pass() -> None:
+    """Natural log, float32 [B, N, T], -inf where a query meets no key, and 0 its output."""
+    dca = DCAConfig(chunk_len=16, max_query_position=20)
+    q, k, v = draw(0, 1, 50, 50, 2, 2, 8)
+    run = jax.jit(attention_pass, static_argnames=("phase", "dca", "rope"))
+    outs, lses = zip(
+        *(run(q, k, v, phase=phase, dca=dca, rope=ROPE) for phase in PHASES), strict=True
+    )
+    assert all(lse.shape == (1, 2, 50) and lse.dtype == jnp.float32 for lse in lses)
+    inter, succ, intra = (np.isfinite(lse[0, 0]) for lse in lses)
+    index = np.arange(50)
+    np.testing.assert_array_equal(inter, index >= 32)
+    np.testing.assert_array_equal(succ, index >= 16)
+    assert intra.all()
+    assert not np.asarray(outs[0][0, :32]).any()
+    merged, total = merge_passes(list(outs), list(lses))
+    ones = attention(q, k, jnp.ones_like(v), dca=dca, rope=ROPE)
+    np.testing.assert_allclose(ones, 1.0, atol=1e-6)
+    expected = attention(q, k, v, dca=dca, rope=ROPE, implementation="reference")
+    np.testing.assert_allclose(merged, expected, atol=3e-6)
+    np.testing.assert_allclose(total, np.logaddexp.reduce(np.stack(lses)), atol=1e-5)
+
+
+def test_dropping_the_gradient_of_the_log_sum_exp_is_wrong() -> None:
+    """Why the op has a gradient of its own: the released code's detached merge errs by far."""
+    dca = DCAConfig(chunk_len=24, max_query_position=30)
+    q, k, v = draw(0, 1, 120, 120, 2, 2, 32)
+
+    def detached(q: jax.Array) -> jax.Array:
+        passes = [attention_pass(q, k, v, phase=p, dca=dca, rope=ROPE) for p in PHASES]
+        lses = [jax.lax.stop_gradient(lse) for _, lse in passes]
+        return jnp.sum(merge_passes([out for out, _ in passes], lses)[0] ** 2)
+
+    def exact(q: jax.Array) -> jax.Array:
+        return jnp.sum(attention(q, k, v, dca=dca, rope=ROPE) ** 2)
+
+    right, wrong = jax.jit(jax.grad(exact))(q), jax.jit(jax.grad(detached))(q)
+    assert float(jnp.linalg.norm(wrong - right) / jnp.linalg.norm(right)) > 0.05
+
+
+def test_memory_is_linear_in_length() -> None:
+    """What the compiler allocates for 8k, 16k and 32k tokens, forward and backward."""
+    dca = DCAConfig.paper(4096)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(attention(q, k, v, dca=dca, rope=ROPE, implementation="xla"))
+
+    def temporary_bytes(length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+        k = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, middle, large = (temporary_bytes(n) for n in (8192, 16384, 32768))
+    print(f"temporary MiB at 8k, 16k, 32k: {[round(x / 2**20, 1) for x in (small, middle, large)]}")
+    assert middle < 2.2 * small
+    assert large < 2.2 * middle
+    assert large < 32768 * 2 * 64 * 4 * 12  # a dozen arrays of q's size; [T, T] would be 512
+
+
+def test_bitwise_deterministic() -> None:
+    q, k, v = draw(0, 1, 700, 700, 2, 1, 32)
+    run = jax.jit(lambda q, k, v: attention(q, k, v, dca=DCAConfig.paper(256), rope=ROPE))
+    np.testing.assert_array_equal(run(q, k, v), run(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "implementation", "message"),
+    [
+        (((1, 8, 3, 8), (1, 8, 2, 8), (1, 8, 2, 8)), None, "multiple of kv heads"),
+        (((1, 8, 2, 8), (1, 8, 2, 8), (1, 8, 2, 8)), "fast", "unknown attention implementation"),
+    ],
+)
+def test_refused(shapes: tuple, implementation: str | None, message: str) -> None:
+    q, k, v = (jnp.ones(shape) for shape in shapes)
+    with pytest.raises(InputError, match=message):
+        dual_chunk_attention(q, k, v, dca=None, rope=ROPE, implementation=implementation)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    q, k, v = draw(0, 1, 8, 8, 2, 2, 8)
+    with pytest.raises(InputError, match="one dtype"):
+        dual_chunk_attention(q.astype(jnp.bfloat16), k, v, dca=None, rope=ROPE)
