@@ -1,0 +1,288 @@
+"""The model against the golden data and against transformers, family by family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.huggingface import load_params
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.rope import RopeConfig
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GOLDEN = Path(__file__).parent / "golden" / "chunkllama"
+GOLDEN_DCA = DCAConfig(chunk_len=40, max_query_position=48)
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # the usual 0.02 gives logits too small to tell anything
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# Real models' settings at a tiny size: (transformers' config class, what differs from TINY).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-3": ("LlamaConfig", {"rope_theta": 500_000.0}),
+    "llama-3.1": ("LlamaConfig", {"rope_theta": 500_000.0, "rope_scaling": LLAMA3}),
+    "llama-3.2": (
+        "LlamaConfig",
+        {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+    ),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "codellama": ("LlamaConfig", {"rope_theta": 1_000_000.0, "num_key_value_heads": 4}),
+    "vicuna-16k": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "together-32k": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "dynamic-ntk": ("LlamaConfig", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "yarn": ("LlamaConfig", {"rope_scaling": YARN}),
+    "mistral-v0.1": ("MistralConfig", {"sliding_window": 128}),
+    "mistral-v0.2": ("MistralConfig", {"sliding_window": None, "rope_theta": 1_000_000.0}),
+    "qwen2": ("Qwen2Config", {"rope_theta": 1_000_000.0}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen2.5-yarn": ("Qwen2Config", {"rope_scaling": YARN}),
+}
+
+
+def save_tiny(folder: Path, family: str) -> Any:
+    """A tiny random model of the family, saved as transformers saves it; with nonzero biases."""
+    config_class, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**(TINY | options))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def load(folder: Path, **options: Any) -> Llama:
+    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    params = load_params(folder, config, dtype=jnp.float32)
+    return Llama.from_params(config, params, dtype=jnp.float32, **options)
+
+
+run = jax.jit(lambda model, tokens, lengths=None: model(tokens, lengths))
+
+
+def step(
+    model: Llama, tokens: jax.Array, lengths: jax.Array | None, cache: KVCache, context: jax.Array
+) -> tuple[jax.Array, KVCache | None]:
+    hidden, cache_after = model.hidden_states(
+        tokens, lengths=lengths, cache=cache, context_lengths=context
+    )
+    return model.unembed(hidden), cache_after
+
+
+step = jax.jit(step, donate_argnames="cache")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    theirs = save_tiny(tmp_path, family)
+    tokens = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 100))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    model = load(tmp_path)
+    logits = run(model, jnp.asarray(tokens, jnp.int32))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    # Up to a chunk, DCA is the model itself; it composes with every rope type beyond.
+    dca = DCAConfig(chunk_len=48, max_query_position=63)
+    within = run(load(tmp_path, dca=dca), jnp.asarray(tokens[:, :48], jnp.int32))
+    if family != "dynamic-ntk":  # whose frequencies depend on how long the text is
+        np.testing.assert_allclose(within, expected[:, :48], atol=1e-4, rtol=0)
+    reference = run(load(tmp_path, dca=dca, implementation="reference"), jnp.asarray(tokens))
+    ours = run(load(tmp_path, dca=dca), jnp.asarray(tokens))
+    np.testing.assert_allclose(ours, reference, atol=1e-4, rtol=0)
+
+
+def test_golden_logits_and_decoding() -> None:
+    """What ChunkLlama computed, without a cache and through it, and the same greedy tokens."""
+    with np.load(GOLDEN / "tiny_llama_golden.npz") as golden:
+        tokens = jnp.asarray(golden["input_ids"], jnp.int32)
+        expected = {name: golden[name] for name in golden}
+    model = load(GOLDEN / "tiny_llama", dca=GOLDEN_DCA)
+    np.testing.assert_allclose(run(model, tokens), expected["logits"], atol=1e-3, rtol=0)
+
+    cache = KVCache.create(model.config, batch=2, capacity=330, dtype=jnp.float32)
+    logits, cache = step(model, tokens, None, cache, jnp.asarray([300, 300], jnp.int32))
+    for number in range(24):
+        chosen = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        np.testing.assert_array_equal(chosen, expected["greedy_tokens"][:, number])
+        logits, cache = step(model, chosen[:, None], None, cache, cache.lengths + 1)
+        np.testing.assert_allclose(
+            logits[:, 0], expected["greedy_step_logits"][:, number], atol=1e-3, rtol=0
+        )
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Llama:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    dca = DCAConfig(chunk_len=12, max_query_position=15, trained_length=16, temperature_slope=0.1)
+    model = Llama(config, dca=dca, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return jax.tree.map(lambda x: x * 20 if x.ndim > 2 else x, model)  # logits worth comparing
+
+
+@pytest.mark.parametrize("split", [[61], [1] * 61, [12, 12, 12, 25], [11, 13, 1, 36], [60, 1]])
+def test_any_split_of_a_prefill_is_the_same(tiny: Llama, split: list[int]) -> None:
+    tokens = jax.random.randint(jax.random.key(1), (2, 61), 0, 64)
+    expected = run(tiny, tokens)
+    cache = KVCache.create(tiny.config, batch=2, capacity=64, dtype=jnp.float32)
+    context = jnp.asarray([61, 61], jnp.int32)  # the temperature sees the whole prompt
+    pieces, start = [], 0
+    for size in split:
+        logits, cache = step(tiny, tokens[:, start : start + size], None, cache, context)
+        pieces.append(logits)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=2e-5, rtol=0)
+
+
+def test_a_ragged_batch_is_each_row_alone(tiny: Llama) -> None:
+    """Padding is never written: one row may be full while another has a token left."""
+    tokens = jax.random.randint(jax.random.key(2), (3, 40), 0, 64)
+    lengths = jnp.asarray([40, 1, 25], jnp.int32)
+    cache = KVCache.create(tiny.config, batch=3, capacity=40, dtype=jnp.float32)
+    together, cache = step(tiny, tokens, lengths, cache, lengths)
+    whole = run(tiny, tokens, lengths)
+    for row, length in enumerate([40, 1, 25]):
+        alone = run(tiny, tokens[row : row + 1, :length])[0]
+        np.testing.assert_allclose(together[row, :length], alone, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(whole[row, :length], alone, atol=2e-5, rtol=0)
+    assert cache.lengths.tolist() == [40, 1, 25]
+    # A second piece: the full row gets none, and nothing it holds is touched.
+    before = np.asarray(cache.key[:, 0])
+    more, cache = step(tiny, tokens[:, :7], jnp.asarray([0, 7, 3]), cache, lengths + 7)
+    np.testing.assert_array_equal(cache.key[:, 0], before)
+    assert cache.lengths.tolist() == [40, 8, 28]
+    assert np.isfinite(more).all()
+
+
+def test_rollback_is_exact(tiny: Llama) -> None:
+    tokens = jax.random.randint(jax.random.key(3), (1, 50), 0, 64)
+    context = jnp.asarray([50], jnp.int32)
+    cache = KVCache.create(tiny.config, batch=1, capacity=64, dtype=jnp.float32)
+    _, cache = step(tiny, tokens[:, :30], None, cache, context)
+    first, cache = step(tiny, tokens[:, 30:], None, cache, context)
+    _, cache = step(tiny, tokens[:, :9], None, cache.rollback(jnp.asarray([30])), context)
+    again, _ = step(tiny, tokens[:, 30:], None, cache.rollback(jnp.asarray([30])), context)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_dynamic_ntk_keeps_its_frequencies_while_decoding() -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=16,
+        rope=RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16),
+    )
+    model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 40), 0, 64)
+    expected = run(model, tokens)
+    cache = KVCache.create(config, batch=1, capacity=48, dtype=jnp.float32)
+    context = jnp.asarray([40], jnp.int32)
+    first, cache = step(model, tokens[:, :30], None, cache, context)
+    second, cache = step(model, tokens[:, 30:], None, cache, jnp.asarray([99], jnp.int32))
+    logits = jnp.concatenate([first, second], axis=1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_gradient_with_and_without_remat(tiny: Llama) -> None:
+    tokens = jax.random.randint(jax.random.key(4), (1, 40), 0, 64)
+
+    def grads(remat: bool, implementation: str) -> Any:
+        model = Llama.from_params(
+            tiny.config,
+            tiny.params(),
+            dca=tiny.dca,
+            dtype=jnp.float32,
+            remat=remat,
+            implementation=implementation,
+        )
+        loss = jax.jit(jax.grad(lambda model: jnp.mean(jax.nn.logsumexp(model(tokens), axis=-1))))
+        return loss(model).params()
+
+    expected = grads(False, "reference")
+    for remat in (False, True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())),
+            grads(remat, "xla"),
+            expected,
+        )
+
+
+def test_params_round_trip_and_names(tiny: Llama) -> None:
+    params = tiny.params()
+    assert params["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 4, 8)
+    again = Llama.from_params(tiny.config, params, dca=tiny.dca, dtype=jnp.float32)
+    assert jax.tree.structure(again) == jax.tree.structure(tiny)
+    del params["norm"]
+    with pytest.raises(InputError, match=r"norm\.scale is missing"):
+        Llama.from_params(tiny.config, params)
+    params = tiny.params() | {"extra": {"scale": jnp.ones(3)}}
+    with pytest.raises(InputError, match=r"unexpected parameters: extra\.scale"):
+        Llama.from_params(tiny.config, params)
+    params = tiny.params() | {"norm": {"scale": jnp.ones(3)}}
+    with pytest.raises(InputError, match=r"norm\.scale has shape \(3,\), expected \(32,\)"):
+        Llama.from_params(tiny.config, params)
+
+
+def test_plain_attention_refuses_more_than_its_sliding_window(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "mistral-v0.1")
+    tokens = jnp.zeros((1, 129), jnp.int32)
+    with pytest.raises(InputError, match="slides over 128 tokens"):
+        load(tmp_path)(tokens)
+    load(tmp_path, dca=GOLDEN_DCA)(tokens)
+
+
+def test_bfloat16_is_near_float32(tiny: Llama) -> None:
+    tokens = jax.random.randint(jax.random.key(4), (1, 40), 0, 64)
+    half = Llama.from_params(tiny.config, tiny.params(), dca=tiny.dca, dtype=jnp.bfloat16)
+    expected, logits = run(tiny, tokens), run(half, tokens)
+    assert logits.dtype == jnp.float32
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
+
+
+def test_empty_cache_is_refused() -> None:
+    config = LlamaConfig.from_hf(json.loads((GOLDEN / "tiny_llama/config.json").read_text()))
+    with pytest.raises(InputError, match="at least 1"):
+        KVCache.create(config, batch=0, capacity=16)
