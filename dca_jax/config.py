@@ -161,7 +161,7 @@ def _model_type(config: Mapping[str, Any]) -> str:
     if known:
         return known[0]
     named = f"architecture {architectures[0]!r}" if architectures else "no known architecture"
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if architectures or model_type not in ARCHITECTURES.values():
         raise InputError(
             f"config.json names {named} (model_type {model_type!r}), which is not supported; "

@@ -5,14 +5,12 @@ exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and 
 (Released code detaches the log-sum-exp of the merge, and so gets dq and dk wrong.)
 """
 
-import functools
 import math
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention import xla
@@ -252,8 +250,7 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 # --- the exact gradient ------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _flash(
+def _forward(
     name: str,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -266,13 +263,23 @@ def _flash(
     return BACKENDS[name].forward(query, key, value, rows, dca=dca, phases=phases)
 
 
-def _flash_forward(name, dca, phases, query, key, value, rows):
+def _forward_saving(
+    name: str,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    query: Array,
+    key: Array,
+    value: Array,
+    rows: Rows,
+) -> tuple[tuple[Array, Array], tuple]:
     out, lse = _flash(name, dca, phases, query, key, value, rows)
     return (out, lse), (query, key, value, rows, out, lse)
 
 
-def _flash_backward(name, dca, phases, residuals, cotangents):
-    query, key, value, rows, out, lse = residuals
+def _backward(
+    name: str, dca: DCAConfig, phases: tuple[Phase, ...], saved: tuple, cotangents: tuple
+) -> tuple:
+    query, key, value, rows, out, lse = saved
     out_bar, lse_bar = cotangents
     delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
     # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
@@ -280,11 +287,8 @@ def _flash_backward(name, dca, phases, residuals, cotangents):
     grads = BACKENDS[name].backward(
         query, key, value, rows, out_bar, lse, delta, dca=dca, phases=phases
     )
-    no_grad = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rows)
-    no_grad = no_grad._replace(
-        inv_freq=jnp.zeros_like(rows.inv_freq), scale=jnp.zeros_like(rows.scale)
-    )
-    return (*grads, no_grad)
+    return (*grads, None)
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))
+_flash.defvjp(_forward_saving, _backward)

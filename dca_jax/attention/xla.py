@@ -115,11 +115,12 @@ def backward(
                 return key_bar, value_bar, rotated_bar
 
             init = (*carry, jnp.zeros(queries.shape, compute))
-            *carry, rotated_bar = jax.lax.fori_loop(first, last, step, init)
+            key_bar, value_bar, rotated_bar = jax.lax.fori_loop(first, last, step, init)
+            carry = (key_bar, value_bar)
             turned_back = rotate(rotated_bar, -query_position(index, phase, dca), rows.inv_freq)
             query_bar = query_bar + turned_back
         query_bar = query_bar * rows.scale.astype(compute)[:, None, None, None, None]
-        return tuple(carry), query_bar.astype(queries.dtype)
+        return carry, query_bar.astype(queries.dtype)
 
     with jax.named_scope("dca_xla_backward"):
         (key_bar, value_bar), query_bar = jax.lax.scan(

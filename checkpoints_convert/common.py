@@ -1,0 +1,116 @@
+"""What the converters share: dtype names, companion files, provenance, the progress bar."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as RichProgress
+
+from dca_jax.dtypes import parse_dtype
+from dca_jax.files import member
+from dca_jax.parameters import Progress
+
+# Beside the weights and config.json: what a tokenizer and generation need.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class Dtype(StrEnum):
+    """The choices of `--dtype`."""
+
+    keep = "keep"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+    @property
+    def wanted(self) -> np.dtype | None:
+        """The dtype, or None for each parameter's own."""
+        return None if self is Dtype.keep else jnp.dtype(parse_dtype(self.value))
+
+
+def copy_companions(source: Path, destination: Path) -> list[Path]:
+    """Copies config.json and the companion files that there are; returns the originals."""
+    names = [name for name in COMPANIONS if (source / name).exists()]
+    originals = [member(source, name) for name in ("config.json", *names)]
+    for original in originals:
+        shutil.copyfile(original, destination / original.name)
+    return originals
+
+
+def write_provenance(
+    path: Path, source: Path, files: Iterable[Path], dtypes: Iterable[np.dtype]
+) -> None:
+    """Writes what was converted (names, sizes, SHA-256), into which dtype, by what and when."""
+    provenance = {
+        "source": source.resolve().name,
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        },
+        "dtype": sorted({str(dtype) for dtype in dtypes}),
+        "dca_jax": version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    path.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def version() -> str:
+    """The installed version of dca_jax."""
+    try:
+        return metadata.version("dca_jax")
+    except metadata.PackageNotFoundError:
+        return "not installed (run from its source)"
+
+
+def prepare_process() -> None:
+    """For commands: work on the host only, and leave out what Orbax warns of though all is well."""
+    jax.config.update("jax_platforms", "cpu")  # or JAX would take most of a GPU's memory, unused
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(total_bytes: int, show: bool) -> Iterator[Progress]:
+    """A progress bar on stderr, moved on by calling what this yields with (path, bytes)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda path, num_bytes: bar.update(task, advance=num_bytes, description=path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

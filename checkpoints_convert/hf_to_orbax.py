@@ -1,0 +1,118 @@
+"""Hugging Face folder -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from flax.traverse_util import unflatten_dict
+from rich import print
+
+from checkpoints_convert.common import (
+    Dtype,
+    copy_companions,
+    prepare_process,
+    progress_bar,
+    write_provenance,
+)
+from dca_jax.checkpoint import PARAMS, StreamedArray, save
+from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.files import written_aside
+from dca_jax.huggingface import Checkpoint, open_checkpoint, read_config
+from dca_jax.parameters import Parameter, Progress, parameters, piece_shape, pieces
+
+
+def convert(
+    source: Path, destination: Path, *, dtype: np.dtype | None = None, show: bool = False
+) -> None:
+    """Converts a Hugging Face folder into one with Orbax weights.
+
+    `destination` gets `config.json` and the tokenizer's files as they are, `params/` (Orbax) and
+    `provenance.json`. It appears when everything is written; whatever happens before, it does not.
+    The weights stream through in pieces: no tensor is ever whole in memory.
+
+    Args:
+        source: folder with config.json and safetensors or `.bin` weights.
+        destination: folder to make.
+        dtype: of the converted weights; None keeps each as it is stored.
+        show: a progress bar on stderr.
+
+    Raises:
+        InputError: `destination` exists, or `source` is not a whole and sound checkpoint.
+    """
+    config = read_config(source)
+    checkpoint = open_checkpoint(source, config)
+    rows = parameters(config)
+    dtypes = {row.path: _own_dtype(checkpoint, row) if dtype is None else dtype for row in rows}
+    total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows)
+    with written_aside(destination) as aside:
+        companions = copy_companions(source, aside)
+        with progress_bar(total, show) as progress:
+            tree = {row.path: _stream(checkpoint, row, dtypes[row.path], progress) for row in rows}
+            save(aside / PARAMS, unflatten_dict(tree, sep="."))
+        weights = {t.path for tensors in checkpoint.tensors.values() for t in tensors}
+        write_provenance(
+            aside / "provenance.json", source, [*companions, *sorted(weights)], dtypes.values()
+        )
+
+
+def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
+    dtype = checkpoint.dtype(row)
+    if dtype == np.float64:
+        raise InputError(f"{row.path} is stored as float64; choose --dtype float32 or bfloat16")
+    return dtype
+
+
+def _stream(
+    checkpoint: Checkpoint, row: Parameter, dtype: np.dtype, progress: Progress
+) -> StreamedArray:
+    def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        for index in pieces(row, checkpoint.config):
+            piece = checkpoint.read(row, index, dtype)
+            yield index, piece
+            progress(row.path, piece.nbytes)
+
+    return StreamedArray(
+        shape=row.shape(checkpoint.config),
+        dtype=dtype,
+        chunks=piece_shape(row, checkpoint.config),
+        pieces=read_pieces,
+    )
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+@exit_on_input_error()
+def main(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Hugging Face folder: config.json and safetensors or .bin weights."
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")
+    ],
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Dtype of the converted weights; **keep** leaves each bit as it is."),
+    ] = Dtype.keep,
+) -> None:
+    """Convert a Hugging Face Llama-family checkpoint to Orbax.
+
+    The result opens with `dca_jax.load(DST)`, and its `params/` with any Orbax, on any mesh.
+    DST appears only when it is whole: after an interruption just run the command again.
+
+    Example: `python -m checkpoints_convert.hf_to_orbax ./Llama-2-7b-hf ./llama2-7b`
+    """
+    prepare_process()
+    convert(source, destination, dtype=dtype.wanted, show=True)
+    print(f"wrote {destination}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,187 @@
+"""Orbax folder -> Hugging Face folder: `python -m checkpoints_convert.orbax_to_hf SRC DST`."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich import print
+
+from checkpoints_convert.common import Dtype, copy_companions, prepare_process, progress_bar
+from dca_jax.checkpoint import PARAMS, check_arrays, read_piece
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.files import read_json, written_aside
+from dca_jax.huggingface import read_config
+from dca_jax.parameters import Parameter, Progress, abstract_params, contiguous, parameters, pieces
+from dca_jax.tensor_files import SAFETENSORS, cast_weights, write_safetensors
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A Hugging Face tensor to write: one layer of a parameter."""
+
+    name: str
+    row: Parameter
+    layer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: np.dtype | None = None,
+    shard_bytes: int = 5 * 10**9,
+    show: bool = False,
+) -> None:
+    """Converts a folder with Orbax weights into a Hugging Face one, bit for bit.
+
+    `destination` gets `config.json`, the tokenizer's files and the weights as safetensors: one
+    `model.safetensors`, or shards with their index. Tied embeddings are written once, as
+    `model.embed_tokens.weight`. It appears when everything is written. The weights stream through
+    in pieces: no tensor is ever whole in memory.
+
+    Args:
+        source: folder as `hf_to_orbax` writes it.
+        destination: folder to make.
+        dtype: of the written weights; None keeps each as it is stored.
+        shard_bytes: most bytes of weights in a file (but a tensor is never split).
+        show: a progress bar on stderr.
+
+    Raises:
+        InputError: `destination` exists, or `source` is not a whole and sound checkpoint.
+    """
+    config = read_config(source)
+    params = source / PARAMS
+    found = check_arrays(params, abstract_params(config, dtype=np.float32))
+    tensors = []
+    for row in parameters(config):
+        written = found[row.path] if dtype is None else dtype
+        tensors += [
+            Tensor(name, row, layer, row.their_shape(config), written)
+            for layer, name in enumerate(row.their_names(config))
+        ]
+    shards = _shards(tensors, shard_bytes)
+    with written_aside(destination) as aside:
+        copy_companions(source, aside)
+        _say_dtype(aside, {tensor.dtype for tensor in tensors})
+        with progress_bar(sum(tensor.nbytes for tensor in tensors), show) as progress:
+            for name, shard in shards.items():
+                headers = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+                data = _read(params, config, shard, progress)
+                write_safetensors(aside / name, headers, data)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (aside / f"{SAFETENSORS}.index.json").write_text(text, encoding="utf-8")
+
+
+def _shards(tensors: list[Tensor], shard_bytes: int) -> dict[str, list[Tensor]]:
+    # Layer by layer, as Hugging Face writes them; what has no layer comes before.
+    tensors = sorted(tensors, key=lambda tensor: tensor.layer if tensor.row.stacked else -1)
+    shards: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    stem, dot, suffix = SAFETENSORS.partition(".")
+    return {
+        f"{stem}-{number:05d}-of-{len(shards):05d}{dot}{suffix}": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _read(
+    params: Path, config: LlamaConfig, shard: list[Tensor], progress: Progress
+) -> Iterator[bytes]:
+    for tensor in shard:
+        bounds = [slice(0, size) for size in tensor.row.shape(config)]
+        if tensor.row.stacked:
+            bounds[0] = slice(tensor.layer, tensor.layer + 1)
+        for index in pieces(tensor.row, config, tuple(bounds)):
+            ours = read_piece(params, tensor.row.path, index)
+            theirs = tensor.row.to_theirs(ours[0] if tensor.row.stacked else ours)
+            if tensor.row.transposed:
+                theirs = contiguous(theirs)
+            yield cast_weights(theirs, tensor.dtype, tensor.row.path).tobytes()
+            progress(tensor.row.path, ours.size * tensor.dtype.itemsize)
+
+
+def _say_dtype(folder: Path, dtypes: set[np.dtype]) -> None:
+    """Corrects the dtype in config.json: transformers would convert the weights to it."""
+    config = read_json(folder, "config.json")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    written = {str(dtype) for dtype in dtypes}
+    if len(written) == 1 and key in config and config[key] not in written:
+        config[key] = written.pop()
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB", "500MB", "100KB" or a plain number of bytes.
+
+    Raises:
+        InputError: something else.
+    """
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise InputError(f"size {text!r} is not understood; expected for example 5GB or 500MB")
+    return int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[(match[2] or "").upper()]
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+@exit_on_input_error()
+def main(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Folder made by checkpoints_convert.hf_to_orbax."),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")
+    ],
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Dtype of the written weights; **keep** leaves each bit as it is."),
+    ] = Dtype.keep,
+    shard_size: Annotated[
+        str, typer.Option(help="Most bytes of weights in one file, such as 5GB or 500MB.")
+    ] = "5GB",
+) -> None:
+    """Convert an Orbax checkpoint back to a Hugging Face folder (safetensors).
+
+    The result opens with `transformers`, `dca_jax.load` and every server of such models.
+    DST appears only when it is whole: after an interruption just run the command again.
+
+    Example: `python -m checkpoints_convert.orbax_to_hf ./llama2-7b ./llama2-7b-hf`
+    """
+    prepare_process()
+    shard_bytes = parse_size(shard_size)
+    convert(source, destination, dtype=dtype.wanted, shard_bytes=shard_bytes, show=True)
+    print(f"wrote {destination}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,186 @@
+"""Hugging Face folders: config and weights, checked first, then streamed into device arrays."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.files import read_json
+from dca_jax.parameters import (
+    PIECE_SIZE,
+    Parameter,
+    Progress,
+    Shardings,
+    axis_sizes,
+    contiguous,
+    load_tree,
+    parameters,
+)
+from dca_jax.tensor_files import StoredTensor, cast_weights, list_tensors
+
+# Old checkpoints carry the rotary frequencies, which the config says already.
+IGNORED = ".rotary_emb.inv_freq"
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The model's shape, from the folder's `config.json`.
+
+    Raises:
+        InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder")
+    return LlamaConfig.from_hf(read_json(folder, "config.json"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder known to fit its config, with no weight read yet.
+
+    Attributes:
+        config: the model's shape.
+        tensors: for each path of our tree, the stored tensors it is made of, layer by layer.
+    """
+
+    config: LlamaConfig
+    tensors: Mapping[str, list[StoredTensor]]
+
+    def dtype(self, row: Parameter) -> np.dtype:
+        """The dtype in which this parameter is stored.
+
+        Raises:
+            InputError: its layers differ, so that no stacked array can keep it.
+        """
+        dtypes = {tensor.dtype for tensor in self.tensors[row.path]}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            raise InputError(f"the layers of {row.path} have different dtypes ({names}): name one")
+        return dtypes.pop()
+
+    def read(self, row: Parameter, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The piece `[index]` of our array, within one layer; contiguous, in `dtype`.
+
+        Raises:
+            InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
+        """
+        layer = index[0].start if row.stacked else 0
+        tensor = self.tensors[row.path][layer]
+        axes = row.ours.split()
+        sizes = axis_sizes(self.config)
+        wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
+        # Of flattened axes only the first is cut in the file; the others are cut afterwards.
+        in_file, piece_sizes = [], dict(sizes)
+        for first, *rest in row.groups:
+            inner = math.prod(sizes[axis] for axis in rest)
+            in_file.append(slice(wanted[first].start * inner, wanted[first].stop * inner))
+            piece_sizes[first] = wanted[first].stop - wanted[first].start
+        piece = cast_weights(tensor.read(tuple(in_file)), dtype, tensor.name)
+        if row.transposed:  # moved once, here: the views below then find it as ours wants it
+            piece = contiguous(piece.T).T
+        inner_axes = {axis for group in row.groups for axis in group[1:]}
+        cut = tuple(wanted[axis] if axis in inner_axes else slice(None) for axis in axes)
+        ours = row.to_ours(piece, piece_sizes)[cut]
+        return np.ascontiguousarray(ours[None] if row.stacked else ours)
+
+
+def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
+    """Opens the weights in `folder` and checks names, shapes and dtypes against `config`.
+
+    Tied embeddings may be stored under either name, or under both if they are equal.
+
+    Raises:
+        InputError: what `list_tensors` refuses; a missing or extra tensor; a wrong shape; tied
+            embeddings that differ.
+    """
+    folder = Path(folder)
+    stored = {k: v for k, v in list_tensors(folder).items() if not k.endswith(IGNORED)}
+    head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None:
+        stored.setdefault("model.embed_tokens.weight", head)
+    tensors: dict[str, list[StoredTensor]] = {}
+    missing: list[str] = []
+    for row in parameters(config):
+        names = row.their_names(config)
+        missing += [name for name in names if name not in stored]
+        tensors[row.path] = [stored.pop(name) for name in names if name in stored]
+        for tensor in tensors[row.path]:
+            if tensor.shape != row.their_shape(config):
+                raise InputError(
+                    f"tensor {tensor.name} in {tensor.path.name} has shape {tensor.shape}; "
+                    f"config.json asks for {row.their_shape(config)}"
+                )
+    problems = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
+    problems += [f"{len(stored)} have no place in it ({_some(list(stored))})"] if stored else []
+    if problems:
+        raise InputError(
+            f"the weights in {folder} are not those of the model in its config.json: "
+            + "; ".join(problems)
+        )
+    if head is not None:
+        _check_tied(tensors["embed_tokens.embedding"][0], head)
+    return Checkpoint(config, tensors)
+
+
+def load_params(
+    folder: str | Path,
+    config: LlamaConfig,
+    *,
+    dtype: DTypeLike,
+    sharding: Shardings = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Reads the weights of a Hugging Face folder straight into device arrays.
+
+    Each device is filled piece by piece with the part that its sharding gives it, so the host
+    holds a piece or two and never a parameter, and a process reads its own shards only.
+
+    Args:
+        folder: with `config.json` and safetensors or `.bin` files.
+        config: from `read_config(folder)`.
+        dtype: of the arrays.
+        sharding: one for all, or a function of the path; None is the first local device.
+        progress: told the path and the bytes placed, after each piece.
+
+    Returns:
+        The parameter tree: nested dicts of arrays, layers stacked on a leading axis.
+
+    Raises:
+        InputError: what `open_checkpoint` refuses, before anything is allocated; a weight that is
+            NaN or infinite, when it is met.
+    """
+    checkpoint = open_checkpoint(folder, config)
+    dtype = jnp.dtype(dtype)
+    return load_tree(
+        config,
+        {row.path: row.abstract(config, dtype, sharding) for row in parameters(config)},
+        lambda row, index: checkpoint.read(row, index, dtype),
+        progress,
+    )
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+    num_rows, width = embedding.shape
+    step = max(1, PIECE_SIZE // width)
+    same = embedding.shape == head.shape and all(
+        np.array_equal(embedding.read(index), head.read(index))
+        for start in range(0, num_rows, step)
+        for index in [(slice(start, min(start + step, num_rows)), slice(0, width))]
+    )
+    if not same:
+        raise InputError(
+            f"config.json ties the embeddings, but {embedding.name} and {head.name} differ; set "
+            "tie_word_embeddings to false, or remove one of them"
+        )
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
