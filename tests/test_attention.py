@@ -182,7 +182,7 @@ def test_dtypes_in_value_and_gradient(dtype: Any, atol: float) -> None:
         assert error < atol
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     s=st.integers(1, 30),
     extra=st.integers(0, 30),

@@ -51,7 +51,7 @@ def forward(
             def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
                 peak, total, acc = state
                 at, keys, met = _block(n, key, span, block)
-                logits = _dot("BTKGH,BSKH->BKGTS", rotated, keys)
+                logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 logits = jnp.where(met, logits, -jnp.inf)
                 new_peak = jnp.maximum(peak, logits.max(axis=-1))
                 safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)  # no key met so far
@@ -95,6 +95,7 @@ def backward(
         (queries, start), (outs_bar, _), (lse, delta) = args
         index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
         lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
+        outs_bar = jnp.moveaxis(outs_bar, 1, 3)
         query_bar = jnp.zeros(queries.shape, compute)
         for phase in phases:
             rotated = _rotated_query(queries, index, phase, dca, rows)
@@ -104,19 +105,20 @@ def backward(
                 key_bar, value_bar, rotated_bar = state
                 at, keys, met = _block(n, key, span, block)
                 values = jax.lax.dynamic_slice_in_dim(value, at, block, axis=1)
-                logits = _dot("BTKGH,BSKH->BKGTS", rotated, keys)
+                logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 weights = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
-                weights_bar = _dot("BTKGH,BSKH->BKGTS", outs_bar, values)
+                weights_bar = _dot("BKGTH,BSKH->BKGTS", outs_bar, values)
                 logits_bar = (weights * (weights_bar - delta[..., None])).astype(query.dtype)
                 weights = weights.astype(value.dtype)
-                rotated_bar = rotated_bar + _dot("BKGTS,BSKH->BTKGH", logits_bar, keys)
-                key_bar = _add_at(key_bar, at, _dot("BKGTS,BTKGH->BSKH", logits_bar, rotated))
-                value_bar = _add_at(value_bar, at, _dot("BKGTS,BTKGH->BSKH", weights, outs_bar))
+                rotated_bar = rotated_bar + _dot("BKGTS,BSKH->BKGTH", logits_bar, keys)
+                key_bar = _add_at(key_bar, at, _dot("BKGTS,BKGTH->BSKH", logits_bar, rotated))
+                value_bar = _add_at(value_bar, at, _dot("BKGTS,BKGTH->BSKH", weights, outs_bar))
                 return key_bar, value_bar, rotated_bar
 
-            init = (*carry, jnp.zeros(queries.shape, compute))
+            init = (*carry, jnp.zeros(rotated.shape, compute))
             key_bar, value_bar, rotated_bar = jax.lax.fori_loop(first, last, step, init)
             carry = (key_bar, value_bar)
+            rotated_bar = jnp.moveaxis(rotated_bar, 3, 1)
             turned_back = rotate(rotated_bar, -query_position(index, phase, dca), rows.inv_freq)
             query_bar = query_bar + turned_back
         query_bar = query_bar * rows.scale.astype(compute)[:, None, None, None, None]
@@ -153,12 +155,15 @@ def _rotated_query(
     phase: Phase,
     dca: DCAConfig,
     rows: "Rows",
-) -> Float[Array, "B t K G H"]:
-    """The tile's queries where `phase` puts them, times the logit scale; rounded once."""
+) -> Float[Array, "B K G t H"]:
+    """The tile's queries where `phase` puts them, times the logit scale; rounded once.
+
+    Heads come first: so they are turned over once a tile, and not once a block.
+    """
     compute = compute_dtype(queries.dtype)
     rotated = rotate(queries.astype(compute), query_position(index, phase, dca), rows.inv_freq)
     scale = rows.scale.astype(compute)[:, None, None, None, None]
-    return (rotated * scale).astype(queries.dtype)
+    return jnp.moveaxis((rotated * scale).astype(queries.dtype), 1, 3)
 
 
 def _blocks(
