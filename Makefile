@@ -1,0 +1,51 @@
+# A fresh machine needs Python 3.12 or newer, pip and make; everything else goes into .venv.
+# Another interpreter: `make test PYTHON=/path/to/python3.13`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The versions the checks ran with; without them a new release of a dependency could break `make`.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, print and plot the result
+	$(BIN)/python examples/demo.py
+
+test: lint docs  ## Everything a change must pass: lint, types, documentation, tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(VENV)/.dev  ## Build the documentation strictly into docs/_build/html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -b html docs docs/_build/html
+
+clean:  ## Remove .venv and everything built
+	rm -rf $(VENV) build dist outputs docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an install is done once, and again when pyproject.toml or constraints.txt changes.
+$(VENV)/.core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing dca_jax into $(VENV) (some minutes; 1 GB)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing dca_jax and what its tests need into $(VENV) (some minutes; 6 GB, most of it PyTorch)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.core $@
+
+$(VENV)/pyvenv.cfg:
+	@command -v '$(PYTHON)' >/dev/null || { \
+	  echo "No Python at '$(PYTHON)'. Install Python 3.12 or newer, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	  echo "dca_jax needs Python 3.12 or newer; '$(PYTHON)' is $$('$(PYTHON)' --version 2>&1)." >&2; \
+	  echo "Install a newer Python, or name one you have: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,76 @@
+"""Documents: their text, from UTF-8 files of any kind and from PDF, and questions about it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Unpack
+
+from pypdf import PdfReader
+from pypdf.errors import PyPdfError
+
+from dca_jax.errors import InputError
+from dca_jax.llm import LLM, Options
+from dca_jax.prefix import Prefix
+
+
+def read_document(path: str | Path) -> str:
+    """The text of a document: of a PDF (by its suffix) that of its pages, else the file as it is.
+
+    Raises:
+        InputError: no such file, text that is not UTF-8, an empty file, a PDF that is damaged,
+            encrypted or without text (a scan).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    if path.suffix.lower() == ".pdf":
+        return _read_pdf(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, for example with "
+            f"`iconv -f latin1 -t utf-8`"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not text:
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def _read_pdf(path: Path) -> str:
+    try:
+        with PdfReader(path) as reader:
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise InputError(f"{path} is encrypted; save it without its password")
+            pages = [page.extract_text() for page in reader.pages]
+    except (PyPdfError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a PDF: {error}") from None
+    text = "\n\n".join(page for page in pages if page.strip())
+    if not text:
+        raise InputError(
+            f"{path} holds no text on its {len(pages)} pages; if it is a scan, put it through OCR"
+        )
+    return text
+
+
+def read_once(llm: LLM, document: str, *, progress: bool | None = None) -> Prefix:
+    """Has the model read a document, to be asked about it many times (`ask(..., prefix=)`)."""
+    if llm.has_chat_template:
+        tokens = llm.apply_chat_template([{"role": "user", "content": document}])
+        return llm.prefill(tokens, progress=progress)
+    return llm.prefill(document, progress=progress)
+
+
+def ask(llm: LLM, document: str, question: str, **options: Unpack[Options]) -> Iterator[str]:
+    """Asks about a document and yields the answer as it comes.
+
+    A chat model gets document and question as one message; any other completes "Answer:" after
+    them. `options` are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
+    and changes nothing but the time.
+    """
+    if llm.has_chat_template:
+        message = {"role": "user", "content": f"{document}\n\n{question}"}
+        return llm.stream_chat([message], **options)
+    ending = f"\n\nQuestion: {question}\nAnswer:"
+    return llm.stream(ending if options.get("prefix") else document + ending, **options)

@@ -1,0 +1,1 @@
+"""What long-context models are measured by: perplexity by length, passkey retrieval, plots."""

@@ -1,0 +1,354 @@
+"""Text in, text out: a model, its tokenizer and the engine under one roof."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dca_jax.buckets import cache_capacity, copied, new_cache
+from dca_jax.errors import InputError
+from dca_jax.evaluation.perplexity import perplexity
+from dca_jax.generate import Run, check_numbers, check_prompts
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.prefix import Prefix
+from dca_jax.sampling import Sampler
+from dca_jax.text import FinishReason, TextStream
+
+LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+
+
+class Options(TypedDict, total=False):
+    """What every way of generating takes.
+
+    Attributes:
+        max_new_tokens: at most so many; 256 by default.
+        sampler: how tokens are drawn; greedy by default.
+        seed: of the draws; 0 by default.
+        stop: strings that end the text, which then ends before them.
+        stop_ids: token ids that end the text, besides the model's own.
+        prefix: what has been read already (`LLM.prefill`).
+        progress: a bar on stderr while the prompt is read; by default where stderr is a terminal
+            and the prompt is long.
+    """
+
+    max_new_tokens: int
+    sampler: Sampler
+    seed: int
+    stop: Sequence[str]
+    stop_ids: Sequence[int]
+    prefix: "Prefix | None"
+    progress: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a model made of a prompt.
+
+    Attributes:
+        text: the new text, without the stop string or the stop id that ended it.
+        tokens: the new ids, a stop id included.
+        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`.
+        prompt_tokens: number of tokens in the prompt, prefix included.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLM:
+    """A language model that reads and writes text; `dca_jax.load` makes one.
+
+    Attributes:
+        model: the Flax model.
+        tokenizer: of `transformers`; None if the folder has none, and then prompts are token ids.
+        stop_ids: ids that end a text: those of the config, of its generation config and of the
+            tokenizer.
+        cache_dtype: of the KV cache.
+    """
+
+    model: Llama
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    cache_dtype: Any
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how a conversation is written."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS)."""
+        if not text:
+            raise InputError("the text is empty; give at least one character")
+        return self._tokenizer()(text, verbose=False).input_ids
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the model's answer begins.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, in order; which roles there are is the
+                template's affair.
+
+        Raises:
+            InputError: no messages, a tokenizer without a template, or messages it refuses.
+        """
+        tokenizer = self._tokenizer()
+        if not messages:
+            raise InputError("there is no message; give at least one")
+        if not self.has_chat_template:
+            raise InputError(
+                "this tokenizer has no chat template: the model was not made for chat. Give a "
+                "plain prompt, or use the model's chat version"
+            )
+        from jinja2 import TemplateError  # slow to import, and needed here only
+
+        try:
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise InputError(f"the chat template refuses these messages: {error}") from None
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Unpack[Options]
+    ) -> list[Generation]:
+        """Continues each prompt; the rows of a batch are read and continued together.
+
+        Args:
+            prompts: one text, or several, or several lists of token ids. With a prefix, what
+                follows it; the result is that of the whole text, prefix and prompt.
+            **options: see `Options`.
+
+        Raises:
+            InputError: an empty prompt, an id outside the vocabulary, a setting that makes no
+                sense, or a prompt whose cache does not fit into memory.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prefix = options.get("prefix")
+        return self._generate([self._continued(prompt, prefix) for prompt in prompts], options)
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Iterator[str]:
+        """Continues one prompt and yields the text as it comes; joined, it is that of `generate`.
+
+        Arguments are checked at once. Close the iterator (or let it go) to stop early.
+        """
+        return self._stream(self._continued(prompt, options.get("prefix")), options)
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generation:
+        """The model's answer to a conversation.
+
+        With a prefix, what the conversation shares with it is not read again.
+        """
+        return self._generate([self.apply_chat_template(messages)], options)[0]
+
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
+        """`chat`, yielding the text as it comes."""
+        return self._stream(self.apply_chat_template(messages), options)
+
+    def prefill(
+        self,
+        text: str | Sequence[int],
+        *,
+        reuse: Prefix | None = None,
+        room: int = 2048,
+        progress: bool | None = None,
+    ) -> Prefix:
+        """Reads a text, for many prompts that begin with it (`prefix=` of every way to generate).
+
+        The results are those of reading each prompt whole; two things excepted, which see the
+        length of a text: the temperature of a DCAConfig that sets one, and dynamic NTK. For these
+        a prefix is a text of its own length.
+
+        Args:
+            text: or its token ids.
+            reuse: an earlier prefix. What this text shares with it is not read again; its memory
+                is taken over, and it cannot be used any more.
+            room: tokens of question and answer that will fit without the cache being copied into a
+                larger one.
+            progress: as in `Options`.
+        """
+        tokens = self._continued(text, None)
+        check_prompts([tokens], self.model.config.vocab_size)
+        cache, to_read = self._cache([tokens], room, reuse)
+        run = Run(self.model, [tokens], max_new_tokens=room, cache=cache)
+        with _progress_bar(to_read, progress) as run.on_piece:
+            jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
+        return Prefix(run.cache, tuple(tokens), text if isinstance(text, str) else None)
+
+    def logits(
+        self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32, of whole texts of one length: token t's predict token t + 1."""
+        lengths = {len(row) for row in tokens}
+        if len(lengths) != 1:
+            raise InputError(f"the rows must have one length, got {sorted(lengths)}")
+        rows = np.asarray(tokens)
+        check_prompts(rows.tolist(), self.model.config.vocab_size)
+        return _logits(self.model, jnp.asarray(rows, jnp.int32))
+
+    def perplexity(
+        self,
+        text: str | Sequence[int] | Int[np.ndarray, " T"],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> float:
+        """exp of the mean negative log-likelihood of a text's tokens but the first.
+
+        Args:
+            text: or its token ids.
+            window: tokens of each window, a text of its own; by default the whole text is one.
+            stride: from one window to the next; by default `window`.
+        """
+        tokens = self.tokenize(text) if isinstance(text, str) else text
+        rows = np.asarray(tokens, np.int32)
+        window = len(rows) if window is None else window
+        return perplexity(self.model, rows, window=window, stride=stride)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError(
+                "this model's folder has no tokenizer, so it reads token ids and no text; put the "
+                "tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
+            )
+        return self.tokenizer
+
+    def _continued(self, prompt: str | Sequence[int], prefix: Prefix | None) -> list[int]:
+        """The ids of prefix and prompt as one text.
+
+        As a text it is tokenized whole: where the two meet, a token may belong to both.
+        """
+        if isinstance(prompt, str):
+            if prefix is not None and prefix.text is not None and prompt:
+                return self.tokenize(prefix.text + prompt)
+            if prefix is not None and prompt:
+                ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
+                return [*prefix.tokens, *ids]
+            return self.tokenize(prompt)
+        if len(prompt) == 0:
+            raise InputError("a prompt is empty; give at least one token")
+        return [*(() if prefix is None else prefix.tokens), *map(int, prompt)]
+
+    def _cache(
+        self, rows: list[list[int]], room: int, prefix: Prefix | None
+    ) -> tuple[KVCache, int]:
+        """A cache that holds what each row shares with the prefix, and what is left to read.
+
+        It has `room` for new tokens. Of each row at least the last token is left.
+        """
+        length = max(map(len, rows)) + room
+        to_read = sum(map(len, rows))
+        if prefix is None:
+            return new_cache(self.model, len(rows), length, self.cache_dtype), to_read
+        shared = [min(prefix.shared(row), len(row) - 1) for row in rows]
+        capacity = cache_capacity(self.model, length)
+        one = len(rows) == 1
+        cache = prefix.take(capacity) if one else copied(prefix.cache, len(rows), capacity)
+        return cache.rollback(jnp.asarray(shared, jnp.int32)), to_read - sum(shared)
+
+    def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
+        streams = self._text_streams(rows, options)
+        for _ in self._pieces(rows, streams, options):
+            pass
+        return [
+            Generation(
+                text=stream.text,
+                tokens=tuple(stream.tokens),
+                finish_reason=stream.finish_reason or "length",
+                prompt_tokens=len(row),
+            )
+            for row, stream in zip(rows, streams, strict=True)
+        ]
+
+    def _stream(self, row: list[int], options: Options) -> Iterator[str]:
+        self._tokenizer()
+        streams = self._text_streams([row], options)
+        return (piece for (piece,) in self._pieces([row], streams, options) if piece)
+
+    def _text_streams(self, rows: list[list[int]], options: Options) -> list[TextStream]:
+        """Checks what a generator would check too late, and makes each row's text."""
+        check_prompts(rows, self.model.config.vocab_size)
+        check_numbers(options.get("max_new_tokens", 256), options.get("seed", 0))
+        stop = options.get("stop", ())
+        if isinstance(stop, str) or not all(stop):
+            raise InputError(f"stop must be a list of strings, none of them empty, got {stop!r}")
+        if stop:
+            self._tokenizer()
+        stop_ids = self.stop_ids | set(options.get("stop_ids", ()))
+        return [TextStream(self.tokenizer, row, stop_ids=stop_ids, stop=stop) for row in rows]
+
+    def _pieces(
+        self, rows: list[list[int]], streams: list[TextStream], options: Options
+    ) -> Iterator[list[str]]:
+        """Runs the engine; yields each row's new text, and leaves the whole in `streams`."""
+        max_new_tokens = options.get("max_new_tokens", 256)
+        prefix = options.get("prefix")
+        held = 0 if prefix is None else prefix.shared(rows[0])
+        cache, to_read = self._cache(rows, max_new_tokens, prefix)
+        run = Run(
+            self.model,
+            rows,
+            max_new_tokens=max_new_tokens,
+            sampler=options.get("sampler", Sampler()),
+            seed=options.get("seed", 0),
+            stop_ids=streams[0].stop_ids,
+            cache=cache,
+        )
+        try:
+            segments = iter(run)
+            with _progress_bar(to_read, options.get("progress")) as run.on_piece:
+                first = next(segments)  # reads the prompts
+            for segment in itertools.chain([first], segments):
+                rows_of_segment = enumerate(zip(streams, segment, strict=True))
+                yield [_push(run, n, stream, new) for n, (stream, new) in rows_of_segment]
+            yield [stream.close() for stream in streams]
+        finally:
+            if prefix is not None and len(rows) == 1:
+                prefix.give_back(run.cache, held)
+
+
+_logits = jax.jit(Llama.__call__)
+
+
+def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:
+    """Gives a row's new tokens to its text, and ends the row where the text has ended."""
+    text = ""
+    for token in tokens:
+        if stream.finish_reason is None:  # the segment may go on beyond a stop string
+            text += stream.push(token)
+    if stream.finish_reason is not None:
+        run.finish(row)
+    return text
+
+
+@contextlib.contextmanager
+def _progress_bar(tokens: int, show: bool | None) -> Iterator[Callable[[int], None] | None]:
+    """A bar over `tokens` prompt tokens; yields what to call after each piece, None without one."""
+    if show is None:
+        show = tokens >= LONG_PROMPT and sys.stderr.isatty()
+    if not show:
+        yield None
+        return
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task("reading", total=tokens)
+        yield lambda read: bar.advance(task, read)

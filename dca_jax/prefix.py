@@ -1,0 +1,66 @@
+"""A text read once, for many prompts."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from dca_jax.buckets import copied
+from dca_jax.errors import InputError
+from dca_jax.kv_cache import KVCache
+
+
+class Prefix:
+    """A text that has been read once, so that many prompts that begin with it need not read it.
+
+    It owns a KV cache. One prompt at a time continues in that cache itself, which is then rolled
+    back; several at once continue in copies.
+
+    Attributes:
+        tokens: of the text.
+        text: None if the prefix was given as tokens.
+    """
+
+    def __init__(self, cache: KVCache, tokens: tuple[int, ...], text: str | None) -> None:
+        self.tokens, self.text = tokens, text
+        self._cache: KVCache | None = cache
+        self._held = len(tokens)  # how many of them the cache holds still
+
+    @property
+    def usable(self) -> bool:
+        """False while a prompt is being continued, and after one was interrupted on the device."""
+        return self._cache is not None and not self._cache.key.is_deleted()
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache, to be copied.
+
+        Raises:
+            InputError: the prefix is not `usable`.
+        """
+        if self._cache is None or not self.usable:
+            raise InputError(
+                "this prefix is in use by another generation, was handed on to `prefill`, or was "
+                "lost to an interruption; finish (or close) the other one, or prefill again"
+            )
+        return self._cache
+
+    def take(self, capacity: int) -> KVCache:
+        """The cache, enlarged to `capacity` if it is smaller; the caller's until `give_back`."""
+        cache = self.cache
+        if cache.capacity < capacity:
+            cache = copied(cache, 1, capacity)
+        self._cache = None
+        return cache
+
+    def give_back(self, cache: KVCache, held: int) -> None:
+        """Returns a cache that has read the first `held` of the tokens, and others since."""
+        if not cache.key.is_deleted():
+            self._held = min(self._held, held, int(cache.lengths[0]))
+            cache = cache.rollback(jnp.full((1,), self._held, jnp.int32))
+        self._cache = cache
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt need not be read again."""
+        pairs = zip(self.tokens[: self._held], tokens, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

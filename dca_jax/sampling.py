@@ -1,0 +1,141 @@
+"""How the next token is drawn from the logits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dca_jax.errors import InputError
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Draws tokens from logits, with the filters of `transformers` in its order.
+
+    A pytree, for `jax.jit`: which filters are on is its structure, and their numbers are leaves.
+    So another temperature runs the compiled program as it is, and a filter that is off costs
+    nothing.
+
+    Attributes:
+        temperature: logits are divided by it; 0 is greedy: the most likely token, and `top_k`,
+            `top_p` and `min_p` have nothing to choose from.
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens whose probabilities first reach p together.
+        min_p: keep the tokens at least p times as likely as the most likely one.
+        repetition_penalty: the logit of a token that the text holds already, prompt included, is
+            divided by this if positive and multiplied by it if negative (arXiv 1909.05858); 1: off.
+    """
+
+    temperature: float | int = 0.0
+    top_k: int | None = None
+    top_p: float | int | None = None
+    min_p: float | int | None = None
+    repetition_penalty: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        # Below 1e-4 the division would overflow float32; there is nothing to see down there.
+        self._check("temperature", "0 (greedy) or at least 0.0001", lambda t: t == 0 or t >= 1e-4)
+        self._check("repetition_penalty", "a positive number", lambda r: r > 0)
+        if self.top_p is not None:
+            self._check("top_p", "above 0 and at most 1, or None", lambda p: 0 < p <= 1)
+        if self.min_p is not None:
+            self._check("min_p", "between 0 and 1, or None", lambda p: 0 <= p <= 1)
+        k = self.top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise InputError(f"top_k must be a positive integer, or None, got {k!r}")
+
+    def _check(self, name: str, allowed: str, holds: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and holds(value)):
+            raise InputError(f"{name} must be {allowed}, got {value!r}")
+        object.__setattr__(self, name, float(value))  # an integer would compile once more
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, and no key is needed. Static under jit."""
+        return isinstance(self.temperature, (int, float)) and self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether `sample` needs to know the tokens seen so far. Static under jit."""
+        penalty = self.repetition_penalty
+        return not (isinstance(penalty, (int, float)) and penalty == 1)
+
+    def sample(
+        self,
+        logits: Float[Array, "B V"],
+        key: Key[Array, " B"],
+        seen: Bool[Array, "B V"] | None = None,
+    ) -> Int[Array, " B"]:
+        """One token for each row, int32.
+
+        Args:
+            logits: float32.
+            key: one for each row, so that a row's draw does not depend on its neighbors.
+            seen: the tokens that each row holds; needed if (and only if) `penalizes`.
+        """
+        if self.penalizes:
+            assert seen is not None, "a repetition penalty needs the tokens seen so far"
+            logits = penalized(logits, seen, self.repetition_penalty)
+        if self.is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(key, self.filtered(logits)).astype(jnp.int32)
+
+    def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """The logits that are drawn from: tempered, and -inf where a filter removes the token."""
+        logits = logits / jnp.asarray(self.temperature, logits.dtype)
+        if self.top_k is not None or self.top_p is not None:
+            logits = _keep_top(logits, self.top_k, self.top_p)
+        if self.min_p is not None:
+            # p / p_max = exp(logit - logit_max): no softmax is needed to compare with it.
+            relative = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+            logits = jnp.where(relative < self.min_p, -jnp.inf, logits)
+        return logits
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """Numbers as leaves; whatever is off as None, which is structure."""
+        temperature = None if self.is_greedy else self.temperature
+        penalty = self.repetition_penalty if self.penalizes else None
+        return (temperature, self.top_k, self.top_p, self.min_p, penalty), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: tuple[Any, ...]) -> "Sampler":
+        """Inverse of `tree_flatten`; leaves may be tracers, so they are not validated again."""
+        sampler = object.__new__(cls)
+        for field, leaf in zip(fields(cls), leaves, strict=True):
+            off = leaf is None and field.default is not None
+            object.__setattr__(sampler, field.name, field.default if off else leaf)
+        return sampler
+
+
+def penalized(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Makes the tokens in `seen` less likely (penalty above 1) or more (below 1)."""
+    penalty = jnp.asarray(penalty, logits.dtype)
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _keep_top(
+    logits: Float[Array, "B V"],
+    top_k: int | Int[Array, ""] | None,
+    top_p: float | Float[Array, ""] | None,
+) -> Float[Array, "B V"]:
+    """top-k, then top-p among what is left, from one sort."""
+    vocab = logits.shape[-1]
+    order = jnp.argsort(logits, axis=-1)  # ascending
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    if top_k is not None:
+        kth = jnp.take(ranked, vocab - jnp.clip(jnp.asarray(top_k, jnp.int32), 1, vocab), axis=-1)
+        ranked = jnp.where(ranked < kth[:, None], -jnp.inf, ranked)
+    if top_p is not None:
+        below = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        rare = (below <= 1.0 - jnp.asarray(top_p, logits.dtype)).at[:, -1].set(False)
+        ranked = jnp.where(rare, -jnp.inf, ranked)
+    return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)

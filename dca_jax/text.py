@@ -1,0 +1,115 @@
+"""Tokens to text, one at a time: what can be shown already, and where a stop string cuts."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most
+INCOMPLETE = "\ufffd"  # what decoders give for bytes that are not whole characters
+
+FinishReason = Literal["stop", "length"]
+
+
+class TextStream:
+    """The text of one row's new tokens, as it comes.
+
+    What a token reads depends on the tokens before it: a character may be spread over several
+    tokens, and the space before a word belongs to the word. So tokens are decoded together with
+    those before them, and text is given out when it is certain: no half characters, and nothing
+    that may turn out to be the beginning of a stop string.
+
+    Args:
+        tokenizer: of `transformers`; with None there is no text, and stop ids still count.
+        prompt: the row's prompt.
+        stop_ids: ids that end the text; they are tokens of the row and no part of its text.
+        stop: strings that end the text, the first to be complete; the text ends before it.
+
+    Attributes:
+        tokens: those pushed, up to and with the one that ended the text.
+        text: all that has been given out.
+        finish_reason: None while the text goes on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        *,
+        stop_ids: Collection[int] = (),
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.stop_ids = stop_ids
+        self._tokenizer, self._stop = tokenizer, stop
+        self._window = self._context(list(prompt))  # of these, the first `_read` are text already
+        self._read = len(self._window)
+        while self._decode(self._window[: self._read]).endswith(INCOMPLETE):
+            self._read -= 1  # the prompt ends inside a character, which the first token completes
+        self._held = ""  # decoded, and perhaps the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that has become certain."""
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            return self._end("stop")
+        self._window.append(token)
+        return self._release(self._decoded(complete_only=True))
+
+    def close(self) -> str:
+        """The tokens have reached their number; returns the text held back so far."""
+        return "" if self.finish_reason else self._end("length")
+
+    def _end(self, reason: FinishReason) -> str:
+        text = self._release(self._decoded(complete_only=False))
+        if self.finish_reason is None:  # no stop string in the last of it
+            self.finish_reason = reason
+            self.text += self._held
+            text, self._held = text + self._held, ""
+        return text
+
+    def _decoded(self, *, complete_only: bool) -> str:
+        """The text of the window's new tokens; nothing while its last character is incomplete."""
+        if self._read == len(self._window):
+            return ""
+        before = self._decode(self._window[: self._read])
+        text = self._decode(self._window)[len(before) :]
+        if complete_only and text.endswith(INCOMPLETE):
+            return ""
+        if text:  # else it was a special token, and what follows still needs the context before it
+            self._window = self._window[self._read :]
+        self._read = len(self._window)
+        return text
+
+    def _context(self, prompt: list[int]) -> list[int]:
+        """The end of the prompt, from where a character begins."""
+        for start in range(max(len(prompt) - CONTEXT, 0), len(prompt)):
+            if not self._decode(prompt[start:]).startswith(INCOMPLETE):
+                return prompt[start:]
+        return prompt if len(prompt) <= CONTEXT else []
+
+    def _decode(self, tokens: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _release(self, new: str) -> str:
+        """Adds decoded text to what is held back; gives out what no stop string can reach."""
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.finish_reason, self._held = "stop", ""
+            out = text[: min(found)]
+        else:
+            keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+            out, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

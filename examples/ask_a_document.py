@@ -1,0 +1,26 @@
+"""A question about a document many times longer than the texts the model was trained on.
+
+python examples/ask_a_document.py MODEL book.pdf "Who is Ahab?"
+"""
+
+from pathlib import Path
+
+import typer
+
+import dca_jax
+from dca_jax.documents import ask, read_document
+
+
+def main(model: str, document: Path, question: str, max_new_tokens: int = 256) -> None:
+    """Prints MODEL's answer to QUESTION about DOCUMENT (text or PDF) as it comes."""
+    llm = dca_jax.load(model)
+    text = read_document(document)
+    trained = llm.model.config.max_position_embeddings
+    print(f"{len(llm.tokenize(text))} tokens; the model was trained on {trained}")
+    for piece in ask(llm, text, question, max_new_tokens=max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,238 @@
+"""What the demo model turned out to be: its evaluation, its files, its model card."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import demo_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from demo_prompts import DIGITS, END_OF_TEXT, count_tokens, encode
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.evaluation import passkey
+from dca_jax.files import written_aside
+from dca_jax.model import Llama
+from dca_jax.parameters import parameters
+
+DEPTHS = tuple(float(depth) for depth in np.linspace(0, 1, 11))
+PROMPTS_PER_DEPTH = 8
+
+
+def perplexity(model: Llama, tokens: np.ndarray, length: int) -> float:
+    """Perplexity over the windows of `length` tokens that `tokens` divides into."""
+
+    def window_loss(window: jax.Array) -> jax.Array:
+        logits = model(window[None, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, window[None, 1:]).mean()
+
+    windows = jnp.asarray(tokens.reshape(-1, length), jnp.int32)
+    return math.exp(float(jax.jit(jax.lax.map, static_argnums=0)(window_loss, windows).mean()))
+
+
+def passkey_accuracy(model: Llama, tokenizer: Tokenizer, length: int, seed: int) -> list[float]:
+    """Share of keys found at each depth of `DEPTHS`; greedy decoding finds the same.
+
+    A key is found if each of its digits is the likeliest token after the prompt and the digits
+    before it.
+    """
+    rng = np.random.default_rng(seed)
+    count = functools.partial(count_tokens, tokenizer)
+    forward = jax.jit(lambda tokens: jnp.argmax(model(tokens), axis=-1))
+    shares = []
+    for depth in DEPTHS:
+        prompts = [
+            passkey.passkey_prompt(count, length, depth, rng) for _ in range(PROMPTS_PER_DEPTH)
+        ]
+        starts = [count(p.text) for p in prompts]
+        ids = encode(tokenizer, [f"{p.text} {p.key}" for p in prompts])
+        padded = np.zeros((len(ids), length + DIGITS + 1), np.int32)
+        for row, prompt_ids in zip(padded, ids, strict=True):
+            row[: len(prompt_ids)] = prompt_ids
+        best = np.asarray(forward(jnp.asarray(padded)))
+        found = [
+            (row[start - 1 : len(i) - 1] == i[start:]).all()
+            for row, start, i in zip(best, starts, ids, strict=True)
+        ]
+        shares.append(float(np.mean(found)))
+    return shares
+
+
+def evaluate(
+    config: LlamaConfig, params: dict[str, Any], tokenizer: Tokenizer, held_out_text: str, seed: int
+) -> dict[str, Any]:
+    """Held-out perplexity and passkey accuracy by depth, at the trained length and beyond it."""
+    context = config.max_position_embeddings
+    plain = Llama.from_params(config, params, dtype=jnp.float32)
+    dca = Llama.from_params(config, params, dca=DCAConfig.paper(context), dtype=jnp.float32)
+    held_out = encode(tokenizer, [held_out_text])[0]
+    characters_per_token = len(held_out_text) / len(held_out)
+    held_out = held_out[: len(held_out) // (16 * context) * 16 * context]  # one text at any length
+    return {
+        "held_out_tokens": len(held_out),
+        "characters_per_token": characters_per_token,
+        "perplexity": {
+            f"{name} {times * context}": perplexity(model, held_out, times * context)
+            for name, model in (("RoPE", plain), ("DCA", dca))
+            for times in (1, 4, 16)
+        },
+        "passkey": {
+            f"{name} {times * context}": passkey_accuracy(model, tokenizer, times * context, seed)
+            for name, model in (("RoPE", plain), ("DCA", dca))
+            for times in (1, 8)
+        },
+    }
+
+
+def save(
+    folder: Path,
+    config: LlamaConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    log: dict[str, Any],
+) -> None:
+    """Writes the Hugging Face folder beside its place, then puts it there in one step.
+
+    Raises:
+        InputError: `folder` exists, or its parent does not.
+    """
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    with written_aside(folder) as aside:
+        save_file(to_hugging_face(config, params), aside / "model.safetensors", {"format": "pt"})
+        tokenizer.save(str(aside / "tokenizer.json"))
+        for name, value in (
+            ("config.json", config.to_hf() | {"dtype": "bfloat16"}),
+            ("tokenizer_config.json", tokenizer_config),
+            ("training_log.json", log),
+        ):
+            (aside / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card(folder.name, log), encoding="utf-8")
+
+
+def to_hugging_face(config: LlamaConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters under Hugging Face's names and in its layout."""
+    ours = flatten_dict(params, sep=".")
+    tensors: dict[str, np.ndarray] = {}
+    for row in parameters(config):
+        array = np.asarray(ours[row.path])
+        layers = array if row.stacked else array[None]
+        for name, layer in zip(row.their_names(config), layers, strict=True):
+            tensors[name] = np.ascontiguousarray(row.to_theirs(layer))
+    return tensors
+
+
+CARD = """---
+license: apache-2.0
+library_name: dca_jax
+tags: [dual-chunk-attention, long-context, python]
+---
+# {name}
+
+A Llama of {parameters:,} parameters, trained from scratch in {minutes:.1f} minutes on one
+{device} with a context of {context} tokens. It exists to show Dual Chunk Attention: with DCA it
+reads texts many times longer than anything it was trained on, with no further training. It is no
+programmer; it knows what Python looks like, and it copies from what it has read.
+
+## How it was made
+
+`python examples/pretrain_demo.py --minutes {budget:g} --corpus-mb {corpus_mb:g} --seed {seed}`
+
+- **Shape**: {layers} layers, width {width}, {heads} query and {kv_heads} kv heads of {head_dim},
+  feed-forward {ffw}, tied embeddings, RoPE theta 10000; stored in bfloat16.
+- **Tokenizer**: byte-level BPE of {vocab} tokens, trained on the same text; every digit is a token.
+  {chars_per_token:.2f} characters a token on the held-out text.
+- **Text**: {text_tokens:,} tokens of Python source: the standard library and {packages} installed
+  packages under permissive licenses ({top} and others; all in
+  `training_log.json`).
+- **Retrieval prompts**: {retrieval} of {batch} sequences hide up to four numbers in at most
+  {context} tokens of filler or code and ask for one; half of them are the passkey prompt of the
+  evaluation. The numbers are drawn anew each time.
+- **Training**: {steps:,} steps of {batch} x {context} tokens, {tokens:.2f} billion tokens in all,
+  at {speed:.2f} million a second; AdamW, peak rate {rate:g}, cosine to zero; bfloat16 arithmetic,
+  float32 parameters. Last loss: {text_loss:.3f} nats a token on text, {key_loss:.4f} on the
+  numbers.
+
+## What came out
+
+Held out, never trained on: the standard library's
+{held_out}
+({held_out_tokens:,} tokens of Python {python}'s). Perplexity of one and the same text, cut into
+windows; passkey accuracy over {depths} depths, {prompts} prompts each.
+
+| tokens | RoPE | DCA |
+|---|---|---|
+{perplexity_rows}
+
+| passkey at tokens | RoPE | DCA |
+|---|---|---|
+{passkey_rows}
+
+DCA is `DCAConfig.paper({context})`, with no temperature. The figures are the training script's own,
+computed in float32 from the bfloat16 weights.
+"""
+
+
+def card(name: str, log: dict[str, Any]) -> str:
+    """The model card, with the figures of the run."""
+    recipe, result, training = log["recipe"], log["evaluation"], log["training"]
+
+    def rows(table: dict[str, Any], text: str) -> str:
+        lengths = [label.split()[1] for label in table if label.startswith("RoPE")]
+        return "\n".join(
+            f"| {n} | "
+            + " | ".join(text.format(np.mean(table[f"{method} {n}"])) for method in ("RoPE", "DCA"))
+            + " |"
+            for n in lengths
+        )
+
+    top = [package for package in log["corpus"] if package != "python"][:6]
+    return CARD.format(
+        name=name,
+        parameters=log["parameters"],
+        minutes=training["seconds"] / 60,
+        device=log["device"],
+        context=recipe["context"],
+        budget=log["minutes"],
+        corpus_mb=log["corpus_mb"],
+        seed=recipe["seed"],
+        layers=recipe["num_layers"],
+        width=recipe["hidden_size"],
+        heads=recipe["num_heads"],
+        kv_heads=recipe["num_kv_heads"],
+        head_dim=recipe["head_dim"],
+        ffw=recipe["intermediate_size"],
+        vocab=recipe["vocab_size"],
+        chars_per_token=result["characters_per_token"],
+        text_tokens=log["text_tokens"],
+        packages=len([package for package in log["corpus"] if package != "python"]),
+        top=", ".join(top),
+        retrieval=recipe["retrieval"],
+        batch=recipe["batch"],
+        steps=training["steps"],
+        tokens=training["tokens"] / 1e9,
+        speed=training["tokens_per_second"] / 1e6,
+        rate=recipe["peak_learning_rate"],
+        text_loss=training["curve"][-1]["text"],
+        key_loss=training["curve"][-1]["key"],
+        held_out=", ".join(f"`{name}`" for name in demo_data.HELD_OUT),
+        held_out_tokens=result["held_out_tokens"],
+        depths=len(DEPTHS),
+        prompts=PROMPTS_PER_DEPTH,
+        python=log["python"],
+        perplexity_rows=rows(result["perplexity"], "{:.2f}"),
+        passkey_rows=rows(result["passkey"], "{:.0%}"),
+    )

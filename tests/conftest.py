@@ -1,0 +1,59 @@
+"""What every test shares: strict JAX, checked shapes, no network.
+
+On a machine with a GPU and JAX's CUDA plugin the suite runs on the GPU, in full float32 precision
+except for tests marked ``gpu``, which choose their own; ``JAX_PLATFORMS=cpu`` keeps it on the CPU.
+"""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+# Read at import, so before any import: nothing may reach for a network, and the two processes of
+# `pytest -n 2` share one GPU's memory.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import hypothesis
+import jax
+import matplotlib as mpl
+import pytest
+from jaxtyping import install_import_hook
+
+# Every annotation of these packages is checked at every call: shapes, dtypes and plain types; an
+# int may stand for a float, as it does to Pyright.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+mpl.use("Agg")
+
+# No deadline: a first example compiles. Derandomized: a run on one commit says the same twice.
+hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dca_jax")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip(f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    # A GPU multiplies float32 matrices in TF32 unless told otherwise: right to 1e-3, not to 1e-6.
+    full = jax.default_backend() == "gpu" and not item.get_closest_marker("gpu")
+    with jax.default_matmul_precision("highest" if full else None):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models, books and golden data beside the repository."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the shared data folder; {path} does not exist")
+    return path

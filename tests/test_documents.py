@@ -1,0 +1,107 @@
+"""Documents become text, or a clear refusal; questions about them reach the model whole."""
+
+from dataclasses import replace
+
+import pytest
+from pypdf import PdfReader, PdfWriter
+from tiny_llm import make_llm
+
+import dca_jax
+from dca_jax.documents import ask, read_document, read_once
+from dca_jax.errors import InputError
+
+
+def write_pdf(path, *pages):
+    """A PDF with a line of text on each page, written by hand."""
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [%s] /Count %d >>"
+        % (b" ".join(b"%d 0 R" % (4 + 2 * n) for n in range(len(pages))), len(pages)),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in enumerate(pages):
+        objects.append(
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 300] /Contents %d 0 R "
+            b"/Resources << /Font << /F 3 0 R >> >> >>" % (5 + 2 * number)
+        )
+        stream = b"BT /F 12 Tf 20 200 Td (%s) Tj ET" % text.encode() if text else b""
+        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
+    body, offsets = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, start=1):
+        offsets.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, content)
+    start = len(body)
+    body += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
+    body += b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    body += b"trailer\n<< /Size %d /Root 1 0 R >>\n" % (len(objects) + 1)
+    path.write_bytes(body + b"startxref\n%d\n%%%%EOF\n" % start)
+    return path
+
+
+def test_a_text_file_is_read_as_it_is(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_bytes("# Fürth\r\n\n日本\n".encode())
+    assert read_document(path) == "# Fürth\n\n日本\n"
+    path.write_bytes(b"\xef\xbb\xbfmarked")
+    assert read_document(str(path)) == "marked"
+
+
+def test_a_pdf_is_the_text_of_its_pages(tmp_path):
+    path = write_pdf(tmp_path / "a.PDF", "Call me Ishmael.", "", "Some years ago")
+    assert read_document(path) == "Call me Ishmael.\n\nSome years ago"
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(InputError, match="is not a file"):
+        read_document(path)
+    with pytest.raises(InputError, match="is not a file"):
+        read_document(tmp_path)
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text \(byte 3\)"):
+        read_document(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="is empty"):
+        read_document(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # pypdf says what it finds on the way to its error
+def test_a_pdf_without_text_is_refused(tmp_path):
+    scan = write_pdf(tmp_path / "scan.pdf", "", "")
+    with pytest.raises(InputError, match="holds no text on its 2 pages; if it is a scan"):
+        read_document(scan)
+    damaged = tmp_path / "damaged.pdf"
+    damaged.write_bytes(b"%PDF-1.4\nnothing more")
+    with pytest.raises(InputError, match="cannot be read as a PDF"):
+        read_document(damaged)
+    locked = tmp_path / "locked.pdf"
+    writer = PdfWriter(clone_from=PdfReader(write_pdf(tmp_path / "open.pdf", "secret")))
+    writer.encrypt("password", algorithm="RC4-128")
+    writer.write(locked)
+    with pytest.raises(InputError, match="is encrypted"):
+        read_document(locked)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return dca_jax.load(make_llm(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+DOCUMENT = "Call me Ishmael. Some years ago, never mind how long."
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
+def test_a_question_follows_the_document(llm, chat):
+    if not chat:
+        tokenizer = type(llm.tokenizer)(tokenizer_object=llm.tokenizer.backend_tokenizer)
+        llm = replace(llm, tokenizer=tokenizer)
+    whole = (
+        llm.chat([{"role": "user", "content": f"{DOCUMENT}\n\nWho?"}], max_new_tokens=9)
+        if chat
+        else llm.generate(f"{DOCUMENT}\n\nQuestion: Who?\nAnswer:", max_new_tokens=9)[0]
+    )
+    assert "".join(ask(llm, DOCUMENT, "Who?", max_new_tokens=9)) == whole.text
+    prefix = read_once(llm, DOCUMENT)
+    for _ in range(2):
+        answer = "".join(ask(llm, DOCUMENT, "Who?", prefix=prefix, max_new_tokens=9))
+        assert answer == whole.text

@@ -1,0 +1,377 @@
+"""The engine: what it generates does not depend on how the work is cut."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dca_jax import buckets
+from dca_jax import generate as engine
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.generate import Run, generate, read
+from dca_jax.huggingface import load_params, read_config
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.rope import RopeConfig
+from dca_jax.sampling import Sampler
+
+TESTS = Path(__file__).resolve().parent
+GOLDEN = TESTS / "golden" / "chunkllama"
+CAPACITY = 352
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return dict(np.load(GOLDEN / "tiny_llama_golden.npz"))
+
+
+def load_golden_model(dca):
+    config = read_config(GOLDEN / "tiny_llama")
+    params = load_params(GOLDEN / "tiny_llama", config, dtype=jnp.float32)
+    return Llama.from_params(config, params, dca=dca, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """ChunkLlama's tiny model: chunks of 40 tokens."""
+    setting = json.loads((GOLDEN / "tiny_llama_golden.json").read_text())
+    return load_golden_model(
+        DCAConfig(chunk_len=setting["chunk_len"], max_query_position=setting["max_query_position"])
+    )
+
+
+@pytest.fixture(scope="module")
+def ragged(golden):
+    """One row ends at the edge of a chunk, the other is a single token."""
+    first, second = golden["input_ids"].tolist()
+    return [first[:200], second[:1]]
+
+
+def empty_cache(model, batch):
+    """Of the capacity that the golden prompts get by default: so all tests share their programs."""
+    return KVCache.create(model.config, batch=batch, capacity=CAPACITY, dtype=jnp.float32)
+
+
+def continued(model, prompts, **options):
+    return generate(model, prompts, cache=empty_cache(model, len(prompts)), **options)
+
+
+# --- correct -----------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_chunkllama(model, golden):
+    tokens = generate(model, golden["input_ids"].tolist(), max_new_tokens=24)
+    np.testing.assert_array_equal(tokens, golden["greedy_tokens"])
+
+
+def test_decoding_token_by_token_gives_the_logits_of_the_whole_text(model, golden):
+    """From the middle of the first chunk over the edges at 40, 80 and 120."""
+    tokens = jnp.asarray(golden["input_ids"][:, :125], jnp.int32)
+    whole = jax.jit(Llama.__call__)(model, tokens)
+    step = jax.jit(lambda *args: read(model, *args), donate_argnums=0)
+    cache = KVCache.create(model.config, batch=2, capacity=125, dtype=jnp.float32)
+    hidden = jnp.zeros((2, model.config.hidden_size), jnp.float32)
+    unembed = jax.jit(model.unembed)
+    for t in range(125):
+        lengths = jnp.full((2,), t + 1, jnp.int32)
+        one = jnp.ones((2,), jnp.int32)
+        hidden, cache = step(cache, hidden, tokens[:, t : t + 1], one, lengths)
+        np.testing.assert_allclose(unembed(hidden), whole[:, t], atol=2e-4, err_msg=str(t))
+
+
+@pytest.mark.parametrize("lengths", [(200, 1), (159, 161), (40, 250)], ids=str)
+def test_a_ragged_batch_equals_each_row_alone(model, golden, lengths):
+    """Each row crosses an edge of the chunks (at 40, 80, ...) while it is decoded."""
+    rows = [ids[:length].tolist() for ids, length in zip(golden["input_ids"], lengths, strict=True)]
+    together = continued(model, rows, max_new_tokens=50)
+    assert together == [continued(model, [row], max_new_tokens=50)[0] for row in rows]
+
+
+@pytest.mark.parametrize("width", [7, 40, 64])
+def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, monkeypatch):
+    expected = continued(model, ragged, max_new_tokens=4)
+    whole = jax.jit(Llama.__call__)(model, jnp.asarray(ragged[:1], jnp.int32))[:, -1]
+    monkeypatch.setattr(engine, "piece_length", lambda batch: width)
+    pieces = []
+    cache = empty_cache(model, 2)
+    run = Run(model, ragged, max_new_tokens=4, cache=cache, on_piece=pieces.append)
+    logits = model.unembed(run.read_prompts())
+    np.testing.assert_allclose(logits[:1], whole, atol=2e-4)
+    assert len(pieces) == -(-200 // width)
+    assert sum(pieces) == sum(map(len, ragged))
+    assert continued(model, ragged, max_new_tokens=4) == expected
+
+
+def test_every_piece_knows_the_length_of_the_whole_prompt(model, golden, monkeypatch):
+    """Temperature and dynamic NTK depend on it."""
+    rope = RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32)
+    config = replace(model.config, rope=rope)
+    hot = replace(model.dca, trained_length=64, temperature_slope=0.1)
+    model = Llama.from_params(config, model.params(), dca=hot, dtype=jnp.float32)
+    monkeypatch.setattr(engine, "piece_length", lambda batch: 64)
+    tokens = golden["input_ids"][:, :200]
+    run = Run(model, tokens.tolist(), max_new_tokens=1, cache=empty_cache(model, 2))
+    whole = jax.jit(Llama.__call__)(model, jnp.asarray(tokens, jnp.int32))[:, -1]
+    np.testing.assert_allclose(model.unembed(run.read_prompts()), whole, atol=2e-4)
+
+
+@pytest.mark.parametrize("segment", [1, 5])
+def test_what_is_drawn_does_not_depend_on_the_segments(model, ragged, segment, monkeypatch):
+    sampler = Sampler(temperature=1.5, top_p=0.95, repetition_penalty=1.1)
+    options = {"max_new_tokens": 21, "sampler": sampler, "seed": 3}
+    expected = continued(model, ragged, **options)
+    monkeypatch.setattr(engine, "SEGMENT", segment)
+    assert continued(model, ragged, **options) == expected
+
+
+def test_a_seed_is_reproducible_and_rows_draw_apart(model, golden):
+    prompts = [golden["input_ids"][0].tolist()] * 2
+    options = {"max_new_tokens": 12, "sampler": Sampler(temperature=1.0)}
+    first = generate(model, prompts, seed=1, **options)
+    assert generate(model, prompts, seed=1, **options) == first
+    assert generate(model, prompts, seed=2, **options) != first
+    assert first[0] != first[1]
+
+
+def test_greedy_with_a_repetition_penalty_equals_transformers(golden):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
+    reference = LlamaForCausalLM.from_pretrained(GOLDEN / "tiny_llama", dtype=torch.float32)
+    reference.generation_config.eos_token_id = None
+    prompt = golden["input_ids"][:1, :30]
+    theirs = reference.generate(
+        torch.tensor(prompt),
+        attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=1.4,
+        pad_token_id=0,
+    )
+    plain = load_golden_model(None)
+    sampler = Sampler(repetition_penalty=1.4)
+    ours = generate(plain, prompt.tolist(), max_new_tokens=30, sampler=sampler)
+    np.testing.assert_array_equal(ours, theirs[:, 30:])
+
+
+def test_a_users_own_jitted_loop_gives_the_same(model, golden):
+    path = TESTS.parent / "examples" / "jitted_generation.py"
+    spec = importlib.util.spec_from_file_location("jitted_generation", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    rows = golden["input_ids"][:, :90]
+    expected = generate(model, [rows[0].tolist(), rows[1, :50].tolist()], max_new_tokens=9)
+    stop = jnp.asarray([expected[1][3]], jnp.int32)
+    tokens = example.complete(
+        model,
+        jnp.asarray(rows, jnp.int32),
+        jnp.asarray([90, 50], jnp.int32),
+        stop,
+        Sampler(),
+        0,
+        new_tokens=9,
+    )
+    assert tokens[0].tolist() == _until(expected[0], stop) + [engine.PAD] * (
+        9 - len(_until(expected[0], stop))
+    )
+    assert tokens[1].tolist() == expected[1][:4] + [engine.PAD] * 5
+
+
+def _until(tokens, stop):
+    stop = int(stop[0])
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+
+
+# --- stopping ----------------------------------------------------------------------------------
+
+
+def test_a_row_ends_at_a_stop_id_and_grows_no_more(model, golden):
+    prompts = golden["input_ids"].tolist()
+    free = golden["greedy_tokens"].tolist()
+    stop = next(t for t in free[0] if t not in free[1])
+    run = Run(model, prompts, max_new_tokens=24, stop_ids=[stop])
+    rows = [[], []]
+    for segment in run:
+        for row, new in zip(rows, segment, strict=True):
+            row += new
+    ends = free[0].index(stop) + 1
+    assert rows == [free[0][:ends], free[1]]
+    # The last token drawn is never fed back, so never in the cache.
+    assert run.cache.lengths.tolist() == [300 + ends - 1, 300 + 24 - 1]
+
+
+def test_all_rows_ended_means_no_more_segments(model, golden):
+    free = golden["greedy_tokens"].tolist()
+    stop = {free[0][0], free[1][0]}
+    segments = list(Run(model, golden["input_ids"].tolist(), max_new_tokens=500, stop_ids=stop))
+    assert segments == [[[free[0][0]], [free[1][0]]]]
+
+
+def test_the_caller_may_end_a_row(model, golden):
+    run = Run(model, golden["input_ids"].tolist(), max_new_tokens=24)
+    lengths = np.zeros(2, int)
+    for segment in run:
+        run.finish(1)
+        lengths += [len(new) for new in segment]
+    assert lengths.tolist() == [24, 1]
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def test_a_prompt_continues_what_the_cache_holds(model, golden):
+    prompts = [golden["input_ids"][0, :200].tolist(), golden["input_ids"][1, :270].tolist()]
+    expected = continued(model, prompts, max_new_tokens=10)
+    first = Run(model, [p[:60] for p in prompts], max_new_tokens=1, cache=empty_cache(model, 2))
+    first.read_prompts()
+    assert generate(model, prompts, max_new_tokens=10, cache=first.cache) == expected
+
+
+def test_the_cache_is_updated_in_place(model, golden):
+    cache = empty_cache(model, 2)
+    generate(model, golden["input_ids"].tolist(), max_new_tokens=4, cache=cache)
+    assert cache.key.is_deleted()
+    assert cache.value.is_deleted()
+
+
+def test_copies_continue_as_the_original_does(model, golden):
+    prompt = golden["input_ids"][0, :200].tolist()
+    expected = continued(model, [prompt], max_new_tokens=10)
+    run = Run(model, [prompt[:190]], max_new_tokens=2)
+    run.read_prompts()
+    assert run.cache.capacity < CAPACITY
+    cache = buckets.copied(run.cache, 2, CAPACITY)
+    assert not run.cache.key.is_deleted()
+    assert cache.key.shape[1:3] == (2, CAPACITY)
+    assert generate(model, [prompt] * 2, max_new_tokens=10, cache=cache) == expected * 2
+    with pytest.raises(InputError, match="one row to copy, got 2"):
+        buckets.copied(empty_cache(model, 2), 2, 256)
+
+
+def test_an_overflow_is_refused_before_it_happens(model, golden):
+    prompts = golden["input_ids"].tolist()
+    cache = empty_cache(model, 2)
+    message = "prompt 0 has 300 tokens; with 53 new ones that is 353, and the cache holds 352"
+    with pytest.raises(InputError, match=message):
+        Run(model, prompts, max_new_tokens=53, cache=cache)
+    with pytest.raises(InputError, match="prompt 1 has 360 tokens"):
+        Run(model, [prompts[0], prompts[1] + prompts[0][:60]], max_new_tokens=1, cache=cache)
+    assert len(generate(model, prompts, max_new_tokens=52, cache=cache)[0]) == 52
+
+
+def test_a_cache_beyond_memory_is_refused(model):
+    with pytest.raises(InputError, match=r"1 x \d+ tokens takes .* GiB, which the device does not"):
+        Run(model, [[1]], max_new_tokens=10**12)
+    with pytest.raises(InputError, match=r"2 x 1000000000000 tokens takes .* GiB, which the dev"):
+        buckets.copied(empty_cache(model, 1), 2, 10**12)
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+def test_another_prompt_length_in_the_bucket_does_not_compile(model, golden):
+    ids = golden["input_ids"].tolist()
+
+    def compiled():
+        functions = (engine._read, engine._checked_logits, engine._first_token, engine._segment)
+        return [function._cache_size() for function in functions]
+
+    generate(model, ids, max_new_tokens=24, sampler=Sampler(temperature=0.5), stop_ids=[1])
+    before = compiled()
+    for length, temperature, new_tokens in ((299, 0.7, 26), (260, 1.0, 90), (288, 2.0, 33)):
+        generate(
+            model,
+            [row[:length] for row in ids],
+            max_new_tokens=new_tokens,
+            sampler=Sampler(temperature=temperature),
+            stop_ids=range(length % 7),
+            seed=length,
+        )
+    assert compiled() == before
+
+
+@given(st.integers(1, 10**7))
+def test_buckets_are_few_and_waste_little(length):
+    capacity = buckets.capacity_bucket(length)
+    assert capacity >= length
+    assert capacity == 128 or capacity - length < length / 8
+    assert buckets.capacity_bucket(capacity) == capacity
+    width = buckets.padded_length(length)
+    assert width >= length
+    assert width == 16 or width < 2 * length
+
+
+def test_an_octave_has_eight_capacities():
+    assert len({buckets.capacity_bucket(n) for n in range(2**12 + 1, 2**13 + 1)}) == 8
+
+
+def test_a_piece_is_smaller_for_more_rows():
+    assert [buckets.piece_length(n) for n in (1, 2, 3, 8, 64)] == [2048, 1024, 512, 256, 128]
+
+
+def test_a_capacity_stays_within_the_window_of_plain_attention():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=300,
+        sliding_window=150,
+        model_type="mistral",
+    )
+    plain = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert buckets.cache_capacity(plain, 150) == 150
+    assert buckets.cache_capacity(plain, 151) == 160
+    with pytest.raises(InputError, match="slides over 150 tokens"):
+        generate(plain, [[1] * 141], max_new_tokens=10)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there is no prompt"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 257]], {}, "token id 257, but the model's vocabulary has ids 0 to 256"),
+        ([[-1, 3]], {}, "token id -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([[1]], {"seed": 2**40}, "seed must fit into 32 bits"),
+    ],
+    ids=str,
+)
+def test_bad_prompts_are_refused_at_once(model, prompts, options, message):
+    with pytest.raises(InputError, match=message):
+        Run(model, prompts, **{"max_new_tokens": 1} | options)
+
+
+def test_a_cache_that_does_not_fit_the_prompts_is_refused(model):
+    cache = KVCache.create(model.config, batch=2, capacity=16, dtype=jnp.float32)
+    with pytest.raises(InputError, match="the cache has 2 rows, but there are 1 prompts"):
+        Run(model, [[1]], max_new_tokens=1, cache=cache)
+    full = replace(cache, lengths=jnp.asarray([1, 3], jnp.int32))
+    with pytest.raises(InputError, match="row 1 of the cache holds 3 tokens and prompt 1 has 3"):
+        Run(model, [[1, 2], [1, 2, 3]], max_new_tokens=1, cache=full)
+
+
+def test_weights_that_are_nan_are_noticed(model):
+    params = model.params()
+    params["norm"] = {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}
+    broken = Llama.from_params(model.config, params, dca=model.dca, dtype=jnp.float32)
+    with pytest.raises(InputError, match="logits after prompt 0 are not finite"):
+        generate(broken, [[1, 2, 3]], max_new_tokens=4)

@@ -1,0 +1,121 @@
+"""The scaffolding itself: what the other tests take for granted, and what a user installs."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jaxtyping import TypeCheckError, install_import_hook
+
+from dca_jax import dca
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts CPU devices")
+def test_eight_cpu_devices():
+    assert jax.device_count() == 8
+
+
+def test_dtypes_are_never_promoted_in_silence():
+    with pytest.raises(ValueError, match="numpy_dtype_promotion"):
+        jnp.ones(3, jnp.bfloat16) + jnp.ones(3, jnp.float32)
+
+
+def test_ranks_are_never_promoted_in_silence():
+    with pytest.raises(ValueError, match="numpy_rank_promotion"):
+        jnp.ones((2, 3)) + jnp.ones(3)
+
+
+def test_annotations_of_the_package_are_checked():
+    config = dca.DCAConfig(chunk_len=6, max_query_position=9)
+    with pytest.raises(TypeCheckError):
+        dca.key_position(jnp.zeros(3, jnp.float32), config)
+
+
+def test_an_int_may_stand_for_a_float():
+    assert dca.DCAConfig.paper(8, temperature_slope=0) == dca.DCAConfig.paper(8)
+    with pytest.raises(TypeCheckError):
+        dca.DCAConfig.paper(8, temperature_slope="0")
+
+
+def test_annotations_of_flax_modules_are_checked(tmp_path, monkeypatch):
+    """The import hook and nnx get along: build, jit, differentiate, and still catch a shape."""
+    source = """
+        import jax, jax.numpy as jnp
+        from flax import nnx
+        from jaxtyping import Array, Float
+
+        class Scale(nnx.Module):
+            def __init__(self, size: int, *, rngs: nnx.Rngs) -> None:
+                self.kernel = nnx.Param(jax.random.normal(rngs.params(), (size, size), jnp.float32))
+
+            def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+                return x @ self.kernel[...]
+    """
+    (tmp_path / "hooked_module.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    with install_import_hook("hooked_module", "beartype.beartype"):
+        module = importlib.import_module("hooked_module")
+    model = module.Scale(4, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 4), jnp.float32)
+    assert jax.jit(lambda m, x: m(x))(model, x).shape == (2, 4)
+    gradient = jax.grad(lambda m: m(x).sum())(model)
+    assert gradient.kernel[...].shape == (4, 4)
+    with pytest.raises(TypeCheckError):
+        model(jnp.ones((2, 4, 1), jnp.float32))
+
+
+def test_nothing_needs_torch():
+    """Every module of both packages imports where PyTorch does not."""
+    code = """
+        import importlib, pkgutil, sys
+        sys.modules["torch"] = None  # makes `import torch` raise
+        for name in ("dca_jax", "checkpoints_convert"):
+            package = importlib.import_module(name)
+            for module in pkgutil.walk_packages(package.__path__, name + "."):
+                if not module.name.endswith("__main__"):
+                    importlib.import_module(module.name)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ('case "$1" in --version) echo Python 3.11.2;; *) exit 1;; esac', "Python 3.11.2"),
+        (None, "No Python at"),
+    ],
+    ids=["old", "absent"],
+)
+def test_make_says_which_python_it_needs(tmp_path, script, message):
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    venv = tmp_path / "venv"
+    run = subprocess.run(
+        ["make", f"{venv}/pyvenv.cfg", f"VENV={venv}", f"PYTHON={python}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))},
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
+    assert "Python 3.12 or newer" in run.stderr
+    assert not venv.exists()
