@@ -37,7 +37,7 @@ import dca_jax
 from checkpoints_convert import hf_to_orbax
 from dca_jax import LLM, DCAConfig, InputError, Llama, RopeConfig
 from dca_jax.errors import exit_on_input_error
-from dca_jax.evaluation.passkey import PasskeyGrid, passkey_grid
+from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid
 from dca_jax.evaluation.perplexity import window_nlls
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 
@@ -239,7 +239,7 @@ def read_document(llm: LLM, length: int) -> dict[str, Any]:
     with Live(side_by_side(said), console=console) as live:
         for method, reader in readers.items():
             options = {"prefix": prefixes[method], "max_new_tokens": CONTINUATION_TOKENS}
-            for piece in reader.stream(document.next_line + "\n", **options):
+            for piece in reader.stream(document.next_line, **options):
                 said[method] += piece
                 live.update(side_by_side(said))
     return {
@@ -261,11 +261,11 @@ def answer_table(document: Document, answers: dict[str, dict[str, str]]) -> Tabl
     table.add_column("tokens ago", justify="right")
     table.add_column("value")
     for method in ("RoPE", "DCA"):
-        right = sum(answers[name][method] == value for name, value in NOTES.items())
+        right = sum(first_number(answers[name][method]) == v for name, v in NOTES.items())
         table.add_column(f"{method}: {right} of {len(NOTES)}")
     for name, value in NOTES.items():
         given = [
-            Text(answer, style="bold green" if answer == value else "red")
+            Text(answer, style="bold green" if first_number(answer) == value else "red")
             for answer in answers[name].values()
         ]
         table.add_row(name, f"{document.tokens_ago[name]:,}", value, *given)
@@ -277,7 +277,9 @@ def side_by_side(said: dict[str, str]) -> Table:
     table = Table.grid(expand=True)
     for _ in said:
         table.add_column(ratio=1)
-    table.add_row(*[Panel(Text(text or "..."), title=method) for method, text in said.items()])
+    table.add_row(
+        *[Panel(Text(text.lstrip("\n") or "..."), title=method) for method, text in said.items()]
+    )
     return table
 
 

@@ -1,53 +1,35 @@
 """The engine: what it generates does not depend on how the work is cut."""
 
-import importlib.util
-import json
 from dataclasses import replace
-from pathlib import Path
 
+import golden_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden_llama import CAPACITY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dca_jax import buckets
 from dca_jax import generate as engine
 from dca_jax.config import LlamaConfig
-from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.generate import Run, generate, read
-from dca_jax.huggingface import load_params, read_config
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.rope import RopeConfig
 from dca_jax.sampling import Sampler
-
-TESTS = Path(__file__).resolve().parent
-GOLDEN = TESTS / "golden" / "chunkllama"
-CAPACITY = 352
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(GOLDEN / "tiny_llama_golden.npz"))
-
-
-def load_golden_model(dca):
-    config = read_config(GOLDEN / "tiny_llama")
-    params = load_params(GOLDEN / "tiny_llama", config, dtype=jnp.float32)
-    return Llama.from_params(config, params, dca=dca, dtype=jnp.float32)
+    return golden_llama.load_outputs()
 
 
 @pytest.fixture(scope="module")
 def model():
-    """ChunkLlama's tiny model: chunks of 40 tokens."""
-    setting = json.loads((GOLDEN / "tiny_llama_golden.json").read_text())
-    return load_golden_model(
-        DCAConfig(chunk_len=setting["chunk_len"], max_query_position=setting["max_query_position"])
-    )
+    return golden_llama.load_model(golden_llama.load_setting())
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +94,6 @@ def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, monkeypatch):
     assert continued(model, ragged, max_new_tokens=4) == expected
 
 
-def test_every_piece_knows_the_length_of_the_whole_prompt(model, golden, monkeypatch):
-    """Temperature and dynamic NTK depend on it."""
-    rope = RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32)
-    config = replace(model.config, rope=rope)
-    hot = replace(model.dca, trained_length=64, temperature_slope=0.1)
-    model = Llama.from_params(config, model.params(), dca=hot, dtype=jnp.float32)
-    monkeypatch.setattr(engine, "piece_length", lambda batch: 64)
-    tokens = golden["input_ids"][:, :200]
-    run = Run(model, tokens.tolist(), max_new_tokens=1, cache=empty_cache(model, 2))
-    whole = jax.jit(Llama.__call__)(model, jnp.asarray(tokens, jnp.int32))[:, -1]
-    np.testing.assert_allclose(model.unembed(run.read_prompts()), whole, atol=2e-4)
-
-
 @pytest.mark.parametrize("segment", [1, 5])
 def test_what_is_drawn_does_not_depend_on_the_segments(model, ragged, segment, monkeypatch):
     sampler = Sampler(temperature=1.5, top_p=0.95, repetition_penalty=1.1)
@@ -141,55 +110,6 @@ def test_a_seed_is_reproducible_and_rows_draw_apart(model, golden):
     assert generate(model, prompts, seed=1, **options) == first
     assert generate(model, prompts, seed=2, **options) != first
     assert first[0] != first[1]
-
-
-def test_greedy_with_a_repetition_penalty_equals_transformers(golden):
-    torch = pytest.importorskip("torch")
-    from transformers import LlamaForCausalLM
-
-    reference = LlamaForCausalLM.from_pretrained(GOLDEN / "tiny_llama", dtype=torch.float32)
-    reference.generation_config.eos_token_id = None
-    prompt = golden["input_ids"][:1, :30]
-    theirs = reference.generate(
-        torch.tensor(prompt),
-        attention_mask=torch.ones(prompt.shape, dtype=torch.long),
-        max_new_tokens=30,
-        do_sample=False,
-        repetition_penalty=1.4,
-        pad_token_id=0,
-    )
-    plain = load_golden_model(None)
-    sampler = Sampler(repetition_penalty=1.4)
-    ours = generate(plain, prompt.tolist(), max_new_tokens=30, sampler=sampler)
-    np.testing.assert_array_equal(ours, theirs[:, 30:])
-
-
-def test_a_users_own_jitted_loop_gives_the_same(model, golden):
-    path = TESTS.parent / "examples" / "jitted_generation.py"
-    spec = importlib.util.spec_from_file_location("jitted_generation", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    rows = golden["input_ids"][:, :90]
-    expected = generate(model, [rows[0].tolist(), rows[1, :50].tolist()], max_new_tokens=9)
-    stop = jnp.asarray([expected[1][3]], jnp.int32)
-    tokens = example.complete(
-        model,
-        jnp.asarray(rows, jnp.int32),
-        jnp.asarray([90, 50], jnp.int32),
-        stop,
-        Sampler(),
-        0,
-        new_tokens=9,
-    )
-    assert tokens[0].tolist() == _until(expected[0], stop) + [engine.PAD] * (
-        9 - len(_until(expected[0], stop))
-    )
-    assert tokens[1].tolist() == expected[1][:4] + [engine.PAD] * 5
-
-
-def _until(tokens, stop):
-    stop = int(stop[0])
-    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
 
 # --- stopping ----------------------------------------------------------------------------------
