@@ -3,10 +3,10 @@
     python examples/demo.py                  # the model in models/
     python examples/demo.py path/to/model    # any other Hugging Face folder of a small model
 
-It converts the model, prints its perplexity by length of context for plain RoPE, three RoPE
-scalings and DCA (Table 1 of the paper), asks it for a passkey hidden in longer and longer texts
-(Fig. 5), and has it read 16 trained lengths of code, recall comments in it and go on. Pictures and
-figures go to outputs/demo/; `docs/demo.md` says how to read them.
+It converts the model to Orbax, prints its perplexity by length of context for plain RoPE, three
+RoPE scalings and DCA (Table 1 of the paper), asks it for a passkey hidden in longer and longer
+texts (Fig. 5), and has it read 16 trained lengths of code, recall comments in it and go on.
+Pictures and figures go to outputs/demo/; `docs/demo.md` says how to read them.
 """
 
 import bisect
@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 import platform
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ import dca_jax
 from checkpoints_convert import hf_to_orbax
 from dca_jax import LLM, DCAConfig, InputError, Llama, RopeConfig
 from dca_jax.errors import exit_on_input_error
-from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid
+from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid, passkey_prompt
 from dca_jax.evaluation.perplexity import window_nlls
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 
@@ -94,15 +94,14 @@ def held_out_tokens(llm: LLM, length: int) -> np.ndarray:
     """`TEXTS` pieces of `length` tokens, evenly spread over the held-out standard library."""
     try:
         tokens = np.array(llm.tokenize(demo_data.held_out_text()), np.int32)
-    except FileNotFoundError as error:
+    except FileNotFoundError as error:  # a Python without its sources
         raise InputError(str(error)) from None
     starts = [n * (len(tokens) - length) // TEXTS for n in range(TEXTS)]
     return np.concatenate([tokens[start : start + length] for start in starts])
 
 
-def perplexities(llm: LLM, lengths: list[int]) -> dict[str, dict[int, float]]:
+def perplexities(llm: LLM, tokens: np.ndarray, lengths: list[int]) -> dict[str, dict[int, float]]:
     """For each method {length: perplexity}, every length over the same tokens."""
-    tokens = held_out_tokens(llm, max(lengths))
     known: dict[Any, float] = {}  # by configuration: with a factor of 1 the methods coincide
     results: dict[str, dict[int, float]] = {method: {} for method in METHODS}
     with progress("perplexity", len(METHODS) * len(lengths) * len(tokens)) as advance:
@@ -208,16 +207,20 @@ def annotated_document(count_tokens: Callable[[str], int], source: str, length: 
     document = text(end)
     tokens = count_tokens(document)
     ago = {
-        name: tokens - count_tokens(document[: document.index(f" is {value}, keep")])
+        name: tokens - count_tokens(document[: document.index(f" {value}, keep")])
         for name, value in NOTES.items()
     }
     return Document(document, tokens, ago, lines[end])
 
 
-def read_document(llm: LLM, length: int) -> dict[str, Any]:
+def long_document(llm: LLM, length: int) -> Document:
+    """`annotated_document` of the held-out `DOCUMENT`."""
+    source = (demo_data.stdlib() / DOCUMENT).read_text(encoding="utf-8")
+    return annotated_document(lambda text: len(llm.tokenize(text)), source, length)
+
+
+def read_document(llm: LLM, document: Document) -> dict[str, Any]:
     """Reads the document once by plain RoPE and once by DCA; asks for its notes, then goes on."""
-    source = (demo_data.stdlib() / DOCUMENT).read_text("utf-8")
-    document = annotated_document(lambda text: len(llm.tokenize(text)), source, length)
     name, value = next(iter(NOTES.items()))
     console.print(
         f"\nThe first {document.tokens:,} tokens of {DOCUMENT}, with {len(NOTES)} comments between "
@@ -226,7 +229,7 @@ def read_document(llm: LLM, length: int) -> dict[str, Any]:
     readers, prefixes = {}, {}
     for method in ("RoPE", "DCA"):
         with console.status(f"{method} reads ..."):
-            readers[method] = with_method(llm, method, length)
+            readers[method] = with_method(llm, method, document.tokens)
             prefixes[method] = readers[method].prefill(document.text, progress=False)
     answers: dict[str, dict[str, str]] = {name: {} for name in NOTES}
     for name, method in itertools.product(NOTES, readers):
@@ -328,22 +331,23 @@ def main(
     output: Annotated[Path, typer.Option(help="Where pictures and figures go.")] = OUTPUT,
 ) -> None:
     """Show what Dual Chunk Attention does to a small model, in a few minutes on a CPU."""
-    source = model or find_model()
+    source = (model or find_model()).resolve()
     seconds: dict[str, float] = {}
     with timed(seconds, "total"):
         output.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(output / "compilation_cache"))
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as it should be
-        with timed(seconds, "conversion"):
-            converted = output / "model"
-            shutil.rmtree(converted, ignore_errors=True)  # of an earlier run
-            hf_to_orbax.convert(source, converted)
-            llm = dca_jax.load(converted, dca=None, dtype="float32")
+        with timed(seconds, "conversion"), tempfile.TemporaryDirectory() as scratch:
+            hf_to_orbax.convert(source, Path(scratch) / source.name)
+            llm = dca_jax.load(Path(scratch) / source.name, dca=None, dtype="float32")
         trained = llm.model.config.max_position_embeddings
         lengths = [times * trained for times in TIMES]
+        # What would fail fails now, not after minutes of work.
+        tokens, document = held_out_tokens(llm, lengths[-1]), long_document(llm, lengths[-1])
+        passkey_prompt(lambda text: len(llm.tokenize(text)), trained, 0.5, np.random.default_rng())
         console.print(f"[bold]{source.name}[/bold] was trained on texts of {trained:,} tokens.\n")
         with timed(seconds, "perplexity"):
-            curves = perplexities(llm, lengths)
+            curves = perplexities(llm, tokens, lengths)
         console.print(perplexity_table(curves))
         plot_perplexity(curves, output / "perplexity.png", trained_length=trained)
         with timed(seconds, "passkey"):
@@ -351,13 +355,13 @@ def main(
         console.print(passkey_table(grids))
         plot_passkey(grids, output / "passkey.png", trained_length=trained)
         with timed(seconds, "document"):
-            document = read_document(llm, lengths[-1])
+            completions = read_document(llm, document)
     results = {
         "model": source.name,
         "trained_length": trained,
         "perplexity": curves,
         "passkey": {method: grid.to_dict() for method, grid in grids.items()},
-        "document": document,
+        "document": completions,
         "seconds": seconds,
         "python": platform.python_version(),  # whose standard library was read
         "jax": jax.__version__,

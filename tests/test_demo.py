@@ -1,6 +1,5 @@
 """`make demo`, end to end on a tiny model and short texts, and its parts."""
 
-import ast
 import json
 import sys
 from pathlib import Path
@@ -51,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
         eos_token_ids=(0,),
     )
     params = Llama(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0)).params()
-    params = jax.tree.map(lambda x: 20 * x, params)  # sharp, so that positions matter
+    params = jax.tree.map(lambda x: 6 * x, params)  # sharp, so that positions matter
     save_file(demo_report.to_hugging_face(config, params), folder / "model.safetensors")
     text = (demo_data.stdlib() / "unittest/mock.py").read_text(encoding="utf-8")
     demo_prompts.train_tokenizer([text], 600).save(str(folder / "tokenizer.json"))
@@ -81,27 +80,33 @@ def test_the_demo_runs(folder, tmp_path, app, monkeypatch, cache_dir):
     monkeypatch.setattr(demo, "TEXTS", 1)
     monkeypatch.setattr(demo, "DEPTHS", (0.0, 1.0))
     monkeypatch.setattr(demo, "BATCH", 2)
-    for _ in range(2):  # the second run replaces the first one's files
-        done = CliRunner().invoke(app, [str(folder), "--output", str(tmp_path / "out")])
-        assert done.exit_code == 0, done.output
-    saved = json.loads((tmp_path / "out/results.json").read_text())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("{}")  # of an earlier run
+    done = CliRunner().invoke(app, [str(folder), "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    names = {path.name for path in out.iterdir()}
+    assert names - {"compilation_cache"} == {"results.json", "perplexity.png", "passkey.png"}
+    saved = json.loads((out / "results.json").read_text())
     assert list(saved["perplexity"]) == ["RoPE", "PI", "NTK", "YaRN", "DCA"]
     at_trained, far = (
-        {curve[n] for curve in saved["perplexity"].values()} for n in ("128", "2048")
+        {curve[n] for curve in saved["perplexity"].values()} for n in ("256", "2048")
     )
-    assert len(at_trained) == 1  # a factor of 1 is plain RoPE, and so is DCA within Q
-    assert len(far) == 5  # and beyond, five methods give five figures
+    # A factor of 1 is plain RoPE, and so is DCA within Q; beyond, five methods give five figures.
+    assert list(at_trained) == pytest.approx([min(at_trained)] * len(at_trained), rel=1e-5)
+    assert len({float(f"{value:.4g}") for value in far}) == 5
     assert saved["passkey"]["DCA"]["lengths"] == [256, 2048]
     assert np.shape(saved["passkey"]["RoPE"]["found"]) == (2, 2)
-    completion = saved["completion"]
-    assert 1900 < completion["tokens"] <= 2048
-    assert set(completion["completions"]) == {"RoPE", "DCA"}
-    assert all(completion["completions"].values())
-    assert set(saved["seconds"]) >= {"conversion", "perplexity", "passkey", "completion", "total"}
+    document = saved["document"]
+    assert 1500 < document["tokens"] <= 2048
+    assert list(document["notes"]) == list(demo.NOTES)
+    assert all({"value", "tokens_ago", "RoPE", "DCA"} == set(n) for n in document["notes"].values())
+    assert all(document["continuations"][method] for method in ("RoPE", "DCA"))
+    assert set(saved["seconds"]) == {"conversion", "perplexity", "passkey", "document", "total"}
     for picture in ("perplexity.png", "passkey.png"):
-        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert "YaRN" in done.output
-    assert "characters right" in done.output
+    assert "archive_size" in done.output
 
 
 def test_methods_are_what_their_names_say(folder):
@@ -124,7 +129,7 @@ def test_perplexities_are_those_of_each_configuration(folder, monkeypatch):
     lengths = [TRAINED, 4 * TRAINED]
     tokens = demo.held_out_tokens(llm, lengths[-1])
     assert tokens.shape == (8 * TRAINED,)
-    results = demo.perplexities(llm, lengths)
+    results = demo.perplexities(llm, tokens, lengths)
     model = demo.with_method(llm, "YaRN", lengths[1]).model
     for length in lengths:
         plain = perplexity(llm.model, tokens, window=length)
@@ -133,19 +138,33 @@ def test_perplexities_are_those_of_each_configuration(folder, monkeypatch):
     assert results["YaRN"][lengths[1]] == pytest.approx(scaled, rel=1e-5)
 
 
-def test_recall_task_asks_for_a_function_of_the_beginning():
+def test_the_document_is_the_modules_beginning_with_notes_spread_over_it():
     source = (demo_data.stdlib() / demo.DOCUMENT).read_text(encoding="utf-8")
-    task = demo.recall_task(lambda text: len(text.split()), source, 2000)
-    assert task.prompt.endswith("\n\n\n" + task.cue)
-    assert 1980 < task.tokens <= 2000
-    assert task.tokens == len(task.prompt.split())
-    assert task.distance > 1500
-    function = task.cue + task.rest
-    assert source.count(function) == 1
-    assert task.prompt.startswith(source[: source.index(function) + len(function)])
-    assert isinstance(ast.parse(function).body[0], ast.FunctionDef)
-    assert len(task.cue.splitlines()) == 2
-    assert 4 <= len(task.rest.splitlines()) <= 14
+
+    def count(text: str) -> int:
+        return len(text.split())
+
+    document = demo.annotated_document(count, source, 2000)
+    assert 1700 < document.tokens == count(document.text) <= 2000
+    notes = [line for line in document.text.splitlines() if "keep this in mind" in line]
+    assert notes == [f"# {name} is {v}, keep this in mind" for name, v in demo.NOTES.items()]
+    rest = [line for line in document.text.splitlines() if line and line not in notes]
+    lines = [line for line in source.splitlines() if line]
+    assert rest == lines[: len(rest)]
+    assert document.next_line == lines[len(rest)]
+    assert document.next_line.lstrip().startswith("def ")
+    ago = list(document.tokens_ago.values())
+    assert ago == sorted(ago, reverse=True)
+    assert ago[0] > 1700
+    parts = [ago[n] / document.tokens for n in range(4)]
+    assert parts == pytest.approx([1, 0.75, 0.5, 0.25], abs=0.1)
+    for value, tokens_ago in zip(demo.NOTES.values(), ago, strict=True):
+        assert document.text.split()[-tokens_ago] == f"{value},"
+
+
+def test_too_short_a_document_is_refused():
+    with pytest.raises(InputError, match="too few"):
+        demo.annotated_document(len, "import os\n\n\ndef f():\n    pass\n", 5)
 
 
 def test_which_model(tmp_path, monkeypatch):
