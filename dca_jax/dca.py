@@ -106,6 +106,11 @@ class DCAConfig:
         """w: every pair of tokens at most this far apart keeps its true distance (w = c - s)."""
         return min(self.max_query_position, 2 * self.chunk_len - 1) - self.chunk_len + 1
 
+    @property
+    def identity_range(self) -> int:
+        """Texts of at most so many tokens are read exactly as plain RoPE attention reads them."""
+        return min(self.max_query_position + 1, 2 * self.chunk_len)
+
     @classmethod
     def paper(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
         """Section 3 and 4.1: s = 3c/4, Q = c - 1."""
@@ -308,7 +313,7 @@ def explain(dca: DCAConfig, length: int) -> str:
         "trained length c": "not given" if c is None else f"{c} tokens",
         "chunk length s": f"{dca.chunk_len} tokens ({math.ceil(length / dca.chunk_len)} chunks)",
         "largest query position Q": str(dca.max_query_position),
-        "identity range": f"texts up to {dca.chunk_len} tokens are read by plain RoPE attention",
+        "identity range": f"texts up to {dca.identity_range} tokens are read as by plain RoPE",
         "local window": f"tokens at most {dca.local_window} apart keep their true distance",
         "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
         "temperature": f"logits x {tau:.4f}" + (f" (slope {slope})" if slope else " (none)"),

@@ -50,15 +50,17 @@ def test_relative_positions_are_the_definition(s: int, extra: int, length: int) 
 
 
 @given(st.integers(1, 20), st.integers(0, 20), st.integers(1, 80))
-def test_local_window_and_bound(s: int, extra: int, length: int) -> None:
+def test_local_window_identity_range_and_bound(s: int, extra: int, length: int) -> None:
     dca = DCAConfig(chunk_len=s, max_query_position=s + extra)
     matrix = relative_positions(length, dca)
     i, j = np.indices(matrix.shape)
     near = (j <= i) & (i - j <= dca.local_window)
     np.testing.assert_array_equal(matrix[near], (i - j)[near])
     assert matrix.max() == min(length - 1, 2 * s - 1, s + extra)
-    identity = matrix[:s, :s]
-    np.testing.assert_array_equal(identity, np.where(j <= i, i - j, -1)[:s, :s])
+    same = (i < dca.identity_range) & (j <= i)
+    np.testing.assert_array_equal(matrix[same], (i - j)[same])
+    if length > dca.identity_range:  # and no token more
+        assert matrix[dca.identity_range].tolist() != (i - j)[dca.identity_range].tolist()
 
 
 @given(st.integers(1, 9), st.integers(0, 60))
@@ -152,7 +154,7 @@ def test_from_hf_refuses(config: dict) -> None:
 
 def test_explain_and_plot() -> None:
     text = explain(DCAConfig.chunkllama(4096, temperature_slope=0.1), 100_000)
-    for fact in ("4096", "2560", "3072", "513 apart", "99999", "1.7"):
+    for fact in ("4096", "2560", "up to 3073 tokens", "513 apart", "99999", "1.7"):
         assert fact in text
     import matplotlib.pyplot as plt
 

@@ -69,7 +69,7 @@ def plot_perplexity(
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, axis="y", alpha=0.25)
     axes.set(xlabel="context (tokens)", ylabel="perplexity", title="Perplexity by context length")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.06, 0.99))
+    figure.legend(loc="outside right center")
     _save(figure, path)
 
 
