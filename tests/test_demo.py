@@ -1,6 +1,7 @@
 """`make demo`, end to end on a tiny model and short texts, and its parts."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from typer.testing import CliRunner
 
 import dca_jax
@@ -67,15 +69,22 @@ def app() -> typer.Typer:
     return app
 
 
-@pytest.fixture
-def cache_dir():
-    """The demo turns JAX's compilation cache on; the other tests go on without."""
-    before = jax.config.jax_compilation_cache_dir
+@pytest.fixture(autouse=True)
+def process_settings(monkeypatch):
+    """What the demo sets for its whole process; the other tests go on without."""
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    level = logging.getLogger("absl").level
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    logging.getLogger("absl").setLevel(level)
 
 
-def test_the_demo_runs(folder, tmp_path, app, monkeypatch, cache_dir):
+def test_the_demo_runs(folder, tmp_path, app, monkeypatch):
     monkeypatch.setattr(demo, "TIMES", (1, 8))
     monkeypatch.setattr(demo, "TEXTS", 1)
     monkeypatch.setattr(demo, "DEPTHS", (0.0, 1.0))
