@@ -44,7 +44,7 @@ from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = (1, 2, 4, 8, 16)  # lengths of context, in trained lengths
-TEXTS = 2  # held-out texts of the greatest length, each read at every length
+TEXTS = 3  # held-out texts of the greatest length, each read at every length
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the passkey
 BATCH = 3  # passkey prompts read together
 SCALINGS = {"PI": "linear", "NTK": "dynamic", "YaRN": "yarn"}
@@ -348,7 +348,6 @@ def main(
         # Neither a lack of PyTorch nor what Orbax warns of concerns anybody here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         logging.getLogger("absl").setLevel(logging.ERROR)
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not missed
         with timed(seconds, "conversion"), tempfile.TemporaryDirectory() as scratch:
             hf_to_orbax.convert(source, Path(scratch) / source.name)
             llm = dca_jax.load(Path(scratch) / source.name, dca=None, dtype="float32")
