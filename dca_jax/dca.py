@@ -243,7 +243,7 @@ def key_range(
         return chunk_start, index + 1
     if phase == "succ":
         return jnp.maximum(chunk_start - s, 0), chunk_start
-    return jnp.zeros_like(index), chunk_start - s
+    return index * 0, chunk_start - s
 
 
 def phases_within(num_keys: int, dca: DCAConfig) -> tuple[Phase, ...]:

@@ -37,6 +37,8 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache for `batch` texts of up to `capacity` tokens each.
 
+        A capacity that is a multiple of 8 is read by the GPU kernels where it lies; any other is
+        copied, layer by layer, at every step (`dca_jax.buckets.capacity_bucket` gives a good one).
         It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many bytes).
         """
         if batch < 1 or capacity < 1:

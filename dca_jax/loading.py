@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dca_jax.attention.op import choose_implementation
+from dca_jax.attention.op import check_implementation
 from dca_jax.checkpoint import is_converted, load_converted
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
@@ -61,7 +61,7 @@ def load(
         InputError: nothing at `path`, or a checkpoint that is damaged or not supported; all but
             the weights are checked before any is read.
     """
-    choose_implementation(implementation)
+    check_implementation(implementation)
     folder = find_folder(path)
     config = read_config(folder)
     if rope is not None:

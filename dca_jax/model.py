@@ -216,13 +216,14 @@ class Llama(nnx.Module):
         index = start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
         is_text: Bool[Array, "B T"] = index < after[:, None]
 
-        def read(query: Array, key: Array, value: Array) -> Array:
+        def read(query: Array, key: Array, value: Array, layer: Array | None = None) -> Array:
             return attend(
                 query,
-                key.astype(query.dtype),
-                value.astype(query.dtype),
+                key,
+                value,
                 dca=self.dca,
                 rows=rows,
+                layer=layer,
                 implementation=self.implementation,
             )
 
@@ -242,7 +243,9 @@ class Llama(nnx.Module):
                 nonlocal keys, values
                 keys = write(keys, number, index, is_text, rotated(k))
                 values = write(values, number, index, is_text, v)
-                return read(q, keys[number], values[number])
+                if keys.dtype == q.dtype:
+                    return read(q, keys, values, number)
+                return read(q, keys[number].astype(q.dtype), values[number].astype(q.dtype))
 
             x = layer(x, attend_to_cache)
             return (x, keys, values), None

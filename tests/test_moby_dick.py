@@ -6,6 +6,7 @@ The golden figures are those of the released ChunkLlama on `../shared`'s 656k-pa
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ SETTINGS = {
     "chunkllama_flash_decoding": DCAConfig.chunkllama_flash_decoding(512),
 }
 LONGEST = 8192
+HEAD_DIM = 16
 
 
 def folder_of(shared: Path, name: str) -> Path:
@@ -37,6 +39,10 @@ def folder_of(shared: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(shared) -> np.ndarray:
+    return read_tokens(shared)
+
+
+def read_tokens(shared: Path) -> np.ndarray:
     book = folder_of(shared, "data/books/moby-dick.txt").read_text(encoding="utf-8")
     start = book.index("Call me Ishmael")
     tokenizer = Tokenizer.from_file(
@@ -48,11 +54,17 @@ def tokens(shared) -> np.ndarray:
     return tokens
 
 
-def load(shared: Path, dca: DCAConfig | None) -> Llama:
+def load(
+    shared: Path,
+    dca: DCAConfig | None,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+) -> Llama:
     folder = folder_of(shared, "models/tinystories-656k")
     config = huggingface.read_config(folder)
     params = huggingface.load_params(folder, config, dtype=jnp.float32)
-    return Llama.from_params(config, params, dca=dca, dtype=jnp.float32)
+    options = {"dca": dca, "dtype": dtype, "implementation": implementation}
+    return Llama.from_params(config, params, **options)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -1,19 +1,23 @@
 """The op: argument checks, the choice of a backend, and the exact gradient they all share.
 
+A backend is a module with three functions, described by `Backend`.
+
 Gradient. With the *global* log-sum-exp and delta = rowsum(dO * O), each phase's flash backward is
 exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and none is dropped.
 (Released code detaches the log-sum-exp of the merge, and so gets dq and dk wrong.)
 """
 
+import functools
+import logging
 import math
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention import xla
+from dca_jax.attention import mosaic_gpu, triton, xla
+from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import (
     DCAConfig,
     Phase,
@@ -25,8 +29,7 @@ from dca_jax.dca import (
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla}
-IMPLEMENTATIONS = ("reference", *BACKENDS)
+log = logging.getLogger(__name__)
 
 # Plain causal attention is DCA whose first chunk never ends.
 PLAIN = DCAConfig(chunk_len=2**30, max_query_position=2**30)
@@ -39,6 +42,62 @@ class Rows(NamedTuple):
     scale: Float[Array, " B"]  # what the row's logits are multiplied by
     offset: Int[Array, " B"]  # index of the row's first query in its text
     lengths: Int[Array, " B"]  # tokens of the row's text, the queries' own included
+
+
+class Backend(Protocol):
+    """What a backend's module offers. `query` is raw, `key` rotated by `rotate_keys`.
+
+    Keys and values come as a stack of layers [L, B, S, K, H] (a KV cache, or L = 1) with the number
+    of the one to read, so that a kernel reads a layer in place and nothing copies it out.
+    """
+
+    def unsupported(
+        self, device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    ) -> str | None:
+        """Why this backend cannot run on these shapes and dtypes on this device; None: it can."""
+        ...
+
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "L B S K H"],
+        value: Float[Array, "L B S K H"],
+        layer: Int[Array, ""],
+        rows: Rows,
+        *,
+        dca: DCAConfig,
+        phases: tuple[Phase, ...],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+        """Output over the keys of `phases`, and the natural log-sum-exp of the logits, float32.
+
+        A query that meets no key (padding too) has output 0 and log-sum-exp -inf.
+        """
+        ...
+
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "L B S K H"],
+        value: Float[Array, "L B S K H"],
+        layer: Int[Array, ""],
+        rows: Rows,
+        out_bar: Float[Array, "B T N H"],
+        lse: Float[Array, "B N T"],
+        delta: Float[Array, "B N T"],
+        *,
+        dca: DCAConfig,
+        phases: tuple[Phase, ...],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Gradients of query, of the layer's key (rotated) and of its value.
+
+        P = exp(logits - lse), dP = out_bar v^T, dS = P * (dP - delta).
+        """
+        ...
+
+
+# In order of preference: the first that can run is the best for the device.
+BACKENDS: dict[str, Backend] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
+IMPLEMENTATIONS = ("reference", *BACKENDS)
 
 
 def dual_chunk_attention(
@@ -142,25 +201,29 @@ def rotate_keys(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "*L B S K H"],
+    value: Float[Array, "*L B S K H"],
     *,
     dca: DCAConfig | None,
     rows: Rows,
+    layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """`dual_chunk_attention` with `key` already rotated by `rotate_keys` (a KV cache).
 
-    Keys beyond a row's length are not read, whatever they hold (NaN excepted: XLA multiplies
-    masked values by zero).
+    With `layer`, key and value are all layers of a cache, [L, B, S, K, H], of which that one is
+    read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN excepted:
+    a masked value is multiplied by zero).
     """
-    name = choose_implementation(implementation)
+    if layer is None:
+        key, value, layer = key[None], value[None], jnp.int32(0)
     _check_shapes(query, key, value)
     dca = dca or PLAIN
+    name = choose_implementation(implementation, _like(query), _like(key), dca)
     if name == "reference":
-        return dense_attention(query, key, value, dca=dca, **rows._asdict())
-    phases = phases_within(key.shape[1], dca)
-    out, _ = _flash(name, dca, phases, query, key, value, rows)
+        return dense_attention(query, key[layer], value[layer], dca=dca, **rows._asdict())
+    phases = phases_within(key.shape[2], dca)
+    out, _ = _flash(name, dca, phases, query, key, value, layer, rows)
     return out
 
 
@@ -186,17 +249,17 @@ def attention_pass(
         that meets no key in this phase has output 0 and log-sum-exp -inf. Both are
         differentiable, so `merge_passes` of three passes has the exact gradient too.
     """
-    name = choose_implementation(implementation)
-    if name == "reference":
+    if implementation == "reference":
         raise InputError(
             "implementation 'reference' has no separate passes; expected one of "
             + ", ".join(BACKENDS)
         )
-    _check_shapes(query, key, value)
+    _check_shapes(query, key[None], value[None])
+    name = choose_implementation(implementation, _like(query), _like(key[None]), dca)
     rows = make_rows(query.shape, dca=dca, rope=rope, lengths=lengths, query_offset=query_offset)
     positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
     rotated = rotate_keys(key, positions, dca=dca, inv_freq=rows.inv_freq)
-    return _flash(name, dca, (phase,), query, rotated, value, rows)
+    return _flash(name, dca, (phase,), query, rotated[None], value[None], jnp.int32(0), rows)
 
 
 def merge_passes(
@@ -217,28 +280,67 @@ def merge_passes(
     return out, jnp.where(met, total, -jnp.inf)
 
 
-def choose_implementation(implementation: str | None) -> str:
-    """The implementation to run: the named one if it can, the best for the device if None."""
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
+def choose_implementation(
+    implementation: str | None,
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig,
+) -> str:
+    """The implementation to run: the named one if it can, the best that can if None.
+
+    `query` is [B, T, N, H] and `key` [L, B, S, K, H], as `Backend` takes them.
+
+    Raises:
+        InputError: a name that is unknown, or an implementation that cannot run here, and why.
+    """
+    check_implementation(implementation)
+    device = current_device()
+    if implementation == "reference":
+        return implementation
+    if implementation is not None:
+        reason = BACKENDS[implementation].unsupported(device, query, key, dca)
+        if reason is not None:
+            raise InputError(f"attention implementation {implementation!r} cannot run: {reason}")
+        return implementation
+    reasons = []
+    for name, backend in BACKENDS.items():
+        reason = backend.unsupported(device, query, key, dca)
+        if reason is None:
+            if device.platform != "cpu" and name == "xla":
+                _log_once(f"attention runs in plain XLA: {'; '.join(reasons)}")
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise InputError("no attention implementation can run: " + "; ".join(reasons))
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises InputError unless `implementation` is None or one of `IMPLEMENTATIONS`."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"unknown attention implementation {implementation!r}; expected one of "
             f"{', '.join(IMPLEMENTATIONS)}, or None to pick the best for the device"
         )
-    return implementation
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    if query.shape[0] != key.shape[1] or query.shape[3] != key.shape[4]:
         raise InputError(
-            f"query {query.shape} and key {key.shape} must agree in batch and head_dim"
+            f"query {query.shape} and key {key.shape[1:]} must agree in batch and head_dim"
         )
     if key.shape != value.shape:
-        raise InputError(f"key {key.shape} and value {value.shape} must have one shape")
-    if query.shape[2] % key.shape[2]:
+        raise InputError(f"key {key.shape[1:]} and value {value.shape[1:]} must have one shape")
+    if query.shape[2] % key.shape[3]:
         raise InputError(
-            f"query heads ({query.shape[2]}) must be a multiple of kv heads ({key.shape[2]})"
+            f"query heads ({query.shape[2]}) must be a multiple of kv heads ({key.shape[3]})"
         )
     if not (query.dtype == key.dtype == value.dtype):
         raise InputError(
@@ -257,10 +359,11 @@ def _forward(
     query: Array,
     key: Array,
     value: Array,
+    layer: Array,
     rows: Rows,
 ) -> tuple[Array, Array]:
     """(out [B,T,N,H], lse [B,N,T]) of the keys that `phases` cover; `key` is rotated."""
-    return BACKENDS[name].forward(query, key, value, rows, dca=dca, phases=phases)
+    return BACKENDS[name].forward(query, key, value, layer, rows, dca=dca, phases=phases)
 
 
 def _forward_saving(
@@ -270,24 +373,29 @@ def _forward_saving(
     query: Array,
     key: Array,
     value: Array,
+    layer: Array,
     rows: Rows,
 ) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _flash(name, dca, phases, query, key, value, rows)
-    return (out, lse), (query, key, value, rows, out, lse)
+    out, lse = _flash(name, dca, phases, query, key, value, layer, rows)
+    return (out, lse), (query, key, value, layer, rows, out, lse)
 
 
 def _backward(
     name: str, dca: DCAConfig, phases: tuple[Phase, ...], saved: tuple, cotangents: tuple
 ) -> tuple:
-    query, key, value, rows, out, lse = saved
+    query, key, value, layer, rows, out, lse = saved
     out_bar, lse_bar = cotangents
     delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
     # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
     delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)
-    grads = BACKENDS[name].backward(
-        query, key, value, rows, out_bar, lse, delta, dca=dca, phases=phases
+    query_bar, key_bar, value_bar = BACKENDS[name].backward(
+        query, key, value, jnp.asarray(layer), rows, out_bar, lse, delta, dca=dca, phases=phases
     )
-    return (*grads, None)
+    if key.shape[0] == 1:
+        return query_bar, key_bar[None], value_bar[None], None, None
+    key_bar = jnp.zeros_like(key).at[layer].set(key_bar)
+    value_bar = jnp.zeros_like(value).at[layer].set(value_bar)
+    return query_bar, key_bar, value_bar, None, None
 
 
 _flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))

@@ -15,24 +15,33 @@ from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
 if TYPE_CHECKING:
+    from dca_jax.attention.device import Device
     from dca_jax.attention.op import Rows
 
 TILE = 512  # queries a tile
 LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
 
 
+def unsupported(
+    device: "Device", query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+) -> str | None:
+    """Nothing: it runs everywhere."""
+    return None
+
+
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "L B S K H"],
+    value: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
     rows: "Rows",
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated."""
-    num_queries, kv_heads = query.shape[1], key.shape[2]
-    tile, block = _block_sizes(num_queries, key.shape[1])
+    num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
+    tile, block = _block_sizes(num_queries, num_keys)
 
     def one_tile(args: tuple[Array, Array]) -> tuple[Array, Array]:
         queries, start = args
@@ -50,14 +59,15 @@ def forward(
 
             def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
                 peak, total, acc = state
-                at, keys, met = _block(n, key, span, block)
+                at, met = _block(n, num_keys, span, block)
+                keys = _slice(key, layer, at, block)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 logits = jnp.where(met, logits, -jnp.inf)
                 new_peak = jnp.maximum(peak, logits.max(axis=-1))
                 safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)  # no key met so far
                 decay = jnp.exp(peak - safe)
                 weights = jnp.exp(logits - safe[..., None])
-                values = jax.lax.dynamic_slice_in_dim(value, at, block, axis=1)
+                values = _slice(value, layer, at, block)
                 update = _dot("BKGTS,BSKH->BKGTH", weights.astype(value.dtype), values)
                 total = total * decay + weights.sum(axis=-1)
                 return new_peak, total, acc * decay[..., None] + update
@@ -76,8 +86,9 @@ def forward(
 
 def backward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "L B S K H"],
+    value: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
     rows: "Rows",
     out_bar: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
@@ -87,8 +98,8 @@ def backward(
     phases: tuple[Phase, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of query, key (rotated) and value, from the global `lse` and `delta`."""
-    num_queries, kv_heads = query.shape[1], key.shape[2]
-    tile, block = _block_sizes(num_queries, key.shape[1])
+    num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
+    tile, block = _block_sizes(num_queries, num_keys)
     compute = compute_dtype(query.dtype)
 
     def one_tile(carry: tuple[Array, Array], args: tuple) -> tuple[tuple[Array, Array], Array]:
@@ -103,8 +114,9 @@ def backward(
 
             def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
                 key_bar, value_bar, rotated_bar = state
-                at, keys, met = _block(n, key, span, block)
-                values = jax.lax.dynamic_slice_in_dim(value, at, block, axis=1)
+                at, met = _block(n, num_keys, span, block)
+                keys = _slice(key, layer, at, block)
+                values = _slice(value, layer, at, block)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 weights = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
                 weights_bar = _dot("BKGTH,BSKH->BKGTS", outs_bar, values)
@@ -127,7 +139,7 @@ def backward(
     with jax.named_scope("dca_xla_backward"):
         (key_bar, value_bar), query_bar = jax.lax.scan(
             one_tile,
-            (jnp.zeros(key.shape, compute), jnp.zeros(value.shape, compute)),
+            (jnp.zeros(key.shape[1:], compute), jnp.zeros(value.shape[1:], compute)),
             (
                 _split_tiles(query, kv_heads, tile),
                 _split_tiles(out_bar, kv_heads, tile),
@@ -179,19 +191,29 @@ def _blocks(
 
 
 def _block(
-    n: Int[Array, ""], key: Float[Array, "B S K H"], span: tuple[Array, Array], block: int
-) -> tuple[Array, Array, Array]:
-    """Where block n starts, its keys, and which of them each query meets [B, 1, 1, t, block].
+    n: Int[Array, ""], num_keys: int, span: tuple[Array, Array], block: int
+) -> tuple[Array, Array]:
+    """Where block n starts, and which of its keys each query meets [B, 1, 1, t, block].
 
     The last block of a cache whose length is no multiple of `block` starts early and masks what
     the block before has had: nothing is padded or copied.
     """
-    at = jnp.minimum(n * block, key.shape[1] - block)
-    keys = jax.lax.dynamic_slice_in_dim(key, at, block, axis=1)
+    at = jnp.minimum(n * block, num_keys - block)
     j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
     start, stop = span
     met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
-    return at, keys, met[:, None, None, :, :]
+    return at, met[:, None, None, :, :]
+
+
+def _slice(
+    cache: Float[Array, "L B S K H"], layer: Int[Array, ""], at: Int[Array, ""], block: int
+) -> Float[Array, "B block K H"]:
+    """`block` keys or values of a layer, read where they lie."""
+    _, batch, _, kv_heads, head_dim = cache.shape
+    zero = jnp.zeros_like(at)
+    layer = layer.astype(at.dtype)
+    start, size = (layer, zero, at, zero, zero), (1, batch, block, kv_heads, head_dim)
+    return jax.lax.dynamic_slice(cache, start, size)[0]
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

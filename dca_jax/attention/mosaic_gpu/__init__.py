@@ -1,0 +1,73 @@
+"""DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax._src.lib import cuda_versions
+from jaxtyping import Array, Float, Int
+
+from dca_jax.attention.mosaic_gpu import decode as decoding
+from dca_jax.attention.mosaic_gpu import flash_forward as prefill
+from dca_jax.attention.mosaic_gpu.backward import TILES as BACKWARD_TILES
+from dca_jax.attention.mosaic_gpu.backward import backward
+from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
+from dca_jax.dca import DCAConfig, Phase, phases_within
+
+if TYPE_CHECKING:
+    from dca_jax.attention.device import Device
+    from dca_jax.attention.op import Rows
+
+__all__ = ["backward", "forward", "unsupported"]
+
+
+def unsupported(
+    device: "Device", query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+) -> str | None:
+    """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    if device.capability != (9, 0):
+        return f"it needs a Hopper GPU (compute capability 9.0), and this is {device.kind}"
+    if miscompiling_cuda():
+        return (
+            "CUDA 12.8.0 to 12.9.0 compiles the masks of these kernels wrongly; install 12.9.1 or "
+            "newer (jax[cuda13] brings it)"
+        )
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, got {query.dtype}"
+    head_dim = query.shape[3]
+    if head_dim not in prefill.TILES:
+        return f"head_dim must be one of {sorted(prefill.TILES)}, got {head_dim}"
+    phases = len(phases_within(key.shape[2], dca))
+    needed = max(
+        prefill.TILES[head_dim].shared_bytes(head_dim, phases),
+        BACKWARD_TILES[head_dim].shared_bytes(head_dim),
+    )
+    if needed > SHARED_BYTES:
+        return (
+            f"its tiles for head_dim {head_dim} need {needed} bytes of shared memory a block, and "
+            f"there are {SHARED_BYTES}"
+        )
+    return None
+
+
+def miscompiling_cuda() -> bool:
+    """Whether the CUDA in use has the ptxas that JAX's own causal kernel refuses for its errors."""
+    if cuda_versions is None:
+        return False  # no GPU here: compiling ahead of time for another machine
+    return 12_080 <= cuda_versions.cuda_runtime_get_version() < 12_091
+
+
+def forward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L B S K H"],
+    value: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    rows: "Rows",
+    *,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """As `op.Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
+    like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
+    run = decoding.decode if decoding.fits(*like) else prefill.forward
+    return run(query, key, value, layer, rows, dca=dca, phases=phases)

@@ -1,0 +1,81 @@
+"""Which blocks of keys a tile of queries visits, as scalars worked out inside a kernel.
+
+A phase's keys are a contiguous range for every query, and both its ends grow with the query. So for
+the queries first .. last, a block is met in full by all of them, by some in part, or by none. Full
+blocks need no mask, and come first; the edges, a few a tile, come after them, and are masked.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from dca_jax.dca import DCAConfig, Phase, key_range
+
+
+class Walk(NamedTuple):
+    """Blocks of keys, one after another, that a tile visits in one phase."""
+
+    phase: int  # its number among the kernel's phases
+    start: Int[Array, ""]  # the first block
+    count: Int[Array, ""]
+
+
+def full_and_edge_walks(
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+    phases: tuple[Phase, ...],
+    dca: DCAConfig,
+    block_k: int,
+) -> tuple[list[Walk], list[Walk]]:
+    """What queries first .. last meet: the blocks that all meet in full, and those to be masked.
+
+    With last < first there is nothing. The edges come in the reverse order of the phases: so the
+    last phase's full blocks and its edges follow one another.
+    """
+    full, edges = [], []
+    size = jnp.int32(block_k)
+    for number, phase in enumerate(phases):
+        (low, low_end), (high, high_end) = (key_range(i, phase, dca) for i in (first, last))
+        met = (last >= first) & (high_end > low)
+        begin = lax.div(low, size)
+        end = jnp.where(met, lax.div(high_end + (size - 1), size), begin)
+        full_begin = lax.div(high + (size - 1), size)
+        full_end = jnp.where(met, lax.div(jnp.maximum(low_end, 0), size), full_begin)
+        count = jnp.maximum(full_end - full_begin, 0)
+        full.append(Walk(number, full_begin, count))
+        before = jnp.where(count > 0, full_begin, end) - begin
+        after = jnp.where(count > 0, end - full_end, 0)
+        edges.append((Walk(number, begin, before), Walk(number, full_end, after)))
+    return full, [walk for pair in reversed(edges) for walk in pair]
+
+
+def locate(
+    n: Int[Array, ""], walks: list[Walk], done: Int[Array, ""]
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Phase number and block of step n, where `done` steps come before these walks."""
+    phase, block = jnp.int32(walks[0].phase), walks[0].start + (n - done)
+    for previous, walk in itertools.pairwise(walks):
+        done = done + previous.count
+        here = n >= done
+        phase = jnp.where(here, jnp.int32(walk.phase), phase)
+        block = jnp.where(here, walk.start + (n - done), block)
+    return phase, block
+
+
+def ranges_of_rows(
+    index: Int[Array, " rows"],
+    length: Int[Array, ""],
+    phase: Int[Array, ""],
+    phases: tuple[Phase, ...],
+    dca: DCAConfig,
+) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    """[start, stop) of the keys each query meets in phase number `phase`; padding meets none."""
+    start, stop = index * 0, index * 0
+    for number, name in enumerate(phases):
+        low, high = key_range(index, name, dca)
+        chosen = (phase == number).astype(jnp.int32)
+        start, stop = start + low * chosen, stop + high * chosen
+    return start, stop * (index < length).astype(jnp.int32)

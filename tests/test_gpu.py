@@ -1,0 +1,256 @@
+"""The GPU kernels on a GPU, against the dense float32 oracle, in value and in gradient.
+
+The yardstick is the same formula computed naively in the inputs' own precision: logits, softmax and
+sums rounded to it. Kernels that sum in float32 must err by a fraction of that only.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_moby_dick
+from conftest import REPOSITORY
+
+import dca_jax
+from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
+from dca_jax.attention.device import current_device
+from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
+from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
+from dca_jax.evaluation.passkey import passkey_grid
+from dca_jax.evaluation.perplexity import perplexity, token_nll
+from dca_jax.rope import RopeConfig, inverse_frequencies, rotate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
+
+ROPE = RopeConfig()
+KERNELS = [name for name in BACKENDS if name != "xla"]
+FORWARD, BACKWARD = 0.8, 1.0  # of the naive error that ours may reach
+
+# A chunk that is a multiple of every block, one that is of none, and one shorter than a block.
+CHUNKS = [(256, 300), (200, 399), (40, 60)]
+
+
+def config(chunk: tuple[int, int]) -> DCAConfig:
+    return DCAConfig(chunk_len=chunk[0], max_query_position=chunk[1])
+
+
+def draw(
+    batch: int, num_queries: int, num_keys: int, heads: int, kv_heads: int, dim: int, dtype: Any
+) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(num_queries), 4)
+    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads), (num_queries, heads)
+    return [
+        jax.random.normal(key, (batch, n, h, dim), jnp.float32).astype(dtype)
+        for key, (n, h) in zip(keys, shapes, strict=True)
+    ]
+
+
+def naive(q: jax.Array, k: jax.Array, v: jax.Array, dca: DCAConfig) -> jax.Array:
+    """Attention with every intermediate result in the dtype of the inputs."""
+    length, heads, dim = q.shape[1:]
+    kv_heads = k.shape[2]
+    inv_freq = inverse_frequencies(ROPE, dim)
+    index = jnp.arange(length, dtype=jnp.int32)
+    k = rotate(k, (index % dca.chunk_len)[None], inv_freq)
+    grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, dim)
+    logits = jnp.full((q.shape[0], kv_heads, heads // kv_heads, length, length), -jnp.inf, q.dtype)
+    for phase in PHASES:
+        turned = rotate(grouped, query_position(index, phase, dca)[None], inv_freq)
+        turned = turned * jnp.asarray(dim**-0.5, q.dtype)
+        start, stop = key_range(index, phase, dca)
+        met = (start[:, None] <= index[None]) & (index[None] < stop[:, None])
+        dots = jnp.einsum("BTKGH,BSKH->BKGTS", turned, k)
+        logits = jnp.where(met[None, None, None], dots, logits)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    weights = weights / weights.sum(axis=-1, keepdims=True, dtype=q.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+
+
+def error(ours: jax.Array, theirs: jax.Array) -> float:
+    difference = ours.astype(jnp.float32) - theirs.astype(jnp.float32)
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(theirs.astype(jnp.float32)))
+
+
+def with_gradients(attention: Any) -> Any:
+    """A function of (q, k, v, weight) that returns out, dq, dk and dv."""
+
+    def loss(
+        q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        out = attention(q, k, v)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32)), out
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        return [out, *grads]
+
+    return jax.jit(run)
+
+
+def check(name: str, arrays: list[jax.Array], dca: DCAConfig) -> None:
+    """Value and gradients beside the oracle, all rows and the last quarter, and twice the same."""
+    options: dict[str, Any] = {"dca": dca, "rope": ROPE}
+    oracle = functools.partial(dual_chunk_attention, implementation="reference", **options)
+    exact = with_gradients(oracle)(*(x.astype(jnp.float32) for x in arrays))
+    rough = with_gradients(functools.partial(naive, dca=dca))(*arrays)
+    kernel = with_gradients(functools.partial(dual_chunk_attention, implementation=name, **options))
+    tail = arrays[0].shape[1] * 3 // 4
+    for what, mine, again, theirs, yardstick in zip(
+        ("out", "dq", "dk", "dv"), kernel(*arrays), kernel(*arrays), exact, rough, strict=True
+    ):
+        share = FORWARD if what == "out" else BACKWARD
+        assert mine.dtype == arrays[0].dtype
+        assert bool(jnp.isfinite(mine).all()), what
+        np.testing.assert_array_equal(mine, again, err_msg=f"{what} is not deterministic")
+        if float(jnp.linalg.norm(theirs)) < 1e-3 * float(jnp.linalg.norm(arrays[3])):
+            # One key: the gradient is zero. Ours is what rounding the output to 16 bits leaves.
+            assert float(jnp.linalg.norm(mine)) < 0.01 * float(jnp.linalg.norm(arrays[3])), what
+            continue
+        for rows in (slice(None), slice(tail, None)):
+            reached = error(mine[:, rows], theirs[:, rows])
+            allowed = share * error(yardstick[:, rows], theirs[:, rows]) + 1e-6
+            assert reached <= allowed, f"{what}{rows}: {reached:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("extra", ["1", "s-1", "s", "s+1", "2*s", "2*s+1", "3*s+77"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_edges(name: str, chunk: tuple[int, int], extra: str) -> None:
+    length = {"1": 1, "s-1": -1, "s": 0, "s+1": 1, "2*s": chunk[0], "2*s+1": chunk[0] + 1}.get(
+        extra, 2 * chunk[0] + 77
+    ) + (chunk[0] if extra != "1" else 0)
+    check(name, draw(1, length, length, 8, 2, 128, jnp.bfloat16), config(chunk))
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(64, jnp.float16), (128, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (8, 1), (6, 2)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_heads(name: str, heads: int, kv_heads: int, dim: int, dtype: Any) -> None:
+    check(name, draw(1, 650, 650, heads, kv_heads, dim, dtype), config((200, 250)))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_of_different_texts_in_a_cache(name: str) -> None:
+    """Pieces at different places of texts of different lengths, in one layer of several."""
+    dca, batch, capacity = config((200, 250)), 3, 1208
+    starts, news = [900, 17, 0], [300, 200, 1]
+    for num_queries in (300, 1):
+        real = [min(n, num_queries) for n in news]
+        q, k, v, _ = draw(batch, num_queries, capacity, 8, 2, 128, jnp.bfloat16)
+        lengths = jnp.asarray([a + b for a, b in zip(starts, real, strict=True)], jnp.int32)
+        rows = make_rows(
+            q.shape,
+            dca=dca,
+            rope=ROPE,
+            lengths=lengths,
+            query_offset=jnp.asarray(starts, jnp.int32),
+        )
+        index = jnp.arange(capacity, dtype=jnp.int32)[None]
+        k = rotate_keys(k, index, dca=dca, inv_freq=rows.inv_freq)
+        beyond = (index >= lengths[:, None])[:, :, None, None]
+        k, v = (jnp.where(beyond, jnp.asarray(1e4, x.dtype), x) for x in (k, v))
+        stacked = [jnp.stack([x * 0, x, x * 0]) for x in (k, v)]
+        run = jax.jit(attend, static_argnames=("dca", "implementation"))
+        options: dict[str, Any] = {"dca": dca, "rows": rows}
+        out = run(q, *stacked, layer=jnp.int32(1), implementation=name, **options)
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        expected = run(*wide, implementation="reference", **options)
+        assert error(out, expected) < 4e-3
+        for row, count in enumerate(real):
+            assert not np.asarray(out[row, count:]).any()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_three_passes_are_the_fused_kernel(name: str) -> None:
+    dca = config((256, 300))
+    arrays = draw(1, 900, 900, 8, 2, 128, jnp.bfloat16)
+
+    def three_passes(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        options: dict[str, Any] = {"dca": dca, "rope": ROPE, "implementation": name}
+        passes = [attention_pass(q, k, v, phase=phase, **options) for phase in PHASES]
+        return merge_passes([out for out, _ in passes], [lse for _, lse in passes])[0]
+
+    fused = functools.partial(dual_chunk_attention, dca=dca, rope=ROPE, implementation=name)
+    runs = (with_gradients(attention)(*arrays) for attention in (three_passes, fused))
+    for ours, theirs in zip(*runs, strict=True):
+        assert error(ours, theirs) < 6e-3  # each pass's output is rounded to bfloat16
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_log_sum_exp(name: str) -> None:
+    dca = config((200, 250))
+    q, k, v, _ = draw(1, 700, 700, 4, 2, 128, jnp.bfloat16)
+    for phase in PHASES:
+        options: dict[str, Any] = {"phase": phase, "dca": dca, "rope": ROPE}
+        out, lse = attention_pass(q, k, v, implementation=name, **options)
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        expected_out, expected = attention_pass(*wide, implementation="xla", **options)
+        assert lse.dtype == jnp.float32
+        np.testing.assert_array_equal(jnp.isneginf(lse), jnp.isneginf(expected))
+        met = jnp.isfinite(expected)
+        np.testing.assert_allclose(lse[met], expected[met], atol=0.02)
+        assert error(out, expected_out) < 4e-3
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_that_leave_the_range_of_the_first_block(name: str) -> None:
+    """Logits that grow by far from block to block, which a lagging maximum must follow."""
+    dca = config((256, 300))
+    q, k, v, weight = draw(1, 800, 800, 4, 4, 128, jnp.bfloat16)
+    ramp = jnp.linspace(0.1, 6.0, 800, dtype=jnp.float32).astype(jnp.bfloat16)
+    k = k * ramp[None, :, None, None]
+    check(name, [q, k, v, weight], dca)
+
+
+# --- whole models ------------------------------------------------------------------------------
+
+DEMO = REPOSITORY / "models" / "demo-python-7m"
+
+
+def runs_here(name: str, head_dim: int) -> None:
+    """Skips where the kernel says that it cannot run."""
+    query = jax.ShapeDtypeStruct((1, 512, 4, head_dim), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 1, 4096, 2, head_dim), jnp.bfloat16)
+    reason = BACKENDS[name].unsupported(current_device(), query, key, DCAConfig.paper(512))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_demo_model_has_one_perplexity(name: str) -> None:
+    def perplexity_by(implementation: str) -> float:
+        llm = dca_jax.load(DEMO, dca="paper", dtype="bfloat16", implementation=implementation)
+        files = sorted((REPOSITORY / "dca_jax").glob("*.py"))
+        code = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        ids = llm.tokenizer(code)["input_ids"][:4096]
+        return perplexity(llm.model, np.asarray(ids, np.int32), window=len(ids))
+
+    runs_here(name, 64)
+    assert perplexity_by(name) == pytest.approx(perplexity_by("xla"), rel=5e-3)
+
+
+def test_the_demo_model_finds_the_passkey() -> None:
+    llm = dca_jax.load(DEMO, dca="paper", dtype="bfloat16")
+    grid = passkey_grid(llm, [2048, 4096], [0.0, 0.5, 1.0], trials=2)
+    assert (grid.found == grid.trials).all()
+
+
+@pytest.mark.parametrize("setting", ["plain_rope", "chunkllama"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_golden_nll_of_moby_dick(name: str, setting: str, shared: Path) -> None:
+    runs_here(name, test_moby_dick.HEAD_DIM)
+    model = test_moby_dick.load(shared, test_moby_dick.SETTINGS[setting], jnp.bfloat16, name)
+    nll = token_nll(model, test_moby_dick.read_tokens(shared)[None])[0]
+    for row in test_moby_dick.ROWS:
+        if row["setting"] == setting:
+            assert float(nll[: row["L"] - 1].mean()) == pytest.approx(row["nll"], abs=0.02)
