@@ -17,10 +17,13 @@ from jaxtyping import Array, Int
 
 import dca_jax
 from dca_jax import KVCache, Llama, Sampler
-from dca_jax.generate import PAD, decode, first_token, read
+from dca_jax.buckets import capacity_bucket
+from dca_jax.generate import PAD, decode, decode_compiler_options, first_token, read
 
 
-@functools.partial(jax.jit, static_argnames="new_tokens")
+@functools.partial(
+    jax.jit, static_argnames="new_tokens", compiler_options=decode_compiler_options()
+)
 def complete(
     model: Llama,
     prompts: Int[Array, "B T"],
@@ -33,9 +36,8 @@ def complete(
 ) -> Int[Array, "B new_tokens"]:
     """Each row's new tokens; `prompts` are right-padded to one width, PAD follows a stop id."""
     batch, width = prompts.shape
-    cache = KVCache.create(
-        model.config, batch=batch, capacity=width + new_tokens, dtype=model.dtype
-    )
+    capacity = capacity_bucket(width + new_tokens)
+    cache = KVCache.create(model.config, batch=batch, capacity=capacity, dtype=model.dtype)
     hidden = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     hidden, cache = read(model, cache, hidden, prompts, lengths, lengths)
     keys = jax.random.split(jax.random.key(seed), batch)

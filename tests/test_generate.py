@@ -203,7 +203,7 @@ def test_another_prompt_length_in_the_bucket_does_not_compile(model, golden):
     ids = golden["input_ids"].tolist()
 
     def compiled():
-        functions = (engine._read, engine._checked_logits, engine._first_token, engine._segment)
+        functions = (engine._read, engine._checked_logits, engine._first_token, engine._segment())
         return [function._cache_size() for function in functions]
 
     generate(model, ids, max_new_tokens=24, sampler=Sampler(temperature=0.5), stop_ids=[1])

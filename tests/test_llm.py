@@ -376,10 +376,10 @@ def test_a_conversation_survives_an_interruption_that_takes_its_cache(llm, monke
     segment = engine._segment
 
     def interrupted(*args):
-        segment(*args)
+        segment()(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_segment", interrupted)
+    monkeypatch.setattr(engine, "_segment", lambda: interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.ask("Call me", max_new_tokens=40))
     monkeypatch.setattr(engine, "_segment", segment)
