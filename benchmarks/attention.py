@@ -1,113 +1,388 @@
-"""DCA beside plain causal attention by cuDNN, on one GPU, in one process.
+"""DCA beside plain causal attention, which cannot do DCA, on one GPU, in one process.
 
-    python benchmarks/attention.py --out outputs/attention.json
+    python benchmarks/attention.py measure --lengths 8k,32k --out outputs/attention.json
+    python benchmarks/attention.py plot outputs/attention*.json --out docs/images/attention.svg
 
-bfloat16, batch 1, 32 query and 8 kv heads of 128, random inputs. Ours counts its rotations; cuDNN
-gets rotated inputs for nothing. Every variant is warmed up for half a second and then timed as one
-block, so that all run at the clock that a loaded chip settles at. Prints a table, writes JSON.
+Ours, through every backend that can run here, from raw queries and keys to the output: the fused
+kernel; the paper's three passes and their merge; and plain causal attention by the same kernel, as
+a control. Beside them plain causal attention by cuDNN and by JAX's own Pallas kernels (Triton, and
+its Mosaic GPU example, in float16), each with queries and keys rotated on the way and without. The
+peers' cosines and sines are made beforehand and cost them nothing; ours are part of our time.
+
+Every speed is over that of cuDNN with its rotation, timed first among the variants of its length
+and once more after them, which says how far the clock has drifted meanwhile.
 """
 
-import json
-import time
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import typer
-from rich.console import Console
-from rich.table import Table
+from common import (
+    Report,
+    machine,
+    merged,
+    numbers,
+    on_gpu,
+    reason,
+    require_live_device,
+    say,
+    show,
+    start_compiling,
+    timed,
+)
+from jaxtyping import Array, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from dca_jax import DCAConfig, RopeConfig, dual_chunk_attention
+from dca_jax.attention import attention_pass, merge_passes
+from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS
+from dca_jax.dca import PHASES
+from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.rope import inverse_frequencies
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-WARM_UP, BLOCK = 0.5, 1.0  # seconds
+DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
+PEER = "cuDNN + rope"
+PASSES = ("forward", "forward + backward")
+KEY = ("tokens", "heads", "head_dim", "pass", "variant")
+COLUMNS = ("tokens", "heads", "head_dim", "pass", "variant", "ms", "TFLOP/s", "speed")
+
+# query, key, value, and the peers' cos and sin [T, head_dim / 2]: the output.
+Attention = Callable[[Array, Array, Array, Array, Array], Array]
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
 
 
-def main(
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute attention.
+
+    Attributes:
+        scaled: it takes queries that are scaled already.
+    """
+
+    name: str
+    attention: Attention
+    dtype: Any = jnp.bfloat16
+    scaled: bool = False
+
+
+class Case(NamedTuple):
+    """What a table of variants is about; the batch is 1."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    kind: str  # one of PASSES
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
     out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
         "outputs/attention.json"
     ),
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "8192,32768",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, separated by commas; 4k is 4096.")
+    ] = "4k,8k,16k,32k,64k,128k,256k",
+    heads: Annotated[
+        str, typer.Option(help="Query and kv heads: 32/8 is grouped-query attention.")
+    ] = "32/8,32/32",
+    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    passes: Annotated[
+        str, typer.Option(help="Among: forward, backward (forward and backward together).")
+    ] = "forward,backward",
+    variants: Annotated[
+        str, typer.Option(help="Only variants whose name holds one of these, and the peer.")
+    ] = "",
+    minutes: Annotated[
+        float, typer.Option(help="Start no further measurement after so many.")
+    ] = math.inf,
 ) -> None:
-    """Times every backend, forward and forward + backward."""
-    if jax.default_backend() != "gpu":
-        raise SystemExit(f"needs a GPU (cuDNN is the peer); JAX runs on {jax.default_backend()}")
-    rows: list[dict[str, Any]] = []
-    for length in map(int, lengths.split(",")):
-        peer: dict[str, float] = {}
-        for name, attention in variants().items():
-            for kind, milliseconds in times(attention, length).items():
-                peer.setdefault(kind, milliseconds)  # cuDNN comes first
-                ratio = peer[kind] / milliseconds
-                rows.append(
-                    {"tokens": length, "variant": name, "pass": kind, "ms": milliseconds}
-                    | {"speed_over_cudnn": ratio}
-                )
-    table = Table("tokens", "pass", "variant", "ms", "speed / cuDNN", title="Attention")
-    for row in rows:
-        figures = f"{row['ms']:.2f}", f"{row['speed_over_cudnn']:.3f}"
-        table.add_row(str(row["tokens"]), row["pass"], row["variant"], *figures)
-    Console().print(table)
+    """Times every variant at every length; what cannot run is a row that says why.
+
+    One length, one pass or a few variants at a time make several files, which `plot` joins.
+    The plain XLA backend takes half a minute and more a variant from 64k tokens on.
+    """
+    if not on_gpu():
+        raise InputError(f"needs a GPU (cuDNN is the peer); JAX runs on {jax.default_backend()}")
+    wanted = [word.strip() for word in variants.split(",") if word.strip()]
+    kinds = [kind for kind in PASSES if any(kind.endswith(p.strip()) for p in passes.split(","))]
+    if not kinds:
+        raise InputError(f"passes are forward and backward, got {passes!r}")
+    report = Report(out, machine() | {"benchmark": "attention"}, minutes=minutes)
+    with ThreadPoolExecutor() as pool:
+        for length, layout, kind in itertools.product(numbers(lengths), heads.split(","), kinds):
+            if report.out_of_time():
+                break
+            case = Case(length, *_split_heads(layout), head_dim, kind)
+            chosen = [
+                variant
+                for variant in all_variants(case)
+                if not wanted or any(word in variant.name for word in wanted)
+            ]
+            compare(report, case, start_all([cudnn_with_rope(), *chosen], case, pool))
+    show("Attention", COLUMNS, report.rows)
+
+
+def _split_heads(layout: str) -> tuple[int, int]:
+    try:
+        query_heads, kv_heads = map(int, layout.split("/"))
+    except ValueError:
+        raise InputError(f"expected heads such as 32/8, got {layout!r}") from None
+    if min(query_heads, kv_heads) < 1 or query_heads % kv_heads:
+        raise InputError(f"query heads must be a multiple of kv heads, got {layout!r}")
+    return query_heads, kv_heads
+
+
+def start_all(
+    variants: Iterable[Variant], case: Case, pool: Executor
+) -> list[tuple[Variant, Future]]:
+    """Begins to compile the variants, all at once."""
+    return [(variant, _start(variant, case, pool)) for variant in variants]
+
+
+def _start(variant: Variant, case: Case, pool: Executor) -> Future:
+    def forward_backward(
+        query: Array, key: Array, value: Array, cos: Array, sin: Array, out_bar: Array
+    ) -> tuple[Array, tuple[Array, ...]]:
+        out, pull = jax.vjp(lambda q, k, v: variant.attention(q, k, v, cos, sin), query, key, value)
+        return out, pull(out_bar)
+
+    function = variant.attention if case.kind == PASSES[0] else forward_backward
+    inputs = jax.eval_shape(partial(random_inputs, case, variant.dtype, variant.scaled))
+    return start_compiling(pool, function, *inputs)
+
+
+def compare(report: Report, case: Case, started: list[tuple[Variant, Future]]) -> None:
+    """Adds a row for every variant; the first is the peer, and comes once more at the end."""
+    wait(future for _, future in started)  # compiling and timing would disturb each other
+    flops = 2 * case.heads * case.head_dim * case.tokens**2
+    flops *= 1 if case.kind == PASSES[0] else 3.5  # five matrix products backward, two forward
+    peer_ms: float | None = None
+    made_for, inputs = None, []
+    for number, (variant, compiled) in enumerate([*started, started[0]]):
+        if number and report.out_of_time():
+            return
+        again = number == len(started)
+        row: dict[str, Any] = {
+            "tokens": case.tokens,
+            "heads": f"{case.heads}/{case.kv_heads}",
+            "head_dim": case.head_dim,
+            "pass": case.kind,
+            "variant": f"{variant.name}, again" if again else variant.name,
+        }
+        try:
+            wanted = variant.dtype, variant.scaled
+            if made_for != wanted:
+                inputs = []  # frees the others first
+                made_for, inputs = wanted, _inputs(case, *wanted)
+            time = timed(compiled.result(), *inputs)
+        except Exception as error:  # out of memory, or a shape that it cannot take
+            report.add(row | {"failed": reason(error)})
+            require_live_device()
+            continue
+        if number == 0:
+            peer_ms = time.median
+        speed = None if peer_ms is None else peer_ms / time.median
+        rates = {"TFLOP/s": flops / time.median / 1e9, "speed": speed}
+        report.add(row | {"ms": time.median, "low": time.low, "high": time.high} | rates)
+
+
+def random_inputs(case: Case, dtype: Any, scaled: bool) -> list[Array]:
+    """Query, key, value, cos, sin; and the output's gradient for a backward pass."""
+    counts = case.heads, case.kv_heads, case.kv_heads, case.heads
+    query, key, value, out_bar = (
+        jax.random.normal(
+            jax.random.key(seed, impl="rbg"), (1, case.tokens, count, case.head_dim), dtype
+        )
+        for seed, count in enumerate(counts)
+    )
+    if scaled:
+        query /= math.sqrt(case.head_dim)
+    index = jnp.arange(case.tokens, dtype=jnp.float32)
+    angle = index[:, None] * inverse_frequencies(ROPE, case.head_dim)
+    inputs = [query, key, value, jnp.cos(angle), jnp.sin(angle)]
+    return inputs if case.kind == PASSES[0] else [*inputs, out_bar]
+
+
+_inputs = jax.jit(random_inputs, static_argnums=(0, 1, 2))
+
+
+# --- variants ----------------------------------------------------------------------------------
+
+
+def all_variants(case: Case) -> Iterator[Variant]:
+    """Everything but the peer: ours by each backend that can run, then the other peers."""
+    shapes = (
+        jax.ShapeDtypeStruct((1, case.tokens, case.heads, case.head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 1, case.tokens, case.kv_heads, case.head_dim), jnp.bfloat16),
+    )
+    for name, backend in BACKENDS.items():
+        refusal = backend.unsupported(current_device(), *shapes, DCA)
+        if refusal is None:
+            yield from ours(name)
+        else:
+            say(f"{name}: {refusal}")
+    yield Variant("cuDNN", cudnn)
+    if case.heads == case.kv_heads:  # it takes no other
+        yield Variant("JAX Triton mha + rope", rotated(triton_mha))
+        yield Variant("JAX Triton mha", triton_mha)
+    name, options = "JAX Mosaic GPU example", {"dtype": jnp.float16, "scaled": True}
+    yield Variant(f"{name} + rope", rotated(mosaic_example), **options)
+    yield Variant(name, mosaic_example, **options)
+
+
+def cudnn_with_rope() -> Variant:
+    """What all speeds are over."""
+    return Variant(PEER, rotated(cudnn))
+
+
+def ours(name: str) -> Iterator[Variant]:
+    """DCA fused and in three passes, and plain causal attention, by one backend."""
+
+    def fused(dca: DCAConfig | None) -> Attention:
+        return lambda query, key, value, cos, sin: dual_chunk_attention(
+            query, key, value, dca=dca, rope=ROPE, implementation=name
+        )
+
+    def three_passes(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
+        options: dict[str, Any] = {"dca": DCA, "rope": ROPE, "implementation": name}
+        outs, lses = [], []
+        for phase in PHASES:
+            out, lse = attention_pass(query, key, value, phase=phase, **options)
+            outs.append(out)
+            lses.append(lse)
+        return merge_passes(outs, lses)[0]
+
+    yield Variant(f"{name}: DCA", fused(DCA))
+    yield Variant(f"{name}: DCA, three passes", three_passes)
+    yield Variant(f"{name}: plain causal", fused(None))
+
+
+def rotated(attention: Attention) -> Attention:
+    """Attention behind RoPE of queries and keys."""
+
+    def rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Array:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+    def with_rope(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
+        return attention(rope(query, cos, sin), rope(key, cos, sin), value, cos, sin)
+
+    return with_rope
+
+
+def cudnn(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
+    """Plain causal attention by cuDNN."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+
+def triton_mha(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
+    """Plain causal attention by JAX's Pallas-Triton kernel, with its default blocks."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    scale = 1 / math.sqrt(query.shape[-1])
+    return mha(query, key, value, None, sm_scale=scale, causal=True)
+
+
+def mosaic_example(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
+    """Plain causal attention by the example that comes with JAX; it does not scale by itself."""
+    from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
+
+    block_kv = 128 if query.shape[-1] <= 128 else 64  # what shared memory has room for
+    tiles = TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=True)
+    return attention(query, key, value, tiles)
+
+
+# --- the picture -------------------------------------------------------------------------------
+
+
+@app.command()
+@exit_on_input_error()
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+    out: Annotated[Path, typer.Option(help="The picture: .svg, .png or .pdf.")] = Path(
+        "docs/images/attention.svg"
+    ),
+    head_dim: Annotated[int, typer.Option(help="Whose rows to draw.")] = 128,
+) -> None:
+    """Draws the speed over cuDNN by length, from one or more files; prints their rows as a table.
+
+    Where files have measured the same thing, the last one counts.
+    """
+    facts, rows = merged(files, KEY)
+    rows.sort(key=lambda row: [str(row["heads"]), row["pass"], row["tokens"]])
+    show(f"Attention on {facts['device']}", COLUMNS, rows)
+    drawn = [r for r in rows if r.get("speed") is not None and r["head_dim"] == head_dim]
+    drawn = [row for row in drawn if not row["variant"].startswith(PEER)]
+    if not drawn:
+        raise InputError(f"no row of head_dim {head_dim} has a speed over {PEER}")
+    layouts = list(dict.fromkeys(row["heads"] for row in drawn))
+    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in drawn)]
+    figure = Figure(figsize=(5 * len(kinds) + 2.6, 3.6 * len(layouts)), layout="constrained")
+    grid = figure.subplots(len(layouts), len(kinds), squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for line, layout in enumerate(layouts):
+        for column, kind in enumerate(kinds):
+            axes: Axes = grid[line, column]
+            here = [row for row in drawn if row["heads"] == layout and row["pass"] == kind]
+            handles |= _draw(axes, here)
+            query_heads, kv_heads = layout.split("/")
+            axes.set_title(f"{kind}, {query_heads} query and {kv_heads} kv heads", fontsize=10)
+    figure.supxlabel("tokens")
+    figure.supylabel("speed over cuDNN, plain causal, rope counted")
+    figure.suptitle(f"{facts['device']}, head_dim {head_dim}, batch 1, bfloat16")
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0].device_kind
-    out.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1))
+    aside = out.with_name(f".partial.{out.name}")
+    figure.savefig(aside, metadata={"Date": None} if out.suffix == ".svg" else None)
+    aside.replace(out)
 
 
-def variants() -> dict[str, Callable[..., jax.Array]]:
-    """cuDNN first, then DCA by each of our backends."""
-
-    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation="cudnn"
-        )
-
-    def ours(name: str) -> Callable[..., jax.Array]:
-        return lambda query, key, value: dual_chunk_attention(
-            query,
-            key,
-            value,
-            dca=DCAConfig.paper(4096),
-            rope=RopeConfig(),
-            implementation=name,
-        )
-
-    return {"cuDNN, plain causal": cudnn} | {f"DCA, {name}": ours(name) for name in BACKENDS}
+def _draw(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One panel; returns its curves by name."""
+    curves: dict[str, Any] = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        points = sorted((row["tokens"], row["speed"]) for row in rows if row["variant"] == name)
+        lengths, speeds = zip(*points, strict=True)
+        (curves[name],) = axes.plot(lengths, speeds, **_style(name))
+    axes.axhline(1, color="black", linewidth=1)
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set_xscale("log", base=2)
+    names = [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths]
+    axes.set_xticks(lengths, names)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True, axis="y", alpha=0.25)
+    return curves
 
 
-def times(attention: Callable[..., jax.Array], length: int) -> dict[str, float]:
-    """Milliseconds a call, forward and forward + backward."""
-    shapes = [(1, length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    arrays = [
-        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-        for seed, shape in enumerate(shapes)
-    ]
-    weight = jax.random.normal(jax.random.key(3), shapes[0], jnp.bfloat16)
-
-    def loss(*arrays: jax.Array) -> jax.Array:
-        return jnp.sum((attention(*arrays) * weight).astype(jnp.float32))
-
-    return {
-        "forward": timed(jax.jit(attention), arrays),
-        "forward + backward": timed(jax.jit(jax.grad(loss, (0, 1, 2))), arrays),
-    }
-
-
-def timed(function: Callable[..., Any], arrays: list[jax.Array]) -> float:
-    """Milliseconds a call over about a second of calls, after as long a warm-up as it needs."""
-    jax.block_until_ready(function(*arrays))  # compiles
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < WARM_UP or calls < 2:
-        jax.block_until_ready(function(*arrays))
-        calls += 1
-    calls = max(2, int(BLOCK * calls / (time.perf_counter() - start)))
-    start = time.perf_counter()
-    results = [function(*arrays) for _ in range(calls)][-1]
-    jax.block_until_ready(results)
-    return (time.perf_counter() - start) / calls * 1e3
+def _style(name: str) -> dict[str, Any]:
+    """The color says who computes, the line what; colors of Okabe and Ito (2008)."""
+    colors = {"mosaic_gpu": "#D55E00", "triton": "#0072B2", "xla": "#009E73", "cuDNN": "#000000"}
+    colors |= {"JAX Triton": "#56B4E9", "JAX Mosaic": "#E69F00"}
+    color = next((c for start, c in colors.items() if name.startswith(start)), "#CC79A7")
+    plain = ("plain causal", "mha", "example", "cuDNN")
+    line = "--" if name.endswith("passes") else ":" if name.endswith(plain) else "-"
+    marker = "s" if name.endswith("passes") else "o" if name.endswith(": DCA") else "."
+    return {"color": color, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

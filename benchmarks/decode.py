@@ -1,0 +1,304 @@
+"""Decode attention on one GPU: one query a row over a long KV cache, beside the copy bandwidth.
+
+    python benchmarks/decode.py measure --lengths 32k,128k --batches 1,8 --out outputs/decode.json
+
+A step of decoding reads every key and value once, so the yardstick is the rate at which the device
+copies, measured in the same run: `share` is the bytes that must be read, over that rate, over the
+time it took. Calls are chained inside one compiled loop, from layer to layer of a cache too large
+for the device's own cache, as a model calls them: the time is a call's, without Python, and with
+the loop's own overhead, which `empty loop` shows.
+
+Ours read a layer in place in a cache [L, B, S, K, H], by every backend that can run here, with DCA
+and with plain causal attention. The peers are plain attention, and are given layers that lie apart
+(and Pallas's the layout it likes), so that none has to copy one.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import typer
+from common import (
+    Report,
+    copy_bandwidth,
+    machine,
+    merged,
+    numbers,
+    reason,
+    require_live_device,
+    say,
+    show,
+    start_compiling,
+    timed,
+)
+from jaxtyping import Array
+
+from dca_jax import DCAConfig, RopeConfig
+from dca_jax.attention import attend
+from dca_jax.attention.device import current_device
+from dca_jax.attention.op import BACKENDS, Rows, make_rows
+from dca_jax.errors import exit_on_input_error
+
+DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
+CACHE = 0.5e9  # bytes of keys and values a chain goes through, at least: 8 times the H200's L2
+MIN_LAYERS, MAX_LAYERS = 2, 32
+CHAIN = 0.02  # seconds a chain should take at the copy bandwidth
+KEY = ("keys", "batch", "lengths", "variant")
+COLUMNS = (*KEY, "us", "GB/s", "share")
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
+
+# Query [B, 1, N, H], keys and values, the rows, and which layer: the output.
+Decode = Callable[[Array, Array, Array, Rows, Array], Array]
+
+
+class Variant(NamedTuple):
+    """A way to compute decode attention: over a stack of layers, or over a list of them."""
+
+    name: str
+    decode: Decode
+    stacked: bool
+    heads_first: bool = False  # keys and values are [B, K, S, H]
+
+
+class Chain(NamedTuple):
+    """Calls in a loop: `run` takes `make_inputs()` and the rows' lengths, and makes `calls`."""
+
+    run: Callable[[Array, Any, Any, Array], Array]
+    calls: int
+    make_inputs: Callable[[], tuple[Array, Any, Any]]
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/decode.json"
+    ),
+    lengths: Annotated[
+        str, typer.Option(help="Keys of a row, separated by commas; 4k is 4096.")
+    ] = "4k,8k,16k,32k,64k,128k,256k",
+    batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,8",
+    heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    variants: Annotated[
+        str, typer.Option(help="Only variants whose name holds one of these.")
+    ] = "",
+    minutes: Annotated[
+        float, typer.Option(help="Start no further measurement after so many.")
+    ] = math.inf,
+) -> None:
+    """Times a call of decode attention: microseconds, GB/s, and share of the copy bandwidth.
+
+    A batch is measured with all rows full, and with ragged rows of 1/B, 2/B .. all of the keys.
+    """
+    query_heads, kv_heads = map(int, heads.split("/"))
+    wanted = [word.strip() for word in variants.split(",") if word.strip()]
+    bandwidth = copy_bandwidth()
+    say(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s")
+    facts = {"benchmark": "decode", "copy GB/s": bandwidth / 1e9}
+    facts |= {"heads": heads, "head_dim": head_dim}
+    report = Report(out, machine() | facts, minutes=minutes)
+    with ThreadPoolExecutor() as pool:
+        for keys, batch in itertools.product(numbers(lengths), numbers(batches)):
+            if report.out_of_time():
+                break
+            shape = batch, keys, query_heads, kv_heads, head_dim
+            chosen = [
+                variant
+                for variant in all_variants(shape)
+                if not wanted or any(word in variant.name for word in wanted)
+            ]
+            compare(report, shape, start_all(chosen, shape, bandwidth, pool), bandwidth)
+    show(f"Decode attention, copying at {bandwidth / 1e9:.0f} GB/s", COLUMNS, report.rows)
+
+
+@app.command("show")
+@exit_on_input_error()
+def show_files(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+) -> None:
+    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    facts, rows = merged(files, KEY)
+    show(f"Decode attention on {facts['device']}", COLUMNS, rows)
+
+
+def start_all(
+    variants: Iterable[Variant], shape: tuple[int, ...], bandwidth: float, pool: Executor
+) -> list[tuple[Variant, Chain, Future]]:
+    """Begins to compile the variants' chains, all at once."""
+    started = []
+    for variant in variants:
+        chain = chain_of_calls(variant, shape, bandwidth)
+        lengths = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        inputs = jax.eval_shape(chain.make_inputs)
+        started.append((variant, chain, start_compiling(pool, chain.run, *inputs, lengths)))
+    return started
+
+
+def compare(
+    report: Report,
+    shape: tuple[int, ...],
+    started: list[tuple[Variant, Chain, Future]],
+    bandwidth: float,
+) -> None:
+    """Adds a row a variant for full rows, and for a batch one for ragged rows."""
+    batch, keys, _, kv_heads, head_dim = shape
+    wait(future for _, _, future in started)  # compiling and timing would disturb each other
+    token = 2 * kv_heads * head_dim * 2  # bytes of a key and a value
+    kinds = {"full": jnp.full(batch, keys, jnp.int32)}
+    if batch > 1:
+        kinds["ragged"] = (jnp.arange(batch, dtype=jnp.int32) + 1) * keys // batch
+    made_for, inputs = None, ()
+    for (variant, chain, compiled), kind in itertools.product(started, kinds):
+        if report.out_of_time():
+            return
+        row: dict[str, Any] = {"keys": keys, "batch": batch, "lengths": kind}
+        row |= {"variant": variant.name}
+        try:
+            wanted = variant.stacked, variant.heads_first
+            if made_for != wanted:
+                inputs = ()  # frees the others first
+                made_for, inputs = wanted, chain.make_inputs()
+            time = timed(compiled.result(), *inputs, kinds[kind])
+        except Exception as error:  # out of memory, or a shape that it cannot take
+            report.add(row | {"failed": reason(error)})
+            require_live_device()
+            continue
+        row["us"] = time.median * 1e3 / chain.calls
+        if variant.name != EMPTY:
+            rate = token * int(kinds[kind].sum()) / row["us"] * 1e6
+            row |= {"GB/s": rate / 1e9, "share": rate / bandwidth}
+        report.add(row)
+
+
+def chain_of_calls(
+    variant: Variant, shape: tuple[int, ...], bandwidth: float, dtype: Any = jnp.bfloat16
+) -> Chain:
+    """Many calls as one function.
+
+    Args:
+        shape: batch, keys of a row, query heads, kv heads, head_dim.
+        bandwidth: bytes a second, to guess how long a call takes.
+    """
+    batch, keys, query_heads, kv_heads, head_dim = shape
+    size = batch * keys * kv_heads * head_dim * 2 * 2
+    layers = min(max(MIN_LAYERS, math.ceil(CACHE / size)), MAX_LAYERS)
+    rounds = max(1, round(CHAIN * bandwidth / size / layers))
+    query_shape = batch, 1, query_heads, head_dim
+    layer_shape = (batch, keys, kv_heads, head_dim)
+    if variant.heads_first:
+        layer_shape = (batch, kv_heads, keys, head_dim)
+
+    def make_inputs() -> tuple[Array, Any, Any]:
+        query = jax.random.normal(jax.random.key(0), query_shape, dtype)
+        return query, *(
+            _random_layers(seed, layers, layer_shape, dtype, variant.stacked) for seed in (1, 2)
+        )
+
+    def rows_of(lengths: Array) -> Rows:
+        return make_rows(query_shape, dca=DCA, rope=ROPE, lengths=lengths, query_offset=lengths - 1)
+
+    def next_query(query: Array, out: Array) -> Array:
+        """Depends on the call before, and stays much as it is."""
+        return query + out.astype(query.dtype) * jnp.asarray(2**-10, query.dtype)
+
+    def over_stack(query: Array, key: Array, value: Array, lengths: Array) -> Array:
+        rows = rows_of(lengths)
+
+        def call(n: Array, query: Array) -> Array:
+            layer = jax.lax.rem(n, jnp.int32(layers))
+            return next_query(query, variant.decode(query, key, value, rows, layer))
+
+        return jax.lax.fori_loop(0, rounds * layers, call, query)
+
+    def over_list(query: Array, key: list, value: list, lengths: Array) -> Array:
+        rows = rows_of(lengths)
+
+        def one_round(_: Array, query: Array) -> Array:
+            for k, v in zip(key, value, strict=True):
+                query = next_query(query, variant.decode(query, k, v, rows, jnp.int32(0)))
+            return query
+
+        return jax.lax.fori_loop(0, rounds, one_round, query)
+
+    return Chain(over_stack if variant.stacked else over_list, rounds * layers, make_inputs)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _random_layers(
+    seed: int, layers: int, shape: tuple[int, ...], dtype: Any, stacked: bool
+) -> Any:
+    """[L, ...] or a list of L arrays, normal; made a layer at a time, to save memory."""
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), layers)
+    normal = partial(jax.random.normal, shape=shape, dtype=dtype)
+    return jax.lax.map(normal, keys) if stacked else [normal(key) for key in keys]
+
+
+# --- variants ----------------------------------------------------------------------------------
+
+EMPTY = "empty loop"
+
+
+def all_variants(shape: tuple[int, ...]) -> Iterator[Variant]:
+    """Ours by each backend that can run, then the peers."""
+    batch, keys, query_heads, kv_heads, head_dim = shape
+    yield Variant(EMPTY, lambda query, key, value, rows, layer: query, stacked=True)
+    shapes = (
+        jax.ShapeDtypeStruct((batch, 1, query_heads, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((MIN_LAYERS, batch, keys, kv_heads, head_dim), jnp.bfloat16),
+    )
+    for name, backend in BACKENDS.items():
+        refusal = backend.unsupported(current_device(), *shapes, DCA)
+        if refusal is not None:
+            say(f"{name}: {refusal}")
+            continue
+        yield Variant(f"{name}: DCA", partial(ours, name, DCA), stacked=True)
+        yield Variant(f"{name}: plain causal", partial(ours, name, None), stacked=True)
+    yield Variant("cuDNN", partial(jax_nn, "cudnn"), stacked=False)
+    yield Variant("jax.nn, XLA", partial(jax_nn, "xla"), stacked=False)
+    yield Variant("JAX Triton gqa", triton_gqa, stacked=False, heads_first=True)
+
+
+def ours(
+    name: str,
+    dca: DCAConfig | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    rows: Rows,
+    layer: Array,
+) -> Array:
+    """The last token of each row, as the model's decode step asks for it."""
+    return attend(query, key, value, dca=dca, rows=rows, layer=layer, implementation=name)
+
+
+def jax_nn(
+    implementation: Any, query: Array, key: Array, value: Array, rows: Rows, layer: Array
+) -> Array:
+    """Plain attention by `jax.nn.dot_product_attention`."""
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=rows.lengths, implementation=implementation
+    )
+
+
+def triton_gqa(query: Array, key: Array, value: Array, rows: Rows, layer: Array) -> Array:
+    """Plain attention by JAX's Pallas-Triton decode kernel, with its default blocks."""
+    from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+
+    # It turns heads and tokens over by itself, which undoes this: nothing moves.
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    start = jnp.zeros_like(rows.lengths)
+    return gqa(query[:, 0], key, value, start_idx=start, kv_seq_len=rows.lengths)[:, None]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,427 @@
+"""A whole model on one GPU: prefill and decoding with DCA, beside transformers without it.
+
+    python benchmarks/generate.py measure --lengths 32k --out outputs/generate.json
+
+Llama-2-7B and Llama-3-8B in shape, with random bfloat16 weights made on the device: no checkpoint
+is read, and the text means nothing. Ours goes through `dca_jax.generate.Run`, as every caller does:
+prompts in pieces, tokens in segments. The peer is `LlamaForCausalLM` of transformers on PyTorch as
+it comes: plain attention by SDPA, its default KV cache, the logits of the last token only.
+
+Each engine has a process of its own, one after the other, so that they do not share memory. `share`
+is the time that moving the weights and the cache once would take, at the rate the device copies
+(measured in the same run), over the time a token took. Speeds are over transformers'.
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from common import (
+    Report,
+    copy_bandwidth,
+    machine,
+    merged,
+    numbers,
+    reason,
+    say,
+    show,
+    start_compiling,
+)
+from flax import nnx
+from jaxtyping import Array
+
+from dca_jax import DCAConfig, Llama, RopeConfig
+from dca_jax.attention.op import PLAIN as PLAIN_CONFIG
+from dca_jax.attention.op import choose_implementation
+from dca_jax.buckets import new_cache, padded_length, piece_length
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.generate import Run
+
+PRESETS = {
+    "llama-2-7b": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=500_000.0),
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    ),
+}
+OURS, PLAIN, PEER = "dca_jax", "dca_jax, plain", "transformers"
+ENGINES = {"dca": OURS, "plain": PLAIN, "transformers": PEER}
+PREFILLS, PREFILL_SECONDS = 3, 5.0  # prefills timed, as long as they take less than this together
+KEY = ("model", "tokens", "engine")
+COLUMNS = (*KEY, "attention", "prefill ms", "first token ms", "ms/token", "tokens/s")
+COLUMNS += ("share", "peak GB", "prefill speed", "decode speed", "warm-up s")
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/generate.json"
+    ),
+    presets: Annotated[
+        str, typer.Option(help=f"Models, separated by commas, of: {', '.join(PRESETS)}.")
+    ] = "llama-2-7b,llama-3-8b",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompt, separated by commas; 4k is 4096.")
+    ] = "16k,32k,128k",
+    engines: Annotated[
+        str, typer.Option(help="Of: dca, plain (ours, with plain attention), transformers.")
+    ] = "dca,transformers",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 33,
+    implementation: Annotated[
+        str | None, typer.Option(help="Our attention's; by default the best for the device.")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Start no further length after so many.")
+    ] = math.inf,
+    child: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Times prefill, first token and decoding at each length, for each model and engine."""
+    found = sorted(numbers(lengths))
+    if child:
+        start, config = time.monotonic(), PRESETS[presets]
+        rows = PROCESSES[child](config, found, new_tokens, implementation)
+        for row in rows:
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+            if time.monotonic() - start > 60 * minutes:
+                break
+        return
+    names, wanted = ([x.strip() for x in text.split(",")] for text in (presets, engines))
+    for name, known in [(n, PRESETS) for n in names] + [(n, ENGINES) for n in wanted]:
+        if name not in known:
+            raise InputError(f"{name!r} is not one of {', '.join(known)}")
+    if new_tokens < 3:
+        raise InputError(f"new_tokens must be at least 3, to time some, got {new_tokens}")
+    report = Report(out, {"benchmark": "generate", "new tokens": new_tokens}, minutes=minutes)
+    for name in names:
+        for engine in wanted:
+            if report.out_of_time():
+                break
+            options = ["--presets", name, "--lengths", ",".join(map(str, found))]
+            options += ["--new-tokens", str(new_tokens), "--minutes", str(report.minutes_left())]
+            if implementation:
+                options += ["--implementation", implementation]
+            _run_child(report, {"model": name, "engine": ENGINES[engine]}, engine, options)
+    show(f"Generation on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+@app.command("show")
+@exit_on_input_error()
+def show_files(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+) -> None:
+    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    facts, rows = merged(files, KEY)
+    show(f"Generation on {facts['device']}", COLUMNS, rows)
+
+
+def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[str]) -> None:
+    """Runs an engine in a process of its own, and adds its rows as they come."""
+    command = [sys.executable, __file__, "measure", "--child", engine, *options]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    say(f"{row['model']}, {row['engine']}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout or ():
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:
+                say(line.rstrip())  # a library's
+                continue
+            if "tokens" in found:
+                report.add(_rated(row | found, report))
+            else:
+                report.facts |= found
+    if process.returncode:
+        report.add(row | {"failed": f"ended with exit code {process.returncode}; see above"})
+
+
+def _rated(row: dict[str, Any], report: Report) -> dict[str, Any]:
+    """The row with what needs other rows: share, and speeds of ours over transformers'."""
+    copied, seconds = report.facts.get("copy GB/s"), row.get("ms/token", math.nan) / 1e3
+    if copied and seconds > 0:
+        row["share"] = row["GB/token"] / copied / seconds
+    alike = [r for r in report.rows if all(r.get(n) == row[n] for n in ("model", "tokens"))]
+    peers = [r for r in [*alike, row] if r["engine"] == PEER]
+    for ours in [r for r in [*alike, row] if r["engine"] != PEER]:
+        for peer in peers:
+            for name, column in (("prefill speed", "prefill ms"), ("decode speed", "ms/token")):
+                if column in ours and column in peer:
+                    ours[name] = peer[column] / ours[column]
+    return row
+
+
+# --- ours --------------------------------------------------------------------------------------
+
+
+def measure_ours(
+    dca: bool, config: LlamaConfig, lengths: list[int], new_tokens: int, implementation: str | None
+) -> Iterator[dict[str, Any]]:
+    """Facts of the device, then a row a length."""
+    bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
+    yield machine() | {"copy GB/s": bandwidth / 1e9}
+    start = time.perf_counter()
+    model = random_model(config, dca=dca, implementation=implementation)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params()))
+    moved = weights - model.embed_tokens.embedding[...].nbytes  # one row of it is read
+    progress(f"{weights / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
+    for length in lengths:
+        try:
+            yield {"tokens": length} | _time_ours(model, length, new_tokens, moved)
+        except Exception as error:  # out of memory
+            yield {"tokens": length, "failed": reason(error)}
+
+
+def random_model(config: LlamaConfig, *, dca: bool, implementation: str | None) -> Llama:
+    """A bfloat16 model of normal weights, made on the device a layer at a time."""
+    options: dict[str, Any] = {
+        "dca": DCAConfig.paper(config.max_position_embeddings) if dca else None,
+        "dtype": jnp.bfloat16,
+        "implementation": implementation,
+    }
+    abstract = jax.eval_shape(
+        lambda: Llama(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **options)
+    )
+
+    def normal(key: Array, shape: tuple[int, ...]) -> Array:
+        if len(shape) < 3:
+            return jnp.bfloat16(0.02) * jax.random.normal(key, shape, jnp.bfloat16)
+        return jax.lax.map(lambda key: normal(key, shape[1:]), jax.random.split(key, shape[0]))
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract.params())
+    keys = [jax.random.key(number, impl="rbg") for number in range(len(leaves))]  # quick, and good
+    with ThreadPoolExecutor() as pool:
+        makers = {
+            shape: start_compiling(pool, partial(normal, shape=shape), keys[0])
+            for shape in {leaf.shape for _, leaf in leaves}
+        }
+    made = [
+        jnp.ones(leaf.shape, leaf.dtype)
+        if path[-1].key == "scale"
+        else makers[leaf.shape].result()(key)
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
+    return Llama.from_params(config, jax.tree.unflatten(structure, made), **options)
+
+
+def _time_ours(model: Llama, length: int, new_tokens: int, weights: int) -> dict[str, Any]:
+    """Compiles on a short prompt in a cache of the full size, then times on the long one."""
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
+    cache = new_cache(model, 1, length + new_tokens)
+    token_bytes = cache.num_bytes // cache.capacity
+    width = piece_length(1)
+    piece = min(width, padded_length(length))
+    query = (1, piece, model.config.num_attention_heads, model.config.head_dim)
+    attention = choose_implementation(
+        model.implementation,
+        jax.ShapeDtypeStruct(query, model.dtype),
+        jax.ShapeDtypeStruct(cache.key.shape, cache.key.dtype),
+        model.dca or PLAIN_CONFIG,
+    )
+    short = length if length <= width else width + length % width  # the same shapes of pieces
+    start = time.perf_counter()
+    run = Run(model, [prompt[:short]], max_new_tokens=3, cache=cache)
+    del cache
+    _clocked(run)
+    warm_up = time.perf_counter() - start
+    progress(f"{length} tokens: compiled and warm in {warm_up:.1f} s")
+
+    prefills: list[float] = []
+    firsts: list[float] = []
+    segments: list[tuple[float, int]] = []
+    while len(prefills) < PREFILLS and sum(prefills) < PREFILL_SECONDS:
+        run = Run(model, [prompt], max_new_tokens=new_tokens, cache=_emptied(run))
+        start = time.perf_counter()
+        jax.block_until_ready(run.read_prompts())
+        prefills.append(time.perf_counter() - start)
+        run = Run(model, [prompt], max_new_tokens=new_tokens, cache=_emptied(run))
+        (first, _), *rest = _clocked(run)
+        firsts.append(first)
+        segments += rest
+        progress(f"{length} tokens: prefill {prefills[-1]:.3f} s, first token {first:.3f} s")
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "prefill ms": statistics.median(prefills) * 1e3,
+        "first token ms": statistics.median(firsts) * 1e3,
+        "ms/token": statistics.median(seconds / count for seconds, count in segments) * 1e3,
+        "tokens/s": sum(count for _, count in segments) / sum(seconds for seconds, _ in segments),
+        "GB/token": (weights + token_bytes * (length + new_tokens / 2)) / 1e9,
+        "peak GB": peak and peak / 1e9,
+        "warm-up s": warm_up,
+        "piece": piece,
+        "attention": attention,
+    }
+
+
+def _clocked(run: Run) -> list[tuple[float, int]]:
+    """Runs it to its end: the seconds and the tokens of each segment; the first is the prompt's."""
+    times, counts = [time.perf_counter()], []
+    for (tokens,) in run:
+        times.append(time.perf_counter())
+        counts.append(len(tokens))
+    return list(zip((b - a for a, b in itertools.pairwise(times)), counts, strict=True))
+
+
+def _emptied(run: Run) -> Any:
+    """A run's cache without its texts; the memory is the same."""
+    return run.cache.rollback(jnp.zeros_like(run.cache.lengths))
+
+
+# --- transformers ------------------------------------------------------------------------------
+
+
+def measure_transformers(
+    config: LlamaConfig, lengths: list[int], new_tokens: int, implementation: str | None
+) -> Iterator[dict[str, Any]]:
+    """A row a length, on PyTorch."""
+    import torch
+    import transformers
+
+    on_gpu = torch.cuda.is_available()
+    hf = transformers.LlamaConfig(**config.to_hf())
+    start = time.perf_counter()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            hf, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    moved = weights - model.get_input_embeddings().weight.nbytes
+    progress(f"{weights / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
+    for length in lengths:
+        try:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            with torch.inference_mode():
+                row = _time_transformers(model, length, new_tokens)
+            heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+            token_bytes = heads * config.head_dim * 2
+            row["GB/token"] = (moved + token_bytes * (length + new_tokens / 2)) / 1e9
+            row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+            yield {"tokens": length} | row
+        except Exception as error:  # out of memory
+            yield {"tokens": length, "failed": reason(error)}
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _time_transformers(model: Any, length: int, new_tokens: int) -> dict[str, Any]:
+    """Prefill, first token and the steps after it, by the device's clock."""
+    import torch
+    from transformers import DynamicCache
+
+    torch.manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+
+    def step(tokens: Any, cache: Any) -> Any:
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(dim=-1)
+
+    start = time.perf_counter()
+    cache = DynamicCache(config=model.config)
+    token = step(prompt[:, : min(length, 2048)], cache)
+    step(token, cache).cpu()
+    warm_up = time.perf_counter() - start
+    samples: list[float] = []
+    firsts: list[float] = []
+    while len(samples) < PREFILLS and sum(samples) < PREFILL_SECONDS:
+        cache = None  # frees the last one's memory
+        cache = DynamicCache(config=model.config)
+        start, clock = time.perf_counter(), _clock()
+        token = step(prompt, cache)
+        samples.append(clock())
+        token.cpu()
+        firsts.append(time.perf_counter() - start)
+        progress(f"{length} tokens: prefill in {samples[-1]:.3f} s")
+    steps: list[float] = []
+    for _ in range(new_tokens - 1):
+        clock = _clock()
+        token = step(token, cache)
+        steps.append(clock())
+    return {
+        "prefill ms": statistics.median(samples) * 1e3,
+        "first token ms": statistics.median(firsts) * 1e3,
+        "ms/token": statistics.median(steps) * 1e3,
+        "tokens/s": len(steps[1:]) / sum(steps[1:]),
+        "warm-up s": warm_up,
+    }
+
+
+def _clock() -> Callable[[], float]:
+    """Starts a clock; calling it waits for the device and gives the seconds since, by its own."""
+    import torch
+
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        return lambda: time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+
+    def seconds() -> float:
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def progress(text: str) -> None:
+    """A line for whoever watches; a child's standard output carries its rows."""
+    print(f"          {text}", file=sys.stderr, flush=True)
+
+
+PROCESSES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "dca": lambda *args: measure_ours(True, *args),
+    "plain": lambda *args: measure_ours(False, *args),
+    "transformers": measure_transformers,
+}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,335 @@
+"""Finds the block sizes of the GPU kernels for a device, a head_dim and a dtype, by trying them.
+
+    python benchmarks/tune_attention.py --kernels "mosaic_gpu forward" --head-dim 128
+
+Each kernel file has a table of tiles by head_dim. For every candidate this puts it into the table,
+compiles the kernel anew, compares what it computes with what the tiles in the table compute, and
+times it. It starts with what differs least from the table, so that `--minutes` cuts off the rest.
+Prints the candidates, the fastest first, and the line to put into the table.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import decode
+import jax
+import jax.numpy as jnp
+import typer
+from common import (
+    Report,
+    Timing,
+    machine,
+    numbers,
+    on_gpu,
+    reason,
+    require_live_device,
+    say,
+    show,
+    timed,
+)
+from jaxtyping import Array
+
+from dca_jax import DCAConfig, RopeConfig
+from dca_jax.attention.device import current_device
+from dca_jax.attention.op import make_rows, rotate_keys
+from dca_jax.dca import PHASES
+from dca_jax.errors import InputError, exit_on_input_error
+
+DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
+TOLERANCE = 0.02  # of the norm, between two tilings of one kernel in 16 bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel to tune.
+
+    Attributes:
+        name: backend and kernel.
+        module: that holds its table of tiles.
+        table: the table's name.
+        field: of the table's entries, where one entry holds the tiles of several kernels.
+        call: "forward", "backward" or "decode": what runs it.
+        grid: for each field of its tiles, the values to try.
+    """
+
+    name: str
+    module: str
+    table: str = "TILES"
+    field: str | None = None
+    call: str
+    grid: dict[str, tuple[Any, ...]]
+
+    @property
+    def backend(self) -> Any:
+        """The module with `forward` and `backward`."""
+        return importlib.import_module(f"dca_jax.attention.{self.name.split()[0]}")
+
+    def tables(self) -> dict[int, Any]:
+        """The table itself."""
+        return getattr(importlib.import_module(f"dca_jax.attention.{self.module}"), self.table)
+
+    def tiles(self, entry: Any) -> Any:
+        """This kernel's tiles in an entry of the table."""
+        return entry if self.field is None else getattr(entry, self.field)
+
+    def entry(self, entry: Any, choice: dict[str, Any]) -> Any:
+        """The entry with other tiles for this kernel."""
+        tiles = dataclasses.replace(self.tiles(entry), **choice)
+        return tiles if self.field is None else dataclasses.replace(entry, **{self.field: tiles})
+
+
+def triton_kernels() -> list[Kernel]:
+    """The four kernels of the Triton backend; an entry of its table holds the tiles of all."""
+    table = "HOPPER" if current_device().capability == (9, 0) else "AMPERE"
+    blocks = {"block_q": (32, 64, 128), "block_k": (32, 64, 128)}
+    rest = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    calls = {"forward": "forward", "dq": "backward", "dkv": "backward", "decode": "decode"}
+    return [
+        Kernel(
+            name=f"triton {field}",
+            module="triton",
+            table=table,
+            field=field,
+            call=call,
+            grid=(blocks if field != "decode" else {"block_k": (32, 64, 128, 256)}) | rest,
+        )
+        for field, call in calls.items()
+    ]
+
+
+MOSAIC_KERNELS = [
+    Kernel(
+        name="mosaic_gpu forward",
+        module="mosaic_gpu.flash_forward",
+        call="forward",
+        grid={
+            "block_k": (64, 128, 192),
+            "stages": (2, 3, 4),
+            "resident": (True, False),
+            "cluster": (1, 2),
+        },
+    ),
+    Kernel(
+        name="mosaic_gpu backward",
+        module="mosaic_gpu.backward",
+        call="backward",
+        grid={
+            "block_q": (64, 128),
+            "block_kv": (64, 128),
+            "stages": (1, 2, 3),
+            "out_stages": (1, 2),
+        },
+    ),
+    Kernel(
+        name="mosaic_gpu decode",
+        module="mosaic_gpu.decode",
+        call="decode",
+        grid={"block": (64, 128, 256), "stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
+    ),
+]
+
+
+@exit_on_input_error()
+def main(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/tune_attention.json"
+    ),
+    kernels: Annotated[
+        str, typer.Option(help='Only kernels whose name holds one of these: "triton", "forward".')
+    ] = "",
+    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "32/8",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    tokens: Annotated[str, typer.Option(help="Tokens of forward and backward.")] = "32k",
+    keys: Annotated[str, typer.Option(help="Keys that a decoding row reads.")] = "128k",
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    minutes: Annotated[
+        float, typer.Option(help="Start no further measurement after so many, for each kernel.")
+    ] = math.inf,
+) -> None:
+    """Tries the candidates of each kernel and prints the best."""
+    wanted = [word.strip() for word in kernels.split(",") if word.strip()]
+    chosen = [
+        kernel
+        for kernel in [*MOSAIC_KERNELS, *triton_kernels()]
+        if not wanted or any(word in kernel.name for word in wanted)
+    ]
+    if not chosen:
+        raise InputError(f"there is no kernel {kernels!r}")
+    query_heads, kv_heads = map(int, heads.split("/"))
+    for number, kernel in enumerate(chosen):
+        path = out if len(chosen) == 1 else out.with_stem(f"{out.stem}_{number}")
+        length = numbers(keys if kernel.call == "decode" else tokens)[0]
+        rows = batch if kernel.call == "decode" else 1
+        facts = {"benchmark": "tune_attention", "kernel": kernel.name, "dtype": dtype}
+        facts |= {"batch": rows, "tokens": length, "heads": heads, "head_dim": head_dim}
+        report = Report(path, machine() | facts, minutes=minutes)
+        say(kernel.name)
+        try:
+            tune(kernel, report, (rows, length, query_heads, kv_heads, head_dim), jnp.dtype(dtype))
+        except InputError as error:
+            say(f"{kernel.name}: {error}")
+
+
+def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    """Tries every candidate of a kernel, and prints them, best first.
+
+    Args:
+        shape: batch, tokens, query heads, kv heads, head_dim.
+
+    Raises:
+        InputError: the kernel does not run on such shapes here at all.
+    """
+    table, head_dim = kernel.tables(), shape[-1]
+    if head_dim not in table:
+        raise InputError(f"has no tiles for head_dim {head_dim}; it has {sorted(table)}")
+    query, key = (
+        jax.ShapeDtypeStruct(
+            (shape[0], 1 if kernel.call == "decode" else shape[1], shape[2], head_dim), dtype
+        ),
+        jax.ShapeDtypeStruct((2, shape[0], shape[1], shape[3], head_dim), dtype),
+    )
+    refusal = kernel.backend.unsupported(current_device(), query, key, DCA)
+    if refusal is not None:
+        raise InputError(refusal)
+    present = table[head_dim]
+    call = CALLS[kernel.call](kernel.backend, shape, dtype)
+    expected = None
+    for choice in candidates(kernel, kernel.tiles(present)):
+        if report.out_of_time():
+            break
+        try:
+            with replaced(table, head_dim, kernel.entry(present, choice)):
+                outputs, time = call()
+        except Exception as error:  # more shared memory or registers than there are
+            report.add(choice | {"failed": reason(error)})
+            require_live_device()
+            continue
+        expected = outputs if expected is None else expected
+        error = max(map(_difference, outputs, expected))
+        row = choice | {"ms": time.median, "low": time.low, "high": time.high, "error": error}
+        report.add(row if error < TOLERANCE else row | {"failed": "computes something else"})
+    rows = sorted(report.rows, key=lambda row: ("failed" in row, row.get("ms", 0.0)))
+    show(f"{kernel.name}, head_dim {head_dim}", [*kernel.grid, "ms", "error"], rows)
+    if rows and "failed" not in rows[0]:
+        best = kernel.entry(present, {name: rows[0][name] for name in kernel.grid})
+        say(f"{kernel.table} in dca_jax/attention/{kernel.module.replace('.', '/')}.py:")
+        say(f"    {head_dim}: {best},")
+
+
+def candidates(kernel: Kernel, present: Any) -> Iterator[dict[str, Any]]:
+    """Every choice of the grid and the present one, that first, then by how much they differ."""
+    now = {name: getattr(present, name) for name in kernel.grid}
+    values = [dict.fromkeys([now[name], *options]) for name, options in kernel.grid.items()]
+    choices = [dict(zip(kernel.grid, picked, strict=True)) for picked in itertools.product(*values)]
+    yield from sorted(choices, key=lambda choice: sum(choice[name] != now[name] for name in now))
+
+
+@contextmanager
+def replaced(table: dict[int, Any], head_dim: int, entry: Any) -> Iterator[None]:
+    """`entry` in the table, and nothing compiled before, while the block runs."""
+    present = table[head_dim]
+    jax.clear_caches()
+    table[head_dim] = entry
+    try:
+        yield
+    finally:
+        table[head_dim] = present
+
+
+def _difference(ours: Array, expected: Array) -> float:
+    """Norm of the difference over the norm; the infinite ones of a log-sum-exp left out."""
+    a, b = (jnp.where(jnp.isfinite(expected), x, 0).astype(jnp.float32) for x in (ours, expected))
+    return float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
+
+
+# --- what is timed: each gives its outputs and how long a call takes ---------------------------
+
+Call = Callable[[], tuple[list[Array], Timing]]
+
+
+def forward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
+    """The forward pass of all three phases, from a raw query and rotated keys."""
+    query, key, value, _, rows = _inputs(shape, dtype)
+
+    def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        return backend.forward(query, key, value, jnp.int32(0), rows, dca=DCA, phases=PHASES)
+
+    return lambda: _run(lambda *arrays: forward(*arrays), query, key, value)
+
+
+def backward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
+    """The backward pass alone, from the output and log-sum-exp of the forward pass."""
+    query, key, value, out_bar, rows = _inputs(shape, dtype)
+    options: dict[str, Any] = {"dca": DCA, "phases": PHASES}
+    out, lse = jax.jit(partial(backend.forward, **options))(query, key, value, jnp.int32(0), rows)
+    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(jnp.float32), out.astype(jnp.float32))
+
+    def backward(*arrays: Array) -> tuple[Array, Array, Array]:
+        query, key, value, out_bar, lse, delta = arrays
+        return backend.backward(
+            query, key, value, jnp.int32(0), rows, out_bar, lse, delta, **options
+        )
+
+    return lambda: _run(lambda *arrays: backward(*arrays), query, key, value, out_bar, lse, delta)
+
+
+def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
+    """One query a row, chained over the layers of a cache as `benchmarks/decode.py` does."""
+
+    def one(query: Array, key: Array, value: Array, rows: Any, layer: Array) -> Array:
+        return backend.forward(query, key, value, layer, rows, dca=DCA, phases=PHASES)[0]
+
+    variant = decode.Variant("decode", one, stacked=True)
+    chain = decode.chain_of_calls(variant, shape, 4e12 if on_gpu() else 1e10, dtype)
+    query, *cache = chain.make_inputs()
+    lengths = jnp.full(shape[0], shape[1], jnp.int32)
+    rows = make_rows(query.shape, dca=DCA, rope=ROPE, lengths=lengths, query_offset=lengths - 1)
+
+    def call() -> tuple[list[Array], Timing]:
+        out = jax.jit(lambda query, key, value: one(query, key, value, rows, jnp.int32(1)))
+        outputs = [out(query, *cache)]  # the chain's result is hardly more than its first query
+        _, time = _run(lambda *arrays: chain.run(*arrays), query, *cache, lengths)
+        return outputs, Timing(*(ms / chain.calls for ms in time))
+
+    return call
+
+
+CALLS: dict[str, Callable[[Any, tuple[int, ...], jnp.dtype], Call]] = {
+    "forward": forward_call,
+    "backward": backward_call,
+    "decode": decode_call,
+}
+
+
+def _inputs(shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array, Array, Array, Any]:
+    """Random query, rotated keys and values of one layer, output gradient; and the rows."""
+    batch, tokens, query_heads, kv_heads, head_dim = shape
+    query, key, value, out_bar = (
+        jax.random.normal(jax.random.key(seed), (batch, tokens, heads, head_dim), dtype)
+        for seed, heads in enumerate((query_heads, kv_heads, kv_heads, query_heads))
+    )
+    rows = make_rows(query.shape, dca=DCA, rope=ROPE)
+    index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    key = rotate_keys(key, index, dca=DCA, inv_freq=rows.inv_freq)
+    return query, key[None], value[None], out_bar, rows
+
+
+def _run(function: Callable[..., Any], *arrays: Any) -> tuple[list[Array], Timing]:
+    """Compiles a function that was never compiled before, runs and times it."""
+    jitted = jax.jit(function)
+    outputs = jax.tree.leaves(jitted(*arrays))
+    return outputs, timed(jitted, *arrays)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    app.command(help=__doc__)(main)
+    app()

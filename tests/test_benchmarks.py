@@ -1,0 +1,226 @@
+"""The benchmarks' own logic, on a CPU: what they time there means nothing, what they write does."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dca_jax.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import attention
+import common
+import decode
+import generate
+import tune_attention
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name in ("WARM_UP", "BLOCK", "LONG"):
+        monkeypatch.setattr(common, name, 1e-3)
+    monkeypatch.setattr(common, "BLOCKS", 2)
+
+
+def test_times_are_milliseconds_a_call():
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return x
+
+    time = common.timed(function, jnp.ones(3))
+    assert 0 < time.low <= time.median <= time.high < 1e3
+    assert len(calls) > 3
+
+
+def test_numbers():
+    assert common.numbers("4k, 100,1k") == [4096, 100, 1024]
+    for text in ("", "4k,", "k", "-1", "4.5k"):
+        with pytest.raises(InputError, match="expected numbers"):
+            common.numbers(text)
+
+
+def test_report_is_whole_after_every_row_and_files_are_merged(tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "new" / "second.json"
+    report = common.Report(first, {"device": "X"})
+    report.add({"tokens": 1, "ms": 1.0})
+    report.add({"tokens": 2, "ms": 2.0})
+    assert json.loads(first.read_text())["rows"][1] == {"tokens": 2, "ms": 2.0}
+    common.Report(second, {"device": "X"}).add({"tokens": 2, "failed": "why"})
+    facts, rows = common.merged([first, second], ["tokens"])
+    assert facts == {"device": "X"}
+    assert rows == [{"tokens": 1, "ms": 1.0}, {"tokens": 2, "failed": "why"}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.json", "new"]
+
+    common.Report(second, {"device": "Y"}).add({"tokens": 2})
+    with pytest.raises(InputError, match="measured on Y"):
+        common.merged([first, second], ["tokens"])
+    second.write_text("[]")
+    with pytest.raises(InputError, match="no result"):
+        common.merged([second], ["tokens"])
+
+
+def test_attention_rows_and_their_picture(tmp_path, monkeypatch, capsys):
+    def failing(*arrays):
+        raise MemoryError("too small\nand more")
+
+    monkeypatch.setattr(attention, "on_gpu", lambda: True)
+    monkeypatch.setattr(attention, "cudnn", lambda query, key, value, cos, sin: query)
+    monkeypatch.setattr(attention, "BACKENDS", {"xla": attention.BACKENDS["xla"]})
+    monkeypatch.setattr(attention, "mosaic_example", failing)
+    out, picture = tmp_path / "attention.json", tmp_path / "attention.svg"
+    attention.measure(out, lengths="64", heads="2/1", head_dim=16, variants="passes,example")
+    rows = json.loads(out.read_text())["rows"]
+    names = [row["variant"] for row in rows if row["pass"] == "forward"]
+    assert names[:2] == ["cuDNN + rope", "xla: DCA, three passes"]
+    assert names[-1] == "cuDNN + rope, again"
+    assert {row["pass"] for row in rows} == set(attention.PASSES)
+    for row in rows:
+        if "example" in row["variant"]:
+            assert row["failed"] == "MemoryError: too small"
+        else:
+            assert row["ms"] > 0
+            assert row["speed"] > 0
+    attention.plot([out], picture, head_dim=16)
+    assert "</svg>" in picture.read_text()
+    assert "three passes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        attention.plot([out], picture, head_dim=128)
+
+
+def test_peers_rotation_is_the_models():
+    """The tables that the peers are given rotate as `dca_jax.rope` does: the same attention."""
+    shape = (1, 24, 2, 16)
+    query, key, value = (jax.random.normal(jax.random.key(n), shape) for n in range(3))
+    frequency = attention.inverse_frequencies(attention.ROPE, 16)
+    angle = jnp.arange(24, dtype=jnp.float32)[:, None] * frequency
+    plain = attention.rotated(
+        lambda q, k, v, cos, sin: jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    )
+    peer = jax.jit(plain)(query, key, value, jnp.cos(angle), jnp.sin(angle))
+    control = list(attention.ours("xla"))[2]
+    assert control.name == "xla: plain causal"
+    ours = jax.jit(control.attention)(query, key, value, jnp.cos(angle), jnp.sin(angle))
+    assert jnp.allclose(peer, ours, atol=1e-5)
+
+
+def test_decode_chain_calls_layer_after_layer(monkeypatch):
+    monkeypatch.setattr(decode, "CACHE", 1e4)
+    monkeypatch.setattr(decode, "CHAIN", 1e-9)
+    step = jax.jit(partial(decode.ours, "xla", decode.DCA))
+    variant = decode.Variant("xla", step, stacked=True)
+    chain = decode.chain_of_calls(variant, (2, 32, 4, 2, 16), 1e9)
+    query, key, value = chain.make_inputs()
+    assert chain.calls == len(key) > 1
+    lengths = jnp.array([32, 7], jnp.int32)
+    rows = decode.make_rows(
+        query.shape, dca=decode.DCA, rope=decode.ROPE, lengths=lengths, query_offset=lengths - 1
+    )
+    expected = query
+    for layer in range(chain.calls):
+        out = step(expected, key, value, rows, jnp.int32(layer))
+        expected = expected + out * jnp.bfloat16(2**-10)
+    assert jnp.allclose(chain.run(query, key, value, lengths), expected, atol=2e-2)
+
+    apart = decode.Variant("xla", step, stacked=False)
+    _, keys, _ = decode.chain_of_calls(apart, (2, 32, 4, 2, 16), 1e9).make_inputs()
+    assert len(keys) == len(key)
+    assert keys[0].shape == key[0].shape
+
+
+def test_decode_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "CACHE", 1e4)
+    monkeypatch.setattr(decode, "CHAIN", 1e-9)
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda: 1e10)
+    out = tmp_path / "decode.json"
+    decode.measure(out, lengths="32", batches="1,2", heads="4/2", head_dim=16, variants="p,cuDNN")
+    figures = json.loads(out.read_text())
+    assert figures["copy GB/s"] == 10
+    found = {(r["batch"], r["lengths"], r["variant"]): r for r in figures["rows"]}
+    assert set(found) == {
+        (batch, kind, name)
+        for batch, kind in ((1, "full"), (2, "full"), (2, "ragged"))
+        for name in ("empty loop", "xla: plain causal", "cuDNN")
+    }
+    ragged = found[2, "ragged", "xla: plain causal"]
+    moved = 2 * 2 * 16 * 2 * (16 + 32)  # bytes of keys and values of the two rows
+    assert ragged["GB/s"] == pytest.approx(moved / ragged["us"] / 1e3)
+    assert ragged["share"] == pytest.approx(ragged["GB/s"] / 10)
+    assert "cuDNN" in found[1, "full", "cuDNN"]["failed"]
+    decode.show_files([out])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return generate.random_model(generate.PRESETS["tiny"], dca=True, implementation=None)
+
+
+def test_random_model_has_bfloat16_weights_like_an_initialized_one(model):
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
+    kernel = model.layers.mlp.up_proj.kernel[...].astype(jnp.float32)
+    assert float(kernel.std()) == pytest.approx(0.02, rel=0.05)
+    assert not jnp.array_equal(kernel[0], kernel[1])
+    assert not jnp.array_equal(kernel, model.layers.mlp.gate_proj.kernel[...].astype(jnp.float32))
+    assert jnp.all(model.norm.scale[...] == 1)
+
+
+def test_generate_measures_ours_and_transformers(model, monkeypatch):
+    monkeypatch.setattr(generate, "random_model", lambda *args, **options: model)
+    config = generate.PRESETS["tiny"]
+    facts, ours = generate.measure_ours(True, config, [20], 3, None)
+    assert facts["copy GB/s"] > 0
+    (peer,) = generate.measure_transformers(config, [20], 3, None)
+    for row in (ours, peer):
+        assert "failed" not in row
+        assert row["first token ms"] > 0
+        assert row["ms/token"] > 0
+        assert row["tokens/s"] > 0
+    assert ours["GB/token"] == pytest.approx(peer["GB/token"])
+
+
+def test_generate_rates_ours_by_transformers_whichever_comes_first(tmp_path):
+    ours = {"model": "m", "tokens": 8, "engine": generate.OURS, "prefill ms": 2.0}
+    ours |= {"ms/token": 4.0, "GB/token": 6.0}
+    peer = {"model": "m", "tokens": 8, "engine": generate.PEER, "prefill ms": 3.0}
+    failed = {"model": "m", "tokens": 9, "engine": generate.PEER, "failed": "out of memory"}
+    for order in ([ours, peer, failed], [failed, peer, ours]):
+        report = common.Report(tmp_path / "report.json", {"copy GB/s": 3000.0})
+        for row in order:
+            report.add(generate._rated(dict(row), report))
+        (rated,) = (row for row in report.rows if row["engine"] == generate.OURS)
+        assert rated["prefill speed"] == 1.5
+        assert rated["share"] == pytest.approx(0.5)  # 6 GB at 3000 GB/s, over 4 ms
+        assert "decode speed" not in rated
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_tuning_knows_every_kernels_tiles(number):
+    kernel = [*tune_attention.MOSAIC_KERNELS, *tune_attention.triton_kernels()][number]
+    assert callable(kernel.backend.forward)
+    for head_dim, entry in kernel.tables().items():
+        first = next(tune_attention.candidates(kernel, kernel.tiles(entry)))
+        assert kernel.entry(entry, first) == entry, head_dim
+
+
+def test_tuning_starts_from_the_present_tiles_and_leaves_them():
+    kernel = next(k for k in tune_attention.triton_kernels() if k.name == "triton forward")
+    table = kernel.tables()
+    present = table[64]
+    choices = list(tune_attention.candidates(kernel, kernel.tiles(present)))
+    assert choices[0] == {name: getattr(present.forward, name) for name in kernel.grid}
+    assert len(choices) == len({tuple(choice.values()) for choice in choices}) > 10
+    entry = kernel.entry(present, choices[-1])
+    assert entry.decode == present.decode
+    with (
+        pytest.raises(ZeroDivisionError),
+        tune_attention.replaced(table, 64, entry),
+    ):
+        assert table[64].forward.num_warps == choices[-1]["num_warps"]
+        raise ZeroDivisionError
+    assert table[64] is present
