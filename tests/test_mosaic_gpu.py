@@ -9,12 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
+from dca_jax.attention.mosaic_gpu.ranges import full_and_edge_walks, locate
 from dca_jax.attention.op import PLAIN, choose_implementation
-from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.dca import PHASES, DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
@@ -63,6 +67,39 @@ def test_the_gradient_lowers_under_vmap_as_one_launch_after_another() -> None:
 def test_decoding_lowers(heads: int, kv_heads: int, dim: int, dtype: Any) -> None:
     sizes = (2, 1, 4096, heads, kv_heads, dim, dtype)
     assert "mosaic_gpu" in lower_forward(mosaic_gpu, shapes(*sizes), DCA, PHASES)
+
+
+@settings(max_examples=60)
+@given(
+    s=st.integers(1, 90),
+    block=st.sampled_from([8, 16, 64]),
+    first=st.integers(0, 300),
+    rows=st.integers(0, 32),
+    number=st.integers(1, 3),
+)
+def test_a_tile_of_queries_walks_over_each_key_once(
+    s: int, block: int, first: int, rows: int, number: int
+) -> None:
+    """All meet full blocks, edges are masked by row; together each key, once, in its phase."""
+    dca, phases = DCAConfig(chunk_len=s, max_query_position=s + 3), PHASES[-number:]
+    index = jnp.arange(first, first + rows, dtype=jnp.int32)
+    met = np.zeros((number, rows, 512), int)
+    full, edges = full_and_edge_walks(
+        jnp.int32(first), jnp.int32(first + rows - 1), phases, dca, block
+    )
+    for walks, masked in ((full, False), (edges, True)):
+        for n in range(sum(int(walk.count) for walk in walks)):
+            phase, at = (int(x) for x in locate(jnp.int32(n), walks, jnp.int32(0)))
+            keys = np.arange(at * block, (at + 1) * block)
+            start, stop = (np.asarray(x) for x in key_range(index, phases[phase], dca))
+            mask = (keys >= start[:, None]) & (keys < stop[:, None])
+            assert masked or mask.all()
+            met[phase][:, keys] += mask
+    for phase, name in enumerate(phases):
+        start, stop = (np.asarray(x) for x in key_range(index, name, dca))
+        keys = np.arange(512)
+        expected = (keys >= start[:, None]) & (keys < stop[:, None])
+        np.testing.assert_array_equal(met[phase], expected)
 
 
 def like(dim: int = 128, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:

@@ -29,7 +29,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.attention.mosaic_gpu.flash_forward import LOG2E, pad_tokens
+from dca_jax.attention.mosaic_gpu.flash_forward import (
+    LOG2E,
+    NEVER,
+    pad_tokens,
+    rotated_queries,
+)
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS
 from dca_jax.dca import DCAConfig, Phase, key_range, query_position
 from dca_jax.errors import InputError
@@ -44,7 +49,6 @@ ROWS = 64  # of a WGMMA accumulator: keys a warpgroup multiplies at once
 WARPGROUPS = 2  # that compute; one more moves data
 REGISTERS = 240, 24  # of a thread that computes, and of one that moves data
 FAR = 2**30  # beyond every key
-NEVER = -1e30  # below every logit, and finite: so no inf - inf arises
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def backward(
     # A query that meets no key has log-sum-exp -inf; its weights are exp2(NEVER) = 0.
     minus_lse = jnp.where(jnp.isfinite(lse), lse * jnp.float32(-LOG2E), NEVER)
     inputs = Inputs(
-        queries=tuple(_rotated_queries(query, index, rows, dca, phases)),
+        queries=tuple(pad_tokens(x, 1) for x in rotated_queries(query, rows, dca, phases)),
         out_bar=pad_tokens(out_bar, 1),
         key=key,
         value=value,
@@ -131,23 +135,6 @@ def backward(
         query_bar += rotate(turned, -query_position(index, phase, dca), rows.inv_freq)
     query_bar = (query_bar * rows.scale[:, None, None, None]).astype(query.dtype)
     return query_bar, key_bar[:, :num_keys], value_bar[:, :num_keys]
-
-
-def _rotated_queries(
-    query: Float[Array, "B T N H"],
-    index: Int[Array, "B T"],
-    rows: "Rows",
-    dca: DCAConfig,
-    phases: tuple[Phase, ...],
-) -> list[Float[Array, "B padded N H"]]:
-    """The query as each phase sees it, times the logit scale in log2 units; rounded once.
-
-    Separate arrays: stacked, they would be written twice.
-    """
-    scale = (rows.scale * jnp.float32(LOG2E))[:, None, None, None]
-    wide = query.astype(jnp.float32)
-    seen = [rotate(wide, query_position(index, phase, dca), rows.inv_freq) for phase in phases]
-    return [pad_tokens((x * scale).astype(query.dtype), 1) for x in seen]
 
 
 # --- which queries meet which keys -------------------------------------------------------------

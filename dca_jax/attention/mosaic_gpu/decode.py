@@ -156,7 +156,7 @@ def _query_columns(
     """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
     batch, num_queries, num_heads, head_dim = query.shape
     group, columns = num_heads // kv_heads, _columns(num_queries, num_heads // kv_heads)
-    seen = rotated_queries(query, rows, dca, phases)
+    seen = jnp.stack(rotated_queries(query, rows, dca, phases))
     seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
     seen = seen.transpose(1, 0, 3, 2, 4, 5)
     seen = seen.reshape(batch, len(phases), kv_heads, num_queries * group, head_dim)

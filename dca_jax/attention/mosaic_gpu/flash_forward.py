@@ -102,7 +102,7 @@ def forward(
     if tiles.resident:
         tables = rotation_tables(rows, dca, num_tiles * BLOCK_Q)
     else:
-        tables, query = (), rotated_queries(query, rows, dca, phases)
+        tables, query = (), jnp.stack(rotated_queries(query, rows, dca, phases))
     query = pad_tokens(query, query.ndim - 3)
     place = jnp.stack(
         [layer * batch + jnp.arange(batch, dtype=jnp.int32), rows.offset, rows.lengths], axis=1
@@ -138,13 +138,13 @@ def pad_tokens(x: Array, axis: int) -> Array:
 
 def rotated_queries(
     query: Float[Array, "B T N H"], rows: "Rows", dca: DCAConfig, phases: tuple[Phase, ...]
-) -> Float[Array, "P B T N H"]:
+) -> list[Float[Array, "B T N H"]]:
     """The query as each phase sees it, times the logit scale in log2 units; rounded once."""
     index = rows.offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     scale = (rows.scale * jnp.float32(LOG2E))[:, None, None, None]
     wide = query.astype(jnp.float32)
     seen = [rotate(wide, query_position(index, phase, dca), rows.inv_freq) for phase in phases]
-    return jnp.stack([(x * scale).astype(query.dtype) for x in seen])
+    return [(x * scale).astype(query.dtype) for x in seen]
 
 
 def rotation_tables(
