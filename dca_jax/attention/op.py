@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention import mosaic_gpu, triton, xla
+from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import (
     DCAConfig,
@@ -96,7 +96,12 @@ class Backend(Protocol):
 
 
 # In order of preference: the first that can run is the best for the device.
-BACKENDS: dict[str, Backend] = {"mosaic_gpu": mosaic_gpu, "triton": triton, "xla": xla}
+BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": mosaic_gpu,
+    "triton": triton,
+    "mosaic_tpu": mosaic_tpu,
+    "xla": xla,
+}
 IMPLEMENTATIONS = ("reference", *BACKENDS)
 
 
