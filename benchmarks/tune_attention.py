@@ -110,9 +110,10 @@ MOSAIC_KERNELS = [
         module="mosaic_gpu.flash_forward",
         call="forward",
         grid={
-            "block_k": (64, 128, 192),
+            "block_k": (64, 128, 192, 256),
             "stages": (2, 3, 4),
             "resident": (True, False),
+            "registers": (True, False),
             "cluster": (1, 2),
         },
     ),
