@@ -4,15 +4,17 @@
 
 Each kernel file has a table of tiles by head_dim. For every candidate this puts it into the table,
 compiles the kernel anew, compares what it computes with what the tiles in the table compute, and
-times it. It starts with what differs least from the table, so that `--minutes` cuts off the rest.
-Prints the candidates, the fastest first, and the line to put into the table.
+times it. The present tiles come first, then a short list that promises most, then the others, what
+differs least from the table before the rest: so `--minutes` may cut it off anywhere. Prints each
+candidate as it is measured; at the end all, the fastest first, and the line to put into the table.
 """
 
 import dataclasses
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,7 @@ from dca_jax.dca import PHASES
 from dca_jax.errors import InputError, exit_on_input_error
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
+OPTIONS: dict[str, Any] = {"dca": DCA, "phases": PHASES}
 TOLERANCE = 0.02  # of the norm, between two tilings of one kernel in 16 bits
 
 
@@ -57,6 +60,7 @@ class Kernel:
         field: of the table's entries, where one entry holds the tiles of several kernels.
         call: "forward", "backward" or "decode": what runs it.
         grid: for each field of its tiles, the values to try.
+        promising: by head_dim, what to change of the present tiles before all else.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Kernel:
     field: str | None = None
     call: str
     grid: dict[str, tuple[Any, ...]]
+    promising: dict[int, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def backend(self) -> Any:
@@ -104,6 +109,7 @@ def triton_kernels() -> list[Kernel]:
     ]
 
 
+# What ptxas says of the forward's loops stands behind the order: how many registers they spill.
 MOSAIC_KERNELS = [
     Kernel(
         name="mosaic_gpu forward",
@@ -113,8 +119,23 @@ MOSAIC_KERNELS = [
             "block_k": (64, 128, 192, 256),
             "stages": (2, 3, 4),
             "resident": (True, False),
-            "registers": (True, False),
+            "registers": (0, 64, 128),
             "cluster": (1, 2),
+        },
+        promising={
+            # 256 keys spill two registers in a step of their loop, 192 and fewer none.
+            64: [
+                {"block_k": 192, "stages": 3},
+                {"block_k": 128, "stages": 4},
+                {"block_k": 192, "stages": 2},
+                {"block_k": 128, "stages": 3},
+                {"block_k": 128, "stages": 4, "registers": 64},
+                {"cluster": 1},
+            ],
+            128: [{"registers": 64}, {"cluster": 1}],
+            # With the query and 64 keys in shared memory, products read as fast as it can be read;
+            # half of the query fits into registers without a spill in the loop.
+            256: [{"registers": 128}, {"registers": 64}, {"registers": 128, "cluster": 1}],
         },
     ),
     Kernel(
@@ -124,8 +145,13 @@ MOSAIC_KERNELS = [
         grid={
             "block_q": (64, 128),
             "block_kv": (64, 128),
-            "stages": (1, 2, 3),
+            "stages": (2, 3),
             "out_stages": (1, 2),
+        },
+        promising={
+            64: [{"stages": 3}, {"out_stages": 1}],
+            128: [{"out_stages": 1}, {"block_kv": 64}],
+            256: [],
         },
     ),
     Kernel(
@@ -152,7 +178,7 @@ def main(
     keys: Annotated[str, typer.Option(help="Keys that a decoding row reads.")] = "128k",
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many, for each kernel.")
+        float, typer.Option(help="Start no further measurement after so many, over all kernels.")
     ] = math.inf,
 ) -> None:
     """Tries the candidates of each kernel and prints the best."""
@@ -165,14 +191,19 @@ def main(
     if not chosen:
         raise InputError(f"there is no kernel {kernels!r}")
     query_heads, kv_heads = map(int, heads.split("/"))
+    end = time.monotonic() + 60 * minutes
     for number, kernel in enumerate(chosen):
         path = out if len(chosen) == 1 else out.with_stem(f"{out.stem}_{number}")
         length = numbers(keys if kernel.call == "decode" else tokens)[0]
         rows = batch if kernel.call == "decode" else 1
         facts = {"benchmark": "tune_attention", "kernel": kernel.name, "dtype": dtype}
         facts |= {"batch": rows, "tokens": length, "heads": heads, "head_dim": head_dim}
-        report = Report(path, machine() | facts, minutes=minutes)
-        say(kernel.name)
+        share = (end - time.monotonic()) / 60 / (len(chosen) - number)
+        if share <= 0:
+            say(f"out of time: {kernel.name} and what follows are not measured")
+            break
+        report = Report(path, machine() | facts, minutes=share)
+        say(f"{kernel.name}, head_dim {head_dim}, {heads} heads, {length} tokens")
         try:
             tune(kernel, report, (rows, length, query_heads, kv_heads, head_dim), jnp.dtype(dtype))
         except InputError as error:
@@ -202,20 +233,23 @@ def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtyp
         raise InputError(refusal)
     present = table[head_dim]
     call = CALLS[kernel.call](kernel.backend, shape, dtype)
+    choices = list(candidates(kernel, kernel.tiles(present), kernel.promising.get(head_dim, [])))
+    say(f"{len(choices)} candidates, the present one first")
     expected = None
-    for choice in candidates(kernel, kernel.tiles(present)):
+    for choice in choices:
         if report.out_of_time():
             break
         try:
             with replaced(table, head_dim, kernel.entry(present, choice)):
-                outputs, time = call()
+                outputs, timing = call()
         except Exception as error:  # more shared memory or registers than there are
             report.add(choice | {"failed": reason(error)})
             require_live_device()
             continue
         expected = outputs if expected is None else expected
         error = max(map(_difference, outputs, expected))
-        row = choice | {"ms": time.median, "low": time.low, "high": time.high, "error": error}
+        row = choice | {"ms": timing.median, "low": timing.low, "high": timing.high}
+        row |= {"error": error}
         report.add(row if error < TOLERANCE else row | {"failed": "computes something else"})
     rows = sorted(report.rows, key=lambda row: ("failed" in row, row.get("ms", 0.0)))
     show(f"{kernel.name}, head_dim {head_dim}", [*kernel.grid, "ms", "error"], rows)
@@ -225,12 +259,16 @@ def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtyp
         say(f"    {head_dim}: {best},")
 
 
-def candidates(kernel: Kernel, present: Any) -> Iterator[dict[str, Any]]:
-    """Every choice of the grid and the present one, that first, then by how much they differ."""
+def candidates(
+    kernel: Kernel, present: Any, promising: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """The present choice, what is promising, then all of the grid by how much they differ."""
     now = {name: getattr(present, name) for name in kernel.grid}
     values = [dict.fromkeys([now[name], *options]) for name, options in kernel.grid.items()]
     choices = [dict(zip(kernel.grid, picked, strict=True)) for picked in itertools.product(*values)]
-    yield from sorted(choices, key=lambda choice: sum(choice[name] != now[name] for name in now))
+    choices.sort(key=lambda choice: sum(choice[name] != now[name] for name in now))
+    ordered = [now, *(now | change for change in promising), *choices]
+    yield from {tuple(choice.values()): choice for choice in ordered}.values()
 
 
 @contextmanager
@@ -261,7 +299,7 @@ def forward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call
     query, key, value, _, rows = _inputs(shape, dtype)
 
     def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        return backend.forward(query, key, value, jnp.int32(0), rows, dca=DCA, phases=PHASES)
+        return backend.forward(query, key, value, jnp.int32(0), rows, **OPTIONS, with_lse=True)
 
     return lambda: _run(lambda *arrays: forward(*arrays), query, key, value)
 
@@ -269,14 +307,14 @@ def forward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call
 def backward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
     """The backward pass alone, from the output and log-sum-exp of the forward pass."""
     query, key, value, out_bar, rows = _inputs(shape, dtype)
-    options: dict[str, Any] = {"dca": DCA, "phases": PHASES}
-    out, lse = jax.jit(partial(backend.forward, **options))(query, key, value, jnp.int32(0), rows)
+    forward = jax.jit(partial(backend.forward, **OPTIONS, with_lse=True))
+    out, lse = forward(query, key, value, jnp.int32(0), rows)
     delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(jnp.float32), out.astype(jnp.float32))
 
     def backward(*arrays: Array) -> tuple[Array, Array, Array]:
         query, key, value, out_bar, lse, delta = arrays
         return backend.backward(
-            query, key, value, jnp.int32(0), rows, out_bar, lse, delta, **options
+            query, key, value, jnp.int32(0), rows, out_bar, lse, delta, **OPTIONS
         )
 
     return lambda: _run(lambda *arrays: backward(*arrays), query, key, value, out_bar, lse, delta)
@@ -286,7 +324,7 @@ def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
     """One query a row, chained over the layers of a cache as `benchmarks/decode.py` does."""
 
     def one(query: Array, key: Array, value: Array, rows: Any, layer: Array) -> Array:
-        return backend.forward(query, key, value, layer, rows, dca=DCA, phases=PHASES)[0]
+        return backend.forward(query, key, value, layer, rows, **OPTIONS, with_lse=False)[0]
 
     variant = decode.Variant("decode", one, stacked=True)
     chain = decode.chain_of_calls(variant, shape, 4e12 if on_gpu() else 1e10, dtype)
@@ -297,8 +335,8 @@ def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
     def call() -> tuple[list[Array], Timing]:
         out = jax.jit(lambda query, key, value: one(query, key, value, rows, jnp.int32(1)))
         outputs = [out(query, *cache)]  # the chain's result is hardly more than its first query
-        _, time = _run(lambda *arrays: chain.run(*arrays), query, *cache, lengths)
-        return outputs, Timing(*(ms / chain.calls for ms in time))
+        _, timing = _run(lambda *arrays: chain.run(*arrays), query, *cache, lengths)
+        return outputs, Timing(*(ms / chain.calls for ms in timing))
 
     return call
 

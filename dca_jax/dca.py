@@ -38,14 +38,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dca_jax.dtypes import compute_dtype
+from dca_jax.bands import Band, PositionMethod, dense_band_attention
 from dca_jax.errors import InputError
-from dca_jax.rope import rotate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,6 +244,26 @@ def key_range(
     return index * 0, chunk_start - s
 
 
+def bands_of(
+    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, phases: tuple[Phase, ...] = PHASES
+) -> tuple[Band, ...]:
+    """The bands of these queries: DCA's phases, over keys at P_k; or those of another method."""
+    if isinstance(dca, PositionMethod):
+        return dca.bands(index)
+    return tuple(
+        Band(*key_range(index, phase, dca), query_position(index, phase, dca), None)
+        for phase in phases
+    )
+
+
+def logit_scale(
+    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, scale: Float[Array, " B"]
+) -> Float[Array, "B #T"]:
+    """What each query's logits are multiplied by, from what its row's are."""
+    factor = dca.logit_factor(index) if isinstance(dca, PositionMethod) else None
+    return scale[:, None] if factor is None else scale[:, None] * factor
+
+
 def phases_within(num_keys: int, dca: DCAConfig) -> tuple[Phase, ...]:
     """The phases that a text of `num_keys` tokens can meet: all three beyond two chunks."""
     met = 1 if num_keys <= dca.chunk_len else 2 if num_keys <= 2 * dca.chunk_len else 3
@@ -333,44 +351,36 @@ def dense_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
     inv_freq: Float[Array, "#B half"],
     scale: Float[Array, " B"],
     offset: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    key_offset: Int[Array, " B"],
 ) -> Float[Array, "B T N H"]:
     """The definition, with its [T, S] matrix: what every fast path is tested against.
 
     Args:
-        query: not rotated. key: rotated to `key_position`. Both are taken to float32 (float64
-            stays), and so is the softmax. Query head n reads kv head n // (N / K).
+        query: not rotated. key: rotated to `key_position`, or raw for another method. Both are
+            taken to float32 (float64 stays), and so is the softmax. Query head n reads kv head
+            n // (N / K).
         inv_freq: radians per position (`dca_jax.rope.inverse_frequencies`).
         scale: what row b's logits are multiplied by: tau / sqrt(H), times YaRN's factor squared.
         offset: index of row b's first query in its text.
         lengths: tokens of row b's text; a query at or beyond it is padding, and gets zeros.
+        key_offset: index of row b's first key in its text; a query that meets no key gets zeros.
 
     Returns:
         In the dtype of `query`.
     """
-    compute = compute_dtype(query.dtype)
-    batch, num_queries, num_heads, head_dim = query.shape
-    num_keys, kv_heads = key.shape[1], key.shape[2]
-    i = offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
-    j = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
-    grouped = query.astype(compute).reshape(
-        batch, num_queries, kv_heads, num_heads // kv_heads, head_dim
+    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
+    return dense_band_attention(
+        query,
+        key,
+        value,
+        bands=bands_of(i, dca),
+        is_text=i < lengths[:, None],
+        key_index=key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :],
+        inv_freq=inv_freq,
+        scale=logit_scale(i, dca, scale),
     )
-    logits = jnp.full((batch, kv_heads, num_heads // kv_heads, num_queries, num_keys), -jnp.inf)
-    logits = logits.astype(compute)
-    for phase in PHASES:
-        rotated = rotate(grouped, query_position(i, phase, dca), inv_freq)
-        rotated = rotated * scale.astype(compute)[:, None, None, None, None]
-        dots = jnp.einsum("BTKGH,BSKH->BKGTS", rotated, key.astype(compute), precision="highest")
-        start, stop = key_range(i, phase, dca)
-        met = (start[:, :, None] <= j) & (j < stop[:, :, None]) & (i < lengths[:, None])[:, :, None]
-        logits = jnp.where(met[:, None, None, :, :], dots, logits)
-    # A padding query meets no key: its softmax is 0/0, and its output is defined as zero.
-    is_text = (i < lengths[:, None])[:, None, None, :, None]
-    weights = jnp.where(is_text, jax.nn.softmax(jnp.where(is_text, logits, 0), axis=-1), 0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value.astype(compute), precision="highest")
-    return out.reshape(query.shape).astype(query.dtype)

@@ -36,15 +36,21 @@ def shapes(
         scale=jax.ShapeDtypeStruct((batch,), jnp.float32),
         offset=number,
         lengths=number,
+        key_offset=number,
     )
     return query, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), rows
 
 
 def lower_forward(
-    backend: Backend, shapes: tuple[Any, ...], dca: DCAConfig, phases: tuple[Phase, ...]
+    backend: Backend,
+    shapes: tuple[Any, ...],
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    *,
+    with_lse: bool = True,
 ) -> str:
     def forward(*arrays: Any) -> Any:
-        return backend.forward(*arrays, dca=dca, phases=phases)
+        return backend.forward(*arrays, dca=dca, phases=phases, with_lse=with_lse)
 
     return lower(forward, *shapes)
 

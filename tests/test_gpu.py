@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_moby_dick
 from conftest import REPOSITORY
+from kernels import attend_by_slices
 
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
@@ -184,6 +185,55 @@ def test_three_passes_are_the_fused_kernel(name: str) -> None:
     runs = (with_gradients(attention)(*arrays) for attention in (three_passes, fused))
     for ours, theirs in zip(*runs, strict=True):
         assert error(ours, theirs) < 6e-3  # each pass's output is rounded to bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, jnp.float16), (128, jnp.bfloat16), (256, jnp.bfloat16)]
+)
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_slices_of_the_keys(name: str, chunk: tuple[int, int], dim: int, dtype: Any) -> None:
+    """Each slice by itself, with the log-sum-exp of all: merged and summed they are the whole.
+
+    The slices begin anywhere. The last lies beyond the second row's text and beyond most tiles of
+    the first's queries: nobody may wait for what nobody writes.
+    """
+    dca, length = config(chunk), 650
+    arrays = draw(2, length, length, 4, 2, dim, dtype)
+    lengths = jnp.asarray([length, 300], jnp.int32)
+    rows = make_rows(arrays[0].shape, dca=dca, rope=ROPE, lengths=lengths)
+
+    @jax.jit
+    def in_slices(*arrays: jax.Array) -> list[jax.Array]:
+        return attend_by_slices(BACKENDS[name], *arrays, cuts=(137, 401), dca=dca, rows=rows)
+
+    whole = with_gradients(functools.partial(attend, dca=dca, rows=rows, implementation=name))
+    results = in_slices(*arrays), in_slices(*arrays), whole(*arrays)
+    for what, ours, again, theirs in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert bool(jnp.isfinite(ours).all()), what
+        np.testing.assert_array_equal(ours, again, err_msg=f"{what} is not deterministic")
+        assert error(ours, theirs) < 6e-3, what  # a slice's part is rounded to 16 bits
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 300])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_slice_of_keys_for_each_row(name: str, num_queries: int) -> None:
+    """Slices before, around and beyond the queries; where they begin is data."""
+    dca, starts = config((200, 250)), jnp.asarray([900, 700, 500, 40], jnp.int32)
+    q, k, v, _ = draw(4, num_queries, 696, 8, 2, 128, jnp.bfloat16)
+    rows = make_rows(q.shape, dca=dca, rope=ROPE, query_offset=starts)
+    rows = rows._replace(key_offset=jnp.asarray([13, 333, 0, 2000], jnp.int32))
+    run = jax.jit(attend, static_argnames=("dca", "implementation"))
+    out = run(q, k, v, dca=dca, rows=rows, implementation=name)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = run(*wide, dca=dca, rows=rows, implementation="reference")
+    assert error(out, expected) < 4e-3
+    assert not np.asarray(out[3]).any()
+    _, lse = BACKENDS[name].forward(
+        q, k[None], v[None], jnp.int32(0), rows, dca=dca, phases=PHASES, with_lse=True
+    )
+    assert bool(jnp.isneginf(lse[3]).all())
+    assert bool(jnp.isfinite(lse[:3]).all())
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -3,9 +3,10 @@
 What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
+import importlib
 import logging
-import types
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,24 @@ from hypothesis import strategies as st
 from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
-from dca_jax.attention.mosaic_gpu.ranges import full_and_edge_walks, locate
-from dca_jax.attention.op import PLAIN, choose_implementation
-from dca_jax.dca import PHASES, DCAConfig, Phase, key_range
+from dca_jax.attention.mosaic_gpu import decode
+from dca_jax.attention.mosaic_gpu.ranges import (
+    Keys,
+    full_and_edge_walks,
+    locate,
+    ranges_of_rows,
+    recall,
+    remember,
+    steps,
+)
+from dca_jax.attention.op import PLAIN, Rows, choose_implementation
+from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
 DCA = DCAConfig.paper(4096)
+# The package's name for it is the function.
+backward = importlib.import_module("dca_jax.attention.mosaic_gpu.backward")
 
 VARIANTS = [
     pytest.param((1, 4096, 4096, 32, 8, 128, jnp.bfloat16), DCA, PHASES, id="gqa"),
@@ -42,6 +54,13 @@ VARIANTS = [
 @pytest.mark.parametrize(("sizes", "dca", "phases"), VARIANTS)
 def test_forward_lowers(sizes: tuple, dca: DCAConfig, phases: tuple[Phase, ...]) -> None:
     assert "mosaic_gpu" in lower_forward(mosaic_gpu, shapes(*sizes), dca, phases)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_forward_without_log_sum_exp_lowers(dim: int) -> None:
+    sizes = (1, 1024, 1024, 4, 2, dim, jnp.bfloat16)
+    text = lower_forward(mosaic_gpu, shapes(*sizes), DCA, PHASES, with_lse=False)
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(("sizes", "dca", "phases"), VARIANTS)
@@ -69,37 +88,154 @@ def test_decoding_lowers(heads: int, kv_heads: int, dim: int, dtype: Any) -> Non
     assert "mosaic_gpu" in lower_forward(mosaic_gpu, shapes(*sizes), DCA, PHASES)
 
 
-@settings(max_examples=60)
-@given(
-    s=st.integers(1, 90),
-    block=st.sampled_from([8, 16, 64]),
-    first=st.integers(0, 300),
-    rows=st.integers(0, 32),
-    number=st.integers(1, 3),
-)
-def test_a_tile_of_queries_walks_over_each_key_once(
-    s: int, block: int, first: int, rows: int, number: int
-) -> None:
+# --- which blocks the kernels visit ------------------------------------------------------------
+
+# Few shapes of arrays, because each is compiled; what lies where in them is free.
+SIZES = {
+    "s": st.integers(1, 90),
+    "first": st.integers(0, 300),
+    "num_queries": st.sampled_from([1, 70]),
+    "padding": st.integers(0, 40),
+    "key_offset": st.integers(0, 400),  # 400 is beyond every query
+    "num_keys": st.sampled_from([43, 300]),
+    "number": st.sampled_from([1, 3]),
+}
+
+
+class Case(NamedTuple):
+    """Queries and a slice of their text's keys, and which meet in each phase."""
+
+    dca: DCAConfig
+    phases: tuple[Phase, ...]
+    rows: Rows
+    met: np.ndarray  # [phases, T, S]
+
+    @classmethod
+    def of(
+        cls,
+        s: int,
+        first: int,
+        num_queries: int,
+        padding: int,
+        key_offset: int,
+        num_keys: int,
+        number: int,
+    ) -> "Case":
+        dca, phases = DCAConfig(chunk_len=s, max_query_position=s + 3), PHASES[-number:]
+        length = max(first + num_queries - padding, 0)
+        numbers = (jnp.asarray([x], jnp.int32) for x in (first, length, key_offset))
+        rows = Rows(jnp.zeros((1, 1)), jnp.ones(1), *numbers)
+        index = np.arange(first, first + num_queries)[:, None]
+        text = key_offset + np.arange(num_keys)[None, :]
+        behind = index // s - text // s
+        in_phase = {"intra": (behind == 0) & (text <= index), "succ": behind == 1}
+        in_phase["inter"] = behind >= 2
+        met = np.stack([in_phase[phase] & (index < length) for phase in phases])
+        return cls(dca, phases, rows, met)
+
+
+@settings(max_examples=40)
+@given(block=st.sampled_from([8, 16, 64]), **SIZES)
+def test_a_tile_of_queries_walks_over_each_key_once(block: int, **sizes: int) -> None:
     """All meet full blocks, edges are masked by row; together each key, once, in its phase."""
-    dca, phases = DCAConfig(chunk_len=s, max_query_position=s + 3), PHASES[-number:]
-    index = jnp.arange(first, first + rows, dtype=jnp.int32)
-    met = np.zeros((number, rows, 512), int)
-    full, edges = full_and_edge_walks(
-        jnp.int32(first), jnp.int32(first + rows - 1), phases, dca, block
-    )
+    case = Case.of(**sizes)
+    offset, length, key_offset = (x[0] for x in case.rows[2:])
+    keys = Keys(key_offset, sizes["num_keys"])
+    index = offset + jnp.arange(sizes["num_queries"], dtype=jnp.int32)
+    last = jnp.minimum(index[-1], length - 1)
+    memory = np.zeros((3 * len(case.phases), 2), np.int32)
+    remember(*full_and_edge_walks(offset, last, case.phases, case.dca, keys, block), memory)
+    full, edges = recall(jnp.asarray(memory))
+    ranges = [
+        np.asarray(ranges_of_rows(index, length, jnp.int32(n), case.phases, case.dca, keys))
+        for n in range(len(case.phases))
+    ]
+    visits = np.zeros_like(case.met, int)
     for walks, masked in ((full, False), (edges, True)):
-        for n in range(sum(int(walk.count) for walk in walks)):
+        for n in range(int(steps(walks))):
             phase, at = (int(x) for x in locate(jnp.int32(n), walks, jnp.int32(0)))
-            keys = np.arange(at * block, (at + 1) * block)
-            start, stop = (np.asarray(x) for x in key_range(index, phases[phase], dca))
-            mask = (keys >= start[:, None]) & (keys < stop[:, None])
-            assert masked or mask.all()
-            met[phase][:, keys] += mask
-    for phase, name in enumerate(phases):
-        start, stop = (np.asarray(x) for x in key_range(index, name, dca))
-        keys = np.arange(512)
-        expected = (keys >= start[:, None]) & (keys < stop[:, None])
-        np.testing.assert_array_equal(met[phase], expected)
+            slots = np.arange(at * block, (at + 1) * block)
+            start, stop = ranges[phase][:, :, None]
+            mask = (slots >= start) & (slots < stop)
+            assert masked or mask[: int(last) - int(offset) + 1].all()
+            inside = slots < sizes["num_keys"]
+            assert not mask[:, ~inside].any()
+            visits[phase][:, slots[inside]] += mask[:, inside]
+    np.testing.assert_array_equal(visits, case.met)
+
+
+@settings(max_examples=40)
+@given(blocks=st.sampled_from([(8, 16), (16, 8), (32, 64)]), **SIZES)
+def test_a_tile_of_keys_walks_over_each_query_once_and_gets_its_turn(
+    blocks: tuple[int, int], **sizes: int
+) -> None:
+    """What the kernel's warps do with the backward's tables.
+
+    A tile of keys waits until as many have added to a dQ as its turn says. So those that visit a
+    tile of queries must have the turns 0, 1, 2 .., in the order in which they are launched: then
+    each waits only for tiles launched before it, which wait for no later one, and all come to
+    an end, tiles that visit nothing included.
+    """
+    case = Case.of(**sizes)
+    num_queries, num_keys = case.met.shape[1:]
+    block_q, block_kv = blocks
+    tiles = SimpleNamespace(block_q=block_q, block_kv=block_kv)
+    index = case.rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
+    low, high = backward._key_ranges(index, case.rows, num_keys, block_q, case.dca, case.phases)
+    spans, is_met = (x[0] for x in backward._spans(low, high, num_keys, tiles))  # pyright: ignore
+    low, high = (np.asarray(x)[0] for x in (low, high))
+    padded = low.shape[1]
+    visits = np.zeros((len(case.phases), padded, spans.shape[0] * block_kv), int)
+    passed = np.zeros((len(case.phases), padded // block_q), int)
+    for tile, ends in enumerate(np.asarray(spans).reshape(-1, len(case.phases), 2, 3)):
+        slots = np.arange(tile * block_kv, (tile + 1) * block_kv)
+        for phase, pairs in enumerate(ends):
+            for start, turn, stop in pairs:
+                assert padded // block_q >= start >= turn >= stop >= 0
+                for m in range(start - 1, stop - 1, -1):
+                    queries = slice(m * block_q, (m + 1) * block_q)
+                    mask = (low[phase, queries, None] <= slots) & (
+                        slots < high[phase, queries, None]
+                    )
+                    is_text = low[phase, queries, None] < backward.FAR
+                    # Where nothing is masked padding has weight 0, by its log-sum-exp of -inf.
+                    assert m >= turn or (mask | ~is_text).all()
+                    visits[phase][queries, tile * block_kv : (tile + 1) * block_kv] += mask
+                    assert passed[phase, m] == tile - low[phase, m * block_q] // block_kv
+                    passed[phase, m] += 1
+    np.testing.assert_array_equal(visits[:, :num_queries, :num_keys], case.met)
+    assert not visits[:, num_queries:].any()
+    assert not visits[:, :, num_keys:].any()
+    # Sums that are read have been written by the first to come, and no query is left out.
+    assert not (np.asarray(is_met) & (passed == 0)).any()
+    assert not (~np.repeat(is_met, block_q, axis=1)[:, :num_queries] & case.met.any(axis=2)).any()
+
+
+@settings(max_examples=40)
+@given(block=st.sampled_from([8, 64]), **SIZES)
+def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> None:
+    """Every key that a row's queries meet lies in a block of the row's list, once a phase."""
+    case = Case.of(**sizes)
+    offset, length, key_offset = (x[0] for x in case.rows[2:])
+    problem = decode._Problem(
+        num_queries=sizes["num_queries"],
+        group=1,
+        shares=1,
+        dca=case.dca,
+        phases=case.phases,
+        tiles=decode.DecodeTiles(block=block, stages=2),
+    )
+    last = jnp.minimum(offset + sizes["num_queries"], length) - 1
+    keys = Keys(key_offset, sizes["num_keys"])
+    work = decode._Work.of(offset, last, keys, problem)
+    listed = [tuple(map(int, work.locate(jnp.int32(n)))) for n in range(int(work.ends[-1]))]
+    assert len(set(listed)) == len(listed)
+    needed = {(p, slot // block) for p, _, slot in zip(*case.met.nonzero(), strict=True)}
+    assert needed <= set(listed)
+    assert all(0 <= at * block < sizes["num_keys"] for _, at in listed)
+
+
+# --- what runs where ---------------------------------------------------------------------------
 
 
 def like(dim: int = 128, dtype: Any = jnp.bfloat16) -> tuple[Any, Any]:
@@ -142,7 +278,7 @@ def test_a_named_backend_that_cannot_run_says_why() -> None:
 
 def test_shared_memory_is_checked_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = mosaic_gpu.prefill.ForwardTiles(
-        block_k=128, stages=4, resident=True, registers=True, cluster=2
+        block_k=128, stages=4, resident=True, registers=128, cluster=2
     )
     monkeypatch.setitem(mosaic_gpu.prefill.TILES, 128, tiles)
     with device("NVIDIA H200"), pytest.raises(InputError, match="bytes of shared memory"):
@@ -151,7 +287,7 @@ def test_shared_memory_is_checked_before_the_launch(monkeypatch: pytest.MonkeyPa
 
 def test_a_cuda_that_miscompiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, refused in ((12_060, False), (12_080, True), (12_090, True), (12_091, False)):
-        versions = types.SimpleNamespace(cuda_runtime_get_version=lambda version=version: version)
+        versions = SimpleNamespace(cuda_runtime_get_version=lambda version=version: version)
         monkeypatch.setattr(mosaic_gpu, "cuda_versions", versions)
         with device("NVIDIA H200"):
             chosen = choose_implementation(None, *like(), DCA)

@@ -4,6 +4,7 @@ The tiles are made small here, so that short texts cross many of them. What only
 the compiled kernels agree with the interpreted ones, and their speed) is tested elsewhere.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,20 +13,16 @@ import numpy as np
 import oracle
 import pytest
 from jax._src.mesh import AbstractDevice
+from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, draw, with_gradients
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, op, triton
 from dca_jax.attention.device import Device
-from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.dca import PHASES, DCAConfig, dense_attention
 from dca_jax.errors import InputError
-from dca_jax.rope import RopeConfig
 
-ROPE = RopeConfig()
 SMALL = triton.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
 S = 40  # no multiple of the tile
 DCA = DCAConfig(chunk_len=S, max_query_position=60)
-
-# These programs are large and run once: compiling them is what takes the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 attention = jax.jit(dual_chunk_attention, static_argnames=("dca", "rope", "implementation"))
 
@@ -39,41 +36,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "SPLIT_KEYS", 32)
 
 
-def draw(
-    seed: int,
-    batch: int,
-    num_queries: int,
-    num_keys: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rng = np.random.default_rng(seed)
-    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
-    q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
-    return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
-
-
-def check_value_and_gradient(
-    inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Ours against the dense oracle's, on one random cotangent; returns our four arrays."""
-    weight = jnp.asarray(np.random.default_rng(9).normal(size=inputs[0].shape), jnp.float32)
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        out = dual_chunk_attention(q, k, v, rope=ROPE, implementation=name, **options)
-        return jnp.sum(out * weight), out
-
-    grad = jax.jit(
-        jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3, compiler_options=QUICK
-    )
-    (_, out), bars = grad(*inputs, "triton")
-    (_, expected), expected_bars = grad(*inputs, "reference")
-    for ours, theirs in zip((out, *bars), (expected, *expected_bars), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
-    assert np.abs(expected_bars[2]).max() > 1e-3
-    return out, *bars
+def check(inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any) -> list[jax.Array]:
+    return check_value_and_gradient("triton", inputs, atol=1e-5, **options)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -82,7 +46,7 @@ def test_edges_as_the_rows_of_a_batch() -> None:
     edges = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 5 * S + 7]
     inputs = draw(0, len(edges), edges[-1], edges[-1], 2, 1, 16)
     lengths = jnp.asarray(edges, jnp.int32)
-    out, *_ = check_value_and_gradient(inputs, dca=DCA, lengths=lengths)
+    out, *_ = check(inputs, dca=DCA, lengths=lengths)
     for row, length in enumerate(edges):
         assert not np.asarray(out[row, length:]).any()
 
@@ -90,7 +54,7 @@ def test_edges_as_the_rows_of_a_batch() -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("length", [1, 7, 2 * S + 1])
 def test_edges_as_shapes(length: int) -> None:
-    check_value_and_gradient(draw(length, 1, length, length, 2, 2, 16), dca=DCA)
+    check(draw(length, 1, length, length, 2, 2, 16), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -103,19 +67,19 @@ def test_chunk_lengths(chunk_len: int, largest: int) -> None:
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
     inputs = draw(1, 1, 101, 101, 2, 1, 16)
     expected = oracle.attention(*inputs, s=chunk_len, largest=largest)  # pyright: ignore
-    out, *_ = check_value_and_gradient(inputs, dca=dca)
+    out, *_ = check(inputs, dca=dca)
     np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 1)])
 def test_heads(heads: int, kv_heads: int) -> None:
-    check_value_and_gradient(draw(2, 1, 90, 90, heads, kv_heads, 32), dca=DCA)
+    check(draw(2, 1, 90, 90, heads, kv_heads, 32), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_plain_causal_attention() -> None:
-    check_value_and_gradient(draw(3, 1, 70, 70, 2, 1, 16), dca=None)
+    check(draw(3, 1, 70, 70, 2, 1, 16), dca=None)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -145,7 +109,7 @@ def test_offset_lengths_and_temperature() -> None:
         )
         np.testing.assert_allclose(out[one], expected, atol=1e-5, rtol=0)
     clean = q, jnp.where(beyond, 0, k), jnp.where(beyond, 0, v)
-    check_value_and_gradient(clean, dca=dca, **options)
+    check(clean, dca=dca, **options)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -199,26 +163,81 @@ def test_passes_and_their_gradients() -> None:
     np.testing.assert_allclose(merged, fused, atol=1e-5, rtol=0)
 
 
+# The second row is short: its third slice lies beyond it, and beyond all of its queries.
+SLICED_LENGTHS, CUTS = [131, 77], (37, 90)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_slices_of_the_keys() -> None:
+    """Cut anywhere, each slice met by itself with the whole's log-sum-exp: together the whole."""
+    q, k, v = draw(12, 2, 131, 131, 2, 1, 16)
+    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, lengths=jnp.asarray(SLICED_LENGTHS, jnp.int32))
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dense_attention(q, k, v, dca=DCA, **rows._asdict())
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def in_slices(*arrays: jax.Array) -> list[jax.Array]:
+        return attend_by_slices(triton, *arrays, cuts=CUTS, dca=DCA, rows=rows)
+
+    weight = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
+    for ours, theirs in zip(
+        in_slices(q, k, v, weight), with_gradients(whole, q, k, v), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("num_queries", [2, 20])
+def test_slices_of_a_cache_that_differ_from_row_to_row(num_queries: int) -> None:
+    """Few queries, packed and split, and many; slices before, around and beyond their own places.
+
+    One compilation serves them all: where the slices begin is data.
+    """
+    offset = jnp.asarray([100, 7, 118], jnp.int32)
+    q, k, v = draw(13, 3, num_queries, 96, 6, 2, 16)
+
+    def run(begin: jax.Array, name: str) -> jax.Array:
+        rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
+        rows = rows._replace(key_offset=begin)
+        return op.attend(q, k, v, dca=DCA, rows=rows, implementation=name)
+
+    ours, theirs = (jax.jit(partial(run, name=name)) for name in ("triton", "reference"))
+    for begins in ([0, 0, 0], [33, 3, 26], [99, 200, 1], [102, 8, 119]):
+        begin = jnp.asarray(begins, jnp.int32)
+        np.testing.assert_allclose(ours(begin), theirs(begin), atol=1e-5, rtol=0)
+    assert not np.asarray(ours(jnp.asarray([200, 200, 200], jnp.int32))).any()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("num_queries", [1, 20])
+def test_the_log_sum_exp_is_given_on_request(num_queries: int) -> None:
+    q, k, v = draw(14, 1, num_queries, 96, 2, 1, 16)
+    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=70)
+
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
+        options: dict[str, Any] = {"dca": DCA, "phases": PHASES, "with_lse": with_lse}
+        return triton.forward(q, k[None], v[None], jnp.int32(0), rows, **options)
+
+    (out, lse), (same, nothing) = run(True), run(False)
+    assert lse is not None
+    assert nothing is None
+    np.testing.assert_allclose(out, same, atol=1e-6, rtol=0)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_half_precision_and_determinism() -> None:
     """Relative errors of value and gradients; and the same bits twice."""
     inputs = draw(10, 1, 101, 101, 4, 2, 64, jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in inputs]
-    weight = draw(11, 1, 101, 101, 4, 4, 64)[0]
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        out = dual_chunk_attention(q, k, v, dca=DCA, rope=ROPE, implementation=name)
-        return jnp.sum(out.astype(jnp.float32) * weight), out
+    def run(name: str, inputs: Any) -> list[jax.Array]:
+        options: dict[str, Any] = {"dca": DCA, "rope": ROPE, "implementation": name}
+        return with_gradients(partial(dual_chunk_attention, **options), *inputs)
 
-    grad = jax.jit(
-        jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3, compiler_options=QUICK
-    )
-    (_, out), bars = grad(*inputs, "triton")
-    (_, again), bars_again = grad(*inputs, "triton")
-    (_, expected), expected_bars = grad(*wide, "reference")
-    for ours, twice, theirs in zip(
-        (out, *bars), (again, *bars_again), (expected, *expected_bars), strict=True
-    ):
+    results = run("triton", inputs), run("triton", inputs), run("reference", wide)
+    for ours, twice, theirs in zip(*results, strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_array_equal(ours, twice)
         error = np.linalg.norm(ours.astype(jnp.float32) - theirs) / np.linalg.norm(theirs)

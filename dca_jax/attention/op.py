@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.device import Device, current_device
+from dca_jax.bands import PositionMethod
 from dca_jax.dca import (
     DCAConfig,
     Phase,
@@ -42,13 +43,16 @@ class Rows(NamedTuple):
     scale: Float[Array, " B"]  # what the row's logits are multiplied by
     offset: Int[Array, " B"]  # index of the row's first query in its text
     lengths: Int[Array, " B"]  # tokens of the row's text, the queries' own included
+    key_offset: Int[Array, " B"]  # index of the row's first key: not 0 for a slice of a text
 
 
 class Backend(Protocol):
     """What a backend's module offers. `query` is raw, `key` rotated by `rotate_keys`.
 
     Keys and values come as a stack of layers [L, B, S, K, H] (a KV cache, or L = 1) with the number
-    of the one to read, so that a kernel reads a layer in place and nothing copies it out.
+    of the one to read, so that a kernel reads a layer in place and nothing copies it out. They may
+    be a slice of the text, slot j being its token key_offset + j, as a device holds under context
+    parallelism; then a query may meet no key here at all.
     """
 
     def unsupported(
@@ -67,8 +71,9 @@ class Backend(Protocol):
         *,
         dca: DCAConfig,
         phases: tuple[Phase, ...],
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-        """Output over the keys of `phases`, and the natural log-sum-exp of the logits, float32.
+        with_lse: bool,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+        """Output over the keys of `phases`; on request the logits' natural log-sum-exp, float32.
 
         A query that meets no key (padding too) has output 0 and log-sum-exp -inf.
         """
@@ -90,7 +95,8 @@ class Backend(Protocol):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Gradients of query, of the layer's key (rotated) and of its value.
 
-        P = exp(logits - lse), dP = out_bar v^T, dS = P * (dP - delta).
+        P = exp(logits - lse), dP = out_bar v^T, dS = P * (dP - delta). `lse` and `delta` may be of
+        more keys than these: a query that meets none of them then has gradient 0.
         """
         ...
 
@@ -110,7 +116,7 @@ def dual_chunk_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    dca: DCAConfig | None,
+    dca: DCAConfig | PositionMethod | None,
     rope: RopeConfig,
     lengths: Int[Array, " B"] | None = None,
     query_offset: int | Int[Array, " B"] = 0,
@@ -123,7 +129,8 @@ def dual_chunk_attention(
         query: row b's queries stand at text indices query_offset[b] + 0 .. T - 1.
         key, value: the texts from their first token, K kv heads; N is a multiple of K, and query
             head n reads kv head n // (N / K). Keys are not repeated in memory.
-        dca: chunk length and largest query position; None is plain causal RoPE attention.
+        dca: chunk length and largest query position; None is plain causal RoPE attention, and a
+            `PositionMethod` another way of giving positions.
         rope: how the frequencies are made.
         lengths: tokens of each row's text, its queries' own included (right-padded batches).
             Default: query_offset + T. Outputs of padding queries are zero.
@@ -158,7 +165,7 @@ def dual_chunk_attention(
 def make_rows(
     query_shape: tuple[int, ...],
     *,
-    dca: DCAConfig | None,
+    dca: DCAConfig | PositionMethod | None,
     rope: RopeConfig,
     lengths: Int[Array, " B"] | None = None,
     query_offset: int | Int[Array, " B"] = 0,
@@ -178,14 +185,19 @@ def make_rows(
     if frequency_lengths is None:
         frequency_lengths = context_lengths
     # DCA never uses a position above Q, so its rope never has to stretch for more than Q + 1.
+    largest = None
     if dca is not None:
-        frequency_lengths = jnp.minimum(frequency_lengths, dca.max_query_position + 1)
-    tau = temperature(context_lengths, dca or PLAIN)
+        is_method = isinstance(dca, PositionMethod)
+        largest = dca.max_position if is_method else dca.max_query_position
+    if largest is not None:
+        frequency_lengths = jnp.minimum(frequency_lengths, largest + 1)
+    tau = temperature(context_lengths, dca if isinstance(dca, DCAConfig) else PLAIN)
     return Rows(
         inv_freq=inverse_frequencies(rope, head_dim, frequency_lengths),
         scale=tau * jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim)),
         offset=offset,
         lengths=lengths,
+        key_offset=jnp.zeros_like(offset),
     )
 
 
@@ -193,14 +205,16 @@ def rotate_keys(
     key: Float[Array, "B S K H"],
     index: Int[Array, "#B S"],
     *,
-    dca: DCAConfig | None,
+    dca: DCAConfig | PositionMethod | None,
     inv_freq: Float[Array, "#B half"],
 ) -> Float[Array, "B S K H"]:
     """Rotates keys to P_k of their text index: all that a KV cache needs to hold of them.
 
     A rotated key depends on its own index only, so prefix reuse, rollback and any split of a
-    prefill are exact.
+    prefill are exact. A `PositionMethod` keeps its keys raw, for each band has a P_k of its own.
     """
+    if isinstance(dca, PositionMethod):
+        return key
     return rotate(key, key_position(index, dca or PLAIN), inv_freq)
 
 
@@ -209,7 +223,7 @@ def attend(
     key: Float[Array, "*L B S K H"],
     value: Float[Array, "*L B S K H"],
     *,
-    dca: DCAConfig | None,
+    dca: DCAConfig | PositionMethod | None,
     rows: Rows,
     layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
@@ -227,8 +241,8 @@ def attend(
     name = choose_implementation(implementation, _like(query), _like(key), dca)
     if name == "reference":
         return dense_attention(query, key[layer], value[layer], dca=dca, **rows._asdict())
-    phases = phases_within(key.shape[2], dca)
-    out, _ = _flash(name, dca, phases, query, key, value, layer, rows)
+    phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[2], dca)
+    out, _ = _flash(name, dca, phases, False, query, key, value, layer, rows)
     return out
 
 
@@ -264,7 +278,7 @@ def attention_pass(
     rows = make_rows(query.shape, dca=dca, rope=rope, lengths=lengths, query_offset=query_offset)
     positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
     rotated = rotate_keys(key, positions, dca=dca, inv_freq=rows.inv_freq)
-    return _flash(name, dca, (phase,), query, rotated[None], value[None], jnp.int32(0), rows)
+    return _flash(name, dca, (phase,), True, query, rotated[None], value[None], jnp.int32(0), rows)
 
 
 def merge_passes(
@@ -289,7 +303,7 @@ def choose_implementation(
     implementation: str | None,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
 ) -> str:
     """The implementation to run: the named one if it can, the best that can if None.
 
@@ -299,6 +313,13 @@ def choose_implementation(
         InputError: a name that is unknown, or an implementation that cannot run here, and why.
     """
     check_implementation(implementation)
+    if isinstance(dca, PositionMethod):
+        if implementation not in (None, "xla", "reference"):
+            raise InputError(
+                f"attention implementation {implementation!r} knows DCA and plain attention only; "
+                f"{type(dca).__name__} runs with 'xla' or 'reference'"
+            )
+        return implementation or "xla"
     device = current_device()
     if implementation == "reference":
         return implementation
@@ -359,42 +380,52 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 
 def _forward(
     name: str,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
+    with_lse: bool,
     query: Array,
     key: Array,
     value: Array,
     layer: Array,
     rows: Rows,
-) -> tuple[Array, Array]:
-    """(out [B,T,N,H], lse [B,N,T]) of the keys that `phases` cover; `key` is rotated."""
-    return BACKENDS[name].forward(query, key, value, layer, rows, dca=dca, phases=phases)
+) -> tuple[Array, Array | None]:
+    """(out [B,T,N,H], lse [B,N,T] if asked for) of the keys that `phases` cover."""
+    options = {"dca": dca, "phases": phases, "with_lse": with_lse}
+    return BACKENDS[name].forward(query, key, value, layer, rows, **options)
 
 
 def _forward_saving(
     name: str,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
+    with_lse: bool,
     query: Array,
     key: Array,
     value: Array,
     layer: Array,
     rows: Rows,
-) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _flash(name, dca, phases, query, key, value, layer, rows)
-    return (out, lse), (query, key, value, layer, rows, out, lse)
+) -> tuple[tuple[Array, Array | None], tuple]:
+    out, lse = _forward(name, dca, phases, True, query, key, value, layer, rows)
+    return (out, lse if with_lse else None), (query, key, value, layer, rows, out, lse)
 
 
 def _backward(
-    name: str, dca: DCAConfig, phases: tuple[Phase, ...], saved: tuple, cotangents: tuple
+    name: str,
+    dca: DCAConfig | PositionMethod,
+    phases: tuple[Phase, ...],
+    with_lse: bool,
+    saved: tuple,
+    cotangents: tuple,
 ) -> tuple:
     query, key, value, layer, rows, out, lse = saved
     out_bar, lse_bar = cotangents
     delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
-    # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
-    delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)
+    if with_lse:
+        # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
+        delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)
+    options = {"dca": dca, "phases": phases}
     query_bar, key_bar, value_bar = BACKENDS[name].backward(
-        query, key, value, jnp.asarray(layer), rows, out_bar, lse, delta, dca=dca, phases=phases
+        query, key, value, jnp.asarray(layer), rows, out_bar, lse, delta, **options
     )
     if key.shape[0] == 1:
         return query_bar, key_bar[None], value_bar[None], None, None
@@ -403,5 +434,5 @@ def _backward(
     return query_bar, key_bar, value_bar, None, None
 
 
-_flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))
+_flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2, 3))
 _flash.defvjp(_forward_saving, _backward)

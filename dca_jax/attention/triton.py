@@ -171,8 +171,9 @@ def forward(
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated."""
+    with_lse: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     group = heads // kv_heads
@@ -199,22 +200,20 @@ def forward(
         staged=not packed,
     )
     dtype = query.dtype if splits == 1 else jnp.dtype(jnp.float32)
-    out, lse = pl.pallas_call(
+    out = jax.ShapeDtypeStruct((splits, batch, num_queries, kv_heads, group, head_dim), dtype)
+    lse = jax.ShapeDtypeStruct((splits, batch, kv_heads, group, num_queries), jnp.float32)
+    out, *lse = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=(
-            jax.ShapeDtypeStruct((splits, batch, num_queries, kv_heads, group, head_dim), dtype),
-            jax.ShapeDtypeStruct((splits, batch, kv_heads, group, num_queries), jnp.float32),
-        ),
+        out_shape=(out, lse) if with_lse or splits > 1 else (out,),
         compiler_params=_compiler_params(tile),
         interpret=INTERPRET,
         name="dca_triton_forward",
     )(*_row_arrays(layer, rows), *_turns(num_queries, rows, dca), *_by_kv_head(query, key, value))
     if splits > 1:
-        out = out.reshape(splits, *query.shape)
-        lse = lse.reshape(splits, batch, heads, num_queries)
-        return _merge(out, lse, query.dtype)
-    return out.reshape(query.shape), lse.reshape(batch, heads, num_queries)
+        lses = lse[0].reshape(splits, batch, heads, num_queries)
+        out, *lse = _merge(out.reshape(splits, *query.shape), lses, query.dtype, with_lse)
+    return out.reshape(query.shape), lse[0].reshape(batch, heads, num_queries) if lse else None
 
 
 def backward(
@@ -294,9 +293,10 @@ def _compiler_params(tile: Tile) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def _row_arrays(layer: Int[Array, ""], rows: "Rows") -> tuple[Array, Array, Array, Array]:
-    """Layer, and each row's offset, length and logit scale: what a program reads as scalars."""
-    return layer.astype(jnp.int32).reshape(1), rows.offset, rows.lengths, rows.scale
+def _row_arrays(layer: Int[Array, ""], rows: "Rows") -> tuple[Array, ...]:
+    """Layer, and each row's offset, length, key offset and logit scale: a program's scalars."""
+    layer = layer.astype(jnp.int32).reshape(1)
+    return layer, rows.offset, rows.lengths, rows.key_offset, rows.scale
 
 
 def _by_kv_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -334,6 +334,7 @@ def _forward_kernel(
     layer_ref: Any,  # [1]
     offset_ref: Any,  # [B]
     lengths_ref: Any,  # [B]
+    key_offset_ref: Any,  # [B]
     scale_ref: Any,  # [B]
     cos_ref: Any,  # [B, T + 2, H/2]
     sin_ref: Any,
@@ -341,7 +342,7 @@ def _forward_kernel(
     key_ref: Any,  # [L*B, S, K, H]
     value_ref: Any,
     out_ref: Any,  # [splits, B, T, K, G, H]
-    lse_ref: Any,  # [splits, B, K, G, T]
+    lse_ref: Any = None,  # [splits, B, K, G, T]
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -377,7 +378,8 @@ def _forward_kernel(
     bounds = _tile_bounds(first, block_q, num_queries, offset_ref[batch], lengths_ref[batch])
 
     factor = scale_ref[batch] * LOG2E
-    share = _share(bounds[1] + 1, split, splits, block_k)
+    key_offset = key_offset_ref[batch]
+    share = _share(jnp.minimum(bounds[1] + 1 - key_offset, num_keys), split, splits, block_k)
 
     state = (
         jnp.full((block_q * pack,), LOWEST, jnp.float32),  # running maximum
@@ -397,8 +399,8 @@ def _forward_kernel(
             )
         else:
             query = _join(*turned, query_ref.dtype)
-        start, stop = key_range(span, phase, dca)
-        ranges = _key_bounds(bounds, phase, dca, num_keys, share)
+        start, stop = (i - key_offset for i in key_range(span, phase, dca))
+        ranges = _key_bounds(bounds, phase, dca, key_offset, share)
         stop = jnp.minimum(stop, ranges[3])
 
         def step(
@@ -431,22 +433,23 @@ def _forward_kernel(
     met_any = (total > 0) & is_text.reshape(total.shape)
     total = jnp.where(met_any, total, 1.0)
     out = jnp.where(met_any[:, None], acc / total[:, None], 0.0)
-    lse = jnp.where(met_any, peak / LOG2E + jnp.log(total), -jnp.inf)
     heads = pl.ds(first_head, pack)
     plgpu.store(
         out_ref.at[split, batch, pl.ds(first, block_q), kv_head, heads, :],
         out.reshape(block_q, pack, head_dim).astype(out_ref.dtype),
         mask=is_query[:, :, None],
     )
-    plgpu.store(
-        lse_ref.at[split, batch, kv_head, heads, pl.ds(first, block_q)],
-        lse.reshape(block_q, pack).T,
-        mask=is_query.T,
-    )
+    if lse_ref is not None:
+        lse = jnp.where(met_any, peak / LOG2E + jnp.log(total), -jnp.inf)
+        plgpu.store(
+            lse_ref.at[split, batch, kv_head, heads, pl.ds(first, block_q)],
+            lse.reshape(block_q, pack).T,
+            mask=is_query.T,
+        )
 
 
 def _share(total: Array, split: Array, splits: int, block_k: int) -> tuple[Array, Array]:
-    """[first, last) of the keys that a program of a split call reads: equal shares of `total`.
+    """[first, last) of the slots that a program of a split call reads: equal shares of `total`.
 
     The shares follow the text's length, which is dynamic; their number does not.
     """
@@ -458,24 +461,26 @@ def _share(total: Array, split: Array, splits: int, block_k: int) -> tuple[Array
 
 
 def _merge(
-    outs: Float[Array, "splits B T N H"], lses: Float[Array, "splits B N T"], dtype: jnp.dtype
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    outs: Float[Array, "splits B T N H"],
+    lses: Float[Array, "splits B N T"],
+    dtype: jnp.dtype,
+    with_lse: bool,
+) -> tuple[Array, ...]:
     """The splits' outputs merged by their log-sum-exp; one program a query and head."""
     _, batch, num_queries, heads, head_dim = outs.shape
+    out = jax.ShapeDtypeStruct((batch, num_queries, heads, head_dim), dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, num_queries), jnp.float32)
     return pl.pallas_call(
         _merge_kernel,
         grid=(heads, num_queries, batch),
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, num_queries, heads, head_dim), dtype),
-            jax.ShapeDtypeStruct((batch, heads, num_queries), jnp.float32),
-        ),
+        out_shape=(out, lse) if with_lse else (out,),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=INTERPRET,
         name="dca_triton_merge",
     )(outs, lses)
 
 
-def _merge_kernel(outs_ref: Any, lses_ref: Any, out_ref: Any, lse_ref: Any) -> None:
+def _merge_kernel(outs_ref: Any, lses_ref: Any, out_ref: Any, lse_ref: Any = None) -> None:
     splits = outs_ref.shape[0]
     head, token, batch = (pl.program_id(axis) for axis in range(3))
     every = pl.ds(0, pl.next_power_of_2(splits))
@@ -489,7 +494,8 @@ def _merge_kernel(outs_ref: Any, lses_ref: Any, out_ref: Any, lse_ref: Any) -> N
     total = jnp.where(met_any, total, 1.0)
     out = jnp.sum(weights[:, None] * outs, axis=0) / total
     out_ref[batch, token, head, :] = out.astype(out_ref.dtype)
-    lse_ref[batch, head, token] = jnp.where(met_any, peak + jnp.log(total), -jnp.inf)
+    if lse_ref is not None:
+        lse_ref[batch, head, token] = jnp.where(met_any, peak + jnp.log(total), -jnp.inf)
 
 
 # --- backward ----------------------------------------------------------------------------------
@@ -499,6 +505,7 @@ def _dq_kernel(
     layer_ref: Any,  # [1]
     offset_ref: Any,  # [B]
     lengths_ref: Any,  # [B]
+    key_offset_ref: Any,  # [B]
     scale_ref: Any,  # [B]
     cos_ref: Any,  # [B, T + 2, H/2]
     sin_ref: Any,
@@ -534,7 +541,7 @@ def _dq_kernel(
     delta = plgpu.load(delta_ref.at[batch, kv_head, head, tokens], mask=is_query, other=0.0)
     bounds = _tile_bounds(first, block_q, num_queries, offset_ref[batch], lengths_ref[batch])
     factor = scale_ref[batch] * LOG2E
-    share = _share(bounds[1] + 1, jnp.int32(0), 1, block_k)
+    key_offset = key_offset_ref[batch]
 
     acc = jnp.zeros((block_q, head_dim), jnp.float32)
     for number, phase in enumerate(phases):
@@ -542,8 +549,8 @@ def _dq_kernel(
         halves = _load_halves(query_ref, batch, first, block_q, kv_head, head, 1, is_query[:, None])
         turned = _rotate(*halves, cos * factor, sin * factor)
         query = _through(query_bar_ref, (batch, tokens, kv_head, head), turned, is_query[:, None])
-        start, stop = key_range(index, phase, dca)
-        ranges = _key_bounds(bounds, phase, dca, num_keys, share)
+        start, stop = (i - key_offset for i in key_range(index, phase, dca))
+        ranges = _key_bounds(bounds, phase, dca, key_offset, (jnp.int32(0), jnp.int32(num_keys)))
         stop = jnp.minimum(stop, ranges[3])
 
         def step(
@@ -584,6 +591,7 @@ def _dkv_kernel(
     layer_ref: Any,  # [1]
     offset_ref: Any,  # [B]
     lengths_ref: Any,  # [B]
+    key_offset_ref: Any,  # [B]
     scale_ref: Any,  # [B]
     key_ref: Any,  # [L*B, S, K, H]
     value_ref: Any,
@@ -609,15 +617,18 @@ def _dkv_kernel(
     j = first + jnp.arange(block_k, dtype=jnp.int32)
     key = _load_rows(key_ref, cache_row, first, block_k, kv_head, True, num_keys)
     value = _load_rows(value_ref, cache_row, first, block_k, kv_head, True, num_keys)
-    offset = offset_ref[batch]
+    offset, key_offset = offset_ref[batch], key_offset_ref[batch]
     limit = jnp.clip(lengths_ref[batch] - offset, 0, num_queries)
     last = jnp.minimum(first + block_k, num_keys) - 1
+    text, text_first, text_last = (key_offset + slot for slot in (j, first, last))
 
     def one_head(head: Array, state: tuple) -> tuple:
         for query_ref, phase in zip(query_refs, phases, strict=True):
-            start, stop = (i - offset for i in _query_range(j, phase, dca))
-            lo, full_hi = (jnp.clip(i - offset, 0, limit) for i in _query_range(first, phase, dca))
-            full_lo, hi = (jnp.clip(i - offset, 0, limit) for i in _query_range(last, phase, dca))
+            start, stop = (i - offset for i in _query_range(text, phase, dca))
+            (lo, full_hi), (full_lo, hi) = (
+                [jnp.clip(i - offset, 0, limit) for i in _query_range(end, phase, dca)]
+                for end in (text_first, text_last)
+            )
             stop = jnp.minimum(stop, limit)
 
             def step(
@@ -690,13 +701,17 @@ def _key_bounds(
     bounds: tuple[Array, Array],
     phase: Phase,
     dca: DCAConfig,
-    num_keys: int,
+    key_offset: Array,
     share: tuple[Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
-    """`_sweep`'s four bounds: ranges only move forward, so first and last query tell them all."""
-    lo, full_hi = key_range(bounds[0], phase, dca)
-    full_lo, hi = key_range(bounds[1], phase, dca)
-    first, last = share[0], jnp.minimum(share[1], num_keys)
+    """`_sweep`'s four bounds, in slots, within a program's share of them.
+
+    Ranges only move forward, so first and last query tell them all.
+    """
+    (lo, full_hi), (full_lo, hi) = (
+        [i - key_offset for i in key_range(query, phase, dca)] for query in bounds
+    )
+    first, last = share
     lo, full_lo = jnp.maximum(lo, first), jnp.maximum(full_lo, first)
     hi, full_hi = jnp.minimum(hi, last), jnp.minimum(full_hi, last)
     return lo, full_lo, full_hi, jnp.where(bounds[0] <= bounds[1], hi, lo)

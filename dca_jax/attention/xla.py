@@ -1,7 +1,8 @@
 """Blockwise attention in plain XLA: any device, any length, any chunk length, O(T) memory.
 
-For each tile of queries, one online softmax runs over the blocks of keys of every phase in turn.
-The blocks visited are those the tile's queries meet, so the work is that of causal attention.
+For each tile of queries, one online softmax runs over the blocks of keys of every band in turn
+(`dca_jax.bands`): DCA's phases, or the bands of another method. The blocks visited are those the
+tile's queries meet, so the work is that of causal attention, or less.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.dca import DCAConfig, Phase, key_range, query_position
+from dca_jax.bands import Band, PositionMethod, turned_keys
+from dca_jax.dca import DCAConfig, Phase, bands_of, logit_scale
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
@@ -23,7 +25,10 @@ LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer b
 
 
 def unsupported(
-    device: "Device", query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: "Device",
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig | PositionMethod,
 ) -> str | None:
     """Nothing: it runs everywhere."""
     return None
@@ -36,10 +41,14 @@ def forward(
     layer: Int[Array, ""],
     rows: "Rows",
     *,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated."""
+    with_lse: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated.
+
+    For a `PositionMethod`, `key` is raw, and it has no phases.
+    """
     num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
     tile, block = _block_sizes(num_queries, num_keys)
 
@@ -53,14 +62,21 @@ def forward(
             jnp.zeros((batch, kv_heads, group, tile), compute),  # running sum
             jnp.zeros((batch, kv_heads, group, tile, head_dim), compute),  # running output
         )
-        for phase in phases:
-            rotated = _rotated_query(queries, index, phase, dca, rows)
-            first, last, span = _blocks(index, phase, dca, rows.lengths, block)
+        scale = logit_scale(index, dca, rows.scale).astype(compute)
+        for band in bands_of(index, dca, phases):
+            rotated = _rotated_query(queries, band, scale, rows)
+            first, last, span = _blocks(index, band, rows, num_keys, block)
 
-            def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
+            def step(
+                n: Array,
+                state: tuple,
+                band: Band = band,
+                rotated: Array = rotated,
+                span: tuple = span,
+            ) -> tuple:
                 peak, total, acc = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _slice(key, layer, at, block)
+                keys = _turned_keys(key, layer, at, block, band, rows)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 logits = jnp.where(met, logits, -jnp.inf)
                 new_peak = jnp.maximum(peak, logits.max(axis=-1))
@@ -81,7 +97,7 @@ def forward(
 
     with jax.named_scope("dca_xla_forward"):
         out, lse = jax.lax.map(one_tile, _split_tiles(query, kv_heads, tile))
-    return _join_tiles(out, num_queries), _join_tiles_lse(lse, num_queries)
+    return _join_tiles(out, num_queries), _join_tiles_lse(lse, num_queries) if with_lse else None
 
 
 def backward(
@@ -94,10 +110,10 @@ def backward(
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     *,
-    dca: DCAConfig,
+    dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Gradients of query, key (rotated) and value, from the global `lse` and `delta`."""
+    """Gradients of query, key (as given) and value, from the global `lse` and `delta`."""
     num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
     tile, block = _block_sizes(num_queries, num_keys)
     compute = compute_dtype(query.dtype)
@@ -108,14 +124,21 @@ def backward(
         lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
         outs_bar = jnp.moveaxis(outs_bar, 1, 3)
         query_bar = jnp.zeros(queries.shape, compute)
-        for phase in phases:
-            rotated = _rotated_query(queries, index, phase, dca, rows)
-            first, last, span = _blocks(index, phase, dca, rows.lengths, block)
+        scale = logit_scale(index, dca, rows.scale).astype(compute)
+        for band in bands_of(index, dca, phases):
+            rotated = _rotated_query(queries, band, scale, rows)
+            first, last, span = _blocks(index, band, rows, num_keys, block)
 
-            def step(n: Array, state: tuple, rotated: Array = rotated, span: tuple = span) -> tuple:
+            def step(
+                n: Array,
+                state: tuple,
+                band: Band = band,
+                rotated: Array = rotated,
+                span: tuple = span,
+            ) -> tuple:
                 key_bar, value_bar, rotated_bar = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _slice(key, layer, at, block)
+                keys = _turned_keys(key, layer, at, block, band, rows)
                 values = _slice(value, layer, at, block)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 weights = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
@@ -123,7 +146,8 @@ def backward(
                 logits_bar = (weights * (weights_bar - delta[..., None])).astype(query.dtype)
                 weights = weights.astype(value.dtype)
                 rotated_bar = rotated_bar + _dot("BKGTS,BSKH->BKGTH", logits_bar, keys)
-                key_bar = _add_at(key_bar, at, _dot("BKGTS,BKGTH->BSKH", logits_bar, rotated))
+                turned_bar = _dot("BKGTS,BKGTH->BSKH", logits_bar, rotated)
+                key_bar = _add_at(key_bar, at, _turned_back(turned_bar, at, band, rows))
                 value_bar = _add_at(value_bar, at, _dot("BKGTS,BKGTH->BSKH", weights, outs_bar))
                 return key_bar, value_bar, rotated_bar
 
@@ -131,9 +155,8 @@ def backward(
             key_bar, value_bar, rotated_bar = jax.lax.fori_loop(first, last, step, init)
             carry = (key_bar, value_bar)
             rotated_bar = jnp.moveaxis(rotated_bar, 3, 1)
-            turned_back = rotate(rotated_bar, -query_position(index, phase, dca), rows.inv_freq)
-            query_bar = query_bar + turned_back
-        query_bar = query_bar * rows.scale.astype(compute)[:, None, None, None, None]
+            query_bar = query_bar + rotate(rotated_bar, -band.query_position, rows.inv_freq)
+        query_bar = query_bar * scale[:, :, None, None, None]
         return carry, query_bar.astype(queries.dtype)
 
     with jax.named_scope("dca_xla_backward"):
@@ -162,28 +185,25 @@ def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
 
 
 def _rotated_query(
-    queries: Float[Array, "B t K G H"],
-    index: Int[Array, "B t"],
-    phase: Phase,
-    dca: DCAConfig,
-    rows: "Rows",
+    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: "Rows"
 ) -> Float[Array, "B K G t H"]:
-    """The tile's queries where `phase` puts them, times the logit scale; rounded once.
+    """The tile's queries where the band puts them, times the logit scale; rounded once.
 
     Heads come first: so they are turned over once a tile, and not once a block.
     """
-    compute = compute_dtype(queries.dtype)
-    rotated = rotate(queries.astype(compute), query_position(index, phase, dca), rows.inv_freq)
-    scale = rows.scale.astype(compute)[:, None, None, None, None]
-    return jnp.moveaxis((rotated * scale).astype(queries.dtype), 1, 3)
+    rotated = rotate(queries.astype(scale.dtype), band.query_position, rows.inv_freq)
+    rotated = rotated * scale[:, :, None, None, None]
+    return jnp.moveaxis(rotated.astype(queries.dtype), 1, 3)
 
 
 def _blocks(
-    index: Int[Array, "B t"], phase: Phase, dca: DCAConfig, lengths: Int[Array, " B"], block: int
+    index: Int[Array, "B t"], band: Band, rows: "Rows", num_keys: int, block: int
 ) -> tuple[Array, Array, tuple[Array, Array]]:
     """[first, last) of the blocks that any of the tile's queries meets; each query's key range."""
-    start, stop = key_range(index, phase, dca)
-    stop = jnp.where(index < lengths[:, None], stop, start)  # padding queries meet nothing
+    start = band.start
+    stop = jnp.where(index < rows.lengths[:, None], band.stop, start)  # padding meets nothing
+    slots = (text - rows.key_offset[:, None] for text in (start, stop))
+    start, stop = (jnp.clip(slot, 0, num_keys) for slot in slots)
     meets = start < stop
     first = jnp.min(jnp.where(meets, start, jnp.int32(2**31 - 1))) // block
     last = (jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block
@@ -203,6 +223,35 @@ def _block(
     start, stop = span
     met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
     return at, met[:, None, None, :, :]
+
+
+def _turned_keys(
+    cache: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    at: Int[Array, ""],
+    block: int,
+    band: Band,
+    rows: "Rows",
+) -> Float[Array, "B block K H"]:
+    """`block` keys of a layer where the band puts them: DCA's come so, others are turned here."""
+    keys = _slice(cache, layer, at, block)
+    return turned_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
+
+
+def _turned_back(
+    bar: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: "Rows"
+) -> Float[Array, "B block K H"]:
+    """From the gradient of `_turned_keys` to that of the keys as they came."""
+    if band.key_position is None:
+        return bar
+    position = band.key_position(_text_index(at, bar.shape[1], rows))
+    return rotate(bar, -position, rows.inv_freq)
+
+
+def _text_index(at: Int[Array, ""], block: int, rows: "Rows") -> Int[Array, "B block"]:
+    """Text indices of the `block` keys from slot `at`."""
+    slot = at.astype(jnp.int32) + jnp.arange(block, dtype=jnp.int32)[None, :]
+    return rows.key_offset[:, None] + slot
 
 
 def _slice(

@@ -12,7 +12,7 @@ from dca_jax.attention.mosaic_gpu import flash_forward as prefill
 from dca_jax.attention.mosaic_gpu.backward import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
-from dca_jax.dca import DCAConfig, Phase, phases_within
+from dca_jax.dca import PHASES, DCAConfig, Phase
 
 if TYPE_CHECKING:
     from dca_jax.attention.device import Device
@@ -37,9 +37,9 @@ def unsupported(
     head_dim = query.shape[3]
     if head_dim not in prefill.TILES:
         return f"head_dim must be one of {sorted(prefill.TILES)}, got {head_dim}"
-    phases = len(phases_within(key.shape[2], dca))
     needed = max(
-        prefill.TILES[head_dim].shared_bytes(head_dim, phases),
+        # A few keys may be a slice of a long text: all phases can be among them.
+        prefill.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         BACKWARD_TILES[head_dim].shared_bytes(head_dim),
     )
     if needed > SHARED_BYTES:
@@ -66,8 +66,9 @@ def forward(
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    with_lse: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """As `op.Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     run = decoding.decode if decoding.fits(*like) else prefill.forward
-    return run(query, key, value, layer, rows, dca=dca, phases=phases)
+    return run(query, key, value, layer, rows, dca=dca, phases=phases, with_lse=with_lse)

@@ -36,6 +36,7 @@ from dca_jax.attention.mosaic_gpu.flash_forward import (
     rotated_queries,
 )
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS
+from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.dca import DCAConfig, Phase, key_range, query_position
 from dca_jax.errors import InputError
 from dca_jax.rope import rotate
@@ -60,7 +61,8 @@ class BackwardTiles:
         block_kv: keys of a block of threads. With 128, each computing warpgroup has 64 of them.
             With 64, both have all of them, and share dK and dV by columns: for a head_dim whose
             64 rows of dK and dV do not fit into registers.
-        stages: tiles of queries in shared memory.
+        stages: tiles of queries in shared memory; at least 2, for a step begins the next one's
+            product before it lets its own queries go.
         out_stages: tiles of the output's gradient in shared memory.
     """
 
@@ -106,7 +108,7 @@ def backward(
     sizes = Sizes.of(TILES[head_dim], head_dim, heads // kv_heads)
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
-    low, high = _key_ranges(index, rows.lengths, sizes.block_q, dca, phases)
+    low, high = _key_ranges(index, rows, num_keys, sizes.block_q, dca, phases)
     spans, met = _spans(low, high, num_keys, sizes)
     padding = ((0, 0), (0, 0), (0, low.shape[2] - num_queries))
     # A query that meets no key has log-sum-exp -inf; its weights are exp2(NEVER) = 0.
@@ -142,15 +144,17 @@ def backward(
 
 def _key_ranges(
     index: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    rows: "Rows",
+    num_keys: int,
     block_q: int,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> tuple[Int[Array, "B phases padded"], Int[Array, "B phases padded"]]:
-    """[low, high) of the keys each query meets in each phase; padding has low FAR and high 0."""
+    """[low, high) of the slots each query meets in each phase; padding has low FAR and high 0."""
     padding = ((0, 0), (0, 0), (0, -index.shape[1] % block_q))
-    is_text = (index < lengths[:, None])[:, None, :]
-    ends = [key_range(index, phase, dca) for phase in phases]
+    is_text = (index < rows.lengths[:, None])[:, None, :]
+    keys = Keys(rows.key_offset[:, None], num_keys)
+    ends = [map(keys.slot, key_range(index, phase, dca)) for phase in phases]
     low, high = (jnp.stack(end, axis=1) for end in zip(*ends, strict=True))
     low = jnp.pad(jnp.where(is_text, low, FAR), padding, constant_values=FAR)
     return low, jnp.pad(jnp.where(is_text, high, 0), padding)
@@ -191,7 +195,8 @@ def _spans(
 
     start = count(last_high <= begin)
     stop = jnp.maximum(start, count(first_low < end))
-    full_start = jnp.clip(count(first_high < end), start, stop)
+    # All of a whole tile of keys: what is read beyond the last key must be masked.
+    full_start = jnp.clip(count(first_high < begin + sizes.block_kv), start, stop)
     full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
     spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)
     spans = jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)
@@ -217,10 +222,16 @@ class Sizes:
 
     @classmethod
     def of(cls, tiles: BackwardTiles, head_dim: int, group: int) -> "Sizes":
-        """Checks that the tiles can be shared out among the warpgroups."""
+        """What follows from the tiles.
+
+        Raises:
+            InputError: the warpgroups cannot share them out, or would wait for one another forever.
+        """
         by_keys = tiles.block_kv == WARPGROUPS * ROWS
         columns = head_dim if by_keys else head_dim // WARPGROUPS
         pieces = tiles.block_q // 64 * (head_dim // 64)
+        if tiles.stages < 2:
+            raise InputError(f"{tiles} must have two stages or more")
         if tiles.block_kv not in (ROWS, WARPGROUPS * ROWS) or columns % 64 or pieces % WARPGROUPS:
             raise InputError(f"{tiles} cannot be shared out for head_dim {head_dim}")
         return cls(

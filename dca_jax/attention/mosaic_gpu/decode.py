@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.mosaic_gpu.flash_forward import LOG2E, NEVER, rotated_queries
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.dca import DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 
@@ -107,9 +108,10 @@ def decode(
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
+    with_lse: bool,
     tiles: DecodeTiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """`Backend.forward` for shapes that `fits` takes: output, and natural log-sum-exp, float32."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """`Backend.forward` for shapes that `fits` takes."""
     layers, batch, capacity, kv_heads, head_dim = key.shape
     num_queries, num_heads = query.shape[1:3]
     group = num_heads // kv_heads
@@ -133,6 +135,7 @@ def decode(
         jnp.reshape(jnp.asarray(layer, jnp.int32), (1,)),
         rows.offset,
         rows.lengths,
+        rows.key_offset,
         queries,
         key.reshape(layers * batch, capacity, kv_heads, head_dim),
         value.reshape(layers * batch, capacity, kv_heads, head_dim),
@@ -141,8 +144,10 @@ def decode(
     used = num_queries * group
     out, lse = _merge_shares(outs[..., :used, :], stats[..., :used])
     out = out.reshape(batch, kv_heads, num_queries, group, head_dim)
-    lse = lse.reshape(batch, kv_heads, num_queries, group)
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(query.dtype)
+    if not with_lse:
+        return out, None
+    lse = lse.reshape(batch, kv_heads, num_queries, group)
     return out, jnp.swapaxes(lse, 2, 3).reshape(batch, num_heads, num_queries)
 
 
@@ -205,6 +210,7 @@ class _Refs(NamedTuple):
     layer: Any
     offset: Any
     lengths: Any
+    key_offset: Any
     query: Any
     key: Any
     value: Any
@@ -216,7 +222,7 @@ class _Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
     query: Any  # [P, columns, H]
-    span: Any  # [P, 2, columns] int32: the first key that each query meets in a phase, and the end
+    span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
     key: Any  # [stages, block, H]
     value: Any  # [stages, block, H]
     weight: Any  # [columns, block]
@@ -233,6 +239,7 @@ def _attend_shares(
     layer: Int[Array, " 1"],
     offset: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
     key: Float[Array, "LB S K H"],
     value: Float[Array, "LB S K H"],
@@ -281,7 +288,7 @@ def _attend_shares(
             value_free=plgpu.Barrier(num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, offset, lengths, query, key, value)
+    )(layer, offset, lengths, key_offset, query, key, value)
 
 
 class _Work(NamedTuple):
@@ -296,14 +303,14 @@ class _Work(NamedTuple):
     ends: list[Array]
 
     @classmethod
-    def of(cls, first: Array, last: Array, problem: _Problem) -> "_Work":
+    def of(cls, first: Array, last: Array, keys: Keys, problem: _Problem) -> "_Work":
         """What the queries of index first .. last meet; nothing if last < first."""
         block = problem.tiles.block
         firsts, ends, end = [], [], jnp.int32(0)
         for phase in problem.phases:
             # Both ends of a phase's keys grow with the query.
-            start = key_range(first, phase, problem.dca)[0]
-            stop = key_range(last, phase, problem.dca)[1]
+            start = keys.slot(key_range(first, phase, problem.dca)[0])
+            stop = keys.slot(key_range(last, phase, problem.dca)[1])
             begin = lax.div(start, block)
             count = lax.div(stop + (block - 1), block) - begin
             end = end + jnp.where((last >= first) & (stop > start), count, 0)
@@ -324,7 +331,11 @@ class _Work(NamedTuple):
 def _work_of(gmem: _Refs, row: Array, problem: _Problem) -> _Work:
     first = gmem.offset[row]
     last = jnp.minimum(first + problem.num_queries, gmem.lengths[row]) - 1
-    return _Work.of(first, last, problem)
+    return _Work.of(first, last, _keys(gmem, row), problem)
+
+
+def _keys(gmem: _Refs, row: Array) -> Keys:
+    return Keys(gmem.key_offset[row], gmem.key.shape[1])
 
 
 def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
@@ -432,7 +443,7 @@ def _place_queries(gmem: _Refs, smem: _Shared, row: Array, problem: _Problem) ->
     index = lax.div(column, jnp.int32(problem.group)) + gmem.offset[row]
     is_text = index < gmem.lengths[row]
     for p, phase in enumerate(problem.phases):
-        start, stop = key_range(index, phase, problem.dca)
+        start, stop = map(_keys(gmem, row).slot, key_range(index, phase, problem.dca))
         smem.span[p, 0] = plgpu.layout_cast(start, COLUMNS)
         smem.span[p, 1] = plgpu.layout_cast(jnp.where(is_text, stop, start), COLUMNS)
     plgpu.barrier_wait(smem.query_ready)

@@ -10,7 +10,6 @@ Two query heads of one kv head form a cluster, which reads every block of keys o
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,13 +22,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.mosaic_gpu.ranges import (
+    Keys,
     Walk,
     full_and_edge_walks,
     locate,
     ranges_of_rows,
+    recall,
+    remember,
+    steps,
 )
 from dca_jax.attention.mosaic_gpu.vote import any_in_warp
 from dca_jax.dca import DCAConfig, Phase, query_position
+from dca_jax.errors import InputError
 from dca_jax.rope import rotate
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 ROWS = 64  # queries a warpgroup: the rows of one WGMMA
 WARPGROUPS = 2  # that compute
 BLOCK_Q = ROWS * WARPGROUPS
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # below every logit, and finite: so no inf - inf arises
 # A row's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
@@ -54,30 +59,31 @@ class ForwardTiles:
         stages: blocks of keys and values in flight.
         resident: the query is rotated in the kernel, once for each phase, and all of it stays in
             shared memory; else it is rotated outside, and each phase's is fetched when needed.
-        registers: where no mask is needed, the query is multiplied from registers.
+        registers: columns of the query that are multiplied from registers where no mask is needed,
+            a multiple of 64; the rest, and all where there is a mask, from shared memory.
         cluster: query heads of one kv head that share what they read (1 or 2).
     """
 
     block_k: int
     stages: int
     resident: bool
-    registers: bool
+    registers: int
     cluster: int
 
     def shared_bytes(self, head_dim: int, phases: int) -> int:
         """Shared memory a block of threads needs, in bytes."""
         queries = (phases if self.resident else 1) * BLOCK_Q * head_dim * 2
         keys_values = 2 * self.stages * self.block_k * head_dim * 2
-        return queries + keys_values + BLOCK_Q * 4 + RESERVED
+        return queries + keys_values + RESERVED
 
 
-RESERVED = 512 + 512  # what Mosaic GPU keeps for reductions, and the barriers
+RESERVED = 3 * 1024  # for the log-sum-exp, the walks and the barriers: each begins a KiB
 
 # By head_dim, the fastest of a few tried by hand on an H200; 256: the first that fits.
 TILES = {
-    64: ForwardTiles(block_k=256, stages=2, resident=True, registers=False, cluster=2),
-    128: ForwardTiles(block_k=128, stages=2, resident=True, registers=True, cluster=2),
-    256: ForwardTiles(block_k=64, stages=2, resident=False, registers=False, cluster=2),
+    64: ForwardTiles(block_k=256, stages=2, resident=True, registers=0, cluster=2),
+    128: ForwardTiles(block_k=128, stages=2, resident=True, registers=128, cluster=2),
+    256: ForwardTiles(block_k=64, stages=2, resident=False, registers=0, cluster=2),
 }
 
 
@@ -90,11 +96,15 @@ def forward(
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    with_lse: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; as `op.Backend.forward`."""
     batch, num_queries, heads, head_dim = query.shape
-    kv_heads, num_tiles = key.shape[3], -(-num_queries // BLOCK_Q)
+    num_keys, kv_heads = key.shape[2:4]
+    num_tiles = -(-num_queries // BLOCK_Q)
     tiles = TILES[head_dim]
+    if tiles.registers % 64 or tiles.registers > head_dim:
+        raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
     if key.shape[2] % 8:  # to be padded: then at least of one layer only
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
@@ -104,16 +114,16 @@ def forward(
     else:
         tables, query = (), jnp.stack(rotated_queries(query, rows, dca, phases))
     query = pad_tokens(query, query.ndim - 3)
-    place = jnp.stack(
-        [layer * batch + jnp.arange(batch, dtype=jnp.int32), rows.offset, rows.lengths], axis=1
-    )
-    out, lse = plgpu.kernel(
-        functools.partial(_kernel, dca=dca, phases=phases, tiles=tiles, cluster=cluster),
-        out_type=(
-            jax.ShapeDtypeStruct(query.shape[-4:], query.dtype),
-            # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
-            jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32),
+    cache_row = layer * batch + jnp.arange(batch, dtype=jnp.int32)
+    place = jnp.stack([cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
+    out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
+    # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
+    lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
+    out, *lse = plgpu.kernel(
+        functools.partial(
+            _kernel, num_keys=num_keys, dca=dca, phases=phases, tiles=tiles, cluster=cluster
         ),
+        out_type=(out, lse) if with_lse else (out,),
         grid=(heads // cluster, num_tiles, batch),
         grid_names=("heads", "tile", "batch"),
         cluster=(cluster,),
@@ -122,10 +132,12 @@ def forward(
         thread_name="wg",
         kernel_name="dca_forward",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
         ),
     )(query, key, value, place, *tables)
-    return out[:, :num_queries], lse[:, :, :num_queries]
+    return out[:, :num_queries], lse[0][:, :, :num_queries] if with_lse else None
 
 
 def pad_tokens(x: Array, axis: int) -> Array:
@@ -173,12 +185,14 @@ def _kernel(
     v_gmem: Any,
     place_gmem: Any,
     *tables_and_outputs: Any,
+    num_keys: int,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     tiles: ForwardTiles,
     cluster: int,
 ) -> None:
-    *tables_gmem, out_gmem, lse_gmem = tables_and_outputs
+    tables = 3 if tiles.resident else 0
+    tables_gmem, (out_gmem, *lse_gmem) = tables_and_outputs[:tables], tables_and_outputs[tables:]
     num_queries, heads, head_dim = q_gmem.shape[-3:]
     group = heads // k_gmem.shape[2]
     dtype, block_k, stages = q_gmem.dtype, tiles.block_k, tiles.stages
@@ -188,16 +202,10 @@ def _kernel(
     head = lax.axis_index("heads") * cluster + lax.axis_index("pair")
     # The longest rows of work first: what is left at the end is short.
     tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
-    kv_batch, offset, length = (place_gmem[batch, n] for n in range(3))
-    first = offset + tile * BLOCK_Q
-    last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
-    full, edges = full_and_edge_walks(first, last, phases, dca, block_k)
-    num_full = functools.reduce(operator.add, (walk.count for walk in full))
-    num_steps = functools.reduce(operator.add, (walk.count for walk in edges), num_full)
 
     def body(scratch: tuple, loaded: tuple, consumed: tuple, turn: Any) -> None:
-        q_smem, k_smem, v_smem, lse_smem = scratch
-        q_loaded, k_loaded, v_loaded = loaded
+        q_smem, k_smem, v_smem, lse_smem, walks_smem = scratch
+        q_loaded, k_loaded, v_loaded, planned = loaded
         k_consumed, v_consumed = consumed
         wg = lax.axis_index("wg")
 
@@ -210,7 +218,9 @@ def _kernel(
             plgpu.set_max_registers(232, action="increase")
             start = tile * BLOCK_Q + wg * ROWS
             queries = pl.ds(start, ROWS)
-            index = offset + start + _row_iota()
+
+            def indices() -> Int[Array, " rows"]:
+                return place_gmem[batch, 1] + start + _row_iota()
 
             if tiles.resident:
                 raw = q_smem.at[wg, rotations - 1]
@@ -220,11 +230,15 @@ def _kernel(
                 tables = _load_tables(phases, per_query, fixed.at[batch])
                 plgpu.barrier_wait(q_loaded.at[wg])
                 q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
-                rotated = _rotations(q, phases, tables, index, dca)
+                rotated = _rotations(q, phases, tables, indices, dca)
                 plgpu.commit_smem()  # every thread has read the raw query
                 for number, q in enumerate(rotated):
                     q_smem[wg, number] = q.astype(dtype)
                 plgpu.commit_smem()
+
+            plgpu.barrier_wait(planned)
+            full, edges = recall(walks_smem)
+            num_full, num_steps = steps(full), steps(full + edges)
 
             @pl.when(num_steps > 0)
             def _wait_for_first() -> None:
@@ -233,13 +247,19 @@ def _kernel(
             pl.when(wg == 1)(switch_turn)
 
             def step(
-                n: Array, carry: tuple, *, q: Any, mask: Callable[[Array], Array] | None
+                n: Array,
+                carry: tuple,
+                *,
+                parts: list[tuple[Any, Any]],
+                mask: Callable[[Array], Array] | None,
             ) -> tuple:
                 acc, peak, total = carry
                 slot = lax.rem(n, jnp.int32(stages))
 
                 def logits_of(acc_ref: Any) -> Array:
-                    plgpu.wgmma(acc_ref, q, k_smem.at[slot].transpose((1, 0)))
+                    for columns, q in parts:
+                        keys = k_smem.at[slot, :, columns].transpose((1, 0))
+                        plgpu.wgmma(acc_ref, q, keys)
                     switch_turn()
                     return acc_ref[...]
 
@@ -289,8 +309,8 @@ def _kernel(
 
             carry = (
                 _splat((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA),
-                _splat((ROWS,), NEVER, plgpu.Layout.WGMMA.reduce(1)),
-                _splat((ROWS,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
+                _splat((ROWS,), NEVER, PER_ROW),
+                _splat((ROWS,), 0.0, PER_ROW),
             )
 
             def fetch(phase: int | Array) -> None:
@@ -304,11 +324,11 @@ def _kernel(
                 q = q_smem.at[wg, walk.phase if tiles.resident else 0]
                 if not tiles.resident:
                     pl.when(walk.count > 0)(functools.partial(fetch, walk.phase))
-                elif tiles.registers:
-                    q = plgpu.load(q, layout=plgpu.Layout.WGMMA)
-                unmasked = functools.partial(step, q=q, mask=None)
+                unmasked = functools.partial(step, parts=_parts(q, tiles.registers), mask=None)
                 carry = lax.fori_loop(done, done + walk.count, unmasked, carry)
                 done = done + walk.count
+
+            _, edges = recall(walks_smem)
 
             def edge(n: Array, carry: tuple) -> tuple:
                 phase, block = locate(n, edges, num_full)
@@ -316,25 +336,29 @@ def _kernel(
                     fetch(phase)
 
                 def mask(logits: Array) -> Array:
-                    lower, upper = ranges_of_rows(index, length, phase, phases, dca)
+                    length, keys = place_gmem[batch, 2], Keys(place_gmem[batch, 3], num_keys)
+                    lower, upper = ranges_of_rows(indices(), length, phase, phases, dca, keys)
                     j = block * block_k + _iota((ROWS, block_k), 1)
                     met = (j >= _along_keys(lower, block_k)) & (j < _along_keys(upper, block_k))
                     return jnp.where(met, logits, -jnp.inf)
 
-                return step(n, carry, q=q_smem.at[wg, phase if tiles.resident else 0], mask=mask)
+                q = q_smem.at[wg, phase if tiles.resident else 0]
+                return step(n, carry, parts=_parts(q, 0), mask=mask)
 
             acc, peak, total = lax.fori_loop(num_full, num_steps, edge, carry)
             pl.when(wg == 0)(switch_turn)
 
-            is_text = (index < length) & (total > 0)
+            is_text = (indices() < place_gmem[batch, 2]) & (total > 0)
             inverse = jnp.where(is_text, 1 / jnp.where(total > 0, total, 1.0), 0.0)
             out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             q_smem[wg, 0] = out.astype(dtype)
-            log2_total = jnp.log(jnp.where(total > 0, total, 1.0)) * LOG2E
-            lse_smem[wg] = jnp.where(is_text, (peak + log2_total) / LOG2E, -jnp.inf)
+            if lse_gmem:
+                log2_total = jnp.log(jnp.where(total > 0, total, 1.0)) * LOG2E
+                lse_smem[wg] = jnp.where(is_text, (peak + log2_total) / LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg, 0], out_gmem.at[batch, queries, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_gmem.at[batch, head, queries])
+            if lse_gmem:
+                plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_gmem[0].at[batch, head, queries])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == WARPGROUPS)
@@ -342,6 +366,15 @@ def _kernel(
             plgpu.set_max_registers(40, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
             axes = "pair" if cluster > 1 else None
+            kv_batch, offset, length, key_offset = (place_gmem[batch, n] for n in range(4))
+            first = offset + tile * BLOCK_Q
+            last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
+            keys = Keys(key_offset, num_keys)
+            full, edges = full_and_edge_walks(first, last, phases, dca, keys, block_k)
+            # Here, so that those who compute rotate meanwhile, and have the registers for it.
+            remember(full, edges, walks_smem)
+            plgpu.barrier_arrive(planned)
+            num_full, num_steps = steps(full), steps(full + edges)
 
             def feed(n: Array, _: Any, *, walks: list[Walk], done: Array) -> None:
                 slot = lax.rem(n, jnp.int32(stages))
@@ -383,11 +416,13 @@ def _kernel(
             plgpu.SMEM((stages, block_k, head_dim), dtype),
             plgpu.SMEM((stages, block_k, head_dim), dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            plgpu.SMEM((3 * len(phases), 2), jnp.int32),
         ),
         (
             plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(),
         ),
         (consumed(), consumed()),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -416,7 +451,7 @@ def _rotations(
     q: Float[Array, "rows H"],
     phases: tuple[Phase, ...],
     tables: tuple[list[Array], list[Array]],
-    index: Int[Array, " rows"],
+    indices: Callable[[], Int[Array, " rows"]],
     dca: DCAConfig,
 ) -> list[Float[Array, "rows H"]]:
     """The query as each phase sees it, float32, scaled: logits come out in log2 units."""
@@ -438,10 +473,22 @@ def _rotations(
     if "succ" in phases:
         s, furthest = dca.chunk_len, min(2 * dca.chunk_len - 1, dca.max_query_position)
         near = turned(seen["intra"], *constants[2:])
-        is_far = lax.rem(index, jnp.int32(s)) + s >= furthest
+        is_far = lax.rem(indices(), jnp.int32(s)) + s >= furthest
         is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (ROWS, half), [0])
         seen["succ"] = tuple(a + (b - a) * is_far for a, b in zip(near, seen["inter"], strict=True))
     return [jnp.concatenate(seen[phase], axis=1) for phase in phases]
+
+
+def _parts(q_smem: Any, registers: int) -> list[tuple[Any, Any]]:
+    """Columns of the query and where they are multiplied from: registers, then shared memory."""
+    columns = q_smem.shape[1]
+    held, rest = pl.ds(0, registers), pl.ds(registers, columns - registers)
+    parts = []
+    if held.size:
+        parts.append((held, plgpu.load(q_smem.at[:, held], layout=plgpu.Layout.WGMMA)))
+    if rest.size:
+        parts.append((rest, q_smem.at[:, rest]))
+    return parts
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
@@ -449,8 +496,7 @@ def _iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
 
 
 def _row_iota() -> Int[Array, " rows"]:
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
 
 
 def _along_keys(x: Array, block_k: int) -> Array:

@@ -3,16 +3,32 @@
 A phase's keys are a contiguous range for every query, and both its ends grow with the query. So for
 the queries first .. last, a block is met in full by all of them, by some in part, or by none. Full
 blocks need no mask, and come first; the edges, a few a tile, come after them, and are masked.
+
+Ranges are of text indices, and blocks of slots: of the keys at hand, which may be a slice of the
+text, and lie anywhere: before a range, behind it, or across its end.
 """
 
+import functools
 import itertools
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
 from dca_jax.dca import DCAConfig, Phase, key_range
+
+
+class Keys(NamedTuple):
+    """The keys at hand: slots 0 .. count - 1 hold the text's keys offset .. offset + count - 1."""
+
+    offset: Int[Array, "..."]
+    count: int
+
+    def slot(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where a text index lies; clipped, so that it serves as an end of a range of slots."""
+        return jnp.minimum(jnp.maximum(index - self.offset, 0), self.count)
 
 
 class Walk(NamedTuple):
@@ -28,6 +44,7 @@ def full_and_edge_walks(
     last: Int[Array, ""],
     phases: tuple[Phase, ...],
     dca: DCAConfig,
+    keys: Keys,
     block_k: int,
 ) -> tuple[list[Walk], list[Walk]]:
     """What queries first .. last meet: the blocks that all meet in full, and those to be masked.
@@ -38,18 +55,43 @@ def full_and_edge_walks(
     full, edges = [], []
     size = jnp.int32(block_k)
     for number, phase in enumerate(phases):
-        (low, low_end), (high, high_end) = (key_range(i, phase, dca) for i in (first, last))
+        (low, low_end), (high, high_end) = (
+            map(keys.slot, key_range(i, phase, dca)) for i in (first, last)
+        )
         met = (last >= first) & (high_end > low)
         begin = lax.div(low, size)
         end = jnp.where(met, lax.div(high_end + (size - 1), size), begin)
         full_begin = lax.div(high + (size - 1), size)
-        full_end = jnp.where(met, lax.div(jnp.maximum(low_end, 0), size), full_begin)
+        full_end = jnp.where(met, lax.div(low_end, size), full_begin)
         count = jnp.maximum(full_end - full_begin, 0)
         full.append(Walk(number, full_begin, count))
         before = jnp.where(count > 0, full_begin, end) - begin
         after = jnp.where(count > 0, end - full_end, 0)
         edges.append((Walk(number, begin, before), Walk(number, full_end, after)))
     return full, [walk for pair in reversed(edges) for walk in pair]
+
+
+def steps(walks: list[Walk]) -> Int[Array, ""]:
+    """How many blocks there are in all."""
+    return functools.reduce(operator.add, (walk.count for walk in walks))
+
+
+def remember(full: list[Walk], edges: list[Walk], memory: Any) -> None:
+    """Writes walks to [3 * phases, 2] integers of shared memory, for other threads to `recall`."""
+    for n, walk in enumerate((*full, *edges)):
+        memory[n, 0], memory[n, 1] = walk.start, walk.count
+
+
+def recall(memory: Any) -> tuple[list[Walk], list[Walk]]:
+    """The walks that lie in shared memory: read where they are needed, they hold no registers."""
+    # The mask tells the compiler that no sum of these is negative: it saves a sign in every step.
+    numbers = 2**24 - 1
+    phases = memory.shape[0] // 3
+    order = [*range(phases), *(n for n in reversed(range(phases)) for _ in range(2))]
+    walks = [
+        Walk(phase, memory[n, 0] & numbers, memory[n, 1] & numbers) for n, phase in enumerate(order)
+    ]
+    return walks[:phases], walks[phases:]
 
 
 def locate(
@@ -71,11 +113,13 @@ def ranges_of_rows(
     phase: Int[Array, ""],
     phases: tuple[Phase, ...],
     dca: DCAConfig,
+    keys: Keys,
 ) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
-    """[start, stop) of the keys each query meets in phase number `phase`; padding meets none."""
+    """[start, stop) of the slots each query meets in phase number `phase`; padding meets none."""
     start, stop = index * 0, index * 0
     for number, name in enumerate(phases):
         low, high = key_range(index, name, dca)
         chosen = (phase == number).astype(jnp.int32)
         start, stop = start + low * chosen, stop + high * chosen
-    return start, stop * (index < length).astype(jnp.int32)
+    stop = jnp.minimum(stop - keys.offset, keys.count)
+    return start - keys.offset, stop * (index < length).astype(jnp.int32)

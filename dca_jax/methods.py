@@ -1,0 +1,281 @@
+"""Every way of reading a long text, by name: what `--method` takes.
+
+Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
+(`dca_jax.bands`): DCA, and those of `dca_jax.position_methods`. All are training-free, and take the
+same weights (`with_method`).
+
+A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024`), and may end in `+pi:F`, `+ntk:F` or
+`+yarn:F`, which first scale the frequencies for a window of F times the trained one: `dca+ntk:2`
+is DCA over a model that NTK has given twice its window. (A model that was *trained* with PI or NTK
+says so in its config, and needs no such ending: `dca` is over the model's own rope.)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from dca_jax.bands import PositionMethod
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.loading import PRESETS, choose_dca
+from dca_jax.model import Llama
+from dca_jax.position_methods import (
+    DCAAblation,
+    LMInfinite,
+    ReRoPE,
+    SelfExtend,
+    ShiftedRoPE,
+    StreamingLLM,
+)
+from dca_jax.rope import RopeConfig, attention_factor
+
+# --- frequencies -------------------------------------------------------------------------------
+
+
+def scaled_rope(
+    kind: str, rope: RopeConfig, *, factor: int, trained_length: int, head_dim: int
+) -> RopeConfig:
+    """A rope for `factor` times the window, by one of the scalings.
+
+    pi: positions divided by the factor (arXiv 2306.15595, eq. 3). ntk: theta times
+    factor^(d / (d - 2)), so that the slowest plane turns as slowly as under pi and the fastest as
+    ever (LocalLLaMA, "NTK-Aware Scaled RoPE", 2023). yarn: NTK by parts, and a temperature
+    (arXiv 2309.00071). A factor of 1 changes nothing.
+
+    Raises:
+        InputError: a rope that is scaled already, in a way that this one cannot be laid over.
+    """
+    if factor == 1:
+        return rope
+    over = {"pi": ("default", "linear"), "ntk": ("default", "linear", "llama3")}
+    if rope.rope_type not in over.get(kind, ("default",)):
+        raise InputError(
+            f"{kind} cannot be laid over this model's rope, whose type is {rope.rope_type!r}; it "
+            f"can over {' and '.join(over.get(kind, ('default',)))}. Methods that change positions "
+            "(dca, rerope, self-extend, ...) work with any"
+        )
+    if kind == "pi":
+        return replace(rope, rope_type="linear", factor=rope.factor * factor)
+    if kind == "ntk":
+        return replace(rope, theta=rope.theta * factor ** (head_dim / (head_dim - 2)))
+    return replace(
+        rope,
+        rope_type="yarn",
+        factor=float(factor),
+        original_max_position_embeddings=trained_length,
+    )
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """How a model is to read: `Llama(replace(config, rope=rope), dca=dca)`."""
+
+    dca: DCAConfig | PositionMethod | None
+    rope: RopeConfig
+
+
+class _Wanted(NamedTuple):
+    """What a name is resolved for."""
+
+    config: LlamaConfig
+    rope: RopeConfig
+    trained: int  # tokens of the window, as scaled so far
+    length: int  # tokens to be read
+    arguments: str
+
+    def integers(self, usage: str, *defaults: int) -> tuple[int, ...]:
+        """The comma-separated arguments as integers, `defaults` without any."""
+        if not self.arguments:
+            return defaults
+        parts = self.arguments.split(",")
+        if len(parts) != len(defaults) or not all(part.strip().isdecimal() for part in parts):
+            raise InputError(f"method argument {self.arguments!r} is not {usage!r}, in tokens")
+        return tuple(map(int, parts))
+
+
+def _plain(wanted: _Wanted) -> Method:
+    _refuse_arguments(wanted)
+    return Method(None, wanted.rope)
+
+
+def _scaled(kind: str) -> Callable[[_Wanted], Method]:
+    def build(wanted: _Wanted) -> Method:
+        _refuse_arguments(wanted)
+        rope = scaled_rope(
+            kind,
+            wanted.rope,
+            factor=max(-(-wanted.length // wanted.trained), 1),
+            trained_length=wanted.trained,
+            head_dim=wanted.config.head_dim,
+        )
+        return Method(None, rope)
+
+    return build
+
+
+def _rerope(wanted: _Wanted) -> Method:
+    (window,) = wanted.integers("rerope:W", max(wanted.trained // 8, 1))
+    return Method(ReRoPE(window=window, trained_length=wanted.trained), wanted.rope)
+
+
+def _self_extend(wanted: _Wanted) -> Method:
+    c, length = wanted.trained, wanted.length
+    window = max(c // 4, 1)
+    group = 1
+    if length > c:  # the smallest group with w + (L - w) / G below 2c/3
+        group = (length - window) // max(2 * c // 3 - window, 1) + 1
+    group, window = wanted.integers("self-extend:G,W", group, window)
+    return Method(SelfExtend(group=group, window=window), wanted.rope)
+
+
+def _streaming_llm(wanted: _Wanted) -> Method:
+    sinks, recent = wanted.integers("streaming-llm:SINKS,RECENT", 4, wanted.trained - 4)
+    return Method(StreamingLLM(sinks=sinks, recent=recent), wanted.rope)
+
+
+def _lm_infinite(wanted: _Wanted) -> Method:
+    (sinks,) = wanted.integers("lm-infinite:SINKS", 10)
+    return Method(LMInfinite(sinks=sinks, window=wanted.trained), wanted.rope)
+
+
+def _string(wanted: _Wanted) -> Method:
+    third = max(int(0.33 * wanted.length), 1)
+    shift, window = wanted.integers("string:S,W", third, min(128, third))
+    # The released code multiplies cos and sin by this, against the smoothing of the logits.
+    factor = attention_factor(wanted.rope) * (0.1 * math.log(2) + 1)
+    rope = replace(wanted.rope, attention_factor=factor)
+    return Method(ShiftedRoPE(shift=shift, local_window=window), rope)
+
+
+def _dca(wanted: _Wanted) -> Method:
+    return Method(_dca_setting(wanted), wanted.rope)
+
+
+def _ablation(inter: bool) -> Callable[[_Wanted], Method]:
+    def build(wanted: _Wanted) -> Method:
+        return Method(DCAAblation(dca=_dca_setting(wanted), inter=inter), wanted.rope)
+
+    return build
+
+
+def _dca_setting(wanted: _Wanted) -> DCAConfig:
+    if "," in wanted.arguments:
+        chunk_len, largest = wanted.integers("dca:S,Q", 0, 0)
+        return DCAConfig(chunk_len=chunk_len, max_query_position=largest)
+    setting = wanted.arguments or "paper"
+    if setting not in (*PRESETS, "auto"):
+        raise InputError(
+            f"DCA setting {setting!r} is not known; expected one of {', '.join(PRESETS)}, auto "
+            "(the checkpoint's own), or S,Q (chunk length and largest query position, in tokens)"
+        )
+    dca = choose_dca(setting, replace(wanted.config, max_position_embeddings=wanted.trained))
+    assert isinstance(dca, DCAConfig)
+    return dca
+
+
+def _refuse_arguments(wanted: _Wanted) -> None:
+    if wanted.arguments:
+        raise InputError(
+            f"this method takes no arguments, got {wanted.arguments!r}; a factor is given as "
+            "rope+pi:4"
+        )
+
+
+_METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
+    "rope": ("the model's own RoPE, all keys at their true distance", _plain),
+    "pi": ("Position Interpolation by ceil(L / c), for L tokens read and c trained", _scaled("pi")),
+    "ntk": ("NTK-aware RoPE, theta scaled for ceil(L / c)", _scaled("ntk")),
+    "yarn": ("YaRN (NTK by parts, and a temperature) by ceil(L / c)", _scaled("yarn")),
+    "rerope": ("[:W] relative positions stop growing at W (default c/8)", _rerope),
+    "self-extend": (
+        "[:G,W] beyond W tokens, positions in groups of G (defaults by L, c/4)",
+        _self_extend,
+    ),
+    "streaming-llm": ("[:N,R] the first N tokens and the last R only (4, c - 4)", _streaming_llm),
+    "lm-infinite": ("[:N] the first N tokens (10) and the last c only", _lm_infinite),
+    "string": ("[:S,W] beyond S tokens (0.33 L), positions shifted to begin at W (128)", _string),
+    "dca": ("[:SETTING] Dual Chunk Attention (the paper's setting)", _dca),
+    "dca-intra": ("[:SETTING] ablation: DCA's own chunk only", _ablation(inter=False)),
+    "dca-intra-inter": ("[:SETTING] ablation: DCA without the successive pass", _ablation(True)),
+}
+_SCALINGS = ("pi", "ntk", "yarn")
+METHODS = tuple(_METHODS)
+
+
+def method_by_name(
+    name: str, config: LlamaConfig, context_length: int, *, trained_length: int | None = None
+) -> Method:
+    """What a method's name means for a model.
+
+    Args:
+        name: as the module's docstring says; `METHODS` and `describe_methods` list them.
+        config: the model's own, with the rope it was trained with.
+        context_length: L, tokens to be read: pi, ntk, yarn, self-extend and string depend on it.
+        trained_length: c, tokens; default `max_position_embeddings`.
+
+    Returns:
+        What to give a `Llama`, and the rope in place of its config's.
+
+    Raises:
+        InputError: an unknown name (the known ones are listed), arguments that do not fit it, or a
+            scaling that the model's rope does not take.
+    """
+    trained = config.max_position_embeddings if trained_length is None else trained_length
+    if trained < 1 or context_length < 1:
+        raise InputError(
+            f"lengths must be positive (tokens), got {context_length} to read and {trained} trained"
+        )
+    base, plus, scaling = name.partition("+")
+    rope = config.rope
+    if plus:
+        kind, _, factor = scaling.partition(":")
+        if kind not in _SCALINGS or not factor.isdecimal() or int(factor) < 1:
+            raise InputError(
+                f"method {name!r} ends in {'+' + scaling!r}; expected +pi:F, +ntk:F or +yarn:F "
+                "with a whole number F, as in dca+ntk:2"
+            )
+        rope = scaled_rope(
+            kind, rope, factor=int(factor), trained_length=trained, head_dim=config.head_dim
+        )
+        trained *= int(factor)
+    key, _, arguments = base.partition(":")
+    if key not in _METHODS:
+        raise InputError(f"method {key!r} is not known; expected one of\n{describe_methods()}")
+    _, build = _METHODS[key]
+    return build(_Wanted(config, rope, trained, context_length, arguments))
+
+
+def describe_methods() -> str:
+    """The methods, a line each: name, arguments and what it does; for `--help` and errors."""
+    width = max(map(len, _METHODS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (summary, _) in _METHODS.items()]
+    return "\n".join(
+        [
+            *lines,
+            "c tokens were trained, L are to be read. SETTING is one of",
+            f"{', '.join(PRESETS)}, auto, or S,Q.",
+            "Any name may end in +pi:F, +ntk:F or +yarn:F: first scale the window to F c tokens.",
+        ]
+    )
+
+
+def with_method(
+    model: Llama, name: str, context_length: int, *, trained_length: int | None = None
+) -> Llama:
+    """The same weights, reading by another method; nothing is copied.
+
+    Arguments and errors as in `method_by_name`; `model` is as loaded: with its own rope.
+    """
+    dca, rope = method_by_name(name, model.config, context_length, trained_length=trained_length)
+    return Llama.from_params(
+        replace(model.config, rope=rope),
+        model.params(),
+        dca=dca,
+        dtype=model.dtype,
+        remat=model.remat,
+        implementation=model.implementation,
+    )

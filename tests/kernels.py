@@ -1,0 +1,104 @@
+"""What the tests of every backend's kernels share: inputs, and the dense oracle beside them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dca_jax.attention import dual_chunk_attention, merge_passes
+from dca_jax.attention.op import Backend, Rows
+from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.rope import RopeConfig
+
+ROPE = RopeConfig()
+
+# For programs that are large and run once: compiling them is what takes the time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def draw(
+    seed: int,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value."""
+    rng = np.random.default_rng(seed)
+    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
+    q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
+    return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+
+
+def with_gradients(attention: Callable[..., jax.Array], *inputs: jax.Array) -> list[jax.Array]:
+    """attention(*inputs), and the gradients of its sum weighted at random."""
+    weight = jnp.asarray(np.random.default_rng(9).normal(size=inputs[0].shape), jnp.float32)
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        out, pull_back = jax.vjp(attention, *inputs)
+        return [out, *pull_back(weight.astype(out.dtype))]
+
+    return jax.jit(run, compiler_options=QUICK)(*inputs)
+
+
+def check_value_and_gradient(
+    name: str, inputs: tuple[jax.Array, jax.Array, jax.Array], *, atol: float, **options: Any
+) -> list[jax.Array]:
+    """A backend beside the dense oracle; returns its output and gradients."""
+
+    def attention(implementation: str) -> Callable[..., jax.Array]:
+        return lambda *inputs: dual_chunk_attention(
+            *inputs, rope=ROPE, implementation=implementation, **options
+        )
+
+    ours = with_gradients(attention(name), *inputs)
+    theirs = with_gradients(attention("reference"), *inputs)
+    for mine, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=atol, rtol=0)
+    assert np.abs(theirs[3]).max() > 1e-3
+    return ours
+
+
+def attend_by_slices(
+    backend: Backend,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out_bar: jax.Array,
+    *,
+    cuts: Sequence[int],
+    dca: DCAConfig,
+    rows: Rows,
+) -> list[jax.Array]:
+    """Out and gradients of query, rotated key and value, each slice of the keys met by itself.
+
+    As devices do that share a text: outputs merged by their log-sum-exp; then each slice's backward
+    with the log-sum-exp and delta of all, gradients of the query summed, of the keys put together.
+    """
+    options: dict[str, Any] = {"dca": dca, "phases": PHASES}
+    layer, batch = jnp.int32(0), query.shape[0]
+    slices = [
+        (key[None, :, begin:end], value[None, :, begin:end], jnp.full(batch, begin, jnp.int32))
+        for begin, end in zip([0, *cuts], [*cuts, key.shape[1]], strict=True)
+    ]
+    parts = []
+    for keys, values, begin in slices:
+        at = rows._replace(key_offset=begin)
+        parts.append(backend.forward(query, keys, values, layer, at, with_lse=True, **options))
+    wide = [out.astype(jnp.float32) for out, _ in parts]
+    out, lse = merge_passes(wide, [lse for _, lse in parts])
+    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(jnp.float32), out)
+    bars = []
+    for keys, values, begin in slices:
+        at = rows._replace(key_offset=begin)
+        bars.append(
+            backend.backward(query, keys, values, layer, at, out_bar, lse, delta, **options)
+        )
+    query_bars, key_bars, value_bars = zip(*bars, strict=True)
+    query_bar = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in query_bars]), axis=0)
+    return [out, query_bar, jnp.concatenate(key_bars, 1), jnp.concatenate(value_bars, 1)]
