@@ -1,15 +1,19 @@
-"""A whole model on one GPU: prefill and decoding with DCA, beside transformers without it.
+"""A whole model: prefill and decoding with DCA, beside transformers without it, or on a mesh.
 
     python benchmarks/generate.py measure --lengths 32k --out outputs/generate.json
+    python benchmarks/generate.py measure --presets llama-2-70b --lengths 16k --engines dca \
+        --mesh tensor=2
 
-Llama-2-7B and Llama-3-8B in shape, with random bfloat16 weights made on the device: no checkpoint
-is read, and the text means nothing. Ours goes through `dca_jax.generate.Run`, as every caller does:
-prompts in pieces, tokens in segments. The peer is `LlamaForCausalLM` of transformers on PyTorch as
-it comes: plain attention by SDPA, its default KV cache, the logits of the last token only.
+Llama-2 and Llama-3 in shape, with random bfloat16 weights made on the device: no checkpoint is
+read, and the text means nothing. Ours goes through `dca_jax.generate.Run`, as every caller does:
+prompts in pieces (on a mesh with `context`, at once), tokens in segments. The peer is
+`LlamaForCausalLM` of transformers on PyTorch as it comes, on one GPU: plain attention by SDPA, its
+default KV cache, the logits of the last token only.
 
 Each engine has a process of its own, one after the other, so that they do not share memory. `share`
-is the time that moving the weights and the cache once would take, at the rate the device copies
-(measured in the same run), over the time a token took. Speeds are over transformers'.
+is the time that moving a device's weights and cache once would take, at the rate it copies
+(measured in the same run), over the time a token took. `TFLOP/s` are those of the prefill, for each
+device: two for every weight and token, and causal attention's. Speeds are over transformers'.
 """
 
 import itertools
@@ -21,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,9 +43,9 @@ from common import (
     reason,
     say,
     show,
-    start_compiling,
 )
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dca_jax import DCAConfig, Llama, RopeConfig
@@ -51,6 +55,7 @@ from dca_jax.buckets import new_cache, padded_length, piece_length
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError, exit_on_input_error
 from dca_jax.generate import Run
+from dca_jax.sharding import make_mesh, mesh_of, parameter_shardings
 
 PRESETS = {
     "llama-2-7b": LlamaConfig(
@@ -76,6 +81,17 @@ PRESETS = {
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=500_000.0),
     ),
+    "llama-2-70b": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
     "tiny": LlamaConfig(
         vocab_size=256,
         hidden_size=64,
@@ -90,8 +106,8 @@ PRESETS = {
 OURS, PLAIN, PEER = "dca_jax", "dca_jax, plain", "transformers"
 ENGINES = {"dca": OURS, "plain": PLAIN, "transformers": PEER}
 PREFILLS, PREFILL_SECONDS = 3, 5.0  # prefills timed, as long as they take less than this together
-KEY = ("model", "tokens", "engine")
-COLUMNS = (*KEY, "attention", "prefill ms", "first token ms", "ms/token", "tokens/s")
+KEY = ("model", "tokens", "engine", "mesh")
+COLUMNS = (*KEY, "attention", "prefill ms", "TFLOP/s", "first token ms", "ms/token", "tokens/s")
 COLUMNS += ("share", "peak GB", "prefill speed", "decode speed", "warm-up s")
 
 app = typer.Typer(
@@ -118,6 +134,9 @@ def measure(
     implementation: Annotated[
         str | None, typer.Option(help="Our attention's; by default the best for the device.")
     ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Of ours, such as context=2,tensor=2; default: one device.")
+    ] = None,
     minutes: Annotated[
         float, typer.Option(help="Start no further length after so many.")
     ] = math.inf,
@@ -127,7 +146,7 @@ def measure(
     found = sorted(numbers(lengths))
     if child:
         start, config = time.monotonic(), PRESETS[presets]
-        rows = PROCESSES[child](config, found, new_tokens, implementation)
+        rows = PROCESSES[child](config, found, new_tokens, implementation, mesh)
         for row in rows:
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
@@ -147,9 +166,13 @@ def measure(
                 break
             options = ["--presets", name, "--lengths", ",".join(map(str, found))]
             options += ["--new-tokens", str(new_tokens), "--minutes", str(report.minutes_left())]
+            row = {"model": name, "engine": ENGINES[engine]}
             if implementation:
                 options += ["--implementation", implementation]
-            _run_child(report, {"model": name, "engine": ENGINES[engine]}, engine, options)
+            if mesh and engine != "transformers":
+                options += ["--mesh", mesh]
+                row["mesh"] = mesh
+            _run_child(report, row, engine, options)
     show(f"Generation on {report.facts.get('device')}", COLUMNS, report.rows)
 
 
@@ -166,7 +189,9 @@ def show_files(
 def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[str]) -> None:
     """Runs an engine in a process of its own, and adds its rows as they come."""
     command = [sys.executable, __file__, "measure", "--child", engine, *options]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # One engine at a time has the device, and its memory in one piece: a cache that takes most of
+    # it would not fit between others' pieces.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     say(f"{row['model']}, {row['engine']}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
@@ -202,25 +227,32 @@ def _rated(row: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def measure_ours(
-    dca: bool, config: LlamaConfig, lengths: list[int], new_tokens: int, implementation: str | None
+    dca: bool,
+    config: LlamaConfig,
+    lengths: list[int],
+    new_tokens: int,
+    implementation: str | None,
+    mesh: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Facts of the device, then a row a length."""
     bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
     yield machine() | {"copy GB/s": bandwidth / 1e9}
     start = time.perf_counter()
-    model = random_model(config, dca=dca, implementation=implementation)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params()))
-    moved = weights - model.embed_tokens.embedding[...].nbytes  # one row of it is read
-    progress(f"{weights / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
+    devices = None if mesh is None else make_mesh(mesh)
+    model = random_model(config, dca=dca, implementation=implementation, mesh=devices)
+    weights = _device_bytes(jax.block_until_ready(model.params()))
+    progress(f"{weights / 1e9:.2f} GB of weights a device, {time.perf_counter() - start:.1f} s")
     for length in lengths:
         try:
-            yield {"tokens": length} | _time_ours(model, length, new_tokens, moved)
+            yield {"tokens": length} | _time_ours(model, length, new_tokens)
         except Exception as error:  # out of memory
             yield {"tokens": length, "failed": reason(error)}
 
 
-def random_model(config: LlamaConfig, *, dca: bool, implementation: str | None) -> Llama:
-    """A bfloat16 model of normal weights, made on the device a layer at a time."""
+def random_model(
+    config: LlamaConfig, *, dca: bool, implementation: str | None, mesh: Mesh | None = None
+) -> Llama:
+    """A bfloat16 model of normal weights, made on the devices a layer at a time."""
     options: dict[str, Any] = {
         "dca": DCAConfig.paper(config.max_position_embeddings) if dca else None,
         "dtype": jnp.bfloat16,
@@ -236,33 +268,60 @@ def random_model(config: LlamaConfig, *, dca: bool, implementation: str | None) 
         return jax.lax.map(lambda key: normal(key, shape[1:]), jax.random.split(key, shape[0]))
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract.params())
+    names = [".".join(entry.key for entry in path) for path, _ in leaves]
+    places = [None] * len(leaves)
+    if mesh is not None:
+        places = list(map(parameter_shardings(config, mesh), names))
     keys = [jax.random.key(number, impl="rbg") for number in range(len(leaves))]  # quick, and good
+
+    def start(name: str, leaf: Any, place: Any) -> Future:
+        scale = name.endswith("scale")
+        make = (
+            (lambda key: jnp.ones(leaf.shape, leaf.dtype))
+            if scale
+            else partial(normal, shape=leaf.shape)
+        )
+        return pool.submit(jax.jit(make, out_shardings=place).lower(keys[0]).compile)
+
     with ThreadPoolExecutor() as pool:
-        makers = {
-            shape: start_compiling(pool, partial(normal, shape=shape), keys[0])
-            for shape in {leaf.shape for _, leaf in leaves}
-        }
-    made = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if path[-1].key == "scale"
-        else makers[leaf.shape].result()(key)
-        for key, (path, leaf) in zip(keys, leaves, strict=True)
-    ]
+        makers = [
+            start(name, leaf, place)
+            for name, (_, leaf), place in zip(names, leaves, places, strict=True)
+        ]
+    made = [maker.result()(key) for maker, key in zip(makers, keys, strict=True)]
     return Llama.from_params(config, jax.tree.unflatten(structure, made), **options)
 
 
-def _time_ours(model: Llama, length: int, new_tokens: int, weights: int) -> dict[str, Any]:
+def _device_bytes(tree: Any) -> int:
+    """What the first device holds of a tree of arrays."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _prefill_flops(model: Llama, length: int) -> float:
+    """Two for every weight that a token is multiplied by, and causal attention's two products."""
+    config = model.config
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params()["layers"]))
+    inner = config.num_attention_heads * config.head_dim
+    return 2 * weights * length + 2 * config.num_hidden_layers * inner * length**2
+
+
+def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
     """Compiles on a short prompt in a cache of the full size, then times on the long one."""
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
-    cache = new_cache(model, 1, length + new_tokens)
-    token_bytes = cache.num_bytes // cache.capacity
+    cache, mesh = new_cache(model, 1, length + new_tokens), mesh_of(model)
+    # Of the table of tokens one row is read.
+    weights = _device_bytes(model.params()) - _device_bytes(model.embed_tokens.embedding[...])
+    token_bytes = _device_bytes((cache.key, cache.value)) // cache.capacity
     width = piece_length(1)
     piece = min(width, padded_length(length))
     query = (1, piece, model.config.num_attention_heads, model.config.head_dim)
     attention = choose_implementation(
         model.implementation,
         jax.ShapeDtypeStruct(query, model.dtype),
-        jax.ShapeDtypeStruct(cache.key.shape, cache.key.dtype),
+        jax.ShapeDtypeStruct(
+            (*cache.key.shape[:3], model.config.num_key_value_heads, model.config.head_dim),
+            cache.key.dtype,
+        ),
         model.dca or PLAIN_CONFIG,
     )
     short = length if length <= width else width + length % width  # the same shapes of pieces
@@ -286,9 +345,13 @@ def _time_ours(model: Llama, length: int, new_tokens: int, weights: int) -> dict
         firsts.append(first)
         segments += rest
         progress(f"{length} tokens: prefill {prefills[-1]:.3f} s, first token {first:.3f} s")
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    peak = max(filter(None, peaks), default=None)
+    flops = _prefill_flops(model, length) / len(peaks)
     return {
         "prefill ms": statistics.median(prefills) * 1e3,
+        "TFLOP/s": flops / statistics.median(prefills) / 1e12,
         "first token ms": statistics.median(firsts) * 1e3,
         "ms/token": statistics.median(seconds / count for seconds, count in segments) * 1e3,
         "tokens/s": sum(count for _, count in segments) / sum(seconds for seconds, _ in segments),
@@ -311,14 +374,18 @@ def _clocked(run: Run) -> list[tuple[float, int]]:
 
 def _emptied(run: Run) -> Any:
     """A run's cache without its texts; the memory is the same."""
-    return run.cache.rollback(jnp.zeros_like(run.cache.lengths))
+    return run.cache.rollback([0])
 
 
 # --- transformers ------------------------------------------------------------------------------
 
 
 def measure_transformers(
-    config: LlamaConfig, lengths: list[int], new_tokens: int, implementation: str | None
+    config: LlamaConfig,
+    lengths: list[int],
+    new_tokens: int,
+    implementation: str | None,
+    mesh: str | None,
 ) -> Iterator[dict[str, Any]]:
     """A row a length, on PyTorch."""
     import torch

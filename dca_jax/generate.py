@@ -19,13 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dca_jax.buckets import new_cache, padded_length, piece_length
+from dca_jax.buckets import new_cache, padded_batch, padded_length, piece_length
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sampling import Sampler
+from dca_jax.sharding import Shards, axis_size, mesh_of, partition
 
 PAD = -1  # what `decode` gives for a row that has ended: no token has this id
 SEGMENT = 64  # tokens that `Run` lets the device draw before it looks at them, at most
@@ -77,9 +79,44 @@ def read(
         tokens, lengths=lengths, cache=cache, context_lengths=context_lengths
     )
     assert cache_after is not None
-    at = jnp.maximum(lengths - 1, 0)
-    last = jnp.take_along_axis(piece, at[:, None, None], axis=1)[:, 0]
-    return jnp.where((lengths > 0)[:, None], last, hidden), cache_after
+    return jnp.where((lengths > 0)[:, None], _at_last(piece, lengths), hidden), cache_after
+
+
+def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
+    """What `read` takes as `hidden` before the first piece."""
+    shape, mesh = (batch, model.config.hidden_size), mesh_of(model)
+    place = None
+    if mesh is not None:
+        place = NamedSharding(mesh, partition("BD", shape, mesh.shape))
+    return jnp.zeros(shape, model.dtype, device=place)
+
+
+def read_whole(
+    model: Llama, cache: KVCache, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """Reads whole prompts at once, the devices of `context` sharing them: `read` on such a mesh.
+
+    Args:
+        cache: an empty one; the result takes its place, and its memory if it is donated.
+        tokens: the prompts, right-padded to the cache's capacity. lengths: their real tokens.
+
+    Returns:
+        As `read`.
+    """
+    if tokens.shape[1] != cache.capacity:
+        raise InputError(
+            f"prompts read at once are padded to the cache's capacity, {cache.capacity} tokens; "
+            f"got {tokens.shape[1]}"
+        )
+    hidden, cache_after = model.hidden_states(tokens, lengths=lengths, new_cache=cache.key.dtype)
+    assert cache_after is not None
+    return _at_last(hidden, lengths), cache_after
+
+
+def _at_last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+    """Each row's last real token: a sum with one term, for T may be cut between devices."""
+    is_last = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :] == lengths[:, None] - 1
+    return jnp.where(is_last[:, :, None], hidden, 0).sum(axis=1)
 
 
 def first_token(
@@ -91,15 +128,8 @@ def first_token(
     seen: Bool[Array, "B V"] | None = None,
 ) -> State:
     """Draws each row's first new token, from the logits after its prompt."""
-    finished = jnp.zeros(logits.shape[:1], bool)
-    state = State(
-        cache=cache,
-        token=jnp.zeros(logits.shape[:1], jnp.int32),
-        finished=finished,
-        key=key,
-        seen=seen,
-    )
-    return _draw(state, cache, logits, sampler, stop_ids)
+    token, ends, seen = _draw(logits, key, cache.lengths, seen, sampler, stop_ids)
+    return State(cache=cache, token=token, finished=ends, key=key, seen=seen)
 
 
 def decode(
@@ -133,67 +163,94 @@ def decode(
         grows = (~state.finished).astype(jnp.int32)
         hidden, cache = model.hidden_states(state.token[:, None], lengths=grows, cache=state.cache)
         assert cache is not None
-        logits = model.unembed(hidden[:, 0])
-        after = _draw(state, cache, logits, sampler, stop_ids)
-        column = jnp.where(state.finished, PAD, after.token)
+        logits = _whole(model, model.unembed(hidden[:, 0]))
+        token, ends, seen = _draw(
+            logits, state.key, cache.lengths, state.seen, sampler, stop_ids, state
+        )
+        column = jnp.where(state.finished, PAD, token)
+        finished = state.finished | ends
+        after = replace(state, cache=cache, token=token, finished=finished, seen=seen)
         return step + 1, after, tokens.at[:, step].set(column)
 
-    tokens = jnp.full((state.token.shape[0], max_tokens), PAD, jnp.int32)
+    tokens = _whole(model, jnp.full((state.token.shape[0], max_tokens), PAD, jnp.int32))
     start = (jnp.int32(0), state, tokens)
     _, state, tokens = jax.lax.while_loop(unfinished, step_once, start)
     return state, tokens
 
 
 def _draw(
-    state: State,
-    cache: KVCache,
     logits: Float[Array, "B V"],
+    key: Key[Array, " B"],
+    lengths: Int[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
     sampler: Sampler,
     stop_ids: Int[Array, " n"],
-) -> State:
-    """The state after each unfinished row has drawn the token that follows `cache`."""
-    key = jax.vmap(jax.random.fold_in)(state.key, cache.lengths)
-    token = sampler.sample(logits, key, state.seen)
-    token = jnp.where(state.finished, state.token, token)
-    seen = state.seen
+    state: State | None = None,
+) -> tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, "B V"] | None]:
+    """The token that follows `lengths` others in each row, whether it ends the row, and `seen`.
+
+    Rows that have finished in `state` keep their token.
+    """
+    token = sampler.sample(logits, jax.vmap(jax.random.fold_in)(key, lengths), seen)
+    if state is not None:
+        token = jnp.where(state.finished, state.token, token)
     if seen is not None:
         seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
-    ends = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
-    return replace(state, cache=cache, token=token, finished=state.finished | ends, seen=seen)
+    return token, jnp.any(token[:, None] == stop_ids[None, :], axis=1), seen
 
 
-# Compiled once for each shape. The cache is donated: it is updated where it lies, never copied.
-_read = jax.jit(read, donate_argnames=("cache", "hidden"))
-_first_token = jax.jit(first_token, donate_argnames=("cache",))
+def _whole(model: Llama, x: Any) -> Any:
+    """Logits, or what is drawn from them, whole on every device of the model's mesh."""
+    shards = Shards.of(model.norm.scale[...])
+    return jax.tree.map(lambda leaf: shards.put(leaf, None), x)
 
 
-@jax.jit
-def _checked_logits(
-    model: Llama, hidden: Float[Array, "B D"]
-) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
-    """Logits, and which rows of them are finite throughout."""
-    logits = model.unembed(hidden)
-    return logits, jnp.isfinite(logits).all(axis=1)
+def compiler_options() -> dict[str, Any] | None:
+    """What to give `jax.jit(..., compiler_options=)` for a function that calls `read` or `decode`.
 
-
-@functools.partial(jax.jit, static_argnames="batch")
-def _row_keys(seed: int | Int[Array, ""], *, batch: int) -> Key[Array, " batch"]:
-    """A key for each row."""
-    rows = jnp.arange(batch, dtype=jnp.int32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-
-
-def decode_compiler_options() -> dict[str, Any] | None:
-    """What to give `jax.jit(..., compiler_options=)` for a function that calls `decode`.
-
-    A step of decoding multiplies one row by each weight, out of a stack of layers. Left to itself,
-    XLA on a GPU copies every layer's weights out of the stack for Triton's products; cuBLAS reads
-    them where they lie. 7B at 32k tokens on an H200: 15.3 ms a token, and 11.3 with cuBLAS. And the
-    weights of q, k and v are not to be joined, which copies them too.
+    A layer's weights lie in a stack. Left to itself, XLA on a GPU copies them out of it for
+    Triton's products, and joins those of q, k and v, which copies them too; cuBLAS reads them where
+    they lie. 7B at 32k tokens on an H200: the prompt in 1.24 s instead of 1.34, and a token in 9.6
+    ms instead of 15.3.
     """
     if jax.default_backend() != "gpu":
         return None
     return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+# Compiled once for each shape, with options that are known when a first call has found the device.
+# The cache is donated: it is updated where it lies, never copied.
+
+
+@functools.cache
+def _read() -> Any:
+    return jax.jit(read, donate_argnames="cache", compiler_options=compiler_options())
+
+
+@functools.cache
+def _read_whole() -> Any:
+    return jax.jit(
+        read_whole, donate_argnames="cache", keep_unused=True, compiler_options=compiler_options()
+    )
+
+
+@jax.jit
+def _begin(
+    model: Llama,
+    lengths: Int[Array, " B"],
+    hidden: Float[Array, "B D"],
+    seed: int | Int[Array, ""],
+    sampler: Sampler,
+    stop_ids: Int[Array, " n"],
+    seen: Bool[Array, "B V"] | None,
+) -> tuple[dict[str, Any], Bool[Array, " B"]]:
+    """A `State` but for its cache, which need not pass; and which rows' logits are all finite."""
+    logits = _whole(model, model.unembed(hidden))
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    key = _whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
+    token, ends, seen = _draw(logits, key, lengths, _whole(model, seen), sampler, stop_ids)
+    state = {"token": token, "finished": ends, "key": key, "seen": seen}
+    return state, jnp.isfinite(logits).all(axis=1)
 
 
 def _stop_and_decode(
@@ -211,9 +268,7 @@ def _stop_and_decode(
 
 @functools.cache
 def _segment() -> Any:
-    """`_stop_and_decode` compiled; made when first called, for then the device is known."""
-    options = decode_compiler_options()
-    return jax.jit(_stop_and_decode, donate_argnames="state", compiler_options=options)
+    return jax.jit(_stop_and_decode, donate_argnames="state", compiler_options=compiler_options())
 
 
 # --- the host's side ---------------------------------------------------------------------------
@@ -265,29 +320,33 @@ class Run:
         if cache is None:
             length = max(map(len, prompts)) + max_new_tokens
             cache = new_cache(model, len(prompts), length, cache_dtype)
-        self._model, self._prompts, self._sampler = model, prompts, sampler
         self._start = _check_cache(cache, prompts, max_new_tokens)
+        # Rows that fill up the cache's, where a mesh wants more: one token, and finished.
+        self._num_rows, fill = len(prompts), len(self._start) - len(prompts)
+        self._prompts = [*prompts, *[[0]] * fill]
+        self._model, self._sampler = model, sampler
         self._max_new_tokens, self._seed = max_new_tokens, seed
         self._stop_ids = frozenset(stop_ids)
-        self._finished = np.zeros(len(prompts), bool)
+        self._finished = np.arange(len(self._prompts)) >= self._num_rows
         self.cache, self.on_piece = cache, on_piece
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         """Reads the prompts, then draws."""
         # Ids of -1 fill up to a multiple of 8, so that a few more stop ids do not recompile.
         ids = sorted(self._stop_ids)
-        stop_ids = jnp.asarray(ids + [-1] * (-len(ids) % 8 or 8 * (not ids)), jnp.int32)
-        state = self._begin(self.read_prompts(), stop_ids)
+        stop_ids = np.asarray(ids + [-1] * (-len(ids) % 8 or 8 * (not ids)), np.int32)
+        state = self._draw_first(self.read_prompts(), stop_ids)
         yield self._rows(np.asarray(state.token)[:, None])
         drawn, segment = 1, 1
         while drawn < self._max_new_tokens and not self._finished.all():
             limit = min(segment, self._max_new_tokens - drawn)
             begin = time.perf_counter()
-            stopped = jnp.asarray(self._finished)
+            stopped = self._finished.copy()
             state, tokens = _segment()(self._model, state, stopped, self._sampler, stop_ids, limit)
             self.cache = state.cache
             rows = self._rows(np.asarray(tokens))
-            if time.perf_counter() - begin < SEGMENT_SECONDS:
+            # Several processes must ask for the same, and their clocks differ.
+            if jax.process_count() > 1 or time.perf_counter() - begin < SEGMENT_SECONDS:
                 segment = min(2 * segment, SEGMENT)
             drawn += limit
             yield rows
@@ -298,31 +357,45 @@ class Run:
 
     def read_prompts(self) -> Float[Array, "B D"]:
         """Reads the prompts into `cache`; returns the hidden state of each one's last token."""
+        context_lengths = np.asarray([len(p) for p in self._prompts], np.int32)
+        if axis_size(mesh_of(self._model), "context") > 1 and not any(self._start):
+            tokens = np.zeros((len(self._prompts), self.cache.capacity), np.int32)
+            for row, prompt in enumerate(self._prompts):
+                tokens[row, : len(prompt)] = prompt
+            hidden, self.cache = _read_whole()(self._model, self.cache, tokens, context_lengths)
+            self._tell(hidden, int(context_lengths.sum()))
+            return hidden
         rest = [p[start:] for p, start in zip(self._prompts, self._start, strict=True)]
         remaining = np.array([len(p) for p in rest], np.int32)
-        context_lengths = jnp.asarray([len(p) for p in self._prompts], jnp.int32)
-        hidden = jnp.zeros((len(rest), self._model.config.hidden_size), self._model.dtype)
+        # Placed as `read` leaves it, or a second piece would compile once more.
+        hidden = empty_hidden(self._model, len(rest))
         width = piece_length(len(rest))
         for at in range(0, int(remaining.max()), width):
             lengths = np.clip(remaining - at, 0, width)
             tokens = np.zeros((len(rest), padded_length(int(lengths.max()))), np.int32)
             for row, length in enumerate(lengths):
                 tokens[row, :length] = rest[row][at : at + length]
-            hidden, self.cache = _read(
-                self._model,
-                self.cache,
-                hidden,
-                jnp.asarray(tokens),
-                jnp.asarray(lengths),
-                context_lengths,
+            hidden, self.cache = _read()(
+                self._model, self.cache, hidden, tokens, lengths, context_lengths
             )
-            if self.on_piece is not None:
-                jax.block_until_ready(hidden)  # or the bar would run ahead of the device
-                self.on_piece(int(lengths.sum()))
+            self._tell(hidden, int(lengths.sum()))
         return hidden
 
-    def _begin(self, hidden: Float[Array, "B D"], stop_ids: Int[Array, " n"]) -> State:
-        logits, is_finite = _checked_logits(self._model, hidden)
+    def _tell(self, hidden: Float[Array, "B D"], tokens: int) -> None:
+        if self.on_piece is not None:
+            jax.block_until_ready(hidden)  # or the bar would run ahead of the device
+            self.on_piece(tokens)
+
+    def _draw_first(self, hidden: Float[Array, "B D"], stop_ids: Int[np.ndarray, " n"]) -> State:
+        seen = None
+        if self._sampler.penalizes:
+            seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
+            for row, prompt in enumerate(self._prompts):
+                seen[row, np.asarray(prompt)] = True
+        lengths = self.cache.lengths
+        state, is_finite = _begin(
+            self._model, lengths, hidden, self._seed, self._sampler, stop_ids, seen
+        )
         finite = np.asarray(is_finite)
         if not finite.all():
             raise InputError(
@@ -330,19 +403,10 @@ class Run:
                 f"hold NaN or infinity, or overflow {self._model.dtype}; check the checkpoint, or "
                 "compute in float32"
             )
-        seen = None
-        if self._sampler.penalizes:
-            mask = np.zeros(logits.shape, bool)
-            for row, prompt in enumerate(self._prompts):
-                mask[row, np.asarray(prompt)] = True
-            seen = jnp.asarray(mask)
-        key = _row_keys(self._seed, batch=len(self._prompts))
-        state = _first_token(logits, self.cache, key, self._sampler, stop_ids, seen)
-        self.cache = state.cache
-        return state
+        return State(cache=self.cache, **state)
 
     def _rows(self, tokens: Int[np.ndarray, "B n"]) -> list[list[int]]:
-        rows = [[int(t) for t in row if t != PAD] for row in tokens]
+        rows = [[int(t) for t in row if t != PAD] for row in tokens[: self._num_rows]]
         for number, row in enumerate(rows):
             self._finished[number] |= bool(row) and row[-1] in self._stop_ids
         return rows
@@ -383,11 +447,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 def _check_cache(
     cache: KVCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """How many tokens of each prompt the cache holds already."""
+    """How many tokens of each prompt the cache holds already; 0 for rows that fill a mesh up."""
     start = [int(n) for n in np.asarray(cache.lengths)]
-    if len(start) != len(prompts):
+    rows = padded_batch(len(prompts), mesh_of(cache))
+    if len(start) != rows:
         raise InputError(f"the cache has {len(start)} rows, but there are {len(prompts)} prompts")
-    for number, (prompt, held) in enumerate(zip(prompts, start, strict=True)):
+    for number, (prompt, held) in enumerate(zip(prompts, start, strict=False)):
         if held >= len(prompt):
             raise InputError(
                 f"row {number} of the cache holds {held} tokens and prompt {number} has "

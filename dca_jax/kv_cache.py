@@ -1,14 +1,18 @@
 """The KV cache: preallocated, donated to each step and updated in place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
+from dca_jax.sharding import axis_size, mesh_of, partition, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -20,43 +24,62 @@ class KVCache:
     rolled back (`rollback`) and a prefill split anywhere, exactly.
 
     Attributes:
-        key, value: all layers in one array each, which a `lax.scan` over layers carries along.
+        key, value: all layers in one array each, which a `lax.scan` over layers carries along. A
+            token's heads lie one behind the other, K * H elements, which is free to take apart
+            again, and which a TPU stores without padding.
         lengths: tokens each row holds; what lies beyond is never read.
         frequency_lengths: the text length each row's rotary frequencies were made for. Only
             dynamic NTK depends on it; it is fixed by the first tokens written.
     """
 
-    key: Float[Array, "L B S K H"]
-    value: Float[Array, "L B S K H"]
+    key: Float[Array, "L B S KH"]
+    value: Float[Array, "L B S KH"]
     lengths: Int[Array, " B"]
     frequency_lengths: Int[Array, " B"]
 
     @classmethod
     def create(
-        cls, config: LlamaConfig, *, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
+        cls,
+        config: LlamaConfig,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike = jnp.bfloat16,
+        mesh: Mesh | None = None,
     ) -> "KVCache":
         """An empty cache for `batch` texts of up to `capacity` tokens each.
 
         A capacity that is a multiple of 8 is read by the GPU kernels where it lies; any other is
         copied, layer by layer, at every step (`dca_jax.buckets.capacity_bucket` gives a good one).
-        It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many bytes).
+        It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many bytes), shared
+        by the devices of the model's `mesh`. Where `context` cuts it, its slots lie in zigzag
+        (`dca_jax.attention.zigzag`), and the capacity is a multiple of twice the axis' size. Where
+        `tensor` is more than K, each head is kept tensor / K times, once for each device.
+
+        Raises:
+            InputError: a batch or capacity that is not positive, or that the mesh does not divide.
         """
         if batch < 1 or capacity < 1:
             raise InputError(
                 f"a KV cache needs a batch and a capacity of at least 1, got {batch} and {capacity}"
             )
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            capacity,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        rows, halves = axis_size(mesh, "data", "fsdp"), 2 * axis_size(mesh, "context")
+        if batch % rows or (halves > 2 and capacity % halves):
+            raise InputError(
+                f"a KV cache on this mesh needs a batch that is a multiple of {rows} and a "
+                f"capacity that is one of {halves}, got {batch} and {capacity}"
+            )
+        kv_heads = max(config.num_key_value_heads, axis_size(mesh, "tensor"))
+        shape = (config.num_hidden_layers, batch, capacity, kv_heads * config.head_dim)
+        place = None
+        if mesh is not None:
+            place = NamedSharding(mesh, partition("LBSK", shape, mesh.shape))
+        none = np.zeros((batch,), np.int32)
         return cls(
-            key=jnp.zeros(shape, dtype),
-            value=jnp.zeros(shape, dtype),
-            lengths=jnp.zeros((batch,), jnp.int32),
-            frequency_lengths=jnp.zeros((batch,), jnp.int32),
+            key=jnp.zeros(shape, dtype, device=place),
+            value=jnp.zeros(shape, dtype, device=place),
+            lengths=replicated(none, mesh),
+            frequency_lengths=replicated(none, mesh),
         )
 
     @property
@@ -69,20 +92,29 @@ class KVCache:
         """Bytes of keys and values."""
         return self.key.nbytes + self.value.nbytes
 
-    def rollback(self, lengths: Int[Array, " B"]) -> "KVCache":
-        """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied."""
-        return replace(self, lengths=jnp.minimum(lengths, self.lengths))
+    def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
+        """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
+
+        Rows beyond the `lengths` given, which fill up a mesh, are emptied.
+        """
+        if not isinstance(lengths, jax.Array):
+            rest = self.lengths.shape[0] - len(lengths)
+            rows = np.asarray([*lengths, *[0] * rest], np.int32)
+            lengths = replicated(rows, mesh_of(self.key))
+        return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
 
 
 def write(
-    cache: Float[Array, "L B S K H"],
+    cache: Float[Array, "L B S KH"],
     layer: Int[Array, ""],
-    index: Int[Array, "B T"],
-    is_text: Bool[Array, "B T"],
+    slots: Int[Array, "B T"],
     new: Float[Array, "B T K H"],
-) -> Float[Array, "L B S K H"]:
-    """Writes token t of row b at `index[b, t]` of a layer; padding is dropped, never written."""
-    batch, capacity = index.shape[0], cache.shape[2]
-    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    at = jnp.where(is_text, index, capacity)  # out of bounds: dropped
-    return cache.at[layer, row, at].set(new.astype(cache.dtype), mode="drop")
+) -> Float[Array, "L B S KH"]:
+    """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
+    row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return cache.at[layer, row, slots].set(flat(new).astype(cache.dtype), mode="drop")
+
+
+def flat(heads: Float[Array, "*rest K H"]) -> Float[Array, "*rest KH"]:
+    """A token's heads one behind the other, as the cache keeps them."""
+    return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dca_jax.buckets import cache_capacity, copied, new_cache
+from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.evaluation.perplexity import perplexity
 from dca_jax.generate import Run, check_numbers, check_prompts
@@ -202,7 +202,7 @@ class LLM:
             raise InputError(f"the rows must have one length, got {sorted(lengths)}")
         rows = np.asarray(tokens)
         check_prompts(rows.tolist(), self.model.config.vocab_size)
-        return _logits(self.model, jnp.asarray(rows, jnp.int32))
+        return _logits(self.model, rows.astype(np.int32))
 
     def perplexity(
         self,
@@ -262,7 +262,7 @@ class LLM:
         capacity = cache_capacity(self.model, length)
         one = len(rows) == 1
         cache = prefix.take(capacity) if one else copied(prefix.cache, len(rows), capacity)
-        return cache.rollback(jnp.asarray(shared, jnp.int32)), to_read - sum(shared)
+        return cache.rollback(shared), to_read - sum(shared)
 
     def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
         streams = self._text_streams(rows, options)
@@ -344,7 +344,7 @@ def _progress_bar(tokens: int, show: bool | None) -> Iterator[Callable[[int], No
     """A bar over `tokens` prompt tokens; yields what to call after each piece, None without one."""
     if show is None:
         show = tokens >= LONG_PROMPT and sys.stderr.isatty()
-    if not show:
+    if not show or not is_primary():
         yield None
         return
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

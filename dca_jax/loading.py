@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dca_jax.attention.op import check_implementation
+from dca_jax.bands import PositionMethod
 from dca_jax.checkpoint import is_converted, load_converted
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.distributed import several_processes
 from dca_jax.dtypes import parse_dtype
 from dca_jax.errors import InputError
 from dca_jax.files import read_json
@@ -21,6 +24,7 @@ from dca_jax.huggingface import load_params, read_config
 from dca_jax.llm import LLM
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
+from dca_jax.sharding import make_mesh, parameter_shardings
 
 PRESETS: dict[str, Callable[[int], DCAConfig]] = {
     "paper": DCAConfig.paper,
@@ -38,11 +42,12 @@ COMPANIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
 def load(
     path: str | Path,
     *,
-    dca: DCAConfig | str | None = "auto",
+    dca: DCAConfig | PositionMethod | str | None = "auto",
     rope: RopeConfig | None = None,
     dtype: DTypeLike | None = None,
     cache_dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    mesh: Mesh | str | None = None,
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -51,30 +56,42 @@ def load(
             no such folder, a model's name on the Hugging Face Hub ("owner/name"), which is then
             downloaded into its cache.
         dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
-            setting for its trained length. None is plain attention.
+            setting for its trained length. None is plain attention. Or another way of giving
+            positions (`dca_jax.position_methods`).
         rope: in place of the checkpoint's own, to compare RoPE scalings.
         dtype: of weights and activations, also by name; default: bfloat16, on a CPU float32.
         cache_dtype: of the KV cache; default: `dtype`.
         implementation: of the attention; None for the best on this device.
+        mesh: what `dca_jax.sharding.make_mesh` makes, or takes: "context=2,tensor=4". Every device
+            gets its own part of the weights, and every process reads those of its devices only.
+            None is the first device.
 
     Raises:
-        InputError: nothing at `path`, or a checkpoint that is damaged or not supported; all but
-            the weights are checked before any is read.
+        InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
+            does not fit the devices or the model; all but the weights are checked before any is
+            read.
     """
     check_implementation(implementation)
     folder = find_folder(path)
     config = read_config(folder)
     if rope is not None:
         config = replace(config, rope=rope)
-    chosen = choose_dca(dca, config)
+    chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, config)
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    if mesh is None and several_processes():
+        raise InputError(
+            f"{jax.process_count()} processes share one model: give a mesh of all their "
+            f"{jax.device_count()} devices, such as tensor={jax.device_count()}"
+        )
+    sharding = None if mesh is None else parameter_shardings(config, mesh)
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, config, tokenizer)
     if is_converted(folder):
-        _, params = load_converted(folder, dtype=dtype)
+        _, params = load_converted(folder, dtype=dtype, sharding=sharding)
     else:
-        params = load_params(folder, config, dtype=dtype)
+        params = load_params(folder, config, dtype=dtype, sharding=sharding)
     model = Llama.from_params(
         config, params, dca=chosen, dtype=dtype, implementation=implementation
     )

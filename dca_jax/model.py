@@ -11,21 +11,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dca_jax.attention import attend, rotate_keys
+from dca_jax.attention.layer import attend_to_cache, attend_to_text
 from dca_jax.attention.op import make_rows
+from dca_jax.attention.zigzag import zigzag_order, zigzag_to_natural
+from dca_jax.bands import PositionMethod
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.kv_cache import KVCache, write
+from dca_jax.kv_cache import KVCache
+from dca_jax.sharding import Shards
 
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
 Attend = Callable[[Array, Array, Array], Array]
 
 
 class Linear(nnx.Module):
-    """y = einsum(x, kernel) + bias, in the dtype of x."""
+    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x."""
 
     def __init__(
         self,
@@ -41,7 +44,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, subscripts: str) -> Array:
         # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
         precision = "highest" if x.dtype == jnp.float32 else None
-        y = jnp.einsum(subscripts, x, self.kernel[...].astype(x.dtype), precision=precision)
+        shards = Shards.of(self.kernel[...])
+        kernel = shards.gathered(self.kernel[...]).astype(x.dtype)
+        place = shards.product(subscripts, x, kernel)
+        y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(x.dtype)
@@ -131,7 +137,8 @@ class Llama(nnx.Module):
 
     Args:
         config: the model's shape.
-        dca: Dual Chunk Attention's setting; None is the model's own plain causal attention.
+        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.position_methods`); None
+            is the model's own plain causal attention.
         param_dtype: of the parameters. dtype: of activations and matrix products.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
@@ -142,7 +149,7 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         *,
-        dca: DCAConfig | None = None,
+        dca: DCAConfig | PositionMethod | None = None,
         param_dtype: DTypeLike = jnp.float32,
         dtype: DTypeLike = jnp.bfloat16,
         remat: bool = False,
@@ -178,8 +185,12 @@ class Llama(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         cache: KVCache | None = None,
         context_lengths: Int[Array, " B"] | None = None,
+        new_cache: DTypeLike | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Normed hidden states of `tokens`, and the cache with them appended.
+
+        On a mesh, whole texts are shared by the devices of `context`, and so are the hidden states
+        if their number divides T. Tokens that follow a cache are few, and every device has them.
 
         Args:
             tokens: new tokens of each row, right-padded; without a cache, whole texts.
@@ -189,19 +200,28 @@ class Llama(nnx.Module):
                 beyond the capacity would be lost: check before calling (`dca_jax.generate` does).
             context_lengths: length of the row's whole prompt, for temperature and dynamic NTK
                 (default: the row's length after this call).
+            new_cache: of whole texts, a dtype: makes a cache of it out of their keys and values,
+                with a capacity of T. It is how a cache shared along `context` is filled.
 
         Raises:
-            InputError: plain attention over more keys than the model's sliding window.
+            InputError: plain attention over more keys than the model's sliding window; a batch, or
+                the capacity of a new cache, that the mesh does not divide.
         """
         config = self.config
         batch, num_new = tokens.shape
+        shards = Shards.of(self.norm.scale[...])
+        if batch % shards.size("data", "fsdp"):
+            raise InputError(
+                f"a batch of {batch} rows does not divide over the mesh's "
+                f"{shards.size('data', 'fsdp')} devices of data and fsdp; add rows of one token"
+            )
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
         new = jnp.full((batch,), num_new, jnp.int32) if lengths is None else lengths
-        after = start + new.astype(jnp.int32)
+        after = shards.put(start + new.astype(jnp.int32), None)
         self._check_window(num_new if cache is None else cache.capacity)
         if context_lengths is None:
             context_lengths = after
-        frequency_lengths = context_lengths
+        frequency_lengths = shards.put(context_lengths, None)
         if cache is not None:
             frequency_lengths = jnp.where(start == 0, context_lengths, cache.frequency_lengths)
         rows = make_rows(
@@ -213,53 +233,75 @@ class Llama(nnx.Module):
             context_lengths=context_lengths,
             frequency_lengths=frequency_lengths,
         )
-        index = start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
-        is_text: Bool[Array, "B T"] = index < after[:, None]
+        options = {"dca": self.dca, "rows": rows, "implementation": self.implementation}
+        if cache is not None:
+            numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
 
-        def read(query: Array, key: Array, value: Array, layer: Array | None = None) -> Array:
-            return attend(
-                query,
-                key,
-                value,
-                dca=self.dca,
-                rows=rows,
-                layer=layer,
-                implementation=self.implementation,
+            def with_cache(
+                carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
+            ) -> tuple[tuple[Array, Array, Array], None]:
+                x, keys, values = carry
+                layer, number = xs
+
+                def attend(query: Array, key: Array, value: Array) -> Array:
+                    nonlocal keys, values
+                    out, keys, values = attend_to_cache(
+                        query, key, value, keys, values, number, shards=shards, **options
+                    )
+                    return out
+
+                x = layer(x, attend)
+                return (x, keys, values), None
+
+            carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
+            (x, keys, values), _ = jax.lax.scan(with_cache, carry, (self.layers, numbers))
+            return self.norm(x), KVCache(
+                key=keys, value=values, lengths=after, frequency_lengths=frequency_lengths
             )
 
-        def rotated(key: Array) -> Array:
-            return rotate_keys(key, index, dca=self.dca, inv_freq=rows.inv_freq)
+        context = shards.size("context")
+        if context > 1:
+            if new_cache is not None and num_new % (2 * context):
+                raise InputError(
+                    f"a cache shared by {context} devices needs a capacity that is a multiple of "
+                    f"{2 * context}, got {num_new} tokens; pad them"
+                )
+            tokens = jnp.pad(tokens, ((0, 0), (0, -num_new % (2 * context))))
+            tokens = tokens[:, zigzag_order(tokens.shape[1], context)]
 
-        def whole_texts(x: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x, lambda q, k, v: read(q, rotated(k), v)), None
+        def whole_texts(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
+            kept: tuple[Array, Array] | None = None
 
-        def with_cache(
-            carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
-            layer, number = xs
+            def attend(query: Array, key: Array, value: Array) -> Array:
+                nonlocal kept
+                out, (key, value) = attend_to_text(query, key, value, shards=shards, **options)
+                if new_cache is not None:
+                    kept = key.astype(new_cache), value.astype(new_cache)
+                return out
 
-            def attend_to_cache(q: Array, k: Array, v: Array) -> Array:
-                nonlocal keys, values
-                keys = write(keys, number, index, is_text, rotated(k))
-                values = write(values, number, index, is_text, v)
-                if keys.dtype == q.dtype:
-                    return read(q, keys, values, number)
-                return read(q, keys[number].astype(q.dtype), values[number].astype(q.dtype))
+            x = layer(x, attend)
+            return x, kept
 
-            x = layer(x, attend_to_cache)
-            return (x, keys, values), None
+        body = jax.checkpoint(whole_texts) if self.remat else whole_texts
+        x, kept = jax.lax.scan(body, self._embed(tokens, shards.out("BTD")), self.layers)
+        x = self.norm(x)
+        if context > 1:
+            text = shards.spec("BTD")
+            x = shards.local(zigzag_to_natural, (text,), text)(x)
+            if num_new % context:
+                x = shards.put(x, shards.spec("BTD", whole="T"))
+            x = x[:, :num_new]
+        if kept is None:
+            return x, None
+        keys, values = kept
+        return x, KVCache(
+            key=keys, value=values, lengths=after, frequency_lengths=frequency_lengths
+        )
 
-        x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
-        if cache is None:
-            body = jax.checkpoint(whole_texts) if self.remat else whole_texts
-            x, _ = jax.lax.scan(body, x, self.layers)
-            return self.norm(x), None
-        numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        carry = (x, cache.key, cache.value)
-        (x, keys, values), _ = jax.lax.scan(with_cache, carry, (self.layers, numbers))
-        cache = KVCache(key=keys, value=values, lengths=after, frequency_lengths=frequency_lengths)
-        return self.norm(x), cache
+    def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
+        table = self.embed_tokens.embedding[...]
+        table = Shards.of(table).gathered(table)
+        return table.at[tokens].get(out_sharding=place).astype(self.dtype)
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits, float32, of normed hidden states."""
@@ -267,13 +309,28 @@ class Llama(nnx.Module):
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel[...]
+        shards = Shards.of(kernel)
+        kernel = shards.gathered(kernel).astype(hidden.dtype)
+        rows = "BT"[: hidden.ndim - 1]
+        subscripts = f"{rows}D,DV->{rows}V"
         return jnp.einsum(
-            "...D,DV->...V",
+            subscripts,
             hidden,
-            kernel.astype(hidden.dtype),
+            kernel,
             precision="highest" if hidden.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
+            out_sharding=shards.product(subscripts, hidden, kernel),
         )
+
+    def nll(
+        self, hidden: Float[Array, "*batch D"], targets: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """-ln p(target) of each token, in nats, float32; the logits may be cut along V."""
+        logits = self.unembed(hidden)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        is_target = ids == targets[..., None].astype(jnp.int32)
+        target = jnp.where(is_target, logits, 0).sum(axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1) - target
 
     def params(self) -> dict[str, Any]:
         """The parameters as a nested dict of arrays with stable names, layers stacked."""

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import numpy as np
 
 from dca_jax.buckets import copied
 from dca_jax.errors import InputError
@@ -56,8 +56,8 @@ class Prefix:
     def give_back(self, cache: KVCache, held: int) -> None:
         """Returns a cache that has read the first `held` of the tokens, and others since."""
         if not cache.key.is_deleted():
-            self._held = min(self._held, held, int(cache.lengths[0]))
-            cache = cache.rollback(jnp.full((1,), self._held, jnp.int32))
+            self._held = min(self._held, held, int(np.asarray(cache.lengths)[0]))
+            cache = cache.rollback([self._held])
         self._cache = cache
 
     def shared(self, tokens: Sequence[int]) -> int:

@@ -203,7 +203,7 @@ def test_another_prompt_length_in_the_bucket_does_not_compile(model, golden):
     ids = golden["input_ids"].tolist()
 
     def compiled():
-        functions = (engine._read, engine._checked_logits, engine._first_token, engine._segment())
+        functions = (engine._read(), engine._begin, engine._segment())
         return [function._cache_size() for function in functions]
 
     generate(model, ids, max_new_tokens=24, sampler=Sampler(temperature=0.5), stop_ids=[1])
@@ -236,7 +236,7 @@ def test_an_octave_has_eight_capacities():
 
 
 def test_a_piece_is_smaller_for_more_rows():
-    assert [buckets.piece_length(n) for n in (1, 2, 3, 8, 64)] == [2048, 1024, 512, 256, 128]
+    assert [buckets.piece_length(n) for n in (1, 2, 3, 8, 64)] == [4096, 2048, 1024, 512, 128]
 
 
 def test_a_capacity_stays_within_the_window_of_plain_attention():

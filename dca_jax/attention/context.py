@@ -1,0 +1,286 @@
+"""Context parallelism: one long text shared by the devices along the mesh axis `context`.
+
+Device c of C holds blocks c and 2C - 1 - c of the text's 2C (`dca_jax.attention.zigzag`): their
+queries and their keys. Keys travel rotated, for a key's rotation depends on its own index only;
+queries are raw and stay. Each kernel call meets one block of queries with one range of keys, and is
+told where in the text both begin (`Rows.offset`, `Rows.key_offset`); which of DCA's phases they
+meet in, the kernel works out from that, as always. What a query reads in several calls is merged by
+log-sum-exp, so the result is that of one softmax over the whole text.
+
+    ring_attention        prefill, evaluation, training: keys go around, no device holds them all
+                          (in `dca_jax.attention.ring`)
+    all_gather_attention  the same result from one collective: less latency, every key everywhere
+    decode_attention      few queries over a cache that is shared like a text: no key moves
+
+Gradient. The first two have one custom_vjp each, around the whole: it saves this device's q, k, v,
+out and the *global* log-sum-exp, with which the flash backward of each pair of blocks is exact on
+its own (see `dca_jax.attention.op`). `rows` has no gradient.
+
+All run inside `jax.shard_map` over the whole mesh with `check_vma=False`. With `check_vma=True` JAX
+0.11.2 refuses a Pallas kernel whose outputs do not say over which mesh axes they vary
+(`manual_axis_type`), refuses the kernel's body in interpret mode even if they do say, and refuses
+a loop that starts from a constant, as those of the `xla` backend do.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dca_jax.attention.op import BACKENDS, PLAIN, Rows, choose_implementation
+from dca_jax.attention.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.dca import DCAConfig, Phase, phases_within
+from dca_jax.errors import InputError
+
+EARLY, LATE = 0, 1  # a device's two blocks
+
+
+def all_gather_attention(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B t K H"],
+    value: Float[Array, "B t K H"],
+    rows: Rows,
+    *,
+    dca: DCAConfig | None,
+    implementation: str | None = None,
+    axis_name: str = AXIS,
+) -> Float[Array, "B t N H"]:
+    """What `ring_attention` computes, from the keys and values of the whole text, gathered.
+
+    Arguments, result and errors as there. Two kernel calls after one exchange; the backward gathers
+    again and reduce-scatters the gradients of the keys. Every device holds 2 B T K H elements of a
+    layer, as many again while they are put in order, and in the backward as many in float32;
+    nothing hides the exchange. Better than the ring while that memory is small and a step of the
+    ring is shorter than its hop: short texts, or slow links with a long latency.
+    """
+    batch, num_local, kv_heads, head_dim = key.shape
+    num_keys = num_local * jax.lax.axis_size(axis_name)
+    whole = jax.ShapeDtypeStruct((1, batch, num_keys, kv_heads, head_dim), key.dtype)
+    block = jax.ShapeDtypeStruct((batch, half_width(num_local), *query.shape[2:]), query.dtype)
+    kernel = Kernel.choose(
+        implementation, block, whole, dca, num_keys=num_keys, axis_name=axis_name
+    )
+    return _gathered(kernel, query, key, value, rows)
+
+
+def decode_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L B S K H"],
+    value: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    *,
+    dca: DCAConfig | None,
+    implementation: str | None = None,
+    axis_name: str = AXIS,
+) -> Float[Array, "B T N H"]:
+    """Few queries over a KV cache shared in zigzag: one token each, or the next turn of a chat.
+
+    Every device has all the queries and reads its own keys in one kernel call, its two blocks as
+    two rows; what it found is merged with the others' by log-sum-exp (arXiv 2408.04093). Across the
+    axis go a maximum of B N T and a sum of B T N (H + 1) float32 numbers, and no key. For
+    inference: it has no gradient.
+
+    Args:
+        query: raw, the same on every device of the axis; any T.
+        key, value: this device's part of all layers of a cache whose C * S slots are the indices of
+            the text in zigzag; keys are rotated.
+        layer: the one to read.
+        rows: as for `dca_jax.attention.attend` over the whole cache: `offset` is the text index of
+            the first query, `lengths` include the queries' own. `key_offset` is not read.
+        dca, implementation, axis_name: as for `ring_attention`.
+
+    Returns:
+        [B, T, N, H] in the dtype of `query`, the same on every device of the axis.
+
+    Raises:
+        InputError: an odd S, or an implementation that cannot run.
+    """
+    size, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    num_layers, batch, num_slots, kv_heads, head_dim = key.shape
+    width = half_width(num_slots)
+    as_rows = (num_layers, 2 * batch, width, kv_heads, head_dim)  # a view: nothing is copied
+    keys, twice = (key.reshape(as_rows), value.reshape(as_rows)), jnp.repeat(query, 2, axis=0)
+    kernel = Kernel.choose(
+        implementation,
+        jax.ShapeDtypeStruct(twice.shape, twice.dtype),
+        jax.ShapeDtypeStruct(as_rows, key.dtype),
+        dca,
+        num_keys=size * num_slots,
+        axis_name=axis_name,
+    )
+    begins = [block_of(device, half, size) * width for half in (EARLY, LATE)]
+    rows = for_each_row(rows, lambda x: jnp.repeat(x, 2, axis=0), batch)
+    rows = rows._replace(key_offset=jnp.tile(jnp.stack(begins), batch))
+    out, lse = kernel.forward(twice, keys, layer, rows)
+
+    out = out.astype(lse.dtype).reshape(batch, 2, *query.shape[1:])
+    lse = lse.reshape(batch, 2, *lse.shape[1:])
+    peak = jax.lax.pmax(lse.max(axis=1), axis_name)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)  # padding meets no key anywhere
+    weight = jnp.swapaxes(jnp.exp(lse - peak[:, None]), 2, 3)[..., None]
+    sums = jnp.sum(weight * out, axis=1), jnp.sum(weight, axis=1)
+    total, weights = jax.lax.psum(sums, axis_name)
+    return (total / jnp.where(weights > 0, weights, 1)).astype(query.dtype)
+
+
+# --- one kernel call ---------------------------------------------------------------------------
+
+
+class OfOut(NamedTuple):
+    """What the backward needs of an output: of all the keys it was made from, wherever they are."""
+
+    out_bar: Float[Array, "*block T N H"]
+    lse: Float[Array, "*block N T"]
+    delta: Float[Array, "*block N T"]  # rowsum(dO * O)
+
+    @classmethod
+    def of_halves(cls, out_bar: Array, out: Array, lse: Float[Array, "2 B N h"]) -> "OfOut":
+        """From out_bar and out [B,t,N,H] of a device, its two blocks apart: [2, B, ..]."""
+        out_bar, out = to_halves(out_bar), to_halves(out)
+        wide = out_bar.astype(lse.dtype), out.astype(lse.dtype)
+        return cls(out_bar, lse, jnp.einsum("zBTNH,zBTNH->zBNT", *wide))
+
+
+class Kernel(NamedTuple):
+    """The backend, with all that is static about its calls (hashable, for `custom_vjp`).
+
+    Its two calls are compiled functions of their own, so that a program with many calls of one
+    shape, such as a ring, builds the kernel once.
+    """
+
+    name: str
+    dca: DCAConfig
+    phases: tuple[Phase, ...]
+    axis_name: str
+
+    @classmethod
+    def choose(
+        cls,
+        implementation: str | None,
+        query: jax.ShapeDtypeStruct,
+        key: jax.ShapeDtypeStruct,
+        dca: DCAConfig | None,
+        *,
+        num_keys: int,
+        axis_name: str,
+    ) -> "Kernel":
+        """For calls with these shapes, on texts of up to `num_keys` tokens."""
+        dca = dca or PLAIN
+        name = choose_implementation(implementation, query, key, dca)
+        if name == "reference":
+            raise InputError(
+                "implementation 'reference' reads whole texts and cannot share one between "
+                f"devices; expected one of {', '.join(BACKENDS)}, or None"
+            )
+        return cls(name, dca, phases_within(num_keys, dca), axis_name)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        keys: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
+        layer: Int[Array, ""],
+        rows: Rows,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+        """Output and log-sum-exp over a layer of `keys`, which are keys and values."""
+        out, lse = BACKENDS[self.name].forward(
+            query, *keys, layer, rows, dca=self.dca, phases=self.phases, with_lse=True
+        )
+        assert lse is not None  # it was asked for
+        return out, lse
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        keys: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
+        layer: Int[Array, ""],
+        rows: Rows,
+        of_out: OfOut,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Gradients of query, key and value, to be summed with others: in the dtype of `lse`."""
+        dtype = of_out.lse.dtype
+        query_bar, key_bar, value_bar = BACKENDS[self.name].backward(
+            query, *keys, layer, rows, *of_out, dca=self.dca, phases=self.phases
+        )
+        return query_bar.astype(dtype), key_bar.astype(dtype), value_bar.astype(dtype)
+
+
+def for_each_row(rows: Rows, repeat: Callable[[Array], Array], batch: int) -> Rows:
+    """`rows` with more rows; frequencies common to a batch stay common."""
+    one_for_all = rows.inv_freq.shape[0] == 1 < batch
+    inv_freq = rows.inv_freq if one_for_all else repeat(rows.inv_freq)
+    return Rows(*(repeat(x) for x in rows))._replace(inv_freq=inv_freq)
+
+
+def rows_at(rows: Rows, offset: Int[Array, ""], key_offset: Int[Array, ""]) -> Rows:
+    """`rows` with their queries and their keys beginning at these text indices."""
+    zero = jnp.zeros_like(rows.lengths)
+    return rows._replace(offset=zero + offset, key_offset=zero + key_offset)
+
+
+# --- all keys everywhere -----------------------------------------------------------------------
+
+
+def _gathered_saving(
+    kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows
+) -> tuple[Array, tuple]:
+    blocks, keys = _blocks_and_all_keys(kernel, query, key, value, rows)
+    halves = [kernel.forward(block, keys, jnp.int32(0), at) for block, at in blocks]
+    out, lse = (jnp.stack(both) for both in zip(*halves, strict=True))
+    out = from_halves(out)
+    return out, (query, key, value, rows, out, lse)
+
+
+def _gathered_forward(kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows) -> Array:
+    return _gathered_saving(kernel, query, key, value, rows)[0]
+
+
+def _gathered_backward(kernel: Kernel, saved: tuple, out_bar: Array) -> tuple:
+    query, key, value, rows, out, lse = saved
+    blocks, keys = _blocks_and_all_keys(kernel, query, key, value, rows)
+    of_out = OfOut.of_halves(out_bar, out, lse)
+    early, late = (
+        kernel.backward(block, keys, jnp.int32(0), at, OfOut(*(x[half] for x in of_out)))
+        for half, (block, at) in enumerate(blocks)
+    )
+    query_bar = from_halves(jnp.stack([early[0], late[0]])).astype(query.dtype)
+    key_bar, value_bar = (
+        _sum_of_shares(early[n] + late[n], kernel.axis_name).astype(key.dtype) for n in (1, 2)
+    )
+    return query_bar, key_bar, value_bar, None
+
+
+def _blocks_and_all_keys(
+    kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows
+) -> tuple[list[tuple[Array, Rows]], tuple[Array, Array]]:
+    """This device's two blocks of queries, each with its rows; keys and values of whole texts."""
+    size, device = jax.lax.axis_size(kernel.axis_name), jax.lax.axis_index(kernel.axis_name)
+    halves = to_halves(query)
+    begins = [block_of(device, half, size) * halves.shape[2] for half in (EARLY, LATE)]
+    blocks = [(halves[n], rows_at(rows, begin, jnp.int32(0))) for n, begin in enumerate(begins)]
+    return blocks, (_in_text_order(key, kernel.axis_name), _in_text_order(value, kernel.axis_name))
+
+
+def _in_text_order(x: Float[Array, "B t K H"], axis_name: str) -> Float[Array, "1 B T K H"]:
+    batch, _, *rest = x.shape
+    shares = jax.lax.all_gather(to_halves(x), axis_name)  # [C, 2, B, h, K, H]
+    blocks = jnp.concatenate([shares[:, EARLY], shares[::-1, LATE]])
+    return jnp.moveaxis(blocks, 0, 1).reshape(1, batch, -1, *rest)
+
+
+def _sum_of_shares(x: Float[Array, "B T K H"], axis_name: str) -> Float[Array, "B t K H"]:
+    """Sums over devices, each keeping its own blocks only: the transpose of `_in_text_order`."""
+    batch, _, *rest = x.shape
+    size = jax.lax.axis_size(axis_name)
+    blocks = jnp.moveaxis(x.reshape(batch, 2 * size, -1, *rest), 1, 0)
+    shares = jnp.stack([blocks[:size], blocks[: size - 1 : -1]], axis=1)
+    return from_halves(jax.lax.psum_scatter(shares, axis_name))
+
+
+_gathered = jax.custom_vjp(_gathered_forward, nondiff_argnums=(0,))
+_gathered.defvjp(_gathered_saving, _gathered_backward)

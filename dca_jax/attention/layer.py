@@ -1,0 +1,139 @@
+"""One layer's attention on any mesh: keys rotated, written to the cache, and read.
+
+On one device these are a few lines around `attend`. On a mesh the same lines run on every device's
+own part of the arrays (`jax.shard_map`): rows of the batch and heads need nothing of each other,
+and where tokens are shared along `context`, `dca_jax.attention.context` reads across devices.
+"""
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dca_jax.attention.context import decode_attention
+from dca_jax.attention.op import Rows, attend, rotate_keys
+from dca_jax.attention.ring import ring_attention
+from dca_jax.attention.zigzag import zigzag_positions, zigzag_slots
+from dca_jax.bands import PositionMethod
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.kv_cache import flat, write
+from dca_jax.sharding import Shards
+
+
+def attend_to_text(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    dca: DCAConfig | PositionMethod | None,
+    rows: Rows,
+    implementation: str | None,
+    shards: Shards,
+) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B T KH"], Float[Array, "B T KH"]]]:
+    """Whole texts from their first token: what the queries read; and what a cache keeps of them.
+
+    Query and key are raw. Where `context` cuts the texts, their tokens lie in zigzag.
+    """
+    context = _context(dca, shards)
+    key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+
+    def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, tuple]:
+        if context > 1:
+            index = zigzag_positions(key.shape[1])
+        else:
+            index = jnp.arange(key.shape[1], dtype=jnp.int32)
+        key = rotate_keys(key, index[None], dca=dca, inv_freq=rows.inv_freq)
+        read = attend if context == 1 else ring_attention
+        options = {"dca": dca, "implementation": implementation}
+        out = read(query, key, value, rows=rows, **options)
+        return out, (flat(key), flat(value))
+
+    q, k, kept = shards.spec("BTNH"), shards.spec("BTKH"), shards.spec("BTK")
+    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, (kept, kept)))
+    return mapped(query, key, value, rows)
+
+
+def attend_to_cache(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    keys: Float[Array, "L B S KH"],
+    values: Float[Array, "L B S KH"],
+    layer: Int[Array, ""],
+    *,
+    dca: DCAConfig | PositionMethod | None,
+    rows: Rows,
+    implementation: str | None,
+    shards: Shards,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "L B S KH"], Float[Array, "L B S KH"]]:
+    """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
+
+    The new tokens follow what the rows hold (`rows.offset`); padding is dropped, never written.
+    Where `context` cuts the cache, its slots lie in zigzag and every device has all new tokens.
+    """
+    context = _context(dca, shards)
+    key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+
+    def local(
+        query: Array,
+        key: Array,
+        value: Array,
+        keys: Array,
+        values: Array,
+        layer: Array,
+        rows: Rows,
+    ) -> tuple[Array, Array, Array]:
+        index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
+        key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
+        slots = index if context == 1 else zigzag_slots(index, keys.shape[2])
+        slots = jnp.where(index < rows.lengths[:, None], slots, keys.shape[2])  # dropped
+        keys, values = write(keys, layer, slots, key), write(values, layer, slots, value)
+        heads = key.shape[2:]
+        all_keys, all_values = (x.reshape(*x.shape[:3], *heads) for x in (keys, values))
+        if keys.dtype != query.dtype:  # a cache of another dtype is converted a layer at a time
+            all_keys = all_keys[layer][None].astype(query.dtype)
+            all_values = all_values[layer][None].astype(query.dtype)
+            layer = jnp.int32(0)
+        options = {"dca": dca, "implementation": implementation}
+        if context == 1:
+            out = attend(query, all_keys, all_values, rows=rows, layer=layer, **options)
+        else:
+            out = decode_attention(query, all_keys, all_values, layer, rows, **options)
+        return out, keys, values
+
+    q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")
+    cache = shards.spec("LBSK")
+    specs = (q, k, k, cache, cache, PartitionSpec(), _rows_specs(rows, shards))
+    mapped = shards.local(local, specs, (q, cache, cache))
+    return mapped(query, key, value, keys, values, layer, rows)
+
+
+def _context(dca: DCAConfig | PositionMethod | None, shards: Shards) -> int:
+    """How many devices share a text; other methods than DCA cannot, for their keys lie raw."""
+    context = shards.size("context")
+    if context > 1 and isinstance(dca, PositionMethod):
+        raise InputError(
+            f"{type(dca).__name__} reads a text on one device, and this mesh shares it among "
+            f"{context} along `context`; use DCA, or a mesh whose context is 1"
+        )
+    return context
+
+
+def _head_for_each(x: Float[Array, "B T K H"], shards: Shards) -> Float[Array, "B T heads H"]:
+    """Keys or values with each head repeated where `tensor` has more devices than there are heads.
+
+    Then every device has one, that which its query heads read.
+    """
+    batch, tokens, kv_heads, head_dim = x.shape
+    copies = shards.size("tensor") // kv_heads
+    if copies <= 1:
+        return x
+    wide = jnp.broadcast_to(x[:, :, :, None, :], (batch, tokens, kv_heads, copies, head_dim))
+    return wide.reshape(batch, tokens, kv_heads * copies, head_dim)
+
+
+def _rows_specs(rows: Rows, shards: Shards) -> Rows:
+    """Each row's numbers lie where the row does; frequencies common to a batch are everywhere."""
+    batch = rows.lengths.shape[0]
+    cut, whole = shards.spec("B"), PartitionSpec()
+    return Rows._make(cut if leaf.shape[0] == batch else whole for leaf in rows)

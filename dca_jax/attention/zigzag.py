@@ -1,0 +1,153 @@
+"""Where the tokens of a text lie when its devices share it: the zigzag layout.
+
+A causal query reads only what stands before it, so equal slices of a text are unequal work. A text
+of T tokens is cut into 2C blocks of T / (2C) tokens instead, and device c of the C along the mesh
+axis `context` holds block c and block 2C - 1 - c, one behind the other:
+
+    C = 4, blocks   0 1 2 3 4 5 6 7        device 0   [0 | 7]
+                    0 1 2 3 3 2 1 0        device 1   [1 | 6]
+                        device             device 2   [2 | 5]
+                                           device 3   [3 | 4]
+
+An early block and a late one: every device's queries then read as many keys as any other's (ring
+attention with this layout: Llama 3, arXiv 2407.21783, section 3.3.2, which calls it 2 x CP chunks).
+
+Activations, ids and caches of a text all lie so; a cache of capacity S is cut like a text of S
+tokens. `zigzag_order` and `natural_order` reorder whole arrays on the host; the other functions run
+inside `jax.shard_map`, on one device's share.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from dca_jax.errors import InputError
+
+AXIS = "context"
+
+
+def zigzag_order(length: int, size: int) -> Int[np.ndarray, " length"]:
+    """The text index that each slot holds, device by device; int32.
+
+    `tokens[:, zigzag_order(T, C)]`, sharded over its last axis, is a batch of texts in zigzag.
+
+    Args:
+        length: T, tokens of the text, its padding included.
+        size: C, devices that share it.
+
+    Raises:
+        InputError: a length that is no multiple of 2C.
+    """
+    if length < 1 or length % (2 * size):
+        raise InputError(
+            f"a text shared by {size} devices in zigzag must have a positive multiple of "
+            f"{2 * size} tokens, got {length}; pad it to the next one"
+        )
+    blocks = np.arange(length, dtype=np.int32).reshape(2, size, -1)
+    return np.stack([blocks[0], blocks[1, ::-1]], axis=1).reshape(length)
+
+
+def natural_order(length: int, size: int) -> Int[np.ndarray, " length"]:
+    """The slot that holds each text index: the inverse of `zigzag_order`; int32."""
+    order = zigzag_order(length, size)
+    slots = np.empty_like(order)
+    slots[order] = np.arange(length, dtype=np.int32)
+    return slots
+
+
+# --- inside jax.shard_map ----------------------------------------------------------------------
+
+
+def zigzag_positions(num_local: int, axis_name: str = AXIS) -> Int[Array, " num_local"]:
+    """Text index of each of this device's `num_local` tokens (T / C of them), int32."""
+    size, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    width = half_width(num_local)
+    within = jnp.arange(width, dtype=jnp.int32)
+    starts = [block_of(device, half, size) * width for half in (0, 1)]
+    return jnp.concatenate([start + within for start in starts])
+
+
+def zigzag_slots(
+    index: Int[Array, "*shape"], num_local: int, axis_name: str = AXIS
+) -> Int[Array, "*shape"]:
+    """Where this device keeps a text index, among `num_local` slots; `num_local`: elsewhere.
+
+    So a scatter with mode="drop" writes each token of a replicated batch where it belongs, and on
+    no other device. Indices at or beyond the capacity are nowhere.
+    """
+    size, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    width = half_width(num_local)
+    block, within = index // width, index % width
+    early, late = (block_of(device, half, size) for half in (0, 1))
+    elsewhere = jnp.where(block == late, width + within, num_local)
+    return jnp.where(block == early, within, elsewhere)
+
+
+def natural_to_zigzag(
+    x: Shaped[Array, "B t *rest"], axis_name: str = AXIS
+) -> Shaped[Array, "B t *rest"]:
+    """From contiguous slices (device d: blocks 2d and 2d + 1) to zigzag; differentiable.
+
+    Two collective permutes, each of half of what the device holds.
+    """
+    first, second = to_halves(x)
+    even = jax.lax.ppermute(first, axis_name, _routes(0, axis_name))
+    odd = jax.lax.ppermute(second, axis_name, _routes(1, axis_name))
+    return from_halves(jnp.stack(_early_late(even, odd, axis_name)))
+
+
+def zigzag_to_natural(
+    x: Shaped[Array, "B t *rest"], axis_name: str = AXIS
+) -> Shaped[Array, "B t *rest"]:
+    """The inverse of `natural_to_zigzag`, as cheap, differentiable."""
+    early, late = to_halves(x)
+    even, odd = _early_late(early, late, axis_name)
+    back = [[(there, here) for here, there in _routes(parity, axis_name)] for parity in (0, 1)]
+    first = jax.lax.ppermute(even, axis_name, back[0])
+    second = jax.lax.ppermute(odd, axis_name, back[1])
+    return from_halves(jnp.stack([first, second]))
+
+
+def to_halves(x: Shaped[Array, "B t *rest"]) -> Shaped[Array, "2 B h *rest"]:
+    """The two blocks that a device holds, apart; for one row (B = 1) nothing moves."""
+    batch, num_local, *rest = x.shape
+    return jnp.moveaxis(x.reshape(batch, 2, half_width(num_local), *rest), 1, 0)
+
+
+def from_halves(x: Shaped[Array, "2 B h *rest"]) -> Shaped[Array, "B t *rest"]:
+    """The inverse of `to_halves`."""
+    _, batch, width, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(batch, 2 * width, *rest)
+
+
+def half_width(num_local: int) -> int:
+    """Tokens of one block, of which a device holds two.
+
+    Raises:
+        InputError: an odd number.
+    """
+    if num_local % 2:
+        raise InputError(
+            f"in zigzag a device holds two blocks of equal length, got {num_local} tokens a "
+            "device; pad the text to a multiple of twice the devices"
+        )
+    return num_local // 2
+
+
+def block_of(device: Int[Array, ""], half: int | Int[Array, ""], size: int) -> Int[Array, ""]:
+    """Which of the text's 2C blocks is the early (half 0) or the late (1) one of a device."""
+    return jnp.where(jnp.equal(half, 0), device, 2 * size - 1 - device)
+
+
+def _routes(parity: int, axis_name: str) -> list[tuple[int, int]]:
+    """(d, the zigzag device of block 2d + parity): a permutation of the devices for each parity."""
+    size = jax.lax.axis_size(axis_name)
+    blocks = [2 * device + parity for device in range(size)]
+    return [(d, min(block, 2 * size - 1 - block)) for d, block in enumerate(blocks)]
+
+
+def _early_late(a: Array, b: Array, axis_name: str) -> tuple[Array, Array]:
+    """(a, b) on even devices, (b, a) on odd ones: an even device's early block is an even one."""
+    is_even = jax.lax.axis_index(axis_name) % 2 == 0
+    return jnp.where(is_even, a, b), jnp.where(is_even, b, a)

@@ -1,0 +1,282 @@
+"""Where arrays lie on a mesh of devices: one table of rules, for parameters and activations alike.
+
+A mesh has four axes, any of them of size 1; on one device there is no mesh, and the same code runs:
+
+    data      rows of a batch; each device has all parameters
+    fsdp      rows of a batch too, and parameters cut along D; a layer's are gathered when it is run
+    context   tokens of each text (`dca_jax.attention.context`), and of its KV cache
+    tensor    heads, the MLP's inner dimension and the vocabulary
+
+Arrays are sharded explicitly: their types say how, and JAX refuses what does not fit together
+instead of moving data in silence. `make_mesh` makes a mesh, `parameter_shardings` says where a
+model's parameters go on it, and inside a model `Shards` reads it off the parameters again: nothing
+depends on a mesh set from outside, though one may be.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.parameters import Parameter, axis_sizes, parameters
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# Which mesh axes cut which axis of an array; letters as everywhere (T is a text's tokens, S a
+# cache's slots). D is cut in stored parameters only, and H, L never.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "T": ("context",),
+    "S": ("context",),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+STORED = RULES | {"D": ("fsdp",)}
+
+
+# --- meshes ------------------------------------------------------------------------------------
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes by axis from "context=2,tensor=4"; axes not named are 1.
+
+    Raises:
+        InputError: an unknown or repeated axis, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    named = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"a mesh is written like context=2,tensor=4, with axes of {', '.join(AXES)} and "
+                f"positive sizes; got {part!r}"
+            )
+        if axis in named:
+            raise InputError(f"the mesh names the axis {axis} twice: {text!r}")
+        named.add(axis)
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(
+    sizes: str | Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all four axes, explicitly sharded.
+
+    Args:
+        sizes: as `parse_mesh` takes or gives them; None puts all devices on `tensor`.
+        devices: default: all devices of all processes. One process alone may use fewer than it has.
+
+    Raises:
+        InputError: more devices than there are, or fewer with several processes; and as in
+            `parse_mesh`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if sizes is None:
+        sizes = {"tensor": len(devices)}
+    sizes = parse_mesh(sizes) if isinstance(sizes, str) else dict.fromkeys(AXES, 1) | dict(sizes)
+    count = math.prod(sizes.values())
+    several = len({device.process_index for device in devices}) > 1
+    if count > len(devices) or (several and count < len(devices)):
+        raise InputError(
+            f"the mesh {describe(sizes)} takes {count} devices, and there are {len(devices)}; "
+            + ("several processes must use all of them" if several else "give smaller axes")
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices[:count])
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """The mesh as one writes it: "context=2,tensor=4"; "one device" if all sizes are 1."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
+    """Refuses a mesh that a model cannot be cut for.
+
+    Raises:
+        InputError: an axis that does not divide what it cuts; it names the sizes that would.
+    """
+    tensor, found = sizes["tensor"], axis_sizes(config)
+    names = {"N": "query heads", "F": "elements of the MLP", "V": "ids of the vocabulary"}
+    fits = math.gcd(*(found[letter] for letter in names))
+    for letter, name in names.items():
+        if found[letter] % tensor:
+            raise InputError(
+                f"tensor={tensor} does not divide the model's {found[letter]} {name}; sizes that "
+                f"do: {_divisors(fits)}"
+            )
+    kv_heads = found["K"]
+    if kv_heads % tensor and tensor % kv_heads:
+        both = [n for n in _divisors(fits) if not kv_heads % n or not n % kv_heads]
+        raise InputError(
+            f"tensor={tensor} neither divides the model's {kv_heads} kv heads nor is a multiple of "
+            f"them; sizes that are: {both}"
+        )
+    if found["D"] % sizes["fsdp"]:
+        raise InputError(
+            f"fsdp={sizes['fsdp']} does not divide the hidden size {found['D']}; sizes that do: "
+            f"{_divisors(found['D'])}"
+        )
+    if tensor > kv_heads:
+        log.warning(
+            "tensor=%d is more than the model's %d kv heads: each is kept %d times, and so is its "
+            "part of the KV cache; context=%d would cut the cache instead",
+            *(tensor, kv_heads, tensor // kv_heads, tensor // kv_heads),
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [size for size in range(1, min(n, 512) + 1) if n % size == 0]
+
+
+# --- parameters and caches ---------------------------------------------------------------------
+
+
+def parameter_shardings(config: LlamaConfig, mesh: Mesh) -> Callable[[str], NamedSharding]:
+    """Where each parameter goes, by its path: what the loaders take as `sharding`.
+
+    Raises:
+        InputError: see `check_mesh`.
+    """
+    check_mesh(config, mesh.shape)
+    rows = {row.path: row for row in parameters(config)}
+
+    def sharding(path: str) -> NamedSharding:
+        return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))
+
+    return sharding
+
+
+def parameter_partition(
+    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How a parameter lies on a mesh of these sizes."""
+    letters = "L" * row.stacked + row.ours.replace(" ", "")
+    # A norm's scale is a few kilobytes: everywhere, whole.
+    rules = STORED if len(row.ours.split()) > 1 else RULES
+    return partition(letters, row.shape(config), sizes, rules)
+
+
+def partition(
+    letters: str,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> PartitionSpec:
+    """How an array with these axes lies on a mesh; kv heads that do not divide are left whole."""
+    entries: list[tuple[str, ...] | None] = []
+    for letter, size in zip(letters, shape, strict=True):
+        axes = rules.get(letter)
+        if letter == "K" and axes is not None and size % math.prod(sizes[axis] for axis in axes):
+            axes = None
+        entries.append(axes)
+    return PartitionSpec(*entries)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree of arrays (a model, a cache) lies on; None on a single device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and set(AXES) == set(sharding.mesh.axis_names):
+            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return None
+
+
+def axis_size(mesh: Mesh | AbstractMesh | None, *axes: str) -> int:
+    """Devices along these axes together; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def replicated(x: Any, mesh: Mesh | None) -> Any:
+    """Host arrays of every process (equal ones) as arrays that every device holds whole."""
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, x)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), x)
+
+
+# --- inside a model ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a model's arrays lie on its mesh, while it is traced; `mesh` None is one device."""
+
+    mesh: AbstractMesh | None
+
+    @classmethod
+    def of(cls, parameter: Array) -> "Shards":
+        """Of the mesh that a parameter lies on."""
+        mesh = jax.typeof(parameter).sharding.mesh
+        return cls(mesh if set(mesh.axis_names) == set(AXES) else None)
+
+    def size(self, *axes: str) -> int:
+        """Devices along these axes together."""
+        return axis_size(self.mesh, *axes)
+
+    def spec(self, letters: str, *, whole: str = "") -> PartitionSpec:
+        """Of an array with these axes, all of `whole` on every device."""
+        return PartitionSpec(*(None if c in whole else RULES.get(c) for c in letters))
+
+    def out(self, letters: str, *, whole: str = "") -> NamedSharding | None:
+        """`spec` as what to give for `out_sharding`; None on one device."""
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, self.spec(letters, whole=whole))
+
+    def product(self, subscripts: str, x: Array, kernel: Array) -> NamedSharding | None:
+        """The `out_sharding` of an einsum of two: each axis is cut as it was; sums are whole."""
+        if self.mesh is None:
+            return None
+        operands, _, out = subscripts.partition("->")
+        cut: dict[str, Any] = {}
+        for letters, operand in zip(operands.split(","), (x, kernel), strict=True):
+            cut |= zip(letters, jax.typeof(operand).sharding.spec, strict=True)
+        return NamedSharding(self.mesh, PartitionSpec(*(cut[letter] for letter in out)))
+
+    def put(self, x: Array, spec: PartitionSpec | None) -> Array:
+        """`x` laid out as `spec` says (None: whole on every device); nothing on one device."""
+        if self.mesh is None:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec or PartitionSpec()))
+
+    def gathered(self, kernel: Array) -> Array:
+        """A layer's stored parameter as it is computed with: no longer cut along `fsdp`."""
+        if self.mesh is None:
+            return kernel
+        spec = jax.typeof(kernel).sharding.spec
+        cut = (None if entry in ("fsdp", ("fsdp",)) else entry for entry in spec)
+        return self.put(kernel, PartitionSpec(*cut))
+
+    def local(
+        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
+    ) -> Callable[..., Any]:
+        """`function` of each device's own part of its arguments, which are laid out first."""
+        if self.mesh is None:
+            return function
+        # check_vma refuses Pallas kernels (see `dca_jax.attention.context`).
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+        def call(*args: Any) -> Any:
+            specs = jax.tree.broadcast(
+                in_specs, args, is_leaf=lambda x: isinstance(x, PartitionSpec)
+            )
+            return mapped(*jax.tree.map(self.put, args, specs))
+
+        return call
