@@ -3,6 +3,7 @@
 import os
 import sys
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +16,31 @@ from rich.table import Table
 from dca_jax.chat import Conversation
 from dca_jax.checkpoint import is_converted
 from dca_jax.dca import DCAConfig, explain, plot_relative_positions, relative_positions
+from dca_jax.distributed import (
+    PEER_TIMEOUT,
+    START_TIMEOUT,
+    ending_together,
+    initialize,
+    is_primary,
+    print_once,
+    several_processes,
+)
 from dca_jax.documents import ask, read_document
 from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.evaluation import cli as evaluation
 from dca_jax.facts import checkpoint_facts
 from dca_jax.huggingface import read_config
 from dca_jax.llm import LLM, Options
 from dca_jax.loading import PRESETS, choose_dca, find_folder, load, preset_dca
+from dca_jax.memory import DEVICES
+from dca_jax.plan import plan
 from dca_jax.sampling import Sampler
+from dca_jax.shapes import SHAPES, find_shape
+from dca_jax.sharding import parse_mesh
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
+PROCESSES = "Several processes (one of these commands on each host, before COMMAND)"
 
 app = typer.Typer(
     name="dca-jax",
@@ -34,6 +50,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+
+
+app.add_typer(evaluation.app)
 
 
 class Dtype(StrEnum):
@@ -64,6 +83,14 @@ DcaOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of weights and activations; default: bfloat16, on a CPU float32."),
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="Share the work between devices: **tensor**=4 cuts weights and heads, **context**=2 "
+        "the text, **data** and **fsdp** the batch; joined by commas. Default: one device.",
+    ),
 ]
 TemperatureOption = Annotated[
     float, typer.Option(help="0 takes the most likely token; 1 draws as the model says.")
@@ -109,6 +136,7 @@ def generate(
     seed: SeedOption = 0,
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     r"""Continue a prompt or a file, or answer a question about a document.
 
@@ -123,6 +151,8 @@ def generate(
     - `dca-jax generate ./CodeLlama-7b-hf --file long.py --stop $'\ndef ' --dca chunkllama`
 
     - `dca-jax generate ./Llama-2-7b-hf "Dear" --temperature 0.8 --top-p 0.95 --seed 7`
+
+    - `dca-jax generate ./Llama-2-70b-hf --file book.txt --mesh context=2,tensor=4`
     """
     sampler = Sampler(
         temperature=temperature,
@@ -140,7 +170,7 @@ def generate(
     if (document is None) != (question is None):
         raise InputError("--document and --question go together")
     text = _one_text(prompt, file, document)
-    llm = _load(model, dca, dtype)
+    llm = _load(model, dca, dtype, mesh)
     pieces = (
         llm.stream(text, **options) if question is None else ask(llm, text, question, **options)
     )
@@ -163,6 +193,7 @@ def chat(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = 0,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -170,6 +201,7 @@ def chat(
 
     For example: `dca-jax chat ./Llama-2-7b-chat-hf --temperature 0.7 --top-p 0.9`
     """
+    _refuse_several_processes("chat")
     sampler = Sampler(
         temperature=temperature,
         top_k=top_k,
@@ -177,7 +209,7 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    llm = _load(model, dca, dtype)
+    llm = _load(model, dca, dtype, mesh)
     conversation = Conversation(llm, system=system)
     options: Options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "seed": seed}
     console = Console(highlight=False)
@@ -276,6 +308,65 @@ def info(model: ModelArgument) -> None:
     Console().print(table)
 
 
+@app.command(name="plan")
+@exit_on_input_error()
+def plan_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder or a name on the Hugging Face Hub, of which config.json is read; or one "
+            f"of {', '.join(SHAPES)}.",
+        ),
+    ],
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")],
+    context_length: Annotated[
+        int, typer.Option(help="Tokens of each text, those to be drawn included.")
+    ],
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES", help="As other commands take it. Default: the fewest devices that do."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts at once, on all devices together.")] = 1,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train with AdamW instead of generating.")
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of weights and activations; training keeps float32 weights.")
+    ] = Dtype.bfloat16,
+    json: Annotated[
+        bool, typer.Option("--json", help="For scripts: bytes, tokens and meshes as JSON.")
+    ] = False,
+) -> None:
+    """Say what a model takes of each device's memory, before anything is loaded.
+
+    For example:
+
+    - `dca-jax plan llama-2-70b --device h200 --mesh tensor=4 --context-length 100000`
+
+    - `dca-jax plan ./Llama-2-7b-hf --device v5e --context-length 16384 --batch 8 --train`
+    """
+    found = plan(
+        model,
+        find_shape(model),
+        device=device,
+        mesh=None if mesh is None else parse_mesh(mesh),
+        context_length=context_length,
+        batch=batch,
+        train=train,
+        dtype=dtype.value,
+    )
+    if json:
+        print(dumps(found.as_json(), indent=2))
+        return
+    table = Table(title=model, show_header=False)
+    for name, value in found.facts().items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
 @app.command()
 @exit_on_input_error()
 def convert(
@@ -298,6 +389,7 @@ def convert(
 
     - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
     """
+    _refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
     from checkpoints_convert.common import prepare_process
@@ -310,8 +402,53 @@ def convert(
 
 
 @app.callback()
-def _prepare() -> None:
-    """Keeps compiled programs between runs (JAX_COMPILATION_CACHE_DIR is respected)."""
+@exit_on_input_error()
+def _prepare(
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            rich_help_panel=PROCESSES,
+            help="Process 0's host and a free port there.",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="JAX_NUM_PROCESSES", rich_help_panel=PROCESSES, help="Of all hosts together."
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            envvar="JAX_PROCESS_ID", rich_help_panel=PROCESSES, help="This one's number, from 0."
+        ),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            rich_help_panel=PROCESSES,
+            help="What is not given comes from SLURM, MPI, Kubernetes or the TPU pod.",
+        ),
+    ] = False,
+    start_timeout: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=PROCESSES, help="Seconds to wait until all processes are there."
+        ),
+    ] = START_TIMEOUT,
+    peer_timeout: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=PROCESSES, help="Seconds of silence after which one counts as dead."
+        ),
+    ] = PEER_TIMEOUT,
+) -> None:
+    """Keeps compiled programs between runs (JAX_COMPILATION_CACHE_DIR is respected).
+
+    And joins this process with others, before any device is touched.
+    """
     # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -319,17 +456,34 @@ def _prepare() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "dca_jax" / "xla"))
         # By default only what took a second is kept, and a command compiles several such things.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if coordinator is not None or distributed:
+        initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            start_timeout=start_timeout,
+            peer_timeout=peer_timeout,
+        )
+        print_once()
+    elif not (num_processes is None and process_id is None):
+        raise InputError("the number of processes and a process id go with --coordinator")
 
 
 def main() -> None:
     """The entry point of the command `dca-jax`."""
-    app()
+    with ending_together():
+        app()
 
 
-def _load(model: str, dca: str, dtype: Dtype | None) -> LLM:
+def _load(model: str, dca: str, dtype: Dtype | None, mesh: str | None) -> LLM:
     setting = _explicit_dca(dca)
-    with Console(stderr=True).status(f"loading {model}"):
-        return load(model, dca=setting, dtype=None if dtype is None else dtype.value)
+    with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
+        return load(model, dca=setting, dtype=None if dtype is None else dtype.value, mesh=mesh)
+
+
+def _refuse_several_processes(command: str) -> None:
+    if several_processes():
+        raise InputError(f"{command} runs in one process; start it alone, without --coordinator")
 
 
 def _explicit_dca(setting: str) -> DCAConfig | str:

@@ -17,10 +17,15 @@ class InputError(ValueError):
 def exit_on_input_error() -> Iterator[None]:
     """Turns an `InputError` into one message on stderr and exit code 2.
 
-    Decorates a command, or wraps a block with `with`.
+    Decorates a command, or wraps a block with `with`. With several processes it is
+    `dca_jax.distributed.ending_together` that does so, once for all of them.
     """
     try:
         yield
     except InputError as error:
+        from dca_jax.distributed import several_processes  # which imports this
+
+        if several_processes():
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

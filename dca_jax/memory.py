@@ -1,0 +1,246 @@
+"""What a model, a mesh and a length of text take of each device's memory, before anything loads.
+
+Only the model's shape is needed. What lies in memory for good is exact: the parameters, and the KV
+cache, cut as `dca_jax.sharding` cuts them. What a program needs while it runs is a formula, of the
+arrays that are alive at once in one layer; tests hold it beside the compiler's own figures.
+
+Reading a prompt and drawing tokens (`dca_jax.generate`): parameters and cache in one dtype, the
+prompt read in pieces, or at once where `context` shares it. Training: parameters, gradients and
+AdamW's two moments in float32, activations in the dtype, each layer recomputed in the backward
+pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dca_jax.buckets import capacity_bucket, padded_length, piece_length
+from dca_jax.config import LlamaConfig
+from dca_jax.parameters import Parameter, axis_sizes, parameters
+from dca_jax.sharding import parameter_partition, partition
+
+GIB = 2**30
+F32 = 4  # bytes
+LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
+LONGEST = 2**27  # tokens; no text is longer
+# Of a GPU's memory: what is counted on, the rest being for CUDA, its libraries and NCCL; and what
+# JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise.
+GPU_SHARE, JAX_SHARE = 0.95, 0.75
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """A kind of device, as JAX counts devices.
+
+    Attributes:
+        memory: bytes that programs and their data may have.
+        island: devices with fast links to each other, which `tensor` should not leave.
+        runtime: bytes beside arrays and temporaries: workspaces of the libraries, code.
+        share: of `memory` that JAX takes unless it is told otherwise.
+        tiles_again: whether XLA copies the MLP's weights and o_proj's, of all layers, to another
+            tiling at the beginning of each program.
+    """
+
+    name: str
+    memory: int
+    island: int
+    runtime: int
+    share: float = 1.0
+    tiles_again: bool = False
+
+
+def _gpu(name: str, gib: float) -> DeviceKind:
+    # One H200, Llama-2-7B: the peak was 0.45 (32k tokens) and 0.6 GB (8k) above its arrays and its
+    # largest program's temporaries.
+    memory = int(GPU_SHARE * gib * GIB)
+    return DeviceKind(name, memory, 8, 600_000_000, share=JAX_SHARE / GPU_SHARE)
+
+
+def _tpu(name: str, gib: float, *, tiles_again: bool = False) -> DeviceKind:
+    # The memory that libtpu 0.0.48 compiles for. All chips of a slice are linked alike. The
+    # runtime's part is a guess: programs, and the small arrays between them.
+    return DeviceKind(name, int(gib * GIB), 256, 200_000_000, tiles_again=tiles_again)
+
+
+# A v4 or v5p chip is one device, a v7x chip two.
+DEVICES: dict[str, DeviceKind] = {
+    "h200": _gpu("NVIDIA H200", 139.0),
+    "a100-80g": _gpu("NVIDIA A100 80 GB", 79.2),
+    "v4": _tpu("TPU v4", 30.75),
+    "v5e": _tpu("TPU v5e", 15.75),
+    "v5p": _tpu("TPU v5p", 95.73),
+    "v6e": _tpu("TPU v6e", 31.24),
+    "v7x": _tpu("half a TPU v7x", 94.74, tiles_again=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Bytes of one device's memory, at the peak.
+
+    Attributes:
+        weights: the parameters. copies: of those that are not computed with as they are stored.
+        cache: keys and values. activations: of the largest program. gradients, optimizer: float32.
+        runtime: the device's (`DeviceKind`).
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    copies: int
+    gradients: int
+    optimizer: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model and what is to be done with it; arguments as of `dca_jax.plan.plan`."""
+
+    config: LlamaConfig
+    device: DeviceKind
+    context_length: int
+    batch: int
+    train: bool
+    dtype: jnp.dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element: of activations and cache; and of weights, but in training."""
+        return self.dtype.itemsize
+
+    def usage(self, sizes: Mapping[str, int]) -> Usage:
+        """Of one device of a mesh that the model can be cut for."""
+        weights = sum(_share(*_placed(row, self.config, sizes)) for row in parameters(self.config))
+        width = F32 if self.train else self.width
+        return Usage(
+            weights=width * weights,
+            cache=0 if self.train else cache_bytes(self, sizes),
+            activations=training_bytes(self, sizes) if self.train else prompt_bytes(self, sizes),
+            copies=copied_bytes(self, sizes),
+            gradients=width * weights if self.train else 0,
+            optimizer=2 * width * weights if self.train else 0,
+            runtime=self.device.runtime,
+        )
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a device has that much."""
+        return self.usage(sizes).total <= self.device.memory
+
+    def longest(self, sizes: Mapping[str, int]) -> int:
+        """The largest `context_length` that fits; 0 if none does."""
+        low, high = 0, LONGEST
+        while low < high:  # more tokens never take less
+            middle = (low + high + 1) // 2
+            fits = replace(self, context_length=middle).fits(sizes)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+
+# --- bytes of one device -----------------------------------------------------------------------
+
+
+def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Keys and values, in the buckets of `dca_jax.buckets`, as `KVCache.create` lays them out."""
+    config = job.config
+    heads = max(config.num_key_value_heads, sizes["tensor"])
+    capacity = capacity_bucket(job.context_length, sizes["context"])
+    batch = _rows(job, sizes) * sizes["data"] * sizes["fsdp"]
+    shape = (config.num_hidden_layers, batch, capacity, heads * config.head_dim)
+    return 2 * job.width * _share(partition("LBSK", shape, sizes), shape, sizes)
+
+
+def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Activations of reading a prompt (a piece, or a share of it all), or of drawing a token."""
+    rows, context = _rows(job, sizes), sizes["context"]
+    if context > 1:
+        tokens = rows * capacity_bucket(job.context_length, context) // context
+    else:
+        batch = rows * sizes["data"] * sizes["fsdp"]
+        tokens = rows * min(piece_length(batch), padded_length(job.context_length))
+    layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
+    logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
+    return max(layer, logits)
+
+
+def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Activations of a step: what each layer is recomputed from, one layer's backward, the loss."""
+    config, rows, context = job.config, _rows(job, sizes), sizes["context"]
+    length = -(-job.context_length // (2 * context)) * 2
+    hidden = job.width * rows * length * config.hidden_size
+    backward = job.width * rows * length * _backward(config, sizes)
+    logits = 2 * F32 * rows * min(length, LOSS_TOKENS) * config.vocab_size // sizes["tensor"]
+    return config.num_hidden_layers * hidden + max(backward, logits + 2 * hidden)
+
+
+def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Of weights: a layer's, or a table, in the form in which they are multiplied.
+
+    That is not how they are stored if `fsdp` cuts them, or in training, where they are float32.
+    """
+    width = 2 * job.width if job.train else 0  # as they are multiplied, and their gradients
+    if sizes["fsdp"] > 1:
+        width += F32 if job.train else job.width  # no longer cut
+    layer, tables, tiled = 0, [0], 0
+    whole = dict(sizes) | {"fsdp": 1}
+    for row in parameters(job.config):
+        share = _share(*_placed(row, job.config, whole))
+        if row.stacked:
+            layer += share // job.config.num_hidden_layers
+        else:
+            tables.append(share)
+        if job.device.tiles_again and not job.train and ("mlp" in row.path or "o_proj" in row.path):
+            tiled += job.width * share // sizes["fsdp"]
+    return width * max(layer, *tables) + tiled
+
+
+def _mlp(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
+    """Elements a token: the stream, its norm; gate, up and their product."""
+    return 2 * config.hidden_size + 3 * config.intermediate_size // sizes["tensor"]
+
+
+def _attention(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
+    """Elements a token: the stream; queries in three rotations, keys, values, what is read."""
+    query, key = _head_sizes(config, sizes)
+    held = config.hidden_size + 4 * query + 2 * key
+    # In a ring: keys and values twice in transit; sums in float32, and a block's merged with them.
+    return held if sizes["context"] == 1 else held + 4 * key + 3 * query
+
+
+def _backward(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
+    """Elements a token of a layer's backward, in its MLP: what was recomputed, and gradients."""
+    query, key = _head_sizes(config, sizes)
+    # The stream twice, its norms, its gradient; gate, silu, up, their product, and four gradients.
+    stream, wide = 5 * config.hidden_size, 8 * config.intermediate_size // sizes["tensor"]
+    return stream + 2 * query + 2 * key + wide
+
+
+def _head_sizes(config: LlamaConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Elements a token of a device's query heads, and of its kv heads."""
+    tensor, found = sizes["tensor"], axis_sizes(config)
+    return found["N"] * found["H"] // tensor, max(found["K"], tensor) * found["H"] // tensor
+
+
+def _rows(job: Job, sizes: Mapping[str, int]) -> int:
+    """Texts of the batch that a device has; those that fill it up are like the others."""
+    return -(-job.batch // (sizes["data"] * sizes["fsdp"]))
+
+
+def _placed(
+    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
+) -> tuple[PartitionSpec, tuple[int, ...], Mapping[str, int]]:
+    return parameter_partition(row, config, sizes), row.shape(config), sizes
+
+
+def _share(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> int:
+    """Elements of an array that one device holds."""
+    entries = (axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None)
+    return math.prod(shape) // math.prod(sizes[axis] for axes in entries for axis in axes)

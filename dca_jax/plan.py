@@ -1,0 +1,243 @@
+"""`dca-jax plan`: whether a model fits a mesh, how long its texts may be, and which mesh is best.
+
+What takes memory is worked out in `dca_jax.memory`, from shapes alone.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from rich.filesize import decimal
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
+from dca_jax.parameters import axis_sizes
+from dca_jax.sharding import AXES, check_mesh, describe
+
+MOST_DEVICES = 1024  # of a mesh that is recommended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` finds out.
+
+    Attributes:
+        sizes: of the mesh, by axis.
+        fits: into the device's memory. longest: tokens of each text that do; 0 if none.
+        recommended: a mesh for as many devices, and `why`; None if none is enough.
+        fewest: the same for the fewest devices (a power of two); None beyond `MOST_DEVICES`.
+    """
+
+    model: str
+    device: DeviceKind
+    sizes: dict[str, int]
+    batch: int
+    context_length: int
+    train: bool
+    usage: Usage
+    fits: bool
+    longest: int
+    recommended: dict[str, int] | None
+    why: str
+    fewest: dict[str, int] | None
+
+    @property
+    def fraction(self) -> float | None:
+        """What `XLA_CLIENT_MEM_FRACTION` must be, if JAX's default is too little for what fits."""
+        device, total = self.device, self.usage.total
+        if not self.fits or total <= device.share * device.memory:
+            return None
+        return math.ceil(100 * GPU_SHARE * total / device.memory) / 100
+
+    def facts(self) -> dict[str, str]:
+        """For people: what there is to say, by name, in order."""
+        device, usage, count = self.device, self.usage, math.prod(self.sizes.values())
+        told = "" if self.fraction is None else f", with XLA_CLIENT_MEM_FRACTION={self.fraction}"
+        verdict = f"yes{told}" if self.fits else "no"
+        if self.recommended is None:
+            advice = f"none: {self.why}"
+        else:
+            advice = f"{written(self.recommended)}: {self.why}"
+        if self.fewest is not None and math.prod(self.fewest.values()) < count:
+            advice += f"; {written(self.fewest)} would do"
+        elif self.recommended is None and self.fewest is not None:
+            advice += f"; {written(self.fewest)} is"
+        parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
+        return {
+            "devices": f"{count} x {device.name}, {describe(self.sizes)}",
+            "texts": f"{self.batch} of {self.context_length:,} tokens, "
+            + ("to train on" if self.train else "those to be drawn included"),
+            **parts,
+            "a device's total": f"{decimal(usage.total)} of {decimal(device.memory)}",
+            "fits": verdict,
+            "longest that fits": f"{self.longest:,} tokens" if self.longest else "none",
+            "recommended mesh": advice,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts: bytes, tokens, and meshes as `--mesh` takes them."""
+        meshes = {"recommended": self.recommended, "fewest": self.fewest}
+        return {
+            "model": self.model,
+            "device": self.device.name,
+            "mesh": written(self.sizes),
+            "devices": math.prod(self.sizes.values()),
+            "batch": self.batch,
+            "context_length": self.context_length,
+            "train": self.train,
+            "bytes": asdict(self.usage) | {"total": self.usage.total},
+            "memory": self.device.memory,
+            "fits": self.fits,
+            "mem_fraction": self.fraction,
+            "longest_context": self.longest,
+            **{name: sizes and written(sizes) for name, sizes in meshes.items()},
+            "why": self.why,
+        }
+
+
+def plan(
+    model: str,
+    config: LlamaConfig,
+    *,
+    device: str,
+    mesh: Mapping[str, int] | None,
+    context_length: int,
+    batch: int = 1,
+    train: bool = False,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> Plan:
+    """Works out a plan.
+
+    Args:
+        model: its name, for the plan only.
+        device: one of `DEVICES`.
+        mesh: sizes by axis (`dca_jax.sharding.parse_mesh`); None: the fewest devices that do.
+        context_length: tokens of each text, those to be drawn included. batch: texts at once.
+        train: training instead of generation.
+        dtype: of activations, cache and (but in training) weights.
+
+    Raises:
+        InputError: an unknown device, a mesh that does not divide the model or the batch, or no
+            mesh given and none that is enough.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
+    if context_length < 1 or batch < 1:
+        raise InputError(
+            f"the context length and the batch must be at least 1, got {context_length} and {batch}"
+        )
+    job = Job(
+        config=config,
+        device=DEVICES[device],
+        context_length=context_length,
+        batch=batch,
+        train=train,
+        dtype=jnp.dtype(dtype),
+    )
+    fewest = _fewest(job)
+    if mesh is None and fewest is None:
+        raise InputError(
+            f"{model} with {batch} x {context_length} tokens fits no mesh of up to {MOST_DEVICES} "
+            f"devices of kind {device}; give a shorter context or a smaller batch, or a --mesh to "
+            "see what it takes"
+        )
+    sizes = dict.fromkeys(AXES, 1) | dict(mesh or fewest or {})
+    check_mesh(config, sizes)
+    rows = sizes["data"] * sizes["fsdp"]
+    if train and batch % rows:
+        raise InputError(
+            f"data times fsdp is {rows} devices, which do not divide the batch of {batch} texts; "
+            "give a batch that is a multiple, or cut the texts by context instead"
+        )
+    recommended = recommend(job, math.prod(sizes.values()))
+    return Plan(
+        model=model,
+        device=job.device,
+        sizes=sizes,
+        batch=batch,
+        context_length=context_length,
+        train=train,
+        usage=job.usage(sizes),
+        fits=job.fits(sizes),
+        longest=job.longest(sizes),
+        recommended=recommended,
+        why=_why(job, recommended),
+        fewest=fewest,
+    )
+
+
+def written(sizes: Mapping[str, int]) -> str:
+    """The mesh as `--mesh` takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
+
+
+# --- which mesh --------------------------------------------------------------------------------
+
+
+def recommend(job: Job, count: int) -> dict[str, int] | None:
+    """The best mesh of `count` devices that the job fits into, or None.
+
+    To generate: `tensor`, which cuts the weights, the cache and the work of every token, within an
+    island and up to one kv head a device; then `data` as far as it divides the batch; then
+    `context`. More than one device for a kv head only where nothing else fits; `fsdp` never, for
+    every token would gather the weights.
+
+    To train: `fsdp` as far as it divides the batch, for it cuts the optimizer too and moves least;
+    then `tensor`, then `context`.
+    """
+    kv_heads, island = job.config.num_key_value_heads, job.device.island
+
+    def order(sizes: dict[str, int]) -> tuple[Any, ...]:
+        data, fsdp, _, tensor = sizes.values()
+        within = tensor <= min(kv_heads, island)
+        narrow = (not within, -tensor if within else tensor)
+        return (-fsdp, *narrow, -data) if job.train else (*narrow, -data)
+
+    fitting = (sizes for sizes in _meshes(job, count) if job.fits(sizes))
+    return min(fitting, key=order, default=None)
+
+
+def _meshes(job: Job, count: int) -> Iterator[dict[str, int]]:
+    """Every mesh of so many devices that divides the model and the batch."""
+    found = axis_sizes(job.config)
+    for tensor in _divisors(count):
+        if any(found[letter] % tensor for letter in "NFV"):
+            continue
+        if found["K"] % tensor and tensor % found["K"]:
+            continue
+        for rows in _divisors(math.gcd(count // tensor, job.batch)):
+            context = count // tensor // rows
+            for fsdp in _divisors(rows) if job.train else [1]:
+                if found["D"] % fsdp == 0:
+                    sizes = (rows // fsdp, fsdp, context, tensor)
+                    yield dict(zip(AXES, sizes, strict=True))
+
+
+def _fewest(job: Job) -> dict[str, int] | None:
+    """The recommended mesh of the smallest power of two of devices that is enough."""
+    counts = (2**n for n in range(MOST_DEVICES.bit_length()))
+    return next(filter(None, (recommend(job, count) for count in counts)), None)
+
+
+def _why(job: Job, sizes: dict[str, int] | None) -> str:
+    """The reason for a recommended mesh, in one line."""
+    if sizes is None:
+        return "no mesh of so many devices is enough"
+    reasons = {
+        "data": "texts of the batch, which need nothing of each other",
+        "fsdp": "cuts weights, gradients and optimizer, and texts of the batch",
+        "context": "cuts the texts, for the devices beyond that",
+        "tensor": "cuts weights, heads and cache where the links are fast",
+    }
+    if sizes["tensor"] > job.config.num_key_value_heads:
+        reasons["tensor"] = "cuts the weights, which would not fit with one device for a kv head"
+    parts = [f"{axis}={size} {reasons[axis]}" for axis, size in sizes.items() if size > 1]
+    return "; ".join(reversed(parts)) or f"{describe(sizes)} is enough, and nothing has to move"
+
+
+def _divisors(n: int) -> list[int]:
+    return [size for size in range(1, n + 1) if n % size == 0]

@@ -1,0 +1,97 @@
+"""Published models by name, for their shapes: to plan with before a checkpoint is at hand."""
+
+from pathlib import Path
+from typing import Any
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.huggingface import read_config
+from dca_jax.loading import find_folder
+from dca_jax.rope import RopeConfig
+
+
+def find_shape(model: str) -> LlamaConfig:
+    """The shape of a checkpoint (a folder, or a name on the Hugging Face Hub), or one of `SHAPES`.
+
+    Of a checkpoint only the configuration is read.
+
+    Raises:
+        InputError: neither is there.
+    """
+    if not Path(model).exists() and "/" not in model:
+        if model.lower() in SHAPES:
+            return SHAPES[model.lower()]
+        raise InputError(
+            f"{model} is no folder, no name on the Hugging Face Hub ('owner/name'), and none of "
+            + ", ".join(SHAPES)
+        )
+    return read_config(find_folder(model, weights=False))
+
+
+def _llama_2(**sizes: Any) -> LlamaConfig:
+    common = {"vocab_size": 32_000, "head_dim": 128, "max_position_embeddings": 4096}
+    return LlamaConfig(**common, rms_norm_eps=1e-5, **sizes)
+
+
+def _llama_3(**sizes: Any) -> LlamaConfig:
+    common = {"vocab_size": 128_256, "head_dim": 128, "max_position_embeddings": 8192}
+    rope = RopeConfig(theta=500_000.0)
+    return LlamaConfig(**common, num_key_value_heads=8, rms_norm_eps=1e-5, rope=rope, **sizes)
+
+
+def _qwen_2_5(**sizes: Any) -> LlamaConfig:
+    common = {"vocab_size": 152_064, "head_dim": 128, "max_position_embeddings": 32_768}
+    rope = RopeConfig(theta=1_000_000.0)
+    return LlamaConfig(**common, model_type="qwen2", qkv_bias=True, rope=rope, **sizes)
+
+
+# As their `config.json` on the Hugging Face Hub says.
+SHAPES: dict[str, LlamaConfig] = {
+    "llama-2-7b": _llama_2(
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    "llama-2-13b": _llama_2(
+        hidden_size=5120,
+        intermediate_size=13_824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "llama-2-70b": _llama_2(
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+    "llama-3-8b": _llama_3(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    "llama-3-70b": _llama_3(
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+    ),
+    "qwen2.5-7b": _qwen_2_5(
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "qwen2.5-14b": _qwen_2_5(
+        hidden_size=5120,
+        intermediate_size=13_824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+    ),
+}

@@ -1,0 +1,112 @@
+"""Whole models without weights: what `dca_jax.generate` compiles, lowered from shapes alone."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dca_jax import generate
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.parameters import parameters
+from dca_jax.sampling import Sampler
+from dca_jax.sharding import parameter_shardings, partition
+
+
+def lower(
+    step: str,
+    config: LlamaConfig,
+    mesh: Mesh,
+    *,
+    capacity: int,
+    tokens: int = 1,
+    batch: int = 1,
+    dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Any:
+    """`read` (a piece of so many tokens), `read_whole` or `decode`, for the devices of a mesh."""
+
+    def whole(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    model = abstract_model(config, mesh, dtype, implementation)
+    cache = abstract_cache(config, mesh, batch, capacity, dtype)
+    # The mesh names its kind of device: what the attention looks at to choose its kernel.
+    with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if step == "read":
+            arguments: tuple[Any, ...] = (
+                *(model, cache, whole(batch, config.hidden_size, dtype=dtype)),
+                *(whole(batch, tokens), whole(batch), whole(batch)),
+            )
+            return jax.jit(generate.read, donate_argnames="cache").lower(*arguments)
+        if step == "read_whole":
+            jitted = jax.jit(generate.read_whole, donate_argnames="cache", keep_unused=True)
+            return jitted.lower(model, cache, whole(batch, capacity), whole(batch))
+        assert step == "decode"
+        jitted = jax.jit(generate.decode, donate_argnames="state")
+        return jitted.lower(model, abstract_state(cache, mesh), Sampler(), whole(8), whole())
+
+
+def abstract_model(
+    config: LlamaConfig, mesh: Mesh, dtype: Any, implementation: str | None
+) -> Llama:
+    place = parameter_shardings(config, mesh)
+    leaves = {
+        tuple(row.path.split(".")): row.abstract(config, dtype, place) for row in parameters(config)
+    }
+    dca = DCAConfig.paper(config.max_position_embeddings)
+    options: dict[str, Any] = {"dca": dca, "dtype": dtype, "implementation": implementation}
+    return Llama.from_params(config, unflatten_dict(leaves), **options)
+
+
+def abstract_cache(
+    config: LlamaConfig, mesh: Mesh, batch: int, capacity: int, dtype: Any
+) -> KVCache:
+    """What `KVCache.create` makes."""
+    options: dict[str, Any] = {"batch": batch, "capacity": capacity, "dtype": dtype, "mesh": mesh}
+    return placed(mesh, lambda: KVCache.create(config, **options))
+
+
+def abstract_state(cache: KVCache, mesh: Mesh) -> generate.State:
+    """A batch that has drawn its first tokens."""
+    batch = cache.lengths.shape
+
+    def make(cache: KVCache) -> generate.State:
+        return generate.State(
+            cache=cache,
+            token=jnp.zeros(batch, jnp.int32),
+            finished=jnp.zeros(batch, bool),
+            key=jax.random.split(jax.random.key(0), batch),
+            seen=None,
+        )
+
+    return placed(mesh, make, cache)
+
+
+def placed(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make` would return, without making it: a cache is cut, all else is everywhere."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if x.ndim != 4 else partition("LBSK", x.shape, mesh.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with unchecked():
+        return jax.tree.map(place, jax.eval_shape(make, *arguments))
+
+
+@contextlib.contextmanager
+def unchecked() -> Generator[None]:
+    """Without checks of annotations: a cache is annotated with arrays, and shapes are none."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
