@@ -7,17 +7,25 @@ BIN := $(VENV)/bin
 # The versions the checks ran with; without them a new release of a dependency could break `make`.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Where there is no accelerator, libtpu (of the extra `dev`) need not look for one, loudly.
+ifeq ($(wildcard /dev/nvidia* /dev/kfd /dev/accel* /dev/vfio/[0-9]*),)
+export JAX_PLATFORMS ?= cpu
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-tpu-aot lint docs clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, print and plot the result
 	$(BIN)/python examples/demo.py
 
 test: lint docs  ## Everything a change must pass: lint, types, documentation, tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (half an hour)
+	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP
 
 lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
 	$(BIN)/ruff check .

@@ -1,12 +1,11 @@
-"""The Pallas TPU kernels: in TPU interpret mode against the oracle, and compiled for real chips.
+"""The Pallas TPU kernels in TPU interpret mode against the oracle, and the walks they follow.
 
 The blocks are made small here, so that short texts cross many of them. The interpreter looks for
-races and for reads out of bounds, and fills memory nobody has written with NaN. Compiling needs no
-TPU, only libtpu.
+races and for reads out of bounds, and fills memory nobody has written with NaN. `tpu_aot/` compiles
+the same kernels for real chips.
 """
 
-import importlib.util
-import os
+import functools
 from collections.abc import Generator
 from typing import Any
 
@@ -15,62 +14,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, draw
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, mosaic_tpu, op
 from dca_jax.attention.device import Device
-from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.attention.mosaic_tpu import stages, tiles, walk
+from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
-from dca_jax.rope import RopeConfig
 
-ROPE = RopeConfig()
 S = 24  # no multiple of the block
 DCA = DCAConfig(chunk_len=S, max_query_position=36)
-SMALL = mosaic_tpu.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode_keys=64)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SMALL = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, parts=2)
+V5E = Device("tpu", "TPU v5e", None)
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    monkeypatch.setattr(mosaic_tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True))
-    monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda device, head_dim: SMALL)
-    monkeypatch.setattr(mosaic_tpu, "PACKED_ROWS", 16)
-    yield
+    """A v5e whose kernels run in the interpreter, with small blocks."""
+    monkeypatch.setattr(op, "current_device", lambda: V5E)
+    monkeypatch.setattr(mosaic_tpu, "current_device", lambda: V5E)
+    monkeypatch.setattr(tiles, "choose_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(tiles, "DECODE_ROWS", 16)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
     races = interpret_pallas_call.races
     assert races is not None
     assert not races.races_found
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def draw(
-    seed: int, batch: int, num_queries: int, num_keys: int, heads: int, kv_heads: int, dim: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rng = np.random.default_rng(seed)
-    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
-    q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
-    return jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
-
-
-def check_value_and_gradient(
-    inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Ours against the dense oracle's, on one random cotangent; returns our four arrays."""
-    weight = jnp.asarray(np.random.default_rng(9).normal(size=inputs[0].shape), jnp.float32)
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        out = dual_chunk_attention(q, k, v, rope=ROPE, implementation=name, **options)
-        return jnp.sum(out * weight), out
-
-    grad = jax.jit(
-        jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3, compiler_options=QUICK
-    )
-    (_, out), bars = grad(*inputs, "mosaic_tpu")
-    (_, expected), expected_bars = grad(*inputs, "reference")
-    for ours, theirs in zip((out, *bars), (expected, *expected_bars), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
-    assert np.abs(expected_bars[2]).max() > 1e-3
-    return out, *bars
+def check(inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any) -> list[jax.Array]:
+    return check_value_and_gradient("mosaic_tpu", inputs, atol=2e-5, **options)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -79,15 +54,15 @@ def test_edges_as_the_rows_of_a_batch() -> None:
     edges = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 2 * S + 7]
     inputs = draw(0, len(edges), edges[-1], edges[-1], 1, 1, 64)
     lengths = jnp.asarray(edges, jnp.int32)
-    out, *_ = check_value_and_gradient(inputs, dca=DCA, lengths=lengths)
+    out, *_ = check(inputs, dca=DCA, lengths=lengths)
     for row, length in enumerate(edges):
         assert not np.asarray(out[row, length:]).any()
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("length", [1, S + 1])
+@pytest.mark.parametrize("length", [1, 17])
 def test_edges_as_shapes(length: int) -> None:
-    check_value_and_gradient(draw(length, 1, length, length, 2, 2, 128), dca=DCA)
+    check(draw(length, 1, length, length, 2, 2, 128), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -98,18 +73,20 @@ def test_edges_as_shapes(length: int) -> None:
 )
 def test_chunk_lengths(chunk_len: int, largest: int) -> None:
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
-    check_value_and_gradient(draw(1, 1, 70, 70, 1, 1, 128), dca=dca)
+    check(draw(1, 1, 70, 70, 1, 1, 128), dca=dca)
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (8, 1, 128), (2, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 64), (6, 3, 64), (8, 1, 128), (2, 1, 256)]
+)
 def test_heads(heads: int, kv_heads: int, dim: int) -> None:
-    check_value_and_gradient(draw(2, 1, S + 3, S + 3, heads, kv_heads, dim), dca=DCA)
+    check(draw(2, 1, S + 3, S + 3, heads, kv_heads, dim), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_plain_causal_attention() -> None:
-    check_value_and_gradient(draw(3, 1, 20, 20, 1, 1, 128), dca=None)
+    check(draw(3, 1, 20, 20, 1, 1, 128), dca=None)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -121,22 +98,43 @@ def test_offset_lengths_and_temperature() -> None:
         "lengths": jnp.asarray([33, 81], jnp.int32),
         "context_lengths": jnp.asarray([120, 81], jnp.int32),
     }
-    check_value_and_gradient(draw(4, 2, 35, 90, 1, 1, 128), dca=dca, **options)
+    check(draw(4, 2, 35, 90, 1, 1, 128), dca=dca, **options)
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 128), (8, 2, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 128), (8, 2, 64), (3, 3, 64)])
 def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim: int) -> None:
     """Rows at different lengths; keys beyond a row's length do not matter."""
-    offset = jnp.asarray([0, S, 3 * S + 5], jnp.int32)
+    offset = jnp.asarray([0, S - 1, 3 * S + 5], jnp.int32)
     q, k, v = draw(5, 3, 2, 90, heads, kv_heads, dim)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
     beyond = jnp.arange(90)[None, :, None, None] >= (offset + 2)[:, None, None, None]
     caches = [jnp.stack([x + 1, jnp.where(beyond, 1e4, x), x - 1]) for x in (k, v)]
     layer = jnp.int32(1)
-    out = op.attend(q, *caches, dca=DCA, rows=rows, layer=layer, implementation="mosaic_tpu")
+    options: dict[str, Any] = {"dca": DCA, "rows": rows, "layer": layer}
+    read = functools.partial(op.attend, implementation="mosaic_tpu", **options)
+    out = jax.jit(read, compiler_options=QUICK)(q, *caches)
     expected = op.attend(q, k, v, dca=DCA, rows=rows, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("num_queries", [49, 2], ids=["prefill", "decode"])
+def test_slices_of_the_keys_sum_up_to_the_whole(num_queries: int) -> None:
+    """Two rows at different places; the last slice lies beyond every query of the first row."""
+    q, k, v = draw(7, 2, num_queries, 55, 1, 1, 128)
+    out_bar = draw(8, 2, num_queries, 1, 1, 1, 128)[0]
+    offset = jnp.asarray([0, 55 - num_queries], jnp.int32)
+    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
+    sliced = functools.partial(attend_by_slices, mosaic_tpu, cuts=[19, 51], dca=DCA, rows=rows)
+    ours = jax.jit(sliced, compiler_options=QUICK)(q, k, v, out_bar)
+
+    def whole(*inputs: jax.Array) -> jax.Array:
+        return op.attend(*inputs, dca=DCA, rows=rows, implementation="reference")
+
+    out, pull_back = jax.vjp(whole, q, k, v)
+    for mine, expected in zip(ours, [out, *pull_back(out_bar)], strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -178,147 +176,216 @@ def test_twice_the_same_bits() -> None:
         np.testing.assert_array_equal(one, two)
 
 
-# --- the tables --------------------------------------------------------------------------------
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_beside_the_float32_oracle() -> None:
+    inputs = draw(3, 1, 60, 60, 2, 1, 128)
+    narrow = [x.astype(jnp.bfloat16) for x in inputs]
+    options: dict[str, Any] = {"dca": DCA, "rope": ROPE}
+    attention = functools.partial(dual_chunk_attention, implementation="mosaic_tpu", **options)
+    out = jax.jit(attention, compiler_options=QUICK)(*narrow)
+    wide = (x.astype(jnp.float32) for x in narrow)
+    expected = dual_chunk_attention(*wide, implementation="reference", **options)
+    assert out.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    assert error < 5e-3
 
 
-def test_tables_name_every_block_that_is_met_and_no_more_steps_than_the_grid_has() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        s, block_q, block_k = (int(x) for x in rng.integers(1, 40, 3))
-        num_queries, num_keys = (int(x) for x in rng.integers(1, 150, 2))
-        offset = int(rng.integers(0, max(num_keys - num_queries, 0) + 1))
-        lengths = int(min(offset + num_queries, num_keys) - rng.integers(0, 3))
-        rows = op.Rows(
-            jnp.zeros((1, 1)),
-            jnp.ones(1),
-            jnp.asarray([offset], jnp.int32),
-            jnp.asarray([max(lengths, 0)], jnp.int32),
-        )
-        dca, blocks = DCAConfig(chunk_len=s, max_query_position=s), (block_q, block_k)
-        shape = (num_queries, num_keys)
-        span = np.asarray(mosaic_tpu._spans(*shape, rows, dca, PHASES))[:, 0]
-        j = np.arange(num_keys)[:, None]
-        met = (span[:, :1] <= j[None]) & (j[None] < span[:, 1:])  # [P, S, T]
-        key_table = mosaic_tpu._key_table(*shape, rows, dca, PHASES, blocks)
-        _check_table(
-            np.asarray(key_table),
-            met.transpose(0, 2, 1),
-            blocks,
-            mosaic_tpu._most_steps(dca, PHASES, block_q, num_keys, block_k, s % block_k == 0),
-        )
-        _check_table(
-            np.asarray(mosaic_tpu._query_table(*shape, rows, dca, PHASES, blocks)),
-            met,
-            (block_k, block_q),
-            mosaic_tpu._most_steps(dca, PHASES, block_k, num_queries, block_q, False),
-        )
+# --- the walks ---------------------------------------------------------------------------------
 
 
-def _check_table(table: np.ndarray, met: np.ndarray, blocks: tuple[int, int], steps: int) -> None:
-    """`met` [P, resting, moving]; a tile may lack its last rows, and these ask for no mask."""
-    resting, moving = blocks
-    for tile in range(-(-met.shape[1] // resting)):
-        entries = table.reshape(-1, len(PHASES), mosaic_tpu.ENTRY)[tile]
-        rows = met[:, tile * resting : (tile + 1) * resting]
-        begin = 0
-        for phase, (end, shift, full_lo, full_hi) in enumerate(entries):
-            visited = range(begin + shift, end + shift)
-            for block in range(-(-met.shape[2] // moving)):
-                cut = rows[phase, :, block * moving : (block + 1) * moving]
-                assert block in visited or not cut.any()
-                if block in visited and full_lo <= block < full_hi:
-                    assert cut.all()
-                    assert cut.shape[1] == moving
-            begin = end
-        assert begin <= steps
+def rows_at(offset: list[int], lengths: list[int], key_offset: list[int]) -> op.Rows:
+    numbers = (jnp.asarray(x, jnp.int32) for x in (offset, lengths, key_offset))
+    return op.Rows(jnp.zeros((1, 1)), jnp.ones(len(offset)), *numbers)
+
+
+def true_phases(shape: tuple[int, int], rows: op.Rows, row: int, s: int) -> np.ndarray:
+    """[T, S]: how many chunks, at most two, lie between query and key; -1: they do not meet."""
+    offset, length, key_offset = (int(x[row]) for x in rows[2:])
+    i = offset + np.arange(shape[0])[:, None]
+    j = key_offset + np.arange(shape[1])[None, :]
+    return np.where((j <= i) & (i < length), np.minimum(i // s - j // s, 2), -1)
+
+
+def walked_phases(
+    walk_: walk.Walk,
+    tables: walk.Tables,
+    shape: tuple[int, int],
+    blocks: tuple[int, int],
+    rows: op.Rows,
+    row: int,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    *,
+    keys_rest: bool,
+) -> np.ndarray:
+    """`true_phases` as a kernel sees them; asserts that no pair is met twice."""
+    offset, length, key_offset = (int(x[row]) for x in rows[2:])
+    found = np.full(shape, -1)
+    begun, ended = set(), set()
+    assert int(tables.steps) <= walk_.length
+    lanes, ats = np.mgrid[: walk_.lanes, : int(tables.steps)].astype(np.int32).reshape(2, -1)
+    read = walk_.read(tables.words, jnp.int32(row), jnp.asarray(lanes), jnp.asarray(ats))
+    steps = [np.broadcast_to(x, lanes.shape).tolist() for x in read]
+    for lane, rests, moves, _, number, word in zip(lanes.tolist(), *steps, strict=True):
+        if word & walk.BEGINS:
+            begun.add((rests, lane))
+        if word & walk.LIVE:
+            assert (rests, lane) in begun - ended
+            tile, block = (moves, rests) if keys_rest else (rests, moves)
+            low, high, near = (int(x) for x in tables.stages[number : number + 3])
+            t = np.arange(tile * blocks[0], min((tile + 1) * blocks[0], shape[0]))
+            j = np.arange(block * blocks[1], min((block + 1) * blocks[1], shape[1]))
+            assert t.size
+            assert j.size
+            i = offset + t[:, None]
+            behind = (i >= near).astype(int) + (i >= near + dca.chunk_len)
+            met = (low <= j) & (j < high) & (j < i + 1 - key_offset) & (i < length)
+            met &= np.isin(behind, [stages.BEHIND[phase] for phase in phases])
+            if word & walk.FULL:
+                assert met.all()
+                assert t.size == blocks[0]
+            here = found[np.ix_(t, j)]
+            assert (here[met] == -1).all()
+            found[np.ix_(t, j)] = np.where(met, behind, here)
+        if word & walk.ENDS:
+            ended.add((rests, lane))
+    assert begun == ended
+    assert {tile for tile, _ in begun} == set(range(walk_.tiles))
+    return found
+
+
+def walked(
+    shape: tuple[int, int],
+    rows: op.Rows,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    blocks: tuple[int, int],
+    *,
+    keys_rest: bool = False,
+    parts: int | None = None,
+) -> tuple[walk.Walk, walk.Tables]:
+    """Worked out in one program: one operation after another would be compiled for each shape."""
+    make = stages.stages_of_keys if keys_rest else stages.stages_of_queries
+    found: list[walk.Walk] = []
+
+    def tables(rows: op.Rows) -> walk.Tables:
+        made = make(*shape, rows, dca, phases, blocks)
+        walk_, tables = walk.pair_up(*made) if parts is None else walk.split(*made, parts)
+        found.append(walk_)
+        return tables
+
+    words, numbers, steps = jax.jit(tables, compiler_options=QUICK)(rows)
+    return found[0], walk.Tables(np.asarray(words), np.asarray(numbers), steps)
+
+
+@pytest.mark.parametrize(
+    ("s", "shape", "blocks"),
+    [
+        (24, (70, 90), (16, 16)),
+        (7, (61, 61), (16, 24)),  # many chunks a block
+        (32, (90, 64), (12, 16)),  # blocks of keys divide the chunk
+        (1, (9, 12), (4, 5)),
+        (40, (5, 150), (8, 16)),  # one tile, and part of it
+    ],
+)
+def test_every_pair_is_met_once_in_its_phase(
+    s: int, shape: tuple[int, int], blocks: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(s)
+    offset = [0, 0, 0, *rng.integers(0, 100, 4).tolist(), 3 * s]
+    key_offset = [0, s, 200, *rng.integers(0, 90, 4).tolist(), 0]
+    lengths = [max(x + shape[0] - int(rng.integers(0, 9)), 0) for x in offset]
+    rows = rows_at(offset, lengths, key_offset)
+    dca = DCAConfig(chunk_len=s, max_query_position=s)
+    each = (PHASES, PHASES[1:], ("inter",), ("succ",), ("intra",)) if s == 24 else (PHASES,)
+    for phases in each:
+        codes = [stages.BEHIND[phase] for phase in phases]
+        ways: list[tuple[tuple[int, int], dict[str, Any]]] = [
+            (blocks, {}),
+            (blocks, {"keys_rest": True}),
+            ((shape[0], blocks[1]), {"parts": 2}),
+        ]
+        for size, way in ways:
+            walk_, tables = walked(shape, rows, dca, phases, size, **way)
+            for row in range(len(offset)):
+                expected = true_phases(shape, rows, row, s)
+                keys_rest = way.get("keys_rest", False)
+                arguments = (shape, size, rows, row, dca, phases)
+                found = walked_phases(walk_, tables, *arguments, keys_rest=keys_rest)
+                np.testing.assert_array_equal(
+                    found, np.where(np.isin(expected, codes), expected, -1)
+                )
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunk_len"),
+    [("TPU v5e", s) for s in (2048, 2560, 2816, 3072, 4096, 20240)]
+    + [("TPU v4", 2816), ("TPU v4", 20240)],
+)
+def test_blocks_met_at_128k_are_those_of_causal_attention(kind: str, chunk_len: int) -> None:
+    """By the grids' own words: products of all blocks met, over those of the causal triangle."""
+    length = 131072
+    rows = rows_at([0], [length], [0])
+    dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len)
+    heads = mosaic_tpu.Heads(query=32, kv=8, head_dim=128)
+    chosen = tiles.choose_tiles(Device("tpu", kind, None), heads, dca, 2)
+    for blocks, keys_rest in ((chosen.forward, False), (chosen.dq, False), (chosen.dkv, True)):
+        _, tables = walked((length, length), rows, dca, PHASES, blocks, keys_rest=keys_rest)
+        met = np.count_nonzero(tables.words & walk.LIVE)
+        ratio = met * blocks[0] * blocks[1] / (length * (length + 1) / 2)
+        assert 1 <= ratio < 1.02
+
+
+def test_lanes_of_causal_attention_have_equal_length() -> None:
+    """So that cores that share the lanes have the same to do, and no step is idle."""
+    length, dca = 32768, DCAConfig(chunk_len=3072, max_query_position=4095)
+    rows = rows_at([0], [length], [0])
+    walk_, tables = walked((length, length), rows, dca, PHASES, (1024, 1024))
+    words = tables.words.reshape(walk_.lanes, walk_.length)
+    assert set(np.count_nonzero(words & walk.LIVE, axis=1)) == {33}
+    assert int(tables.steps) == 33
+
+
+def test_blocks_of_keys_divide_the_chunk() -> None:
+    assert [tiles.follow(s, 1024) for s in (2048, 2560, 2816, 3072, 4096, 20240)] == [
+        1024,
+        1280,
+        1408,
+        1024,
+        1024,
+        880,
+    ]
+    assert tiles.follow(20011, 512) == 512  # a prime
+    assert tiles.follow(3, 512) == 128
 
 
 # --- what runs where ---------------------------------------------------------------------------
 
 
 def test_says_why_it_cannot_run() -> None:
-    tpu, cpu = Device("tpu", "TPU v5e", None), Device("cpu", "cpu", None)
     dca = DCAConfig(chunk_len=2048, max_query_position=3000)
 
-    def reason(device: Device, dim: int = 128, kv_heads: int = 8, dtype: Any = jnp.bfloat16) -> Any:
-        query = jax.ShapeDtypeStruct((1, 4096, 4 * kv_heads, dim), dtype)
-        key = jax.ShapeDtypeStruct((1, 1, 4096, kv_heads, dim), dtype)
+    def reason(
+        device: Device = V5E,
+        dim: int = 128,
+        kv_heads: int = 8,
+        dtype: Any = jnp.bfloat16,
+        length: int = 4096,
+    ) -> Any:
+        query = jax.ShapeDtypeStruct((1, length, 4 * kv_heads, dim), dtype)
+        key = jax.ShapeDtypeStruct((1, 1, length, kv_heads, dim), dtype)
         return mosaic_tpu.unsupported(device, query, key, dca)
 
-    assert reason(tpu) is None
-    assert reason(tpu, dim=64) is None
-    assert reason(tpu, dim=256, dtype=jnp.float32) is None
-    assert "needs a TPU" in reason(cpu)
-    assert "head_dim" in reason(tpu, dim=80)
-    assert "even or one" in reason(tpu, dim=64, kv_heads=3)
-    assert "float16" in reason(tpu, dtype=jnp.float16)
-    for kind in mosaic_tpu.VMEM_MIB:
+    assert reason() is None
+    assert reason(dim=64, kv_heads=3) is None
+    assert "needs a TPU" in reason(Device("cpu", "cpu", None))
+    assert "head_dim" in reason(dim=80)
+    assert "float16" in reason(dtype=jnp.float16)
+    assert "smaller pieces" in reason(length=2**21)
+    for kind in tiles.CHIPS:
         for dim in (64, 128, 256):
-            assert reason(Device("tpu", kind, None), dim=dim) is None
-
-
-def test_named_on_another_machine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="needs a TPU"):
-        dual_chunk_attention(
-            *draw(0, 1, 8, 8, 1, 1, 128), dca=DCA, rope=ROPE, implementation="mosaic_tpu"
-        )
-
-
-# --- compiled by Mosaic for chips that are not here --------------------------------------------
-
-
-def compile_for(topology: str, part: str, length: int, heads: int, kv_heads: int, dim: int) -> Any:
-    """forward, backward or decode, in bfloat16, for one chip of a topology."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu otherwise asks a cloud where it runs
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # no chip is taken: several may compile
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(chip)
-    dca = DCAConfig(chunk_len=3072, max_query_position=4095)
-
-    def like(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    num_queries = 1 if part == "decode" else length
-    query = like(1, num_queries, heads, dim)
-    key = like(2, 1, length, kv_heads, dim)
-    layer, offset = like(dtype=jnp.int32), like(1, dtype=jnp.int32)
-
-    def run(query: Any, key: Any, value: Any, layer: Any, offset: Any, *saved: Any) -> Any:
-        rows = op.make_rows(query.shape, dca=dca, rope=ROPE, query_offset=offset)
-        options: dict[str, Any] = {"dca": dca, "phases": PHASES}
-        if part == "backward":
-            return mosaic_tpu.backward(query, key, value, layer, rows, *saved, **options)
-        return mosaic_tpu.forward(query, key, value, layer, rows, **options)
-
-    stat = like(1, heads, num_queries, dtype=jnp.float32)
-    saved = (query, stat, stat) if part == "backward" else ()
-    tiles = mosaic_tpu.choose_tiles(Device("tpu", chip.device_kind, None), dim)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_tpu, "choose_tiles", lambda device, head_dim: tiles)
-        return jax.jit(run).lower(query, key, key, layer, offset, *saved).compile()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
-def test_compiles_for_a_real_chip(part: str) -> None:
-    """At 32k tokens; the kernels' own VMEM limit is `vmem_bytes`, so compiling proves it enough."""
-    text = compile_for("v5e:2x2", part, 32768, 32, 8, 128).as_text()
-    assert text.count("tpu_custom_call") >= (2 if part == "backward" else 1)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_bfloat16_beside_the_float32_oracle() -> None:
-    inputs = draw(3, 1, 60, 60, 2, 1, 128)
-    narrow = [x.astype(jnp.bfloat16) for x in inputs]
-    options: dict[str, Any] = {"dca": DCA, "rope": ROPE}
-    out = dual_chunk_attention(*narrow, implementation="mosaic_tpu", **options)
-    wide = (x.astype(jnp.float32) for x in narrow)
-    expected = dual_chunk_attention(*wide, implementation="reference", **options)
-    assert out.dtype == jnp.bfloat16
-    error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-    assert error < 5e-3
+            for dtype in (jnp.bfloat16, jnp.float32):
+                assert reason(Device("tpu", kind, None), dim=dim, dtype=dtype) is None
 
 
 def test_it_says_that_it_needs_a_tpu() -> None:

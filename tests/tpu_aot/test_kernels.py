@@ -1,0 +1,181 @@
+"""The attention kernels compiled by Mosaic for real TPUs, at real sizes, without a TPU.
+
+The compiler refuses a kernel that does not fit the chip. What it says of memory is printed and held
+against ours: no copies of queries, keys or values beside the kernel, a compact log-sum-exp, and the
+VMEM that `tiles` expects.
+"""
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.mesh import AbstractDevice
+from jax.experimental import topologies
+from kernels import ROPE
+
+from dca_jax.attention import mosaic_tpu, op
+from dca_jax.attention.device import Device
+from dca_jax.attention.mosaic_tpu import tiles
+from dca_jax.attention.mosaic_tpu.heads import Heads
+from dca_jax.dca import PHASES, DCAConfig
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+    pytest.mark.timeout(1800),
+]
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "v7x": "tpu7x:2x2x1",
+}
+LLAMA = Heads(query=32, kv=8, head_dim=128)
+NARROW = Heads(query=32, kv=8, head_dim=64)
+WIDE = Heads(query=16, kv=8, head_dim=256)
+ODD = Heads(query=40, kv=5, head_dim=128)
+LONG = 131072
+
+
+def chip(name: str) -> Any:
+    # A v4 chip's two cores are one device, as they are on a v4's own hosts.
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[name], **options
+    )
+    return topology.devices[0]
+
+
+def compile_for(
+    name: str,
+    part: str,
+    length: int,
+    heads: Heads,
+    *,
+    chunk_len: int = 3072,
+    dtype: Any = jnp.bfloat16,
+) -> Any:
+    """forward, backward, or decode (2 new tokens), of one of two layers of a cache."""
+    device = chip(name)
+    dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len + 1023)
+    num_queries = 2 if part == "decode" else length
+    query_shape = (1, num_queries, heads.query, heads.head_dim)
+    cache_shape = (2, 1, length, heads.kv, heads.head_dim)
+
+    def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def flat(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return like(*shape[:-2], shape[-2] * shape[-1])
+
+    def run(query: Any, key: Any, value: Any, layer: Any, offset: Any, *saved: Any) -> Any:
+        # The heads' axis is taken apart as the model does it, from arrays that have it flat.
+        query, key, value = (
+            x.reshape(shape)
+            for x, shape in ((query, query_shape), (key, cache_shape), (value, cache_shape))
+        )
+        rows = op.make_rows(query_shape, dca=dca, rope=ROPE, query_offset=offset)
+        arguments, options = (query, key, value, layer, rows), {"dca": dca, "phases": PHASES}
+        if part == "backward":
+            out_bar = saved[0].reshape(query_shape)
+            bars = mosaic_tpu.backward(*arguments, out_bar, *saved[1:], **options)
+            return [bar.reshape(*bar.shape[:2], -1) for bar in bars]
+        out, lse = mosaic_tpu.forward(*arguments, with_lse=part == "forward", **options)
+        return out.reshape(1, num_queries, -1), lse
+
+    stat = like(1, heads.query, num_queries, dtype=jnp.float32)
+    saved = (flat(query_shape), stat, stat) if part == "backward" else ()
+    number = like(1, dtype=jnp.int32)
+    abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(run).lower(
+            *(flat(query_shape), flat(cache_shape), flat(cache_shape)),
+            *(like(dtype=jnp.int32), number, *saved),
+        )
+    return lowered.compile()
+
+
+def vmem(compiled: Any) -> dict[str, int]:
+    """The VMEM that each kernel uses, in bytes, by the compiler's own figure."""
+    used = {}
+    for line in compiled.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r"%(dca_tpu_[a-z]+)", line)
+            size = re.search(r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', line)
+            assert name, line[:200]
+            assert size, line[:200]
+            used[name[1]] = int(size[1])
+    return used
+
+
+def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> None:
+    compiled = compile_for(name, part, length, heads, **options)
+    dtype = jnp.dtype(options.get("dtype", jnp.bfloat16))
+    chosen = tiles.choose_tiles(
+        Device("tpu", chip(name).device_kind, None),
+        heads,
+        DCAConfig(chunk_len=options.get("chunk_len", 3072), max_query_position=2**20),
+        dtype.itemsize,
+    )
+    expected = {
+        "dca_tpu_forward": tiles.forward_vmem(chosen.forward, heads, dtype.itemsize),
+        "dca_tpu_dq": tiles.dq_vmem(chosen.dq, heads, dtype.itemsize),
+        "dca_tpu_dkv": tiles.dkv_vmem(chosen.dkv, heads, dtype.itemsize),
+        "dca_tpu_decode": tiles.decode_vmem(2 * heads.query, chosen.decode, heads, dtype.itemsize),
+    }
+    used = vmem(compiled)
+    analysis = compiled.memory_analysis()
+    temporary, out = analysis.temp_size_in_bytes, analysis.output_size_in_bytes
+    print(f"{name} {part} of {length} tokens, {heads.query}/{heads.kv} heads of {heads.head_dim}:")
+    print(f"  HBM: {temporary / 1e6:.1f} MB beside arguments and {out / 1e6:.1f} MB of results")
+    for kernel, size in used.items():
+        print(f"  {kernel}: {size / 1e6:.2f} MB of VMEM, expected {expected[kernel] / 1e6:.2f} MB")
+        assert size <= expected[kernel] < 1.6 * size
+    wanted = {"forward": 1, "backward": 2, "decode": 1}[part]
+    assert len(used) == wanted
+    turns = (
+        3 * 4 * heads.head_dim * length if part != "decode" else 0
+    )  # cos and sin of three phases
+    assert temporary < 1.05 * turns + 16e6
+    if part == "forward":
+        queries = heads.query * length
+        assert out < queries * (heads.head_dim * dtype.itemsize + 4) * 1.001
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
+def test_compiles_for_one_chip(part: str) -> None:
+    check("v5e", part, 32768, LLAMA)
+
+
+@pytest.mark.parametrize("heads", [ODD, Heads(query=32, kv=4, head_dim=64)])
+def test_decodes_any_number_of_heads_without_a_copy(heads: Heads) -> None:
+    check("v5p", "decode", 32768, heads)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("heads", [LLAMA, NARROW, WIDE], ids=["128", "64", "256"])
+@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_compiles_for_every_chip_at_128k(name: str, part: str, heads: Heads) -> None:
+    check(name, part, LONG, heads)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chunk_len", [2816, 20240])
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["v4", "v6e"])
+def test_blocks_that_follow_other_chunks(name: str, part: str, chunk_len: int) -> None:
+    check(name, part, 32768, LLAMA, chunk_len=chunk_len)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
+@pytest.mark.parametrize("name", ["v4", "v7x"])
+def test_float32(name: str, part: str) -> None:
+    check(name, part, 32768, LLAMA, dtype=jnp.float32)
