@@ -1,69 +1,49 @@
 """What the demo model turned out to be: its evaluation, its files, its model card."""
 
-import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import demo_data
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from demo_prompts import DIGITS, END_OF_TEXT, count_tokens, encode
+from demo_prompts import END_OF_TEXT, encode
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
-from dca_jax.evaluation import passkey
+from dca_jax.evaluation.passkey import passkey_grid
+from dca_jax.evaluation.perplexity import perplexity as window_perplexity
 from dca_jax.files import written_aside
+from dca_jax.llm import LLM
 from dca_jax.model import Llama
 from dca_jax.parameters import parameters
 
 DEPTHS = tuple(float(depth) for depth in np.linspace(0, 1, 11))
 PROMPTS_PER_DEPTH = 8
+BATCH_TOKENS = 8192  # of windows that are read together
 
 
 def perplexity(model: Llama, tokens: np.ndarray, length: int) -> float:
     """Perplexity over the windows of `length` tokens that `tokens` divides into."""
-
-    def window_loss(window: jax.Array) -> jax.Array:
-        logits = model(window[None, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, window[None, 1:]).mean()
-
-    windows = jnp.asarray(tokens.reshape(-1, length), jnp.int32)
-    return math.exp(float(jax.jit(jax.lax.map, static_argnums=0)(window_loss, windows).mean()))
+    ids = tokens.astype(np.int32)
+    return window_perplexity(model, ids, window=length, batch=max(1, BATCH_TOKENS // length))
 
 
 def passkey_accuracy(model: Llama, tokenizer: Tokenizer, length: int, seed: int) -> list[float]:
-    """Share of keys found at each depth of `DEPTHS`; greedy decoding finds the same.
-
-    A key is found if each of its digits is the likeliest token after the prompt and the digits
-    before it.
-    """
-    rng = np.random.default_rng(seed)
-    count = functools.partial(count_tokens, tokenizer)
-    forward = jax.jit(lambda tokens: jnp.argmax(model(tokens), axis=-1))
-    shares = []
-    for depth in DEPTHS:
-        prompts = [
-            passkey.passkey_prompt(count, length, depth, rng) for _ in range(PROMPTS_PER_DEPTH)
-        ]
-        starts = [count(p.text) for p in prompts]
-        ids = encode(tokenizer, [f"{p.text} {p.key}" for p in prompts])
-        padded = np.zeros((len(ids), length + DIGITS + 1), np.int32)
-        for row, prompt_ids in zip(padded, ids, strict=True):
-            row[: len(prompt_ids)] = prompt_ids
-        best = np.asarray(forward(jnp.asarray(padded)))
-        found = [
-            (row[start - 1 : len(i) - 1] == i[start:]).all()
-            for row, start, i in zip(best, starts, ids, strict=True)
-        ]
-        shares.append(float(np.mean(found)))
-    return shares
+    """Share of keys found at each depth of `DEPTHS`, by greedy decoding."""
+    llm = LLM(
+        model=model,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer),
+        stop_ids=frozenset(model.config.eos_token_ids),
+        cache_dtype=model.dtype,
+    )
+    trials = PROMPTS_PER_DEPTH
+    grid = passkey_grid(llm, [length], DEPTHS, trials=trials, seed=seed, batch=trials)
+    return grid.accuracy[0].tolist()
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Perplexity, the passkey grid and their pictures, on tiny models."""
+"""What reads a text for its perplexity, the passkey grid, and their pictures, on tiny models."""
 
 import json
 import math
@@ -14,19 +14,21 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dca_jax.buckets import piece_length
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation import passkey
+from dca_jax.evaluation import answers, passkey
 from dca_jax.evaluation import perplexity as perplexity_module
 from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid
-from dca_jax.evaluation.perplexity import PIECE, perplexity, token_nll, window_nlls
+from dca_jax.evaluation.perplexity import LOGITS, Reader, perplexity, token_nll, window_nlls
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 from dca_jax.llm import LLM
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
 VOCAB = 300
+PIECE = piece_length(2)  # tokens that each of two rows reads at once
 HOT = DCAConfig(
     chunk_len=40, max_query_position=60, trained_length=64, temperature_slope=0.1
 )  # its temperature depends on the length of the whole text
@@ -71,7 +73,7 @@ def direct_nll(model: Llama, tokens: np.ndarray) -> np.ndarray:
         (None, RopeConfig(), PIECE + 1),  # one whole piece
         (HOT, RopeConfig(), 100),
         (HOT, RopeConfig(), PIECE + 2),  # the second piece has one token
-        (None, NTK, 2 * PIECE + 77),
+        (None, NTK, PIECE + 77),
     ],
 )
 def test_token_nll_is_that_of_the_whole_forward_pass(dca, rope, length):
@@ -84,23 +86,26 @@ def test_token_nll_is_that_of_the_whole_forward_pass(dca, rope, length):
 
 def test_capacity_changes_no_figure_and_saves_compilations():
     model, tokens = tiny_model(HOT), some_tokens(1, 700)
-    compiled = perplexity_module._read_piece._cache_size()
-    short, long = token_nll(model, tokens[:, :90], capacity=700), token_nll(model, tokens)
-    assert perplexity_module._read_piece._cache_size() == compiled + 1
-    np.testing.assert_allclose(short, token_nll(model, tokens[:, :90]), atol=1e-5)
+    compiled = perplexity_module._read_piece()._cache_size()
+    short, long = token_nll(model, tokens[:, :600], capacity=700), token_nll(model, tokens)
+    assert perplexity_module._read_piece()._cache_size() == compiled + 1
+    np.testing.assert_allclose(short, token_nll(model, tokens[:, :600]), atol=1e-5)
     np.testing.assert_allclose(long, direct_nll(model, tokens), atol=2e-4)
 
 
-def test_logits_are_bounded_by_a_piece_of_one_row():
-    batch, capacity = 3, 4 * PIECE
+@pytest.mark.parametrize(
+    ("batch", "width", "block"), [(1, 2048, 512), (3, 512, 128), (4, 64, 64), (600, 16, 1)]
+)
+def test_logits_are_bounded_by_a_block(batch, width, block):
     model = tiny_model(HOT)
-    cache = perplexity_module.new_cache(model, batch, capacity)
-    piece, lengths = np.zeros((batch, PIECE), np.int32), np.full((batch,), PIECE, np.int32)
-    read = perplexity_module._read_piece
+    cache = perplexity_module.new_cache(model, batch, 128)
+    piece, lengths = np.zeros((batch, width), np.int32), np.full((batch,), width, np.int32)
+    read = perplexity_module.read_piece
     program = str(jax.make_jaxpr(read)(model, cache, piece, piece, lengths, lengths))
     with_vocabulary = set(re.findall(rf"f32\[[\d,]*\b{VOCAB}\]", program))
-    # One row's logits, and the kernel they come from.
-    assert with_vocabulary == {f"f32[{PIECE},{VOCAB}]", f"f32[32,{VOCAB}]"}
+    # One block's logits, and the kernel they come from.
+    assert with_vocabulary == {f"f32[{batch},{block},{VOCAB}]", f"f32[32,{VOCAB}]"}
+    assert batch * block <= max(LOGITS, batch)
 
 
 def test_windows_are_texts_of_their_own():
@@ -116,6 +121,35 @@ def test_windows_are_texts_of_their_own():
     assert perplexity(model, tokens[:200], window=100) == pytest.approx(math.exp(mean))
 
 
+def test_windows_read_together_are_read_as_alone():
+    model, tokens = tiny_model(HOT), some_tokens(700)
+    alone = list(window_nlls(model, tokens, window=100, stride=90))
+    together = list(window_nlls(model, tokens, window=100, stride=90, batch=4))
+    assert len(alone) == 7  # a batch of four and one of three, filled up
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_reader_tells_what_it_has_read_and_outlives_a_failure(monkeypatch):
+    read: list[int] = []
+    model, tokens = tiny_model(), some_tokens(2, 60)
+    reader = Reader(model, 2, 2500, read.append)
+    expected = direct_nll(model, tokens)
+    np.testing.assert_allclose(reader.nll(tokens), expected, atol=2e-4)
+    assert read == [2 * 59]
+    np.testing.assert_allclose(reader.nll(tokens[:1]), expected[:1], atol=2e-4)
+    assert read == [2 * 59, 59]
+    whole = perplexity_module._read_piece
+
+    def failing(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(perplexity_module, "_read_piece", lambda: failing)
+    with pytest.raises(RuntimeError):
+        reader.nll(tokens)
+    monkeypatch.setattr(perplexity_module, "_read_piece", whole)
+    np.testing.assert_allclose(reader.nll(tokens), expected, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -126,6 +160,7 @@ def test_windows_are_texts_of_their_own():
         (lambda m: window_nlls(m, some_tokens(9), window=10), "got 9 tokens, fewer than"),
         (lambda m: window_nlls(m, some_tokens(9), window=1), "a window needs at least 2"),
         (lambda m: window_nlls(m, some_tokens(9), window=5, stride=0), "stride"),
+        (lambda m: window_nlls(m, some_tokens(9), window=5, batch=0), "batch"),
         (lambda m: window_nlls(m, np.full(9, VOCAB), window=5), "vocabulary"),
     ],
 )
@@ -154,7 +189,7 @@ def test_grid_counts_each_answer_in_its_cell(llm, monkeypatch):
     """The engine is replaced by a reader that knows its key only where it lies early."""
     batches = []
 
-    def answers(model, rows, *, max_new_tokens, stop_ids, cache, on_piece):
+    def replies(model, rows, *, max_new_tokens, stop_ids, cache, on_piece):
         batches.append((len(rows), cache.capacity))
         assert max(map(len, rows)) + max_new_tokens <= cache.capacity
         texts = [llm.tokenizer.decode(row) for row in rows]
@@ -168,7 +203,7 @@ def test_grid_counts_each_answer_in_its_cell(llm, monkeypatch):
             for key, knows in zip(keys, known, strict=True)
         ]
 
-    monkeypatch.setattr(passkey, "generate", answers)
+    monkeypatch.setattr(answers, "generate", replies)
     read: list[int] = []
     grid = passkey_grid(
         llm, [600, 900], [0.0, 0.5, 1.0], trials=2, seed=3, batch=5, on_tokens=read.append

@@ -1,1 +1,1 @@
-"""What long-context models are measured by: perplexity by length, passkey retrieval, plots."""
+"""What long-context models are measured by; `dca-jax eval` and docs/evaluation.md."""

@@ -1,13 +1,26 @@
-"""Passkey retrieval: a five-digit key hidden at a given depth of a long, dull text.
+"""Passkey retrieval: a number hidden in a long, dull text, and asked for at its end.
 
 The prompt is that of Mohtashami and Jaggi (arXiv 2305.16300), as ChunkLlama words it (An et al.,
-arXiv 2402.17463, figure 5).
+arXiv 2402.17463, A.1, figures 5 to 7). It comes in two forms:
+
+    paper    bit for bit that of ChunkLlama's `passkey/test_passkey.py` (a random depth) and
+             `needle_in_a_haystack/retrieve_needle.py` (a grid of 16 depths): filler of a number of
+             characters, cut anywhere, begun anew after the key; keys of one to six digits. How many
+             tokens that gives depends on the tokenizer: it is measured, and stands in the results.
+             (The paper speaks of five digits and of 20 keys a depth, its code has 50 and 10.)
+    fitted   whole sentences, as many as the length allows, and keys of five digits: a prompt never
+             has more tokens than asked for, and a little fewer.
+
+A key is found if the first new tokens are exactly the key's, as in the original. The key is
+tokenized alone and after a space, and either will do: the original, which drops the first token of
+the key as a BOS, works with SentencePiece only. (As there, 1234 is found in an answer of 12345.)
 """
 
 import bisect
+import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +28,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dca_jax.errors import InputError
-from dca_jax.generate import generate, new_cache
+from dca_jax.evaluation.answers import Answer, Question, Sample, answer, ask
+from dca_jax.evaluation.grids import accuracy_table
+from dca_jax.evaluation.results import Record, ResultLog
+from dca_jax.evaluation.tables import Outcome
+from dca_jax.evaluation.texts import encode
 from dca_jax.llm import LLM
 
 TASK = (
@@ -31,14 +48,48 @@ FILLER = (
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-ANSWER_TOKENS = 8  # room for a space, five digits of a token each, and what shows that they end
+ANSWER_TOKENS = 8  # room for a space, a number of six digits of a token each, and its end
+FORMS = ("paper", "fitted")
+TRIALS, DEPTHS = 20, 16  # of the paper's figures
 
 
 class PasskeyPrompt(NamedTuple):
-    """A prompt and the five digits that must follow it (after a space)."""
+    """A prompt and the digits that must follow it (after a space)."""
 
     text: str
     key: str
+
+
+# --- the paper's prompt ------------------------------------------------------------------------
+
+
+def filler_characters(length: int) -> int:
+    """Characters of filler for a prompt of about `length` tokens, by ChunkLlama's rough ratio."""
+    return int(3.75 * length // 1024 * 1024)
+
+
+def paper_prompt(characters: int, seed: int, depth: float | None = None) -> PasskeyPrompt:
+    """ChunkLlama's prompt, bit for bit, with `characters` characters of filler.
+
+    Args:
+        seed: of NumPy's legacy generator, which draws the depth (if there is none) and the key.
+        depth: where the key is, from 0 to 1, in characters of filler; None draws it.
+    """
+    rng = np.random.RandomState(seed)
+    if depth is None:
+        before = int(rng.randint(0, characters))
+        key = str(rng.randint(1, 50_000))
+    else:
+        _check_depth(depth)
+        before = int(depth * characters)
+        key = str(rng.randint(50_000, 500_000))
+    sentences = " ".join(FILLER) + " "
+    filler = sentences * (characters // len(sentences) + 1)
+    lines = [TASK, filler[:before], NEEDLE.format(key=key), filler[: characters - before], QUESTION]
+    return PasskeyPrompt(text="\n".join(lines), key=key)
+
+
+# --- the fitted prompt -------------------------------------------------------------------------
 
 
 def passkey_prompt(
@@ -57,8 +108,7 @@ def passkey_prompt(
     Raises:
         InputError: a depth outside [0, 1], or a length that the prompt does not fit without filler.
     """
-    if not 0.0 <= depth <= 1.0:
-        raise InputError(f"depth must be between 0 and 1, got {depth}")
+    _check_depth(depth)
     key = str(rng.integers(10_000, 100_000))
     bare = count_tokens(passkey_text(0, depth, key))
     if bare > length:
@@ -79,7 +129,107 @@ def passkey_text(sentences: int, depth: float, key: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-# --- the grid ----------------------------------------------------------------------------------
+def _check_depth(depth: float) -> None:
+    if not 0.0 <= depth <= 1.0:
+        raise InputError(f"depth must be between 0 and 1, got {depth}")
+
+
+# --- the task ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    llm: LLM,
+    log: ResultLog,
+    *,
+    form: str,
+    methods: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float] | None,
+    trials: int,
+    batch: int | None = None,
+) -> None:
+    """Asks for keys at every length and depth, `trials` times each, and notes what was found.
+
+    Args:
+        form: one of `FORMS`.
+        lengths: tokens; in the paper's form about so many.
+        depths: from 0 to 1; None draws one for each trial.
+        trials: prompts of each length and depth; their seeds are 0, 1 ...
+
+    Raises:
+        InputError: an unknown form, a bad depth, no trial, or what `ask` refuses.
+    """
+    if form not in FORMS:
+        raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
+    if not lengths or (depths is not None and not depths) or trials < 1:
+        raise InputError("passkey retrieval needs a length, a depth and a trial at least")
+    for depth in depths or ():
+        _check_depth(depth)
+    where = [{"depth": depth} for depth in depths] if depths is not None else [{}]
+    samples = [
+        Sample(
+            key={"length": length, **place, "trial": trial},
+            length=length,
+            question=functools.partial(_question, llm, form, length, place.get("depth"), trial),
+        )
+        for length in lengths
+        for place in where
+        for trial in range(trials)
+    ]
+    ask(
+        llm,
+        samples,
+        log,
+        name="passkey",
+        methods=methods,
+        max_new_tokens=ANSWER_TOKENS,
+        batch=batch,
+    )
+
+
+def _question(llm: LLM, form: str, length: int, depth: float | None, trial: int) -> Question:
+    if form == "paper":
+        prompt = paper_prompt(filler_characters(length), trial, depth)
+    elif depth is None:
+        rng = np.random.default_rng([0, length, trial])
+        prompt = passkey_prompt(lambda text: len(llm.tokenize(text)), length, rng.random(), rng)
+    else:
+        prompt = _cell_prompt(llm, length, depth, trial, seed=0)
+    expected = key_tokens(llm, prompt.key)
+
+    def judge(said: Answer) -> dict[str, Any]:
+        return {"found": is_found(said.tokens, expected), "key": prompt.key}
+
+    return Question(llm.tokenize(prompt.text), judge)
+
+
+def key_tokens(llm: LLM, key: str) -> list[list[int]]:
+    """The ids of a key, as they follow the question: alone, and after a space."""
+    return [encode(llm, key), encode(llm, f" {key}")]
+
+
+def is_found(answer: Sequence[int], expected: Sequence[Sequence[int]]) -> bool:
+    """Whether an answer begins with one of the expected lists of ids."""
+    return any(list(answer[: len(ids)]) == list(ids) for ids in expected)
+
+
+def outcome(
+    settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
+) -> Outcome:
+    """Share of keys found by method and length, and by depth too where depths were asked for."""
+    title = f"Passkeys found ({settings['form']} form)"
+    notes = ("In the paper: Llama2 13B with DCA finds every key up to 18k tokens (A.1, figure 5).",)
+    return accuracy_table(
+        records,
+        "found",
+        title=title,
+        trained_length=settings["trained_length"],
+        notes=notes if paper_model is not None else (),
+        depth="depth of the key",
+    )
+
+
+# --- the grid, in one call ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +275,12 @@ def passkey_grid(
 ) -> PasskeyGrid:
     """Hides a key in texts of each length, at each depth, and asks for it; answers are greedy.
 
-    A cell's prompts depend on `seed`, length, depth and trial, not on the rest of the grid: so
-    models and settings are compared on the same prompts. A key is found if the first number of
-    the answer is the key.
+    The prompts are fitted. A cell's depend on `seed`, length, depth and trial, not on the rest of
+    the grid: so models and settings are compared on the same prompts. Here a key is found if the
+    first number of the answer is the key.
 
     Args:
-        llm: with a tokenizer.
+        llm: with a tokenizer; read as it is.
         lengths: tokens of the prompts at most (`passkey_prompt`), special tokens included.
         depths: from 0 to 1.
         trials: prompts a cell.
@@ -149,11 +299,14 @@ def passkey_grid(
         )
     cells = list(itertools.product(lengths, depths, range(trials)))
     prompts = [_cell_prompt(llm, *cell, seed) for cell in cells]
+    capacity = max(lengths) + ANSWER_TOKENS
     found = []
     for start in range(0, len(prompts), batch):
-        answers = _answers(llm, prompts[start : start + batch], batch, max(lengths), on_tokens)
-        keys = [prompt.key for prompt in prompts[start : start + batch]]
-        found += [first_number(a) == key for a, key in zip(answers, keys, strict=True)]
+        some = prompts[start : start + batch]
+        rows = [llm.tokenize(prompt.text) for prompt in some]
+        rows += rows[-1:] * (batch - len(rows))  # the last batch is filled up with copies
+        answers = answer(llm, rows, ANSWER_TOKENS, on_tokens, capacity=capacity)
+        found += [first_number(a.text) == p.key for a, p in zip(answers, some, strict=False)]
     shape = (len(lengths), len(depths), trials)
     return PasskeyGrid(
         lengths=tuple(lengths),
@@ -173,25 +326,3 @@ def _cell_prompt(llm: LLM, length: int, depth: float, trial: int, seed: int) -> 
     # Depths are told apart to a millionth.
     rng = np.random.default_rng([seed, length, round(depth * 1_000_000), trial])
     return passkey_prompt(lambda text: len(llm.tokenize(text)), length, depth, rng)
-
-
-def _answers(
-    llm: LLM,
-    prompts: list[PasskeyPrompt],
-    batch: int,
-    longest: int,
-    on_tokens: Callable[[int], None] | None,
-) -> list[str]:
-    """What the model says after each prompt. The last batch is filled up with copies."""
-    rows = [llm.tokenize(prompt.text) for prompt in prompts]
-    rows += rows[-1:] * (batch - len(rows))
-    cache = new_cache(llm.model, batch, longest + ANSWER_TOKENS, llm.cache_dtype)
-    answers = generate(
-        llm.model,
-        rows,
-        max_new_tokens=ANSWER_TOKENS,
-        stop_ids=llm.stop_ids,
-        cache=cache,
-        on_piece=on_tokens,
-    )
-    return [llm.tokenizer.decode(ids) for ids in answers[: len(prompts)]]

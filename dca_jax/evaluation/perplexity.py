@@ -1,27 +1,104 @@
 """Perplexity of long texts, with the memory of a piece of text: no [T, V] logits, ever.
 
-A text is read as a long prompt is: in pieces of `PIECE` tokens through a KV cache. So activations
-and logits are bounded by a piece, the cache is all that grows with the text, and one compilation
-serves every window length that fits in it. There is no second path for short texts.
+A text is read as a long prompt is: in pieces, through a KV cache. So activations and logits are
+bounded by a piece, the cache is all that grows with the text, and one compilation serves every
+window length that fits in it. There is no second path for short texts; they are read several at
+once. `dca_jax.evaluation.windows` has the protocols that are built on this.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from dca_jax.buckets import new_cache, padded_length, piece_length
 from dca_jax.errors import InputError
-from dca_jax.generate import new_cache
+from dca_jax.generate import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
+from dca_jax.sharding import Shards
 
-# Tokens a piece: large enough to keep the matrix products busy, small enough that a piece's
-# logits over a vocabulary of 128k take 256 MiB.
-PIECE = 512
+# Tokens whose logits are there at once: over a vocabulary of 128k they take 256 MiB.
+LOGITS = 512
+
+
+class Scores(NamedTuple):
+    """What a model makes of each token of a text but the first, given those before it.
+
+    Attributes:
+        nll: -ln p(token), in nats, float32.
+        is_best: whether no other token is likelier.
+    """
+
+    nll: Float[np.ndarray, " _"]  # texts of one batch differ in length
+    is_best: Bool[np.ndarray, " _"]
+
+
+class Reader:
+    """Reads texts through one KV cache, which is emptied and used again.
+
+    Args:
+        model: read with its own attention (`model.dca`), in its own dtype; logits, log-sum-exp
+            and result are float32.
+        batch: texts read together. Fewer are filled up, so that there is one shape to compile.
+        capacity: tokens of the longest text.
+        on_piece: called after each piece with the number of tokens read.
+
+    Raises:
+        InputError: a cache that does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        batch: int,
+        capacity: int,
+        on_piece: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model, self.batch, self.capacity, self.on_piece = model, batch, capacity, on_piece
+        self._cache: KVCache | None = new_cache(model, batch, capacity)
+
+    def read(self, texts: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> list[Scores]:
+        """The scores of at most `batch` texts, each of 1 to `capacity` tokens."""
+        cache = self._empty()
+        rows = cache.lengths.shape[0]  # on a mesh, more than the batch
+        num_inputs = np.zeros((rows,), np.int32)
+        num_inputs[: len(texts)] = [len(text) - 1 for text in texts]  # the last predicts nothing
+        inputs = np.zeros((2, rows, int(num_inputs.max())), np.int32)
+        for row, (text, count) in enumerate(zip(texts, num_inputs, strict=False)):
+            inputs[:, row, :count] = text[:-1], text[1:]
+        nlls, bests = [], []
+        width, total = piece_length(rows), inputs.shape[2]
+        for start in range(0, total, width):
+            lengths = np.clip(num_inputs - start, 0, width)
+            count = min(width, total - start)
+            piece = np.zeros((2, rows, padded_length(count)), np.int32)
+            piece[:, :, :count] = inputs[:, :, start : start + count]
+            nll, is_best, cache = _read_piece()(self.model, cache, *piece, lengths, num_inputs + 1)
+            nlls.append(np.asarray(nll)[:, :count])
+            bests.append(np.asarray(is_best)[:, :count])
+            if self.on_piece is not None:
+                self.on_piece(int(lengths.sum()))
+        self._cache = cache.rollback([])
+        if not nlls:
+            return [Scores(np.zeros((0,), np.float32), np.zeros((0,), bool)) for _ in texts]
+        nll, is_best = np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1)
+        counts = num_inputs[: len(texts)].tolist()
+        return [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
+
+    def nll(self, tokens: Int[np.ndarray, "b T"]) -> Float[np.ndarray, "b T-1"]:
+        """The negative log-likelihoods of at most `batch` texts of one length."""
+        return np.stack([scores.nll for scores in self.read(list(tokens))])
+
+    def _empty(self) -> KVCache:
+        """The cache, given away to be updated in place: a reading that fails takes it along."""
+        cache, self._cache = self._cache, None
+        return new_cache(self.model, self.batch, self.capacity) if cache is None else cache
 
 
 def token_nll(
@@ -30,8 +107,7 @@ def token_nll(
     """Negative log-likelihood, in nats, of each token but the first, given those before it.
 
     Args:
-        model: read with its own attention (`model.dca`), in its own dtype; logits, log-sum-exp
-            and result are float32.
+        model: as for `Reader`.
         tokens: texts of T >= 2 tokens, ids below the vocabulary size.
         capacity: tokens the KV cache holds, at least T; by default T. Give the longest of several
             lengths, and one compilation serves them all.
@@ -48,9 +124,8 @@ def token_nll(
     batch, length = tokens.shape
     if length < 2:
         raise InputError(f"perplexity needs texts of at least 2 tokens, got {length}")
-    _check_ids(tokens, model.config.vocab_size)
-    nll, _ = _read(model, tokens, _empty_cache(model, batch, length, capacity))
-    return nll
+    check_ids(tokens, model.config.vocab_size)
+    return Reader(model, batch, _capacity(length, capacity)).nll(tokens)
 
 
 def window_nlls(
@@ -60,6 +135,7 @@ def window_nlls(
     window: int,
     stride: int | None = None,
     capacity: int | None = None,
+    batch: int = 1,
 ) -> Iterator[float]:
     """Yields the mean NLL, in nats a token, of each window of `tokens`, in order.
 
@@ -71,21 +147,26 @@ def window_nlls(
         window: tokens a window, at least 2.
         stride: tokens from one window's start to the next; by default `window` (no overlap).
         capacity: as in `token_nll`.
+        batch: windows read together.
 
     Raises:
-        InputError: fewer tokens than one window, a stride below 1, and as in `token_nll`.
+        InputError: fewer tokens than one window, a stride or batch below 1, and as in `token_nll`.
     """
     tokens = np.asarray(tokens)
     stride = window if stride is None else stride
     if window < 2:
         raise InputError(f"a window needs at least 2 tokens, got {window}")
-    if stride < 1:
-        raise InputError(f"the stride between windows must be at least 1 token, got {stride}")
+    if stride < 1 or batch < 1:
+        raise InputError(
+            f"the stride between windows (in tokens) and the batch must be at least 1, "
+            f"got {stride} and {batch}"
+        )
     if len(tokens) < window:
         raise InputError(f"got {len(tokens)} tokens, fewer than one window of {window}")
-    _check_ids(tokens, model.config.vocab_size)
-    cache = _empty_cache(model, 1, window, capacity)
-    return _window_nlls(model, tokens, cache, window, stride)
+    check_ids(tokens, model.config.vocab_size)
+    starts = range(0, len(tokens) - window + 1, stride)
+    reader = Reader(model, min(batch, len(starts)), _capacity(window, capacity))
+    return _window_nlls(reader, tokens, window, starts)
 
 
 def perplexity(
@@ -95,71 +176,72 @@ def perplexity(
     window: int,
     stride: int | None = None,
     capacity: int | None = None,
+    batch: int = 1,
 ) -> float:
     """exp of the mean of `window_nlls` (same arguments): the figure of the paper's Table 1."""
-    nlls = list(window_nlls(model, tokens, window=window, stride=stride, capacity=capacity))
+    options = {"window": window, "stride": stride, "capacity": capacity, "batch": batch}
+    nlls = list(window_nlls(model, tokens, **options))
     return math.exp(sum(nlls) / len(nlls))
 
 
-def _window_nlls(
-    model: Llama, tokens: np.ndarray, cache: KVCache, window: int, stride: int
-) -> Iterator[float]:
+def check_ids(tokens: Int[np.ndarray, "..."], vocab_size: int) -> None:
+    """Raises InputError unless all ids are in the vocabulary."""
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+        raise InputError(
+            f"token ids from {tokens.min()} to {tokens.max()} do not fit the model's vocabulary "
+            f"of {vocab_size}; was the text tokenized for another model?"
+        )
+
+
+def _window_nlls(reader: Reader, tokens: np.ndarray, window: int, starts: range) -> Iterator[float]:
     """The generator behind `window_nlls`, which checks its arguments when called, not later."""
-    for start in range(0, len(tokens) - window + 1, stride):
-        nll, cache = _read(model, tokens[None, start : start + window], cache)
-        yield float(nll.mean(dtype=np.float64))
+    for first in range(0, len(starts), reader.batch):
+        some = starts[first : first + reader.batch]
+        nll = reader.nll(np.stack([tokens[start : start + window] for start in some]))
+        yield from nll.mean(axis=1, dtype=np.float64).tolist()
 
 
-def _read(model: Llama, tokens: np.ndarray, cache: KVCache) -> tuple[np.ndarray, KVCache]:
-    """NLL [B, T - 1] of whole texts, and the emptied cache, for the next ones."""
-    batch, length = tokens.shape
-    num_inputs = length - 1  # nothing is predicted from the last token
-    inputs = np.zeros((2, batch, -(-num_inputs // PIECE) * PIECE), np.int32)
-    inputs[:, :, :num_inputs] = tokens[:, :-1], tokens[:, 1:]
-    context_lengths = jnp.full((batch,), length, jnp.int32)
-    nlls = []
-    for start in range(0, num_inputs, PIECE):
-        piece, targets = inputs[:, :, start : start + PIECE]
-        lengths = jnp.full((batch,), min(PIECE, num_inputs - start), jnp.int32)
-        nll, cache = _read_piece(model, cache, piece, targets, lengths, context_lengths)
-        nlls.append(nll)
-    nll = np.concatenate([np.asarray(nll) for nll in nlls], axis=1)[:, :num_inputs]
-    return nll, cache.rollback(jnp.zeros((batch,), jnp.int32))
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _read_piece(
+def read_piece(
     model: Llama,
     cache: KVCache,
     tokens: Int[Array, "B P"],
     targets: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     context_lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B P"], KVCache | None]:
-    """NLL of `targets` after each of the next `tokens`, of which `lengths` are real."""
+) -> tuple[Float[Array, "B P"], Bool[Array, "B P"], KVCache]:
+    """NLL of `targets` after each of the next `tokens`, of which `lengths` are real.
+
+    And whether each is the likeliest one; and the cache with the tokens appended.
+    """
     hidden, cache_after = model.hidden_states(
         tokens, lengths=lengths, cache=cache, context_lengths=context_lengths
     )
+    assert cache_after is not None
+    rows, width = tokens.shape
+    block = max(1, min(width, LOGITS // rows))  # logits of so many tokens of each row at once
+    while width % block:
+        block -= 1
 
-    def row_nll(row: tuple[Array, Array]) -> Array:  # one row's logits at a time: [P, V]
-        hidden, targets = row
-        logits = model.unembed(hidden)
-        target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - target
+    def score(some: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = model.unembed(some[0])
+        nll, log_sum = model.nll(*some), jax.nn.logsumexp(logits, axis=-1)
+        return nll, nll <= log_sum - logits.max(axis=-1)
 
-    return jax.lax.map(row_nll, (hidden, targets)), cache_after
+    blocks = hidden.reshape(rows, -1, block, hidden.shape[-1]), targets.reshape(rows, -1, block)
+    scores = jax.lax.map(score, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))
+    nll, is_best = (jnp.moveaxis(x, 0, 1).reshape(rows, width) for x in scores)
+    shards = Shards.of(model.norm.scale[...])  # every process is to see all of them
+    return shards.put(nll, None), shards.put(is_best, None), cache_after
 
 
-def _empty_cache(model: Llama, batch: int, length: int, capacity: int | None) -> KVCache:
+@functools.cache
+def _read_piece() -> Any:
+    """`read_piece` compiled; made when first called, for then the device is known."""
+    return jax.jit(read_piece, donate_argnames="cache", compiler_options=compiler_options())
+
+
+def _capacity(length: int, capacity: int | None) -> int:
     capacity = length if capacity is None else capacity
     if capacity < length:
         raise InputError(f"a KV cache of {capacity} tokens cannot hold a text of {length}")
-    return new_cache(model, batch, capacity)
-
-
-def _check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-        raise InputError(
-            f"token ids from {tokens.min()} to {tokens.max()} do not fit the model's vocabulary "
-            f"of {vocab_size}; was the text tokenized for another model?"
-        )
+    return capacity

@@ -1,9 +1,10 @@
-"""The paper's pictures: perplexity by length (Table 1), passkey accuracy by length and depth.
+"""The paper's pictures: curves over lengths (Table 1), heat maps over lengths and depths (Fig. 5).
 
 Nothing here touches matplotlib's global state: no pyplot, no style, no backend is set. Colors are
 told apart by people with any color vision, and every curve has a marker of its own.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,17 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from dca_jax.errors import InputError
+from dca_jax.evaluation.grids import AccuracyGrid
 from dca_jax.evaluation.passkey import PasskeyGrid
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white swallows.
 COLORS = ("#000000", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#E69F00")
 MARKERS = "osD^vPX"
+LINES = ("-", "--", ":")  # where there are more methods than colors
 DPI = 150
+CELLS = 120  # a heat map of at most so many cells has its figures written into it
+
+Grid = PasskeyGrid | AccuracyGrid
 
 
 def plot_perplexity(
@@ -34,19 +40,123 @@ def plot_perplexity(
         trained_length: tokens; marked by a line.
 
     Raises:
-        InputError: nothing to draw, more methods than colors, or a value that is no perplexity.
+        InputError: nothing to draw, more methods than can be told apart, or a value that is no
+            perplexity.
     """
     values = [value for curve in results.values() for value in curve.values()]
-    if not values or len(results) > len(COLORS):
-        raise InputError(f"expected 1 to {len(COLORS)} methods with values, got {len(results)}")
     if not all(math.isfinite(value) and value >= 1 for value in values):
         raise InputError(f"a perplexity is finite and at least 1, got {values}")
+    figure, axes = _curves(results, trained_length)
+    axes.set_yscale("log")
+    # Decades alone would leave most of these axes without a number.
+    wide = max(values) > 10 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(ylabel="perplexity", title="Perplexity by context length")
+    _save(figure, path)
+
+
+def plot_accuracy(
+    results: Mapping[str, Mapping[int, float]],
+    path: Path,
+    *,
+    trained_length: int,
+    title: str,
+    ylabel: str = "accuracy",
+) -> None:
+    """Draws accuracy (0 to 1) by length of the text, one curve a method, and saves it as PNG.
+
+    Arguments and errors as in `plot_perplexity`.
+    """
+    figure, axes = _curves(results, trained_length)
+    axes.set(ylim=(-0.03, 1.03), ylabel=ylabel, title=title)
+    _save(figure, path)
+
+
+def plot_passkey(
+    grids: Mapping[str, Grid], path: Path, *, trained_length: int, depth: str = "depth of the key"
+) -> None:
+    """Draws one heat map of accuracy a method, side by side, and saves them as PNG.
+
+    Args:
+        grids: for each method, its grid.
+        path: file to write; it appears when it is whole.
+        trained_length: tokens; lengths beyond it are marked off by a line.
+        depth: what the vertical axis is.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not grids:
+        raise InputError("there is no passkey grid to draw")
+    columns = min(4, len(grids))
+    rows = -(-len(grids) // columns)
+    size = (1.5 + 3.8 * columns, 0.4 + 3.8 * rows)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False)
+    for axes in all_axes.flat[len(grids) :]:
+        axes.set_axis_off()
+    for axes, (method, grid) in zip(all_axes.flat, grids.items(), strict=False):
+        image = _heat_map(axes, grid, trained_length)
+        known = grid.accuracy[grid.accuracy == grid.accuracy]
+        axes.set_title(f"{method}: {known.mean():.0%} found" if known.size else method)
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel(f"{depth} (0: beginning)")
+    figure.colorbar(image, ax=list(all_axes.flat), label="accuracy", shrink=0.9)
+    _save(figure, path)
+
+
+def plot_speed(
+    milliseconds: Mapping[str, Mapping[int, float]],
+    gigabytes: Mapping[str, Mapping[int, float]],
+    path: Path,
+) -> None:
+    """Draws time and memory by length, one curve an attention, side by side (Figure 3).
+
+    Args:
+        milliseconds, gigabytes: for each attention {tokens of the prompt: figure}, all positive.
+        path: file to write; it appears when it is whole.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not any(milliseconds.values()):
+        raise InputError("there is no time to draw")
+    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
+    panels = zip(
+        figure.subplots(1, 2), (milliseconds, gigabytes), ("time (ms)", "memory (GB)"), strict=True
+    )
+    for axes, curves, label in panels:
+        for (name, curve), color, marker in zip(curves.items(), COLORS, MARKERS, strict=False):
+            lengths = sorted(curve)
+            heights = [curve[length] for length in lengths]
+            axes.plot(lengths, heights, color=color, marker=marker, linewidth=2, label=name)
+        axes.set_xscale("log", base=2)
+        lengths = sorted({length for curve in curves.values() for length in curve})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_yscale("log")
+        axes.grid(visible=True, axis="y", alpha=0.25)
+        axes.set(xlabel="prompt (tokens)", ylabel=label)
+    figure.axes[0].legend()
+    _save(figure, path)
+
+
+def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> tuple[Figure, Axes]:
+    """Curves over a logarithmic axis of lengths, with their legend beside them."""
+    styles = [(line, color) for line in LINES for color in COLORS]
+    if not any(results.values()) or len(results) > len(styles):
+        raise InputError(f"expected 1 to {len(styles)} methods with values, got {len(results)}")
     figure = Figure(figsize=(7, 4.5), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    for (method, curve), color, marker in zip(results.items(), COLORS, MARKERS, strict=False):
+    markers = itertools.cycle(MARKERS)
+    for (method, curve), (line, color), marker in zip(
+        results.items(), styles, markers, strict=False
+    ):
         lengths = sorted(curve)
         heights = [curve[length] for length in lengths]
-        axes.plot(lengths, heights, color=color, marker=marker, linewidth=2, label=method)
+        axes.plot(lengths, heights, line, color=color, marker=marker, linewidth=2, label=method)
     axes.axvline(trained_length, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
         "trained length",
@@ -60,50 +170,26 @@ def plot_perplexity(
     lengths = sorted({length for curve in results.values() for length in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    if len(lengths) > 8:
+        axes.tick_params(axis="x", labelrotation=45)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yscale("log")
-    # Decades alone would leave most of these axes without a number.
-    wide = max(values) > 10 * min(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, axis="y", alpha=0.25)
-    axes.set(xlabel="context (tokens)", ylabel="perplexity", title="Perplexity by context length")
-    figure.legend(loc="outside right center")
-    _save(figure, path)
+    axes.set_xlabel("context (tokens)")
+    figure.legend(loc="outside right center", handlelength=4)  # dashes are to be seen
+    return figure, axes
 
 
-def plot_passkey(grids: Mapping[str, PasskeyGrid], path: Path, *, trained_length: int) -> None:
-    """Draws one heat map of passkey accuracy a method, side by side, and saves them as PNG.
-
-    Args:
-        grids: for each method, its grid.
-        path: file to write; it appears when it is whole.
-        trained_length: tokens; lengths beyond it are marked off by a line.
-
-    Raises:
-        InputError: nothing to draw.
-    """
-    if not grids:
-        raise InputError("there is no passkey grid to draw")
-    figure = Figure(figsize=(1.5 + 3.8 * len(grids), 4.2), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(1, len(grids), squeeze=False)[0]
-    for axes, (method, grid) in zip(all_axes, grids.items(), strict=True):
-        image = _heat_map(axes, grid, trained_length)
-        axes.set_title(f"{method}: {grid.accuracy.mean():.0%} found")
-    all_axes[0].set_ylabel("depth of the key (0: beginning)")
-    figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9)
-    _save(figure, path)
-
-
-def _heat_map(axes: Axes, grid: PasskeyGrid, trained_length: int) -> AxesImage:
+def _heat_map(axes: Axes, grid: Grid, trained_length: int) -> AxesImage:
     accuracy = grid.accuracy.T  # depth downwards, length to the right, as in the paper
     image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for row, col in [(r, c) for r in range(accuracy.shape[0]) for c in range(accuracy.shape[1])]:
-        color = "black" if accuracy[row, col] > 0.5 else "white"
-        text = f"{accuracy[row, col]:.0%}"
-        axes.text(col, row, text, ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+    if accuracy.size <= CELLS:
+        for row, col in itertools.product(*map(range, accuracy.shape)):
+            color = "black" if accuracy[row, col] > 0.5 else "white"
+            text = f"{accuracy[row, col]:.0%}"
+            axes.text(col, row, text, ha="center", va="center", color=color, fontsize=8)
+    crowded = len(grid.lengths) > 6
+    labels = [f"{length:,}" for length in grid.lengths]
+    axes.set_xticks(range(len(labels)), labels, rotation=45 if crowded else 0)
     axes.set_yticks(range(len(grid.depths)), [f"{depth:.2g}" for depth in grid.depths])
     axes.set_xlabel("length (tokens)")
     beyond = [n for n, length in enumerate(grid.lengths) if length > trained_length]

@@ -1,0 +1,110 @@
+"""Reading a long text for its perplexity: tokens a second, memory, and the share of attention.
+
+    python benchmarks/perplexity.py --model llama-3-8b --lengths 128k --out outputs/perplexity.json
+
+A model's shape with random bfloat16 weights, made on the device: the perplexity means nothing, and
+takes as long as any. The text is read as `dca-jax eval perplexity` reads a window. Attention is
+then timed alone, a piece's queries over one layer's keys as the reading has them at each place of
+the text; its share is that time, for all layers and pieces, over the time of the reading.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from common import Report, machine, numbers, reason, show, timed
+from generate import random_model
+
+from dca_jax import Llama
+from dca_jax.attention.op import PLAIN, attend, choose_implementation, make_rows
+from dca_jax.buckets import cache_capacity, padded_length, piece_length
+from dca_jax.errors import exit_on_input_error
+from dca_jax.evaluation.perplexity import Reader
+from dca_jax.shapes import SHAPES, find_shape
+
+COLUMNS = ("model", "tokens", "method", "attention", "s", "tokens/s", "attention s", "share")
+COLUMNS += ("peak GB",)
+
+
+@exit_on_input_error()
+def main(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/perplexity.json"
+    ),
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3-8b",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the window, separated by commas; 4k is 4096.")
+    ] = "128k",
+    plain: Annotated[bool, typer.Option("--plain", help="Plain attention too.")] = False,
+) -> None:
+    """Reads a window of each length, after one that compiles, and times its attention alone."""
+    report = Report(out, machine() | {"benchmark": "perplexity"})
+    for method in ("dca", "rope") if plain else ("dca",):
+        reading = random_model(find_shape(model), dca=method == "dca", implementation=None)
+        for length in sorted(numbers(lengths)):
+            row = {"model": model, "tokens": length, "method": method}
+            try:
+                report.add(row | measured(reading, length))
+            except Exception as error:  # what does not fit is a result too
+                report.add(row | {"failed": reason(error)})
+    show(f"Perplexity on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+def measured(model: Llama, length: int) -> dict[str, Any]:
+    """One window, and its attention."""
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
+    reader = Reader(model, 1, length)
+    reader.nll(tokens.astype(np.int32))
+    begin = time.perf_counter()
+    nll = reader.nll(tokens.astype(np.int32))
+    seconds = time.perf_counter() - begin
+    if not np.isfinite(nll).all():
+        raise ValueError("the NLL is not finite")
+    stats = jax.devices()[0].memory_stats() or {}
+    name, alone = attention_seconds(model, length)
+    return {
+        "attention": name,
+        "s": seconds,
+        "tokens/s": length / seconds,
+        "attention s": alone,
+        "share": alone / seconds,
+        "peak GB": stats.get("peak_bytes_in_use", math.nan) / 1e9,
+    }
+
+
+def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
+    """Of all layers and pieces of a text; and the attention's implementation."""
+    config, width = model.config, piece_length(1)
+    keys = (1, cache_capacity(model, length), config.num_key_value_heads, config.head_dim)
+    key, value = (jax.random.normal(jax.random.key(n), keys, model.dtype) for n in range(2))
+
+    @jax.jit
+    def piece(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array) -> jax.Array:
+        rows = make_rows(
+            query.shape,
+            dca=model.dca,
+            rope=config.rope,
+            query_offset=start[None],
+            context_lengths=jnp.full((1,), length, jnp.int32),
+        )
+        return attend(query, key, value, dca=model.dca, rows=rows)
+
+    milliseconds = 0.0
+    shape = (1, width, config.num_attention_heads, config.head_dim)
+    for start in range(0, length - 1, width):
+        shape = (1, padded_length(min(width, length - 1 - start)), *shape[2:])
+        query = jax.random.normal(jax.random.key(2), shape, model.dtype)
+        milliseconds += timed(piece, query, key, value, jnp.int32(start)).median
+    query_like = jax.ShapeDtypeStruct((1, width, *shape[2:]), model.dtype)
+    key_like = jax.ShapeDtypeStruct((1, *keys), model.dtype)
+    name = choose_implementation(None, query_like, key_like, model.dca or PLAIN)
+    return name, config.num_hidden_layers * milliseconds / 1e3
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,194 @@
+"""Prompts in, greedy answers out, judged and noted one by one."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dca_jax.buckets import new_cache
+from dca_jax.dca import DCAConfig
+from dca_jax.evaluation.progress import progress, reading_work
+from dca_jax.evaluation.results import ResultLog, in_batches
+from dca_jax.generate import check_prompts, generate
+from dca_jax.llm import LLM
+from dca_jax.methods import method_by_name, with_method
+
+TOGETHER = 32_768  # tokens of prompts that are read together by default, and at most 8 prompts
+
+
+class Answer(NamedTuple):
+    """What a model said: its new tokens, a stop id included, and their text without it."""
+
+    tokens: list[int]
+    text: str
+
+
+class Question(NamedTuple):
+    """A prompt's ids, and what its answer makes of a record's value."""
+
+    prompt: list[int]
+    judge: Callable[[Answer], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a task.
+
+    Attributes:
+        key: what it is, among all; the method comes to it.
+        length: about how many tokens its prompt has.
+        question: makes the prompt, when it is its turn: prompts are long.
+    """
+
+    key: dict[str, Any]
+    length: int
+    question: Callable[[], Question]
+
+
+def answer(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    on_tokens: Callable[[int], None] | None = None,
+    *,
+    capacity: int = 0,
+) -> list[Answer]:
+    """What the model says after each prompt, greedily; the prompts are read together.
+
+    Args:
+        on_tokens: told how many prompt tokens have been read since the last call.
+        capacity: tokens that the KV cache holds at least; the same for many calls, it lets them
+            share what was compiled.
+    """
+    check_prompts(prompts, llm.model.config.vocab_size)
+    longest = max(max(map(len, prompts)) + max_new_tokens, capacity)
+    answers = generate(
+        llm.model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=llm.stop_ids,
+        cache=new_cache(llm.model, len(prompts), longest, llm.cache_dtype),
+        on_piece=on_tokens,
+    )
+    return [Answer(ids, decode(llm, ids)) for ids in answers]
+
+
+def answer_about(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """`answer`, with the document that the prompts begin with, if there is one, read once only.
+
+    Not where what has been read depends on the length of a prompt (dynamic NTK, a temperature).
+    """
+    shared = _shared_tokens(prompts)
+    dca, rope = llm.model.dca, llm.model.config.rope
+    by_length = rope.rope_type == "dynamic" or (
+        isinstance(dca, DCAConfig) and dca.temperature_slope != 0
+    )
+    if len(prompts) == 1 or by_length or 2 * shared < max(map(len, prompts)):
+        return answer(llm, prompts, max_new_tokens, on_tokens)
+    prefix = llm.prefill(prompts[0][:shared], room=max_new_tokens, progress=False)
+    said = llm.generate(
+        [prompt[shared:] for prompt in prompts],
+        prefix=prefix,
+        max_new_tokens=max_new_tokens,
+        progress=False,
+    )
+    if on_tokens is not None:
+        on_tokens(sum(map(len, prompts)))
+    return [Answer(list(one.tokens), decode(llm, one.tokens)) for one in said]
+
+
+def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, at least the last of each not counted."""
+    first = np.asarray(prompts[0])
+    shared = len(first) - 1
+    for prompt in prompts[1:]:
+        shared = min(shared, len(prompt) - 1)
+        differs = np.flatnonzero(first[:shared] != np.asarray(prompt)[:shared])
+        shared = int(differs[0]) if differs.size else shared
+    return shared
+
+
+def decode(llm: LLM, ids: Sequence[int]) -> str:
+    """The text of new tokens, taken alone, without special ones."""
+    return llm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def ask(
+    llm: LLM,
+    samples: Sequence[Sample],
+    log: ResultLog,
+    *,
+    name: str,
+    methods: Sequence[str],
+    max_new_tokens: int,
+    batch: int | None = None,
+) -> None:
+    """Asks every sample by every method, as far as the log lacks it, and notes the judgement.
+
+    A record's value is what its question's judge says, with the answer's text and the measured
+    number of the prompt's tokens.
+
+    A method that depends on the length of what is read (ntk, string ...) is given that of prompt
+    and answer, rounded up to whole trained lengths: so few settings are to be compiled.
+
+    Args:
+        llm: with its own rope, as loaded.
+        name: for the progress bar.
+        batch: prompts read together; by default fewer the longer they are.
+
+    Raises:
+        InputError: a method that is not known, or not for this model; before anything is read.
+    """
+    config = llm.model.config
+    for method in methods:
+        longest = max((sample.length for sample in samples), default=1)
+        method_by_name(method, config, longest)
+    work = {length: reading_work(config, length) for length in {s.length for s in samples}}
+    missing = {m: [s for s in samples if {"method": m, **s.key} not in log] for m in methods}
+    total = sum(work[sample.length] for some in missing.values() for sample in some)
+    with progress(name, total) as advance:
+        for method, some in missing.items():
+
+            def run(few: Sequence[Sample], method: str = method) -> None:
+                length = few[0].length  # of all of them
+
+                def on_tokens(read: int) -> None:
+                    advance(work[length] * read / length)
+
+                _ask_together(llm, method, few, log, max_new_tokens, on_tokens)
+
+            def fail(sample: Sample, error: Exception, method: str = method) -> None:
+                log.fail({"method": method, **sample.key}, error, 0.0)
+
+            for length, group in groupby(some, lambda sample: sample.length):
+                in_batches(list(group), batch or max(1, min(8, TOGETHER // length)), run, fail)
+
+
+def _ask_together(
+    llm: LLM,
+    method: str,
+    samples: Sequence[Sample],
+    log: ResultLog,
+    max_new_tokens: int,
+    on_tokens: Callable[[int], None],
+) -> None:
+    """Asks some samples in one batch, and notes each."""
+    begin = time.perf_counter()
+    questions = [sample.question() for sample in samples]
+    trained = llm.model.config.max_position_embeddings
+    length = max(len(question.prompt) for question in questions) + max_new_tokens
+    reading = with_method(llm.model, method, -(-length // trained) * trained)
+    prompts = [question.prompt for question in questions]
+    answers = answer_about(replace(llm, model=reading), prompts, max_new_tokens, on_tokens)
+    seconds = (time.perf_counter() - begin) / len(samples)
+    for sample, question, said in zip(samples, questions, answers, strict=True):
+        value = question.judge(said) | {"answer": said.text, "tokens": len(question.prompt)}
+        log.add({"method": method, **sample.key}, value, seconds)

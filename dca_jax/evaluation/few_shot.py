@@ -1,0 +1,183 @@
+"""Few-shot questions about long documents, for models that were not tuned to answer (Table 3).
+
+After ChunkLlama's `few-shot/test_few_shot.py`: the document, then examples, then the question, all
+after an empty line, as "Question: ... \\nAnswer:...". The document is cut from the left to 200
+tokens less than there is room for. (So long examples make a prompt longer than the limit, as there.
+Its "16k" is 16,000 tokens of prompt and answer; the paper says 16,384.) What a model says after its
+answer, another "Question:", is cut off. Scores are SCROLLS' (`dca_jax.evaluation.scrolls`).
+
+A file is ChunkLlama's, whose lines have their examples (`query`, `output`, `query_examples`,
+`output_examples`, `id`; lines with one id are one question with several answers), or L-Eval's,
+whose lines are documents with `instructions` and `outputs`; then examples are drawn from the other
+documents, for there is no training set. L-Eval's questions are a selection: their scores are not
+those of the paper's Table 3.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dca_jax.errors import InputError
+from dca_jax.evaluation import paper, scrolls
+from dca_jax.evaluation.answers import Answer, Question, Sample, ask
+from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
+from dca_jax.evaluation.results import Record, ResultLog
+from dca_jax.evaluation.tables import Outcome, task_table
+from dca_jax.llm import LLM
+
+MARGIN = 200  # tokens that ChunkLlama leaves for examples and question
+
+
+class Task(NamedTuple):
+    """One of Table 3's: examples before the question, new tokens, and its measure."""
+
+    shots: int
+    new_tokens: int
+    measure: str
+
+
+TASKS = {
+    "narrativeqa": Task(0, 64, "f1"),
+    "qasper": Task(2, 64, "f1"),
+    "quality": Task(2, 64, "exact_match"),
+    "qmsum": Task(1, 128, "rouge"),
+}
+
+
+class Item(NamedTuple):
+    """A question about a document, its examples, and every answer that counts as right."""
+
+    id: str
+    document: str
+    question: str
+    examples: list[tuple[str, str]]
+    references: list[str]
+
+
+def read_items(path: Path, task: str) -> list[Item]:
+    """The questions of a file, in order.
+
+    Raises:
+        InputError: a file that is neither ChunkLlama's nor L-Eval's.
+    """
+    rows = read_json_lines(path, "input")
+    if all("instructions" in row and "outputs" in row for row in rows):
+        return _l_eval_items(rows, TASKS[task].shots)
+    items: dict[str, Item] = {}
+    names = ("query", "output", "query_examples", "output_examples", "id")
+    for row in read_json_lines(path, "input", *names):
+        examples = list(zip(row["query_examples"], row["output_examples"], strict=True))
+        item = Item(str(row["id"]), row["input"], row["query"], examples, [])
+        items.setdefault(item.id, item).references.append(row["output"])
+    return list(items.values())
+
+
+def _l_eval_items(rows: Sequence[Mapping[str, Any]], shots: int) -> list[Item]:
+    items = []
+    for n, row in enumerate(rows):
+        others = [
+            pair
+            for m, other in enumerate(rows)
+            if m != n
+            for pair in zip(other["instructions"], other["outputs"], strict=True)
+        ]
+        if len(others) < shots:
+            raise InputError(f"{shots} examples are drawn from other documents; give more of them")
+        for q, pair in enumerate(zip(row["instructions"], row["outputs"], strict=True)):
+            drawn = np.random.default_rng([n, q]).choice(len(others), shots, replace=False)
+            examples = [others[i] for i in drawn]
+            items.append(Item(f"{n}-{q}", row["input"], pair[0], examples, [pair[1]]))
+    return items
+
+
+def prompt_text(item: Item, document: str) -> str:
+    """The prompt, with the document as far as it fits."""
+    shots = "".join(f"\n\nQuestion: {q} \nAnswer:{a}" for q, a in item.examples)
+    return f"{document}{shots}\n\nQuestion: {item.question} \nAnswer:"
+
+
+def first_answer(text: str) -> str:
+    """What comes before another "Question:", the first part that has more than one character."""
+    parts = text.split("Question:")
+    return next((part for part in parts if len(part.replace("\n", "")) > 1), text)
+
+
+def evaluate(
+    llm: LLM,
+    log: ResultLog,
+    *,
+    files: Mapping[str, Path],
+    methods: Sequence[str],
+    max_length: int = 16_000,
+    limit: int | None = None,
+    batch: int | None = None,
+) -> None:
+    """Asks the questions of some tasks, and notes answers and scores.
+
+    Args:
+        files: of each task, a name of `TASKS`.
+        max_length: tokens of prompt and answer, about.
+        limit: only so many questions of each.
+
+    Raises:
+        InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
+    """
+    for task in files:
+        if task not in TASKS:
+            raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
+    items = {task: read_items(path, task)[:limit] for task, path in files.items()}
+    for task, some in items.items():
+        room = max_length - TASKS[task].new_tokens
+        if room <= MARGIN:
+            raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
+        if TASKS[task].measure == "rouge":
+            scrolls.rouge("a", ["a"])  # refuses now if it is not installed
+        cuts: dict[str, Callable[[], str]] = {}
+        samples = []
+        for item in some:
+            if item.document not in cuts:
+                document = Document(item.document, room - MARGIN, room, "left")
+                cuts[item.document] = cached_cut(document, lambda text: len(llm.tokenize(text)))
+            question = functools.partial(_question, llm, task, item, cuts[item.document])
+            length = min(len(item.document) // 4 + MARGIN, max_length)
+            samples.append(Sample({"task": task, "id": item.id}, length, question))
+        ask(
+            llm,
+            samples,
+            log,
+            name=f"few-shot: {task}",
+            methods=methods,
+            max_new_tokens=TASKS[task].new_tokens,
+            batch=batch,
+        )
+
+
+def _question(llm: LLM, task: str, item: Item, document: Callable[[], str]) -> Question:
+    measure = scrolls.MEASURES[TASKS[task].measure]
+
+    def judge(said: Answer) -> dict[str, Any]:
+        given = first_answer(said.text)
+        return {"given": given, "references": item.references, **measure(given, item.references)}
+
+    return Question(llm.tokenize(prompt_text(item, document())), judge)
+
+
+def outcome(
+    settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
+) -> Outcome:
+    """Scores by task and method, per cent, and their average."""
+    del settings
+    values: dict[str, dict[str, list[Any]]] = {}
+    for record in records:
+        methods = values.setdefault(record.key["method"], {})
+        methods.setdefault(record.key["task"], []).append(record.value)
+    scores = {
+        method: {task: scrolls.score(TASKS[task].measure, some) for task, some in row.items()}
+        for method, row in values.items()
+    }
+    theirs = {method: paper.row(paper.FEW_SHOT, paper_model, method) for method in scores}
+    table = task_table("Few-shot scores", list(TASKS), scores, theirs)
+    return Outcome(scores=scores, tables=[table] if scores else [])

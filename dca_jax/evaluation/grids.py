@@ -1,0 +1,107 @@
+"""Accuracy by method, length and depth: what passkey and needle results are shown as."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from dca_jax.evaluation.results import Record
+from dca_jax.evaluation.tables import Outcome, Table, tokens
+
+
+class AccuracyGrid(NamedTuple):
+    """Accuracy, from 0 to 1, by length (tokens) and depth (0 to 1), both rising; NaN: not known."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    accuracy: Float[np.ndarray, "lengths depths"]
+
+
+def mean_by(
+    records: Sequence[Record], score: str, *names: str
+) -> dict[tuple[Any, ...], tuple[float, int]]:
+    """The mean of a score over the records that agree in these keys, and how many they are.
+
+    Args:
+        score: of the records' values; numbers or truth values.
+        names: of the records' keys.
+    """
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for record in records:
+        if record.value is not None:
+            cell = tuple(record.key[name] for name in names)
+            cells.setdefault(cell, []).append(float(record.value[score]))
+    return {cell: (math.fsum(values) / len(values), len(values)) for cell, values in cells.items()}
+
+
+def accuracy_grid(records: Sequence[Record], score: str) -> AccuracyGrid:
+    """One method's records as a grid."""
+    cells = mean_by(records, score, "length", "depth")
+    lengths = tuple(sorted({length for length, _ in cells}))
+    depths = tuple(sorted({depth for _, depth in cells}))
+    accuracy = np.full((len(lengths), len(depths)), np.nan)
+    for (length, depth), (mean, _) in cells.items():
+        accuracy[lengths.index(length), depths.index(depth)] = mean
+    return AccuracyGrid(lengths, depths, accuracy)
+
+
+def accuracy_table(
+    records: Sequence[Record],
+    score: str,
+    *,
+    title: str,
+    trained_length: int,
+    notes: Sequence[str] = (),
+    depth: str,
+) -> Outcome:
+    """Scores, a table of methods by length, a curve, and heat maps where depths are in the keys.
+
+    The head of a column has the length asked for and the mean number of tokens measured.
+    """
+    means = mean_by(records, score, "method", "length")
+    methods = list(dict.fromkeys(record.key["method"] for record in records))
+    lengths = sorted({record.key["length"] for record in records})
+    measured = mean_by(records, "tokens", "length")
+    header = [f"{tokens(n)} ({measured[(n,)][0]:,.0f} tokens)" for n in lengths]
+    rows = [
+        [method, *(_percent(means.get((method, length))) for length in lengths)]
+        for method in methods
+    ]
+    scores = {
+        method: {
+            str(length): {"accuracy": means[method, length][0], "samples": means[method, length][1]}
+            for length in lengths
+            if (method, length) in means
+        }
+        for method in methods
+    }
+    curves = {m: {n: means[m, n][0] for n in lengths if (m, n) in means} for m in methods}
+
+    def draw_curves(path: Path) -> None:
+        from dca_jax.evaluation.plots import plot_accuracy  # matplotlib is slow to import
+
+        plot_accuracy(curves, path, trained_length=trained_length, title=title)
+
+    def draw_grids(path: Path) -> None:
+        from dca_jax.evaluation.plots import plot_passkey
+
+        grids = {
+            method: accuracy_grid([r for r in records if r.key["method"] == method], score)
+            for method in methods
+        }
+        plot_passkey(grids, path, trained_length=trained_length, depth=depth)
+
+    pictures: Mapping[str, Callable[[Path], None]] = {}
+    if records:
+        pictures = {"accuracy.png": draw_curves}
+        if all("depth" in record.key for record in records):
+            pictures |= {"heat_map.png": draw_grids}
+    table = Table(title=title, header=["method", *header], rows=rows, notes=notes)
+    return Outcome(scores=scores, tables=[table] if rows else [], pictures=pictures)
+
+
+def _percent(cell: tuple[float, int] | None) -> str:
+    return "" if cell is None else f"{cell[0]:.1%}"

@@ -1,0 +1,293 @@
+"""L-Eval's closed-ended tasks (An et al., arXiv 2307.11088), for chat models (Table 4).
+
+TOEFL (tpo), QuALITY, Coursera and SFiction (sci_fi): its data files, its scorers, and the prompts
+that ChunkLlama's zero-shot script gives Llama 2 (L-Eval's own differ from them in a few words). The
+document is cut from the right to 200 tokens less than there is room for; greedy, at most 512 new
+tokens. A statement of SFiction is asked about twice: true in the document (loyalty)? and, without
+the document, true in the world (fact)? The score is the mean of both.
+
+The scorers are those of `Evaluation/auto_eval.py` and `em.py`, with one difference: an empty answer
+scores 0. There it scored 0.25, because an empty set of letters is a subset of any (until July 2024,
+when answers of white space became "None"). Kept as they are, since published figures have them:
+
+- an answer that names no letter counts as the guess A;
+- in TOEFL and QuALITY the first of the capitals A to D anywhere in an answer is the one chosen, but
+  an answer that is a piece of "ABCD", such as CD, is taken whole, and so is wrong;
+- in Coursera, some of the right letters and no wrong one score 0.25.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dca_jax.errors import InputError
+from dca_jax.evaluation import paper
+from dca_jax.evaluation.answers import Answer, Question, Sample, ask
+from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
+from dca_jax.evaluation.results import Record, ResultLog
+from dca_jax.evaluation.scrolls import normalized
+from dca_jax.evaluation.tables import Outcome, task_table
+from dca_jax.llm import LLM
+
+TASKS = ("tpo", "quality", "coursera", "sci_fi")
+NEW_TOKENS, MARGIN = 512, 200
+
+LONG = (
+    "Now you are given a very long document. Please follow the instruction based on this document. "
+)
+ONE_OPTION = (
+    LONG + "For multi-choice questions, there is only a sinlge correct option. Please only provide "
+    "the letter corresponding to the answer (like A or B) when answering. For other questions, "
+    "please directly give the concise and accurate answer. "
+)
+SYSTEM = {
+    "tpo": ONE_OPTION,
+    "quality": ONE_OPTION,
+    "coursera": LONG + "For multi-choice questions, there could be a sinlge correct option or "
+    "multiple correct options. Please only provide the letter corresponding to the answer (like A "
+    "or AB) when answering. ",
+    "sci_fi": "Now you are given a scientific fiction. I will ask you some questions and the "
+    'answer should be "True" or "False". Notice that you should answer the question based on the '
+    "evidence in the document instead of your background knowledge.",
+}
+ASKED = (
+    "Document is as follows. {document} \nQuestion: {question}. Please directly give answer "
+    "without any additional output or explanation "
+)
+IN_DOCUMENT = "based on the world described in the document."
+IN_WORLD = "based on the real-world knowledge and facts up until your last training"
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def prompt_text(task: str, document: str, question: str) -> str:
+    """Llama 2's prompt, as ChunkLlama writes it."""
+    asked = ASKED.format(document=document, question=question)
+    return f"[INST]<<SYS>>\n{SYSTEM[task]}\n<</SYS>>\n\n{asked}[/INST]\nAnswer:"
+
+
+def fact_text(question: str) -> str:
+    """SFiction's second question, of what is true in the world."""
+    return question.replace(IN_DOCUMENT, IN_WORLD) + "\nAnswer:"
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+def chosen_letters(answer: str, *, several: bool) -> str:
+    """The letters that an answer chooses; "" if it is empty.
+
+    Args:
+        several: Coursera, where several may be right.
+    """
+    if not answer.strip():
+        return ""
+    if answer in "ABCD":
+        return answer
+    if not several:
+        first = re.search(r"[ABCD]", answer)
+        return first.group() if first else "A"
+    leading = re.match(r"[ABCD]*", answer)
+    letters = leading.group() if leading else ""
+    if len(letters) > 1:
+        return "".join(sorted(set(letters)))
+    rest = answer[len(letters) :].split("Question")[0]
+    # Capitals that stand before a full stop, a bracket or a space.
+    options = "".join(re.findall(r"\s*[A-Z](?=[\s.)])", rest))
+    letters = "".join(sorted(set(re.sub(r"[^A-D]", "", letters + options))))
+    if not letters:
+        run = re.search(r"[ABCD]+", rest)
+        letters = run.group() if run else "A"
+    return letters
+
+
+def right_letters(reference: str) -> str:
+    """The letters of a reference, such as (B) Because ..."""
+    return re.sub(r"[^A-D]", "", reference.split()[0]) or "A"
+
+
+def choice_score(chosen: str, right: str) -> float:
+    """1 for the right letters, 0.25 for some of them and no other, else 0."""
+    chosen, right = normalized(chosen, lower=False), normalized(right, lower=False)
+    if chosen == right:
+        return 1.0
+    return 0.25 if chosen and set(chosen) <= set(right) else 0.0
+
+
+def true_or_false(answer: str) -> str:
+    """Which of the two the first word that has one of them says; "" if none does."""
+    for word in answer.lower().split():
+        for said in ("true", "false"):
+            if said in word:
+                return said
+    return ""
+
+
+def scores_of(task: str, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The scores of a task, in per cent, from all its answers.
+
+    Args:
+        answers: for sci_fi both in one, as L-Eval writes them: "True [fact: False]".
+        references: as in L-Eval's files.
+
+    Returns:
+        {"exact_match": ...}; for sci_fi that is the mean of "loyalty" and "fact".
+    """
+    if task != "sci_fi":
+        several = task == "coursera"
+        pairs = zip(answers, references, strict=True)
+        found = [
+            choice_score(chosen_letters(a, several=several), right_letters(r)) for a, r in pairs
+        ]
+        return {"exact_match": 100 * sum(found) / len(found)}
+    right = [
+        [true_or_false(said) == is_so for said, is_so in zip(_parts(a), _parts(r), strict=True)]
+        for a, r in zip(answers, references, strict=True)
+    ]
+    loyalty, fact = (100 * sum(one[n] for one in right) / len(right) for n in (0, 1))
+    return {"exact_match": (loyalty + fact) / 2, "loyalty": loyalty, "fact": fact}
+
+
+def _joined(answers: Sequence[str]) -> str:
+    """One answer as it is; SFiction's two as L-Eval writes them."""
+    return answers[0] if len(answers) == 1 else f"{answers[0]} [fact: {answers[1]}]"
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The two of "True [fact: False]", in small letters; an absent second one is empty."""
+    first, *others = text.lower().split("[fact:")
+    return first.strip(), others[0][:-1].strip() if others else ""  # without the bracket
+
+
+def score_file(path: Path, task: str) -> dict[str, float]:
+    """The scores of a file of predictions in L-Eval's form (`gt`, and a name ending in `_pred`).
+
+    Raises:
+        InputError: an unknown task, or another kind of file.
+    """
+    _check_task(task)
+    rows = read_json_lines(path, "gt")
+    names = [name for name in rows[0] if "_pred" in name]
+    if not names:
+        raise InputError(f"{path} has no predictions: no field's name ends in _pred")
+    return scores_of(task, [row[names[0]] for row in rows], [row["gt"] for row in rows])
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
+
+
+# --- the task ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    llm: LLM,
+    log: ResultLog,
+    *,
+    files: Mapping[str, Path],
+    methods: Sequence[str],
+    max_length: int = 16_000,
+    chat: bool = False,
+    limit: int | None = None,
+    batch: int | None = None,
+) -> None:
+    """Asks the questions of some tasks, and notes answers and references.
+
+    Args:
+        files: of each task, a name of `TASKS`.
+        max_length: tokens of prompt and answer, about.
+        chat: by the model's own chat template, in place of Llama 2's prompt.
+        limit: only so many questions of each.
+
+    Raises:
+        InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
+    """
+    room = max_length - NEW_TOKENS
+    if room <= MARGIN:
+        raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
+    for task in files:
+        _check_task(task)
+    if chat:
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+    rows = {
+        task: read_json_lines(path, "input", "instructions", "outputs")
+        for task, path in files.items()
+    }
+    for task, documents in rows.items():
+        samples, facts = [], []
+        for n, row in enumerate(documents):
+            document = Document(row["input"], room - MARGIN, room, "right")
+            cut = cached_cut(document, lambda text: len(llm.tokenize(text)))
+            length = min(len(row["input"]) // 4 + MARGIN, max_length)
+            for q, pair in enumerate(zip(row["instructions"], row["outputs"], strict=True)):
+                key = {"task": task, "id": f"{n}-{q}"}
+                asked = functools.partial(_question, llm, task, cut, *pair, chat)
+                samples.append(Sample(key | {"part": "document"}, length, asked))
+                asked = functools.partial(_fact_question, llm, *pair, chat)
+                facts.append(Sample(key | {"part": "world"}, MARGIN, asked))
+        for some in (samples[:limit], facts[:limit] if task == "sci_fi" else []):
+            ask(
+                llm,
+                some,
+                log,
+                name=f"l-eval: {task}",
+                methods=methods,
+                max_new_tokens=NEW_TOKENS,
+                batch=batch,
+            )
+
+
+def _question(
+    llm: LLM, task: str, document: Callable[[], str], question: str, reference: str, chat: bool
+) -> Question:
+    if chat:
+        asked = ASKED.format(document=document(), question=question)
+        messages = [
+            {"role": "system", "content": SYSTEM[task]},
+            {"role": "user", "content": asked},
+        ]
+        prompt = llm.apply_chat_template(messages)
+    else:
+        prompt = llm.tokenize(prompt_text(task, document(), question))
+    return Question(prompt, functools.partial(_judge, reference))
+
+
+def _fact_question(llm: LLM, question: str, reference: str, chat: bool) -> Question:
+    text = fact_text(question)
+    if chat:
+        prompt = llm.apply_chat_template([{"role": "user", "content": text}])
+    else:
+        prompt = llm.tokenize(text)
+    return Question(prompt, functools.partial(_judge, reference))
+
+
+def _judge(reference: str, said: Answer) -> dict[str, Any]:
+    del said  # it is in the record; scores are of all answers together
+    return {"reference": reference}
+
+
+def outcome(
+    settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
+) -> Outcome:
+    """Exact match by task and method, per cent, and their average."""
+    del settings
+    answers: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
+    for record in records:
+        cell = answers.setdefault((record.key["method"], record.key["task"]), {})
+        cell.setdefault(record.key["id"], {})[record.key["part"]] = record.value or {}
+    details: dict[str, dict[str, dict[str, float]]] = {}
+    for (method, task), some in answers.items():
+        parts = ("document", "world") if task == "sci_fi" else ("document",)
+        whole = [found for found in some.values() if set(found) == set(parts)]
+        if whole:
+            texts = [_joined([found[part]["answer"] for part in parts]) for found in whole]
+            references = [found["document"]["reference"] for found in whole]
+            details.setdefault(method, {})[task] = scores_of(task, texts, references)
+    scores = {m: {t: s["exact_match"] for t, s in row.items()} for m, row in details.items()}
+    theirs = {method: paper.row(paper.L_EVAL, paper_model, method) for method in scores}
+    table = task_table("L-Eval, exact match", list(TASKS), scores, theirs)
+    return Outcome(scores=details, tables=[table] if scores else [])

@@ -1,0 +1,310 @@
+"""Needles in a haystack, several at once, and chains of variables: after RULER.
+
+Hsieh et al. (arXiv 2404.06654, github.com/NVIDIA/RULER). Its prompts, its number of new tokens,
+which count as part of the length, and its scoring: the share of the expected strings that stand
+anywhere in the answer, in either case. Different: words of our own make the keys, seeds are ours,
+sentences end at full stops, and the haystack is any text (without one, RULER's noise).
+
+    single        one needle; at random depths, or on a grid of them   (niah_single_1, _2)
+    multi-key     three more needles distract                          (niah_multikey_1)
+    multi-value   one key has four values, all are asked for           (niah_multivalue)
+    multi-query   four keys are asked for together                     (niah_multiquery)
+    variables     VAR A = 12345, VAR B = VAR A ...: all five are asked for  (vt)
+
+RULER's *effective length* of a model is the greatest length at which its mean over the tasks
+exceeds 85.6, what Llama2-7B-Chat has at 4k. RULER has 13 tasks: a mean over some of these five is
+another figure, if on the same scale.
+"""
+
+import functools
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dca_jax.errors import InputError
+from dca_jax.evaluation.answers import Answer, Question, Sample, ask
+from dca_jax.evaluation.grids import accuracy_table, mean_by
+from dca_jax.evaluation.haystacks import Haystack, largest_fitting
+from dca_jax.evaluation.results import Record, ResultLog
+from dca_jax.evaluation.tables import Outcome, Table, number
+from dca_jax.evaluation.tables import tokens as tokens_text
+from dca_jax.evaluation.texts import encode
+from dca_jax.llm import LLM
+
+THRESHOLD = 85.6  # per cent
+PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles
+HOPS = 4
+
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NEEDLES = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n{context}\nWhat are all the special magic "
+    "numbers for {query} mentioned in the provided text?",
+    " The special magic numbers for {query} mentioned in the provided text are",
+)
+ONE_NEEDLE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will "
+    "quiz you about the number afterwards.\n{context}\nWhat is the special magic number for "
+    "{query} mentioned in the provided text?",
+    " The special magic number for {query} mentioned in the provided text is",
+)
+VARIABLES = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    "{context}\nQuestion: Find all variables that are assigned the value {query} in the text "
+    "above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, "
+    f"{HOPS + 1} variables are assigned the value {{query}}, they are: ",
+)
+ADJECTIVES = (
+    "amber brave calm clever crisp dusty eager early faint fancy fierce gentle giant golden hollow "
+    "humble icy jolly keen late lively lonely loud lucky mellow merry misty modest narrow noble "
+    "odd pale plain proud quick quiet rapid rough rusty salty shiny silent sleepy smooth solid "
+    "steep stormy sturdy sunny swift tender tidy tiny vivid warm wild windy wise witty young"
+).split()
+NOUNS = (
+    "acorn anchor apron badge barrel basin beacon bottle branch bucket button candle canyon carpet "
+    "castle cellar copper cradle engine feather fiddle garden glacier hammer harbor hedge helmet "
+    "island jacket kettle ladder lantern lemon locket marble meadow mirror needle orchard paddle "
+    "pebble pepper pillow pocket ribbon saddle shovel signal spoon stable tunnel turnip valley "
+    "velvet violin wagon walnut willow window"
+).split()
+
+
+class Hidden(NamedTuple):
+    """What a sample hides, and what it asks for.
+
+    Attributes:
+        needles: sentences, in the order in which they come.
+        template: the question around {context}, about {query}; and how the answer begins.
+        expected: the strings that the answer should have.
+    """
+
+    needles: list[str]
+    template: tuple[str, str]
+    query: str
+    expected: list[str]
+
+
+def hidden_numbers(
+    rng: np.random.Generator, *, keys: int = 1, values: int = 1, queries: int = 1
+) -> Hidden:
+    """Keys with values (numbers of seven digits), and a question for the values of some keys."""
+    pairs = rng.choice(len(ADJECTIVES) * len(NOUNS), keys, replace=False)
+    words = [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in pairs]
+    numbers = rng.choice(9_000_000, (keys, values), replace=False) + 1_000_000
+    needles = [
+        NEEDLE.format(key=word, value=value)
+        for word, row in zip(words, numbers, strict=True)
+        for value in row
+    ]
+    asked = rng.choice(keys, queries, replace=False)
+    names = [words[n] for n in asked]
+    query = ", ".join(names[:-1]) + ", and " + names[-1] if queries > 1 else names[0]
+    return Hidden(
+        needles=[needles[n] for n in rng.permutation(len(needles))],
+        template=ONE_NEEDLE if queries * values == 1 else NEEDLES,
+        query=query,
+        expected=[str(value) for n in asked for value in numbers[n]],
+    )
+
+
+def hidden_variables(rng: np.random.Generator) -> Hidden:
+    """A chain of variables, each assigned the one before it, the first a number of five digits."""
+    letters = list(string.ascii_uppercase)
+    names: list[str] = []
+    while len(names) < HOPS + 1:
+        name = "".join(rng.choice(letters, 5))
+        names += [] if name in names else [name]
+    value = str(rng.integers(10_000, 99_999))
+    sources = [value, *(f"VAR {name}" for name in names[:-1])]
+    chain = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=True)]
+    return Hidden(needles=chain, template=VARIABLES, query=value, expected=names)
+
+
+# For each task: what it hides, and how many new tokens it gets.
+TASKS: dict[str, tuple[Callable[[np.random.Generator], Hidden], int]] = {
+    "single": (hidden_numbers, 128),
+    "multi-key": (functools.partial(hidden_numbers, keys=4), 128),
+    "multi-value": (functools.partial(hidden_numbers, values=4), 128),
+    "multi-query": (functools.partial(hidden_numbers, keys=4, queries=4), 128),
+    "variables": (hidden_variables, 30),
+}
+
+
+def score(answer: str, expected: Sequence[str]) -> float:
+    """The share of the expected strings that an answer has, from 0 to 1 (string_match_all)."""
+    said = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).lower()
+    return sum(text.lower() in said for text in expected) / len(expected)
+
+
+# --- the task ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    llm: LLM,
+    haystack: Haystack,
+    log: ResultLog,
+    *,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float] | None = None,
+    trials: int = 10,
+    chat: bool = False,
+    batch: int | None = None,
+) -> None:
+    """Asks for what was hidden in the haystack, `trials` times at every length and task.
+
+    Args:
+        tasks: names of `TASKS`.
+        lengths: tokens of prompt and answer together, at most.
+        depths: from 0 to 1, of the needle of "single"; None draws them, as those of all others.
+        trials: of each length (and depth).
+        chat: the question is a user's message, and the answer's beginning is put after it.
+
+    Raises:
+        InputError: an unknown task, a bad depth, no trial, or what `ask` refuses.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
+    if not tasks or not lengths or trials < 1 or not all(0 <= d <= 1 for d in depths or ()):
+        raise InputError("needles need a task, a length, a trial, and depths between 0 and 1")
+    if chat:
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+    for task in tasks:
+        gridded = task == "single" and depths is not None
+        samples = [
+            Sample(
+                key={"task": task, "length": length, **place, "trial": trial},
+                length=length,
+                question=functools.partial(
+                    _question, llm, haystack, task, length, place.get("depth"), trial, chat
+                ),
+            )
+            for length in lengths
+            for place in ([{"depth": depth} for depth in depths or ()] if gridded else [{}])
+            for trial in range(trials)
+        ]
+        ask(
+            llm,
+            samples,
+            log,
+            name=f"needle: {task}",
+            methods=methods,
+            max_new_tokens=TASKS[task][1],
+            batch=batch,
+        )
+
+
+def _question(
+    llm: LLM,
+    haystack: Haystack,
+    task: str,
+    length: int,
+    depth: float | None,
+    trial: int,
+    chat: bool,
+) -> Question:
+    hide, new_tokens = TASKS[task]
+    place = -1 if depth is None else round(depth * 1_000_000)
+    rng = np.random.default_rng([list(TASKS).index(task), length, place + 1, trial])
+    hidden = hide(rng)
+    depths = np.sort(rng.choice(PLACES, len(hidden.needles), replace=False)).tolist()
+    if depth is not None:
+        depths = [depth]
+
+    def prompt(units: int) -> list[int]:
+        context = haystack.with_needles(units, hidden.needles, depths)
+        text, beginning = (
+            part.format(context=context, query=hidden.query) for part in hidden.template
+        )
+        if not chat:
+            return llm.tokenize(text + beginning)
+        message = llm.apply_chat_template([{"role": "user", "content": text}])
+        return [*message, *encode(llm, beginning)]
+
+    room = length - new_tokens
+    sample = encode(llm, haystack.joiner.join(haystack.units[:50]))
+    guess = room * min(50, len(haystack.units)) // len(sample)
+    units = largest_fitting(lambda n: len(prompt(n)), room, guess)
+
+    def judge(said: Answer) -> dict[str, Any]:
+        return {"score": score(said.text, hidden.expected), "expected": hidden.expected}
+
+    return Question(prompt(units), judge)
+
+
+# --- what came of it ---------------------------------------------------------------------------
+
+
+def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
+    """The greatest length whose score (per cent) exceeds the threshold; None if none does."""
+    return max((length for length, mean in scores.items() if mean > threshold), default=None)
+
+
+def outcome(
+    settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
+) -> Outcome:
+    """Scores by task, method and length, their means over the tasks, and the effective lengths."""
+    del paper_model  # the paper has none of these tasks
+    tasks = [task for task in TASKS if any(record.key["task"] == task for record in records)]
+    parts = {
+        task: accuracy_table(
+            [record for record in records if record.key["task"] == task],
+            "score",
+            title=f"Found: {task}",
+            trained_length=settings["trained_length"],
+            depth="depth of the needle",
+        )
+        for task in tasks
+    }
+    scores: dict[str, Any] = {task: part.scores for task, part in parts.items()}
+    pictures = {
+        f"{task}_{name}": draw
+        for task, part in parts.items()
+        for name, draw in part.pictures.items()
+    }
+    tables = [table for part in parts.values() for table in part.tables]
+    if records:
+        means = _means(records)
+        scores["mean"] = {
+            method: {
+                "per_cent": {str(length): mean for length, mean in row.items()},
+                "effective_length": effective_length(row),
+            }
+            for method, row in means.items()
+        }
+        tables.append(_mean_table(means, tasks))
+    return Outcome(scores=scores, tables=tables, pictures=pictures)
+
+
+def _means(records: Sequence[Record]) -> dict[str, dict[int, float]]:
+    """{method: {length: mean over the tasks, per cent}}, where every task has been asked."""
+    cells = mean_by(records, "score", "method", "length", "task")
+    tasks = {task for _, _, task in cells}
+    rows: dict[str, dict[int, float]] = {}
+    for method, length in sorted({cell[:2] for cell in cells}, key=lambda cell: cell[1]):
+        found = [cells[method, length, t][0] for t in tasks if (method, length, t) in cells]
+        row = rows.setdefault(method, {})
+        if len(found) == len(tasks):
+            row[length] = 100 * sum(found) / len(found)
+    return rows
+
+
+def _mean_table(means: Mapping[str, Mapping[int, float]], tasks: Sequence[str]) -> Table:
+    lengths = sorted({length for row in means.values() for length in row})
+    rows = []
+    for method, row in means.items():
+        effective = effective_length(row)
+        shown = "none" if effective is None else tokens_text(effective)
+        rows.append([method, shown, *(number(row.get(length), 1) for length in lengths)])
+    return Table(
+        title=f"Mean over {', '.join(tasks)} (per cent)",
+        header=["method", "effective length", *map(tokens_text, lengths)],
+        rows=rows,
+        notes=[f"Effective: the greatest length with more than {THRESHOLD}, after RULER."],
+    )

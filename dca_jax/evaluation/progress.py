@@ -1,0 +1,53 @@
+"""A bar that knows how long is left, on standard error."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dca_jax.config import LlamaConfig
+from dca_jax.distributed import is_primary
+from dca_jax.parameters import parameters
+
+Advance = Callable[[float], None]
+
+WINDOW = 600.0  # seconds that the speed is taken over: a piece of a long text takes many of them
+
+
+@contextmanager
+def progress(name: str, total: float) -> Iterator[Advance]:
+    """A bar over `total` units of work; yields what to call with the units just done."""
+    console = Console(stderr=True, quiet=not is_primary())
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=console.is_terminal, speed_estimate_period=WINDOW
+    ) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda units: bar.advance(task, units)
+
+
+def reading_work(config: LlamaConfig, tokens: int) -> float:
+    """What reading a text of `tokens` tokens costs, in floating point operations.
+
+    A token costs twice the parameters, and its attention four times the width of all query heads
+    for each of the tokens before it, half the text on average. So the estimate of the time left
+    holds for a run over lengths from 4k to 1M, of which the last takes most of the time.
+    """
+    weights = sum(math.prod(row.shape(config)) for row in parameters(config))
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return tokens * (2.0 * weights + 2.0 * width * tokens)

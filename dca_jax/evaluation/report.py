@@ -1,0 +1,148 @@
+"""From the lines of a run to its summary, table and pictures, and to one HTML page of many runs.
+
+All of it is made from what `dca_jax.evaluation.results` keeps: so it can be made again, and of
+runs that are not finished.
+"""
+
+import base64
+import platform
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dca_jax.errors import InputError
+from dca_jax.evaluation import few_shot, l_eval, needle, passkey, speed, windows
+from dca_jax.evaluation.results import RUN, Record, Run, read_run, write_json, write_text
+from dca_jax.evaluation.tables import Outcome
+
+# What came of each task, told from its settings and those of its records that did not fail.
+TASKS: dict[str, Callable[[Mapping[str, Any], Sequence[Record], str | None], Outcome]] = {
+    "perplexity": windows.outcome,
+    "passkey": passkey.outcome,
+    "needle": needle.outcome,
+    "few-shot": few_shot.outcome,
+    "l-eval": l_eval.outcome,
+    "speed": speed.outcome,
+}
+PACKAGES = ("dca_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+SUMMARY, MARKDOWN, PAGE = "summary.json", "table.md", "report.html"
+
+
+def outcome(run: Run) -> Outcome:
+    """What came of a run, of those of its samples that did not fail."""
+    if run.task not in TASKS:
+        raise InputError(f"task {run.task!r} is not known; expected one of {', '.join(TASKS)}")
+    good = [record for record in run.records if record.error is None]
+    return TASKS[run.task](run.settings, good, run.paper)
+
+
+def machine() -> dict[str, Any]:
+    """What this process runs on: packages, device, and the memory it has needed at most.
+
+    `device_peak_bytes` is the device's own count, for the whole of this process, and None where
+    there is none (on a CPU); `host_peak_bytes` is the largest resident set.
+    """
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return {
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "platform": jax.default_backend(),
+        "device_peak_bytes": stats.get("peak_bytes_in_use"),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+def write_report(folder: Path, facts: Mapping[str, Any] | None = None) -> Outcome:
+    """Writes summary, tables and pictures of one run into its folder.
+
+    Args:
+        facts: what else the summary is to say; `machine()` and the like, of the run itself.
+    """
+    run = read_run(folder)
+    found = outcome(run)
+    failed = sum(record.error is not None for record in run.records)
+    summary = {
+        "task": run.task,
+        "settings": run.settings,
+        "scores": found.scores,
+        "samples": len(run.records) - failed,
+        "failed": failed,
+        "seconds": round(sum(record.seconds for record in run.records), 2),
+        **(facts or {}),
+    }
+    write_json(summary, folder / SUMMARY)
+    write_text("\n".join(table.markdown() for table in found.tables), folder / MARKDOWN)
+    for name, draw in found.pictures.items():
+        draw(folder / name)
+    return found
+
+
+def write_page(folder: Path) -> Path:
+    """One HTML page, with all it needs inside, of every run in a folder and the folders below it.
+
+    Raises:
+        InputError: there is no run.
+    """
+    runs = sorted(path.parent for path in folder.rglob(RUN))
+    if not runs:
+        raise InputError(f"{folder} holds no results: there is no {RUN} in it or below it")
+    sections = "\n".join(_section(run, str(run.relative_to(folder))) for run in runs)
+    path = folder / PAGE
+    write_text(HTML.format(title=escape(folder.resolve().name), sections=sections), path)
+    return path
+
+
+HTML = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+pre {{ background: #f4f4f4; padding: .75rem; overflow-x: auto; white-space: pre-wrap }}
+</style>
+<h1>{title}</h1>
+{sections}
+</html>
+"""
+
+
+def _section(folder: Path, name: str) -> str:
+    run = read_run(folder)
+    found = outcome(run)
+    parts = [f"<h2>{escape(run.task)}: {escape(name)}</h2>"]
+    parts += [table.html() for table in found.tables]
+    for picture in found.pictures:
+        if (folder / picture).is_file():
+            data = base64.b64encode((folder / picture).read_bytes()).decode()
+            parts.append(f'<p><img alt="{escape(picture)}" src="data:image/png;base64,{data}"></p>')
+    failed = [record for record in run.records if record.error is not None]
+    if failed:
+        lines = "\n".join(f"{record.key}: {record.error}" for record in failed)
+        parts.append(
+            f"<h3>Failed: {len(failed)} of {len(run.records)}</h3><pre>{escape(lines)}</pre>"
+        )
+    about = folder / (SUMMARY if (folder / SUMMARY).is_file() else RUN)
+    text = escape(about.read_text(encoding="utf-8"))
+    parts.append(f"<details><summary>{about.name}</summary><pre>{text}</pre></details>")
+    return "\n".join(parts)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,117 @@
+"""Long texts to evaluate on: text files, and files of token ids."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dca_jax.documents import read_document
+from dca_jax.errors import InputError
+from dca_jax.llm import LLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongText:
+    """A text as token ids, and what identifies it in the settings of a run.
+
+    Attributes:
+        tokens: without any that a tokenizer puts before or after a text.
+        facts: its file's name and checksum, and what measures by byte or word need.
+    """
+
+    tokens: Int[np.ndarray, " N"]
+    facts: dict[str, Any]
+
+
+def read_text(llm: LLM, path: Path) -> LongText:
+    """A text file (UTF-8) or PDF, tokenized whole.
+
+    Raises:
+        InputError: a file that cannot be read, or a model without a tokenizer.
+    """
+    text = read_document(path)
+    tokens = np.asarray(encode(llm, text), np.int32)
+    facts = {
+        "text": path.name,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": len(tokens),
+        "bytes": len(text.encode()),
+        "words": len(re.split(r"\s+", text)),  # as lm-evaluation-harness counts them
+    }
+    return LongText(tokens=tokens, facts=facts)
+
+
+def read_token_file(path: Path, vocab_size: int) -> LongText:
+    """Token ids from a `.npy` file of integers, or from a raw file of unsigned ones.
+
+    A raw file, such as the paper's `pg19_llama2.validation.bin`, has 16 bits a token if the
+    vocabulary fits into them and 32 if not. (ChunkLlama writes 32 and reads 16: so a file that
+    would have nothing but zeros in every other place is refused.)
+
+    Raises:
+        InputError: no such file, or one that holds no ids of this vocabulary.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    if path.suffix == ".npy":
+        try:
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise InputError(f"{path} is no array of numbers: {error}") from None
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"{path} holds {ids.dtype} {ids.shape}; expected a list of integers")
+    else:
+        dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        if path.stat().st_size % dtype.itemsize:
+            raise InputError(f"{path}: {path.stat().st_size} bytes are no list of {dtype} ids")
+        ids = np.fromfile(path, dtype)
+        if dtype == np.uint16 and len(ids) > 1 and not ids[1::2].any():
+            raise InputError(f"{path} seems to hold 32 bits a token; save it as .npy instead")
+    if len(ids) == 0 or ids.min() < 0 or ids.max() >= vocab_size:
+        raise InputError(f"{path} holds no ids of a vocabulary of {vocab_size}")
+    tokens = np.asarray(ids, np.int32)
+    facts = {
+        "text": path.name,
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "tokens": len(tokens),
+    }
+    return LongText(tokens=tokens, facts=facts)
+
+
+def joined(prefix: list[int], tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
+    """The tokens of a text after those that stand before it."""
+    return np.concatenate([np.asarray(prefix, np.int32), tokens])
+
+
+def encode(llm: LLM, text: str) -> list[int]:
+    """The ids of a piece of text, with no special tokens around it."""
+    if llm.tokenizer is None:
+        raise InputError("this model's folder has no tokenizer, so it can read token files only")
+    return llm.tokenizer(text, verbose=False, add_special_tokens=False).input_ids
+
+
+def special_prefix(llm: LLM) -> list[int]:
+    """The ids that the tokenizer puts before a text: BOS, or none."""
+    bare, whole = encode(llm, "a"), llm.tokenize("a")
+    return whole[: len(whole) - len(bare)] if whole[-len(bare) :] == bare else []
+
+
+def prefix_token(llm: LLM) -> int:
+    """What stands before a text in the rolling form: BOS, or else EOS.
+
+    Raises:
+        InputError: the model has neither.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        found = getattr(llm.tokenizer, name, None)
+        if found is not None:
+            return found
+    config = llm.model.config
+    for found in (config.bos_token_id, *config.eos_token_ids):
+        if found is not None:
+            return found
+    raise InputError("the model has neither a BOS nor an EOS token to begin a text with")

@@ -1,0 +1,290 @@
+"""Perplexity over the windows of a long text, in three published forms.
+
+They differ in where windows start, in which of a window's tokens count, and in how the windows are
+averaged; so their figures are not comparable, and each is named:
+
+    paper     ChunkLlama's `ppl/test_ppl.py`, for Tables 1 and 2. Windows of L tokens start at 0,
+              stride, 2 stride ... < N - L, less the last of them; no BOS is put before a window.
+              All of a window's L - 1 predicted tokens count, those with little context too; mean
+              over a window, then over windows. (It takes 2.71828 for e: at a perplexity of 8 that
+              makes 1e-5 of a difference.)
+    strided   "Perplexity of fixed-length models" of the transformers documentation: windows of L
+              tokens every `stride`, up to the end of the text; of each, only the tokens that no
+              earlier window has counted. Its weights are kept as they are: where windows overlap,
+              a mean over n tokens has weight n - 1, but for the first window's.
+    rolling   lm-evaluation-harness' `loglikelihood_rolling`: a prefix token (BOS, else EOS), then
+              disjoint windows that predict L tokens each, given one token of the window before;
+              the last one is given as much as fits. Every token counts once.
+
+The paper's stride is 256; for 70B models 2048 and, above 96k tokens, L / 2.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from dca_jax.buckets import piece_length
+from dca_jax.errors import InputError
+from dca_jax.evaluation import paper
+from dca_jax.evaluation.perplexity import Reader, check_ids
+from dca_jax.evaluation.progress import progress, reading_work
+from dca_jax.evaluation.results import Record, ResultLog, in_batches
+from dca_jax.evaluation.tables import Outcome, Table, number
+from dca_jax.evaluation.tables import tokens as tokens_text
+from dca_jax.methods import method_by_name, with_method
+from dca_jax.model import Llama
+
+FORMS = ("paper", "strided", "rolling")
+STRIDES = {"paper": 256, "strided": 512}  # those of the sources
+
+
+class Window(NamedTuple):
+    """Tokens `start` to `stop` of a text, read as a text of their own; those from `first` count.
+
+    In the mean over windows, the mean over its tokens has this `weight`.
+    """
+
+    start: int
+    stop: int
+    first: int
+    weight: int
+
+
+def make_windows(form: str, count: int, length: int, stride: int | None = None) -> list[Window]:
+    """The windows of a text of `count` tokens.
+
+    Args:
+        form: one of `FORMS`. For "rolling" the text begins with the prefix token, which `count`
+            includes.
+        length: L, tokens that the model reads; "rolling" predicts one more from them.
+        stride: tokens from window to window, by default that of the source.
+
+    Raises:
+        InputError: an unknown form, a text too short for one window, or a bad length or stride.
+    """
+    if form not in FORMS:
+        raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
+    if form == "rolling":
+        if stride is not None:
+            raise InputError("the rolling form has no stride: its windows are disjoint")
+        return _rolling(count, length)
+    stride = STRIDES[form] if stride is None else stride
+    if length < 2 or stride < 1:
+        raise InputError(
+            f"a window needs 2 tokens and a stride of 1 at least, got {length} and {stride}"
+        )
+    windows = (_paper if form == "paper" else _strided)(count, length, stride)
+    if not windows:
+        raise InputError(
+            f"a text of {count:,} tokens has no window of {length:,}: the form 'paper' leaves out "
+            f"the last one, so it needs more than {length + stride:,}; or take the form 'strided'"
+        )
+    return windows
+
+
+def _paper(count: int, length: int, stride: int) -> list[Window]:
+    starts = range(0, count - length, stride)[:-1]
+    return [Window(start, start + length, start + 1, 1) for start in starts]
+
+
+def _strided(count: int, length: int, stride: int) -> list[Window]:
+    windows: list[Window] = []
+    counted = 0
+    for start in range(0, count, stride):
+        stop = min(start + length, count)
+        labels = stop - counted
+        if stop - start > 1:  # a single token predicts nothing
+            windows.append(Window(start, stop, max(counted, start + 1), labels - 1))
+        counted = stop
+        if stop == count:
+            break
+    return windows
+
+
+def _rolling(count: int, length: int) -> list[Window]:
+    if count < 2 or length < 1:
+        raise InputError(f"the rolling form needs a token to predict, got {count - 1} of them")
+    windows = []
+    for first in range(1, count, length):  # the prefix, token 0, is not predicted
+        stop = min(first + length, count)
+        windows.append(Window(max(stop - length - 1, 0), stop, first, stop - first))
+    return windows
+
+
+def evaluate(
+    model: Llama,
+    tokens: Int[np.ndarray, " N"],
+    log: ResultLog,
+    *,
+    form: str,
+    methods: Sequence[str],
+    lengths: Sequence[int],
+    stride: int | None = None,
+    batch: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Notes the mean NLL of every window, for every method and length, that the log lacks.
+
+    Args:
+        model: with its own rope, as loaded.
+        tokens: the text; for "rolling", from the prefix token on.
+        methods: names that `dca_jax.methods` knows.
+        lengths: tokens of the windows.
+        batch: windows read together; by default as many as one piece of a text holds.
+        limit: of each length only so many windows, spread over the text.
+
+    Raises:
+        InputError: ids outside the vocabulary, and what `make_windows` and `with_method` refuse;
+            all before anything is read.
+    """
+    check_ids(tokens, model.config.vocab_size)
+    windows = {n: _spread(make_windows(form, len(tokens), n, stride), limit) for n in lengths}
+    cells = [(method, length) for method in methods for length in lengths]
+    for method, length in cells:  # what would fail fails now
+        method_by_name(method, model.config, length)
+    missing = {cell: [w for w in windows[cell[1]] if _key(*cell, w) not in log] for cell in cells}
+    work = {length: reading_work(model.config, length) for length in lengths}
+    total = sum(work[length] * len(some) for (_, length), some in missing.items())
+    with progress("perplexity", total) as advance:
+        for (method, length), some in missing.items():
+            reading = with_method(model, method, length)
+
+            def on_piece(read: int, length: int = length) -> None:
+                advance(work[length] * read / max(1, length - 1))  # the last token is not read
+
+            for _, group in groupby(some, lambda window: window.stop - window.start):
+                same = list(group)
+                size = min(len(same), batch or max(1, piece_length(1) // length))
+                _read(reading, tokens, same, size, log, (method, length), on_piece)
+
+
+def _read(
+    model: Llama,
+    tokens: np.ndarray,
+    windows: Sequence[Window],
+    batch: int,
+    log: ResultLog,
+    cell: tuple[str, int],
+    on_piece: Any,
+) -> None:
+    """Reads windows of one length, and notes each."""
+    readers: dict[int, Reader] = {}  # the batch's, and that of one window where the batch failed
+
+    def run(some: Sequence[Window]) -> None:
+        begin = time.perf_counter()
+        size = batch if len(some) > 1 else 1
+        if size not in readers:
+            readers.clear()
+            readers[size] = Reader(model, size, some[0].stop - some[0].start, on_piece)
+        rows = readers[size].nll(np.stack([tokens[w.start : w.stop] for w in some]))
+        means = [
+            float(row[window.first - window.start - 1 :].mean(dtype=np.float64))
+            for row, window in zip(rows, some, strict=True)
+        ]
+        if not all(map(math.isfinite, means)):
+            raise InputError(f"the NLL is not finite: {means}; check the checkpoint, or the dtype")
+        seconds = (time.perf_counter() - begin) / len(some)
+        for window, mean in zip(some, means, strict=True):
+            value = {"nll": mean, "tokens": window.stop - window.first, "weight": window.weight}
+            log.add(_key(*cell, window), value, seconds)
+
+    in_batches(windows, batch, run, lambda w, error: log.fail(_key(*cell, w), error, 0.0))
+
+
+def _key(method: str, length: int, window: Window) -> dict[str, str | int]:
+    return {"method": method, "length": length, "start": window.start}
+
+
+def _spread(windows: list[Window], limit: int | None) -> list[Window]:
+    """`limit` of the windows, from the first on at even distances."""
+    if limit is None or limit >= len(windows):
+        return windows
+    if limit < 1:
+        raise InputError(f"the limit of windows must be at least 1, got {limit}")
+    return [windows[n * len(windows) // limit] for n in range(limit)]
+
+
+# --- what came of it ---------------------------------------------------------------------------
+
+
+def mean_nll(records: Sequence[Record]) -> float:
+    """The mean over windows, weighted as their form has it; nats a token."""
+    values = [record.value for record in records if record.value is not None]
+    weight = sum(value["weight"] for value in values)
+    return math.fsum(value["nll"] * value["weight"] for value in values) / weight
+
+
+def outcome(
+    settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
+) -> Outcome:
+    """Perplexity by method and length, beside that of a model of the paper.
+
+    Where the rolling form has read the whole text, whose bytes and words are in the settings,
+    there are lm-evaluation-harness' other measures too.
+    """
+    cells: dict[str, dict[int, list[Record]]] = {}
+    for record in records:
+        methods = cells.setdefault(record.key["method"], {})
+        methods.setdefault(record.key["length"], []).append(record)
+    scores = {
+        method: {
+            str(length): {
+                "nll": (nll := mean_nll(some)),
+                "perplexity": math.exp(nll),
+                "windows": len(some),
+                **_text_measures(settings, some, nll),
+            }
+            for length, some in sorted(row.items())
+        }
+        for method, row in cells.items()
+    }
+    lengths = sorted({int(length) for row in scores.values() for length in row})
+    header, rows = ["method"], []
+    theirs = {m: paper.row(paper.PERPLEXITY, paper_model, m) for m in scores}
+    shown = {n for row in theirs.values() for n in row} & set(lengths)
+    for length in lengths:
+        header += [tokens_text(length), *(["paper"] if length in shown else [])]
+    for method, row in scores.items():
+        cells_of_row = [method]
+        for length in lengths:
+            value = row.get(str(length))
+            cells_of_row.append(number(None if value is None else value["perplexity"]))
+            if length in shown:
+                cells_of_row.append(paper.figure(theirs[method].get(length)))
+        rows.append(cells_of_row)
+    title = f"Perplexity by tokens of context ({settings['form']} form)"
+    curves = {
+        method: {int(n): value["perplexity"] for n, value in row.items()}
+        for method, row in scores.items()
+    }
+
+    def draw(path: Path) -> None:
+        from dca_jax.evaluation.plots import plot_perplexity  # matplotlib is slow to import
+
+        plot_perplexity(curves, path, trained_length=settings["trained_length"])
+
+    tables = [Table(title=title, header=header, rows=rows)] if rows else []
+    return Outcome(
+        scores=scores, tables=tables, pictures={"perplexity.png": draw} if curves else {}
+    )
+
+
+def _text_measures(
+    settings: Mapping[str, Any], records: Sequence[Record], nll: float
+) -> dict[str, float]:
+    counted = sum(record.value["tokens"] for record in records if record.value is not None)
+    whole = settings["form"] == "rolling" and counted == settings["tokens"]
+    if not whole or settings.get("bytes") is None:
+        return {}
+    total = nll * counted
+    return {
+        "byte_perplexity": math.exp(total / settings["bytes"]),
+        "bits_per_byte": total / settings["bytes"] / math.log(2),
+        "word_perplexity": math.exp(total / settings["words"]),
+    }

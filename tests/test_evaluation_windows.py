@@ -1,0 +1,427 @@
+"""`eval perplexity`: its three forms against their definitions, resumption, and the golden NLLs."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_moby_dick import ROWS, read_tokens
+from tiny_llm import make_llm
+from typer.testing import CliRunner
+
+import dca_jax
+from dca_jax.errors import InputError
+from dca_jax.evaluation import perplexity, texts, windows
+from dca_jax.evaluation.cli import app
+from dca_jax.evaluation.command import parse_tokens
+from dca_jax.evaluation.perplexity import token_nll
+from dca_jax.evaluation.results import ResultLog, read_run
+from dca_jax.evaluation.windows import make_windows, mean_nll
+from dca_jax.methods import with_method
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(folder) -> dca_jax.LLM:
+    return dca_jax.load(folder, dca=None, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 300, 700).astype(np.int32)
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# --- where windows are -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "length", "stride"), [(1000, 100, 7), (357, 100, 256)])
+def test_windows_of_the_paper(count, length, stride):
+    starts = list(range(0, count - length, stride))
+    starts.pop()
+    found = make_windows("paper", count, length, stride)
+    assert [(w.start, w.stop) for w in found] == [(s, s + length) for s in starts]
+    assert all(w.first == w.start + 1 and w.weight == 1 for w in found)
+    assert found
+
+
+def test_strided_windows_count_every_token_once():
+    for count, length, stride in [(1000, 100, 30), (130, 100, 30), (50, 100, 30), (1000, 100, 99)]:
+        found = make_windows("strided", count, length, stride)
+        counted = [t for w in found for t in range(w.first, w.stop)]
+        assert counted == list(range(1, count))
+        assert all(w.stop - w.start <= length for w in found)
+        assert found[-1].stop == count
+    disjoint = make_windows("strided", 300, 100, 100)  # then each window's first token is given
+    assert [(w.start, w.first, w.weight) for w in disjoint] == [
+        *((0, 1, 99), (100, 101, 99), (200, 201, 99))
+    ]
+
+
+def test_rolling_windows_are_those_of_lm_eval():
+    utils = pytest.importorskip("lm_eval.utils")
+    for count in (1, 99, 100, 101, 250, 300):
+        text = list(range(1, count + 1))
+        theirs = [
+            utils.make_disjoint_window(pair)
+            for pair in utils.get_rolling_token_windows(text, 0, max_seq_len=100, context_len=1)
+        ]
+        prefixed = [0, *text]
+        ours = make_windows("rolling", count + 1, 100)
+        assert [(prefixed[w.start : w.first], prefixed[w.first : w.stop]) for w in ours] == theirs
+
+
+@pytest.mark.parametrize(
+    ("form", "count", "length", "stride", "message"),
+    [
+        ("sliding", 100, 10, 5, "expected one of paper, strided, rolling"),
+        ("paper", 300, 100, 256, "needs more than 356"),
+        ("paper", 300, 1, 5, "a window needs 2 tokens"),
+        ("strided", 300, 10, 0, "a stride of 1 at least"),
+        ("rolling", 300, 10, 5, "has no stride"),
+        ("rolling", 1, 10, None, "needs a token to predict, got 0"),
+    ],
+)
+def test_impossible_windows_are_refused(form, count, length, stride, message):
+    with pytest.raises(InputError, match=message):
+        make_windows(form, count, length, stride)
+
+
+# --- their figures -----------------------------------------------------------------------------
+
+
+def some_nll(rows: np.ndarray) -> np.ndarray:
+    """In place of a model's: numbers that depend on all tokens up to the predicted one."""
+    weights = np.arange(1, rows.shape[1] + 1)
+    return (np.cumsum(rows * weights, axis=1)[:, 1:] % 997).astype(np.float32) / 100
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Windows without the time that a model takes; `Reader` has tests of its own."""
+    batches: list[int] = []
+
+    def nll(self, rows):
+        assert len(rows) <= self.batch
+        assert rows.shape[1] <= self.capacity
+        batches.append(len(rows))
+        return some_nll(rows)
+
+    monkeypatch.setattr(perplexity.Reader, "nll", nll)
+    return batches
+
+
+def evaluated(tmp_path, model, tokens, **options) -> float:
+    with ResultLog(tmp_path / options["form"], "perplexity", {}) as log:
+        windows.evaluate(model, tokens, log, methods=["rope"], lengths=[150], **options)
+        assert all(record.error is None for record in log.records)
+        return mean_nll(log.records)
+
+
+def test_the_papers_form_is_its_definition(tmp_path, llm, tokens, no_model):
+    found = evaluated(tmp_path, llm.model, tokens, form="paper", stride=90, batch=4)
+    starts = list(range(0, 700 - 150, 90))[:-1]
+    means = [some_nll(tokens[None, s : s + 150]).mean(dtype=np.float64) for s in starts]
+    assert found == pytest.approx(np.mean(means), rel=1e-9)
+    assert no_model == [4, 2]
+
+
+@pytest.mark.parametrize("stride", [90, 150])
+def test_the_strided_form_is_its_definition(tmp_path, llm, tokens, no_model, stride):
+    """The loop of transformers' documentation, over a loss that averages what is not masked."""
+    found = evaluated(tmp_path, llm.model, tokens, form="strided", stride=stride, batch=2)
+    nll_sum, num_tokens, previous = 0.0, 0, 0
+    for begin in range(0, 700, stride):
+        end = min(begin + 150, 700)
+        labels = np.arange(begin, end) >= end - (end - previous)  # not masked
+        losses = some_nll(tokens[None, begin:end])[0]  # of labels 1, 2 ...
+        weight = int(labels.sum()) - 1
+        nll_sum += losses[labels[1:]].mean(dtype=np.float64) * weight
+        num_tokens += weight
+        previous = end
+        if end == 700:
+            break
+    assert found == pytest.approx(nll_sum / num_tokens, rel=1e-9)
+
+
+def test_the_rolling_form_counts_every_token_once(tmp_path, llm, tokens, no_model):
+    found = evaluated(tmp_path, llm.model, tokens, form="rolling")
+    pairs = [(0, 151), (150, 301), (300, 451), (450, 601)]
+    whole = [some_nll(tokens[None, a:b])[0] for a, b in pairs]
+    last = some_nll(tokens[None, 549:])[0][-99:]
+    every = np.concatenate([*whole, last])
+    assert len(every) == 699
+    assert found == pytest.approx(every.mean(dtype=np.float64), rel=1e-9)
+
+
+def test_every_method_reads_its_own_way(tmp_path, llm, tokens):
+    """With the model: figures by method are those of the model made for it."""
+    with ResultLog(tmp_path, "perplexity", {}) as log:
+        options = {"methods": ["rope", "dca", "ntk"], "lengths": [150], "stride": 250, "batch": 2}
+        windows.evaluate(llm.model, tokens, log, form="paper", **options)
+        found = {
+            method: mean_nll([r for r in log.records if r.key["method"] == method])
+            for method in options["methods"]
+        }
+    pair = np.stack([tokens[:150], tokens[250:400]])
+    for method, nll in found.items():
+        direct = token_nll(with_method(llm.model, method, 150), pair)
+        assert nll == pytest.approx(direct.mean(dtype=np.float64), abs=1e-5)
+    assert len({round(nll, 4) for nll in found.values()}) == 3
+
+
+def test_a_stopped_run_reads_only_what_is_missing(tmp_path, llm, tokens, no_model, monkeypatch):
+    options = {"form": "paper", "methods": ["rope", "dca"], "lengths": [64, 128], "stride": 200}
+    nll = perplexity.Reader.nll
+
+    def stopped(self, rows):
+        if sum(no_model) >= 4:
+            raise KeyboardInterrupt
+        return nll(self, rows)
+
+    with ResultLog(tmp_path / "a", "perplexity", {}) as log:
+        monkeypatch.setattr(perplexity.Reader, "nll", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            windows.evaluate(llm.model, tokens, log, batch=2, **options)
+        assert len(log.records) == sum(no_model) == 5
+        monkeypatch.setattr(perplexity.Reader, "nll", nll)
+    whole = ResultLog(tmp_path / "b", "perplexity", {})
+    with ResultLog(tmp_path / "a", "perplexity", {}) as log, whole:
+        windows.evaluate(llm.model, tokens, log, batch=2, **options)
+        assert sum(no_model) == len(log.records) == 2 * (3 + 2)
+        windows.evaluate(llm.model, tokens, whole, batch=1, **options)
+        ours, theirs = ({str(r.key): r.value for r in some.records} for some in (log, whole))
+        assert ours == theirs
+        size = (tmp_path / "a/results.jsonl").stat().st_size
+        windows.evaluate(llm.model, tokens, log, batch=2, **options)  # nothing is left to do
+        assert (tmp_path / "a/results.jsonl").stat().st_size == size
+
+
+def test_what_fails_is_noted_and_tried_alone(tmp_path, llm, tokens, no_model, monkeypatch):
+    nll = perplexity.Reader.nll
+    bad = tokens[200:264]
+
+    def failing(self, rows):
+        if (rows == bad).all(axis=1).any():
+            raise RuntimeError("RESOURCE_EXHAUSTED: so many bytes")
+        return nll(self, rows)
+
+    monkeypatch.setattr(perplexity.Reader, "nll", failing)
+    with ResultLog(tmp_path, "perplexity", {}) as log:
+        options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 200}
+        windows.evaluate(llm.model, tokens, log, batch=3, **options)
+        errors = {record.key["start"]: record.error for record in log.records}
+    assert errors == {
+        0: None,
+        200: "RuntimeError: RESOURCE_EXHAUSTED: so many bytes",
+        400: None,
+    }
+
+
+def test_a_limit_spreads_over_the_text(tmp_path, llm, tokens, no_model):
+    with ResultLog(tmp_path, "perplexity", {}) as log:
+        options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 30, "limit": 4}
+        windows.evaluate(llm.model, tokens, log, **options)
+        assert [record.key["start"] for record in log.records] == [0, 150, 300, 450]
+
+
+def test_bad_requests_fail_before_anything_is_read(tmp_path, llm, tokens):
+    with ResultLog(tmp_path, "perplexity", {}) as log:
+
+        def ask(tokens, **options):
+            asked = {"form": "paper", "methods": ["rope"], "lengths": [64], **options}
+            windows.evaluate(llm.model, tokens, log, **asked)
+
+        with pytest.raises(InputError, match="method 'alibi' is not known"):
+            ask(tokens, methods=["rope", "alibi"])
+        with pytest.raises(InputError, match="vocabulary of 300"):
+            ask(np.full(700, 300, np.int32))
+        with pytest.raises(InputError, match="has no window of 680"):
+            ask(tokens, lengths=[64, 680])
+        assert log.records == []
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+def test_token_files(tmp_path):
+    ids = np.arange(1, 51)
+    np.save(tmp_path / "a.npy", ids)
+    ids.astype(np.uint16).tofile(tmp_path / "a.bin")
+    ids.astype(np.uint32).tofile(tmp_path / "wide.bin")
+    for name, vocab in (("a.npy", 60), ("a.bin", 60), ("wide.bin", 100_000)):
+        found = texts.read_token_file(tmp_path / name, vocab)
+        assert found.tokens.tolist() == ids.tolist()
+        assert found.facts["tokens"] == 50
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    np.save(tmp_path / "b.npy", ids.astype(np.float32))
+    np.save(tmp_path / "c.npy", np.array([{}]), allow_pickle=True)
+    for name, vocab, message in (
+        ("none.bin", 60, "is not a file"),
+        ("a.npy", 50, "no ids of a vocabulary of 50"),
+        ("wide.bin", 60, "seems to hold 32 bits a token"),
+        ("odd.bin", 60, "3 bytes are no list"),
+        ("b.npy", 60, "expected a list of integers"),
+        ("c.npy", 60, "no array of numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            texts.read_token_file(tmp_path / name, vocab)
+
+
+def test_texts_and_what_stands_before_them(tmp_path, llm):
+    (tmp_path / "a.txt").write_text(TEXT)
+    found = texts.read_text(llm, tmp_path / "a.txt")
+    assert llm.tokenizer.decode(found.tokens) == TEXT
+    assert (found.facts["bytes"], found.facts["words"]) == (len(TEXT), len(re.split(r"\s+", TEXT)))
+    assert texts.special_prefix(llm) == [1]  # <s>
+    assert texts.prefix_token(llm) == 1
+
+
+def test_numbers_of_tokens():
+    assert [parse_tokens(n) for n in ("512", "4k", "1M")] == [512, 4096, 2**20]
+    for bad in ("", "k", "0", "-4k", "4.5k", "many"):
+        with pytest.raises(InputError, match="no number of tokens"):
+            parse_tokens(bad)
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_writes_prints_and_goes_on(folder, llm, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 12)
+    ask = ("perplexity", folder, "--text", tmp_path / "a.txt", "--output", tmp_path / "out")
+    ask += ("--length", 64, "--length", 128, "--stride", 96, "--dtype", "float32")
+    first = invoke(*ask, "--method", "rope")
+    assert first.exit_code == 0, first.output
+    lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    both = invoke(*ask, "--method", "rope", "--method", "dca", "--paper", "llama2-7b")
+    assert both.exit_code == 0, both.output
+    assert (tmp_path / "out/results.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert "| method | 64 | 128 |" in both.stdout
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert set(summary["scores"]) == {"rope", "dca"}
+    assert summary["settings"]["config"]["num_hidden_layers"] == llm.model.config.num_hidden_layers
+    assert summary["versions"]["jax"]
+    assert summary["settings"]["stride"] == 96
+    tokens = texts.read_text(llm, tmp_path / "a.txt").tokens
+    cell = summary["scores"]["dca"]["128"]
+    starts = list(range(0, len(tokens) - 128, 96))[:-1]
+    model = with_method(llm.model, "dca", 128)
+    direct = [token_nll(model, tokens[None, s : s + 128]).mean(dtype=np.float64) for s in starts]
+    assert cell["windows"] == len(starts)
+    assert cell["perplexity"] == pytest.approx(math.exp(np.mean(direct)), rel=1e-4)
+    page = invoke("report", tmp_path / "out")
+    assert page.stdout.strip() == str(tmp_path / "out/report.html")
+    other = invoke(*ask, "--method", "rope", "--form", "strided")
+    assert other.exit_code == 2
+    assert "give another folder" in other.stderr
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_mesh_changes_no_figure(folder, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 12)
+    ask = ("perplexity", folder, "--text", tmp_path / "a.txt", "--length", 128, "--stride", 96)
+    ask += ("--method", "dca", "--dtype", "float32", "--limit", 3)
+    for name, mesh in (("one", ()), ("four", ("--mesh", "data=2,tensor=2"))):
+        done = invoke(*ask, *mesh, "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    one, four = (
+        [record.value["nll"] for record in read_run(tmp_path / name).records]
+        for name in ("one", "four")
+    )
+    assert len(one) == 3
+    assert four == pytest.approx(one, rel=1e-4)
+
+
+def test_the_rolling_form_has_lm_evals_measures(folder, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 4)
+    result = invoke(
+        *("perplexity", folder, "--text", tmp_path / "a.txt", "--output", tmp_path / "out"),
+        *("--length", 100, "--method", "rope", "--form", "rolling"),
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    cell, facts = summary["scores"]["rope"]["100"], summary["settings"]
+    total = cell["nll"] * facts["tokens"]
+    assert facts["prefix"] == [1]
+    assert cell["bits_per_byte"] == pytest.approx(total / len(TEXT * 4) / math.log(2))
+    words = len(re.split(r"\s+", TEXT * 4))
+    assert math.log(cell["word_perplexity"]) == pytest.approx(total / words)
+    assert math.log(cell["byte_perplexity"]) == pytest.approx(total / len(TEXT * 4))
+
+
+def test_samples_that_fail_are_told_at_the_end(tmp_path):
+    """A model whose plain attention slides over 64 tokens refuses longer texts; DCA reads them."""
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    folder = make_llm(tmp_path / "mistral", sliding_window=64, **mistral)
+    (tmp_path / "a.txt").write_text(TEXT * 8)
+    result = invoke(
+        *("perplexity", folder, "--text", tmp_path / "a.txt", "--output", tmp_path / "out"),
+        *("--length", 150, "--stride", 100, "--method", "rope", "--method", "dca"),
+    )
+    assert result.exit_code == 1
+    assert "slides over 64 tokens" in result.stderr
+    assert "samples failed; the first, {'method': 'rope'" in result.stderr
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert set(summary["scores"]) == {"dca"}
+    assert summary["failed"] == summary["samples"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --text or --tokens"),
+        (["--text", "a", "--tokens", "b"], "give either --text or --tokens"),
+        (["--text", "nothing.txt"], "is not a file"),
+        (["--text", "a", "--length", "much"], "no number of tokens"),
+        (["--text", "{text}", "--paper", "gpt-5"], "--paper takes one of llama2-7b"),
+        (["--text", "{text}", "--method", "alibi"], "method 'alibi' is not known"),
+    ],
+)
+def test_bad_commands_are_one_message(folder, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT * 8)
+    arguments = [a.format(text=tmp_path / "a.txt") for a in arguments]
+    result = invoke("perplexity", folder, "--length", 64, "--stride", 64, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+# --- the golden figures ------------------------------------------------------------------------
+
+
+def test_golden_nll_of_moby_dick_through_the_command(shared, tmp_path):
+    """What ChunkLlama itself computes of the windows [0, L) of a real book (nats a token)."""
+    np.save(tmp_path / "moby.npy", read_tokens(shared))
+    names = {"plain_rope": "rope", "chunkllama_ppl": "dca:chunkllama_ppl"}
+    lengths = (300, 4096)
+    result = invoke(
+        *("perplexity", shared / "models/tinystories-656k", "--tokens", tmp_path / "moby.npy"),
+        *(part for method in names.values() for part in ("--method", method)),
+        *(part for length in lengths for part in ("--length", length)),
+        *("--limit", 1, "--dtype", "float32", "--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    run = read_run(tmp_path / "out")
+    assert run.settings["prefix"] == []  # no BOS before a window
+    ours = {(r.key["method"], r.key["length"]): r.value["nll"] for r in run.records}
+    theirs = {
+        (names[row["setting"]], row["L"]): row["nll"]
+        for row in ROWS
+        if row["L"] in lengths and row["setting"] in names
+    }
+    assert len(theirs) == 4
+    assert ours == pytest.approx(theirs, abs=1e-3)

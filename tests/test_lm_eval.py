@@ -1,0 +1,233 @@
+"""The model for lm-evaluation-harness: local tasks, offline, against figures computed directly."""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_llm import make_llm
+
+import dca_jax
+from dca_jax.errors import InputError
+from dca_jax.evaluation.perplexity import token_nll
+from dca_jax.evaluation.texts import encode
+from dca_jax.methods import with_method
+
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `eval`)")
+# Of other people's packages, on the way to their figures.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHOICES = [
+    {"context": "Call me Ishmael. Some years", "choices": [" ago", " never mind", " x"], "gold": 0},
+    {"context": "never mind how long" * 4, "choices": [" precisely", " I thought"], "gold": 1},
+]
+QUESTIONS = [{"question": f"Some {n} years ago", "answer": "x"} for n in ("two", "seven thousand")]
+TEXTS = [{"text": "Call me Ishmael. Some years ago, never mind how long. " * n} for n in (1, 5)]
+TASKS = {
+    "local_choice": (
+        CHOICES,
+        "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ntarget_delimiter: ''\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\n"
+        "metric_list:\n  - metric: acc\n",
+    ),
+    "local_text": (
+        TEXTS,
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: bits_per_byte\n  - metric: word_perplexity\n",
+    ),
+    "local_answer": (
+        QUESTIONS,
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs:\n  until: ['e']\n  max_gen_toks: 9\n"
+        "metric_list:\n  - metric: exact_match\n",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    from dca_jax.lm_eval import DcaJaxLM
+
+    return DcaJaxLM(str(folder), method="dca", dtype="float32", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def llm(folder) -> dca_jax.LLM:
+    return dca_jax.load(folder, dca="paper", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, (rows, definition) in TASKS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    test: {folder}/{name}.jsonl\n  cache_dir: {folder}/cache\n"
+            f"test_split: test\n{definition}"
+        )
+    return folder
+
+
+def evaluate(model, task_folder: Path, **options):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+    options = {"bootstrap_iters": 0, "log_samples": True, "task_manager": manager, **options}
+    return simple_evaluate(model, tasks=list(TASKS), **options)
+
+
+def direct_logprobs(llm, ids: list[int]) -> np.ndarray:
+    """ln p of every token but the first, from the logits of a whole forward pass."""
+    logits = np.asarray(llm.logits([ids]), np.float64)[0, :-1]
+    logits -= logits.max(axis=-1, keepdims=True)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return np.take_along_axis(logprobs, np.asarray(ids[1:])[:, None], axis=-1)[:, 0]
+
+
+def test_the_figures_of_local_tasks_are_those_computed_directly(model, llm, task_folder):
+    results = evaluate(model, task_folder)
+    samples = results["samples"]
+    for row, sample in zip(CHOICES, samples["local_choice"], strict=True):
+        context = llm.tokenize(row["context"])
+        for choice, (found, _) in zip(row["choices"], sample["filtered_resps"], strict=True):
+            ids = llm.tokenize(row["context"] + choice)
+            assert ids[: len(context)] == context
+            expected = direct_logprobs(llm, ids)[len(context) - 1 :].sum()
+            assert float(found) == pytest.approx(expected, abs=1e-3)
+    total, size, words = 0.0, 0, 0
+    for row in TEXTS:
+        ids = [1, *encode(llm, row["text"])]  # one BOS, and not two
+        total -= direct_logprobs(llm, ids).sum()
+        size, words = size + len(row["text"].encode()), words + len(row["text"].split(" "))
+    measured = results["results"]["local_text"]
+    assert measured["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
+    assert math.log(measured["word_perplexity,none"]) == pytest.approx(total / words, rel=1e-4)
+    for row, sample in zip(QUESTIONS, samples["local_answer"], strict=True):
+        (found,) = sample["filtered_resps"]
+        alone = llm.generate(row["question"], max_new_tokens=9, stop=["e"])[0].text
+        assert found == alone
+
+
+def test_whether_greedy_decoding_gives_the_continuation(model, llm):
+    prompt = llm.tokenize("Call me Ishmael")
+    best = list(llm.generate([prompt], max_new_tokens=3)[0].tokens)
+    other = [*best[:2], (best[2] + 1) % 300]
+    requests = [(("", ""), prompt, continuation) for continuation in (best, other)]
+    assert [greedy for _, greedy in model._loglikelihood_tokens(requests, disable_tqdm=True)] == [
+        True,
+        False,
+    ]
+
+
+def test_rolling_windows_are_of_max_length(folder, llm):
+    from lm_eval.api.instance import Instance
+
+    from dca_jax.lm_eval import DcaJaxLM
+
+    text = TEXTS[1]["text"]
+    model = DcaJaxLM(str(folder), method="rope", dtype="float32", max_length="50")
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (found,) = model.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = np.asarray([1, *encode(llm, text)])
+    plain = with_method(llm.model, "rope", 50)
+    total, first = 0.0, 1
+    while first < len(ids):
+        stop = min(first + 50, len(ids))
+        nll = token_nll(plain, ids[None, max(0, stop - 51) : stop])[0]
+        total -= nll[-(stop - first) :].sum(dtype=np.float64)
+        first = stop
+    assert found == pytest.approx(total, rel=1e-5)
+    assert len(ids) > 150
+
+
+def test_nothing_is_cut_in_silence(folder):
+    from lm_eval.api.instance import Instance
+
+    from dca_jax.lm_eval import DcaJaxLM
+
+    model = DcaJaxLM(str(folder), method="dca", dtype="float32", max_length=60)
+    assert model.max_length == 60  # the model was trained on 64
+    long = Instance("generate_until", {}, ("word " * 60, {"max_gen_toks": 4}), 0)
+    with pytest.raises(InputError, match="max_length is 60; give a larger one"):
+        model.generate_until([long], disable_tqdm=True)
+    with pytest.raises(InputError, match="max_length is 60"):
+        model._loglikelihood_tokens([(("", ""), [1] * 60, [2])], disable_tqdm=True)
+    with pytest.raises(InputError, match="no context to begin with"):
+        model._loglikelihood_tokens([(("", "x"), [], [2])], disable_tqdm=True)
+
+
+def test_chat_templates_and_special_tokens(folder, llm, task_folder):
+    from dca_jax.lm_eval import DcaJaxLM
+
+    model = DcaJaxLM(str(folder), method="dca", dtype="float32", batch_size=2)
+    assert model.tok_encode("a") == llm.tokenize("a")
+    assert model.tok_encode("<s>a") == llm.tokenize("a")  # no second BOS
+    assert model.tok_encode("a", add_special_tokens=False) == llm.tokenize("a")[1:]
+    assert (model.prefix_token_id, model.eot_token_id) == (1, 2)
+    history = [{"role": "user", "content": "Some years ago"}]
+    text = model.apply_chat_template(history)
+    assert text == "<|user|>Some years ago\n<|assistant|>"
+    assert model.tok_encode(text) == llm.apply_chat_template(history)
+    open_end = [*history, {"role": "assistant", "content": "I thought"}]
+    text = model.apply_chat_template(open_end, add_generation_prompt=False)
+    assert text.rstrip().endswith("I thought")
+    results = evaluate(model, task_folder, apply_chat_template=True, fewshot_as_multiturn=True)
+    (found,) = results["samples"]["local_answer"][0]["filtered_resps"]
+    message = [{"role": "user", "content": QUESTIONS[0]["question"]}]
+    assert found == llm.chat(message, max_new_tokens=9, stop=["e"]).text
+
+
+def test_what_a_task_asks_of_the_sampler():
+    from dca_jax.lm_eval import _sampler
+
+    assert _sampler({"do_sample": False, "temperature": 0.7}).temperature == 0.0
+    drawn = _sampler({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.7, 0.9, None)
+
+
+def test_a_bad_method_is_refused_before_the_tasks_are_built(folder):
+    from dca_jax.lm_eval import DcaJaxLM
+
+    with pytest.raises(InputError, match="method 'alibi' is not known"):
+        DcaJaxLM(str(folder), method="alibi")
+
+
+def test_as_a_user_runs_it(folder, task_folder, tmp_path):
+    """`python -m dca_jax.lm_eval`: lm-eval's own command, with this model in its list."""
+    arguments = ["run", "--model", "dca_jax", "--tasks", "local_answer", "--batch_size", "2"]
+    arguments += ["--model_args", f"pretrained={folder},method=dca,max_length=4096,dtype=float32"]
+    arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dca_jax.lm_eval", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|local_answer|" in done.stdout
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert "exact_match,none" in json.loads(results.read_text())["results"]["local_answer"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """lm-eval's logger belongs to the process; the other tests go on without its lines."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
