@@ -70,10 +70,12 @@ class SelfExtend(PositionMethod):
 
     i - j below the window w; else floor(i / G) - floor(j / G) + w - floor(w / G).
 
-    G = 2, w = 4:             4   4  3  2  1  0
-                              5   4  4  3  2  1  0
-                              6   5  5  4  3  2  1  0
-                              7   5  5  4  4  3  2  1  0
+    ::
+
+        G = 2, w = 4:             4   4  3  2  1  0
+                                  5   4  4  3  2  1  0
+                                  6   5  5  4  3  2  1  0
+                                  7   5  5  4  4  3  2  1  0
 
     Source: the paper and its released code (which prefills with w / G unrounded, and
     decodes as here; they are one where G divides w.) Texts of at most w + 1 tokens are read as by
@@ -115,10 +117,12 @@ class StreamingLLM(PositionMethod):
     Equal to the original reading token by token, whose keys too are rotated when read, not when
     written. Texts of at most n + R + 1 tokens are read as by plain RoPE.
 
-    n = 2, R = 3:             5   5  4  3  2  1  0
-                              6   5  4  .  3  2  1  0
-                              7   5  4  .  .  3  2  1  0
-                              8   5  4  .  .  .  3  2  1  0
+    ::
+
+        n = 2, R = 3:             5   5  4  3  2  1  0
+                                  6   5  4  .  3  2  1  0
+                                  7   5  4  .  .  3  2  1  0
+                                  8   5  4  .  .  .  3  2  1  0
 
     Source: the paper and github.com/mit-han-lab/streaming-llm (examples/eval_long_ppl).
 
@@ -153,10 +157,12 @@ class LMInfinite(PositionMethod):
     A query meets the last c tokens, its own included, at their true distance, and the first n
     tokens at distance min(i - j, c), with c the trained length.
 
-    n = 2, c = 4:             4   4  3  2  1  0
-                              5   4  4  3  2  1  0
-                              6   4  4  .  3  2  1  0
-                              7   4  4  .  .  3  2  1  0
+    ::
+
+        n = 2, c = 4:             4   4  3  2  1  0
+                                  5   4  4  3  2  1  0
+                                  6   4  4  .  3  2  1  0
+                                  7   4  4  .  .  3  2  1  0
 
     Source: the paper (without its optional top-k tokens of the middle) and
     github.com/Glaciohound/LM-Infinite (models/lambda_attention.py). Texts of at most c + 1 tokens
@@ -190,9 +196,11 @@ class ShiftedRoPE(PositionMethod):
 
     i - j below S; else i - j - S + W. The last S positions of the trained range are so never used.
 
-    S = 4, W = 2:             4   2  3  2  1  0
-                              5   3  2  3  2  1  0
-                              6   4  3  2  3  2  1  0
+    ::
+
+        S = 4, W = 2:             4   2  3  2  1  0
+                                  5   3  2  3  2  1  0
+                                  6   4  3  2  3  2  1  0
 
     For texts within the trained length c: a text of L tokens uses positions below L - S + W.
 
@@ -236,9 +244,11 @@ class ShiftedRoPE(PositionMethod):
 class DCAAblation(PositionMethod):
     """DCA without its successive-chunk pass, or with the intra-chunk pass alone (figure 4).
 
-    s = 3, Q = 5, intra       3   .  .  . |0            and inter   3   5  4  3 |0
-                              4   .  .  . |1  0                     4   5  4  3 |1  0
-                              5   .  .  . |2  1  0                  5   5  4  3 |2  1  0
+    ::
+
+        s = 3, Q = 5, intra       3   .  .  . |0            and inter   3   5  4  3 |0
+                                  4   .  .  . |1  0                     4   5  4  3 |1  0
+                                  5   .  .  . |2  1  0                  5   5  4  3 |2  1  0
 
     With both, every earlier chunk, the one before included, is read as DCA reads older chunks: so
     the order near the edge of a chunk is lost, which is what the successive pass is for.

@@ -7,8 +7,7 @@ told where in the text both begin (`Rows.offset`, `Rows.key_offset`); which of D
 meet in, the kernel works out from that, as always. What a query reads in several calls is merged by
 log-sum-exp, so the result is that of one softmax over the whole text.
 
-    ring_attention        prefill, evaluation, training: keys go around, no device holds them all
-                          (in `dca_jax.attention.ring`)
+    ring_attention        (in `dca_jax.attention.ring`) prefill, evaluation, training: keys travel
     all_gather_attention  the same result from one collective: less latency, every key everywhere
     decode_attention      few queries over a cache that is shared like a text: no key moves
 
