@@ -39,6 +39,7 @@ class DeviceKind:
         memory: bytes that programs and their data may have.
         island: devices with fast links to each other, which `tensor` should not leave.
         runtime: bytes beside arrays and temporaries: workspaces of the libraries, code.
+        links: as much again where several devices exchange data.
         share: of `memory` that JAX takes unless it is told otherwise.
         tiles_again: whether XLA copies the MLP's weights and o_proj's, of all layers, to another
             tiling at the beginning of each program.
@@ -48,26 +49,27 @@ class DeviceKind:
     memory: int
     island: int
     runtime: int
+    links: int
     share: float = 1.0
     tiles_again: bool = False
 
 
 def _gpu(name: str, gib: float) -> DeviceKind:
     # One H200, Llama-2-7B: the peak was 0.45 (32k tokens) and 0.6 GB (8k) above its arrays and its
-    # largest program's temporaries.
+    # largest program's temporaries; on two, 7B and 70B alike, 1.3 to 1.4 GB more.
     memory = int(GPU_SHARE * gib * GIB)
-    return DeviceKind(name, memory, 8, 600_000_000, share=JAX_SHARE / GPU_SHARE)
+    return DeviceKind(name, memory, 8, 600_000_000, 1_300_000_000, share=JAX_SHARE / GPU_SHARE)
 
 
 def _tpu(name: str, gib: float, *, tiles_again: bool = False) -> DeviceKind:
     # The memory that libtpu 0.0.48 compiles for. All chips of a slice are linked alike. The
     # runtime's part is a guess: programs, and the small arrays between them.
-    return DeviceKind(name, int(gib * GIB), 256, 200_000_000, tiles_again=tiles_again)
+    return DeviceKind(name, int(gib * GIB), 256, 200_000_000, 0, tiles_again=tiles_again)
 
 
 # A v4 or v5p chip is one device, a v7x chip two.
 DEVICES: dict[str, DeviceKind] = {
-    "h200": _gpu("NVIDIA H200", 139.0),
+    "h200": _gpu("NVIDIA H200", 139.8),
     "a100-80g": _gpu("NVIDIA A100 80 GB", 79.2),
     "v4": _tpu("TPU v4", 30.75),
     "v5e": _tpu("TPU v5e", 15.75),
@@ -121,6 +123,7 @@ class Job:
         """Of one device of a mesh that the model can be cut for."""
         weights = sum(_share(*_placed(row, self.config, sizes)) for row in parameters(self.config))
         width = F32 if self.train else self.width
+        links = self.device.links if math.prod(sizes.values()) > 1 else 0
         return Usage(
             weights=width * weights,
             cache=0 if self.train else cache_bytes(self, sizes),
@@ -128,7 +131,7 @@ class Job:
             copies=copied_bytes(self, sizes),
             gradients=width * weights if self.train else 0,
             optimizer=2 * width * weights if self.train else 0,
-            runtime=self.device.runtime,
+            runtime=self.device.runtime + links,
         )
 
     def fits(self, sizes: Mapping[str, int]) -> bool:

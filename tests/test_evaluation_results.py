@@ -2,11 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper, report, windows
+from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.results import ResultLog, in_batches, read_run
 from dca_jax.evaluation.tables import Table, number, tokens
 
@@ -218,3 +222,25 @@ def test_rows_of_the_paper():
     assert [paper.figure(x) for x in (None, 7.9, math.inf)] == ["", "7.90", "> 100"]
     assert set(paper.PERPLEXITY) <= set(paper.MODELS)
     assert windows.FORMS[0] == "paper"
+
+
+# --- the commands ------------------------------------------------------------------------------
+
+
+def test_every_command_explains_itself_with_an_example():
+    overview = CliRunner().invoke(app, ["--help"], terminal_width=200)
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert sorted(names) == [
+        *("few-shot", "l-eval", "needle", "passkey", "perplexity", "report", "speed")
+    ]
+    for name in names:
+        assert name in overview.output
+        own = CliRunner().invoke(app, [name, "--help"], terminal_width=200)
+        assert own.exit_code == 0
+        assert f"dca-jax eval {name}" in own.output
+
+
+def test_the_command_line_starts_without_matplotlib():
+    code = "import sys, dca_jax.evaluation.cli; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

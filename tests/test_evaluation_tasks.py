@@ -201,7 +201,7 @@ def test_a_document_is_read_once_for_all_its_questions(llm, monkeypatch):
     rng = np.random.default_rng(0)
     document = rng.integers(6, 300, 150).tolist()
     prompts = [[*document, *rng.integers(6, 300, n).tolist()] for n in (3, 20, 1)]
-    alone = [answer(llm, [prompt], 12)[0] for prompt in prompts]
+    alone = [answer(llm, [prompt], 12, capacity=200)[0] for prompt in prompts]
     read: list[int] = []
     assert answer_about(llm, prompts, 12, read.append) == alone
     assert sum(read) == sum(map(len, prompts))

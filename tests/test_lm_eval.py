@@ -28,7 +28,7 @@ CHOICES = [
     {"context": "never mind how long" * 4, "choices": [" precisely", " I thought"], "gold": 1},
 ]
 QUESTIONS = [{"question": f"Some {n} years ago", "answer": "x"} for n in ("two", "seven thousand")]
-TEXTS = [{"text": "Call me Ishmael. Some years ago, never mind how long. " * n} for n in (1, 5)]
+TEXTS = [{"text": "Call me Ishmael. Some years ago, never mind how long. " * n} for n in (1, 6)]
 TASKS = {
     "local_choice": (
         CHOICES,
@@ -91,7 +91,8 @@ def evaluate(model, task_folder: Path, **options):
 
 def direct_logprobs(llm, ids: list[int]) -> np.ndarray:
     """ln p of every token but the first, from the logits of a whole forward pass."""
-    logits = np.asarray(llm.logits([ids]), np.float64)[0, :-1]
+    padded = [*ids, *[0] * (200 - len(ids))]  # which no earlier token sees
+    logits = np.asarray(llm.logits([padded]), np.float64)[0, : len(ids) - 1]
     logits -= logits.max(axis=-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return np.take_along_axis(logprobs, np.asarray(ids[1:])[:, None], axis=-1)[:, 0]

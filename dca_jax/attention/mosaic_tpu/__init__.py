@@ -52,18 +52,21 @@ def unsupported(
     heads = Heads(query=num_heads, kv=kv_heads, head_dim=head_dim)
     itemsize = query.dtype.itemsize
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
-    if num_queries * num_heads <= tiling.DECODE_ROWS:
-        need = tiling.decode_vmem(num_queries * num_heads, tiles.decode, heads, itemsize)
+    num_rows = num_queries * num_heads
+    if num_rows <= tiling.DECODE_ROWS:
+        need = tiling.decode_vmem(num_rows, tiles.decode, heads, itemsize)
+        words = most_keys(num_keys, dca, PHASES, (num_queries, tiles.decode)) + tiles.parts
     else:
         need = max(
             tiling.forward_vmem(tiles.forward, heads, itemsize),
             tiling.dq_vmem(tiles.dq, heads, itemsize),
             tiling.dkv_vmem(tiles.dkv, heads, itemsize),
         )
+        words = _words(num_queries, num_keys, dca, tiles)
     have = tiling.CHIPS[device.kind].vmem
     if need > have:
         return f"its tiles need {need} bytes of VMEM, and {device.kind} has {have}"
-    need = 4 * batch * _words(num_queries, num_keys, dca, tiles)
+    need = 4 * batch * words
     if need > tiling.SMEM:
         return (
             f"its walk through this text needs {need} bytes of scalar memory, of {tiling.SMEM}; "
@@ -73,7 +76,7 @@ def unsupported(
 
 
 def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles) -> int:
-    """Words of scalar memory that the longest of the kernels' walks takes for a row."""
+    """Words of scalar memory that the longest of three kernels' walks takes for a row."""
     words = []
     for blocks in (tiles.forward, tiles.dq):
         most = most_keys(num_keys, dca, PHASES, blocks)
