@@ -12,6 +12,11 @@ from pathlib import Path
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Eight devices on two busy cores can keep one another waiting for longer than the 40 s after which
+# XLA takes a collective for stuck and aborts the process.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=500"
+)
 # libtpu is here to compile with. Where there is no accelerator it need not look for one, loudly.
 if not any(any(Path("/dev").glob(name)) for name in ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +33,9 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Or the next program is compiled while eight devices meet in this one's collectives, and waits are
+# so long on two cores that XLA gives up.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -173,9 +173,9 @@ def test_random_model_has_bfloat16_weights_like_an_initialized_one(model):
 def test_generate_measures_ours_and_transformers(model, monkeypatch):
     monkeypatch.setattr(generate, "random_model", lambda *args, **options: model)
     config = generate.PRESETS["tiny"]
-    facts, ours = generate.measure_ours(True, config, [20], 3, None)
+    facts, ours = generate.measure_ours(True, config, [20], 3, None, None)
     assert facts["copy GB/s"] > 0
-    (peer,) = generate.measure_transformers(config, [20], 3, None)
+    (peer,) = generate.measure_transformers(config, [20], 3, None, None)
     for row in (ours, peer):
         assert "failed" not in row
         assert row["first token ms"] > 0
