@@ -17,6 +17,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=500"
 )
+# XLA's pools have a thread for each device, which a device keeps while it waits in a collective:
+# with all eight waiting nothing else goes on, and what they wait for may be among it. So more.
+os.environ.setdefault("PJRT_NPROC", "32")
 # libtpu is here to compile with. Where there is no accelerator it need not look for one, loudly.
 if not any(any(Path("/dev").glob(name)) for name in ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
