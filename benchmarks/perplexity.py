@@ -53,6 +53,8 @@ def main(
             except Exception as error:  # what does not fit is a result too
                 report.add(row | {"failed": reason(error)})
     show(f"Perplexity on {report.facts.get('device')}", COLUMNS, report.rows)
+    if any("failed" in row for row in report.rows):
+        raise SystemExit(1)
 
 
 def measured(model: Llama, length: int) -> dict[str, Any]:

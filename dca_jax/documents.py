@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
-from pypdf import PdfReader
-from pypdf.errors import PyPdfError
-
 from dca_jax.errors import InputError
 from dca_jax.llm import LLM, Options
 from dca_jax.prefix import Prefix
@@ -39,6 +36,9 @@ def read_document(path: str | Path) -> str:
 
 
 def _read_pdf(path: Path) -> str:
+    from pypdf import PdfReader  # text files are read without it
+    from pypdf.errors import PyPdfError
+
     try:
         with PdfReader(path) as reader:
             if reader.is_encrypted and not reader.decrypt(""):

@@ -27,10 +27,10 @@ class ReRoPE(PositionMethod):
                               4   3  3  2  1  0
                               5   3  3  3  2  1  0
 
-    Source: kexue.fm/archives/9708 and its code, github.com/bojone/rerope, which also multiplies
-    query i by max(1, ln(i + 1) / ln(trained length)), so that attention does not thin out over more
-    keys than were trained; this is what `trained_length` asks for. Texts of at most `window` + 1
-    tokens are read as by plain RoPE.
+    Source: kexue.fm/archives/9708 and its code, github.com/bojone/rerope (rerope_patch.py), which
+    also multiplies query i by max(1, ln(i + 1) / ln(trained length)), so that attention does not
+    thin out over more keys than were trained; this is what `trained_length` asks for. Texts of at
+    most `window` + 1 tokens are read as by plain RoPE.
 
     Attributes:
         window: w, tokens; 512 for 4096 trained ones in the released code, 1024 in its results.
@@ -77,9 +77,11 @@ class SelfExtend(PositionMethod):
                                   6   5  5  4  3  2  1  0
                                   7   5  5  4  4  3  2  1  0
 
-    Source: the paper and its released code (which prefills with w / G unrounded, and
-    decodes as here; they are one where G divides w.) Texts of at most w + 1 tokens are read as by
-    plain RoPE. Of c trained tokens, texts of up to (c - w) G + w use trained positions only.
+    Source: the released code, github.com/datamllab/LongLM (self_extend_patch/Llama_4_40.py:
+    `self_extend_forward`; its form with flash attention prefills with w / G unrounded, and decodes
+    as here; they are one where G divides w), and its README, "How to choose the group_size and
+    neighbor_window": of c trained tokens, texts of up to (c - w) G + w use trained positions only.
+    Texts of at most w + 1 tokens are read as by plain RoPE.
 
     Attributes:
         group: G, tokens that share a position. window: w, tokens that keep theirs.
@@ -124,7 +126,9 @@ class StreamingLLM(PositionMethod):
                                   7   5  4  .  .  3  2  1  0
                                   8   5  4  .  .  .  3  2  1  0
 
-    Source: the paper and github.com/mit-han-lab/streaming-llm (examples/eval_long_ppl).
+    Source: the paper, section 3.2 and figure 4 ("positions within the cache rather than those in
+    the original text"), and github.com/mit-han-lab/streaming-llm (streaming_llm/pos_shift/
+    modify_llama.py; examples/eval_long_ppl.py).
 
     Attributes:
         sinks: n tokens, 4 in the paper. recent: R tokens beside the query itself; in the paper
@@ -164,7 +168,8 @@ class LMInfinite(PositionMethod):
                                   6   4  4  .  3  2  1  0
                                   7   4  4  .  .  3  2  1  0
 
-    Source: the paper (without its optional top-k tokens of the middle) and
+    Source: the paper, section 4.1 (n_global, n_local = L_pretrain and w(q, k, min(d, L_pretrain));
+    without the optional top-k tokens of the middle that later versions add) and
     github.com/Glaciohound/LM-Infinite (models/lambda_attention.py). Texts of at most c + 1 tokens
     are read as by plain RoPE.
 
@@ -204,12 +209,12 @@ class ShiftedRoPE(PositionMethod):
 
     For texts within the trained length c: a text of L tokens uses positions below L - S + W.
 
-    Source: the paper and github.com/HKUNLP/STRING (string_for_llama.py), whose prefill
-    counts the keys at i - j = S twice, in both parts; its decoding, the paper and this do not.
-    Texts of at most S tokens keep their positions.
+    Source: the paper, section 4.1, eq. 4, figure 5 and algorithm 1, and github.com/HKUNLP/STRING
+    (string_for_llama.py), whose prefill counts the keys at i - j = S twice, in both parts; its
+    decoding, the paper's eq. 4 and this do not. Texts of at most S tokens keep their positions.
 
     Attributes:
-        shift: S, tokens; a third of the length read in the paper. local_window: W, 128 there, at
+        shift: S, tokens; in the paper a third of the length read. local_window: W, 128 there, at
             most S: a far token still stands W beyond the nearest ones.
     """
 

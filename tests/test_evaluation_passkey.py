@@ -54,6 +54,25 @@ def test_the_amount_of_filler():
     ]
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("length", [80, 300, 2000])
+def test_the_fitted_prompt_is_the_longest_that_fits(length, uneven):
+    """Found in a few measurements where filler is even, and found all the same where it is not."""
+    measured: list[str] = []
+
+    def count(text: str) -> int:
+        measured.append(text)
+        words = len(text.split())
+        return words + (words // 100) ** 2 if uneven else words
+
+    prompt = passkey.passkey_prompt(count, length, 0.4, np.random.default_rng(0))
+    assert uneven or len(measured) <= 7
+    sentences = sum(prompt.text.count(sentence) for sentence in passkey.FILLER)
+    assert prompt.text == passkey.passkey_text(sentences, 0.4, prompt.key)
+    one_more = passkey.passkey_text(sentences + 1, 0.4, prompt.key)
+    assert count(prompt.text) <= length < count(one_more)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_llm(tmp_path_factory.mktemp("models") / "tiny")

@@ -275,6 +275,7 @@ def test_few_shot_runs_scores_and_goes_on(folder, tmp_path):
     score = 100 * sum(r.value["f1"] for r in records) / 3
     assert "| method | qasper | paper | average | paper |" in more.stdout
     assert f"| dca | {score:.2f} | 28.20 | {score:.2f} | 28.20 |" in more.stdout
+    assert "Questions: 3 of qasper (dca)." in more.stdout
     assert all(150 < r.value["tokens"] <= 464 - 64 for r in records)
 
 
@@ -293,6 +294,7 @@ def test_l_eval_on_the_real_files(shared, tmp_path):
     scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca"]
     assert set(scores["sci_fi"]) == {"exact_match", "loyalty", "fact"}
     assert "| 57.62 |" in done.stdout  # the paper's
+    assert "Questions: 1 of tpo, 1 of sci_fi (dca)." in done.stdout
     size = (tmp_path / "out/results.jsonl").stat().st_size
     assert invoke(*ask, "--limit", 1, "--output", tmp_path / "out").exit_code == 0
     assert (tmp_path / "out/results.jsonl").stat().st_size == size

@@ -234,7 +234,7 @@ def needle_command(
 
     - `dca-jax eval needle ./Qwen2.5-7B-Instruct-1M --task multi-query --task variables --length 1M`
     """
-    hay = Haystack.noise() if haystack is None else Haystack.of_text(read_document(haystack))
+    hay = Haystack.noise() if haystack is None else _own_haystack(haystack)
     text = "\n".join(hay.units).encode()
     settings = {
         "haystack": "noise" if haystack is None else haystack.name,
@@ -255,6 +255,10 @@ def needle_command(
             chat=chat,
             batch=batch,
         )
+
+
+def _own_haystack(path: Path) -> Haystack:
+    return Haystack.of_text(read_document(path))
 
 
 @app.command(name="few-shot")

@@ -129,7 +129,7 @@ def evaluate(
         if task not in TASKS:
             raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
     items = {task: read_items(path, task)[:limit] for task, path in files.items()}
-    for task, some in items.items():
+    for nth, (task, some) in enumerate(items.items(), start=1):
         room = max_length - TASKS[task].new_tokens
         if room <= MARGIN:
             raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
@@ -148,7 +148,7 @@ def evaluate(
             llm,
             samples,
             log,
-            name=f"few-shot: {task}",
+            name=f"few-shot: {task} ({nth} of {len(items)})",
             methods=methods,
             max_new_tokens=TASKS[task].new_tokens,
             batch=batch,
@@ -179,5 +179,6 @@ def outcome(
         for method, row in values.items()
     }
     theirs = {method: paper.row(paper.FEW_SHOT, paper_model, method) for method in scores}
-    table = task_table("Few-shot scores", list(TASKS), scores, theirs)
+    counts = {m: {task: len(some) for task, some in row.items()} for m, row in values.items()}
+    table = task_table("Few-shot scores", list(TASKS), scores, theirs, counts)
     return Outcome(scores=scores, tables=[table] if scores else [])

@@ -217,7 +217,7 @@ def evaluate(
         task: read_json_lines(path, "input", "instructions", "outputs")
         for task, path in files.items()
     }
-    for task, documents in rows.items():
+    for nth, (task, documents) in enumerate(rows.items(), start=1):
         samples, facts = [], []
         for n, row in enumerate(documents):
             document = Document(row["input"], room - MARGIN, room, "right")
@@ -234,7 +234,7 @@ def evaluate(
                 llm,
                 some,
                 log,
-                name=f"l-eval: {task}",
+                name=f"l-eval: {task} ({nth} of {len(rows)})",
                 methods=methods,
                 max_new_tokens=NEW_TOKENS,
                 batch=batch,
@@ -280,6 +280,7 @@ def outcome(
         cell = answers.setdefault((record.key["method"], record.key["task"]), {})
         cell.setdefault(record.key["id"], {})[record.key["part"]] = record.value or {}
     details: dict[str, dict[str, dict[str, float]]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for (method, task), some in answers.items():
         parts = ("document", "world") if task == "sci_fi" else ("document",)
         whole = [found for found in some.values() if set(found) == set(parts)]
@@ -287,7 +288,8 @@ def outcome(
             texts = [_joined([found[part]["answer"] for part in parts]) for found in whole]
             references = [found["document"]["reference"] for found in whole]
             details.setdefault(method, {})[task] = scores_of(task, texts, references)
+            counts.setdefault(method, {})[task] = len(whole)
     scores = {m: {t: s["exact_match"] for t, s in row.items()} for m, row in details.items()}
     theirs = {method: paper.row(paper.L_EVAL, paper_model, method) for method in scores}
-    table = task_table("L-Eval, exact match", list(TASKS), scores, theirs)
+    table = task_table("L-Eval, exact match", list(TASKS), scores, theirs, counts)
     return Outcome(scores=details, tables=[table] if scores else [])

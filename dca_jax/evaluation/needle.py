@@ -175,7 +175,7 @@ def evaluate(
         raise InputError("needles need a task, a length, a trial, and depths between 0 and 1")
     if chat:
         llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
-    for task in tasks:
+    for nth, task in enumerate(tasks, start=1):
         gridded = task == "single" and depths is not None
         samples = [
             Sample(
@@ -193,7 +193,7 @@ def evaluate(
             llm,
             samples,
             log,
-            name=f"needle: {task}",
+            name=f"needle: {task} ({nth} of {len(tasks)})",
             methods=methods,
             max_new_tokens=TASKS[task][1],
             batch=batch,

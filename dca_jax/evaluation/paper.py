@@ -1,12 +1,21 @@
 """The paper's figures (An et al., arXiv 2402.17463), to stand beside those measured here.
 
+All but those of Llama 3 are compared with the first version (28 February 2024; it is in the
+authors' repository, github.com/HKUNLP/ChunkLlama, as Popular_PDFs/chunkllama.pdf) and equal it, but
+for the exchange named below. Llama 3 came with the second version (29 May 2024); its figures here
+are those of the repository's README.
+
 Slips in them, which nobody should try to reproduce:
 
-- Table 2, second version: the rows of Llama 3 are shifted by one column. Here they stand where the
-  authors' repository has them.
+- Table 2, second version: the row of ChunkLlama3 70B is shifted by one column. It says 5.14 at 32k
+  and at 64k, 5.21 at 96k, up to 5.45 at 192k; Table 1 of that version and the README say 5.21 at
+  64k, and the README's 16k to 160k are these very figures. That is known from a transcript of both
+  tables, not from the paper itself, and of that row only.
 - Table 4: three averages do not add up (Llama2-Chat 7B 48.74, its scores give 44.66; Llama2-Chat
-  13B 48.99 and 48.49; the finetuned 13B 57.94 and 57.44), and Claude's scores in QuALITY and
-  Coursera are exchanged: its published predictions give 73.76 and 60.03. Averages are made here.
+  13B 48.99 and 48.49; the finetuned 13B 57.94 and 57.44, so its lead of "1.75 points" is 1.25); all
+  others do, as do those of Table 3. Averages are made here.
+- Table 4: Claude's scores in QuALITY and Coursera are exchanged: its published predictions give
+  73.76 and 60.03.
 - Table 4, SFiction of ChunkLlama2-Chat 7B: 61.72; the published predictions give 60.94 twice.
 """
 

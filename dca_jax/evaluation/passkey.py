@@ -50,7 +50,7 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 ANSWER_TOKENS = 8  # room for a space, a number of six digits of a token each, and its end
 FORMS = ("paper", "fitted")
-TRIALS, DEPTHS = 20, 16  # of the paper's figures
+SAMPLE = 8 * len(FILLER)  # sentences, to see how many tokens they have
 
 
 class PasskeyPrompt(NamedTuple):
@@ -113,11 +113,18 @@ def passkey_prompt(
     bare = count_tokens(passkey_text(0, depth, key))
     if bare > length:
         raise InputError(f"a passkey prompt has at least {bare} tokens, got length {length}")
-    # A sentence has at least one token, so `length` of them never fit beside the bare prompt.
-    sentences = bisect.bisect_right(
-        range(length), length, key=lambda n: count_tokens(passkey_text(n, depth, key))
-    )
-    return PasskeyPrompt(text=passkey_text(sentences - 1, depth, key), key=key)
+
+    def tokens(sentences: int) -> int:
+        return count_tokens(passkey_text(sentences, depth, key))
+
+    # Filler has as many tokens anywhere, so what some of it has tells about how much fits. Where
+    # that is not so: a sentence has a token at least, and `length` of them never fit.
+    guess = int((length - bare) * SAMPLE / (tokens(SAMPLE) - bare))
+    low, high = max(guess - 2, 0), guess + 3
+    if not tokens(low) <= length < tokens(high):
+        low, high = 0, length
+    fits = bisect.bisect_right(range(low, high), length, key=tokens) + low - 1
+    return PasskeyPrompt(text=passkey_text(fits, depth, key), key=key)
 
 
 def passkey_text(sentences: int, depth: float, key: str) -> str:

@@ -160,10 +160,12 @@ def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> 
     axes.axvline(trained_length, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
         "trained length",
-        (trained_length, 1),
+        (trained_length, 0.5),  # the curves begin above or below
         xycoords=("data", "axes fraction"),
-        xytext=(4, -12),
+        xytext=(4, 0),
         textcoords="offset points",
+        rotation=90,
+        va="center",
         color="gray",
         fontsize=8,
     )

@@ -1,8 +1,10 @@
-"""A bar that knows how long is left, on standard error."""
+"""A bar that knows how long is left, on standard error; in a file, a line a minute."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +22,7 @@ from dca_jax.parameters import parameters
 
 Advance = Callable[[float], None]
 
+LINE = 60.0  # seconds from line to line where there is no terminal
 WINDOW = 600.0  # seconds that the speed is taken over: a piece of a long text takes many of them
 
 
@@ -27,6 +30,9 @@ WINDOW = 600.0  # seconds that the speed is taken over: a piece of a long text t
 def progress(name: str, total: float) -> Iterator[Advance]:
     """A bar over `total` units of work; yields what to call with the units just done."""
     console = Console(stderr=True, quiet=not is_primary())
+    if not console.is_terminal:
+        yield _lines(console, name, total)
+        return
     columns = (
         TextColumn(name),
         BarColumn(),
@@ -34,11 +40,34 @@ def progress(name: str, total: float) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=console.is_terminal, speed_estimate_period=WINDOW
-    ) as bar:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=WINDOW) as bar:
         task = bar.add_task(name, total=total)
         yield lambda units: bar.advance(task, units)
+
+
+def _lines(console: Console, name: str, total: float) -> Advance:
+    """What `progress` yields where no bar can move: it prints how far it is, now and then."""
+    begin = last = time.monotonic()
+    done = 0.0
+
+    def advance(units: float) -> None:
+        nonlocal last, done
+        done += units
+        now = time.monotonic()
+        if now - last < LINE or not done:
+            return
+        last = now
+        spent, left = (
+            timedelta(seconds=round(seconds))
+            for seconds in (now - begin, (now - begin) * (total - done) / done)
+        )
+        console.print(
+            f"{name}: {done / total:.0%} after {spent}, about {left} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    return advance
 
 
 def reading_work(config: LlamaConfig, tokens: int) -> float:

@@ -5,6 +5,7 @@ runs that are not finished.
 """
 
 import base64
+import json
 import platform
 import resource
 import sys
@@ -96,15 +97,18 @@ def write_page(folder: Path) -> Path:
     runs = sorted(path.parent for path in folder.rglob(RUN))
     if not runs:
         raise InputError(f"{folder} holds no results: there is no {RUN} in it or below it")
-    sections = "\n".join(_section(run, str(run.relative_to(folder))) for run in runs)
+    title = folder.resolve().name
+    names = [title if run == folder else str(run.relative_to(folder)) for run in runs]
+    sections = "\n".join(map(_section, runs, names))
     path = folder / PAGE
-    write_text(HTML.format(title=escape(folder.resolve().name), sections=sections), path)
+    write_text(HTML.format(title=escape(title), sections=sections), path)
     return path
 
 
 HTML = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto }}
@@ -123,7 +127,10 @@ pre {{ background: #f4f4f4; padding: .75rem; overflow-x: auto; white-space: pre-
 def _section(folder: Path, name: str) -> str:
     run = read_run(folder)
     found = outcome(run)
-    parts = [f"<h2>{escape(run.task)}: {escape(name)}</h2>"]
+    parts = [
+        f"<h2>{escape(run.task)}: {escape(name)}</h2>",
+        f"<p>{escape(_about(folder, run))}</p>",
+    ]
     parts += [table.html() for table in found.tables]
     for picture in found.pictures:
         if (folder / picture).is_file():
@@ -139,6 +146,22 @@ def _section(folder: Path, name: str) -> str:
     text = escape(about.read_text(encoding="utf-8"))
     parts.append(f"<details><summary>{about.name}</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
+
+
+def _about(folder: Path, run: Run) -> str:
+    """A line: the model, how much was read, and where."""
+    failed = sum(record.error is not None for record in run.records)
+    seconds = sum(record.seconds for record in run.records)
+    said = [
+        f"{run.settings.get('model', 'a model')} in {run.settings.get('dtype', 'its own dtype')}",
+        f"{len(run.records) - failed:,} samples in {seconds:,.0f} s",
+        *([f"{failed:,} more failed"] if failed else []),
+    ]
+    if not (folder / SUMMARY).is_file():
+        said.append("not finished")
+    elif device := json.loads((folder / SUMMARY).read_text(encoding="utf-8")).get("device"):
+        said.append(f"on {device}")
+    return ", ".join(said) + "."
 
 
 def _version(package: str) -> str | None:

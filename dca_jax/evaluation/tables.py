@@ -64,12 +64,14 @@ def task_table(
     tasks: Sequence[str],
     scores: Mapping[str, Mapping[str, float]],
     theirs: Mapping[str, Mapping[Any, float]],
+    counts: Mapping[str, Mapping[str, int]],
 ) -> Table:
     """Scores (per cent) of methods by task, the paper's beside them, and averages over all tasks.
 
     Args:
         tasks: in the paper's order; those that nobody was asked are left out.
         scores, theirs: {method: {task: score}}; the paper's may lack methods and tasks.
+        counts: the questions that each score is of.
     """
     asked = [task for task in tasks if any(task in row for row in scores.values())]
     shown = {task for row in theirs.values() for task in row}
@@ -88,7 +90,12 @@ def task_table(
             cells.append(number(sum(figures[t] for t in asked) / len(asked)) if whole else "")
         rows.append(cells)
     header += ["average", *(["paper"] if shown else [])]
-    return Table(title=title, header=header, rows=rows)
+    asked_of: dict[str, list[str]] = {}
+    for method, row in counts.items():
+        said = ", ".join(f"{row[task]} of {task}" for task in asked if task in row)
+        asked_of.setdefault(said, []).append(method)
+    notes = [f"Questions: {said} ({', '.join(of)})." for said, of in asked_of.items()]
+    return Table(title=title, header=header, rows=rows, notes=notes)
 
 
 def number(value: float | None, digits: int = 2) -> str:
