@@ -16,6 +16,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
 }
 
+# The projections of a layer, any of which LoRA may adapt.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -153,6 +156,39 @@ class LlamaConfig:
         if self.dca is not None:
             config["dual_chunk_attention_config"] = self.dca.to_hf()
         return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of projections (LoRA, arXiv 2106.09685): y = x W + alpha / rank (x A) B.
+
+    Attributes:
+        rank: columns of A, rows of B.
+        alpha: their strength, as in the paper's section 4.1.
+        targets: the projections that have adapters, in every layer; of `LORA_TARGETS`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"the rank of LoRA must be a positive integer, got {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InputError(f"the alpha of LoRA must be positive, got {self.alpha}")
+        unknown = [name for name in self.targets if name not in LORA_TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            found = ", ".join(self.targets) or "none"
+            raise InputError(
+                f"the targets of LoRA are one or more of {', '.join(LORA_TARGETS)}, each once; got "
+                f"{found}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
 
 
 def _model_type(config: Mapping[str, Any]) -> str:

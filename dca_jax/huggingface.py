@@ -1,7 +1,7 @@
 """Hugging Face folders: config and weights, checked first, then streamed into device arrays."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from dca_jax.parameters import (
     Parameter,
     Progress,
     Shardings,
-    axis_sizes,
     contiguous,
     load_tree,
     parameters,
@@ -74,7 +73,7 @@ class Checkpoint:
         layer = index[0].start if row.stacked else 0
         tensor = self.tensors[row.path][layer]
         axes = row.ours.split()
-        sizes = axis_sizes(self.config)
+        sizes = row.sizes(self.config)
         wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
         # Of flattened axes only the first is cut in the file; the others are cut afterwards.
         in_file, piece_sizes = [], dict(sizes)
@@ -105,9 +104,26 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
     head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if head is not None:
         stored.setdefault("model.embed_tokens.weight", head)
+    tensors = match_tensors(folder, config, parameters(config), stored)
+    if head is not None:
+        _check_tied(tensors["embed_tokens.embedding"][0], head)
+    return Checkpoint(config, tensors)
+
+
+def match_tensors(
+    folder: Path,
+    config: LlamaConfig,
+    rows: Sequence[Parameter],
+    stored: dict[str, StoredTensor],
+) -> dict[str, list[StoredTensor]]:
+    """For each path of `rows`, the tensors of `folder` it is made of, layer by layer.
+
+    Raises:
+        InputError: a missing or extra tensor, or a wrong shape.
+    """
+    stored, missing = dict(stored), []
     tensors: dict[str, list[StoredTensor]] = {}
-    missing: list[str] = []
-    for row in parameters(config):
+    for row in rows:
         names = row.their_names(config)
         missing += [name for name in names if name not in stored]
         tensors[row.path] = [stored.pop(name) for name in names if name in stored]
@@ -124,9 +140,7 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
             f"the weights in {folder} are not those of the model in its config.json: "
             + "; ".join(problems)
         )
-    if head is not None:
-        _check_tied(tensors["embed_tokens.embedding"][0], head)
-    return Checkpoint(config, tensors)
+    return tensors
 
 
 def load_params(

@@ -6,8 +6,9 @@ arrays that are alive at once in one layer; tests hold it beside the compiler's 
 
 Reading a prompt and drawing tokens (`dca_jax.generate`): parameters and cache in one dtype, the
 prompt read in pieces, or at once where `context` shares it. Training: parameters, gradients and
-AdamW's two moments in float32, activations in the dtype, each layer recomputed in the backward
-pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time.
+AdamW's two moments in float32, activations in the dtype, each layer but its attention computed
+again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time. With LoRA
+only the adapters are trained; the base is in the dtype, or its layers' kernels are int8.
 """
 
 import math
@@ -18,8 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dca_jax.buckets import capacity_bucket, padded_length, piece_length
-from dca_jax.config import LlamaConfig
-from dca_jax.parameters import Parameter, axis_sizes, parameters
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.parameters import (
+    Parameter,
+    axis_sizes,
+    lora_parameters,
+    parameters,
+    projections,
+)
 from dca_jax.sharding import parameter_partition, partition
 
 GIB = 2**30
@@ -113,24 +120,42 @@ class Job:
     batch: int
     train: bool
     dtype: jnp.dtype
+    lora: LoraConfig | None = None
+    quantized: bool = False
 
     @property
     def width(self) -> int:
-        """Bytes of an element: of activations and cache; and of weights, but in training."""
+        """Bytes of an element: of activations and cache; and of weights that are not trained."""
         return self.dtype.itemsize
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """What has gradients and moments, in float32 like itself."""
+        if not self.train:
+            return []
+        if self.lora is None:
+            return parameters(self.config)
+        return lora_parameters(self.config, self.lora)
+
+    @property
+    def frozen(self) -> list[tuple[Parameter, int]]:
+        """The other parameters, with the bytes of an element."""
+        if self.train and self.lora is None:
+            return []
+        kernels = projections(self.config) if self.quantized else []
+        return [(row, 1 if row in kernels else self.width) for row in parameters(self.config)]
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:
         """Of one device of a mesh that the model can be cut for."""
-        weights = sum(_share(*_placed(row, self.config, sizes)) for row in parameters(self.config))
-        width = F32 if self.train else self.width
+        trained = F32 * sum(_share(*_placed(row, self.config, sizes)) for row in self.trained)
         links = self.device.links if math.prod(sizes.values()) > 1 else 0
         return Usage(
-            weights=width * weights,
+            weights=trained + frozen_bytes(self, sizes),
             cache=0 if self.train else cache_bytes(self, sizes),
             activations=training_bytes(self, sizes) if self.train else prompt_bytes(self, sizes),
             copies=copied_bytes(self, sizes),
-            gradients=width * weights if self.train else 0,
-            optimizer=2 * width * weights if self.train else 0,
+            gradients=trained,
+            optimizer=2 * trained,
             runtime=self.device.runtime + links,
         )
 
@@ -149,6 +174,19 @@ class Job:
 
 
 # --- bytes of one device -----------------------------------------------------------------------
+
+
+def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Weights that are not trained, with the float32 scales of those that are int8."""
+    total = 0
+    for row, width in job.frozen:
+        spec, shape, _ = _placed(row, job.config, sizes)
+        total += width * _share(spec, shape, sizes)
+        if width == 1:  # a scale for each output of each layer
+            kept = [0, *range(1 + len(row.groups[1]), len(shape))]
+            scales = PartitionSpec(*(spec[axis] for axis in kept))
+            total += F32 * _share(scales, tuple(shape[axis] for axis in kept), sizes)
+    return total
 
 
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
@@ -175,34 +213,42 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of a step: what each layer is recomputed from, one layer's backward, the loss."""
+    """Activations of a step: what is kept of each layer, one layer's backward, the loss.
+
+    Kept are the stream it starts from, and what its attention gave (`remat` "attention").
+    """
     config, rows, context = job.config, _rows(job, sizes), sizes["context"]
     length = -(-job.context_length // (2 * context)) * 2
     hidden = job.width * rows * length * config.hidden_size
     backward = job.width * rows * length * _backward(config, sizes)
     logits = 2 * F32 * rows * min(length, LOSS_TOKENS) * config.vocab_size // sizes["tensor"]
-    return config.num_hidden_layers * hidden + max(backward, logits + 2 * hidden)
+    query, _ = _head_sizes(config, sizes)
+    lse = F32 * rows * length * query // config.head_dim
+    kept = hidden + job.width * rows * length * query + lse
+    return config.num_hidden_layers * kept + max(backward, logits + 2 * hidden)
 
 
 def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Of weights: a layer's, or a table, in the form in which they are multiplied.
 
-    That is not how they are stored if `fsdp` cuts them, or in training, where they are float32.
+    That is not how they are stored if `fsdp` cuts them, or if they are float32 or int8.
     """
-    width = 2 * job.width if job.train else 0  # as they are multiplied, and their gradients
-    if sizes["fsdp"] > 1:
-        width += F32 if job.train else job.width  # no longer cut
     layer, tables, tiled = 0, [0], 0
     whole = dict(sizes) | {"fsdp": 1}
-    for row in parameters(job.config):
+    # As they are stored, and as they are multiplied; of the trained ones, with their gradients.
+    widths = [(row, F32, 2 * job.width) for row in job.trained]
+    widths += [(row, width, job.width if width == 1 else 0) for row, width in job.frozen]
+    for row, stored, multiplied in widths:
         share = _share(*_placed(row, job.config, whole))
+        size = share * (multiplied + (stored if sizes["fsdp"] > 1 else 0))  # no longer cut
         if row.stacked:
-            layer += share // job.config.num_hidden_layers
+            layer += size // job.config.num_hidden_layers
         else:
-            tables.append(share)
-        if job.device.tiles_again and not job.train and ("mlp" in row.path or "o_proj" in row.path):
-            tiled += job.width * share // sizes["fsdp"]
-    return width * max(layer, *tables) + tiled
+            tables.append(size)
+        moved = "mlp" in row.path or "o_proj" in row.path
+        if job.device.tiles_again and moved and not multiplied:
+            tiled += stored * share // sizes["fsdp"]
+    return max(layer, *tables) + tiled
 
 
 def _mlp(config: LlamaConfig, sizes: Mapping[str, int]) -> int:

@@ -278,4 +278,6 @@ def with_method(
         dtype=model.dtype,
         remat=model.remat,
         implementation=model.implementation,
+        lora=model.lora,
+        quantized=model.quantized,
     )

@@ -4,6 +4,8 @@ Shapes: B batch, T query, S key, N query heads, K kv heads, H head_dim, D model,
 L layers. The layers are stacked on a leading axis and run by one `lax.scan`.
 """
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.layer import attend_to_cache, attend_to_text
-from dca_jax.attention.op import make_rows
+from dca_jax.attention.op import SAVED, make_rows
 from dca_jax.attention.zigzag import zigzag_order, zigzag_to_natural
 from dca_jax.bands import PositionMethod
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
@@ -26,28 +28,70 @@ from dca_jax.sharding import Shards
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
 Attend = Callable[[Array, Array, Array], Array]
 
+# What is kept of a layer for the backward pass, by name; the rest is computed again from it.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "layer": jax.checkpoint_policies.nothing_saveable,  # its input only
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # and what attention gave
+    "none": None,  # everything: nothing is computed again
+}
+
 
 class Linear(nnx.Module):
-    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x."""
+    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x.
+
+    A quantized kernel is int8, with a scale for each output. With LoRA (arXiv 2106.09685), low-rank
+    and float32, y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not
+    trained takes no gradient.
+    """
 
     def __init__(
         self,
-        shape: tuple[int, ...],
-        bias_shape: tuple[int, ...] | None,
+        layers: tuple[int, ...],
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
         *,
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+        quantized: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
-        self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape, dtype))
+        kernel = layers + inputs + outputs
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel, dtype))
+        self.bias = nnx.Param(jnp.zeros(layers + outputs, dtype)) if bias else None
+        scale = layers + (1,) * len(inputs) + outputs
+        self.kernel_scale = nnx.Param(jnp.ones(scale, jnp.float32)) if quantized else None
+        a: Any = None
+        b: Any = None
+        if lora is not None:
+            # The authors' code and PEFT draw A from this range too; with B = 0, y is the base's.
+            shape, bound = (*layers, *inputs, lora.rank), math.prod(inputs) ** -0.5
+            a = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+            b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
+        self.lora, self.lora_a, self.lora_b = lora, a, b
 
     def __call__(self, x: Array, subscripts: str) -> Array:
-        # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
-        precision = "highest" if x.dtype == jnp.float32 else None
-        shards = Shards.of(self.kernel[...])
-        kernel = shards.gathered(self.kernel[...]).astype(x.dtype)
-        place = shards.product(subscripts, x, kernel)
-        y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+        kernel = self.kernel[...]
+        shards = Shards.of(kernel)
+
+        def product(subscripts: str, x: Array, kernel: Array) -> Array:
+            # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
+            precision = "highest" if x.dtype == jnp.float32 else None
+            kernel = kernel.astype(x.dtype)
+            place = shards.product(subscripts, x, kernel)
+            return jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+
+        if self.kernel_scale is None:
+            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+        else:
+            kernel = shards.gathered(kernel).astype(jnp.float32)
+            kernel *= shards.gathered(self.kernel_scale[...])
+        y = product(subscripts, x, kernel)
+        if self.lora is not None:
+            ins, _, outs = re.split(",|->", subscripts)  # BTD and BTNH
+            low = product(f"{ins},{ins[2:]}R->BTR", x, shards.gathered(self.lora_a[...]))
+            low = low * self.lora.scale
+            y += product(f"BTR,R{outs[2:]}->{outs}", low, shards.gathered(self.lora_b[...]))
         if self.bias is None:
             return y
         bias = self.bias[...].astype(x.dtype)
@@ -71,17 +115,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections around attention; what is attended to is the caller's affair."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        L, D, H = config.num_hidden_layers, config.hidden_size, config.head_dim
+    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
+        D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-
-        def linear(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> Linear:
-            return Linear((L, *shape), bias and (L, *bias), dtype=dtype, rngs=rngs)
-
-        self.q_proj = linear((D, N, H), (N, H) if config.qkv_bias else None)
-        self.k_proj = linear((D, K, H), (K, H) if config.qkv_bias else None)
-        self.v_proj = linear((D, K, H), (K, H) if config.qkv_bias else None)
-        self.o_proj = linear((N, H, D), (D,) if config.o_bias else None)
+        self.q_proj = linear("q_proj", (D,), (N, H), bias=config.qkv_bias)
+        self.k_proj = linear("k_proj", (D,), (K, H), bias=config.qkv_bias)
+        self.v_proj = linear("v_proj", (D,), (K, H), bias=config.qkv_bias)
+        self.o_proj = linear("o_proj", (N, H), (D,), bias=config.o_bias)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         query = self.q_proj(x, "BTD,DNH->BTNH")
@@ -93,12 +133,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        L, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-        wide, narrow = ((L, F), (L, D)) if config.mlp_bias else (None, None)
-        self.gate_proj = Linear((L, D, F), wide, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear((L, D, F), wide, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear((L, F, D), narrow, dtype=dtype, rngs=rngs)
+    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear("gate_proj", (D,), (F,), bias=config.mlp_bias)
+        self.up_proj = linear("up_proj", (D,), (F,), bias=config.mlp_bias)
+        self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = jax.nn.silu(self.gate_proj(x, "BTD,DF->BTF"))
@@ -108,12 +147,26 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """All layers, stacked; one slice of it, inside the scan, is one pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        lora: LoraConfig | None,
+        quantized: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         L, D, epsilon = config.num_hidden_layers, config.hidden_size, config.rms_norm_eps
+
+        def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], **options: Any):
+            adapter = lora if lora is not None and name in lora.targets else None
+            options |= {"lora": adapter, "quantized": quantized, "dtype": dtype, "rngs": rngs}
+            return Linear((L,), inputs, outputs, **options)
+
         self.input_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, linear)
         self.post_attention_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, linear)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         with jax.named_scope("self_attn"):
@@ -140,8 +193,10 @@ class Llama(nnx.Module):
         dca: Dual Chunk Attention's setting, or another method's (`dca_jax.position_methods`); None
             is the model's own plain causal attention.
         param_dtype: of the parameters. dtype: of activations and matrix products.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what training keeps of each layer for the backward pass, a name of `REMAT`.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
+        lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
+        quantized: the layers' kernels are int8 (`dca_jax.finetune.lora.quantize_base`).
         rngs: initialization (normal, 0.02).
     """
 
@@ -152,19 +207,21 @@ class Llama(nnx.Module):
         dca: DCAConfig | PositionMethod | None = None,
         param_dtype: DTypeLike = jnp.float32,
         dtype: DTypeLike = jnp.bfloat16,
-        remat: bool = False,
+        remat: str = "none",
         implementation: str | None = None,
+        lora: LoraConfig | None = None,
+        quantized: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         param_dtype = jnp.dtype(param_dtype)
         self.config, self.dca = config, dca
         self.dtype, self.remat, self.implementation = jnp.dtype(dtype), remat, implementation
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
-        self.layers = Layer(config, dtype=param_dtype, rngs=rngs)
+        self.lora, self.quantized = lora, quantized
+        self.layers = Layer(config, lora=lora, quantized=quantized, dtype=param_dtype, rngs=rngs)
         self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype=param_dtype)
-        unembed = (config.hidden_size, config.vocab_size)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(unembed, None, dtype=param_dtype, rngs=rngs)
+        D, V, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
+        self.lm_head = None if tied else Linear((), (D,), (V,), dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
@@ -282,7 +339,8 @@ class Llama(nnx.Module):
             x = layer(x, attend)
             return x, kept
 
-        body = jax.checkpoint(whole_texts) if self.remat else whole_texts
+        policy = REMAT[self.remat]
+        body = whole_texts if policy is None else jax.checkpoint(whole_texts, policy=policy)
         x, kept = jax.lax.scan(body, self._embed(tokens, shards.out("BTD")), self.layers)
         x = self.norm(x)
         if context > 1:
@@ -303,15 +361,24 @@ class Llama(nnx.Module):
         table = Shards.of(table).gathered(table)
         return table.at[tokens].get(out_sharding=place).astype(self.dtype)
 
-    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits, float32, of normed hidden states."""
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The kernel of `unembed` as it is stored, no longer cut along `fsdp`."""
         if self.lm_head is None:
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel[...]
-        shards = Shards.of(kernel)
-        kernel = shards.gathered(kernel).astype(hidden.dtype)
-        rows = "BT"[: hidden.ndim - 1]
+        return Shards.of(kernel).gathered(kernel)
+
+    def unembed(
+        self, hidden: Float[Array, "*batch D"], kernel: Float[Array, "D V"] | None = None
+    ) -> Float[Array, "*batch V"]:
+        """Logits, float32, of normed hidden states.
+
+        `kernel` is `unembedding()`, for a caller that gathers it once for many calls.
+        """
+        kernel = self.unembedding() if kernel is None else kernel
+        kernel = kernel.astype(hidden.dtype)
+        rows = "BTU"[: hidden.ndim - 1]
         subscripts = f"{rows}D,DV->{rows}V"
         return jnp.einsum(
             subscripts,
@@ -319,14 +386,17 @@ class Llama(nnx.Module):
             kernel,
             precision="highest" if hidden.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
-            out_sharding=shards.product(subscripts, hidden, kernel),
+            out_sharding=Shards.of(kernel).product(subscripts, hidden, kernel),
         )
 
     def nll(
-        self, hidden: Float[Array, "*batch D"], targets: Int[Array, "*batch"]
+        self,
+        hidden: Float[Array, "*batch D"],
+        targets: Int[Array, "*batch"],
+        kernel: Float[Array, "D V"] | None = None,
     ) -> Float[Array, "*batch"]:
         """-ln p(target) of each token, in nats, float32; the logits may be cut along V."""
-        logits = self.unembed(hidden)
+        logits = self.unembed(hidden, kernel)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         is_target = ids == targets[..., None].astype(jnp.int32)
         target = jnp.where(is_target, logits, 0).sum(axis=-1)

@@ -9,7 +9,7 @@ about `PIECE_SIZE` elements, so that the host needs little memory however large 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, LoraConfig
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 
@@ -41,6 +41,7 @@ class Parameter:
         theirs: axes of the Hugging Face tensor; in brackets, two of ours flattened into one.
         ours: axes of our array, without the leading L of the layers.
         when: the config's flag without which the parameter does not exist.
+        rank: of an adapter, its axis R.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Parameter:
     theirs: str
     ours: str
     when: str | None = None
+    rank: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -65,15 +67,19 @@ class Parameter:
         tokens = re.findall(r"\(([^)]*)\)|(\w+)", self.theirs)
         return tuple(tuple((group or single).split()) for group, single in tokens)
 
+    def sizes(self, config: LlamaConfig) -> dict[str, int]:
+        """What each letter of its axes stands for."""
+        return axis_sizes(config) | {"R": self.rank}
+
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of our array, with the leading axis of layers where there is one."""
-        sizes = axis_sizes(config)
+        sizes = self.sizes(config)
         layers = (config.num_hidden_layers,) if self.stacked else ()
         return layers + tuple(sizes[axis] for axis in self.ours.split())
 
     def their_shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of one Hugging Face tensor."""
-        sizes = axis_sizes(config)
+        sizes = self.sizes(config)
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
 
     def abstract(
@@ -163,6 +169,31 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
     return [row for row in TABLE if row.when is None or flags[row.when]]
 
 
+def projections(config: LlamaConfig) -> list[Parameter]:
+    """The kernels of a layer: what can be quantized, and what LoRA can adapt."""
+    return [row for row in parameters(config) if row.stacked and row.path.endswith(".kernel")]
+
+
+def lora_parameters(config: LlamaConfig, lora: LoraConfig) -> list[Parameter]:
+    """A and B of each projection that LoRA adapts, with the names that PEFT gives them.
+
+    A stands for a kernel's inputs and R, B for R and its outputs, each cut as the kernel is.
+    """
+    rows: list[Parameter] = []
+    for row in projections(config):
+        module = row.path.removesuffix(".kernel")
+        if module.rpartition(".")[2] not in lora.targets:
+            continue
+        outs, ins = (" ".join(group) for group in row.groups)
+        for ours, theirs, axes, their_axes in (
+            ("lora_a", "lora_A", f"{ins} R", f"R ({ins})"),
+            ("lora_b", "lora_B", f"R {outs}", f"({outs}) R"),
+        ):
+            name = f"base_model.model.{row.name.replace('weight', f'{theirs}.weight')}"
+            rows.append(Parameter(f"{module}.{ours}", name, their_axes, axes, rank=lora.rank))
+    return rows
+
+
 def pieces(
     row: Parameter, config: LlamaConfig, index: tuple[slice, ...] | None = None
 ) -> Iterator[tuple[slice, ...]]:
@@ -186,7 +217,7 @@ def pieces(
 
 def piece_shape(row: Parameter, config: LlamaConfig) -> tuple[int, ...]:
     """Shape of a full piece: one layer, and of the Hugging Face tensor's rows as many as fit."""
-    sizes = axis_sizes(config)
+    sizes = row.sizes(config)
     rows = row.groups[0][0]
     row_size = math.prod(sizes[axis] for axis in row.ours.split() if axis != rows)
     sizes[rows] = min(sizes[rows], max(1, PIECE_SIZE // row_size))
@@ -220,6 +251,8 @@ def load_tree(
     like: Mapping[str, jax.ShapeDtypeStruct],
     read: Callable[[Parameter, tuple[slice, ...]], np.ndarray],
     progress: Progress | None = None,
+    *,
+    rows: Sequence[Parameter] | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree, every device with the pieces of its own shards.
 
@@ -228,10 +261,11 @@ def load_tree(
         like: shape, dtype and sharding of every array, by path.
         read: gives the piece of a parameter at an index that `pieces` made, in the array's dtype.
         progress: told of every piece.
+        rows: of the tree; None for those of `parameters`.
     """
     leaves = {
         row.path: _load_leaf(row, config, like[row.path], read, progress)
-        for row in parameters(config)
+        for row in (parameters(config) if rows is None else rows)
     }
     return unflatten_dict(leaves, sep=".")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.filesize import decimal
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.errors import InputError
 from dca_jax.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
 from dca_jax.parameters import axis_sizes
@@ -38,6 +38,8 @@ class Plan:
     batch: int
     context_length: int
     train: bool
+    lora: LoraConfig | None
+    quantized: bool
     usage: Usage
     fits: bool
     longest: int
@@ -66,11 +68,14 @@ class Plan:
             advice += f"; {written(self.fewest)} would do"
         elif self.recommended is None and self.fewest is not None:
             advice += f"; {written(self.fewest)} is"
+        purpose = "to train on" if self.train else "those to be drawn included"
+        if self.lora is not None:
+            purpose = f"to train adapters of rank {self.lora.rank} on"
+            purpose += ", over int8 weights" if self.quantized else ""
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
-            "texts": f"{self.batch} of {self.context_length:,} tokens, "
-            + ("to train on" if self.train else "those to be drawn included"),
+            "texts": f"{self.batch} of {self.context_length:,} tokens, {purpose}",
             **parts,
             "a device's total": f"{decimal(usage.total)} of {decimal(device.memory)}",
             "fits": verdict,
@@ -89,6 +94,8 @@ class Plan:
             "batch": self.batch,
             "context_length": self.context_length,
             "train": self.train,
+            "lora_rank": self.lora and self.lora.rank,
+            "quantized": self.quantized,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "memory": self.device.memory,
             "fits": self.fits,
@@ -109,6 +116,8 @@ def plan(
     batch: int = 1,
     train: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
+    lora: LoraConfig | None = None,
+    quantized: bool = False,
 ) -> Plan:
     """Works out a plan.
 
@@ -118,11 +127,12 @@ def plan(
         mesh: sizes by axis (`dca_jax.sharding.parse_mesh`); None: the fewest devices that do.
         context_length: tokens of each text, those to be drawn included. batch: texts at once.
         train: training instead of generation.
-        dtype: of activations, cache and (but in training) weights.
+        dtype: of activations, cache and weights that are not trained.
+        lora: train these adapters only. quantized: over a base whose layers' kernels are int8.
 
     Raises:
         InputError: an unknown device, a mesh that does not divide the model or the batch, or no
-            mesh given and none that is enough.
+            mesh given and none that is enough; `lora` without `train`, or `quantized` without it.
     """
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
@@ -130,6 +140,8 @@ def plan(
         raise InputError(
             f"the context length and the batch must be at least 1, got {context_length} and {batch}"
         )
+    if (lora is not None and not train) or (quantized and lora is None):
+        raise InputError("LoRA is a way to train, and int8 weights are the base of LoRA")
     job = Job(
         config=config,
         device=DEVICES[device],
@@ -137,6 +149,8 @@ def plan(
         batch=batch,
         train=train,
         dtype=jnp.dtype(dtype),
+        lora=lora,
+        quantized=quantized,
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -161,6 +175,8 @@ def plan(
         batch=batch,
         context_length=context_length,
         train=train,
+        lora=lora,
+        quantized=quantized,
         usage=job.usage(sizes),
         fits=job.fits(sizes),
         longest=job.longest(sizes),

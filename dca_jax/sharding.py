@@ -24,9 +24,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.errors import InputError
-from dca_jax.parameters import Parameter, axis_sizes, parameters
+from dca_jax.parameters import Parameter, axis_sizes, lora_parameters, parameters
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +146,19 @@ def _divisors(n: int) -> list[int]:
 # --- parameters and caches ---------------------------------------------------------------------
 
 
-def parameter_shardings(config: LlamaConfig, mesh: Mesh) -> Callable[[str], NamedSharding]:
+def parameter_shardings(
+    config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
+) -> Callable[[str], NamedSharding]:
     """Where each parameter goes, by its path: what the loaders take as `sharding`.
+
+    With `lora`, also where its adapters go.
 
     Raises:
         InputError: see `check_mesh`.
     """
     check_mesh(config, mesh.shape)
-    rows = {row.path: row for row in parameters(config)}
+    adapters = [] if lora is None else lora_parameters(config, lora)
+    rows = {row.path: row for row in [*parameters(config), *adapters]}
 
     def sharding(path: str) -> NamedSharding:
         return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))

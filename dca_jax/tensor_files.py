@@ -65,7 +65,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         if (folder / f"{name}.index.json").exists():
             return _list_sharded(folder, f"{name}.index.json")
         if (folder / name).exists() or (folder / name).is_symlink():
-            return {tensor.name: tensor for tensor in _list_file(member(folder, name))}
+            return {tensor.name: tensor for tensor in list_file(member(folder, name))}
     raise InputError(
         f"{folder} holds no weights: expected {SAFETENSORS} or {PYTORCH}, or one of them in shards "
         "with its .index.json"
@@ -128,7 +128,7 @@ def _list_sharded(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     paths = {shard: member(folder, shard) for shard in dict.fromkeys(shard_of.values())}
     tensors: dict[str, StoredTensor] = {}
     for shard, path in paths.items():
-        for tensor in _list_file(path):
+        for tensor in list_file(path):
             if shard_of.get(tensor.name, shard) != shard:
                 raise InputError(
                     f"tensor {tensor.name} is in {shard}, but {index_name} says "
@@ -143,7 +143,12 @@ def _list_sharded(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _list_file(path: Path) -> Iterator[StoredTensor]:
+def list_file(path: Path) -> Iterator[StoredTensor]:
+    """Every tensor of one file, from its header.
+
+    Raises:
+        InputError: as `list_tensors` does for a file.
+    """
     if path.suffix == ".bin":
         for name, tensor in _load_bin(path).items():
             dtype = str(tensor.dtype).removeprefix("torch.")

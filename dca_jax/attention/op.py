@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
@@ -31,6 +32,10 @@ from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
 
 log = logging.getLogger(__name__)
+
+# The name under which a policy of `jax.checkpoint` finds output and log-sum-exp: with these kept,
+# the backward pass need not run the forward kernel again.
+SAVED = "attention"
 
 # Plain causal attention is DCA whose first chunk never ends.
 PLAIN = DCAConfig(chunk_len=2**30, max_query_position=2**30)
@@ -340,11 +345,12 @@ def choose_implementation(
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises InputError unless `implementation` is None or one of `IMPLEMENTATIONS`."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    """Raises InputError unless `implementation` is None, "reference" or a name in `BACKENDS`."""
+    known = ("reference", *BACKENDS)
+    if implementation is not None and implementation not in known:
         raise InputError(
             f"unknown attention implementation {implementation!r}; expected one of "
-            f"{', '.join(IMPLEMENTATIONS)}, or None to pick the best for the device"
+            f"{', '.join(known)}, or None to pick the best for the device"
         )
 
 
@@ -406,6 +412,7 @@ def _forward_saving(
     rows: Rows,
 ) -> tuple[tuple[Array, Array | None], tuple]:
     out, lse = _forward(name, dca, phases, True, query, key, value, layer, rows)
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return (out, lse if with_lse else None), (query, key, value, layer, rows, out, lse)
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.context import EARLY, LATE, Kernel, OfOut, for_each_row, rows_at
-from dca_jax.attention.op import Rows, merge_passes
+from dca_jax.attention.op import SAVED, Rows, merge_passes
 from dca_jax.attention.zigzag import AXIS, block_of, from_halves, half_width, to_halves
 from dca_jax.dca import DCAConfig
 
@@ -166,7 +167,8 @@ def _ring_saving(
         return (_put(outs, out, mine), _put(lses, lse, mine)), ()
 
     (outs, lse), _ = ring.go_around((to_halves(key), to_halves(value)), own_blocks, pair)
-    out = from_halves(outs.astype(query.dtype))
+    out = checkpoint_name(from_halves(outs.astype(query.dtype)), SAVED)
+    lse = checkpoint_name(lse, SAVED)
     return out, (query, key, value, rows, out, lse)
 
 

@@ -1,0 +1,1 @@
+"""Finetuning on long dialogues: reading and rendering them, the rows that a step trains on."""

@@ -1,0 +1,500 @@
+"""LoRA beside dense arithmetic: values, gradients, int8 bases, meshes, and the files it leaves."""
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversion_helpers import make_tiny, read_safetensors
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from checkpoints_convert import orbax_to_hf
+from dca_jax.checkpoint import PARAMS, load_converted, restore, save
+from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.finetune.lora import (
+    init_lora,
+    join,
+    load_adapter,
+    merge_lora,
+    quantize_base,
+    save_adapter,
+    split,
+)
+from dca_jax.huggingface import load_params, read_config
+from dca_jax.methods import with_method
+from dca_jax.model import Llama
+from dca_jax.parameters import abstract_params, lora_parameters, projections
+from dca_jax.sharding import make_mesh, parameter_shardings
+
+# Grouped queries, every bias there is, and no two sizes alike.
+CONFIG = LlamaConfig(
+    vocab_size=48,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
+DCA = DCAConfig(chunk_len=6, max_query_position=9)
+LORA = LoraConfig(rank=3, alpha=5.0)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 19)).astype(np.int32)
+Tree = dict[str, Any]
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    return flatten_dict(tree, sep=".")
+
+
+@functools.cache
+def arrays() -> dict[str, np.ndarray]:
+    """A base with biases, and weights large enough for the logits to differ; attention is soft."""
+    rng = np.random.default_rng(1)
+    leaves = flat(abstract_params(CONFIG, dtype=jnp.float32))
+    sizes = {"kernel": 0.15, "bias": 0.3, "scale": 1.0, "embedding": 1.0}
+    return {
+        name: (sizes[name.rpartition(".")[2]] * rng.standard_normal(leaf.shape)).astype(np.float32)
+        for name, leaf in leaves.items()
+    }
+
+
+def base_params(mesh: str | None = None, dtype: Any = np.float32) -> Tree:
+    """New arrays at each call: quantizing and merging use them up."""
+    leaves = {name: leaf.astype(dtype) for name, leaf in arrays().items()}
+    if mesh is None:
+        return unflatten_dict({k: jnp.array(v) for k, v in leaves.items()}, sep=".")
+    place = parameter_shardings(CONFIG, make_mesh(mesh))
+    return unflatten_dict({k: jax.device_put(v, place(k)) for k, v in leaves.items()}, sep=".")
+
+
+def trained(lora: LoraConfig = LORA, mesh: str | None = None) -> Tree:
+    """Adapters as training may leave them: neither A nor B is zero."""
+    rng = np.random.default_rng(2)
+    place = None if mesh is None else parameter_shardings(CONFIG, make_mesh(mesh), lora=lora)
+    leaves = {}
+    for row in lora_parameters(CONFIG, lora):
+        leaf = (0.2 * rng.standard_normal(row.shape(CONFIG))).astype(np.float32)
+        leaves[row.path] = (
+            jnp.array(leaf) if place is None else jax.device_put(leaf, place(row.path))
+        )
+    return unflatten_dict(leaves, sep=".")
+
+
+def model(params: Tree, **options: Any) -> Llama:
+    return Llama.from_params(CONFIG, params, **{"dca": DCA, "dtype": jnp.float32} | options)
+
+
+logits = jax.jit(Llama.__call__)
+
+
+def nll(model: Llama, tokens: jax.Array) -> jax.Array:
+    hidden, _ = model.hidden_states(tokens)
+    return model.nll(hidden, jnp.roll(tokens, -1, axis=1)).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("lora", "quantized"))
+def loss_and_gradients(
+    adapters: Tree, base: Tree, lora: LoraConfig, quantized: bool = False
+) -> tuple[jax.Array, Tree]:
+    def loss(adapters: Tree) -> jax.Array:
+        whole = model(join(adapters, base), lora=lora, quantized=quantized, remat="layer")
+        return nll(whole, jnp.asarray(TOKENS))
+
+    return jax.value_and_grad(loss)(adapters)
+
+
+def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+# --- values and gradients ----------------------------------------------------------------------
+
+
+def test_new_adapters_change_nothing() -> None:
+    adapters = init_lora(CONFIG, LORA, jax.random.key(0))
+    base = base_params()
+    got = logits(model(join(adapters, base), lora=LORA), TOKENS)
+    np.testing.assert_array_equal(got, logits(model(base), TOKENS))
+    q_proj = adapters["layers"]["self_attn"]["q_proj"]
+    assert q_proj["lora_a"].shape == (2, 24, 3)
+    assert q_proj["lora_b"].shape == (2, 3, 4, 6)
+    assert not q_proj["lora_b"].any()
+    bound = 24**-0.5
+    assert 0.9 * bound < jnp.abs(q_proj["lora_a"]).max() < bound
+    o_proj = adapters["layers"]["self_attn"]["o_proj"]
+    assert o_proj["lora_a"].shape == (2, 4, 6, 3)
+    assert o_proj["lora_b"].shape == (2, 3, 24)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapters))
+
+
+@pytest.mark.parametrize("targets", [(name,) for name in LORA_TARGETS] + [LORA_TARGETS])
+def test_logits_are_those_of_the_merged_model(targets: tuple[str, ...]) -> None:
+    lora = replace(LORA, targets=targets)
+    adapters = trained(lora)
+    got = logits(model(join(adapters, base_params()), lora=lora), TOKENS)
+    merged = merge_lora(join(adapters, base_params()), lora)
+    assert flat(merged).keys() == arrays().keys()
+    want = logits(model(merged), TOKENS)
+    close(got, want)
+    assert np.abs(want - logits(model(base_params()), TOKENS)).max() > 0.1
+
+
+def by_hand(base: Tree, adapters: Tree) -> Tree:
+    """W + alpha / r A B, with every axis of inputs and of outputs flattened."""
+    leaves, low_rank = flat(base), flat(adapters)
+    for row in projections(CONFIG):
+        module = row.path.removesuffix("kernel")
+        a, b = low_rank[f"{module}lora_a"], low_rank[f"{module}lora_b"]
+        a, b = a.reshape(2, -1, LORA.rank), b.reshape(2, LORA.rank, -1)
+        delta = jnp.matmul(a, b, precision="highest").reshape(leaves[row.path].shape)
+        leaves[row.path] = leaves[row.path] + LORA.alpha / LORA.rank * delta
+    return unflatten_dict(leaves, sep=".")
+
+
+def test_gradients_are_those_through_dense_weights() -> None:
+    adapters, base = trained(), base_params()
+    loss, gradients = loss_and_gradients(adapters, base, LORA)
+
+    @jax.jit
+    @jax.value_and_grad
+    def dense(adapters: Tree) -> jax.Array:
+        return nll(model(by_hand(base, adapters)), jnp.asarray(TOKENS))
+
+    want_loss, want = dense(adapters)
+    close(loss, want_loss)
+    for name, leaf in flat(gradients).items():
+        assert np.abs(leaf).max() > 1e-5, name
+        close(leaf, flat(want)[name])
+
+
+def product_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
+    """Sorted shapes of what every matrix product gives, in loops too."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found += [tuple(sorted(out.aval.shape)) for out in equation.outvars]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += product_shapes(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_a_frozen_kernel_takes_no_gradient_product() -> None:
+    kernels = {tuple(sorted(row.shape(CONFIG)[1:])) for row in projections(CONFIG)}
+    base = base_params()
+    with_lora = jax.make_jaxpr(loss_and_gradients, static_argnums=2)(trained(), base, LORA)
+    assert not kernels & set(product_shapes(with_lora.jaxpr))
+    full = jax.make_jaxpr(jax.grad(lambda base: nll(model(base), jnp.asarray(TOKENS))))(base)
+    assert kernels <= set(product_shapes(full.jaxpr))
+
+
+def test_a_bfloat16_base_has_float32_adapters() -> None:
+    base = base_params(dtype=jnp.bfloat16)
+    adapters = trained()
+    whole = model(join(adapters, base), lora=LORA, dtype=jnp.bfloat16)
+    got = logits(whole, TOKENS)
+    merged = merge_lora(join(adapters, base), LORA)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    close(got, logits(model(merged, dtype=jnp.bfloat16), TOKENS), 0.05)
+
+
+def test_another_method_keeps_the_adapters() -> None:
+    params = join(trained(), quantize_base(base_params(), CONFIG))
+    whole = model(params, lora=LORA, quantized=True)
+    plain = with_method(whole, "rope", 19)
+    want = model(params, lora=LORA, quantized=True, dca=None)
+    np.testing.assert_array_equal(logits(plain, TOKENS), logits(want, TOKENS))
+
+
+# --- int8 --------------------------------------------------------------------------------------
+
+
+def test_int8_weights_are_off_by_half_a_step_at_most() -> None:
+    before = arrays()
+    given = base_params()
+    kernel = given["layers"]["mlp"]["up_proj"]["kernel"]
+    params = flat(quantize_base(given, CONFIG))
+    assert kernel.is_deleted()
+    assert params.keys() - before.keys() == {f"{row.path}_scale" for row in projections(CONFIG)}
+    assert params["layers.self_attn.q_proj.kernel_scale"].shape == (2, 1, 4, 6)
+    assert params["layers.self_attn.o_proj.kernel_scale"].shape == (2, 1, 1, 24)
+    for row in projections(CONFIG):
+        kernel, scale = (np.asarray(params[name]) for name in (row.path, f"{row.path}_scale"))
+        assert kernel.dtype == np.int8
+        assert scale.dtype == np.float32
+        inputs = tuple(range(1, 1 + len(row.groups[1])))
+        steps = np.abs(before[row.path]).max(axis=inputs, keepdims=True) / scale
+        np.testing.assert_allclose(steps, 127.5, rtol=1e-6)
+        error = np.abs(kernel * scale - before[row.path])
+        assert (error <= scale / 2 * (1 + 1e-4)).all()
+    for name in before.keys() - {row.path for row in projections(CONFIG)}:
+        np.testing.assert_array_equal(params[name], before[name])
+
+
+def test_an_int8_base_computes_with_what_it_stands_for() -> None:
+    adapters = trained()
+    quantized = join(adapters, quantize_base(base_params(), CONFIG))
+    got = logits(model(quantized, lora=LORA, quantized=True), TOKENS)
+    merged = merge_lora(quantized, LORA)
+    assert flat(merged).keys() == arrays().keys()
+    close(got, logits(model(merged), TOKENS))
+    near = logits(model(merge_lora(join(adapters, base_params()), LORA)), TOKENS)
+    close(got, near, 0.05)
+    with pytest.raises(AssertionError):  # but it is no longer the same
+        close(got, near, 1e-4)
+
+
+def test_an_int8_base_in_bfloat16_is_merged_into_bfloat16() -> None:
+    params = quantize_base(base_params(dtype=jnp.bfloat16), CONFIG)
+    merged = merge_lora(join(trained(), params), LORA)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_int8_needs_qwix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "qwix", None)
+    with pytest.raises(InputError, match=r"pip install 'dca_jax\[train\]'"):
+        quantize_base(base_params(), CONFIG)
+
+
+# --- meshes ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def on_one_device(quantized: bool) -> tuple[float, dict[str, np.ndarray]]:
+    base = quantize_base(base_params(), CONFIG) if quantized else base_params()
+    loss, gradients = loss_and_gradients(trained(), base, LORA, quantized)
+    return float(loss), flat(jax.tree.map(np.asarray, gradients))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "quantized"),
+    [
+        ("tensor=4", True),  # more than kv heads
+        ("context=2,tensor=2", False),
+        ("fsdp=2,tensor=2", True),
+    ],
+)
+def test_a_mesh_gives_what_one_device_does(mesh: str, quantized: bool) -> None:
+    base, adapters = base_params(mesh), trained(LORA, mesh)
+    if quantized:
+        places = {row.path: flat(base)[row.path].sharding for row in projections(CONFIG)}
+        base = quantize_base(base, CONFIG)
+        for name, place in places.items():
+            assert flat(base)[name].sharding == place
+    loss, gradients = loss_and_gradients(adapters, base, LORA, quantized)
+    want_loss, want = on_one_device(quantized)
+    close(loss, want_loss)
+    for name, leaf in flat(gradients).items():
+        close(leaf, want[name])
+        assert leaf.sharding.is_equivalent_to(flat(adapters)[name].sharding, leaf.ndim), name
+
+
+def test_adapters_are_cut_as_their_kernels_are(tmp_path: Path) -> None:
+    mesh = "fsdp=2,tensor=2"
+    place = parameter_shardings(CONFIG, make_mesh(mesh), lora=LORA)
+    adapters = init_lora(CONFIG, LORA, jax.random.key(3), place)
+    q_proj, o_proj = (adapters["layers"]["self_attn"][name] for name in ("q_proj", "o_proj"))
+    assert q_proj["lora_a"].sharding.spec == PartitionSpec(None, "fsdp", None)
+    assert q_proj["lora_b"].sharding.spec == PartitionSpec(None, None, "tensor", None)
+    assert o_proj["lora_a"].sharding.spec == PartitionSpec(None, "tensor", None, None)
+    assert o_proj["lora_b"].sharding.spec == PartitionSpec(None, None, "fsdp")
+    for name, leaf in flat(init_lora(CONFIG, LORA, jax.random.key(3))).items():
+        np.testing.assert_array_equal(leaf, flat(adapters)[name], err_msg=name)
+
+    params = join(trained(LORA, mesh), base_params(mesh))
+    want = flat(merge_lora(join(trained(), base_params()), LORA))
+    save_adapter(tmp_path / "adapter", split(params)[0], CONFIG, LORA)
+    for name, leaf in flat(merge_lora(params, LORA)).items():
+        close(leaf, want[name], 1e-6)
+        assert leaf.sharding.is_equivalent_to(place(name), leaf.ndim), name
+    _, again = load_adapter(tmp_path / "adapter", CONFIG, sharding=place)
+    for name, leaf in flat(again).items():
+        np.testing.assert_array_equal(leaf, flat(trained())[name])
+        assert leaf.sharding == place(name)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_split_and_join_are_inverse() -> None:
+    lora = replace(LORA, targets=("k_proj",))
+    whole = jax.eval_shape(lambda: Llama(CONFIG, lora=lora, rngs=nnx.Rngs(0)).params())
+    adapters, base = split(whole)
+    assert set(flat(adapters)) == {f"layers.self_attn.k_proj.lora_{x}" for x in "ab"}
+    assert flat(base).keys() == arrays().keys()
+    assert flat(join(adapters, base)).keys() == flat(whole).keys()
+    assert join(adapters, base)["norm"]["scale"] is whole["norm"]["scale"]
+
+
+def test_orbax_keeps_adapters(tmp_path: Path) -> None:
+    adapters = trained()
+    save(tmp_path / "adapters", adapters)
+    place = parameter_shardings(CONFIG, make_mesh("tensor=2"), lora=LORA)
+    rows = lora_parameters(CONFIG, LORA)
+    like = {row.path: row.abstract(CONFIG, jnp.float32, place) for row in rows}
+    again = flat(restore(tmp_path / "adapters", unflatten_dict(like, sep=".")))
+    assert again.keys() == flat(adapters).keys()
+    for name, leaf in again.items():
+        np.testing.assert_array_equal(leaf, flat(adapters)[name])
+        assert leaf.sharding == place(name)
+
+
+@functools.cache
+def _torch() -> Any:
+    return pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+
+def torch_logits(theirs: Any, tokens: np.ndarray) -> np.ndarray:
+    torch, _ = _torch()
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def tiny_adapters(folder: Path, lora: LoraConfig) -> tuple[LlamaConfig, Tree]:
+    config = read_config(make_tiny(folder, dtype=np.dtype(np.float32), attention_bias=True))
+    rng = np.random.default_rng(4)
+    leaves = {
+        row.path: jnp.array(0.5 * rng.standard_normal(row.shape(config)), jnp.float32)
+        for row in lora_parameters(config, lora)
+    }
+    return config, unflatten_dict(leaves, sep=".")
+
+
+def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
+    _, transformers = _torch()
+    config, adapters = tiny_adapters(tmp_path / "hf", LORA)
+    base = load_params(tmp_path / "hf", config, dtype=jnp.float32)
+    tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
+    options: dict[str, Any] = {"lora": LORA, "dtype": jnp.float32}
+    ours = logits(Llama.from_params(config, join(adapters, base), **options), tokens)
+
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", converted)
+    save(converted / PARAMS, merge_lora(join(adapters, base), LORA))
+    again = Llama.from_params(*load_converted(converted), dtype=jnp.float32)
+    close(logits(again, tokens), ours)
+    orbax_to_hf.convert(converted, tmp_path / "back")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    close(torch_logits(theirs, tokens), ours)
+
+
+def test_an_adapter_means_to_peft_what_it_means_here(tmp_path: Path) -> None:
+    """W + alpha / r B A of each tensor by its name, by hand, in transformers' model."""
+    torch, transformers = _torch()
+    lora = replace(LORA, targets=("q_proj", "o_proj", "down_proj"))
+    config, adapters = tiny_adapters(tmp_path / "hf", lora)
+    save_adapter(tmp_path / "adapter", adapters, config, lora, base_model="some/base")
+    setting = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert setting["r"] == 3
+    assert setting["lora_alpha"] == 5.0
+    assert setting["target_modules"] == ["q_proj", "o_proj", "down_proj"]
+    assert setting["base_model_name_or_path"] == "some/base"
+
+    tensors = read_safetensors(tmp_path / "adapter")
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert tensors[f"{prefix}.lora_A.weight"].shape == (3, 12)
+    assert tensors[f"{prefix}.lora_B.weight"].shape == (24, 3)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    weights = theirs.state_dict()
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix("lora_A.weight")
+            b = tensors[name.replace("lora_A", "lora_B")]
+            weights[f"{module}weight"] += torch.tensor(5.0 / 3 * (b @ a))
+    base = load_params(tmp_path / "hf", config, dtype=jnp.float32)
+    tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
+    whole = Llama.from_params(config, join(adapters, base), lora=lora, dtype=jnp.float32)
+    close(torch_logits(theirs, tokens), logits(whole, tokens))
+
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(setting | {"target_modules": setting["target_modules"][::-1]}))
+    found, again = load_adapter(tmp_path / "adapter", config)
+    assert found == lora  # in whatever order its targets are written
+    for name, leaf in flat(again).items():
+        np.testing.assert_array_equal(leaf, flat(adapters)[name])
+    with pytest.raises(InputError, match="exists already"):
+        save_adapter(tmp_path / "adapter", adapters, config, lora)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    save_adapter(tmp_path / "adapter", trained(), CONFIG, LORA)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "of peft_type 'LOHA'"),
+        ({"use_rslora": True}, "sets use_rslora; expected 'LORA'"),
+        ({"bias": "all"}, "with bias 'all'"),
+        ({"target_modules": "all-linear"}, "target_modules 'all-linear'; expected a list"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "targets of LoRA .* got q_proj, lm_head"),
+        ({"target_modules": ["q_proj"]}, "24 have no place in it"),
+        ({"r": 4}, r"has shape \(3, 24\); config.json asks for \(4, 24\)"),
+        ({"r": "three"}, "r 'three' and lora_alpha 5.0; expected numbers"),
+    ],
+)
+def test_adapters_that_are_refused(adapter: Path, changes: Tree, message: str) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        load_adapter(adapter, CONFIG)
+
+
+def test_an_adapter_that_is_not_finite_or_not_there(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = np.nan
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="holds nan"):
+        load_adapter(adapter, CONFIG)
+    file.unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
+        load_adapter(adapter, CONFIG)
+    with pytest.raises(InputError, match="is no folder"):
+        load_adapter(adapter / "elsewhere", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank of LoRA must be a positive integer, got 0"),
+        ({"alpha": float("nan")}, "alpha of LoRA must be positive, got nan"),
+        (
+            {"targets": ("q_proj", "lm_head")},
+            "one or more of q_proj, .*; got q_proj, lm_head",
+        ),
+        ({"targets": ("q_proj", "q_proj")}, "each once; got q_proj, q_proj"),
+        ({"targets": ()}, "got none"),
+    ],
+)
+def test_settings_that_are_refused(options: Tree, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LoraConfig(**options)
+
+
+def test_a_model_without_the_setting_refuses_adapters() -> None:
+    with pytest.raises(InputError, match=r"unexpected parameters: .*q_proj\.lora_b"):
+        model(join(trained(), base_params()))
+    with pytest.raises(InputError, match=r"kernel_scale is missing"):
+        model(base_params(), quantized=True)
