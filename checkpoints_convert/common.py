@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,22 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from dca_jax.dtypes import parse_dtype
-from dca_jax.files import member
 from dca_jax.parameters import Progress
-
-# Beside the weights and config.json: what a tokenizer and generation need.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Dtype(StrEnum):
@@ -55,15 +39,6 @@ class Dtype(StrEnum):
     def wanted(self) -> np.dtype | None:
         """The dtype, or None for each parameter's own."""
         return None if self is Dtype.keep else jnp.dtype(parse_dtype(self.value))
-
-
-def copy_companions(source: Path, destination: Path) -> list[Path]:
-    """Copies config.json and the companion files that there are; returns the originals."""
-    names = [name for name in COMPANIONS if (source / name).exists()]
-    originals = [member(source, name) for name in ("config.json", *names)]
-    for original in originals:
-        shutil.copyfile(original, destination / original.name)
-    return originals
 
 
 def write_provenance(

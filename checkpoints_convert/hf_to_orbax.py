@@ -12,14 +12,13 @@ from rich import print
 
 from checkpoints_convert.common import (
     Dtype,
-    copy_companions,
     prepare_process,
     progress_bar,
     write_provenance,
 )
 from dca_jax.checkpoint import PARAMS, StreamedArray, save
 from dca_jax.errors import InputError, exit_on_input_error
-from dca_jax.files import written_aside
+from dca_jax.files import copy_companions, written_aside
 from dca_jax.huggingface import Checkpoint, open_checkpoint, read_config
 from dca_jax.parameters import Parameter, Progress, parameters, piece_shape, pieces
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dca_jax.chat import Conversation
 from dca_jax.checkpoint import is_converted
+from dca_jax.config import LoraConfig
 from dca_jax.dca import DCAConfig, explain, plot_relative_positions, relative_positions
 from dca_jax.distributed import (
     PEER_TIMEOUT,
@@ -29,9 +30,10 @@ from dca_jax.documents import ask, read_document
 from dca_jax.errors import InputError, exit_on_input_error
 from dca_jax.evaluation import cli as evaluation
 from dca_jax.facts import checkpoint_facts
+from dca_jax.finetune import cli as finetuning
 from dca_jax.huggingface import read_config
 from dca_jax.llm import LLM, Options
-from dca_jax.loading import PRESETS, choose_dca, find_folder, load, preset_dca
+from dca_jax.loading import PRESETS, choose_dca, find_folder, load, parse_dca, preset_dca
 from dca_jax.memory import DEVICES
 from dca_jax.plan import plan
 from dca_jax.sampling import Sampler
@@ -53,6 +55,8 @@ app = typer.Typer(
 
 
 app.add_typer(evaluation.app)
+app.command()(finetuning.finetune)
+app.command()(finetuning.preview)
 
 
 class Dtype(StrEnum):
@@ -61,6 +65,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class Base(StrEnum):
+    """The choices of `--base`."""
+
+    dtype = "dtype"
+    int8 = "int8"
 
 
 ModelArgument = Annotated[
@@ -336,6 +347,12 @@ def plan_command(
     dtype: Annotated[
         Dtype, typer.Option(help="Of weights and activations; training keeps float32 weights.")
     ] = Dtype.bfloat16,
+    lora_rank: Annotated[
+        int, typer.Option(help="With --train: train LoRA adapters of this rank only.")
+    ] = 0,
+    base: Annotated[
+        Base, typer.Option(help="With --lora-rank: how the weights are kept that are not trained.")
+    ] = Base.dtype,
     json: Annotated[
         bool, typer.Option("--json", help="For scripts: bytes, tokens and meshes as JSON.")
     ] = False,
@@ -347,6 +364,8 @@ def plan_command(
     - `dca-jax plan llama-2-70b --device h200 --mesh tensor=4 --context-length 100000`
 
     - `dca-jax plan ./Llama-2-7b-hf --device v5e --context-length 16384 --batch 8 --train`
+
+    - `dca-jax plan llama-2-70b --device h200 --context-length 16384 --train --lora-rank 16`
     """
     found = plan(
         model,
@@ -357,6 +376,8 @@ def plan_command(
         batch=batch,
         train=train,
         dtype=dtype.value,
+        lora=LoraConfig(rank=lora_rank) if lora_rank else None,
+        quantized=base is Base.int8,
     )
     if json:
         print(dumps(found.as_json(), indent=2))
@@ -476,7 +497,7 @@ def main() -> None:
 
 
 def _load(model: str, dca: str, dtype: Dtype | None, mesh: str | None) -> LLM:
-    setting = _explicit_dca(dca)
+    setting = parse_dca(dca)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         return load(model, dca=setting, dtype=None if dtype is None else dtype.value, mesh=mesh)
 
@@ -484,19 +505,6 @@ def _load(model: str, dca: str, dtype: Dtype | None, mesh: str | None) -> LLM:
 def _refuse_several_processes(command: str) -> None:
     if several_processes():
         raise InputError(f"{command} runs in one process; start it alone, without --coordinator")
-
-
-def _explicit_dca(setting: str) -> DCAConfig | str:
-    """A DCAConfig from "S,Q"; any other setting is left to `choose_dca`."""
-    if "," not in setting:
-        return setting
-    try:
-        chunk_len, max_query_position = (int(part) for part in setting.split(","))
-    except ValueError:
-        raise InputError(
-            f"--dca takes S,Q as two integers, such as 3072,4095; got {setting}"
-        ) from None
-    return DCAConfig(chunk_len=chunk_len, max_query_position=max_query_position)
 
 
 def _one_text(prompt: str | None, file: Path | None, document: Path | None) -> str:

@@ -188,12 +188,21 @@ class DCAConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The `dual_chunk_attention_config` that `from_hf` reads back."""
+        """The `dual_chunk_attention_config` that `from_hf` reads back.
+
+        Raises:
+            InputError: a temperature slope but 0 and 0.1, which it cannot say.
+        """
         config = {
             "chunk_size": self.max_query_position,
             "local_size": self.max_query_position - self.chunk_len,
         }
-        if self.trained_length is not None:
+        if self.temperature_slope not in (0.0, 0.1):
+            raise InputError(
+                f"dual_chunk_attention_config knows the temperature slopes 0 and 0.1, got "
+                f"{self.temperature_slope}"
+            )
+        if self.temperature_slope and self.trained_length is not None:
             config["original_max_position_embeddings"] = self.trained_length
         return config
 

@@ -11,6 +11,20 @@ from typing import Any
 
 from dca_jax.errors import InputError
 
+# Beside the weights and config.json: what a tokenizer and generation need.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
 
 def member(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, refused if the name or a link leads out of the folder.
@@ -56,6 +70,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def copy_companions(source: Path, destination: Path) -> list[Path]:
+    """Copies a model's config.json and `COMPANIONS`, where there are any; returns the originals."""
+    names = [name for name in COMPANIONS if (source / name).exists()]
+    originals = [member(source, name) for name in ("config.json", *names)]
+    for original in originals:
+        shutil.copyfile(original, destination / original.name)
+    return originals
 
 
 @contextmanager

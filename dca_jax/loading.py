@@ -124,6 +124,23 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
     return preset_dca("paper" if choice == "auto" else choice, config.max_position_embeddings)
 
 
+def parse_dca(setting: str) -> DCAConfig | str:
+    """A DCAConfig from "S,Q"; any other setting is left to `choose_dca`.
+
+    Raises:
+        InputError: something with a comma that is not two integers, or makes no sense.
+    """
+    if "," not in setting:
+        return setting
+    try:
+        chunk_len, max_query_position = (int(part) for part in setting.split(","))
+    except ValueError:
+        raise InputError(
+            f"DCA's setting as S,Q is two integers, such as 3072,4095; got {setting}"
+        ) from None
+    return DCAConfig(chunk_len=chunk_len, max_query_position=max_query_position)
+
+
 def preset_dca(name: str, trained_length: int) -> DCAConfig:
     """A published setting, by its name in `PRESETS`, for a trained length in tokens.
 

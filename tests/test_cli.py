@@ -148,7 +148,7 @@ def test_info_says_what_a_checkpoint_is(folder, llm):
             ["generate", "{folder}", "--document", "{latin}"],
             "--document and --question go together",
         ),
-        (["generate", "{folder}", "x", "--dca", "40,x"], "--dca takes S,Q as two integers"),
+        (["generate", "{folder}", "x", "--dca", "40,x"], "S,Q is two integers"),
         (["generate", "{folder}", "x", "--dca", "60,40"], "chunk_len (60) must not exceed"),
         (["generate", "{folder}", "x", "--dca", "huge"], "DCA setting 'huge' is not known"),
         (["generate", "{folder}", "x", "--stop", ""], "stop must be a list of strings"),

@@ -155,6 +155,32 @@ def test_two_processes_give_what_one_gives(tmp_path, folder, llm):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_two_processes_finetune_as_one_does(tmp_path, folder):
+    """LoRA, whose adapters lie on both: the same losses, and files written once."""
+    dialogues = [{"instruction": f"Say {n}.", "output": f"This is {n}."} for n in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(dialogues))
+    common = ["finetune", "--model", folder, "--data", tmp_path / "data.json", "--lora-rank", "2"]
+    common += ["--eval-data", tmp_path / "data.json", "--length", "64", "--batch", "2"]
+    common += ["--steps", "3", "--save-every", "2", "--learning-rate", "3e-3", "--dtype", "float32"]
+    arguments = [*common, "--output", tmp_path / "both", "--mesh", "fsdp=2,context=2,tensor=2"]
+    with processes(tmp_path, flags(0, *arguments), flags(1, *arguments)) as both:
+        assert [process.wait() for process in both] == [0, 0], both[0].said + both[1].said
+        assert both[0].printed.endswith(f"wrote {tmp_path / 'both' / 'model'}\n")
+        assert both[1].printed == ""
+    found = CliRunner().invoke(app, list(map(str, [*common, "--output", tmp_path / "one"])))
+    assert found.exit_code == 0, found.output
+    runs = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("both", "one")
+    ]
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("eval_loss", 1e-4)):
+        noted = [[line.get(name, 0) for line in run] for run in runs]
+        np.testing.assert_allclose(*noted, rtol=tolerance, err_msg=name)
+    ours, theirs = (dca_jax.load(tmp_path / run / "model").model for run in ("both", "one"))
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
 def test_the_command_line_prints_once_and_a_killed_process_ends_the_other(tmp_path, folder, llm):
     arguments = ["generate", folder, PROMPTS[0], "--max-new-tokens", "4000"]
     arguments += ["--mesh", "context=4,tensor=2"]

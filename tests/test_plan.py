@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from abstract import abstract_cache, abstract_model, lower
 from flax import nnx
@@ -21,6 +20,8 @@ from dca_jax.buckets import capacity_bucket
 from dca_jax.cli import app
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
+from dca_jax.finetune.settings import DataFile, Settings
+from dca_jax.finetune.train import Batch, State, make_update
 from dca_jax.kv_cache import KVCache
 from dca_jax.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.model import Llama
@@ -116,32 +117,23 @@ def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
 def test_the_formula_of_training_beside_the_compiler() -> None:
-    batch, length, optimizer = 4, LOSS_TOKENS, optax.adamw(1e-5)
-    mesh = make_mesh("fsdp=2")
+    batch, length, mesh = 4, 2 * LOSS_TOKENS, make_mesh("fsdp=2")
     model = abstract_model(SMALL, mesh, jnp.float32, None)
-    tokens = jax.ShapeDtypeStruct(
-        (batch, length), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())
-    )
 
-    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any]:
-        def loss(params: Any) -> jax.Array:
-            options: dict[str, Any] = {"dca": model.dca, "dtype": jnp.float32, "remat": True}
-            whole = Llama.from_params(SMALL, params, **options)
-            hidden, _ = whole.hidden_states(tokens)
-            rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
-            targets = jax.sharding.reshard(jnp.roll(tokens, -1, axis=1), rows)
-            return jax.checkpoint(whole.nll)(hidden, targets).sum()
+    def build(params: Any) -> Llama:
+        options: dict[str, Any] = {"dca": model.dca, "dtype": jnp.float32, "remat": "attention"}
+        return Llama.from_params(SMALL, params, **options)
 
-        gradients = jax.grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-            updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(None, ("data", "fsdp")) if shape else PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    params = model.params()
-    moments, *rest = jax.eval_shape(optimizer.init, params)
-    state = (moments._replace(mu=params, nu=params), *rest)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
-    analysis = lowered.compile().memory_analysis()
+    params, rows = model.params(), (1, batch, length)
+    state = State(params, params, params, array(jnp.int32))
+    tokens = Batch(array(jnp.int32, *rows), array(jnp.bool_, *rows), array(jnp.int32, *rows[:2]))
+    settings = Settings(model="m", output="o", data=(DataFile("d"),))
+    update = jax.jit(make_update(build, settings, 10), donate_argnums=0)
+    analysis = update.lower(state, {}, tokens).compile().memory_analysis()
 
     options: dict[str, Any] = {"context_length": length, "batch": batch, "train": True}
     usage = job_for(SMALL, dtype=jnp.dtype(jnp.float32), **options).usage(mesh.shape)

@@ -1,0 +1,136 @@
+"""`dca-jax finetune` and `dca-jax preview`: parse, call the library, print.
+
+Every field of `Settings` is a flag of both, made from the field itself, so there is one list of
+them. What reads dialogues and trains is imported when it is needed: it takes seconds, and packages
+that other commands do without.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dca_jax.distributed import is_primary
+from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.finetune.settings import Files, Settings, read_settings
+
+ConfigArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG]", help="A YAML file of settings; any flag below, in place of its line."
+    ),
+]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds a flag for each setting to a command that takes them as `**flags`."""
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(**given)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
+        for row in fields(Settings)
+        for flag in [_flag(row)]
+    ]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapped.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *added]} | {"return": None}
+    return wrapped
+
+
+def _flag(row: Any) -> Any:
+    """A setting as typer wants it: text, but for switches and what may be repeated."""
+    name = row.name.replace("_", "-")
+    default = row.default
+    if row.type == Files or row.type == tuple[str, ...]:
+        kind, names = list[str] | None, [f"--{name}"]
+        default = ", ".join(map(str, default))
+    elif row.type is bool:
+        kind, names = bool | None, [f"--{name}/--no-{name}"]
+        default = "yes" if default else "no"
+    else:
+        kind, names = str | None, [f"--{name}"]
+    shown = "" if default in ("", None) else f" [default: {default}]"
+    choices = row.metadata["choices"]
+    metavar = None if row.type is bool else "|".join(choices) if choices else _METAVARS[row.type]
+    help = f"{row.metadata['help']}{shown}"
+    return Annotated[kind, typer.Option(*names, help=help, metavar=metavar, show_default=False)]
+
+
+_METAVARS = {
+    str: "TEXT",
+    int: "N",
+    int | None: "N",
+    float: "X",
+    Files: "FILE[=WEIGHT]",
+    tuple[str, ...]: "NAME",
+}
+
+
+@exit_on_input_error()
+@with_settings
+def finetune(config: ConfigArgument = None, **flags: Any) -> None:
+    """Train a model on dialogues with Dual Chunk Attention, wholly or by LoRA.
+
+    The loss counts what the assistant says. OUTPUT/model is then a model that every other command
+    reads, and that `dca-jax convert` makes a Hugging Face folder of.
+
+    The same command again goes on with a run that was interrupted. SIGTERM or Ctrl-C saves first;
+    after a kill it goes on from the last checkpoint, with the same losses.
+
+    For example:
+
+    - `dca-jax finetune examples/finetune_16k.yaml --model ./Llama-2-7b-chat-hf --mesh fsdp=4`
+
+    - `dca-jax finetune --model ./Llama-2-7b-chat-hf --data sharegpt.json --output ./run`
+
+    - `dca-jax finetune my.yaml --lora-rank 16 --base int8 --learning-rate 2e-4 --output ./lora`
+    """
+    settings = read_settings(config, flags)
+    _need_packages()
+    from dca_jax.finetune.run import finetune as run
+
+    folder = run(settings)
+    if is_primary():
+        print(f"wrote {folder}")
+
+
+@exit_on_input_error()
+@with_settings
+def preview(
+    config: ConfigArgument = None,
+    rows: Annotated[int, typer.Option(help="Rows to show.")] = 2,
+    **flags: Any,
+) -> None:
+    """Show the rows that `finetune` would train on: which tokens count, and which are context.
+
+    Takes the same settings; reads no weights.
+
+    For example: `dca-jax preview examples/finetune_16k.yaml --model ./Llama-2-7b-chat-hf`
+    """
+    if rows < 1:
+        raise InputError(f"--rows must be at least 1, got {rows}")
+    settings = read_settings(config, flags | {"output": "-"})  # nothing is written
+    _need_packages()
+    from dca_jax.finetune.run import show_rows
+
+    show_rows(settings, rows, Console())
+
+
+def _need_packages() -> None:
+    """Says which extra is missing, before anything else."""
+    for name in ("optax", "grain", "yaml"):
+        try:
+            __import__(name)
+        except ImportError:
+            raise InputError(
+                f"finetuning needs the package {name}: pip install 'dca_jax[train]'"
+            ) from None

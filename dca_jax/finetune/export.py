@@ -1,0 +1,69 @@
+"""What came out of a run, as folders that others read: a converted model, and LoRA's adapter."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from dca_jax.checkpoint import PARAMS, save
+from dca_jax.distributed import from_primary
+from dca_jax.files import copy_companions, read_json
+from dca_jax.finetune.lora import join, merge_lora, save_adapter
+
+if TYPE_CHECKING:
+    from dca_jax.finetune.run import Setup
+
+
+def export(
+    setup: "Setup", output: Path, params: dict[str, Any], base: dict[str, Any] | None
+) -> None:
+    """Writes `output/model`, and `output/adapter` if adapters were trained.
+
+    The model is a converted folder: `dca_jax.load` reads it, and `dca-jax convert` makes it a
+    Hugging Face folder. Weights are in the dtype of the activations. Its config.json asks for the
+    DCA it was trained with, and its tokenizer has the template of its dialogues (but chunkllama's,
+    which is none). It appears when it is whole; after an interruption the same command writes it.
+
+    Args:
+        params: what was trained; used up.
+        base: with LoRA, the frozen weights, never quantized; used up.
+    """
+    settings = setup.settings
+    if setup.lora is not None and base is not None:
+        if not (output / "adapter").exists():
+            save_adapter(
+                output / "adapter", params, setup.config, setup.lora, base_model=settings.model
+            )
+        params = merge_lora(join(params, base), setup.lora)
+    dtype = jnp.dtype(settings.dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    aside = output / ".model.partial"
+
+    def begin() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        copy_companions(setup.folder, aside)
+        _write_config(setup, aside)
+
+    def end() -> None:
+        aside.rename(output / "model")
+
+    from_primary(begin)
+    save(aside / PARAMS, params)
+    from_primary(end)
+
+
+def _write_config(setup: "Setup", folder: Path) -> None:
+    """config.json with the run's dtype and DCA, and the chat template it was trained with."""
+    config = read_json(folder, "config.json")
+    config |= {"dtype": setup.settings.dtype}
+    config.pop("torch_dtype", None)  # the same, as older files have it
+    config.pop("dual_chunk_attention_config", None)
+    if setup.dca is not None:
+        config["dual_chunk_attention_config"] = setup.dca.to_hf()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if setup.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(setup.chat_template, encoding="utf-8")

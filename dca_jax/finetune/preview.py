@@ -1,0 +1,70 @@
+"""Which tokens of a dialogue are trained on, for the eye."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+from unicodedata import category
+
+from rich.console import Console
+from rich.text import Text
+
+from dca_jax.finetune.templates import Rendered
+from dca_jax.text import INCOMPLETE
+
+TRAINED, MASKED = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour
+
+
+def preview(rendered: Rendered, tokenizer: Any, console: Console) -> None:
+    """Prints the text of tokens, special ones included, and which of them are trained on.
+
+    Those are green and the others dim; without colours (a file, a pipe, NO_COLOR) they stand
+    between ⟦ and ⟧. Control characters are spelled out, so that a dialogue cannot steer a terminal.
+
+    Args:
+        rendered: a dialogue, or a row of a batch (`data.row`).
+        tokenizer: the one it was rendered with.
+        console: of `rich`, to print to.
+    """
+    coloured = console.color_system is not None and not console.no_color
+    opening, closing = ("", "") if coloured else (OPEN, CLOSE)
+    text = Text()
+    for piece, trained in _pieces(rendered, tokenizer):
+        if trained:
+            text.append(f"{opening}{piece}{closing}", style=TRAINED)
+        else:
+            text.append(piece, style=MASKED)
+    counts = f"{int(rendered.trained.sum()):,} of {len(rendered.tokens):,} tokens are trained on"
+    legend = Text(f"{counts}: ").append(f"{opening}these{closing}", style=TRAINED)
+    legend.append(", not ").append("these", style=MASKED)
+    console.print(text, soft_wrap=True)
+    console.print(legend, soft_wrap=True)
+
+
+def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The text of each run of tokens that are all trained on, or all not.
+
+    What a token reads depends on those before it, so what is decoded is always all up to the end of
+    a run. A character that a run ends within is part of the next one.
+    """
+    tokens = rendered.tokens.tolist()
+    done, read = 0, 0
+    for trained, run in groupby(rendered.trained.tolist()):
+        done += sum(1 for _ in run)
+        text = tokenizer.decode(
+            tokens[:done], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if done < len(tokens):
+            text = text.rstrip(INCOMPLETE)
+        yield _visible(text[read:]), trained
+        read = len(text)
+
+
+def _visible(text: str) -> str:
+    """The text with its control characters spelled out, line breaks and tabs excepted."""
+    return "".join(
+        char
+        if char in "\n\t" or char.isprintable() or category(char) == "Zs"
+        else ascii(char)[1:-1]
+        for char in text
+    )

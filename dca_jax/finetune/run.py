@@ -1,0 +1,445 @@
+"""A run, from its settings to a model: load, train, save, go on after an interruption, export.
+
+The folder of a run:
+
+    finetune.yaml    its settings, all of them
+    metrics.jsonl    a line for each update, and for each evaluation
+    checkpoints/     of the state (`dca_jax.finetune.checkpoints`)
+    adapter/         LoRA's, as PEFT has them, when the run has ended
+    model/           what came out, as a converted folder, when the run has ended
+"""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from rich.console import Console
+
+from dca_jax.buckets import padded_length
+from dca_jax.checkpoint import is_converted, load_converted
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.distributed import from_primary, several_processes
+from dca_jax.errors import InputError
+from dca_jax.finetune.checkpoints import Checkpoints
+from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row, rows_per_epoch
+from dca_jax.finetune.data import training_rows as rows_of
+from dca_jax.finetune.dialogues import read_dialogues
+from dca_jax.finetune.export import export
+from dca_jax.finetune.lora import init_lora, quantize_base
+from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.meters import Meters, update_flops
+from dca_jax.finetune.preview import preview
+from dca_jax.finetune.settings import Files, Settings, read_settings
+from dca_jax.finetune.templates import template_source
+from dca_jax.finetune.train import (
+    Batch,
+    Build,
+    Metrics,
+    Params,
+    State,
+    joined,
+    make_update,
+    place,
+    start,
+)
+from dca_jax.huggingface import load_params, read_config
+from dca_jax.loading import choose_dca, find_folder, load_tokenizer, parse_dca
+from dca_jax.model import Llama
+from dca_jax.parameters import Shardings
+from dca_jax.sharding import axis_size, make_mesh, parameter_shardings
+
+SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is to be trained, before any weight is read.
+
+    Attributes:
+        folder: of the checkpoint to begin with. mesh: None is one device.
+        chat_template: of the dialogues, if it is not the tokenizer's own.
+        dca: as `dca_jax.loading.choose_dca` gives it. lora: None trains all weights.
+    """
+
+    settings: Settings
+    folder: Path
+    config: LlamaConfig
+    tokenizer: Any
+    chat_template: str | None
+    dca: DCAConfig | None
+    lora: LoraConfig | None
+    mesh: Mesh | None
+
+    @property
+    def sharding(self) -> Shardings:
+        """Where the parameters go."""
+        if self.mesh is None:
+            return None
+        return parameter_shardings(self.config, self.mesh, lora=self.lora)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up a row; it is never read."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def build(self, params: Params) -> Llama:
+        """The model around parameters, for a step of training."""
+        return Llama.from_params(
+            self.config,
+            params,
+            dca=self.dca,
+            dtype=jnp.dtype(self.settings.dtype),
+            remat=self.settings.remat,
+            lora=self.lora,
+            quantized=self.settings.base == "int8",
+        )
+
+
+def finetune(settings: Settings) -> Path:
+    """Runs, or goes on with, what the settings say; returns the folder of the finished model.
+
+    Interrupted by SIGTERM or Ctrl-C, it saves and leaves by `SystemExit` (143 or 130); killed, it
+    goes on from its last checkpoint. Either way the losses are those of a run that was not
+    interrupted: bit for bit where the device computes the same thing twice alike, as CPUs do.
+
+    Raises:
+        InputError: settings, data or a checkpoint that do not fit, before any weight is read; a
+            loss that is not finite, with the step; a checkpoint that cannot be written.
+    """
+    setup = open_setup(settings)
+    output = Path(settings.output)
+    from_primary(lambda: check_output(output, settings))
+    data, held_out = read_data(setup)
+    rows = training_rows(setup, data)
+    steps = settings.steps
+    if steps is None:
+        epoch = rows_per_epoch(data, length=settings.length, pack=settings.pack)
+        steps = math.ceil(settings.epochs * epoch / (settings.batch * settings.accumulate))
+    from_primary(lambda: write_settings(output, settings))
+    with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
+        state = train(setup, checkpoints, rows, held_out, steps)
+    from_primary(lambda: print(f"trained for {steps} updates; writing {output / MODEL}"))
+    base = None if setup.lora is None else load_weights(setup, settings.dtype)
+    export(setup, output, state.params, base)
+    return output / MODEL
+
+
+# --- before any weight is read -----------------------------------------------------------------
+
+
+def open_setup(settings: Settings) -> Setup:
+    """Opens the checkpoint's config and tokenizer, and makes the mesh.
+
+    Raises:
+        InputError: a checkpoint or setting that does not fit, named.
+    """
+    folder = find_folder(settings.model)
+    config = read_config(folder)
+    mesh = make_mesh(settings.mesh) if settings.mesh or several_processes() else None
+    rows = axis_size(mesh, "data", "fsdp")
+    if settings.batch % rows:
+        raise InputError(
+            f"batch {settings.batch} does not divide over the mesh's {rows} devices of data and "
+            f"fsdp; give a multiple of {rows}, or cut the rows themselves with context"
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer; put its files beside config.json")
+    chat_template = None
+    if settings.template != "chunkllama":
+        chat_template = template_source(tokenizer, settings.template)
+    lora = None
+    if settings.lora_rank:
+        lora = LoraConfig(
+            rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
+        )
+    setup = Setup(
+        settings=settings,
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        dca=choose_dca(parse_dca(settings.dca), config),
+        lora=lora,
+        mesh=mesh,
+    )
+    _ = setup.sharding  # refuses a mesh that the model cannot be cut for
+    return setup
+
+
+def check_output(output: Path, settings: Settings) -> None:
+    """Refuses a folder that is not this run's.
+
+    Raises:
+        InputError: a finished run, another run, or a folder of something else.
+    """
+    if (output / MODEL).exists():
+        raise InputError(f"{output} holds a run that has ended: {output / MODEL} is its model")
+    if (output / SETTINGS).is_file():
+        differing = read_settings(output / SETTINGS, {}).differing(settings)
+        if differing:
+            raise InputError(
+                f"{output} holds a run with another {', '.join(differing)}; go on with the "
+                "settings it began with, or choose another output"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} exists and holds no finetuning run; choose another output")
+
+
+def write_settings(output: Path, settings: Settings) -> None:
+    """Makes the run's folder, and notes the settings there, aside and then renamed."""
+    import yaml
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / f".{SETTINGS}.partial"
+        aside.write_text(yaml.safe_dump(settings.as_yaml(), sort_keys=False), encoding="utf-8")
+        aside.replace(output / SETTINGS)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+
+
+def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
+    """The dialogues to train on, rendered; and those held out, in batches.
+
+    Says on the way what was left out, and why.
+    """
+    settings, told = setup.settings, []
+
+    def read(files: Files, cut: int | None) -> list[Source]:
+        sources = []
+        for file in files:
+            name = Path(file.path).name
+            dialogues, dropped = read_dialogues(Path(file.path), gpt4_only=settings.gpt4_only)
+            rendered, counts = render_all(
+                name,
+                dialogues,
+                setup.tokenizer,
+                template=settings.template,
+                min_tokens=file.min_tokens,
+                cut=cut,
+            )
+            sources.append(Source(name, rendered, file.weight))
+            tokens = sum(len(dialogue.tokens) for dialogue in rendered)
+            notes = [f"{count} {reason}" for reason, count in (dropped | counts).items()]
+            told.append(
+                f"{file.path}: {len(rendered):,} dialogues, {tokens:,} tokens"
+                + "".join(f"; {note}" for note in notes)
+            )
+        return sources
+
+    data = read(settings.data, None if settings.pack else settings.length)
+    held_out = [d for s in read(settings.eval_data, settings.length) for d in s.dialogues]
+    from_primary(lambda: print("\n".join(told)))
+    for source in data:
+        _check_ids(source, setup.config.vocab_size)
+    if not held_out:
+        return data, []
+    longest = max(len(dialogue.tokens) for dialogue in held_out)
+    length = min(settings.length, max(2, padded_length(longest)))
+    batches = evaluation_rows(held_out, length=length, batch=settings.batch, pad_id=setup.pad_id)
+    return data, batches
+
+
+def _check_ids(source: Source, vocab_size: int) -> None:
+    largest = max((int(d.tokens.max()) for d in source.dialogues), default=0)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{source.name}: the tokenizer gives the id {largest}, and the model knows ids below "
+            f"{vocab_size}; is this the model's own tokenizer?"
+        )
+
+
+def show_rows(settings: Settings, count: int, console: Console) -> None:
+    """Prints the first rows of a run, coloured by what the loss counts; reads no weights."""
+    setup = open_setup(replace(settings, mesh=""))
+    data, _ = read_data(setup)
+    stream = training_rows(setup, data)
+    for number, batch in zip(range(count), stream, strict=False):
+        console.rule(f"row {number + 1}")
+        preview(row(batch, 0), setup.tokenizer, console)
+
+
+def training_rows(setup: Setup, data: Sequence[Source]) -> grain.IterDataset:
+    """The rows of all updates, each update's as one batch."""
+    settings = setup.settings
+    return rows_of(
+        data,
+        length=settings.length,
+        batch=settings.batch * settings.accumulate,
+        seed=settings.seed,
+        pack=settings.pack,
+        pad_id=setup.pad_id,
+    )
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def train(
+    setup: Setup,
+    checkpoints: Checkpoints,
+    rows: grain.IterDataset,
+    held_out: Sequence[Rows],
+    steps: int,
+) -> State:
+    """Makes the updates that are still to be made, and returns the last state."""
+    settings = setup.settings
+    state, frozen, place_in_rows = load_state(setup, checkpoints)
+    done = int(state.step)
+    stream = iter(rows)
+    if place_in_rows is not None:
+        stream.set_state(place_in_rows)
+    update = jax.jit(make_update(setup.build, settings, steps), donate_argnums=0)
+    evaluate = make_evaluation(setup.build)
+    batch = settings.batch * settings.accumulate
+    flops = update_flops(setup.config, length=settings.length, rows=batch, lora=setup.lora)
+    meters = Meters(
+        Path(settings.output), step=done, steps=steps, flops=flops, report=settings.report
+    )
+    pending: tuple[int, Metrics, int] | None = None
+    with meters, stopping() as stop:
+        if held_out and done == 0:
+            meters.evaluation(0, evaluate(state.params, frozen, held_out, setup.mesh))
+        for step in range(done + 1, steps + 1):
+            batch = next(stream)
+            tokens = int(batch["lengths"].sum())
+            state, metrics = update(state, frozen, place(batch, settings.accumulate, setup.mesh))
+            if pending is not None:  # the one before: so the devices never wait for the host
+                tell(meters, *pending, checkpoints)
+            pending = step, metrics, tokens
+            stopped = agreed(stop())
+            last = stopped or step == steps
+            if last or step % settings.save_every == 0 or step % settings.eval_every == 0:
+                tell(meters, *pending, checkpoints)
+                pending = None
+            if held_out and (step % settings.eval_every == 0 or step == steps):
+                meters.evaluation(step, evaluate(state.params, frozen, held_out, setup.mesh))
+            if last or step % settings.save_every == 0:
+                checkpoints.save(state, stream.get_state())
+            if stopped:
+                checkpoints.wait()
+                meters.say(f"stopped and saved after {step} of {steps} updates")
+                raise SystemExit(128 + stopped)
+        checkpoints.wait()
+    return state
+
+
+def load_state(
+    setup: Setup, checkpoints: Checkpoints
+) -> tuple[State, Params, dict[str, Any] | None]:
+    """The state to go on from, the frozen weights, and the place in the rows; None at the start."""
+    settings = setup.settings
+    if setup.lora is None:
+        params, frozen = load_weights(setup, jnp.float32), {}
+    else:
+        frozen = load_weights(setup, settings.dtype)
+        if settings.base == "int8":
+            frozen = quantize_base(frozen, setup.config)
+        params = init_lora(setup.config, setup.lora, jax.random.key(settings.seed), setup.sharding)
+    state = start(params)
+    if checkpoints.latest is None:
+        return state, frozen, None
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    jax.tree.map(lambda x: x.delete(), state)  # the memory of one state is enough
+    state, rows = checkpoints.restore(like)
+    return state, frozen, rows
+
+
+def load_weights(setup: Setup, dtype: Any) -> Params:
+    """The checkpoint's parameters, each device its own part."""
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": setup.sharding}
+    if is_converted(setup.folder):
+        return load_converted(setup.folder, **options)[1]
+    return load_params(setup.folder, setup.config, **options)
+
+
+def tell(
+    meters: Meters, step: int, metrics: Metrics, tokens: int, checkpoints: Checkpoints
+) -> None:
+    """Waits for an update, and notes how it went.
+
+    Raises:
+        InputError: its loss or gradient was not finite; what can be gone on from is on the disk.
+    """
+    loss, norm, trained, finite = (float(np.asarray(x)) for x in metrics)
+    if not finite:
+        checkpoints.wait()
+        latest = checkpoints.latest
+        kept = (
+            "no checkpoint had been saved"
+            if latest is None
+            else f"the checkpoint of step {latest} is whole"
+        )
+        raise InputError(
+            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; {kept}. "
+            " Lower the learning rate or the clip, or compute in "
+            "float32, and look at the data of this step"
+        )
+    meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens)
+
+
+def make_evaluation(build: Build) -> Callable[..., float]:
+    """The mean loss over the trained tokens of batches of rows, in nats."""
+
+    @jax.jit
+    def sums(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return summed_nll(build(joined(params, frozen)), *(x[0] for x in batch))
+
+    def evaluate(params: Params, frozen: Params, rows: Sequence[Rows], mesh: Mesh | None) -> float:
+        found = [sums(params, frozen, place(batch, 1, mesh)) for batch in rows]
+        nll, tokens = (
+            sum(float(np.asarray(x)) for x in column) for column in zip(*found, strict=True)
+        )
+        return nll / tokens
+
+    return evaluate
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Yields what tells the number of the signal that asked to stop, 0 if none has.
+
+    The first SIGTERM or Ctrl-C asks; a second one ends the program at once.
+    """
+    asked = 0
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        asked = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agreed(signal_number: int) -> int:
+    """The signal that any process has been sent: all must stop after the same update."""
+    if not several_processes():
+        return signal_number
+    return int(multihost_utils.process_allgather(np.int32(signal_number)).max())

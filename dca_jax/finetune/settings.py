@@ -1,0 +1,269 @@
+"""All that decides a finetuning run, in one flat table: a YAML file, each line of it also a flag.
+
+The defaults are the paper's recipe (LongChat's hyperparameters) where it has one.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple, get_args
+
+from dca_jax.config import LORA_TARGETS
+from dca_jax.errors import InputError
+from dca_jax.model import REMAT
+
+BASES = ("dtype", "int8")
+REPORTS = ("tensorboard", "wandb")
+
+
+class DataFile(NamedTuple):
+    """A file of dialogues.
+
+    Attributes:
+        weight: how many times each of its dialogues is seen in an epoch.
+        min_tokens: shorter dialogues are left out.
+    """
+
+    path: str
+    weight: float = 1.0
+    min_tokens: int = 0
+
+
+Files = tuple[DataFile, ...]
+
+
+def _option(default: Any, help: str, *, resumable: bool = False, choices: Any = None) -> Any:
+    metadata = {"help": help, "resumable": resumable, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A finetuning run. What each field means stands beside it, as `--help` says it.
+
+    Fields that are `resumable` may
+    change when a run goes on; the others decide what its losses are.
+
+    Raises:
+        InputError: a value that makes no sense, named with what would.
+    """
+
+    model: str = _option(
+        "", "A Hugging Face folder, a converted one, or a name on the Hugging Face Hub."
+    )
+    output: str = _option("", "Folder of the run; the same command again goes on with it.")
+    # --- dialogues
+    data: Files = _option(
+        (),
+        "JSON or JSONL of dialogues; FILE=2 sees each twice an epoch. May be repeated; in YAML a "
+        "file may also have min_tokens.",
+    )
+    eval_data: Files = _option((), "Dialogues held out, whose loss is taken as training goes on.")
+    template: str = _option(
+        "chat",
+        "How a dialogue is written: chat (the tokenizer's template), llama-2, chunkllama (the "
+        "paper's code, slips included), or a .jinja file.",
+    )
+    length: int = _option(16_384, "Tokens of a row.")
+    pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; else one a row.")
+    gpt4_only: bool = _option(False, "Of marked dialogues, take those that GPT-4 answered.")
+    # --- attention
+    dca: str = _option("auto", "DCA's setting, as other commands take it: auto, a preset, or S,Q.")
+    # --- optimization (AdamW)
+    steps: int | None = _option(None, "Updates; default: as many as EPOCHS takes.")
+    epochs: float = _option(1.0, "Times that the dialogues are seen.")
+    batch: int = _option(1, "Rows at once, on all devices together.")
+    accumulate: int = _option(1, "Batches of an update; their gradients count by their tokens.")
+    learning_rate: float = _option(2e-5, "At its peak; then a cosine to zero.")
+    warmup: float = _option(0.03, "Share of the updates in which it rises from zero.")
+    weight_decay: float = _option(0.0, "Of the matrices.")
+    beta1: float = _option(0.9, "Decay of the gradient's mean.")
+    beta2: float = _option(0.999, "Decay of the gradient's mean square.")
+    clip: float = _option(1.0, "Largest norm of the gradient.")
+    seed: int = _option(0, "Of the order of the rows, and of LoRA's start.")
+    # --- LoRA
+    lora_rank: int = _option(0, "Train LoRA adapters of this rank only; 0 trains all weights.")
+    lora_alpha: float = _option(32.0, "LoRA's scale is alpha / rank.")
+    lora_targets: tuple[str, ...] = _option(
+        LORA_TARGETS,
+        "Projections that get adapters. May be repeated.",
+    )
+    base: str = _option(
+        "dtype",
+        "How LoRA keeps the weights it does not train: in the run's dtype, or as int8.",
+        choices=BASES,
+    )
+    # --- devices
+    mesh: str = _option(
+        "", "Share the work: fsdp=4, or context=2,fsdp=2; default: one device.", resumable=True
+    )
+    dtype: str = _option(
+        "bfloat16", "Of activations; weights that are trained stay float32.",
+        choices=("bfloat16", "float32"),
+    )  # fmt: skip
+    remat: str = _option(
+        "attention",
+        "What is kept for the backward pass: each layer's input (layer), also what attention gave "
+        "(attention), or everything (none).",
+        resumable=True,
+        choices=tuple(REMAT),
+    )
+    # --- the run
+    save_every: int = _option(200, "Updates from one checkpoint to the next.", resumable=True)
+    keep: int = _option(2, "Checkpoints that stay.", resumable=True)
+    eval_every: int = _option(200, "Updates from one evaluation to the next.", resumable=True)
+    report: tuple[str, ...] = _option(
+        (), "Besides metrics.jsonl: tensorboard, wandb. May be repeated.", resumable=True,
+        choices=REPORTS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output", "data"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is not given; name it in the file, or as --{name}")
+        for name in "length batch accumulate save_every keep eval_every".split():
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.length < 2:
+            raise InputError("length must be at least 2: a token is predicted from those before it")
+        for name in "lora_rank weight_decay".split():
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in "epochs learning_rate clip lora_alpha".split():
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in "warmup beta1 beta2".split():
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        for file in (*self.data, *self.eval_data):
+            if not (math.isfinite(file.weight) and file.weight > 0 and file.min_tokens >= 0):
+                raise InputError(
+                    f"{file.path} must have a positive weight and min_tokens from 0, got "
+                    f"{file.weight} and {file.min_tokens}"
+                )
+        for row in fields(self):
+            self._check_choice(row)
+        if self.base == "int8" and not self.lora_rank:
+            raise InputError("base int8 goes with LoRA: weights that are trained stay float32")
+
+    def _check_choice(self, row: dataclasses.Field) -> None:
+        value, choices = getattr(self, row.name), row.metadata["choices"]
+        for one in value if isinstance(value, tuple) else (value,):
+            if choices is not None and one not in choices:
+                raise InputError(f"{row.name} is one of {', '.join(choices)}; got {one!r}")
+
+    def as_yaml(self) -> dict[str, Any]:
+        """What `read_settings` reads back, as plain values; fields at their default too."""
+        values = dataclasses.asdict(self)
+        for name in ("data", "eval_data"):
+            files = (file._asdict() for file in getattr(self, name))
+            values[name] = {file.pop("path"): file for file in files}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def differing(self, other: "Settings") -> list[str]:
+        """Names of the fields that differ and may not, if one run is to go on as the other."""
+        return [
+            row.name
+            for row in fields(self)
+            if not row.metadata["resumable"]
+            and row.name != "output"  # a run's folder may have moved
+            and getattr(self, row.name) != getattr(other, row.name)
+        ]
+
+
+def read_settings(path: Path | None, flags: Mapping[str, Any]) -> Settings:
+    """Settings of a YAML file, with flags in place of its lines.
+
+    Args:
+        path: a mapping of fields; None for flags alone.
+        flags: by field, as text or as plain values; None for a flag that was not given.
+
+    Raises:
+        InputError: no such file, no YAML mapping, a field that there is not, or a value that is
+            of the wrong kind or makes no sense.
+    """
+    values = {} if path is None else _read_yaml(path)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    known = {row.name: row for row in fields(Settings)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+            raise InputError(f"{path}: there is no setting {name!r}{hint}")
+    return Settings(**{name: _value(known[name], value) for name, value in values.items()})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings; expected lines like 'length: 16384'")
+    return values
+
+
+def _value(row: dataclasses.Field, value: Any) -> Any:
+    """A field's value from YAML's or a flag's: 2e-5 is a text to YAML, and a 1 may be a float."""
+    if row.type == Files:
+        return _files(row.name, value)
+    if row.type == tuple[str, ...]:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+            raise InputError(f"{row.name} is a list of names, got {value!r}")
+        return tuple(values)
+    kinds: tuple[Any, ...] = get_args(row.type) or (row.type,)
+    if value is None:
+        if NoneType in kinds:
+            return None
+        raise InputError(f"{row.name} is empty; leave the line out to have its default")
+    kind: Any = kinds[0]
+    try:
+        if isinstance(value, bool) != (kind is bool):
+            raise ValueError
+        if kind is int and int(value) != float(value):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise InputError(f"{row.name} is {names[kind]}, got {value!r}") from None
+
+
+def _files(name: str, value: Any) -> Files:
+    """From {file: weight}, {file: {weight, min_tokens}}, or texts "file" and "file=weight"."""
+    if isinstance(value, Mapping):
+        return tuple(_file(str(path), of_file) for path, of_file in value.items())
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+        raise InputError(f"{name} is a list of files, or lines 'file: weight'; got {value!r}")
+    return tuple(_file_with_weight(text) for text in values)
+
+
+def _file(path: str, value: Any) -> DataFile:
+    own = {} if value is None else {"weight": value}
+    options: Any = value if isinstance(value, Mapping) else own
+    try:
+        found = DataFile(path, **options)
+        return DataFile(path, float(found.weight), int(found.min_tokens))
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{path} has a weight, or weight and min_tokens, each a number; got {value!r}"
+        ) from None
+
+
+def _file_with_weight(text: str) -> DataFile:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return DataFile(path, float(weight)) if equals else DataFile(text)
+    except ValueError:  # a file whose name has one
+        return DataFile(text)

@@ -1,0 +1,184 @@
+"""One update: gradients summed over batches and devices, clipped, AdamW; pure functions.
+
+Two trees of parameters: those that are trained, in float32 (all of them, or LoRA's adapters), and
+those that are frozen. Both are plain nested dicts, placed by `dca_jax.sharding`; gradients and
+AdamW's moments lie where their parameters do, so `fsdp` cuts all three.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.settings import Settings
+from dca_jax.model import Llama
+from dca_jax.sharding import mesh_of, replicated
+
+Params = dict[str, Any]
+# The model around parameters, trained and frozen together.
+Build = Callable[[Params], Llama]
+
+
+class State(NamedTuple):
+    """What an update changes.
+
+    Attributes:
+        params: what is trained, float32.
+        mean, square: AdamW's moments of the gradient, like `params`.
+        step: updates made.
+    """
+
+    params: Params
+    mean: Params
+    square: Params
+    step: Int[Array, ""]
+
+
+class Batch(NamedTuple):
+    """Rows of one update: A batches, one after another.
+
+    Attributes:
+        tokens: right-padded. trained: which are targets. lengths: real tokens of each row.
+    """
+
+    tokens: Int[Array, "A B T"]
+    trained: Bool[Array, "A B T"]
+    lengths: Int[Array, "A B"]
+
+
+class Metrics(NamedTuple):
+    """Of one update; float32.
+
+    Attributes:
+        loss: nats a trained token. grad_norm: before clipping. tokens: that were trained on.
+        finite: whether loss and gradient are; where not, the update was not made.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    tokens: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def learning_rate(settings: Settings, steps: int) -> optax.Schedule:
+    """A linear rise over the share `warmup` of the updates, then a cosine to zero at the end.
+
+    As `transformers`' cosine schedule: the number of updates that warm up is rounded up.
+    """
+    warmup = math.ceil(settings.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, warmup, max(steps, warmup + 1)
+    )
+
+
+def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    """Clipping and AdamW (arXiv 1711.05101); norms and biases do not decay."""
+
+    def decays(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key not in ("scale", "bias"), params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(
+            learning_rate(settings, steps),
+            b1=settings.beta1,
+            b2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            mask=decays,
+        ),
+    )
+
+
+def start(params: Params) -> State:
+    """The state before the first update."""
+    # Two copies: an update is given the memory of both.
+    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
+    return State(params, zeros[0], zeros[1], replicated(np.int32(0), mesh_of(params)))
+
+
+def make_update(
+    build: Build, settings: Settings, steps: int
+) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
+    """The function that makes one of `steps` updates; for `jax.jit`, with the state donated.
+
+    An update whose loss or gradient is not finite changes nothing but says so, so that the state
+    is always one from which a run can go on.
+    """
+    rule = optimizer(settings, steps)
+
+    def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
+        nll, tokens, gradients = summed_gradients(build, state.params, frozen, batch)
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), gradients)
+        loss, norm = nll / tokens, optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts updates in integers
+            before = jax.eval_shape(rule.init, state.params)
+            before = optax.tree.set(before, mu=state.mean, nu=state.square, count=state.step)
+            changes, after = rule.update(gradients, before, state.params)
+        new = State(
+            jax.tree.map(jnp.add, state.params, changes),
+            optax.tree.get(after, "mu"),
+            optax.tree.get(after, "nu"),
+            state.step + 1,
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return new, Metrics(loss, norm, tokens, finite)
+
+    return update
+
+
+def summed_gradients(
+    build: Build, params: Params, frozen: Params, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""], Params]:
+    """The summed loss of all batches, the number of trained tokens, and the sum's gradient.
+
+    Sums, so that each token counts alike, in whichever batch it stands.
+    """
+
+    def loss(params: Params, tokens: Array, trained: Array, lengths: Array) -> tuple:
+        return summed_nll(build(joined(params, frozen)), tokens, trained, lengths)
+
+    gradient_of = jax.value_and_grad(loss, has_aux=True)
+    (nll, tokens), gradients = gradient_of(params, *(x[0] for x in batch))
+    if len(batch.tokens) == 1:
+        return nll, tokens, gradients
+
+    def add(sums: tuple, batch: Batch) -> tuple[tuple, None]:
+        (nll, tokens), gradients = gradient_of(params, *batch)
+        return jax.tree.map(jnp.add, sums, (nll, tokens, gradients)), None
+
+    rest = jax.tree.map(lambda x: x[1:], batch)
+    return jax.lax.scan(add, (nll, tokens, gradients), rest)[0]
+
+
+def joined(params: Params, frozen: Params) -> Params:
+    """Both trees as one; they have no leaf in common."""
+    return unflatten_dict(flatten_dict(params) | flatten_dict(frozen))
+
+
+def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Batch:
+    """Rows of the host as a batch of the devices; each process has all rows, and gives its own.
+
+    Args:
+        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B].
+        accumulate: A.
+    """
+
+    def put(x: np.ndarray) -> Array:
+        x = x.reshape(accumulate, -1, *x.shape[1:])
+        if mesh is None:
+            return jnp.asarray(x)
+        spec = PartitionSpec(None, ("data", "fsdp"))
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+    return Batch(*(put(rows[name]) for name in Batch._fields))

@@ -1,0 +1,406 @@
+"""A whole run: to a model that others read, through kill, SIGTERM, a full disk and NaN."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+from tiny_llm import make_llm
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import dca_jax
+from checkpoints_convert import orbax_to_hf
+from dca_jax.cli import app
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.finetune.checkpoints import Checkpoints
+from dca_jax.finetune.run import finetune
+from dca_jax.finetune.settings import DataFile, Settings, read_settings
+
+CLI = "import sys; from dca_jax.cli import main; sys.argv[0] = 'dca-jax'; main()"
+STEPS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As the command line has it: what one run has compiled, the next need not."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a size as trained ones have it: else the first loss is 50."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_llm(tmp_path_factory.mktemp("models") / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: v * np.float32(0.2 if v.ndim > 1 else 1) for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two dozen of them, of which a model can learn how they go on."""
+    path = tmp_path_factory.mktemp("data") / "dialogues.json"
+    entries = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"What comes after {n}?"},
+                {"from": "gpt", "value": f"After {n} comes {n + 1}." * (1 + n % 3)},
+            ]
+        }
+        for n in range(24)
+    ]
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def settings(model: Path, dialogues: Path, output: Path, **changes: Any) -> Settings:
+    """A run that takes seconds: rows of two and a half chunks, an update of two batches."""
+    values: dict[str, Any] = {
+        "data": (DataFile(str(dialogues)),),
+        "eval_data": (DataFile(str(dialogues)),),
+        "length": 96,
+        "steps": STEPS,
+        "batch": 2,
+        "accumulate": 2,
+        "learning_rate": 3e-3,
+        "dtype": "float32",
+        "dca": "40,60",
+        "save_every": 3,
+        "eval_every": 5,
+    } | changes
+    return Settings(model=str(model), output=str(output), **values)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of each update, each noted once."""
+    noted = [line for line in lines(output) if "loss" in line]
+    assert len({line["step"] for line in noted}) == len(noted)
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in noted}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert finetune(settings(model, dialogues, output)) == output / "model"
+    return output
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.02)
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_tells(whole: Path) -> None:
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
+    held_out = {line["step"]: line["eval_loss"] for line in lines(whole) if "eval_loss" in line}
+    assert list(held_out) == [0, 5, 10]
+    assert held_out[10] < held_out[5] < held_out[0]
+    assert all(line["tokens_per_second"] > 0 for line in lines(whole) if "loss" in line)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["10", "9"]
+    assert not list(whole.rglob("*partial*"))
+
+
+def test_its_model_is_read_by_dca_jax_and_by_transformers(
+    whole: Path, model: Path, tmp_path: Path
+) -> None:
+    llm = dca_jax.load(whole / "model")
+    assert llm.model.dca == DCAConfig(chunk_len=40, max_query_position=60)
+    with Checkpoints(whole / "checkpoints", keep=2) as checkpoints:
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            _state_of(llm.model.params()),
+        )
+        state, _ = checkpoints.restore(like)
+    assert int(state.step) == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state.params, llm.model.params())
+    start = flatten_dict(dca_jax.load(model).model.params(), sep=".")
+    for name, leaf in flatten_dict(state.params, sep=".").items():
+        assert not np.array_equal(leaf, start[name]), f"{name} has not changed"
+
+    orbax_to_hf.convert(whole / "model", tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 300, (1, 40))  # up to s tokens DCA is RoPE
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(llm.logits(tokens), want, atol=2e-4)
+
+
+def _state_of(params: dict[str, Any]) -> Any:
+    from dca_jax.finetune.train import start
+
+    return start(params)
+
+
+@pytest.mark.parametrize("base", ["dtype", "int8"])
+def test_lora_trains_adapters_and_exports_the_merged_model(
+    model: Path, dialogues: Path, tmp_path: Path, base: str
+) -> None:
+    if base == "int8":
+        pytest.importorskip("qwix")
+    output = tmp_path / "run"
+    changes = {"lora_rank": 4, "lora_targets": ("q_proj", "down_proj"), "base": base, "steps": 3}
+    finetune(settings(model, dialogues, output, **changes))
+    from dca_jax.finetune.lora import join, load_adapter, merge_lora
+
+    start, end = dca_jax.load(model).model, dca_jax.load(output / "model").model
+    lora, adapters = load_adapter(output / "adapter", start.config)
+    assert (lora.rank, set(lora.targets)) == (4, {"q_proj", "down_proj"})
+    merged = merge_lora(join(adapters, start.params()), lora)
+    before = flatten_dict(dca_jax.load(model).model.params(), sep=".")
+    for name, leaf in flatten_dict(end.params(), sep=".").items():
+        np.testing.assert_array_equal(leaf, flatten_dict(merged, sep=".")[name], err_msg=name)
+        trained = name.endswith(("q_proj.kernel", "down_proj.kernel"))
+        assert np.array_equal(leaf, before[name]) != trained, name
+
+
+# --- interruptions -----------------------------------------------------------------------------
+
+
+def flags_of(chosen: Settings) -> list[str]:
+    return [
+        *("--model", chosen.model, "--output", chosen.output, "--data", chosen.data[0].path),
+        *("--eval-data", chosen.eval_data[0].path, "--length", "96", "--steps", str(STEPS)),
+        *("--batch", "2", "--accumulate", "2", "--learning-rate", "3e-3", "--dtype", "float32"),
+        *("--dca", "40,60", "--save-every", "3", "--eval-every", "5"),
+    ]
+
+
+def test_killed_and_resumed_it_has_the_same_losses_bit_for_bit(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    chosen = settings(model, dialogues, output)
+    command = [sys.executable, "-c", CLI, "finetune", *flags_of(chosen)]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            wait_for(
+                lambda: (
+                    process.poll() is not None
+                    or ((output / "checkpoints" / "3").exists() and 4 in losses_so_far(output))
+                )
+            )
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not (output / "model").exists()
+    finetune(chosen)
+    assert losses(output) == losses(whole)
+    assert [x for x in lines(output) if "eval_loss" in x] == [
+        x for x in lines(whole) if "eval_loss" in x
+    ]
+    for name in ("config.json", "tokenizer.json"):
+        same = (output / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+        assert same, name
+
+
+def losses_so_far(output: Path) -> set[int]:
+    found = (output / "metrics.jsonl").read_text()
+    return {json.loads(x)["step"] for x in found.splitlines(keepends=True) if x.endswith("\n")}
+
+
+def test_sigterm_saves_and_leaves_and_another_mesh_goes_on(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path
+):
+    output = tmp_path / "run"
+    chosen = settings(model, dialogues, output, save_every=100)
+
+    def ask() -> None:
+        wait_for(lambda: (output / "metrics.jsonl").exists() and 2 in losses_so_far(output))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        finetune(chosen)
+    assert ended.value.code == 128 + signal.SIGTERM
+    (saved,) = (int(p.name) for p in (output / "checkpoints").iterdir())
+    assert 2 <= saved < STEPS
+    assert max(losses(output)) == saved
+    finetune(replace(chosen, mesh="fsdp=2"))  # onto another mesh
+    assert {n: losses(output)[n] for n in range(1, saved)} == {
+        n: losses(whole)[n] for n in range(1, saved)
+    }
+    for step, found in losses(output).items():
+        np.testing.assert_allclose(found, losses(whole)[step], rtol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model: Path, dialogues: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    chosen = settings(
+        model, dialogues, output, learning_rate=1e30, warmup=0.5, save_every=1, eval_data=()
+    )
+    with pytest.raises(InputError, match=r"step (\d+): the loss is .* is whole") as raised:
+        finetune(chosen)
+    step = int(str(raised.value).split()[1].rstrip(":"))
+    saved = sorted(int(p.name) for p in (output / "checkpoints").iterdir())
+    assert saved
+    assert max(saved) == step - 1
+    assert max(losses(output)) == step - 1
+    assert all(np.isfinite(x).all() for x in losses(output).values())
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[], None]]:
+    """Lets no file grow beyond 20 kB from when it is called: as on a full disk, writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on_later(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path, small_files: Callable[[], None]
+) -> None:
+    output = tmp_path / "run"
+    chosen = settings(model, dialogues, output)
+
+    def fill() -> None:
+        wait_for(lambda: (output / "checkpoints" / "3").exists())
+        small_files()
+
+    threading.Thread(target=fill, daemon=True).start()
+    with pytest.raises(InputError, match=r"could not be written .* the last good one is [36]"):
+        finetune(chosen)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    finetune(chosen)
+    assert losses(output) == losses(whole)
+
+
+# --- what is refused, before any work ----------------------------------------------------------
+
+
+def test_another_run_a_finished_run_and_a_folder_of_something_else(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="a run that has ended"):
+        finetune(settings(model, dialogues, whole))
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "finetune.yaml").write_text((whole / "finetune.yaml").read_text())
+    with pytest.raises(InputError, match="a run with another learning_rate, seed"):
+        finetune(settings(model, dialogues, output, seed=1, learning_rate=1.0))
+    (tmp_path / "other" / "thing").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no finetuning run"):
+        finetune(settings(model, dialogues, tmp_path / "other"))
+
+
+def test_no_dialogue_is_left(model: Path, dialogues: Path, tmp_path: Path) -> None:
+    data = (DataFile(str(dialogues), min_tokens=10_000),)
+    with pytest.raises(InputError, match="no dialogue is left"):
+        finetune(settings(model, dialogues, tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": "fsdp=8"}, "batch 2 does not divide over the mesh's 8 devices"),
+        ({"mesh": "tensor=3"}, "tensor=3 does not divide"),
+        ({"template": "alpaca"}, "'alpaca' is no template"),
+        ({"dca": "papers"}, "DCA setting 'papers' is not known"),
+        ({"data": (DataFile("/nowhere.json"),)}, "/nowhere.json"),
+        ({"lora_rank": 4, "lora_targets": ("x_proj",)}, "x_proj"),
+    ],
+)
+def test_bad_input(model: Path, dialogues: Path, tmp_path: Path, changes: Any, message: str):
+    with pytest.raises(InputError, match=message):
+        finetune(settings(model, dialogues, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# --- settings and commands ---------------------------------------------------------------------
+
+
+def test_a_file_of_settings_and_flags_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: ./m\noutput: out\nlearning_rate: 1e-5\npack: false\n"
+        "data:\n  a.json: 2\n  b.json: {min_tokens: 9}\nlora_targets: [q_proj]\n"
+    )
+    found = read_settings(path, {"steps": "7", "seed": None, "eval_data": ["c=d.json=0.5"]})
+    assert found.data == (DataFile("a.json", 2.0), DataFile("b.json", 1.0, min_tokens=9))
+    assert found.eval_data == (DataFile("c=d.json", 0.5),)
+    assert (found.learning_rate, found.steps, found.pack, found.seed) == (1e-5, 7, False, 0)
+    again = tmp_path / "again.yaml"
+    again.write_text(json.dumps(found.as_yaml()))  # JSON is YAML
+    assert read_settings(again, {}) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lenght: 5", "no setting 'lenght'; did you mean length"),
+        ("length: 5.5", "length is a whole number, got 5.5"),
+        ("pack: 1", "pack is true or false, got 1"),
+        ("batch: true", "batch is a whole number"),
+        ("warmup: 1.5", "warmup must be from 0 to below 1"),
+        ("remat: all", "remat is one of layer, attention, none; got 'all'"),
+        ("report: mail", "report is one of tensorboard, wandb"),
+        ("seed:", "seed is empty"),
+        ("base: int8", "int8 goes with LoRA"),
+        ("- a", "holds no settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_settings(path, {"model": "m", "output": "o", "data": "d"})
+
+
+def test_the_commands(model: Path, dialogues: Path) -> None:
+    runner = CliRunner()
+    found = runner.invoke(app, ["finetune"])
+    assert found.exit_code == 2
+    assert "model is not given" in found.output
+    flags = ["--model", str(model), "--data", str(dialogues), "--length", "64", "--rows", "1"]
+    found = runner.invoke(app, ["preview", *flags])
+    assert found.exit_code == 0, found.output
+    assert "row 1" in found.output
+    assert "of 64 tokens" in found.output
+    wide = {"COLUMNS": "200"}
+    shown = runner.invoke(app, ["finetune", "--help"], env=wide).output
+    assert "--learning-rate" in shown
+    assert "2e-05" in shown

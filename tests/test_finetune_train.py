@@ -1,0 +1,228 @@
+"""An update beside a float64 dense computation, on one device and on meshes."""
+
+import functools
+import re
+from typing import Any
+
+import dense_llama
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.settings import DataFile, Settings
+from dca_jax.finetune.train import (
+    Metrics,
+    State,
+    learning_rate,
+    make_update,
+    place,
+    start,
+    summed_gradients,
+)
+from dca_jax.memory import LOSS_TOKENS
+from dca_jax.model import Llama
+from dca_jax.sharding import make_mesh, parameter_shardings
+
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+DCA = DCAConfig(chunk_len=10, max_query_position=14)
+LENGTHS = np.array([37, 5, 37, 20], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 37)).astype(np.int32)
+TRAINED = np.random.default_rng(1).random((4, 37)) < 0.4
+TRAINED &= np.arange(37)[None, :] < LENGTHS[:, None]
+TRAINED[:, 0] = False
+ROWS = {"tokens": TOKENS, "trained": TRAINED, "lengths": LENGTHS}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(model="m", output="o", data=(DataFile("d"),), **changes)
+
+
+@functools.cache
+def params() -> dict[str, np.ndarray]:
+    model = Llama(CONFIG, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    leaves = flatten_dict(model.params(), sep=".")
+    return {k: np.asarray(v) * np.float32(10 if v.ndim > 2 else 1) for k, v in leaves.items()}
+
+
+def tree(sizes: str | None = None, leaves: dict[str, Any] | None = None) -> dict[str, Any]:
+    leaves = params() if leaves is None else leaves
+    if sizes is None:
+        return unflatten_dict({k: jnp.asarray(v) for k, v in leaves.items()}, sep=".")
+    where = parameter_shardings(CONFIG, make_mesh(sizes))
+    return unflatten_dict({k: jax.device_put(v, where(k)) for k, v in leaves.items()}, sep=".")
+
+
+def build(params: dict[str, Any], **options: Any) -> Llama:
+    options = {"dca": DCA, "dtype": jnp.float32, "remat": "attention"} | options
+    return Llama.from_params(CONFIG, params, **options)
+
+
+@functools.cache
+def expected() -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient of all rows, float64 and dense."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        leaves = unflatten_dict(
+            {k: jnp.asarray(v, jnp.float64) for k, v in params().items()}, sep="."
+        )
+        loss, gradient = jax.value_and_grad(dense_llama.mean_nll)(
+            leaves, TOKENS, TRAINED, CONFIG, DCA.chunk_len, DCA.max_query_position
+        )
+        return float(loss), {k: np.asarray(v) for k, v in flatten_dict(gradient, sep=".").items()}
+
+
+def assert_expected(nll: Any, count: Any, gradients: Any) -> None:
+    loss, gradient = expected()
+    assert float(count) == TRAINED.sum()
+    np.testing.assert_allclose(float(nll) / float(count), loss, rtol=1e-6)
+    for name, leaf in flatten_dict(gradients, sep=".").items():
+        scale = np.abs(gradient[name]).max()
+        found = np.asarray(leaf) / float(count)
+        np.testing.assert_allclose(found, gradient[name], atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_loss_and_gradient_are_those_of_a_dense_float64_computation(accumulate: int) -> None:
+    """Also in batches one after another: a token counts alike in whichever it stands."""
+    batch = place(ROWS, accumulate, None)
+    assert_expected(*jax.jit(functools.partial(summed_gradients, build))(tree(), {}, batch))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [("data=4", 1), ("fsdp=2", 2), ("context=4", 1), ("tensor=2,fsdp=2", 1),
+     ("context=2,fsdp=2,tensor=2", 2), ("context=2", 4)],
+)  # fmt: skip
+def test_loss_and_gradient_on_meshes(sizes: str, accumulate: int) -> None:
+    batch = place(ROWS, accumulate, make_mesh(sizes))
+    leaves = tree(sizes)
+    nll, count, gradients = jax.jit(functools.partial(summed_gradients, build))(leaves, {}, batch)
+    assert_expected(nll, count, gradients)
+    for name, leaf in flatten_dict(gradients, sep=".").items():
+        there = flatten_dict(leaves, sep=".")[name].sharding
+        assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
+
+
+def test_what_is_padding_or_not_trained_has_no_effect() -> None:
+    other = TOKENS.copy()
+    other[1, 5:] = 3
+    sums = jax.jit(lambda p, b: summed_nll(build(p), *(x[0] for x in b)))
+    here = sums(tree(), place(ROWS, 1, None))
+    np.testing.assert_array_equal(here, sums(tree(), place(ROWS | {"tokens": other}, 1, None)))
+    nothing = np.zeros_like(TRAINED)
+    nll, count = sums(tree(), place(ROWS | {"trained": nothing}, 1, None))
+    assert (float(nll), float(count)) == (0.0, 0.0)
+
+
+def test_no_array_holds_the_logits_of_a_whole_row() -> None:
+    length = 3 * LOSS_TOKENS + 5
+    shapes = (1, 1, length), (1, 1, length), (1, 1)
+    batch = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, "i4 ? i4".split(), strict=True)]
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree())
+
+    def gradients(params: Any, *batch: Any) -> Any:
+        return jax.grad(lambda p: summed_nll(build(p), *(x[0] for x in batch))[0])(params)
+
+    text = jax.jit(gradients).lower(like, *batch).compile().as_text()
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",")]))
+        for shape in re.findall(rf"f32\[([\d,]*\b{CONFIG.vocab_size}\b[\d,]*)\]", text)
+    ]
+    assert max(sizes) == LOSS_TOKENS * CONFIG.vocab_size
+
+
+# --- the update --------------------------------------------------------------------------------
+
+
+def adamw(gradients: list[dict[str, np.ndarray]], chosen: Settings, rates: list[float]) -> dict:
+    """AdamW as arXiv 1711.05101 has it, in NumPy: the parameters after these gradients."""
+    found = {k: v.astype(np.float64) for k, v in params().items()}
+    mean, square = ({k: 0.0 * v for k, v in found.items()} for _ in range(2))
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        for name, g in gradient.items():
+            g = g * min(1.0, chosen.clip / norm)
+            mean[name] = chosen.beta1 * mean[name] + (1 - chosen.beta1) * g
+            square[name] = chosen.beta2 * square[name] + (1 - chosen.beta2) * g * g
+            m = mean[name] / (1 - chosen.beta1**t)
+            v = square[name] / (1 - chosen.beta2**t)
+            decay = 0.0 if name.endswith("scale") else chosen.weight_decay
+            found[name] = found[name] - rate * (m / (np.sqrt(v) + 1e-8) + decay * found[name])
+    return found
+
+
+@pytest.mark.parametrize("sizes", [None, "fsdp=2,context=2"])
+def test_updates_are_adamw(sizes: str | None) -> None:
+    """Of two updates: gradients of the package, arithmetic of the paper."""
+    chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, clip=0.7)
+    steps, mesh = 3, None if sizes is None else make_mesh(sizes)
+    batch = place(ROWS, 1, mesh)
+    update = jax.jit(make_update(build, chosen, steps))
+    gradients_of = jax.jit(functools.partial(summed_gradients, build))
+    state, gradients = start(tree(sizes)), []
+    for _ in range(2):
+        _, count, found = gradients_of(state.params, {}, batch)
+        gradients.append({
+            k: np.asarray(v, np.float64) / float(count)
+            for k, v in flatten_dict(found, sep=".").items()
+        })  # fmt: skip
+        state, metrics = update(state, {}, batch)
+        norm = np.sqrt(sum((g**2).sum() for g in gradients[-1].values()))
+        np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-5)
+    assert int(state.step) == 2
+    rates = [float(learning_rate(chosen, steps)(n)) for n in range(2)]
+    want = adamw(gradients, chosen, rates)
+    for name, leaf in flatten_dict(state.params, sep=".").items():
+        np.testing.assert_allclose(leaf, want[name], atol=2e-6, err_msg=name)
+    for part in state[:3]:  # fsdp cuts the moments too
+        for name, leaf in flatten_dict(part, sep=".").items():
+            there = flatten_dict(tree(sizes), sep=".")[name].sharding
+            assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_says_so() -> None:
+    broken = dict(params())
+    broken["norm.scale"] = broken["norm.scale"] * np.float32(np.inf)
+    state = start(tree(leaves=broken))
+    before = jax.tree.map(np.asarray, state)
+    after, metrics = jax.jit(make_update(build, settings(), 10))(state, {}, place(ROWS, 1, None))
+    assert not bool(metrics.finite)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
+
+
+def test_the_learning_rate_is_that_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import get_cosine_schedule_with_warmup
+
+    steps, chosen = 50, settings(learning_rate=2e-5, warmup=0.03)
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=chosen.learning_rate)
+    theirs = get_cosine_schedule_with_warmup(dummy, 2, steps)  # HF rounds 1.5 updates up
+    ours = learning_rate(chosen, steps)
+    for step in range(steps):
+        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], atol=1e-11)
+        dummy.step()
+        theirs.step()
+
+
+def test_the_state_is_a_tree_of_plain_arrays() -> None:
+    state = start(tree())
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    assert set(flatten_dict(state._asdict()["params"], sep=".")) == set(params())
+    assert isinstance(state, State)
+    assert Metrics._fields == ("loss", "grad_norm", "tokens", "finite")
+    assert optax.tree.size(state.mean) == optax.tree.size(state.params)
