@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import attention
 import common
 import decode
+import finetune
 import generate
 import tune_attention
 
@@ -224,3 +227,28 @@ def test_tuning_starts_from_the_present_tiles_and_leaves_them():
         assert table[64].forward.num_warps == choices[-1]["num_warps"]
         raise ZeroDivisionError
     assert table[64] is present
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rank", "base"), [("fsdp=2", 0, "dtype"), ("tensor=1", 4, "int8")]
+)
+def test_finetune_times_updates(monkeypatch, mesh, rank, base):
+    if base == "int8":
+        pytest.importorskip("qwix")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    monkeypatch.setitem(finetune.SHAPES, "tiny", config)
+    row = finetune.measure_here(
+        finetune.Variant("tiny", mesh, 96, 2, 1, "attention", rank, base, updates=1)
+    )
+    assert row["loss"] == pytest.approx(np.log(64), rel=0.05)  # random tokens, before any learning
+    devices = 2 if mesh == "fsdp=2" else 1
+    assert row["tokens_per_second_device"] == pytest.approx(2 * 96 / row["seconds"] / devices)

@@ -1,0 +1,211 @@
+"""Updates of finetuning at 16k tokens: tokens a second, MFU, and peak memory beside `plan`'s.
+
+    python benchmarks/finetune.py measure --mesh fsdp=2 --batch 2 --out outputs/finetune.json
+    python benchmarks/finetune.py measure --lora-rank 16 --base dtype --base int8
+
+A model of a published shape with random weights made on the devices, and random tokens, all of them
+trained on: no checkpoint and no data are read. What is timed is the library's own update, from
+tokens to new weights (`dca_jax.finetune.train.make_update`), under its own `jax.jit`; each variant
+is warmed up by two updates and then timed over several in a row. MFU counts what an update must do
+(`dca_jax.finetune.meters.update_flops`) over the makers' peak; what is computed again is not
+counted. The paper's finetuning of 7B took 40 A100 hours for 16k updates of 16k tokens: 1,820
+tokens a second and device.
+
+A variant has a process of its own, so that a peak is its own.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from common import Report, machine, reason, show
+from flax.traverse_util import unflatten_dict
+
+from dca_jax.config import LoraConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import exit_on_input_error
+from dca_jax.finetune.lora import init_lora, quantize_base
+from dca_jax.finetune.meters import PEAKS, update_flops
+from dca_jax.finetune.settings import DataFile, Settings
+from dca_jax.finetune.train import make_update, place, start
+from dca_jax.model import Llama
+from dca_jax.parameters import parameters
+from dca_jax.plan import plan
+from dca_jax.shapes import SHAPES
+from dca_jax.sharding import describe, make_mesh, parameter_shardings, parse_mesh
+
+PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
+KINDS = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}
+COLUMNS = (
+    "devices remat lora_rank base seconds tokens_per_second_device over_paper mfu peak_gb plan_gb"
+).split()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is measured."""
+
+    preset: str
+    mesh: str
+    length: int
+    batch: int
+    accumulate: int
+    remat: str
+    lora_rank: int
+    base: str
+    updates: int
+
+
+def measure_here(variant: Variant) -> dict[str, Any]:
+    """Times a variant in this process."""
+    config, sizes = SHAPES[variant.preset], parse_mesh(variant.mesh)
+    mesh = make_mesh(sizes)
+    lora = LoraConfig(rank=variant.lora_rank) if variant.lora_rank else None
+    where = parameter_shardings(config, mesh, lora=lora)
+    dtype = jnp.float32 if lora is None else jnp.bfloat16
+
+    def random_leaf(number: int, row: Any) -> jax.Array:
+        def make() -> jax.Array:
+            if row.path.endswith("scale"):
+                return jnp.ones(row.shape(config), dtype)
+            key = jax.random.fold_in(jax.random.key(0), number)
+            return 0.02 * jax.random.normal(key, row.shape(config), dtype)
+
+        return jax.jit(make, out_shardings=where(row.path))()
+
+    leaves = {row.path: random_leaf(n, row) for n, row in enumerate(parameters(config))}
+    params, frozen = unflatten_dict(leaves, sep="."), {}
+    del leaves
+    if lora is not None:
+        frozen = quantize_base(params, config) if variant.base == "int8" else params
+        params = init_lora(config, lora, jax.random.key(1), where)
+
+    def build(params: Any) -> Llama:
+        return Llama.from_params(
+            config,
+            params,
+            dca=DCAConfig.paper(config.max_position_embeddings),
+            remat=variant.remat,
+            lora=lora,
+            quantized=variant.base == "int8",
+        )
+
+    settings = Settings(model=variant.preset, output="-", data=(DataFile("-"),))
+    update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
+    state, rows = start(params), variant.batch * variant.accumulate
+    del params
+    rng, shape = np.random.default_rng(0), (rows, variant.length)
+    batch = place(
+        {
+            "tokens": rng.integers(0, config.vocab_size, shape, np.int32),
+            "trained": np.arange(variant.length)[None, :].repeat(rows, axis=0) > 0,
+            "lengths": np.full(rows, variant.length, np.int32),
+        },
+        variant.accumulate,
+        mesh,
+    )
+    begin = time.perf_counter()
+    for number in range(2 + variant.updates):
+        if number == 2:
+            begin = time.perf_counter()
+        state, metrics = update(state, frozen, batch)
+        if number < 2:
+            jax.block_until_ready(metrics)
+    loss = float(metrics.loss)
+    seconds = (time.perf_counter() - begin) / variant.updates
+    return figures(variant, seconds, loss, lora)
+
+
+def figures(
+    variant: Variant, seconds: float, loss: float, lora: LoraConfig | None
+) -> dict[str, Any]:
+    """What follows from the seconds of an update."""
+    config, sizes = SHAPES[variant.preset], parse_mesh(variant.mesh)
+    count, rows = int(np.prod(list(sizes.values()))), variant.batch * variant.accumulate
+    speed = rows * variant.length / seconds / count
+    kind = jax.devices()[0].device_kind
+    flops = update_flops(config, length=variant.length, rows=rows, lora=lora)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    planned = plan(
+        variant.preset,
+        config,
+        device=KINDS.get(kind, "h200"),
+        mesh=sizes,
+        context_length=variant.length,
+        batch=variant.batch,
+        train=True,
+        lora=lora,
+        quantized=variant.base == "int8",
+    )
+    return {
+        "devices": f"{count}, {describe(sizes)}",
+        "seconds": seconds,
+        "tokens_per_second_device": speed,
+        "over_paper": speed / PAPER,
+        "mfu": flops / seconds / count / PEAKS[kind] if kind in PEAKS else None,
+        "peak_gb": stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None,
+        "plan_gb": planned.usage.total / 1e9 if kind in KINDS else None,
+        "loss": loss,
+    }
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("outputs/finetune.json"),
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-2-7b",
+    mesh: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 16_384,
+    batch: Annotated[int, typer.Option(help="Rows at once, on all devices.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches of an update.")] = 1,
+    remat: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    lora_rank: Annotated[list[int] | None, typer.Option(help="0: all weights.")] = None,
+    base: Annotated[list[str] | None, typer.Option(help="dtype, int8; with LoRA.")] = None,
+    updates: Annotated[int, typer.Option(help="Timed, after two to warm up.")] = 4,
+    minutes: Annotated[float, typer.Option(help="Begin no variant after so many.")] = 60.0,
+) -> None:
+    """Time updates in every combination of what may be repeated."""
+    report = Report(out, machine() | {"preset": preset, "length": length}, minutes=minutes)
+    combinations = itertools.product(
+        mesh or ["tensor=1"], remat or ["attention"], lora_rank or [0], base or ["dtype"]
+    )
+    for one_mesh, policy, rank, kept in combinations:
+        if report.out_of_time():
+            break
+        if kept == "int8" and not rank:
+            continue
+        variant = Variant(preset, one_mesh, length, batch, accumulate, policy, rank, kept, updates)
+        named = {"mesh": one_mesh, "remat": policy, "lora_rank": rank, "base": kept}
+        command = [sys.executable, __file__, "one", json.dumps(asdict(variant))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = done.stdout.strip().splitlines()
+        if done.returncode == 0 and lines:
+            report.add(named | json.loads(lines[-1]))
+        else:
+            report.add(named | {"failed": " ".join(done.stderr.split())[-300:]})
+    show(f"{preset}, rows of {length:,} tokens", COLUMNS, report.rows)
+
+
+@app.command(hidden=True)
+def one(variant: str) -> None:
+    """One variant, as JSON on standard output."""
+    try:
+        print(json.dumps(measure_here(Variant(**json.loads(variant)))))
+    except Exception as error:
+        sys.exit(reason(error))
+
+
+if __name__ == "__main__":
+    app()
