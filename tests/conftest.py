@@ -4,6 +4,7 @@ On a machine with a GPU and JAX's CUDA plugin the suite runs on the GPU, in full
 except for tests marked ``gpu``, which choose their own; ``JAX_PLATFORMS=cpu`` keeps it on the CPU.
 """
 
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -17,9 +18,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=500"
 )
-# XLA's pools have a thread for each device, which a device keeps while it waits in a collective:
-# with all eight waiting nothing else goes on, and what they wait for may be among it. So more.
-os.environ.setdefault("PJRT_NPROC", "32")
 # libtpu is here to compile with. Where there is no accelerator it need not look for one, loudly.
 if not any(any(Path("/dev").glob(name)) for name in ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,6 +46,7 @@ mpl.use("Agg")
 hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dca_jax")
 
+MOST_MAPS = 20_000
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -62,6 +61,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     full = jax.default_backend() == "gpu" and not item.get_closest_marker("gpu")
     with jax.default_matmul_precision("highest" if full else None):
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    # Every compiled program maps pieces of memory, and Linux allows a process 65,530: beyond that
+    # the compiler ends it ("Aborted"). A worker of the whole suite compiles thousands of programs.
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
