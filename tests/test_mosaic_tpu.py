@@ -1,18 +1,21 @@
 """The Pallas TPU kernels in TPU interpret mode against the oracle, and the walks they follow.
 
 The blocks are made small here, so that short texts cross many of them. The interpreter looks for
-races and for reads out of bounds, and fills memory nobody has written with NaN. `tpu_aot/` compiles
-the same kernels for real chips.
+races, of two cores that share a kernel too, and for reads out of bounds, and fills memory nobody
+has written with NaN. `tpu_aot/` compiles the same kernels for real chips.
 """
 
 import functools
-from collections.abc import Generator
+import itertools
+import math
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.core import subjaxprs
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, draw
@@ -31,12 +34,13 @@ V5E = Device("tpu", "TPU v5e", None)
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """A v5e whose kernels run in the interpreter, with small blocks."""
+    """A TPU whose kernels run in the interpreter, on two cores, with small blocks."""
     monkeypatch.setattr(op, "current_device", lambda: V5E)
     monkeypatch.setattr(mosaic_tpu, "current_device", lambda: V5E)
     monkeypatch.setattr(tiles, "choose_tiles", lambda *_: SMALL)
     monkeypatch.setattr(tiles, "DECODE_ROWS", 16)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
         yield
     races = interpret_pallas_call.races
     assert races is not None
@@ -54,47 +58,48 @@ def test_edges_as_the_rows_of_a_batch() -> None:
     edges = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 2 * S + 7]
     inputs = draw(0, len(edges), edges[-1], edges[-1], 1, 1, 64)
     lengths = jnp.asarray(edges, jnp.int32)
-    out, *_ = check(inputs, dca=DCA, lengths=lengths)
+    dca = DCAConfig(chunk_len=S, max_query_position=2 * S - 1)
+    out, *_ = check(inputs, dca=dca, lengths=lengths)
     for row, length in enumerate(edges):
         assert not np.asarray(out[row, length:]).any()
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("length", [1, 17])
-def test_edges_as_shapes(length: int) -> None:
-    check(draw(length, 1, length, length, 2, 2, 128), dca=DCA)
+def test_one_token() -> None:
+    check(draw(1, 1, 1, 1, 2, 2, 128), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("chunk_len", "largest"),
-    [(5, 5), (32, 40)],
+    [(5, 5), (32, 33)],
     ids=["many chunks a tile", "two tiles a chunk"],
 )
-def test_chunk_lengths(chunk_len: int, largest: int) -> None:
+def test_chunk_lengths_and_local_windows_of_none_and_one(chunk_len: int, largest: int) -> None:
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
-    check(draw(1, 1, 70, 70, 1, 1, 128), dca=dca)
+    length = {5: 5 * 5 + 7, 32: 70}[chunk_len]
+    check(draw(1, 1, length, length, 1, 1, 128), dca=dca)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 2, 64), (6, 3, 64), (8, 1, 128), (2, 1, 256)]
+    ("heads", "kv_heads", "dim"), [(8, 2, 64), (6, 3, 64), (8, 1, 128), (2, 1, 256)]
 )
 def test_heads(heads: int, kv_heads: int, dim: int) -> None:
-    check(draw(2, 1, S + 3, S + 3, heads, kv_heads, dim), dca=DCA)
+    check(draw(2, 1, S + 1, S + 1, heads, kv_heads, dim), dca=DCA)
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_plain_causal_attention() -> None:
-    check(draw(3, 1, 20, 20, 1, 1, 128), dca=None)
+def test_plain_causal_attention_over_less_than_a_block() -> None:
+    check(draw(3, 1, 13, 13, 2, 2, 128), dca=None)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_offset_lengths_and_temperature() -> None:
-    """Two rows at different places of their texts, one padded."""
+    """Two rows, in the middle of a chunk and at its edge, one padded."""
     dca = DCAConfig(chunk_len=S, max_query_position=36, trained_length=40, temperature_slope=0.1)
     options: dict[str, Any] = {
-        "query_offset": jnp.asarray([13, 50], jnp.int32),
+        "query_offset": jnp.asarray([13, 2 * S], jnp.int32),
         "lengths": jnp.asarray([33, 81], jnp.int32),
         "context_lengths": jnp.asarray([120, 81], jnp.int32),
     }
@@ -105,8 +110,8 @@ def test_offset_lengths_and_temperature() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 128), (8, 2, 64), (3, 3, 64)])
 def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim: int) -> None:
     """Rows at different lengths; keys beyond a row's length do not matter."""
-    offset = jnp.asarray([0, S - 1, 3 * S + 5], jnp.int32)
-    q, k, v = draw(5, 3, 2, 90, heads, kv_heads, dim)
+    offset = jnp.asarray([0, S - 1, 2 * S, 3 * S + 5], jnp.int32)
+    q, k, v = draw(5, 4, 2, 90, heads, kv_heads, dim)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
     beyond = jnp.arange(90)[None, :, None, None] >= (offset + 2)[:, None, None, None]
     caches = [jnp.stack([x + 1, jnp.where(beyond, 1e4, x), x - 1]) for x in (k, v)]
@@ -120,12 +125,12 @@ def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim
 
 @pytest.mark.usefixtures("interpreted")
 def test_slices_of_the_keys_sum_up_to_the_whole() -> None:
-    """Two rows at different places; the last slice lies beyond every query of the first row."""
-    q, k, v = draw(7, 2, 49, 55, 1, 1, 128)
-    out_bar = draw(8, 2, 49, 1, 1, 1, 128)[0]
-    offset = jnp.asarray([0, 6], jnp.int32)
+    """Two rows at different places; the second slice lies beyond every query of the first row."""
+    q, k, v = draw(7, 2, 33, 55, 1, 1, 128)
+    out_bar = draw(8, 2, 33, 1, 1, 1, 128)[0]
+    offset = jnp.asarray([2, 22], jnp.int32)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
-    sliced = functools.partial(attend_by_slices, mosaic_tpu, cuts=[19, 51], dca=DCA, rows=rows)
+    sliced = functools.partial(attend_by_slices, mosaic_tpu, cuts=[37], dca=DCA, rows=rows)
     ours = jax.jit(sliced, compiler_options=QUICK)(q, k, v, out_bar)
 
     def whole(*inputs: jax.Array) -> jax.Array:
@@ -144,7 +149,7 @@ def test_decode_merges_slices_of_a_cache() -> None:
 
     def merged(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         parts = []
-        for begin, end in ((0, 19), (19, 51), (51, 75)):
+        for begin, end in ((0, 51), (51, 75)):
             at = rows._replace(key_offset=jnp.full(2, begin, jnp.int32))
             keys, values = k[None, :, begin:end], v[None, :, begin:end]
             options: dict[str, Any] = {"dca": DCA, "phases": PHASES, "with_lse": True}
@@ -183,30 +188,91 @@ def test_single_phases_merge_into_the_whole_and_have_its_gradient() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_twice_the_same_bits() -> None:
-    q, k, v = draw(8, 1, S + 2, S + 2, 1, 1, 128)
-    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE)
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return op.attend(q, k, v, dca=DCA, rows=rows, implementation="mosaic_tpu")
-
-    grad = jax.jit(lambda q, k, v: jax.vjp(run, q, k, v)[1](q), compiler_options=QUICK)
-    for one, two in zip(grad(q, k, v), grad(q, k, v), strict=True):
-        np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_bfloat16_beside_the_float32_oracle() -> None:
-    inputs = draw(3, 1, 60, 60, 2, 1, 128)
-    narrow = [x.astype(jnp.bfloat16) for x in inputs]
+def test_bfloat16_beside_the_float32_oracle_and_twice_the_same_bits() -> None:
+    """Four query heads of one kv head."""
+    inputs = [x.astype(jnp.bfloat16) for x in draw(3, 1, S + 9, S + 9, 4, 1, 128)]
     options: dict[str, Any] = {"dca": DCA, "rope": ROPE}
-    attention = functools.partial(dual_chunk_attention, implementation="mosaic_tpu", **options)
-    out = jax.jit(attention, compiler_options=QUICK)(*narrow)
-    wide = (x.astype(jnp.float32) for x in narrow)
-    expected = dual_chunk_attention(*wide, implementation="reference", **options)
-    assert out.dtype == jnp.bfloat16
-    error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-    assert error < 5e-3
+
+    def run(implementation: str, *inputs: jax.Array) -> list[jax.Array]:
+        attention = functools.partial(dual_chunk_attention, implementation=implementation)
+        out, pull_back = jax.vjp(functools.partial(attention, **options), *inputs)
+        return [out, *pull_back(inputs[0])]
+
+    jitted = jax.jit(run, static_argnums=0, compiler_options=QUICK)
+    ours, again = (jitted("mosaic_tpu", *inputs) for _ in range(2))
+    theirs = jitted("reference", *(x.astype(jnp.float32) for x in inputs))
+    for mine, twice, expected in zip(ours, again, theirs, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(mine, twice)
+        assert distance(mine, expected) < 5e-3
+
+
+def distance(ours: jax.Array, theirs: jax.Array) -> float:
+    difference = ours.astype(jnp.float32) - theirs
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_on_a_tpu(dtype: Any, dim: int) -> None:
+    """Value and gradient, and decoding, of ragged rows, with the chip's own blocks."""
+    if jax.default_backend() != "tpu":
+        pytest.skip("needs a TPU")
+    check_on_a_tpu(dtype, dim)
+
+
+def check_on_a_tpu(dtype: Any, dim: int, s: int = 640) -> None:
+    dca = DCAConfig(chunk_len=s, max_query_position=s + s // 3)
+    length = 5 * s + 7
+    inputs = draw(7, 2, length, length, 8, 2, dim, dtype)
+    lengths = jnp.asarray([length, s + 1], jnp.int32)
+    limit = 1e-4 if dtype == jnp.float32 else 1e-2
+
+    def run(implementation: str, *inputs: jax.Array) -> list[jax.Array]:
+        options: dict[str, Any] = {"dca": dca, "rope": ROPE, "implementation": implementation}
+        attention = functools.partial(dual_chunk_attention, **options)
+        out, pull_back = jax.vjp(functools.partial(attention, lengths=lengths), *inputs)
+        # The last two tokens of the first row, the second row being shorter.
+        query = jnp.concatenate([inputs[0][:1, -2:], inputs[0][1:, s - 1 : s + 1]])
+        return [out, *pull_back(inputs[0]), attention(query, *inputs[1:], query_offset=lengths - 2)]
+
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(run, static_argnums=0)("mosaic_tpu", *inputs)
+        wide = (x.astype(jnp.float32) for x in inputs)
+        theirs = jax.jit(run, static_argnums=0)("reference", *wide)
+    for mine, expected in zip(ours, theirs, strict=True):
+        for one, other in zip(mine, expected, strict=True):
+            assert distance(one, other) < limit
+
+
+@pytest.mark.parametrize("num_queries", [2, 300], ids=["decode", "prefill"])
+def test_a_kernel_writes_the_log_sum_exp_on_request_only(
+    num_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number a query and head, and none where nobody trains."""
+    monkeypatch.setattr(op, "current_device", lambda: V5E)
+    monkeypatch.setattr(mosaic_tpu, "current_device", lambda: V5E)
+    inputs = draw(0, 2, num_queries, num_queries, 4, 2, 128)
+    options: dict[str, Any] = {"dca": DCA, "rope": ROPE, "implementation": "mosaic_tpu"}
+    attention = functools.partial(dual_chunk_attention, **options)
+
+    def training(*inputs: jax.Array) -> jax.Array:
+        return jax.vjp(attention, *inputs)[0]
+
+    queries = 2 * num_queries * 4
+    assert written(attention, *inputs) == [queries * 128]
+    assert written(training, *inputs) == [queries * 128, queries]
+
+
+def written(function: Callable[..., jax.Array], *inputs: jax.Array) -> list[int]:
+    """Sizes of what the one kernel of a program writes."""
+    found, left = [], [jax.make_jaxpr(function)(*inputs).jaxpr]
+    while left:
+        jaxpr = left.pop()
+        found += [e.outvars for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
+        left += [x for x in subjaxprs(jaxpr) if x.eqns]
+    (results,) = found
+    return [math.prod(x.aval.shape) for x in results]
 
 
 # --- the walks ---------------------------------------------------------------------------------
@@ -245,7 +311,11 @@ def walked_phases(
     lanes, ats = np.mgrid[: walk_.lanes, : int(tables.steps)].astype(np.int32).reshape(2, -1)
     read = walk_.read(tables.words, jnp.int32(row), jnp.asarray(lanes), jnp.asarray(ats))
     steps = [np.broadcast_to(x, lanes.shape).tolist() for x in read]
+    before = None
     for lane, rests, moves, _, number, word in zip(lanes.tolist(), *steps, strict=True):
+        if not word & (walk.LIVE | walk.BEGINS):
+            assert before == (lane, rests, moves)  # an idle step moves nothing
+        before = lane, rests, moves
         if word & walk.BEGINS:
             begun.add((rests, lane))
         if word & walk.LIVE:
@@ -337,18 +407,27 @@ def test_every_pair_is_met_once_in_its_phase(
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunk_len"),
-    [("TPU v5e", s) for s in (2048, 2560, 2816, 3072, 4096, 20240)]
-    + [("TPU v4", 2816), ("TPU v4", 20240)],
+    ("chunk_len", "dims", "itemsizes"),
+    [
+        (2560, [128], [2]),
+        (2816, [64, 128, 256], [2, 4]),
+        (3072, [128], [2]),
+        (20240, [128], [2]),
+    ],
 )
-def test_blocks_met_at_128k_are_those_of_causal_attention(kind: str, chunk_len: int) -> None:
-    """By the grids' own words: products of all blocks met, over those of the causal triangle."""
+def test_blocks_met_at_128k_are_those_of_causal_attention(
+    chunk_len: int, dims: list[int], itemsizes: list[int]
+) -> None:
+    """By the words that the index maps read: products of all blocks met, over the triangle's."""
     length = 131072
     rows = rows_at([0], [length], [0])
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len)
-    heads = mosaic_tpu.Heads(query=32, kv=8, head_dim=128)
-    chosen = tiles.choose_tiles(Device("tpu", kind, None), heads, dca, 2)
-    for blocks, keys_rest in ((chosen.forward, False), (chosen.dq, False), (chosen.dkv, True)):
+    ways = set()  # the blocks of any chip
+    for kind, dim, itemsize in itertools.product(tiles.CHIPS, dims, itemsizes):
+        heads = mosaic_tpu.Heads(query=32, kv=8, head_dim=dim)
+        chosen = tiles.choose_tiles(Device("tpu", kind, None), heads, dca, itemsize)
+        ways |= {(chosen.forward, False), (chosen.dq, False), (chosen.dkv, True)}
+    for blocks, keys_rest in ways:
         _, tables = walked((length, length), rows, dca, PHASES, blocks, keys_rest=keys_rest)
         met = np.count_nonzero(tables.words & walk.LIVE)
         ratio = met * blocks[0] * blocks[1] / (length * (length + 1) / 2)
@@ -397,7 +476,9 @@ def test_says_why_it_cannot_run() -> None:
 
     assert reason() is None
     assert reason(dim=64, kv_heads=3) is None
-    assert "needs a TPU" in reason(Device("cpu", "cpu", None))
+    for elsewhere in (Device("cpu", "cpu", None), Device("gpu", "NVIDIA H200", (9, 0))):
+        assert "needs a TPU (one of TPU v4, TPU v5" in reason(elsewhere)
+        assert f"got {elsewhere.kind} ({elsewhere.platform})" in reason(elsewhere)
     assert "head_dim" in reason(dim=80)
     assert "float16" in reason(dtype=jnp.float16)
     assert "smaller pieces" in reason(length=2**21)

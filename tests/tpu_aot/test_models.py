@@ -6,7 +6,7 @@ optimized program:
 
 - one attention kernel, in the body of the scan over the layers;
 - no array of tokens by tokens, so no attention beside the kernel;
-- no copy of keys and values to another layout;
+- nothing makes an array as large as the cache or one layer's keys, but what updates it in place;
 - no exchange between devices that moves as much as one layer's keys of the whole text (or, where
   a text is shared, more than the stream of its tokens).
 """
@@ -37,6 +37,11 @@ pytestmark = [
 LENGTH = 32768 + 33  # a prompt and what is drawn after it
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 MOVES = ("all-gather", "all-to-all", "collective-permute", "ragged-all-to-all")
+# What hands an array on, or writes into it where it lies. What is inside a fusion is looked at too.
+IN_PLACE = {
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"),
+    *("fusion", "scatter", "dynamic-update-slice", "opt-barrier"),
+}
 
 
 class Case(NamedTuple):
@@ -123,12 +128,18 @@ def check_nothing_is_tokens_by_tokens(program: list[Instruction], counts: set[in
             assert sum(size in counts for size in sizes) < 2, instruction.text[:300]
 
 
-def check_keys_stay(program: list[Instruction], copied: set[int], allowed: int) -> None:
-    """No copy of so many elements, no exchange of so many bytes."""
+def check_keys_stay(
+    program: list[Instruction], copied: set[int], allowed: int, *, new: bool
+) -> None:
+    """Nothing makes an array of so many elements, no exchange moves so many bytes.
+
+    `new`: memory may be set apart for a cache that the layers then write.
+    """
     for instruction in program:
         what = instruction.text[:300]
-        if instruction.opcode in ("copy", "transpose"):
-            assert math.prod(instruction.shapes[0][1]) not in copied, what
+        allocates = new and 'custom_call_target="AllocateBuffer"' in instruction.text
+        if instruction.opcode not in IN_PLACE and not allocates:
+            assert all(math.prod(sizes) not in copied for _, sizes in instruction.shapes), what
         if instruction.opcode.removesuffix("-start") in MOVES:
             assert instruction.num_bytes <= allowed, what
 
@@ -172,7 +183,7 @@ def check(step: str, case: Case) -> None:
         check_one_kernel_in_the_scan(program, cache)
         copied = {math.prod(cache), math.prod(cache[1:])}
         allowed = 2 * math.prod(cache[1:]) * math.prod(sizes.values())  # a layer's keys, of all
-    check_keys_stay(program, copied, allowed)
+    check_keys_stay(program, copied, allowed, new=step == "read_whole")
 
 
 @pytest.mark.parametrize("step", ["read", "decode"])

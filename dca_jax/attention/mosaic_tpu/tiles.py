@@ -114,7 +114,8 @@ def forward_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     """
     block = _Block(tile, heads, itemsize)
     moved = 2 * block.queries + 2 * block.keys + block.turns + block.scalars
-    return 2 * moved + block.placed + block.wide_placed + 2 * block.scalars + block.logits(1.25)
+    kept = block.placed + block.wide_placed + 2 * block.scalars
+    return 2 * moved + kept + block.parts(4) + block.logits(1.25, wide=1.75)
 
 
 def dq_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
@@ -122,7 +123,8 @@ def dq_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     block = _Block(tile, heads, itemsize)
     moved = 3 * block.queries + 2 * block.keys + block.turns + 2 * block.scalars
     kept = 2 * block.placed + 2 * block.wide_placed
-    return 2 * moved + kept + block.logits(1.75)
+    copies = 1.75 if heads.together == 1 else 1.5
+    return 2 * moved + kept + block.parts(4) + block.logits(copies, wide=2.25)
 
 
 def dkv_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
@@ -130,7 +132,8 @@ def dkv_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     block = _Block(tile, heads, itemsize)
     moved = 2 * block.queries + 4 * block.keys + block.turns + 2 * block.scalars
     kept = 2 * block.placed + 2 * 4 * block.keys // itemsize
-    return 2 * moved + kept + block.logits(2.75 if heads.together == 1 else 1.5)
+    copies = (2.75, 4.5) if heads.together == 1 else (1.5, 2.5)
+    return 2 * moved + kept + block.parts(5) + block.logits(copies[0], wide=copies[1])
 
 
 def decode_vmem(num_rows: int, block_k: int, heads: Heads, itemsize: int) -> int:
@@ -155,11 +158,15 @@ class _Block:
         self.placed = heads.together * heads.width * lanes * itemsize
         self.wide_placed = self.placed * 4 // itemsize
         self._one = 4 * lanes * tile[1] * heads.together
-        # Products of float32 are put together from several in 16 bits.
-        self._more = 2.25 if itemsize == 4 else 0.0
+        self._is_wide = itemsize == 4
 
-    def logits(self, copies: float) -> int:
-        return int(self._one * (copies + self._more))
+    def parts(self, copies: int) -> int:
+        """Float32 is multiplied in parts of 16 bits: so many copies of a block's keys, for them."""
+        return copies * self.keys if self._is_wide else 0
+
+    def logits(self, copies: float, *, wide: float) -> int:
+        """So many copies of the block's logits; `wide` where the inputs are float32."""
+        return int(self._one * (wide if self._is_wide else copies))
 
 
 def _whole(lanes: int) -> int:

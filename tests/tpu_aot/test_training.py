@@ -1,0 +1,101 @@
+"""An update of Llama-2-7B at 16,384 tokens, compiled for real TPUs: it fits, as `plan` says."""
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from abstract import unchecked
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dca_jax.dca import DCAConfig
+from dca_jax.finetune.settings import DataFile, Settings
+from dca_jax.finetune.train import Batch, State, make_update
+from dca_jax.memory import DEVICES
+from dca_jax.model import Llama
+from dca_jax.parameters import abstract_params
+from dca_jax.plan import plan
+from dca_jax.shapes import SHAPES
+from dca_jax.sharding import make_mesh, parameter_shardings, parse_mesh
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+    pytest.mark.timeout(3600),
+    pytest.mark.tpu_aot,
+]
+
+MODEL, LENGTH = SHAPES["llama-2-7b"], 16_384
+
+
+class Case(NamedTuple):
+    """Chips, a mesh of them, the rows of a batch; and what is kept of each layer."""
+
+    chip: str
+    topology: str
+    mesh: str
+    batch: int
+    remat: str = "attention"
+
+
+CASES = [
+    Case("v5p", "2x2x1", "fsdp=4", 4),
+    Case("v5p", "2x2x1", "fsdp=4", 4, remat="layer"),
+]
+
+
+def compiled(case: Case) -> Any:
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{case.chip}:{case.topology}"
+    )
+    mesh = make_mesh(case.mesh, topology.devices)
+    where = parameter_shardings(MODEL, mesh)
+    params = abstract_params(MODEL, dtype=jnp.float32, sharding=where)
+
+    def build(params: Any) -> Llama:
+        dca = DCAConfig.paper(MODEL.max_position_embeddings)
+        return Llama.from_params(MODEL, params, dca=dca, remat=case.remat)
+
+    def array(dtype: Any, *shape: int, cut: bool = True) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(None, ("data", "fsdp")) if cut else PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    rows = 1, case.batch, LENGTH
+    batch = Batch(array(jnp.int32, *rows), array(jnp.bool_, *rows), array(jnp.int32, *rows[:2]))
+    state = State(params, params, params, array(jnp.int32, cut=False))
+    settings = Settings(model="m", output="o", data=(DataFile("d"),))
+    update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
+    with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return update.lower(state, {}, batch).compile()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_an_update_fits_as_planned(case: Case) -> None:
+    program = compiled(case)
+    found = program.memory_analysis()
+    usage = plan(
+        "llama-2-7b",
+        MODEL,
+        device=case.chip,
+        mesh=parse_mesh(case.mesh),
+        context_length=LENGTH,
+        batch=case.batch,
+        train=True,
+    ).usage
+    held = usage.weights + usage.optimizer
+    working = usage.gradients + usage.copies + usage.activations
+    at_peak = found.peak_memory_in_bytes - found.argument_size_in_bytes
+    kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
+    print(
+        f"{case}: arguments {found.argument_size_in_bytes / 1e9:.2f} GB (plan {held / 1e9:.2f}), "
+        f"beside them at the peak {at_peak / 1e9:.2f} GB (plan {working / 1e9:.2f}), "
+        f"{kernels} attention kernels"
+    )
+    assert found.peak_memory_in_bytes < DEVICES[case.chip].memory
+    # The forward kernel, and two of the backward pass; again the forward one, if nothing of it is
+    # kept.
+    assert kernels == 3 + (case.remat == "layer")
+    assert held == pytest.approx(found.argument_size_in_bytes, rel=0.01)
+    if case.remat == "attention":  # what `plan` plans for
+        assert working == pytest.approx(at_peak, rel=0.15)
