@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator
 
 from dca_jax.evaluation.passkey import PasskeyGrid, passkey_prompt
 from dca_jax.evaluation.perplexity import Reader
@@ -124,21 +124,24 @@ def losses(models: list[dict[str, Any]]) -> np.ndarray:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss by window beside passkeys by length; curves are means over the seeds, which are dots."""
+    """Loss by window beside passkeys by length; curves are means over the seeds, which are dots.
+
+    Passkeys by the probability of the key: the share of keys found stops at all of them.
+    """
     figure = Figure(figsize=(11, 4.5), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, models), color, marker in zip(
-        by_name(results).items(), COLORS, MARKERS, strict=False
-    ):
+    kinds, first = by_name(results), results["models"][0]
+    windows, asked = [int(length) for length in first["loss"]], first["passkey"]["lengths"]
+    for (name, models), color, marker in zip(kinds.items(), COLORS, MARKERS, strict=False):
         style = {"color": color, "marker": marker, "linewidth": 2, "label": LABELS[name]}
-        lengths = [int(length) for length in models[0]["loss"]]
-        left.plot(lengths, losses(models).mean(axis=0), **style)
-        left.plot(lengths, losses(models).T, ".", color=color)
-        found = grid(models)
-        right.plot(found.lengths, found.accuracy.mean(axis=1), **style)
+        left.plot(windows, losses(models).mean(axis=0), **style)
+        left.plot(windows, losses(models).T, ".", color=color)
+        nats = np.array([model["nats_of_a_key"] for model in models])
+        right.plot(asked, nats.mean(axis=0), **style)
+        right.plot(asked, nats.T, ".", color=color)
     trained = results["trained_length"]
     row = trained * results["plan"]["times"]
-    for axes, ticks in ((left, lengths), (right, results["models"][0]["passkey"]["lengths"])):
+    for axes, ticks in ((left, windows), (right, asked)):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -146,8 +149,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.grid(visible=True, axis="y", alpha=0.25)
     title = f"Held-out text (dashed: rows of the finetuning, {row:,} tokens)"
     left.set(xlabel="window (tokens)", ylabel="loss (nats a token)", title=title)
-    right.set(xlabel="prompt (tokens)", ylabel="keys found", title="Passkeys", ylim=(-0.03, 1.03))
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    title = "Passkeys: what is missing from certainty of the key"
+    right.set(xlabel="prompt (tokens)", ylabel="-ln p(key) (nats)", title=title, yscale="log")
     left.legend()
     aside = path.with_name(f".{path.name}.partial")
     figure.savefig(aside, format="png")

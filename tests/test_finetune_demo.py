@@ -45,8 +45,8 @@ TINY = pretrain_demo.Recipe(
     context=256,
 )
 PLAN = finetune_demo.Plan(
-    times=2,
-    tokens=1024,
+    times=1,
+    tokens=512,
     updates=2,
     retrieval_every=2,
     seeds=1,
@@ -55,7 +55,7 @@ PLAN = finetune_demo.Plan(
     windows=1,
     depths=2,
     trials=1,
-    batch=16,  # texts are then read in pieces of one width: one compilation
+    batch=8,  # texts are then read in pieces of two widths: few compilations
 )
 
 
@@ -101,14 +101,6 @@ def test_gradient_is_that_of_passes_merged_by_a_detached_log_sum_exp():
 
 
 @pytest.mark.usefixtures("detached")
-def test_within_a_chunk_there_is_one_pass_and_the_gradients_are_one():
-    pairs = zip(*(gradients(form, 24, jnp.float32) for form in ("detached", "xla")), strict=True)
-    for ours, exact in pairs:
-        assert ours.dtype == exact.dtype
-        np.testing.assert_allclose(ours, exact, atol=1e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("detached")
 def test_value_is_the_best_backends():
     *arrays, _ = draw(101, jnp.bfloat16)
     attention = jax.jit(dual_chunk_attention, static_argnames=("dca", "rope", "implementation"))
@@ -149,9 +141,14 @@ def model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def llm(model: Path) -> LLM:
+    return load(model, dca="paper", dtype="float32")
+
+
 def test_rows_are_text_or_prompts_of_which_the_known_digits_count(texts: list[str], model: Path):
     tokenizer = pretrain_demo.Tokenizer.from_file(str(model / "tokenizer.json"))
-    recipe = finetune_demo.row_recipe(PLAN, TINY.vocab_size, 512)
+    recipe = finetune_demo.row_recipe(PLAN, TINY.vocab_size, 256)
     data = pretrain_demo.prepare(texts, tokenizer, recipe)
     text, prompts = finetune_demo.draw_batches(data, recipe, PLAN, seed=3)
     again, _ = finetune_demo.draw_batches(data, recipe, PLAN, seed=3)
@@ -159,9 +156,9 @@ def test_rows_are_text_or_prompts_of_which_the_known_digits_count(texts: list[st
     assert np.array_equal(text.tokens, again.tokens)
     assert not np.array_equal(text.tokens, other.tokens)
     for batch in (text, prompts):
-        assert batch.tokens.shape == batch.trained.shape == (1, 2, 512)
+        assert batch.tokens.shape == batch.trained.shape == (1, 2, 256)
         assert int(batch.tokens.max()) < TINY.vocab_size
-        assert np.array_equal(batch.lengths, [[512, 512]])
+        assert np.array_equal(batch.lengths, [[256, 256]])
     assert np.asarray(text.trained).all()
     for tokens, trained in zip(
         np.asarray(prompts.tokens[0]), np.asarray(prompts.trained[0]), strict=True
@@ -174,11 +171,10 @@ def test_rows_are_text_or_prompts_of_which_the_known_digits_count(texts: list[st
         assert keys.pop() in first
 
 
-def test_updates_are_by_the_named_attention(model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_updates_are_by_the_named_attention(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     built = []
     monkeypatch.setattr(finetune_demo, "make_update", lambda *given: built.append(given))
     monkeypatch.setattr(jax, "jit", lambda function, **_: function)
-    llm = load(model, dca="paper", dtype="float32")
     for name in (None, "detached"):
         finetune_demo.compiled_update(llm, PLAN, name)
         build, settings, steps = built[-1]
@@ -204,15 +200,23 @@ def quick_update(llm: LLM, plan: finetune_demo.Plan, implementation: str | None)
 def test_the_whole_experiment(
     texts: list[str],
     model: Path,
+    llm: LLM,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     detached: None,
 ):
     monkeypatch.setattr(finetune_demo, "compiled_update", quick_update)
+    evaluate, found = finetune_report.evaluate, []
+
+    def evaluate_once(*given: Any, **options: Any) -> dict[str, Any]:
+        found.append(found[0] if found else evaluate(*given, **options))
+        return found[-1]
+
+    monkeypatch.setattr(finetune_report, "evaluate", evaluate_once)
     monkeypatch.setattr(
         demo_data, "training_files", lambda seed: (("python", text) for text in texts)
     )
-    held_out = demo_data.held_out_text()[:8000]
+    held_out = demo_data.held_out_text()[:5000]
     out = tmp_path / "outputs" / "run"
     results = finetune_demo.compare(out, model, PLAN, held_out)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -228,21 +232,19 @@ def test_the_whole_experiment(
         *(("exact", 0), ("detached", 0), ("short", 0)),
     ]
 
-    llm = load(model, dca="paper", dtype="float32")
-    ids = np.asarray(llm.tokenize(held_out)[:2048], np.int32)
+    ids = np.asarray(llm.tokenize(held_out)[:1024], np.int32)
     for window, loss in results["models"][0]["loss"].items():
-        nlls = window_nlls(llm.model, ids, window=window, capacity=2064, batch=16)
+        nlls = window_nlls(llm.model, ids, window=window, capacity=1040, batch=8)
         assert loss == pytest.approx(np.mean(list(nlls)), rel=1e-5)
     positions = results["models"][0]["loss_by_position"]
     counts = np.diff([0, *positions])
     counts[-1] -= 1  # the last token predicts nothing
     mean = np.dot(list(positions.values()), counts) / counts.sum()
-    assert mean == pytest.approx(results["models"][0]["loss"][2048], rel=1e-6)
+    assert mean == pytest.approx(results["models"][0]["loss"][1024], rel=1e-6)
 
     logs = {m["name"]: m["training"] for m in results["models"][1:]}
     assert logs["exact"]["trained"] == logs["detached"]["trained"]
-    assert logs["exact"]["trained"][0] == 2 * 511
-    assert logs["short"]["trained"][0] == 4 * 255
+    assert logs["exact"]["trained"][0] == 2 * 255
     names = ("all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     names += ("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm")
     assert results["gradient_error"] == [pytest.approx(dict.fromkeys(names, 0.1), rel=1e-5)]
