@@ -8,8 +8,8 @@ trained on: no checkpoint and no data are read. What is timed is the library's o
 tokens to new weights (`dca_jax.finetune.train.make_update`), under its own `jax.jit`; each variant
 is warmed up by two updates and then timed over several in a row. MFU counts what an update must do
 (`dca_jax.finetune.meters.update_flops`) over the makers' peak; what is computed again is not
-counted. The paper's finetuning of 7B took 40 A100 hours for 16k updates of 16k tokens: 1,820
-tokens a second and device.
+counted. The paper's finetuning of 7B took 40 GPU hours (section 4.1; its GPUs are A100s) for
+16k updates of 16k tokens: 1,820 tokens a second and device.
 
 A variant has a process of its own, so that a peak is its own.
 """

@@ -22,9 +22,8 @@ def logits(params: dict[str, Any], tokens: jax.Array, config: LlamaConfig, s: in
          for i in range(length)]
     )  # fmt: skip
     x = params["embed_tokens"]["embedding"][tokens]
-    layers = params["layers"]
     for number in range(config.num_hidden_layers):
-        layer = jax.tree.map(lambda leaf: leaf[number], layers)  # noqa: B023
+        layer = _layer(params, number)
         normed = _norm(x, layer["input_layernorm"]["scale"], config)
         x = x + _attention(layer["self_attn"], normed, config, relative)
         normed = _norm(x, layer["post_attention_layernorm"]["scale"], config)
@@ -49,6 +48,10 @@ def mean_nll(
     log_p = found - jax.nn.logsumexp(found, axis=-1, keepdims=True)
     nll = -jnp.take_along_axis(log_p, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
     return jnp.where(trained[:, 1:], nll, 0.0).sum() / trained[:, 1:].sum()
+
+
+def _layer(params: dict[str, Any], number: int) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf[number], params["layers"])
 
 
 def _norm(x: jax.Array, scale: jax.Array, config: LlamaConfig) -> jax.Array:

@@ -115,6 +115,14 @@ def test_from_hf_qwen_1m(caplog: pytest.LogCaptureFixture) -> None:
     assert again == dca
 
 
+def test_a_setting_without_temperature_comes_back_without_one() -> None:
+    """The key that names a trained length asks for the temperature too: so it is left out."""
+    again = DCAConfig.from_hf(DCAConfig.paper(4096).to_hf())
+    assert again == DCAConfig(chunk_len=3072, max_query_position=4095)
+    with pytest.raises(InputError, match=r"slopes 0 and 0\.1, got 0\.05"):
+        DCAConfig.paper(64, temperature_slope=0.05).to_hf()
+
+
 def test_temperature() -> None:
     dca = DCAConfig.paper(64, temperature_slope=0.05)
     tau = np.asarray(temperature(jnp.asarray([1, 64, 400]), dca))

@@ -367,6 +367,14 @@ def test_a_file_of_settings_and_flags_in_its_place(tmp_path: Path) -> None:
     assert read_settings(again, {}) == found
 
 
+def test_the_papers_recipe_is_a_file_of_settings() -> None:
+    path = Path(__file__).parent.parent / "examples" / "finetune_16k.yaml"
+    found = read_settings(path, {})
+    assert found.data == (DataFile("sharegpt.json", min_tokens=4096), DataFile("alpaca_gpt4.json"))
+    rows = found.batch * found.accumulate * found.steps
+    assert (rows, found.length, found.learning_rate) == (16_000, 16_384, 2e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

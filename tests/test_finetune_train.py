@@ -205,6 +205,29 @@ def test_an_update_that_is_not_finite_changes_nothing_and_says_so() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
 
 
+def test_rows_of_which_nothing_is_trained_are_no_failure() -> None:
+    """A question longer than the rows of an update: its gradient is 0, and its loss."""
+    nothing = ROWS | {"trained": np.zeros_like(TRAINED)}
+    update = jax.jit(make_update(build, settings(warmup=0.0), 10))
+    before = start(tree())
+    after, metrics = update(before, {}, place(nothing, 1, None))
+    assert bool(metrics.finite)
+    assert (float(metrics.loss), float(metrics.grad_norm), float(metrics.tokens)) == (0, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("sizes", [None, "fsdp=2"])
+def test_a_second_update_compiles_nothing(sizes: str | None) -> None:
+    """From weights that are bound to their devices, as loaded ones are."""
+    leaves = jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree(sizes))
+    batch = place(ROWS, 1, None if sizes is None else make_mesh(sizes))
+    update = jax.jit(make_update(build, settings(), 10))
+    state, _ = update(start(leaves), {}, batch)
+    update(state, {}, batch)
+    assert update._cache_size() == 1
+
+
 def test_the_learning_rate_is_that_of_transformers() -> None:
     torch = pytest.importorskip("torch")
     from transformers import get_cosine_schedule_with_warmup

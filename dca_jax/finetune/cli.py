@@ -31,9 +31,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Adds a flag for each setting to a command that takes them as `**flags`."""
 
     @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
+    def call(**given: Any) -> None:
         command(**given)
 
+    wrapped: Any = call  # typer reads its signature
     own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
     added = [
         inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
@@ -41,7 +42,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for flag in [_flag(row)]
     ]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    wrapped.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    wrapped.__signature__ = inspect.Signature([*own, *added])
     wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *added]} | {"return": None}
     return wrapped
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dca_jax.checkpoint import PARAMS, save
 from dca_jax.distributed import from_primary
+from dca_jax.errors import InputError
 from dca_jax.files import copy_companions, read_json
 from dca_jax.finetune.lora import join, merge_lora, save_adapter
 
@@ -51,9 +52,18 @@ def export(
     def end() -> None:
         aside.rename(output / "model")
 
-    from_primary(begin)
-    save(aside / PARAMS, params)
-    from_primary(end)
+    try:
+        from_primary(begin)
+        save(aside / PARAMS, params)
+        from_primary(end)
+    except (OSError, ValueError, RuntimeError) as error:  # as Orbax says that a disk is full
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise InputError(
+            f"{output / 'model'} could not be written ({type(error).__name__}: {reason}); the "
+            "training is in the last checkpoint: make room on the disk, and run the same command"
+        ) from error
 
 
 def _write_config(setup: "Setup", folder: Path) -> None:

@@ -140,8 +140,14 @@ class Meters:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if not is_primary():
             return
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder / METRICS} cannot be written ({error.strerror}); make room on the "
+                "disk, and run the same command again to go on from the last checkpoint"
+            ) from None
         for report in self._reports:
             report(step, metrics)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.settings import Settings
 from dca_jax.model import Llama
-from dca_jax.sharding import mesh_of, replicated
+from dca_jax.sharding import mesh_of
 
 Params = dict[str, Any]
 # The model around parameters, trained and frozen together.
@@ -102,8 +102,11 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 def start(params: Params) -> State:
     """The state before the first update."""
     # Two copies: an update is given the memory of both.
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    return State(params, zeros[0], zeros[1], replicated(np.int32(0), mesh_of(params)))
+    mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    mesh, leaf = mesh_of(params), jax.tree.leaves(params)[0]
+    where = leaf.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+    # Bound to the parameters' devices as they are, or the second update would compile once more.
+    return State(params, mean, square, jax.device_put(np.int32(0), where))
 
 
 def make_update(
@@ -118,8 +121,9 @@ def make_update(
 
     def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         nll, tokens, gradients = summed_gradients(build, state.params, frozen, batch)
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), gradients)
-        loss, norm = nll / tokens, optax.tree.norm(gradients)
+        count = jnp.maximum(tokens, 1)  # a question may be longer than the rows: nothing is trained
+        gradients = jax.tree.map(lambda g: g / count, gradients)
+        loss, norm = nll / count, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax counts updates in integers
             before = jax.eval_shape(rule.init, state.params)
