@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,10 +69,7 @@ class Meters:
         folder: of the run.
         step: updates made already. steps: of the whole run.
         flops: of an update, on all devices together.
-        report: of `settings.REPORTS`.
-
-    Raises:
-        InputError: a reporter that is not installed.
+        report: of `settings.REPORTS`, which `check_reports` has found.
     """
 
     def __init__(
@@ -79,7 +77,8 @@ class Meters:
     ) -> None:
         self.folder, self._step, self._steps, self._flops = folder, step, steps, flops
         self._peak = PEAKS.get(jax.devices()[0].device_kind)
-        self._reports = [_REPORTERS[name](folder) for name in report] if is_primary() else []
+        chosen = report if is_primary() else ()
+        self._reports = [_REPORTERS[name][1](folder) for name in chosen]
         self._times = [time.perf_counter()]
         console = Console(stderr=True, quiet=not is_primary())
         columns = (TextColumn("finetuning"), BarColumn(), MofNCompleteColumn())
@@ -178,13 +177,17 @@ def _peak_memory() -> int | None:
     return max(peaks, default=None)
 
 
+def check_reports(report: tuple[str, ...]) -> None:
+    """Raises InputError for a reporter whose package is not installed."""
+    for name in report:
+        package, _ = _REPORTERS[name]
+        if find_spec(package) is None:
+            raise InputError(f"report {name} needs {package}: pip install 'dca_jax[{name}]'")
+
+
 def _tensorboard(folder: Path) -> Report:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "report tensorboard needs tensorboardX: pip install 'dca_jax[tensorboard]'"
-        ) from None
+    from tensorboardX import SummaryWriter
+
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def report(step: int, metrics: dict[str, float]) -> None:
@@ -196,15 +199,14 @@ def _tensorboard(folder: Path) -> Report:
 
 
 def _wandb(folder: Path) -> Report:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("report wandb needs wandb: pip install 'dca_jax[wandb]'") from None
+    import wandb  # pyright: ignore[reportMissingImports]
+
     run: Any = wandb.init(dir=str(folder), name=folder.name, resume="allow", id=folder.name)
     return lambda step, metrics: run.log(metrics, step=step)
 
 
-_REPORTERS: dict[str, Callable[[Path], Report]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
+# By name: the package, and what makes the reporter of a run's folder.
+_REPORTERS: dict[str, tuple[str, Callable[[Path], Report]]] = {
+    "tensorboard": ("tensorboardX", _tensorboard),
+    "wandb": ("wandb", _wandb),
 }

@@ -40,7 +40,7 @@ from dca_jax.finetune.dialogues import read_dialogues
 from dca_jax.finetune.export import export
 from dca_jax.finetune.lora import init_lora, quantize_base
 from dca_jax.finetune.loss import summed_nll
-from dca_jax.finetune.meters import Meters, update_flops
+from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
 from dca_jax.finetune.settings import Files, Settings, read_settings
 from dca_jax.finetune.templates import template_source
@@ -147,6 +147,7 @@ def open_setup(settings: Settings) -> Setup:
     Raises:
         InputError: a checkpoint or setting that does not fit, named.
     """
+    check_reports(settings.report)
     folder = find_folder(settings.model)
     config = read_config(folder)
     mesh = make_mesh(settings.mesh) if settings.mesh or several_processes() else None
