@@ -12,6 +12,9 @@ from pathlib import Path
 # Read at import, so before any import: nothing may reach for a network, and the two processes of
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Named, so that a command called in this process does not keep programs under the user's home; and
+# no folder: what an earlier run compiled has no part in this one.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Eight devices on two busy cores can keep one another waiting for longer than the 40 s after which
 # XLA takes a collective for stuck and aborts the process.
@@ -33,6 +36,7 @@ from jaxtyping import install_import_hook
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
 
+jax.config.update("jax_compilation_cache_dir", None)
 jax.config.update("jax_num_cpu_devices", 8)
 # Or the next program is compiled while eight devices meet in this one's collectives, and waits are
 # so long on two cores that XLA gives up.

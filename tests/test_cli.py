@@ -18,9 +18,7 @@ PROMPT = "Call me Ishmael. Some years ago"
 
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch, tmp_path):
-    """The command would otherwise keep this process's programs under the user's home."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
@@ -185,10 +183,10 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 def test_as_a_user_runs_it(folder, llm, tmp_path):
     """Converted, continued, and its compiled programs kept for the next time."""
-    converted = run("convert", folder, tmp_path / "orbax", JAX_PLATFORMS="cpu")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    converted = run("convert", folder, tmp_path / "orbax", **environment)
     assert converted.returncode == 0, converted.stderr
     assert converted.stdout == f"wrote {tmp_path / 'orbax'}\n"
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     options = ("--max-new-tokens", 12)
     result = run("generate", tmp_path / "orbax", PROMPT, *options, **environment)
     assert result.returncode == 0, result.stderr

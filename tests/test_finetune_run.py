@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_llm import make_llm
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -48,6 +49,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,8 @@ def losses(output: Path) -> dict[int, tuple[float, float]]:
 def whole(model: Path, dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    assert finetune(settings(model, dialogues, output)) == output / "model"
+    chosen = settings(model, dialogues, output, report=("tensorboard",))
+    assert finetune(chosen) == output / "model"
     return output
 
 
@@ -134,6 +137,17 @@ def test_a_run_learns_and_tells(whole: Path) -> None:
     assert all(line["tokens_per_second"] > 0 for line in lines(whole) if "loss" in line)
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["10", "9"]
     assert not list(whole.rglob("*partial*"))
+    (events,) = (whole / "tensorboard").iterdir()
+    assert b"eval_loss" in events.read_bytes()
+
+
+def test_a_reporter_that_is_not_installed_is_named(
+    model: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"report wandb needs wandb: pip install"):
+        finetune(settings(model, dialogues, tmp_path / "run", report=("wandb",)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_its_model_is_read_by_dca_jax_and_by_transformers(
