@@ -1,6 +1,8 @@
 """An update of Llama-2-7B at 16,384 tokens, compiled for real TPUs: it fits, as `plan` says."""
 
 import importlib.util
+import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +72,22 @@ def compiled(case: Case) -> Any:
         return update.lower(state, {}, batch).compile()
 
 
+def summed_whole(hlo: str) -> list[str]:
+    """What is summed over devices and then whole on each, of a size that only gradients have.
+
+    What each device gets a part of is a fused computation, `all-reduce-scatter`, to TPUs' compiler.
+    """
+    found, computation = [], ""
+    for line in hlo.splitlines():
+        if not line.startswith(" "):
+            computation = line
+        summed = re.search(r"= \w+\[([\d,]*)\]\S* all-reduce(?:-start)?\(", line)
+        if summed and "all-reduce-scatter" not in computation:
+            size = math.prod(map(int, filter(None, summed[1].split(","))))
+            found += [line.strip()[:120]] if size >= MODEL.hidden_size**2 else []
+    return found
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_an_update_fits_as_planned(case: Case) -> None:
     program = compiled(case)
@@ -86,12 +104,15 @@ def test_an_update_fits_as_planned(case: Case) -> None:
     held = usage.weights + usage.optimizer
     working = usage.gradients + usage.copies + usage.activations
     at_peak = found.peak_memory_in_bytes - found.argument_size_in_bytes
-    kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
+    hlo = program.as_text()
+    kernels = hlo.count('custom_call_target="tpu_custom_call"')
     print(
         f"{case}: arguments {found.argument_size_in_bytes / 1e9:.2f} GB (plan {held / 1e9:.2f}), "
         f"beside them at the peak {at_peak / 1e9:.2f} GB (plan {working / 1e9:.2f}), "
         f"{kernels} attention kernels"
     )
+    assert "all-reduce-scatter" in hlo
+    assert not summed_whole(hlo)
     assert found.peak_memory_in_bytes < DEVICES[case.chip].memory
     # The forward kernel, and two of the backward pass; again the forward one, if nothing of it is
     # kept.
