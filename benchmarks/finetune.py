@@ -33,7 +33,7 @@ from flax.traverse_util import unflatten_dict
 from dca_jax.config import LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import exit_on_input_error
-from dca_jax.finetune.lora import init_lora, quantize_base
+from dca_jax.finetune.lora import init_lora, quantizer
 from dca_jax.finetune.meters import PEAKS, update_flops
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import make_update, place, start
@@ -78,16 +78,22 @@ def measure_here(variant: Variant) -> dict[str, Any]:
             if row.path.endswith("scale"):
                 return jnp.ones(row.shape(config), dtype)
             key = jax.random.fold_in(jax.random.key(0), number)
-            return 0.02 * jax.random.normal(key, row.shape(config), dtype)
+            if not row.stacked:
+                return 0.02 * jax.random.normal(key, row.shape(config), dtype)
+            layers, *shape = row.shape(config)  # one at a time: what it is drawn from is larger
+            keys = jax.random.split(key, layers)
+            return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape, dtype), keys)
 
         return jax.jit(make, out_shardings=where(row.path))()
 
-    leaves = {row.path: random_leaf(n, row) for n, row in enumerate(parameters(config))}
+    leaves: dict[str, jax.Array] = {}
+    then = quantizer(config) if variant.base == "int8" else lambda row, leaf: {row.path: leaf}
+    for number, row in enumerate(parameters(config)):
+        leaves |= then(row, random_leaf(number, row))
     params, frozen = unflatten_dict(leaves, sep="."), {}
     del leaves
     if lora is not None:
-        frozen = quantize_base(params, config) if variant.base == "int8" else params
-        params = init_lora(config, lora, jax.random.key(1), where)
+        params, frozen = init_lora(config, lora, jax.random.key(1), where), params
 
     def build(params: Any) -> Llama:
         return Llama.from_params(

@@ -1,7 +1,7 @@
 """Hugging Face folder -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
 
 import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from dca_jax.checkpoint import PARAMS, StreamedArray, save
 from dca_jax.errors import InputError, exit_on_input_error
 from dca_jax.files import copy_companions, written_aside
 from dca_jax.huggingface import Checkpoint, open_checkpoint, read_config
-from dca_jax.parameters import Parameter, Progress, parameters, piece_shape, pieces
+from dca_jax.parameters import Parameter, Progress, parameters
 
 
 def convert(
@@ -67,18 +67,8 @@ def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
 def _stream(
     checkpoint: Checkpoint, row: Parameter, dtype: np.dtype, progress: Progress
 ) -> StreamedArray:
-    def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        for index in pieces(row, checkpoint.config):
-            piece = checkpoint.read(row, index, dtype)
-            yield index, piece
-            progress(row.path, piece.nbytes)
-
-    return StreamedArray(
-        shape=row.shape(checkpoint.config),
-        dtype=dtype,
-        chunks=piece_shape(row, checkpoint.config),
-        pieces=read_pieces,
-    )
+    read = partial(checkpoint.read, dtype=dtype)
+    return StreamedArray.of(row, checkpoint.config, read, dtype, progress)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig
+from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.files import refuse_existing
 from dca_jax.huggingface import read_config
@@ -30,10 +31,13 @@ from dca_jax.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
+    Read,
     Shardings,
     abstract_params,
     load_tree,
     parameters,
+    piece_shape,
+    pieces,
 )
 from dca_jax.tensor_files import cast_weights
 
@@ -58,6 +62,27 @@ class StreamedArray:
     dtype: np.dtype
     chunks: tuple[int, ...]
     pieces: Callable[[], Iterator[tuple[tuple[slice, ...], np.ndarray]]]
+
+    @classmethod
+    def of(
+        cls,
+        row: Parameter,
+        config: LlamaConfig,
+        read: Read,
+        dtype: np.dtype,
+        progress: Progress | None = None,
+    ) -> "StreamedArray":
+        """A parameter, whose pieces are read, in `dtype`, when they are written."""
+
+        def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+            for index in pieces(row, config):
+                piece = read(row, index)
+                yield index, piece
+                if progress is not None:
+                    progress(row.path, piece.nbytes)
+
+        chunks = piece_shape(row, config)
+        return cls(shape=row.shape(config), dtype=dtype, chunks=chunks, pieces=read_pieces)
 
 
 def save(path: str | Path, tree: dict[str, Any]) -> None:
@@ -163,19 +188,31 @@ def load_converted(
         InputError: what `read_config` and `check_arrays` refuse, before anything is allocated; a
             damaged array, or a weight that is NaN or infinite, when it is met.
     """
-    folder = Path(folder)
     config = read_config(folder)
-    found = check_arrays(folder / PARAMS, abstract_params(config, dtype=jnp.float32))
+    dtypes, read = open_converted(folder, config, dtype=dtype)
     like = {
-        row.path: row.abstract(config, found[row.path] if dtype is None else dtype, sharding)
-        for row in parameters(config)
+        row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
     }
+    return config, load_tree(config, like, read, progress)
+
+
+def open_converted(
+    folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
+) -> tuple[dict[str, np.dtype], Read]:
+    """The dtype of each array of a converted folder, by path, and what reads pieces of them in it.
+
+    Raises:
+        InputError: what `check_arrays` refuses; when reading, as `load_converted`.
+    """
+    path = Path(folder) / PARAMS
+    dtypes = check_arrays(path, abstract_params(config, dtype=jnp.float32))
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, jnp.dtype(dtype))
 
     def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
-        piece = read_piece(folder / PARAMS, row.path, index)
-        return cast_weights(piece, like[row.path].dtype, row.path)
+        return cast_weights(read_piece(path, row.path, index), dtypes[row.path], row.path)
 
-    return config, load_tree(config, like, read, progress)
+    return dtypes, read
 
 
 def read_piece(path: str | Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -217,7 +254,10 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
-    """Writes a `StreamedArray` as Orbax writes a `jax.Array`, one piece after another."""
+    """Writes a `StreamedArray` as Orbax writes a `jax.Array`, one piece after another.
+
+    One process reads and writes; with several, Orbax has all wait for it.
+    """
 
     def typestr(self) -> str:
         return "jax.Array"  # so it is recorded, and restored, as one
@@ -225,6 +265,8 @@ class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
     async def serialize(
         self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None
     ) -> Sequence[Any]:
+        if not is_primary():
+            return []
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             spec = {

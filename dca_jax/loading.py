@@ -1,8 +1,9 @@
 """From a checkpoint's folder, or its name on the Hugging Face Hub, to an `LLM`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from jax.typing import DTypeLike
 
 from dca_jax.attention.op import check_implementation
 from dca_jax.bands import PositionMethod
-from dca_jax.checkpoint import is_converted, load_converted
+from dca_jax.checkpoint import is_converted, open_converted
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import several_processes
 from dca_jax.dtypes import parse_dtype
 from dca_jax.errors import InputError
 from dca_jax.files import read_json
-from dca_jax.huggingface import load_params, read_config
+from dca_jax.huggingface import open_checkpoint, read_config
 from dca_jax.llm import LLM
 from dca_jax.model import Llama
+from dca_jax.parameters import Parameter, Read, Shardings, load_tree, parameters
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import make_mesh, parameter_shardings
 
@@ -88,10 +90,7 @@ def load(
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, config, tokenizer)
-    if is_converted(folder):
-        _, params = load_converted(folder, dtype=dtype, sharding=sharding)
-    else:
-        params = load_params(folder, config, dtype=dtype, sharding=sharding)
+    params = load_weights(folder, config, dtype=dtype, sharding=sharding)
     model = Llama.from_params(
         config, params, dca=chosen, dtype=dtype, implementation=implementation
     )
@@ -101,6 +100,41 @@ def load(
         stop_ids=stop_ids,
         cache_dtype=_dtype(cache_dtype, dtype),
     )
+
+
+def load_weights(
+    folder: str | Path,
+    config: LlamaConfig,
+    *,
+    dtype: DTypeLike,
+    sharding: Shardings = None,
+    then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
+) -> dict[str, Any]:
+    """The parameters of a Hugging Face or a converted folder, each device its own part.
+
+    Args:
+        folder: of the checkpoint. config: its own.
+        dtype: of the arrays as they are read.
+        sharding: one for all, or a function of the path; None is the first local device.
+        then: as in `dca_jax.parameters.load_tree`.
+
+    Raises:
+        InputError: as `dca_jax.huggingface.load_params` and `dca_jax.checkpoint.load_converted`.
+    """
+    like = {row.path: row.abstract(config, dtype, sharding) for row in parameters(config)}
+    return load_tree(config, like, open_weights(folder, config, dtype=dtype), then=then)
+
+
+def open_weights(folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike) -> Read:
+    """What reads pieces of the weights of a Hugging Face or a converted folder, in `dtype`.
+
+    Raises:
+        InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight
+            that is NaN or infinite.
+    """
+    if is_converted(Path(folder)):
+        return open_converted(folder, config, dtype=dtype)[1]
+    return partial(open_checkpoint(folder, config).read, dtype=jnp.dtype(dtype))
 
 
 def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig | None:

@@ -196,7 +196,7 @@ class Llama(nnx.Module):
         remat: what training keeps of each layer for the backward pass, a name of `REMAT`.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
         lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
-        quantized: the layers' kernels are int8 (`dca_jax.finetune.lora.quantize_base`).
+        quantized: the layers' kernels are int8 (`dca_jax.finetune.lora.quantizer`).
         rngs: initialization (normal, 0.02).
     """
 

@@ -115,6 +115,10 @@ class Parameter:
         return ours.transpose([own.index(axis) for axis in axes]).reshape(flat)
 
 
+# Gives the piece of an array at an index that `pieces` made, within one layer.
+Read = Callable[[Parameter, tuple[slice, ...]], np.ndarray]
+
+
 def _layer(
     module: str, ours: str, theirs: str, their_axes: str, our_axes: str, when: str | None = None
 ) -> Parameter:
@@ -249,24 +253,26 @@ def contiguous(matrix: np.ndarray) -> np.ndarray:
 def load_tree(
     config: LlamaConfig,
     like: Mapping[str, jax.ShapeDtypeStruct],
-    read: Callable[[Parameter, tuple[slice, ...]], np.ndarray],
+    read: Read,
     progress: Progress | None = None,
     *,
     rows: Sequence[Parameter] | None = None,
+    then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree, every device with the pieces of its own shards.
 
     Args:
         config: the model's shape.
         like: shape, dtype and sharding of every array, by path.
-        read: gives the piece of a parameter at an index that `pieces` made, in the array's dtype.
+        read: gives pieces, in the array's dtype.
         progress: told of every piece.
         rows: of the tree; None for those of `parameters`.
+        then: what becomes of an array once it is filled, by path; it is not kept till the end.
     """
-    leaves = {
-        row.path: _load_leaf(row, config, like[row.path], read, progress)
-        for row in (parameters(config) if rows is None else rows)
-    }
+    leaves: dict[str, jax.Array] = {}
+    for row in parameters(config) if rows is None else rows:
+        leaf = _load_leaf(row, config, like[row.path], read, progress)
+        leaves |= {row.path: leaf} if then is None else then(row, leaf)
     return unflatten_dict(leaves, sep=".")
 
 
@@ -274,7 +280,7 @@ def _load_leaf(
     row: Parameter,
     config: LlamaConfig,
     leaf: jax.ShapeDtypeStruct,
-    read: Callable[[Parameter, tuple[slice, ...]], np.ndarray],
+    read: Read,
     progress: Progress | None,
 ) -> jax.Array:
     # Devices that hold the same part (replicas) are filled from one reading of it.

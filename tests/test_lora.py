@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import orbax_to_hf
-from dca_jax.checkpoint import PARAMS, load_converted, restore, save
+from dca_jax.checkpoint import PARAMS, StreamedArray, load_converted, restore, save
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
@@ -27,14 +27,15 @@ from dca_jax.finetune.lora import (
     join,
     load_adapter,
     merge_lora,
-    quantize_base,
+    quantizer,
     save_adapter,
     split,
 )
-from dca_jax.huggingface import load_params, read_config
+from dca_jax.huggingface import read_config
+from dca_jax.loading import load_weights, open_weights
 from dca_jax.methods import with_method
 from dca_jax.model import Llama
-from dca_jax.parameters import abstract_params, lora_parameters, projections
+from dca_jax.parameters import abstract_params, load_tree, lora_parameters, parameters, projections
 from dca_jax.sharding import make_mesh, parameter_shardings
 
 # Grouped queries, every bias there is, and no two sizes alike.
@@ -74,7 +75,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def base_params(mesh: str | None = None, dtype: Any = np.float32) -> Tree:
-    """New arrays at each call: quantizing and merging use them up."""
+    """New arrays at each call: quantizing uses them up."""
     leaves = {name: leaf.astype(dtype) for name, leaf in arrays().items()}
     if mesh is None:
         return unflatten_dict({k: jnp.array(v) for k, v in leaves.items()}, sep=".")
@@ -93,6 +94,24 @@ def trained(lora: LoraConfig = LORA, mesh: str | None = None) -> Tree:
             jnp.array(leaf) if place is None else jax.device_put(leaf, place(row.path))
         )
     return unflatten_dict(leaves, sep=".")
+
+
+def quantized(base: Tree) -> Tree:
+    leaves, then = flat(base), quantizer(CONFIG)
+    for row in parameters(CONFIG):
+        leaves |= then(row, leaves[row.path])
+    return unflatten_dict(leaves, sep=".")
+
+
+def merged(adapters: Tree, base: Tree, lora: LoraConfig = LORA) -> Tree:
+    """As a run's model is made; on the devices of the base."""
+    leaves = flat(base)
+    on_host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    read = merge_lora(lambda row, index: on_host[row.path][index], adapters, lora)
+    like = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in leaves.items()
+    }
+    return load_tree(CONFIG, like, read)
 
 
 def model(params: Tree, **options: Any) -> Llama:
@@ -148,9 +167,7 @@ def test_logits_are_those_of_the_merged_model(targets: tuple[str, ...]) -> None:
     lora = replace(LORA, targets=targets)
     adapters = trained(lora)
     got = logits(model(join(adapters, base_params()), lora=lora), TOKENS)
-    merged = merge_lora(join(adapters, base_params()), lora)
-    assert flat(merged).keys() == arrays().keys()
-    want = logits(model(merged), TOKENS)
+    want = logits(model(merged(adapters, base_params(), lora)), TOKENS)
     close(got, want)
     assert np.abs(want - logits(model(base_params()), TOKENS)).max() > 0.1
 
@@ -211,13 +228,13 @@ def test_a_bfloat16_base_has_float32_adapters() -> None:
     adapters = trained()
     whole = model(join(adapters, base), lora=LORA, dtype=jnp.bfloat16)
     got = logits(whole, TOKENS)
-    merged = merge_lora(join(adapters, base), LORA)
-    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
-    close(got, logits(model(merged, dtype=jnp.bfloat16), TOKENS), 0.05)
+    params = merged(adapters, base)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    close(got, logits(model(params, dtype=jnp.bfloat16), TOKENS), 0.05)
 
 
 def test_another_method_keeps_the_adapters() -> None:
-    params = join(trained(), quantize_base(base_params(), CONFIG))
+    params = join(trained(), quantized(base_params()))
     whole = model(params, lora=LORA, quantized=True)
     plain = with_method(whole, "rope", 19)
     want = model(params, lora=LORA, quantized=True, dca=None)
@@ -231,7 +248,7 @@ def test_int8_weights_are_off_by_half_a_step_at_most() -> None:
     before = arrays()
     given = base_params()
     kernel = given["layers"]["mlp"]["up_proj"]["kernel"]
-    params = flat(quantize_base(given, CONFIG))
+    params = flat(quantized(given))
     assert kernel.is_deleted()
     assert params.keys() - before.keys() == {f"{row.path}_scale" for row in projections(CONFIG)}
     assert params["layers.self_attn.q_proj.kernel_scale"].shape == (2, 1, 4, 6)
@@ -251,56 +268,75 @@ def test_int8_weights_are_off_by_half_a_step_at_most() -> None:
 
 def test_an_int8_base_computes_with_what_it_stands_for() -> None:
     adapters = trained()
-    quantized = join(adapters, quantize_base(base_params(), CONFIG))
-    got = logits(model(quantized, lora=LORA, quantized=True), TOKENS)
-    merged = merge_lora(quantized, LORA)
-    assert flat(merged).keys() == arrays().keys()
-    close(got, logits(model(merged), TOKENS))
-    near = logits(model(merge_lora(join(adapters, base_params()), LORA)), TOKENS)
+    base = quantized(base_params())
+    got = logits(model(join(adapters, base), lora=LORA, quantized=True), TOKENS)
+    leaves = flat(base)
+    for name in [name for name in leaves if name.endswith("_scale")]:
+        kernel = name.removesuffix("_scale")
+        leaves[kernel] = leaves[kernel].astype(jnp.float32) * leaves.pop(name)
+    close(got, logits(model(merged(adapters, unflatten_dict(leaves, sep="."))), TOKENS))
+    near = logits(model(merged(adapters, base_params())), TOKENS)
     close(got, near, 0.05)
     with pytest.raises(AssertionError):  # but it is no longer the same
         close(got, near, 1e-4)
 
 
-def test_an_int8_base_in_bfloat16_is_merged_into_bfloat16() -> None:
-    params = quantize_base(base_params(dtype=jnp.bfloat16), CONFIG)
-    merged = merge_lora(join(trained(), params), LORA)
-    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+def test_a_base_is_quantized_while_it_is_read(tmp_path: Path) -> None:
+    """No two kernels are whole at once."""
+    config = read_config(make_tiny(tmp_path / "hf", dtype=np.dtype(np.float32)))
+    before = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32))
+    kernels, quantize = {row.path for row in projections(config)}, quantizer(config)
+    held: list[jax.Array] = []
+
+    def then(row: Any, leaf: jax.Array) -> dict[str, jax.Array]:
+        assert all(kernel.is_deleted() for kernel in held)
+        held.extend([leaf] if row.path in kernels else [])
+        return quantize(row, leaf)
+
+    after = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32, then=then))
+    assert len(held) == len(kernels)
+    for name, leaf in before.items():
+        if name in kernels:
+            scale = np.asarray(after[f"{name}_scale"])
+            error = np.abs(np.asarray(after[name]) * scale - np.asarray(leaf))
+            assert (error <= scale / 2 * (1 + 1e-4)).all()
+        else:
+            np.testing.assert_array_equal(leaf, after[name])
 
 
 def test_int8_needs_qwix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(InputError, match=r"pip install 'dca_jax\[train\]'"):
-        quantize_base(base_params(), CONFIG)
+        quantizer(CONFIG)
 
 
 # --- meshes ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def on_one_device(quantized: bool) -> tuple[float, dict[str, np.ndarray]]:
-    base = quantize_base(base_params(), CONFIG) if quantized else base_params()
-    loss, gradients = loss_and_gradients(trained(), base, LORA, quantized)
+def on_one_device(int8: bool) -> tuple[float, dict[str, np.ndarray]]:
+    base = quantized(base_params()) if int8 else base_params()
+    loss, gradients = loss_and_gradients(trained(), base, LORA, int8)
     return float(loss), flat(jax.tree.map(np.asarray, gradients))
 
 
 @pytest.mark.parametrize(
-    ("mesh", "quantized"),
+    ("mesh", "int8"),
     [
         ("tensor=4", True),  # more than kv heads
         ("context=2,tensor=2", False),
         ("fsdp=2,tensor=2", True),
     ],
 )
-def test_a_mesh_gives_what_one_device_does(mesh: str, quantized: bool) -> None:
+def test_a_mesh_gives_what_one_device_does(mesh: str, int8: bool) -> None:
     base, adapters = base_params(mesh), trained(LORA, mesh)
-    if quantized:
+    if int8:
         places = {row.path: flat(base)[row.path].sharding for row in projections(CONFIG)}
-        base = quantize_base(base, CONFIG)
+        base = quantized(base)
         for name, place in places.items():
             assert flat(base)[name].sharding == place
-    loss, gradients = loss_and_gradients(adapters, base, LORA, quantized)
-    want_loss, want = on_one_device(quantized)
+    loss, gradients = loss_and_gradients(adapters, base, LORA, int8)
+    want_loss, want = on_one_device(int8)
     close(loss, want_loss)
     for name, leaf in flat(gradients).items():
         close(leaf, want[name])
@@ -319,10 +355,9 @@ def test_adapters_are_cut_as_their_kernels_are(tmp_path: Path) -> None:
     for name, leaf in flat(init_lora(CONFIG, LORA, jax.random.key(3))).items():
         np.testing.assert_array_equal(leaf, flat(adapters)[name], err_msg=name)
 
-    params = join(trained(LORA, mesh), base_params(mesh))
-    want = flat(merge_lora(join(trained(), base_params()), LORA))
-    save_adapter(tmp_path / "adapter", split(params)[0], CONFIG, LORA)
-    for name, leaf in flat(merge_lora(params, LORA)).items():
+    adapters, want = trained(LORA, mesh), flat(merged(trained(), base_params()))
+    save_adapter(tmp_path / "adapter", adapters, CONFIG, LORA)
+    for name, leaf in flat(merged(adapters, base_params(mesh))).items():
         close(leaf, want[name], 1e-6)
         assert leaf.sharding.is_equivalent_to(place(name), leaf.ndim), name
     _, again = load_adapter(tmp_path / "adapter", CONFIG, sharding=place)
@@ -381,7 +416,7 @@ def tiny_adapters(folder: Path, lora: LoraConfig) -> tuple[LlamaConfig, Tree]:
 def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
     _, transformers = _torch()
     config, adapters = tiny_adapters(tmp_path / "hf", LORA)
-    base = load_params(tmp_path / "hf", config, dtype=jnp.float32)
+    base = load_weights(tmp_path / "hf", config, dtype=jnp.float32)
     tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
     options: dict[str, Any] = {"lora": LORA, "dtype": jnp.float32}
     ours = logits(Llama.from_params(config, join(adapters, base), **options), tokens)
@@ -389,7 +424,11 @@ def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     converted.mkdir()
     shutil.copy(tmp_path / "hf" / "config.json", converted)
-    save(converted / PARAMS, merge_lora(join(adapters, base), LORA))
+    dtype = np.dtype(np.float32)
+    read = merge_lora(open_weights(tmp_path / "hf", config, dtype=dtype), adapters, LORA)
+    rows = parameters(config)
+    leaves = {row.path: StreamedArray.of(row, config, read, dtype) for row in rows}
+    save(converted / PARAMS, unflatten_dict(leaves, sep="."))
     again = Llama.from_params(*load_converted(converted), dtype=jnp.float32)
     close(logits(again, tokens), ours)
     orbax_to_hf.convert(converted, tmp_path / "back")
@@ -420,7 +459,7 @@ def test_an_adapter_means_to_peft_what_it_means_here(tmp_path: Path) -> None:
             module = name.removeprefix("base_model.model.").removesuffix("lora_A.weight")
             b = tensors[name.replace("lora_A", "lora_B")]
             weights[f"{module}weight"] += torch.tensor(5.0 / 3 * (b @ a))
-    base = load_params(tmp_path / "hf", config, dtype=jnp.float32)
+    base = load_weights(tmp_path / "hf", config, dtype=jnp.float32)
     tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
     whole = Llama.from_params(config, join(adapters, base), lora=lora, dtype=jnp.float32)
     close(torch_logits(theirs, tokens), logits(whole, tokens))

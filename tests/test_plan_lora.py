@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune.lora import init_lora, join, quantize_base
+from dca_jax.finetune.lora import init_lora, join, quantizer
 from dca_jax.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.model import Llama
 from dca_jax.parameters import abstract_params, lora_parameters, parameters, projections
@@ -52,8 +52,11 @@ def test_weights_are_those_of_real_arrays(quantized: bool) -> None:
         row.path: jnp.zeros(row.shape(SMALL), jnp.bfloat16, device=place(row.path))
         for row in parameters(SMALL)
     }
+    if quantized:
+        then = quantizer(SMALL)
+        for row in parameters(SMALL):
+            base |= then(row, base[row.path])
     params = unflatten_dict(base, sep=".")
-    params = quantize_base(params, SMALL) if quantized else params
     adapters = bytes_of_one_device(init_lora(SMALL, LORA, jax.random.key(0), place))
     usage = job_for(SMALL, context_length=300, batch=2, quantized=quantized).usage(sizes)
     assert usage.weights == bytes_of_one_device(params) + adapters
@@ -111,7 +114,7 @@ def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
 
 
 def quantized_shapes(base: dict[str, Any], mesh: Any) -> dict[str, Any]:
-    """What `quantize_base` gives, as shapes: a scale stands for the kernel's outputs."""
+    """What `quantizer` gives, as shapes: a scale stands for the kernel's outputs."""
     for row in projections(SMALL):
         node = base
         for name in row.path.split(".")[:-1]:

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
-from dca_jax.checkpoint import PARAMS, save
+from dca_jax.checkpoint import PARAMS, StreamedArray, save
 from dca_jax.distributed import from_primary
 from dca_jax.errors import InputError
 from dca_jax.files import copy_companions, read_json
-from dca_jax.finetune.lora import join, merge_lora, save_adapter
+from dca_jax.finetune.lora import merge_lora, save_adapter
+from dca_jax.loading import open_weights
+from dca_jax.parameters import parameters
 
 if TYPE_CHECKING:
     from dca_jax.finetune.run import Setup
 
 
-def export(
-    setup: "Setup", output: Path, params: dict[str, Any], base: dict[str, Any] | None
-) -> None:
+def export(setup: "Setup", output: Path, params: dict[str, Any]) -> None:
     """Writes `output/model`, and `output/adapter` if adapters were trained.
 
     The model is a converted folder: `dca_jax.load` reads it, and `dca-jax convert` makes it a
@@ -28,19 +29,22 @@ def export(
     DCA it was trained with, and its tokenizer has the template of its dialogues (but chunkllama's,
     which is none). It appears when it is whole; after an interruption the same command writes it.
 
+    With LoRA it is the base with the adapters merged into it, read from its folder piece by piece.
+
     Args:
-        params: what was trained; used up.
-        base: with LoRA, the frozen weights, never quantized; used up.
+        params: what was trained.
     """
-    settings = setup.settings
-    if setup.lora is not None and base is not None:
+    settings, config, dtype = setup.settings, setup.config, jnp.dtype(setup.settings.dtype)
+    if setup.lora is None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    else:
         if not (output / "adapter").exists():
-            save_adapter(
-                output / "adapter", params, setup.config, setup.lora, base_model=settings.model
-            )
-        params = merge_lora(join(params, base), setup.lora)
-    dtype = jnp.dtype(settings.dtype)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+            save_adapter(output / "adapter", params, config, setup.lora, base_model=settings.model)
+        read = merge_lora(open_weights(setup.folder, config, dtype=dtype), params, setup.lora)
+        leaves = {
+            row.path: StreamedArray.of(row, config, read, dtype) for row in parameters(config)
+        }
+        params = unflatten_dict(leaves, sep=".")
     aside = output / ".model.partial"
 
     def begin() -> None:

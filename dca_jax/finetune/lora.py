@@ -4,17 +4,17 @@ A projection that has adapters computes y = x W + alpha / rank (x A) B (`dca_jax
 Adapters are float32 arrays beside the kernel they adapt, `lora_a` [L, inputs, R] and `lora_b`
 [L, R, outputs], and lie on a mesh as its inputs and its outputs do. A run is:
 
-    base = quantize_base(params, config)                    # or params as they are
+    base = load_weights(folder, config, ..., then=quantizer(config))    # or without `then`
     adapters = init_lora(config, lora, key, sharding)
     model = Llama.from_params(config, join(adapters, base), lora=lora, quantized=True)
 
-with gradients of `adapters` alone. `merge_lora` gives back a plain parameter tree, which can be
-saved as a converted folder; `save_adapter` writes what PEFT (https://github.com/huggingface/peft)
-reads. int8 is of weights only, a scale for each output of each layer (W8A16); it needs qwix.
+with gradients of `adapters` alone. `merge_lora` reads the base and the adapters as plain weights;
+`save_adapter` writes what PEFT (https://github.com/huggingface/peft) reads. int8 is of weights
+only, a scale for each output of each layer (W8A16); it needs qwix.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,13 +34,14 @@ from dca_jax.files import member, read_json, refuse_existing, written_aside
 from dca_jax.huggingface import Checkpoint, match_tensors
 from dca_jax.model import Llama
 from dca_jax.parameters import (
-    TABLE,
+    Parameter,
+    Read,
     Shardings,
     load_tree,
     lora_parameters,
     projections,
 )
-from dca_jax.sharding import Shards, mesh_of
+from dca_jax.sharding import mesh_of
 from dca_jax.tensor_files import list_file, write_safetensors
 
 ADAPTERS = ("lora_a", "lora_b")  # names of trainable leaves
@@ -93,15 +94,12 @@ def join(adapters: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]
     return unflatten_dict(_flat(base) | _flat(adapters), sep=".")
 
 
-def quantize_base(params: Mapping[str, Any], config: LlamaConfig) -> dict[str, Any]:
-    """The layers' kernels as int8 `kernel` and float32 `kernel_scale`, all else as it is.
+def quantizer(config: LlamaConfig) -> Callable[[Parameter, Array], dict[str, Array]]:
+    """What makes int8 weights of a model's: `then` of `dca_jax.loading.load_weights`.
 
-    A kernel is about kernel * kernel_scale; the scale has size 1 along the inputs, and no weight is
-    off by more than half of it. Each leaf stays on its devices. `params` is used up: a kernel is
-    deleted as soon as it is quantized, so that the memory of one leaf is all that is needed.
-
-    Returns:
-        The tree for `Llama.from_params(..., quantized=True)`.
+    A layer's kernel becomes int8 `kernel` and float32 `kernel_scale`, on the devices it lies on; it
+    is about their product, and no weight is off by more than half its scale, which has size 1 along
+    the inputs. The kernel is deleted, so that no more than one is held. All else stays as it is.
 
     Raises:
         InputError: qwix is not installed.
@@ -117,66 +115,52 @@ def quantize_base(params: Mapping[str, Any], config: LlamaConfig) -> dict[str, A
     def quantize(
         kernel: Float[Array, "L ..."], channels: tuple[int, ...]
     ) -> tuple[Int8[Array, "L ..."], Float[Array, "L ..."]]:
-        # In bfloat16 it would divide, and keep the scale, with 8 bits: too few to round to 8 bits.
-        found = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
-        return found.qvalue, found.scale
+        def one_layer(kernel: Float[Array, "..."]) -> tuple[Array, Array]:
+            # In bfloat16 it would divide, and keep the scale, with 8 bits: too few to round to 8.
+            found = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
+            return found.qvalue, found.scale
 
-    leaves = _flat(params)
-    for row in projections(config):
-        kernel, num_inputs = leaves[row.path], len(row.groups[1])
-        channels = (0, *range(1 + num_inputs, kernel.ndim))
-        quantized, scale = jax.block_until_ready(quantize(kernel, channels))
-        leaves |= {row.path: quantized, f"{row.path}_scale": scale}
+        return jax.lax.map(one_layer, kernel)
+
+    kernels = {row.path for row in projections(config)}
+
+    def quantized(row: Parameter, kernel: Array) -> dict[str, Array]:
+        if row.path not in kernels:
+            return {row.path: kernel}
+        channels = tuple(range(len(row.groups[1]), kernel.ndim - 1))
+        values, scale = jax.block_until_ready(quantize(kernel, channels))
         kernel.delete()
-    return unflatten_dict(leaves, sep=".")
+        return {row.path: values, f"{row.path}_scale": scale}
+
+    return quantized
 
 
-def merge_lora(params: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """A plain tree in which each kernel is W + alpha / rank A B: as `parameters(config)` has it.
+def merge_lora(read: Read, adapters: Mapping[str, Any], lora: LoraConfig) -> Read:
+    """Reads a base with its adapters merged into it: each kernel as W + alpha / rank A B.
 
-    The sum is in float32, and rounded once to the kernel's dtype; int8 kernels come out in the
-    dtype of the norms. What int8 lost stays lost: to export a model that was trained over an int8
-    base, join its adapters with the base as it was before. `params` is used up like that of
-    `quantize_base`; the adapters are kept.
+    The sum is in float32, rounded once to the dtype of what `read` gives. A piece is merged when
+    it is read, so a base of any size needs no more memory than `load_tree` or a `StreamedArray`
+    takes for it. With several processes, all call it.
+
+    Args:
+        read: of the base, as it was before any quantization (`dca_jax.loading.open_weights`).
+        adapters: as `split` and `load_adapter` give them.
+        lora: what they were made with.
     """
-    leaves = _flat(params)
-    merged = {}
-    for path, leaf in leaves.items():
-        module, _, name = path.rpartition(".")
-        if name == "kernel":
-            parts = [leaves.get(f"{module}.{part}") for part in ("kernel_scale", *ADAPTERS)]
-            if any(part is not None for part in parts):
-                dtype = leaf.dtype if parts[0] is None else leaves["norm.scale"].dtype
-                whole = _merge(leaf, *parts, lora.scale, path, jnp.dtype(dtype))
-                merged[path] = jax.block_until_ready(whole)
-                leaf.delete()
-                continue
-        if name not in (*ADAPTERS, "kernel_scale"):
-            merged[path] = leaf
-    return unflatten_dict(merged, sep=".")
+    leaves = {path: _on_host(leaf) for path, leaf in _flat(adapters).items()}
 
+    def read_merged(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        piece = read(row, index)
+        module, _, name = row.path.rpartition(".")
+        a, b = (leaves.get(f"{module}.{part}") for part in ADAPTERS)
+        if name != "kernel" or a is None or b is None:
+            return piece
+        layer, ins = index[0].start, index[1 : a.ndim - 1]
+        outs = index[a.ndim - 1 :]
+        delta = np.tensordot(a[layer][ins], b[layer][:, *outs], 1)[None]
+        return (piece.astype(np.float32) + np.float32(lora.scale) * delta).astype(piece.dtype)
 
-@partial(jax.jit, static_argnames=("path", "dtype"))
-def _merge(
-    kernel: Array,
-    kernel_scale: Array | None,
-    lora_a: Array | None,
-    lora_b: Array | None,
-    strength: float | Array,
-    path: str,
-    dtype: np.dtype,
-) -> Array:
-    whole = kernel.astype(jnp.float32)
-    if kernel_scale is not None:
-        whole *= kernel_scale
-    if lora_a is not None and lora_b is not None:
-        row = next(row for row in TABLE if row.path == path)
-        outs, ins = ("".join(group) for group in row.groups)
-        subscripts = f"L{ins}R,LR{outs}->L{ins}{outs}"
-        place = Shards.of(kernel).product(subscripts, lora_a, lora_b)
-        delta = jnp.einsum(subscripts, lora_a, lora_b, precision="highest", out_sharding=place)
-        whole += strength * delta
-    return whole.astype(dtype)
+    return read_merged
 
 
 # --- PEFT's folders ----------------------------------------------------------------------------

@@ -23,12 +23,12 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from dca_jax.buckets import padded_length
-from dca_jax.checkpoint import is_converted, load_converted
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import from_primary, several_processes
@@ -38,7 +38,7 @@ from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row
 from dca_jax.finetune.data import training_rows as rows_of
 from dca_jax.finetune.dialogues import read_dialogues
 from dca_jax.finetune.export import export
-from dca_jax.finetune.lora import init_lora, quantize_base
+from dca_jax.finetune.lora import init_lora, quantizer
 from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
@@ -50,15 +50,16 @@ from dca_jax.finetune.train import (
     Metrics,
     Params,
     State,
+    abstract_state,
     joined,
     make_update,
     place,
     start,
 )
-from dca_jax.huggingface import load_params, read_config
-from dca_jax.loading import choose_dca, find_folder, load_tokenizer, parse_dca
+from dca_jax.huggingface import read_config
+from dca_jax.loading import choose_dca, find_folder, load_tokenizer, load_weights, parse_dca
 from dca_jax.model import Llama
-from dca_jax.parameters import Shardings
+from dca_jax.parameters import Shardings, lora_parameters, parameters
 from dca_jax.sharding import axis_size, make_mesh, parameter_shardings
 
 SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
@@ -133,8 +134,7 @@ def finetune(settings: Settings) -> Path:
     with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
         state = train(setup, checkpoints, rows, held_out, steps)
     from_primary(lambda: print(f"trained for {steps} updates; writing {output / MODEL}"))
-    base = None if setup.lora is None else load_weights(setup, settings.dtype)
-    export(setup, output, state.params, base)
+    export(setup, output, state.params)
     return output / MODEL
 
 
@@ -179,6 +179,8 @@ def open_setup(settings: Settings) -> Setup:
         mesh=mesh,
     )
     _ = setup.sharding  # refuses a mesh that the model cannot be cut for
+    if settings.base == "int8":
+        quantizer(config)  # refuses where qwix is not installed
     return setup
 
 
@@ -344,31 +346,24 @@ def load_state(
     setup: Setup, checkpoints: Checkpoints
 ) -> tuple[State, Params, dict[str, Any] | None]:
     """The state to go on from, the frozen weights, and the place in the rows; None at the start."""
-    settings = setup.settings
-    if setup.lora is None:
-        params, frozen = load_weights(setup, jnp.float32), {}
+    settings, config, lora = setup.settings, setup.config, setup.lora
+    where, frozen = setup.sharding, {}
+    if lora is None:
+        rows = parameters(config)
     else:
-        frozen = load_weights(setup, settings.dtype)
-        if settings.base == "int8":
-            frozen = quantize_base(frozen, setup.config)
-        params = init_lora(setup.config, setup.lora, jax.random.key(settings.seed), setup.sharding)
-    state = start(params)
-    if checkpoints.latest is None:
-        return state, frozen, None
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    jax.tree.map(lambda x: x.delete(), state)  # the memory of one state is enough
-    state, rows = checkpoints.restore(like)
-    return state, frozen, rows
-
-
-def load_weights(setup: Setup, dtype: Any) -> Params:
-    """The checkpoint's parameters, each device its own part."""
-    options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "sharding": setup.sharding}
-    if is_converted(setup.folder):
-        return load_converted(setup.folder, **options)[1]
-    return load_params(setup.folder, setup.config, **options)
+        rows = lora_parameters(config, lora)
+        then = quantizer(config) if settings.base == "int8" else None
+        dtype = jnp.dtype(settings.dtype)
+        frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
+    if checkpoints.latest is not None:
+        like = {row.path: row.abstract(config, jnp.float32, where) for row in rows}
+        state, place_in_rows = checkpoints.restore(abstract_state(unflatten_dict(like, sep=".")))
+        return state, frozen, place_in_rows
+    if lora is None:
+        params = load_weights(setup.folder, config, dtype=jnp.float32, sharding=where)
+    else:
+        params = init_lora(config, lora, jax.random.key(settings.seed), where)
+    return start(params), frozen, None
 
 
 def tell(

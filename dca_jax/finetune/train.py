@@ -7,14 +7,14 @@ AdamW's moments lie where their parameters do, so `fsdp` cuts all three.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.finetune.loss import summed_nll
@@ -103,10 +103,19 @@ def start(params: Params) -> State:
     """The state before the first update."""
     # Two copies: an update is given the memory of both.
     mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return State(params, mean, square, jax.device_put(np.int32(0), _step_sharding(params)))
+
+
+def abstract_state(params: Params) -> State:
+    """What `start` gives, as `jax.ShapeDtypeStruct`s, for `params` that are such."""
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=_step_sharding(params))
+    return State(params, params, params, cast(Any, step))
+
+
+def _step_sharding(params: Params) -> Sharding:
+    # The parameters' devices as they are, or the second update would compile once more.
     mesh, leaf = mesh_of(params), jax.tree.leaves(params)[0]
-    where = leaf.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
-    # Bound to the parameters' devices as they are, or the second update would compile once more.
-    return State(params, mean, square, jax.device_put(np.int32(0), where))
+    return leaf.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def make_update(
