@@ -24,7 +24,7 @@ demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, pri
 test: lint docs  ## Everything a change must pass: lint, types, documentation, tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (an hour)
+test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (a quarter of an hour)
 	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP
 
 lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright

@@ -50,6 +50,7 @@ class DeviceKind:
         share: of `memory` that JAX takes unless it is told otherwise.
         tiles_again: whether XLA copies the MLP's weights and o_proj's, of all layers, to another
             tiling at the beginning of each program.
+        narrows: whether XLA makes narrow copies of float32 weights for all layers at once.
     """
 
     name: str
@@ -59,6 +60,7 @@ class DeviceKind:
     links: int
     share: float = 1.0
     tiles_again: bool = False
+    narrows: bool = False
 
 
 def _gpu(name: str, gib: float) -> DeviceKind:
@@ -71,7 +73,8 @@ def _gpu(name: str, gib: float) -> DeviceKind:
 def _tpu(name: str, gib: float, *, tiles_again: bool = False) -> DeviceKind:
     # The memory that libtpu 0.0.48 compiles for. All chips of a slice are linked alike. The
     # runtime's part is a guess: programs, and the small arrays between them.
-    return DeviceKind(name, int(gib * GIB), 256, 200_000_000, 0, tiles_again=tiles_again)
+    memory = int(gib * GIB)
+    return DeviceKind(name, memory, 256, 200_000_000, 0, tiles_again=tiles_again, narrows=True)
 
 
 # A v4 or v5p chip is one device, a v7x chip two.
@@ -233,11 +236,14 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
     That is not how they are stored if `fsdp` cuts them, or if they are float32 or int8.
     """
-    layer, tables, tiled = 0, [0], 0
+    layer, tables, tiled, narrow = 0, [0], 0, 0
     whole = dict(sizes) | {"fsdp": 1}
     # As they are stored, and as they are multiplied; of the trained ones, with their gradients.
     widths = [(row, F32, 2 * job.width) for row in job.trained]
     widths += [(row, width, job.width if width == 1 else 0) for row, width in job.frozen]
+    if job.device.narrows and job.width < F32:
+        stacked = (row for row in job.trained if row.stacked)
+        narrow = job.width * sum(_share(*_placed(row, job.config, sizes)) for row in stacked)
     for row, stored, multiplied in widths:
         share = _share(*_placed(row, job.config, whole))
         size = share * (multiplied + (stored if sizes["fsdp"] > 1 else 0))  # no longer cut
@@ -248,7 +254,7 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         moved = "mlp" in row.path or "o_proj" in row.path
         if job.device.tiles_again and moved and not multiplied:
             tiled += stored * share // sizes["fsdp"]
-    return max(layer, *tables) + tiled
+    return max(layer, *tables) + tiled + narrow
 
 
 def _mlp(config: LlamaConfig, sizes: Mapping[str, int]) -> int:

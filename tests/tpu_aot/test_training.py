@@ -44,6 +44,7 @@ class Case(NamedTuple):
 CASES = [
     Case("v5p", "2x2x1", "fsdp=4", 4),
     Case("v5p", "2x2x1", "fsdp=4", 4, remat="layer"),
+    Case("v5p", "2x2x1", "context=2,fsdp=2", 2),
 ]
 
 
@@ -111,12 +112,13 @@ def test_an_update_fits_as_planned(case: Case) -> None:
         f"beside them at the peak {at_peak / 1e9:.2f} GB (plan {working / 1e9:.2f}), "
         f"{kernels} attention kernels"
     )
-    assert "all-reduce-scatter" in hlo
-    assert not summed_whole(hlo)
     assert found.peak_memory_in_bytes < DEVICES[case.chip].memory
     # The forward kernel, and two of the backward pass; again the forward one, if nothing of it is
-    # kept.
-    assert kernels == 3 + (case.remat == "layer")
+    # kept. A ring has each in several places, and gradients are summed over more than `fsdp`.
+    if "context" not in case.mesh:
+        assert kernels == 3 + (case.remat == "layer")
+        assert "all-reduce-scatter" in hlo
+        assert not summed_whole(hlo)
     assert held == pytest.approx(found.argument_size_in_bytes, rel=0.01)
     if case.remat == "attention":  # what `plan` plans for
         assert working == pytest.approx(at_peak, rel=0.15)
