@@ -27,11 +27,12 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.status import Status
 
 from dca_jax.buckets import padded_length
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
-from dca_jax.distributed import from_primary, several_processes
+from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.finetune.checkpoints import Checkpoints
 from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row, rows_per_epoch
@@ -133,8 +134,8 @@ def finetune(settings: Settings) -> Path:
     from_primary(lambda: write_settings(output, settings))
     with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
         state = train(setup, checkpoints, rows, held_out, steps)
-    from_primary(lambda: print(f"trained for {steps} updates; writing {output / MODEL}"))
-    export(setup, output, state.params)
+    with _status(f"writing {output / MODEL}"):
+        export(setup, output, state.params)
     return output / MODEL
 
 
@@ -302,7 +303,8 @@ def train(
 ) -> State:
     """Makes the updates that are still to be made, and returns the last state."""
     settings = setup.settings
-    state, frozen, place_in_rows = load_state(setup, checkpoints)
+    with _status(f"loading {setup.folder}"):
+        state, frozen, place_in_rows = load_state(setup, checkpoints)
     done = int(state.step)
     stream = iter(rows)
     if place_in_rows is not None:
@@ -340,6 +342,10 @@ def train(
                 raise SystemExit(128 + stopped)
         checkpoints.wait()
     return state
+
+
+def _status(text: str) -> Status:
+    return Console(stderr=True, quiet=not is_primary()).status(text)
 
 
 def load_state(
