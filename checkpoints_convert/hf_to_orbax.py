@@ -20,7 +20,7 @@ from dca_jax.checkpoint import PARAMS, StreamedArray, save
 from dca_jax.errors import InputError, exit_on_input_error
 from dca_jax.files import copy_companions, written_aside
 from dca_jax.huggingface import Checkpoint, open_checkpoint, read_config
-from dca_jax.parameters import Parameter, Progress, parameters
+from dca_jax.parameters import Parameter, parameters
 
 
 def convert(
@@ -49,7 +49,10 @@ def convert(
     with written_aside(destination) as aside:
         companions = copy_companions(source, aside)
         with progress_bar(total, show) as progress:
-            tree = {row.path: _stream(checkpoint, row, dtypes[row.path], progress) for row in rows}
+            tree = {}
+            for row in rows:
+                read = partial(checkpoint.read, dtype=dtypes[row.path])
+                tree[row.path] = StreamedArray.of(row, config, read, dtypes[row.path], progress)
             save(aside / PARAMS, unflatten_dict(tree, sep="."))
         weights = {t.path for tensors in checkpoint.tensors.values() for t in tensors}
         write_provenance(
@@ -62,13 +65,6 @@ def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
     if dtype == np.float64:
         raise InputError(f"{row.path} is stored as float64; choose --dtype float32 or bfloat16")
     return dtype
-
-
-def _stream(
-    checkpoint: Checkpoint, row: Parameter, dtype: np.dtype, progress: Progress
-) -> StreamedArray:
-    read = partial(checkpoint.read, dtype=dtype)
-    return StreamedArray.of(row, checkpoint.config, read, dtype, progress)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

@@ -72,7 +72,14 @@ class StreamedArray:
         dtype: np.dtype,
         progress: Progress | None = None,
     ) -> "StreamedArray":
-        """A parameter, whose pieces are read, in `dtype`, when they are written."""
+        """A parameter of a model, read piece by piece when it is written.
+
+        Args:
+            row: the parameter. config: the model's shape.
+            read: gives its pieces, in `dtype`.
+            dtype: of the array.
+            progress: told the path and the bytes, after each piece.
+        """
 
         def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
             for index in pieces(row, config):

@@ -12,8 +12,8 @@ Four models from one checkpoint of context c (512), all of which read by DCA (`p
 
 Each reads held-out text in windows of c to 32 c tokens, and is asked for passkeys at 8, 16 and
 32 c. `exact` and `detached` are trained anew for every seed, which draws the rows. OUT gets
-results.json and two figures, brought up to date after every model. Runs on one GPU; on a CPU it
-works, and takes days.
+results.json and two figures, brought up to date after every model. Meant for one GPU; a CPU wants
+a smaller plan (`--updates`, `--tokens`, `--windows`, ...).
 """
 
 import dataclasses

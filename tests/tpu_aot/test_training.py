@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dca_jax.dca import DCAConfig
 from dca_jax.finetune.settings import DataFile, Settings
-from dca_jax.finetune.train import Batch, State, make_update
+from dca_jax.finetune.train import Batch, abstract_state, make_update
 from dca_jax.memory import DEVICES
 from dca_jax.model import Llama
 from dca_jax.parameters import abstract_params
@@ -60,13 +60,13 @@ def compiled(case: Case) -> Any:
         dca = DCAConfig.paper(MODEL.max_position_embeddings)
         return Llama.from_params(MODEL, params, dca=dca, remat=case.remat)
 
-    def array(dtype: Any, *shape: int, cut: bool = True) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec(None, ("data", "fsdp")) if cut else PartitionSpec()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     rows = 1, case.batch, LENGTH
     batch = Batch(array(jnp.int32, *rows), array(jnp.bool_, *rows), array(jnp.int32, *rows[:2]))
-    state = State(params, params, params, array(jnp.int32, cut=False))
+    state = abstract_state(params)
     settings = Settings(model="m", output="o", data=(DataFile("d"),))
     update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -82,10 +82,11 @@ def summed_whole(hlo: str) -> list[str]:
     for line in hlo.splitlines():
         if not line.startswith(" "):
             computation = line
-        summed = re.search(r"= \w+\[([\d,]*)\]\S* all-reduce(?:-start)?\(", line)
+        summed = re.search(r" = (.*) all-reduce(?:-start)?\(", line)  # of one array, or of several
         if summed and "all-reduce-scatter" not in computation:
-            size = math.prod(map(int, filter(None, summed[1].split(","))))
-            found += [line.strip()[:120]] if size >= MODEL.hidden_size**2 else []
+            shapes = (sizes.split(",") for sizes in re.findall(r"\w\[([\d,]+)\]", summed[1]))
+            largest = max((math.prod(map(int, sizes)) for sizes in shapes), default=0)
+            found += [line.strip()[:120]] if largest >= MODEL.hidden_size**2 else []
     return found
 
 
