@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import test_moby_dick
 from conftest import REPOSITORY
+from flax import nnx
 from kernels import attend_by_slices
 
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
 from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
+from dca_jax.config import LlamaConfig
 from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
 from dca_jax.evaluation.passkey import passkey_grid
 from dca_jax.evaluation.perplexity import perplexity, token_nll
+from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, inverse_frequencies, rotate
 
 pytestmark = [
@@ -293,6 +296,34 @@ def test_the_demo_model_finds_the_passkey() -> None:
     llm = dca_jax.load(DEMO, dca="paper", dtype="bfloat16")
     grid = passkey_grid(llm, [2048, 4096], [0.0, 0.5, 1.0], trials=2)
     assert (grid.found == grid.trials).all()
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("layer", 3), ("attention", 2), ("products", 2)])
+def test_no_kernel_of_an_update_runs_twice(remat: str, kernels: int) -> None:
+    """A layer's forward and backward kernel; the forward one again only if nothing of it is kept.
+
+    XLA would run it once more to write what is kept of it down: the compiled program tells.
+    """
+    runs_here("mosaic_gpu", 128)
+    model = training_model(remat)
+    tokens = jnp.zeros((1, 1024), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda model: model(tokens).sum()))
+    assert gradient.lower(model).compile().as_text().count("mosaic_gpu_v2") == kernels
+
+
+def training_model(remat: str) -> Llama:
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=256,
+    )
+    options: dict[str, Any] = {"dca": DCAConfig.paper(256), "implementation": "mosaic_gpu"}
+    return Llama(config, remat=remat, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize("setting", ["plain_rope", "chunkllama"])

@@ -412,6 +412,9 @@ def _forward_saving(
     rows: Rows,
 ) -> tuple[tuple[Array, Array | None], tuple]:
     out, lse = _forward(name, dca, phases, True, query, key, value, layer, rows)
+    # Or XLA's GPU compiler runs the kernel twice in a scan over layers: once to go on from, once
+    # more fused with the writing of its result to the stack of what is kept (jaxlib 0.11.2).
+    out, lse = jax.lax.optimization_barrier((out, lse))
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return (out, lse if with_lse else None), (query, key, value, layer, rows, out, lse)
 
