@@ -151,6 +151,7 @@ def figures(
         train=True,
         lora=lora,
         quantized=variant.base == "int8",
+        remat=variant.remat,
     )
     return {
         "devices": f"{count}, {describe(sizes)}",

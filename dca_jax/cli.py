@@ -67,6 +67,14 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Remat(StrEnum):
+    """The choices of `--remat`; `dca_jax.model.REMAT`."""
+
+    layer = "layer"
+    attention = "attention"
+    products = "products"
+
+
 class Base(StrEnum):
     """The choices of `--base`."""
 
@@ -353,6 +361,12 @@ def plan_command(
     base: Annotated[
         Base, typer.Option(help="With --lora-rank: how the weights are kept that are not trained.")
     ] = Base.dtype,
+    remat: Annotated[
+        Remat,
+        typer.Option(
+            help="With --train: what is kept of each layer, as `dca-jax finetune` has it."
+        ),
+    ] = Remat.attention,
     json: Annotated[
         bool, typer.Option("--json", help="For scripts: bytes, tokens and meshes as JSON.")
     ] = False,
@@ -378,6 +392,7 @@ def plan_command(
         dtype=dtype.value,
         lora=LoraConfig(rank=lora_rank) if lora_rank else None,
         quantized=base is Base.int8,
+        remat=remat.value,
     )
     if json:
         print(dumps(found.as_json(), indent=2))

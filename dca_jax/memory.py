@@ -6,9 +6,9 @@ arrays that are alive at once in one layer; tests hold it beside the compiler's 
 
 Reading a prompt and drawing tokens (`dca_jax.generate`): parameters and cache in one dtype, the
 prompt read in pieces, or at once where `context` shares it. Training: parameters, gradients and
-AdamW's two moments in float32, activations in the dtype, each layer but its attention computed
-again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time. With LoRA
-only the adapters are trained; the base is in the dtype, or its layers' kernels are int8.
+AdamW's two moments in float32, activations in the dtype, what is not kept of a layer (`remat`)
+computed again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time.
+With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels are int8.
 """
 
 import math
@@ -125,6 +125,7 @@ class Job:
     dtype: jnp.dtype
     lora: LoraConfig | None = None
     quantized: bool = False
+    remat: str = "attention"
 
     @property
     def width(self) -> int:
@@ -216,18 +217,19 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of a step: what is kept of each layer, one layer's backward, the loss.
-
-    Kept are the stream it starts from, and what its attention gave (`remat` "attention").
-    """
+    """Activations of a step: what is kept of each layer, one layer's backward, the loss."""
     config, rows, context = job.config, _rows(job, sizes), sizes["context"]
     length = -(-job.context_length // (2 * context)) * 2
     hidden = job.width * rows * length * config.hidden_size
     backward = job.width * rows * length * _backward(config, sizes)
     logits = 2 * F32 * rows * min(length, LOSS_TOKENS) * config.vocab_size // sizes["tensor"]
-    query, _ = _head_sizes(config, sizes)
-    lse = F32 * rows * length * query // config.head_dim
-    kept = hidden + job.width * rows * length * query + lse
+    query, key = _head_sizes(config, sizes)
+    kept = hidden  # the stream it starts from
+    if job.remat != "layer":  # what its attention gave, with the log-sum-exp
+        kept += rows * length * (job.width * query + F32 * query // config.head_dim)
+    if job.remat == "products":  # what q, k, v and o_proj gave; gate and up
+        wide = query + 2 * key + 2 * config.intermediate_size // sizes["tensor"]
+        kept += hidden + job.width * rows * length * wide
     return config.num_hidden_layers * kept + max(backward, logits + 2 * hidden)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -29,10 +30,11 @@ from dca_jax.sharding import Shards
 Attend = Callable[[Array, Array, Array], Array]
 
 # What is kept of a layer for the backward pass, by name; the rest is computed again from it.
-REMAT: dict[str, Callable[..., Any] | None] = {
+PRODUCT = "product"  # the name of what a `Linear` gives
+REMAT: dict[str, Callable[..., Any]] = {
     "layer": jax.checkpoint_policies.nothing_saveable,  # its input only
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # and what attention gave
-    "none": None,  # everything: nothing is computed again
+    "products": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),  # and projections
 }
 
 
@@ -90,12 +92,12 @@ class Linear(nnx.Module):
         if self.lora is not None:
             ins, _, outs = re.split(",|->", subscripts)  # BTD and BTNH
             low = product(f"{ins},{ins[2:]}R->BTR", x, shards.gathered(self.lora_a[...]))
-            low = low * self.lora.scale
+            low = checkpoint_name(low * self.lora.scale, PRODUCT)
             y += product(f"BTR,R{outs[2:]}->{outs}", low, shards.gathered(self.lora_b[...]))
-        if self.bias is None:
-            return y
-        bias = self.bias[...].astype(x.dtype)
-        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        if self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)
+            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return checkpoint_name(y, PRODUCT)
 
 
 class RMSNorm(nnx.Module):
@@ -193,7 +195,8 @@ class Llama(nnx.Module):
         dca: Dual Chunk Attention's setting, or another method's (`dca_jax.position_methods`); None
             is the model's own plain causal attention.
         param_dtype: of the parameters. dtype: of activations and matrix products.
-        remat: what training keeps of each layer for the backward pass, a name of `REMAT`.
+        remat: what training keeps of each layer for the backward pass, a name of `REMAT`; None
+            is everything.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
         lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
         quantized: the layers' kernels are int8 (`dca_jax.finetune.lora.quantizer`).
@@ -207,7 +210,7 @@ class Llama(nnx.Module):
         dca: DCAConfig | PositionMethod | None = None,
         param_dtype: DTypeLike = jnp.float32,
         dtype: DTypeLike = jnp.bfloat16,
-        remat: str = "none",
+        remat: str | None = None,
         implementation: str | None = None,
         lora: LoraConfig | None = None,
         quantized: bool = False,
@@ -339,8 +342,9 @@ class Llama(nnx.Module):
             x = layer(x, attend)
             return x, kept
 
-        policy = REMAT[self.remat]
-        body = whole_texts if policy is None else jax.checkpoint(whole_texts, policy=policy)
+        body = whole_texts
+        if self.remat is not None:
+            body = jax.checkpoint(whole_texts, policy=REMAT[self.remat])
         x, kept = jax.lax.scan(body, self._embed(tokens, shards.out("BTD")), self.layers)
         x = self.norm(x)
         if context > 1:

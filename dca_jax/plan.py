@@ -40,6 +40,7 @@ class Plan:
     train: bool
     lora: LoraConfig | None
     quantized: bool
+    remat: str
     usage: Usage
     fits: bool
     longest: int
@@ -72,10 +73,12 @@ class Plan:
         if self.lora is not None:
             purpose = f"to train adapters of rank {self.lora.rank} on"
             purpose += ", over int8 weights" if self.quantized else ""
+        kept = {"kept of each layer": self.remat} if self.train else {}
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
             "texts": f"{self.batch} of {self.context_length:,} tokens, {purpose}",
+            **kept,
             **parts,
             "a device's total": f"{decimal(usage.total)} of {decimal(device.memory)}",
             "fits": verdict,
@@ -96,6 +99,7 @@ class Plan:
             "train": self.train,
             "lora_rank": self.lora and self.lora.rank,
             "quantized": self.quantized,
+            "remat": self.remat if self.train else None,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "memory": self.device.memory,
             "fits": self.fits,
@@ -118,6 +122,7 @@ def plan(
     dtype: DTypeLike = jnp.bfloat16,
     lora: LoraConfig | None = None,
     quantized: bool = False,
+    remat: str = "attention",
 ) -> Plan:
     """Works out a plan.
 
@@ -129,6 +134,7 @@ def plan(
         train: training instead of generation.
         dtype: of activations, cache and weights that are not trained.
         lora: train these adapters only. quantized: over a base whose layers' kernels are int8.
+        remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
 
     Raises:
         InputError: an unknown device, a mesh that does not divide the model or the batch, or no
@@ -151,6 +157,7 @@ def plan(
         dtype=jnp.dtype(dtype),
         lora=lora,
         quantized=quantized,
+        remat=remat,
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -177,6 +184,7 @@ def plan(
         train=train,
         lora=lora,
         quantized=quantized,
+        remat=remat,
         usage=job.usage(sizes),
         fits=job.fits(sizes),
         longest=job.longest(sizes),

@@ -400,7 +400,7 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
         ("pack: 1", "pack is true or false, got 1"),
         ("batch: true", "batch is a whole number"),
         ("warmup: 1.5", "warmup must be from 0 to below 1"),
-        ("remat: all", "remat is one of layer, attention, none; got 'all'"),
+        ("remat: all", "remat is one of layer, attention, products; got 'all'"),
         ("report: mail", "report is one of tensorboard, wandb"),
         ("seed:", "seed is empty"),
         ("base: int8", "int8 goes with LoRA"),

@@ -24,7 +24,7 @@ from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import Batch, State, make_update
 from dca_jax.kv_cache import KVCache
 from dca_jax.memory import DEVICES, LOSS_TOKENS, Job
-from dca_jax.model import Llama
+from dca_jax.model import REMAT, Llama
 from dca_jax.parameters import parameters
 from dca_jax.plan import Plan, plan, recommend, written
 from dca_jax.shapes import SHAPES, find_shape
@@ -116,12 +116,13 @@ def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
-def test_the_formula_of_training_beside_the_compiler() -> None:
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_formula_of_training_beside_the_compiler(remat: str) -> None:
     batch, length, mesh = 4, 2 * LOSS_TOKENS, make_mesh("fsdp=2")
     model = abstract_model(SMALL, mesh, jnp.float32, None)
 
     def build(params: Any) -> Llama:
-        options: dict[str, Any] = {"dca": model.dca, "dtype": jnp.float32, "remat": "attention"}
+        options: dict[str, Any] = {"dca": model.dca, "dtype": jnp.float32, "remat": remat}
         return Llama.from_params(SMALL, params, **options)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -136,6 +137,7 @@ def test_the_formula_of_training_beside_the_compiler() -> None:
     analysis = update.lower(state, {}, tokens).compile().memory_analysis()
 
     options: dict[str, Any] = {"context_length": length, "batch": batch, "train": True}
+    options |= {"remat": remat}
     usage = job_for(SMALL, dtype=jnp.dtype(jnp.float32), **options).usage(mesh.shape)
     held = usage.weights + usage.optimizer
     assert held == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)

@@ -108,7 +108,7 @@ class Settings:
     remat: str = _option(
         "attention",
         "What is kept for the backward pass: each layer's input (layer), also what attention gave "
-        "(attention), or everything (none).",
+        "(attention), or also what the projections gave (products): more memory, less time.",
         resumable=True,
         choices=tuple(REMAT),
     )
