@@ -13,7 +13,7 @@ export JAX_PLATFORMS ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tpu-aot lint docs clean
+.PHONY: help demo test test-tpu-aot test-gpu-aot lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -26,6 +26,14 @@ test: lint docs  ## Everything a change must pass: lint, types, documentation, t
 
 test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (a quarter of an hour)
 	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP
+
+# JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
+test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning for H200s, without one (a minute)
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/gpu_aot -m "" -rP
+
+$(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(@D) jax-cuda13-plugin jax-cuda13-pjrt
+	@touch $@
 
 lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
 	$(BIN)/ruff check .

@@ -41,7 +41,8 @@ from dca_jax.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/demo-python-7m")
-EVERY = (*METHODS, "dca:chunkllama", "dca+pi:2", "dca+ntk:2")
+EVERY = (*METHODS, "dca:chunkllama", "dca:chunkllama_ppl", "dca:chunkllama_flash_decoding")
+EVERY += ("dca+pi:2", "dca+ntk:2")
 TASKS = ("perplexity", "passkey", "grid")
 FACTS = ("versions", "device", "devices", "platform")  # of a part's summary, that hold for all
 # For processes on one device: none takes most of its memory for itself, and none spends more time

@@ -1,6 +1,8 @@
-"""Whole models without weights: what `dca_jax.generate` compiles, lowered from shapes alone."""
+"""Whole models without weights: what `dca_jax` compiles, lowered from shapes alone."""
 
 import contextlib
+import math
+import re
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -13,9 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dca_jax import generate
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.finetune.settings import DataFile, Settings
+from dca_jax.finetune.train import Batch, make_update
+from dca_jax.finetune.train import abstract_state as abstract_state_of_training
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.parameters import parameters
+from dca_jax.parameters import abstract_params, parameters
 from dca_jax.sampling import Sampler
 from dca_jax.sharding import parameter_shardings, partition
 
@@ -52,6 +57,49 @@ def lower(
         assert step == "decode"
         jitted = jax.jit(generate.decode, donate_argnames="state")
         return jitted.lower(model, abstract_state(cache, mesh), Sampler(), whole(8), whole())
+
+
+def lower_update(
+    config: LlamaConfig, mesh: Mesh, *, rows: int, length: int, remat: str | None
+) -> Any:
+    """An update of finetuning all weights, for the devices of a mesh."""
+    where = parameter_shardings(config, mesh)
+    state = abstract_state_of_training(abstract_params(config, dtype=jnp.float32, sharding=where))
+
+    def build(params: Any) -> Llama:
+        dca = DCAConfig.paper(config.max_position_embeddings)
+        return Llama.from_params(config, params, dca=dca, remat=remat)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    shape = 1, rows, length
+    batch = Batch(array(jnp.int32, *shape), array(jnp.bool_, *shape), array(jnp.int32, *shape[:2]))
+    settings = Settings(model="m", output="o", data=(DataFile("d"),))
+    update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
+    platform = mesh.devices.flat[0].platform
+    with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = update.trace(state, {}, batch)
+        # Named, for JAX takes "gpu" for the kind that is in this machine.
+        return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+
+
+def summed_whole(hlo: str, size: int) -> list[str]:
+    """What is summed over devices and then whole on each, of so many elements or more.
+
+    What each device gets a part of is a fused computation, `all-reduce-scatter`, to TPUs' compiler.
+    """
+    found, computation = [], ""
+    for line in hlo.splitlines():
+        if not line.startswith(" "):
+            computation = line
+        summed = re.search(r" = (.*) all-reduce(?:-start)?\(", line)  # of one array, or of several
+        if summed and "all-reduce-scatter" not in computation:
+            shapes = (sizes.split(",") for sizes in re.findall(r"\w\[([\d,]+)\]", summed[1]))
+            largest = max((math.prod(map(int, sizes)) for sizes in shapes), default=0)
+            found += [line.strip()[:120]] if largest >= size else []
+    return found
 
 
 def abstract_model(

@@ -1,26 +1,16 @@
 """An update of Llama-2-7B at 16,384 tokens, compiled for real TPUs: it fits, as `plan` says."""
 
 import importlib.util
-import math
-import re
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import pytest
-from abstract import unchecked
+from abstract import lower_update, summed_whole
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dca_jax.dca import DCAConfig
-from dca_jax.finetune.settings import DataFile, Settings
-from dca_jax.finetune.train import Batch, abstract_state, make_update
 from dca_jax.memory import DEVICES
-from dca_jax.model import Llama
-from dca_jax.parameters import abstract_params
 from dca_jax.plan import plan
 from dca_jax.shapes import SHAPES
-from dca_jax.sharding import make_mesh, parameter_shardings, parse_mesh
+from dca_jax.sharding import make_mesh, parse_mesh
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -49,51 +39,14 @@ CASES = [
 ]
 
 
-def compiled(case: Case) -> Any:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_an_update_fits_as_planned(case: Case) -> None:
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{case.chip}:{case.topology}"
     )
     mesh = make_mesh(case.mesh, topology.devices)
-    where = parameter_shardings(MODEL, mesh)
-    params = abstract_params(MODEL, dtype=jnp.float32, sharding=where)
-
-    def build(params: Any) -> Llama:
-        dca = DCAConfig.paper(MODEL.max_position_embeddings)
-        return Llama.from_params(MODEL, params, dca=dca, remat=case.remat)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    rows = 1, case.batch, LENGTH
-    batch = Batch(array(jnp.int32, *rows), array(jnp.bool_, *rows), array(jnp.int32, *rows[:2]))
-    state = abstract_state(params)
-    settings = Settings(model="m", output="o", data=(DataFile("d"),))
-    update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
-    with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return update.lower(state, {}, batch).compile()
-
-
-def summed_whole(hlo: str) -> list[str]:
-    """What is summed over devices and then whole on each, of a size that only gradients have.
-
-    What each device gets a part of is a fused computation, `all-reduce-scatter`, to TPUs' compiler.
-    """
-    found, computation = [], ""
-    for line in hlo.splitlines():
-        if not line.startswith(" "):
-            computation = line
-        summed = re.search(r" = (.*) all-reduce(?:-start)?\(", line)  # of one array, or of several
-        if summed and "all-reduce-scatter" not in computation:
-            shapes = (sizes.split(",") for sizes in re.findall(r"\w\[([\d,]+)\]", summed[1]))
-            largest = max((math.prod(map(int, sizes)) for sizes in shapes), default=0)
-            found += [line.strip()[:120]] if largest >= MODEL.hidden_size**2 else []
-    return found
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_an_update_fits_as_planned(case: Case) -> None:
-    program = compiled(case)
+    options: dict[str, Any] = {"rows": case.batch, "length": LENGTH, "remat": case.remat}
+    program = lower_update(MODEL, mesh, **options).compile()
     found = program.memory_analysis()
     usage = plan(
         "llama-2-7b",
@@ -121,6 +74,6 @@ def test_an_update_fits_as_planned(case: Case) -> None:
     if "context" not in case.mesh:
         assert kernels == 3 + (case.remat == "layer")
         assert "all-reduce-scatter" in hlo
-        assert not summed_whole(hlo)
+        assert not summed_whole(hlo, MODEL.hidden_size**2)
     assert held == pytest.approx(found.argument_size_in_bytes, rel=0.01)
     assert working == pytest.approx(at_peak, rel=0.15)
