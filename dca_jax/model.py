@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -362,8 +363,21 @@ class Llama(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
         table = self.embed_tokens.embedding[...]
-        table = Shards.of(table).gathered(table)
-        return table.at[tokens].get(out_sharding=place).astype(self.dtype)
+        shards = Shards.of(table)
+        table = shards.gathered(table)
+        if shards.size("tensor") == 1:
+            return table.at[tokens].get(out_sharding=place).astype(self.dtype)
+
+        # Left to itself, the compiler gathers the table, for every token that is drawn.
+        def look_up(own: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+            row = tokens - jax.lax.axis_index("tensor") * len(own)
+            here = (row >= 0) & (row < len(own))
+            found = jnp.where(here[..., None], own[jnp.where(here, row, 0)], 0)
+            return jax.lax.psum(found.astype(self.dtype), "tensor")
+
+        batch, length, _ = place.spec
+        where = PartitionSpec("tensor", None), PartitionSpec(batch, length)
+        return shards.local(look_up, where, place.spec)(table, tokens)
 
     def unembedding(self) -> Float[Array, "D V"]:
         """The kernel of `unembed` as it is stored, no longer cut along `fsdp`."""
@@ -381,6 +395,13 @@ class Llama(nnx.Module):
         `kernel` is `unembedding()`, for a caller that gathers it once for many calls.
         """
         kernel = self.unembedding() if kernel is None else kernel
+        shards = Shards.of(kernel)
+        one_row = hidden.ndim == 2 and len(hidden) == shards.size("data", "fsdp")
+        if one_row and hidden.dtype != jnp.float32:
+            # By a vector XLA's GPU compiler multiplies in the result's dtype: it would write the
+            # kernel down in float32 for every token that is drawn. Two rows are a matrix.
+            twice = jnp.broadcast_to(hidden[:, None], (len(hidden), 2, hidden.shape[1]))
+            return self.unembed(twice, kernel)[:, 0]
         kernel = kernel.astype(hidden.dtype)
         rows = "BTU"[: hidden.ndim - 1]
         subscripts = f"{rows}D,DV->{rows}V"
@@ -390,7 +411,7 @@ class Llama(nnx.Module):
             kernel,
             precision="highest" if hidden.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
-            out_sharding=Shards.of(kernel).product(subscripts, hidden, kernel),
+            out_sharding=shards.product(subscripts, hidden, kernel),
         )
 
     def nll(

@@ -50,13 +50,21 @@ def lower(
                 *(model, cache, whole(batch, config.hidden_size, dtype=dtype)),
                 *(whole(batch, tokens), whole(batch), whole(batch)),
             )
-            return jax.jit(generate.read, donate_argnames="cache").lower(*arguments)
+            return _lowered(jax.jit(generate.read, donate_argnames="cache"), mesh, *arguments)
         if step == "read_whole":
             jitted = jax.jit(generate.read_whole, donate_argnames="cache", keep_unused=True)
-            return jitted.lower(model, cache, whole(batch, capacity), whole(batch))
+            return _lowered(jitted, mesh, model, cache, whole(batch, capacity), whole(batch))
         assert step == "decode"
         jitted = jax.jit(generate.decode, donate_argnames="state")
-        return jitted.lower(model, abstract_state(cache, mesh), Sampler(), whole(8), whole())
+        arguments = model, abstract_state(cache, mesh), Sampler(), whole(8), whole()
+        return _lowered(jitted, mesh, *arguments)
+
+
+def _lowered(jitted: Any, mesh: Mesh, *arguments: Any) -> Any:
+    # Named, for JAX takes "gpu" for the kind that is in this machine.
+    platform = mesh.devices.flat[0].platform
+    names = ("cuda" if platform == "gpu" else platform,)
+    return jitted.trace(*arguments).lower(lowering_platforms=names)
 
 
 def lower_update(
@@ -78,11 +86,8 @@ def lower_update(
     batch = Batch(array(jnp.int32, *shape), array(jnp.bool_, *shape), array(jnp.int32, *shape[:2]))
     settings = Settings(model="m", output="o", data=(DataFile("d"),))
     update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
-    platform = mesh.devices.flat[0].platform
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = update.trace(state, {}, batch)
-        # Named, for JAX takes "gpu" for the kind that is in this machine.
-        return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+        return _lowered(update, mesh, state, {}, batch)
 
 
 def summed_whole(hlo: str, size: int) -> list[str]:

@@ -250,6 +250,14 @@ def test_gradient_with_and_without_remat(tiny: Llama) -> None:
         )
 
 
+def test_one_row_has_the_logits_that_it_has_among_others(tiny: Llama) -> None:
+    hidden = jax.random.normal(jax.random.key(5), (3, 32), jnp.bfloat16)
+    rows, one = tiny.unembed(hidden), tiny.unembed(hidden[:1])
+    assert one.shape == (1, 64)
+    assert one.dtype == jnp.float32
+    np.testing.assert_allclose(one, rows[:1], rtol=1e-5)
+
+
 def test_params_round_trip_and_names(tiny: Llama) -> None:
     params = tiny.params()
     assert params["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 4, 8)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract import lower
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -190,6 +191,16 @@ def test_no_collective_moves_the_cache_or_the_weights(sizes):
     moved = collective_sizes(program.as_text())
     assert moved, "devices that exchange nothing share no work"
     assert max(moved) < cache.key[0].size // 8
+
+
+@pytest.mark.parametrize("sizes", ["tensor=4", "context=2,tensor=2"])
+def test_no_collective_of_a_drawn_token_moves_a_weight(sizes):
+    """Not even the table of tokens, of which one row is read."""
+    lowered = lower("decode", CONFIG, make_mesh(sizes), capacity=1024, dtype=jnp.float32)
+    moved = collective_sizes(lowered.compile().as_text())
+    smallest = min(leaf.size for leaf in params().values() if leaf.ndim > 2)
+    assert 0 < max(moved) < smallest // CONFIG.num_hidden_layers
+    assert max(moved) < params()["embed_tokens.embedding"].size
 
 
 def collective_sizes(hlo: str) -> list[int]:

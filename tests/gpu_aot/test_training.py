@@ -1,12 +1,11 @@
 """An update of Llama-2-7B at 16,384 tokens, compiled for H200s without one: kernels, memory."""
 
 import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from abstract import lower_update, summed_whole
-from jax.experimental import topologies
+from h200 import OPTIONS, h200s
 
 from dca_jax.plan import plan
 from dca_jax.shapes import SHAPES
@@ -20,7 +19,6 @@ pytestmark = [
 ]
 
 MODEL, LENGTH = SHAPES["llama-2-7b"], 16_384
-H200 = (Path(__file__).parent / "h200.txtpb").read_text(encoding="utf-8")
 
 
 class Case(NamedTuple):
@@ -44,12 +42,9 @@ CASES = [
 def test_an_update_runs_each_kernel_once_and_fits_as_planned(case: Case) -> None:
     sizes = parse_mesh(case.mesh)
     count = sizes["fsdp"]
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology=f"1x1x{count}", target_config=H200
-    )
-    mesh = make_mesh(case.mesh, topology.devices)
+    mesh = make_mesh(case.mesh, h200s(count))
     lowered = lower_update(MODEL, mesh, rows=case.rows, length=LENGTH, remat=case.remat)
-    program = lowered.compile({"xla_gpu_autotune_level": 0})  # no device can be asked
+    program = lowered.compile(OPTIONS)
 
     hlo, found = program.as_text(), program.memory_analysis()
     usage = plan(
