@@ -28,7 +28,11 @@ from dca_jax.parameters import abstract_params
 
 PATIENCE = 150  # seconds that any of these may take on a machine that does much else besides
 SILENCE = 10  # --peer-timeout
-CLI = "import sys; from dca_jax.cli import main; sys.argv[0] = 'dca-jax'; main()"
+# What Python prints goes to a file of its own: the CPU's collectives print to the process' output.
+CLI = (
+    "import os, sys; sys.stdout = open(os.environ['PRINTED'], 'w', 1); sys.argv[0] = 'dca-jax'; "
+    "from dca_jax.cli import main; main()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +54,21 @@ class Process:
     """One of several, its output in files: a full pipe would stop it."""
 
     def __init__(self, number: int, arguments: list, environment: dict[str, str], folder: Path):
-        self.out, self.err = folder / f"out.{number}", folder / f"err.{number}"
-        with self.out.open("w") as out, self.err.open("w") as err:
+        self.out, self.err = folder / f"printed.{number}", folder / f"err.{number}"
+        self.out.touch()
+        with (folder / f"out.{number}").open("w") as out, self.err.open("w") as err:
             self.popen = subprocess.Popen(
                 [sys.executable, "-u", *map(str, arguments)],
                 stdout=out,
                 stderr=err,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=environment | {"PRINTED": str(self.out)},
             )
 
     @property
     def printed(self) -> str:
-        """Standard output, without what the CPU's collectives say there."""
-        lines = self.out.read_text(errors="replace").splitlines(keepends=True)
-        return "".join(line for line in lines if "peer ranks" not in line)
+        """Python's standard output."""
+        return self.out.read_text(errors="replace")
 
     @property
     def said(self) -> str:
