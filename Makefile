@@ -28,7 +28,7 @@ test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, w
 	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP
 
 # JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
-test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning for H200s, without one (a minute)
+test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, without one (a minute)
 	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/gpu_aot -m "" -rP
 
 $(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt

@@ -368,7 +368,7 @@ class Llama(nnx.Module):
         if shards.size("tensor") == 1:
             return table.at[tokens].get(out_sharding=place).astype(self.dtype)
 
-        # Left to itself, the compiler gathers the table, for every token that is drawn.
+        # Left to itself, XLA's GPU compiler gathers the table, for every token that is drawn.
         def look_up(own: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
             row = tokens - jax.lax.axis_index("tensor") * len(own)
             here = (row >= 0) & (row < len(own))

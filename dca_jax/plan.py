@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.errors import InputError
 from dca_jax.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
+from dca_jax.model import REMAT
 from dca_jax.parameters import axis_sizes
 from dca_jax.sharding import AXES, check_mesh, describe
 
@@ -137,11 +138,14 @@ def plan(
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
 
     Raises:
-        InputError: an unknown device, a mesh that does not divide the model or the batch, or no
-            mesh given and none that is enough; `lora` without `train`, or `quantized` without it.
+        InputError: an unknown device or `remat`, a mesh that does not divide the model or the
+            batch, or no mesh given and none that is enough; `lora` without `train`, or `quantized`
+            without it.
     """
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
+    if remat not in REMAT:
+        raise InputError(f"remat {remat!r} is not known; expected one of {', '.join(REMAT)}")
     if context_length < 1 or batch < 1:
         raise InputError(
             f"the context length and the batch must be at least 1, got {context_length} and {batch}"

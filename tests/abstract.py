@@ -68,7 +68,13 @@ def _lowered(jitted: Any, mesh: Mesh, *arguments: Any) -> Any:
 
 
 def lower_update(
-    config: LlamaConfig, mesh: Mesh, *, rows: int, length: int, remat: str | None
+    config: LlamaConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    length: int,
+    remat: str,
+    dtype: Any = jnp.bfloat16,
 ) -> Any:
     """An update of finetuning all weights, for the devices of a mesh."""
     where = parameter_shardings(config, mesh)
@@ -76,7 +82,7 @@ def lower_update(
 
     def build(params: Any) -> Llama:
         dca = DCAConfig.paper(config.max_position_embeddings)
-        return Llama.from_params(config, params, dca=dca, remat=remat)
+        return Llama.from_params(config, params, dca=dca, dtype=dtype, remat=remat)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         place = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
@@ -88,6 +94,17 @@ def lower_update(
     update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return _lowered(update, mesh, state, {}, batch)
+
+
+def collective_sizes(hlo: str) -> list[int]:
+    """Elements of every array that a collective of the compiled program gives."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    sizes = []
+    for line in hlo.splitlines():
+        if found := re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", found.group(1))
+            sizes += [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
+    return sizes
 
 
 def summed_whole(hlo: str, size: int) -> list[str]:

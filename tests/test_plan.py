@@ -8,20 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from abstract import abstract_cache, abstract_model, lower
+from abstract import abstract_cache, lower, lower_update
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 from dca_jax.buckets import capacity_bucket
-from dca_jax.cli import app
+from dca_jax.cli import Remat, app
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune.settings import DataFile, Settings
-from dca_jax.finetune.train import Batch, State, make_update
 from dca_jax.kv_cache import KVCache
 from dca_jax.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.model import REMAT, Llama
@@ -119,25 +116,11 @@ def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
 @pytest.mark.parametrize("remat", REMAT)
 def test_the_formula_of_training_beside_the_compiler(remat: str) -> None:
     batch, length, mesh = 4, 2 * LOSS_TOKENS, make_mesh("fsdp=2")
-    model = abstract_model(SMALL, mesh, jnp.float32, None)
+    options: dict[str, Any] = {"rows": batch, "length": length, "dtype": jnp.float32}
+    lowered = lower_update(SMALL, mesh, remat=remat, **options)
+    analysis = lowered.compile().memory_analysis()
 
-    def build(params: Any) -> Llama:
-        options: dict[str, Any] = {"dca": model.dca, "dtype": jnp.float32, "remat": remat}
-        return Llama.from_params(SMALL, params, **options)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec(None, ("data", "fsdp")) if shape else PartitionSpec()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    params, rows = model.params(), (1, batch, length)
-    state = State(params, params, params, array(jnp.int32))
-    tokens = Batch(array(jnp.int32, *rows), array(jnp.bool_, *rows), array(jnp.int32, *rows[:2]))
-    settings = Settings(model="m", output="o", data=(DataFile("d"),))
-    update = jax.jit(make_update(build, settings, 10), donate_argnums=0)
-    analysis = update.lower(state, {}, tokens).compile().memory_analysis()
-
-    options: dict[str, Any] = {"context_length": length, "batch": batch, "train": True}
-    options |= {"remat": remat}
+    options = {"context_length": length, "batch": batch, "train": True, "remat": remat}
     usage = job_for(SMALL, dtype=jnp.dtype(jnp.float32), **options).usage(mesh.shape)
     held = usage.weights + usage.optimizer
     assert held == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)
@@ -241,6 +224,7 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
     [
         ({"device": "tpu9"}, "expected one of h200"),
         ({"context_length": 0}, "at least 1, got 0 and 1"),
+        ({"remat": "none"}, "expected one of layer, attention, products"),
         ({"mesh": parse_mesh("tensor=3")}, "tensor=3 does not divide the model's 32 query heads"),
         ({"mesh": parse_mesh("fsdp=3")}, "fsdp=3 does not divide the hidden size 4096"),
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
@@ -254,6 +238,10 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 
 # --- the command -------------------------------------------------------------------------------
+
+
+def test_it_takes_what_training_takes() -> None:
+    assert list(Remat) == list(REMAT)
 
 
 def invoke(*args: str) -> Any:

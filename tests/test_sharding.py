@@ -2,13 +2,12 @@
 
 import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from abstract import lower
+from abstract import collective_sizes, lower
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -201,17 +200,6 @@ def test_no_collective_of_a_drawn_token_moves_a_weight(sizes):
     smallest = min(leaf.size for leaf in params().values() if leaf.ndim > 2)
     assert 0 < max(moved) < smallest // CONFIG.num_hidden_layers
     assert max(moved) < params()["embed_tokens.embedding"].size
-
-
-def collective_sizes(hlo: str) -> list[int]:
-    """Elements of every array that a collective of the compiled program gives."""
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    sizes = []
-    for line in hlo.splitlines():
-        if found := re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line):
-            shapes = re.findall(r"\w+\[([\d,]*)\]", found.group(1))
-            sizes += [int(np.prod([int(n) for n in s.split(",") if n] or [1])) for s in shapes]
-    return sizes
 
 
 # --- meshes ------------------------------------------------------------------------------------

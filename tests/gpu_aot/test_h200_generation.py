@@ -4,9 +4,8 @@ import importlib.util
 
 import jax.numpy as jnp
 import pytest
-from abstract import lower
+from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
-from test_sharding import collective_sizes
 
 from dca_jax.buckets import capacity_bucket
 from dca_jax.generate import GPU_OPTIONS
