@@ -48,7 +48,8 @@ from dca_jax.attention import attention_pass, merge_passes
 from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS
 from dca_jax.dca import PHASES
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.rope import inverse_frequencies
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()

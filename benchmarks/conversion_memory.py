@@ -102,8 +102,8 @@ def run_task(task: str, folder: Path) -> None:
 
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
     from checkpoints_convert.common import prepare_process
-    from dca_jax.checkpoint import load_converted
-    from dca_jax.huggingface import load_params, read_config
+    from dca_jax.weights.huggingface import load_params, read_config
+    from dca_jax.weights.orbax import load_converted
 
     prepare_process()
     jax.devices()

@@ -41,9 +41,10 @@ from jaxtyping import Array
 
 from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention import attend
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.device import current_device
-from dca_jax.attention.op import BACKENDS, Rows, make_rows
-from dca_jax.errors import exit_on_input_error
+from dca_jax.attention.op import BACKENDS, make_rows
+from dca_jax.distributed import exit_on_input_error
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
 CACHE = 0.5e9  # bytes of keys and values a chain goes through, at least: 8 times the H200's L2

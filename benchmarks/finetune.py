@@ -32,16 +32,16 @@ from flax.traverse_util import unflatten_dict
 
 from dca_jax.config import LoraConfig
 from dca_jax.dca import DCAConfig
-from dca_jax.errors import exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
 from dca_jax.finetune.lora import init_lora, quantizer
 from dca_jax.finetune.meters import PEAKS, update_flops
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import make_update, place, start
 from dca_jax.model import Llama
-from dca_jax.parameters import parameters
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
-from dca_jax.sharding import describe, make_mesh, parameter_shardings, parse_mesh
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
+from dca_jax.sharding import describe, make_mesh, parse_mesh
+from dca_jax.weights.parameters import parameter_shardings, parameters
 
 PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
 KINDS = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}

@@ -5,8 +5,8 @@
         --mesh tensor=2
 
 Llama-2 and Llama-3 in shape, with random bfloat16 weights made on the device: no checkpoint is
-read, and the text means nothing. Ours goes through `dca_jax.generate.Run`, as every caller does:
-prompts in pieces (on a mesh with `context`, at once), tokens in segments. The peer is
+read, and the text means nothing. Ours goes through `dca_jax.inference.generate.Run`, as every
+caller does: prompts in pieces (on a mesh with `context`, at once), tokens in segments. The peer is
 `LlamaForCausalLM` of transformers on PyTorch as it comes, on one GPU: plain attention by SDPA, its
 default KV cache, the logits of the last token only.
 
@@ -49,13 +49,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dca_jax import DCAConfig, Llama, RopeConfig
-from dca_jax.attention.op import PLAIN as PLAIN_CONFIG
+from dca_jax.attention.backend import PLAIN as PLAIN_CONFIG
 from dca_jax.attention.op import choose_implementation
-from dca_jax.buckets import new_cache, padded_length, piece_length
 from dca_jax.config import LlamaConfig
-from dca_jax.errors import InputError, exit_on_input_error
-from dca_jax.generate import Run
-from dca_jax.sharding import make_mesh, mesh_of, parameter_shardings
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
+from dca_jax.inference.buckets import new_cache, padded_length, piece_length
+from dca_jax.inference.generate import Run
+from dca_jax.sharding import make_mesh, mesh_of
+from dca_jax.weights.parameters import parameter_shardings
 
 PRESETS = {
     "llama-2-7b": LlamaConfig(

@@ -21,11 +21,12 @@ from common import Report, machine, numbers, reason, show, timed
 from generate import random_model
 
 from dca_jax import Llama
-from dca_jax.attention.op import PLAIN, attend, choose_implementation, make_rows
-from dca_jax.buckets import cache_capacity, padded_length, piece_length
-from dca_jax.errors import exit_on_input_error
-from dca_jax.evaluation.perplexity import Reader
-from dca_jax.shapes import SHAPES, find_shape
+from dca_jax.attention.backend import PLAIN
+from dca_jax.attention.op import attend, choose_implementation, make_rows
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.inference.buckets import cache_capacity, padded_length, piece_length
+from dca_jax.inference.score import Reader
+from dca_jax.planning.shapes import SHAPES, find_shape
 
 COLUMNS = ("model", "tokens", "method", "attention", "s", "tokens/s", "attention s", "share")
 COLUMNS += ("peak GB",)

@@ -16,8 +16,8 @@ from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.attention.mosaic_tpu.tiles import choose_tiles
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
-from dca_jax.parameters import parameters
-from dca_jax.shapes import SHAPES
+from dca_jax.planning.shapes import SHAPES
+from dca_jax.weights.parameters import parameters
 
 LENGTHS = {"32k": 2**15, "128k": 2**17, "1M": 2**20}
 MODELS = ("llama-2-7b", "llama-3-70b")

@@ -27,7 +27,8 @@ from dca_jax.attention.mosaic_tpu.flash_forward import flash_forward
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.attention.op import make_rows
 from dca_jax.dca import PHASES, DCAConfig
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
 TOPOLOGIES = {

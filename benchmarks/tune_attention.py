@@ -42,7 +42,8 @@ from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention.device import current_device
 from dca_jax.attention.op import make_rows, rotate_keys
 from dca_jax.dca import PHASES
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
 OPTIONS: dict[str, Any] = {"dca": DCA, "phases": PHASES}

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from dca_jax.dtypes import parse_dtype
-from dca_jax.parameters import Progress
+from dca_jax.weights.parameters import Progress
 
 
 class Dtype(StrEnum):

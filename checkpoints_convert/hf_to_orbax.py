@@ -16,11 +16,12 @@ from checkpoints_convert.common import (
     progress_bar,
     write_provenance,
 )
-from dca_jax.checkpoint import PARAMS, StreamedArray, save
-from dca_jax.errors import InputError, exit_on_input_error
-from dca_jax.files import copy_companions, written_aside
-from dca_jax.huggingface import Checkpoint, open_checkpoint, read_config
-from dca_jax.parameters import Parameter, parameters
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
+from dca_jax.weights.files import copy_companions, written_aside
+from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
+from dca_jax.weights.orbax import PARAMS, StreamedArray, save
+from dca_jax.weights.parameters import Parameter, parameters
 
 
 def convert(

@@ -13,13 +13,21 @@ import typer
 from rich import print
 
 from checkpoints_convert.common import Dtype, prepare_process, progress_bar
-from dca_jax.checkpoint import PARAMS, check_arrays, read_piece
 from dca_jax.config import LlamaConfig
-from dca_jax.errors import InputError, exit_on_input_error
-from dca_jax.files import copy_companions, read_json, written_aside
-from dca_jax.huggingface import read_config
-from dca_jax.parameters import Parameter, Progress, abstract_params, contiguous, parameters, pieces
-from dca_jax.tensor_files import SAFETENSORS, cast_weights, write_safetensors
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
+from dca_jax.weights.files import copy_companions, read_json, written_aside
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.orbax import PARAMS, check_arrays, read_piece
+from dca_jax.weights.parameters import (
+    Parameter,
+    Progress,
+    abstract_params,
+    contiguous,
+    parameters,
+    pieces,
+)
+from dca_jax.weights.tensor_files import SAFETENSORS, cast_weights, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints_convert.common import prepare_process
-from dca_jax.checkpoint import load_converted
-from dca_jax.errors import InputError, exit_on_input_error
-from dca_jax.huggingface import read_config
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.model import Llama
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.orbax import load_converted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,32 +13,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dca_jax.chat import Conversation
-from dca_jax.checkpoint import is_converted
-from dca_jax.config import LoraConfig
-from dca_jax.dca import DCAConfig, explain, plot_relative_positions, relative_positions
+from dca_jax.config import LoraConfig, choose_dca
+from dca_jax.dca import PRESETS, DCAConfig, parse_dca, preset_dca, relative_positions
 from dca_jax.distributed import (
     PEER_TIMEOUT,
     START_TIMEOUT,
     ending_together,
+    exit_on_input_error,
     initialize,
     is_primary,
     print_once,
     several_processes,
 )
-from dca_jax.documents import ask, read_document
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.evaluation import cli as evaluation
-from dca_jax.facts import checkpoint_facts
 from dca_jax.finetune import cli as finetuning
-from dca_jax.huggingface import read_config
-from dca_jax.llm import LLM, Options
-from dca_jax.loading import PRESETS, choose_dca, find_folder, load, parse_dca, preset_dca
-from dca_jax.memory import DEVICES
-from dca_jax.plan import plan
-from dca_jax.sampling import Sampler
-from dca_jax.shapes import SHAPES, find_shape
+from dca_jax.inference.chat import Conversation
+from dca_jax.inference.documents import ask, read_document
+from dca_jax.inference.llm import LLM, Options
+from dca_jax.inference.load import load
+from dca_jax.inference.sampling import Sampler
+from dca_jax.planning.explain import explain, plot_relative_positions
+from dca_jax.planning.facts import checkpoint_facts
+from dca_jax.planning.memory import DEVICES
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import parse_mesh
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.orbax import is_converted
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square

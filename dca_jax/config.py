@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dca_jax.dca import DCAConfig
+from dca_jax.dca import DCAConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
@@ -215,3 +215,36 @@ def _sliding_window(config: Mapping[str, Any], model_type: str) -> int | None:
             "set it to false in config.json to attend to everything"
         )
     return None
+
+
+def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig | None:
+    """The DCA setting for a model.
+
+    Args:
+        choice: a DCAConfig; a name of `PRESETS`, taken for the model's trained length
+            (`max_position_embeddings`); "auto" for what the checkpoint itself asks for, or else
+            "paper"; None or "none" for plain attention.
+        config: the model's.
+
+    Raises:
+        InputError: an unknown name, or a trained length that the preset cannot be made for.
+    """
+    if choice is None or isinstance(choice, DCAConfig):
+        return choice
+    if choice == "none":
+        return None
+    if choice == "auto" and config.dca is not None:
+        return config.dca
+    return preset_dca("paper" if choice == "auto" else choice, config.max_position_embeddings)
+
+
+def axis_sizes(config: LlamaConfig) -> dict[str, int]:
+    """What each letter of a shape stands for in this model."""
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }

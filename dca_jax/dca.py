@@ -34,19 +34,18 @@ Everything fast (`dca_jax.attention`) computes what `dense_attention` here compu
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dca_jax.bands import Band, PositionMethod, dense_band_attention
+from dca_jax.dtypes import compute_dtype
 from dca_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from dca_jax.rope import rotate
 
 Phase = Literal["inter", "succ", "intra"]
 PHASES: tuple[Phase, ...] = ("inter", "succ", "intra")  # in the order of their keys
@@ -102,23 +101,22 @@ class DCAConfig:
     @property
     def local_window(self) -> int:
         """w: every pair of tokens at most this far apart keeps its true distance (w = c - s)."""
-        return min(self.max_query_position, 2 * self.chunk_len - 1) - self.chunk_len + 1
+        return self.inter_position - self.chunk_len + 1
 
     @property
     def identity_range(self) -> int:
         """Texts of at most so many tokens are read exactly as plain RoPE attention reads them."""
-        return min(self.max_query_position + 1, 2 * self.chunk_len)
+        return self.inter_position + 1
+
+    @property
+    def inter_position(self) -> int:
+        """min(2s - 1, Q): where a query stands towards the keys of older chunks (eq. 5)."""
+        return min(2 * self.chunk_len - 1, self.max_query_position)
 
     @classmethod
     def paper(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
         """Section 3 and 4.1: s = 3c/4, Q = c - 1."""
-        c = _divisible(trained_length, 4, "paper")
-        return cls(
-            chunk_len=3 * c // 4,
-            max_query_position=c - 1,
-            trained_length=c,
-            temperature_slope=temperature_slope,
-        )
+        return preset_dca("paper", trained_length, temperature_slope=temperature_slope)
 
     @classmethod
     def chunkllama(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
@@ -126,12 +124,12 @@ class DCAConfig:
 
         Its released code sets `temperature_slope` 0.05.
         """
-        return cls._released(trained_length, 8, "chunkllama", temperature_slope)
+        return preset_dca("chunkllama", trained_length, temperature_slope=temperature_slope)
 
     @classmethod
     def chunkllama_ppl(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
         """ChunkLlama's perplexity script (Table 1): local window c/4; s = c/2, Q = 3c/4."""
-        return cls._released(trained_length, 4, "chunkllama_ppl", temperature_slope)
+        return preset_dca("chunkllama_ppl", trained_length, temperature_slope=temperature_slope)
 
     @classmethod
     def chunkllama_flash_decoding(
@@ -141,16 +139,8 @@ class DCAConfig:
 
         Its released code sets `temperature_slope` 0.1.
         """
-        return cls._released(trained_length, 16, "chunkllama_flash_decoding", temperature_slope)
-
-    @classmethod
-    def _released(cls, trained_length: int, part: int, name: str, slope: float) -> "DCAConfig":
-        c = _divisible(trained_length, part, name)
-        return cls(
-            chunk_len=3 * c // 4 - c // part,
-            max_query_position=3 * c // 4,
-            trained_length=c,
-            temperature_slope=slope,
+        return preset_dca(
+            "chunkllama_flash_decoding", trained_length, temperature_slope=temperature_slope
         )
 
     @classmethod
@@ -207,15 +197,72 @@ class DCAConfig:
         return config
 
 
-def _divisible(trained_length: int, part: int, preset: str) -> int:
-    if isinstance(trained_length, bool) or not isinstance(trained_length, int):
-        raise InputError(f"the trained length must be an integer, got {trained_length!r}")
-    if trained_length < part or trained_length % part:
+# --- published settings ------------------------------------------------------------------------
+
+
+class Preset(NamedTuple):
+    """A published setting as functions of the trained length c (tokens).
+
+    Attributes:
+        divisor: c must be a multiple of it.
+        chunk_len, max_query_position: s and Q.
+    """
+
+    divisor: int
+    chunk_len: Callable[[int], int]
+    max_query_position: Callable[[int], int]
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(4, lambda c: 3 * c // 4, lambda c: c - 1),
+    "chunkllama": Preset(8, lambda c: 5 * c // 8, lambda c: 3 * c // 4),
+    "chunkllama_ppl": Preset(4, lambda c: c // 2, lambda c: 3 * c // 4),
+    "chunkllama_flash_decoding": Preset(16, lambda c: 11 * c // 16, lambda c: 3 * c // 4),
+}
+
+
+def preset_dca(name: str, trained_length: int, *, temperature_slope: float = 0.0) -> DCAConfig:
+    """A published setting, by its name in `PRESETS`, for a trained length in tokens.
+
+    Raises:
+        InputError: an unknown name, or a trained length that the preset cannot be made for.
+    """
+    if name not in PRESETS:
         raise InputError(
-            f"preset {preset!r} needs a trained length that is a positive multiple of {part}, got "
-            f"{trained_length}; or give chunk_len and max_query_position yourself"
+            f"DCA setting {name!r} is not known; expected auto, none, or one of "
+            f"{', '.join(PRESETS)}"
         )
-    return trained_length
+    preset, c = PRESETS[name], trained_length
+    if isinstance(c, bool) or not isinstance(c, int):
+        raise InputError(f"the trained length must be an integer, got {c!r}")
+    if c < preset.divisor or c % preset.divisor:
+        raise InputError(
+            f"preset {name!r} needs a trained length that is a positive multiple of "
+            f"{preset.divisor}, got {c}; or give chunk_len and max_query_position yourself"
+        )
+    return DCAConfig(
+        chunk_len=preset.chunk_len(c),
+        max_query_position=preset.max_query_position(c),
+        trained_length=c,
+        temperature_slope=temperature_slope,
+    )
+
+
+def parse_dca(setting: str) -> DCAConfig | str:
+    """A DCAConfig from "S,Q"; any other setting is left to `dca_jax.config.choose_dca`.
+
+    Raises:
+        InputError: something with a comma that is not two integers, or makes no sense.
+    """
+    if "," not in setting:
+        return setting
+    try:
+        chunk_len, max_query_position = (int(part) for part in setting.split(","))
+    except ValueError:
+        raise InputError(
+            f"DCA's setting as S,Q is two integers, such as 3072,4095; got {setting}"
+        ) from None
+    return DCAConfig(chunk_len=chunk_len, max_query_position=max_query_position)
 
 
 # --- positions ---------------------------------------------------------------------------------
@@ -228,12 +275,12 @@ def key_position(index: Int[Array, "..."], dca: DCAConfig) -> Int[Array, "..."]:
 
 def query_position(index: Int[Array, "..."], phase: Phase, dca: DCAConfig) -> Int[Array, "..."]:
     """P_q(i) of query `index` towards the keys of a phase (eqs. 3, 5 and 7)."""
-    s, largest = dca.chunk_len, dca.max_query_position
+    s = dca.chunk_len
     if phase == "intra":
         return index % s
     if phase == "succ":
-        return jnp.minimum(index % s + s, largest)
-    return jnp.full_like(index, min(2 * s - 1, largest))
+        return jnp.minimum(index % s + s, dca.max_query_position)
+    return jnp.full_like(index, dca.inter_position)
 
 
 def key_range(
@@ -253,26 +300,6 @@ def key_range(
     return index * 0, chunk_start - s
 
 
-def bands_of(
-    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, phases: tuple[Phase, ...] = PHASES
-) -> tuple[Band, ...]:
-    """The bands of these queries: DCA's phases, over keys at P_k; or those of another method."""
-    if isinstance(dca, PositionMethod):
-        return dca.bands(index)
-    return tuple(
-        Band(*key_range(index, phase, dca), query_position(index, phase, dca), None)
-        for phase in phases
-    )
-
-
-def logit_scale(
-    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, scale: Float[Array, " B"]
-) -> Float[Array, "B #T"]:
-    """What each query's logits are multiplied by, from what its row's are."""
-    factor = dca.logit_factor(index) if isinstance(dca, PositionMethod) else None
-    return scale[:, None] if factor is None else scale[:, None] * factor
-
-
 def phases_within(num_keys: int, dca: DCAConfig) -> tuple[Phase, ...]:
     """The phases that a text of `num_keys` tokens can meet: all three beyond two chunks."""
     met = 1 if num_keys <= dca.chunk_len else 2 if num_keys <= 2 * dca.chunk_len else 3
@@ -290,32 +317,6 @@ def relative_positions(length: int, dca: DCAConfig) -> Int[np.ndarray, "length l
     return np.where(j <= i, query - j % dca.chunk_len, -1).astype(np.int32)
 
 
-def plot_relative_positions(length: int, dca: DCAConfig, axes: "Axes | None" = None) -> "Axes":
-    """Draws `relative_positions`, numbers in the cells while they can be read (<= 32 tokens)."""
-    import matplotlib.pyplot as plt
-
-    if axes is None:
-        _, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    matrix = np.ma.masked_less(relative_positions(length, dca), 0)
-    image = axes.imshow(matrix, cmap="viridis", interpolation="nearest")
-    if length <= 32:
-        threshold = 0.6 * float(matrix.max())
-        for (i, j), value in np.ndenumerate(matrix.filled(-1)):
-            if value >= 0:
-                color = "black" if value > threshold else "white"
-                axes.text(j, i, str(value), ha="center", va="center", color=color, fontsize=7)
-    for edge in range(dca.chunk_len, length, dca.chunk_len):
-        axes.axhline(edge - 0.5, color="tab:red", linewidth=0.8)
-        axes.axvline(edge - 0.5, color="tab:red", linewidth=0.8)
-    axes.set(
-        xlabel="key j",
-        ylabel="query i",
-        title=f"relative position, s = {dca.chunk_len}, Q = {dca.max_query_position}",
-    )
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
-    return axes
-
-
 # --- temperature -------------------------------------------------------------------------------
 
 
@@ -330,28 +331,6 @@ def temperature(lengths: Int[Array, " B"], dca: DCAConfig) -> Float[Array, " B"]
     return jnp.maximum(1.0 + dca.temperature_slope * jnp.log(ratio), 1.0) ** 2
 
 
-def explain(dca: DCAConfig, length: int) -> str:
-    """What this setting does to a text of `length` tokens, in words and figures."""
-    c = dca.trained_length
-    tau = float(temperature(jnp.asarray([length], jnp.int32), dca)[0])
-    furthest = min(length - 1, 2 * dca.chunk_len - 1, dca.max_query_position)
-    slope = dca.temperature_slope
-    rows = {
-        "trained length c": "not given" if c is None else f"{c} tokens",
-        "chunk length s": f"{dca.chunk_len} tokens ({math.ceil(length / dca.chunk_len)} chunks)",
-        "largest query position Q": str(dca.max_query_position),
-        "identity range": f"texts up to {dca.identity_range} tokens are read as by plain RoPE",
-        "local window": f"tokens at most {dca.local_window} apart keep their true distance",
-        "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
-        "temperature": f"logits x {tau:.4f}" + (f" (slope {slope})" if slope else " (none)"),
-    }
-    width = max(map(len, rows))
-    return "\n".join(
-        [f"Dual Chunk Attention on a text of {length} tokens"]
-        + [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-    )
-
-
 # --- the oracle --------------------------------------------------------------------------------
 
 
@@ -360,7 +339,7 @@ def dense_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    dca: DCAConfig | PositionMethod,
+    dca: DCAConfig,
     inv_freq: Float[Array, "#B half"],
     scale: Float[Array, " B"],
     offset: Int[Array, " B"],
@@ -370,9 +349,8 @@ def dense_attention(
     """The definition, with its [T, S] matrix: what every fast path is tested against.
 
     Args:
-        query: not rotated. key: rotated to `key_position`, or raw for another method. Both are
-            taken to float32 (float64 stays), and so is the softmax. Query head n reads kv head
-            n // (N / K).
+        query: not rotated. key: rotated to `key_position`. Both are taken to float32 (float64
+            stays), and so is the softmax. Query head n reads kv head n // (N / K).
         inv_freq: radians per position (`dca_jax.rope.inverse_frequencies`).
         scale: what row b's logits are multiplied by: tau / sqrt(H), times YaRN's factor squared.
         offset: index of row b's first query in its text.
@@ -382,14 +360,24 @@ def dense_attention(
     Returns:
         In the dtype of `query`.
     """
-    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
-    return dense_band_attention(
-        query,
-        key,
-        value,
-        bands=bands_of(i, dca),
-        is_text=i < lengths[:, None],
-        key_index=key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :],
-        inv_freq=inv_freq,
-        scale=logit_scale(i, dca, scale),
-    )
+    compute = compute_dtype(query.dtype)
+    group = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x.astype(compute), group, axis=2) for x in (key, value))
+    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+    j = key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+    chunks_back = (i // dca.chunk_len)[:, :, None] - (j // dca.chunk_len)[:, None, :]
+    logits = {}
+    for phase in PHASES:
+        rotated = rotate(query.astype(compute), query_position(i, phase, dca), inv_freq)
+        rotated = rotated * scale.astype(compute)[:, None, None, None]
+        logits[phase] = jnp.einsum("BTNH,BSNH->BNTS", rotated, key, precision="highest")
+    behind = chunks_back[:, None]
+    chosen = jnp.where(behind == 1, logits["succ"], logits["inter"])
+    chosen = jnp.where(behind == 0, logits["intra"], chosen)
+    met = (j[:, None, :] <= i[:, :, None]) & (i < lengths[:, None])[:, :, None]
+    met = met[:, None]
+    any_met = met.any(axis=-1, keepdims=True)
+    # The softmax of nothing is 0/0; its output is defined as zero.
+    chosen = jnp.where(met, chosen, jnp.where(any_met, -jnp.inf, 0))
+    weights = jnp.where(any_met, jax.nn.softmax(chosen, axis=-1), 0)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value, precision="highest").astype(query.dtype)

@@ -248,3 +248,19 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Turns an `InputError` into one message on stderr and exit code 2.
+
+    Decorates a command, or wraps a block with `with`. With several processes it is
+    `ending_together` that does so, once for all of them.
+    """
+    try:
+        yield
+    except InputError as error:
+        if several_processes():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

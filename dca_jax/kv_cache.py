@@ -50,11 +50,12 @@ class KVCache:
         """An empty cache for `batch` texts of up to `capacity` tokens each.
 
         A capacity that is a multiple of 8 is read by the GPU kernels where it lies; any other is
-        copied, layer by layer, at every step (`dca_jax.buckets.capacity_bucket` gives a good one).
-        It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many bytes), shared
-        by the devices of the model's `mesh`. Where `context` cuts it, its slots lie in zigzag
-        (`dca_jax.attention.zigzag`), and the capacity is a multiple of twice the axis' size. Where
-        `tensor` is more than K, each head is kept tensor / K times, once for each device.
+        copied, layer by layer, at every step (`dca_jax.inference.buckets.capacity_bucket` gives a
+        good one). It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many
+        bytes), shared by the devices of the model's `mesh`. Where `context` cuts it, its slots lie
+        in zigzag (`dca_jax.attention.parallel.zigzag`), and the capacity is a multiple of twice the
+        axis' size. Where `tensor` is more than K, each head is kept tensor / K times, once for each
+        device.
 
         Raises:
             InputError: a batch or capacity that is not positive, or that the mesh does not divide.
@@ -102,19 +103,3 @@ class KVCache:
             rows = np.asarray([*lengths, *[0] * rest], np.int32)
             lengths = replicated(rows, mesh_of(self.key))
         return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
-
-
-def write(
-    cache: Float[Array, "L B S KH"],
-    layer: Int[Array, ""],
-    slots: Int[Array, "B T"],
-    new: Float[Array, "B T K H"],
-) -> Float[Array, "L B S KH"]:
-    """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
-    row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[layer, row, slots].set(flat(new).astype(cache.dtype), mode="drop")
-
-
-def flat(heads: Float[Array, "*rest K H"]) -> Float[Array, "*rest KH"]:
-    """A token's heads one behind the other, as the cache keeps them."""
-    return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])

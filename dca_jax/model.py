@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dca_jax.attention.backend import SAVED
+from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.layer import attend_to_cache, attend_to_text
-from dca_jax.attention.op import SAVED, make_rows
-from dca_jax.attention.zigzag import zigzag_order, zigzag_to_natural
-from dca_jax.bands import PositionMethod
+from dca_jax.attention.op import make_rows
+from dca_jax.attention.parallel.zigzag import zigzag_order, zigzag_to_natural
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
@@ -193,8 +194,8 @@ class Llama(nnx.Module):
 
     Args:
         config: the model's shape.
-        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.position_methods`); None
-            is the model's own plain causal attention.
+        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.evaluation.baselines`);
+            None is the model's own plain causal attention.
         param_dtype: of the parameters. dtype: of activations and matrix products.
         remat: what training keeps of each layer for the backward pass, a name of `REMAT`; None
             is everything.
@@ -258,7 +259,8 @@ class Llama(nnx.Module):
             lengths: how many of the T tokens are real in each row (default: all). Padding is not
                 written to the cache.
             cache: what the rows have read so far; `tokens` follow it, at cache.lengths[b]. Tokens
-                beyond the capacity would be lost: check before calling (`dca_jax.generate` does).
+                beyond the capacity would be lost: check before calling
+                (`dca_jax.inference.generate` does).
             context_lengths: length of the row's whole prompt, for temperature and dynamic NTK
                 (default: the row's length after this call).
             new_cache: of whole texts, a dtype: makes a cache of it out of their keys and values,

@@ -4,7 +4,7 @@ A mesh has four axes, any of them of size 1; on one device there is no mesh, and
 
     data      rows of a batch; each device has all parameters
     fsdp      rows of a batch too, and parameters cut along D; a layer's are gathered when it is run
-    context   tokens of each text (`dca_jax.attention.context`), and of its KV cache
+    context   tokens of each text (`dca_jax.attention.parallel.context`), and of its KV cache
     tensor    heads, the MLP's inner dimension and the vocabulary
 
 Arrays are sharded explicitly: their types say how, and JAX refuses what does not fit together
@@ -24,9 +24,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.config import LlamaConfig, axis_sizes
 from dca_jax.errors import InputError
-from dca_jax.parameters import Parameter, axis_sizes, lora_parameters, parameters
 
 log = logging.getLogger(__name__)
 
@@ -146,36 +145,6 @@ def _divisors(n: int) -> list[int]:
 # --- parameters and caches ---------------------------------------------------------------------
 
 
-def parameter_shardings(
-    config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
-) -> Callable[[str], NamedSharding]:
-    """Where each parameter goes, by its path: what the loaders take as `sharding`.
-
-    With `lora`, also where its adapters go.
-
-    Raises:
-        InputError: see `check_mesh`.
-    """
-    check_mesh(config, mesh.shape)
-    adapters = [] if lora is None else lora_parameters(config, lora)
-    rows = {row.path: row for row in [*parameters(config), *adapters]}
-
-    def sharding(path: str) -> NamedSharding:
-        return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))
-
-    return sharding
-
-
-def parameter_partition(
-    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
-) -> PartitionSpec:
-    """How a parameter lies on a mesh of these sizes."""
-    letters = "L" * row.stacked + row.ours.replace(" ", "")
-    # A norm's scale is a few kilobytes: everywhere, whole.
-    rules = STORED if len(row.ours.split()) > 1 else RULES
-    return partition(letters, row.shape(config), sizes, rules)
-
-
 def partition(
     letters: str,
     shape: tuple[int, ...],
@@ -273,7 +242,7 @@ class Shards:
         """`function` of each device's own part of its arguments, which are laid out first."""
         if self.mesh is None:
             return function
-        # check_vma refuses Pallas kernels (see `dca_jax.attention.context`).
+        # check_vma refuses Pallas kernels (see `dca_jax.attention.parallel.context`).
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )

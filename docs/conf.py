@@ -62,7 +62,8 @@ def draw_relative_positions(app: object) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from dca_jax.dca import DCAConfig, plot_relative_positions
+    from dca_jax.dca import DCAConfig
+    from dca_jax.planning.explain import plot_relative_positions
 
     out = DOCS / "_generated"
     out.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 import dca_jax
-from dca_jax.documents import ask, read_document
+from dca_jax.inference.documents import ask, read_document
 
 
 def main(model: str, document: Path, question: str, max_new_tokens: int = 256) -> None:

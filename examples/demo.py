@@ -37,10 +37,10 @@ from rich.text import Text
 import dca_jax
 from checkpoints_convert import hf_to_orbax
 from dca_jax import LLM, DCAConfig, InputError, Llama, RopeConfig
-from dca_jax.errors import exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
 from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid, passkey_prompt
-from dca_jax.evaluation.perplexity import window_nlls
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
+from dca_jax.inference.score import window_nlls
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = (1, 2, 4, 8, 16)  # lengths of context, in trained lengths

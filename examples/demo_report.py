@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.evaluation.passkey import passkey_grid
-from dca_jax.evaluation.perplexity import perplexity as window_perplexity
-from dca_jax.files import written_aside
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.score import perplexity as window_perplexity
 from dca_jax.model import Llama
-from dca_jax.parameters import parameters
+from dca_jax.weights.files import written_aside
+from dca_jax.weights.parameters import parameters
 
 DEPTHS = tuple(float(depth) for depth in np.linspace(0, 1, 11))
 PROMPTS_PER_DEPTH = 8

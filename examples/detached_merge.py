@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dca_jax.attention.op import BACKENDS, Backend, choose_implementation
+from dca_jax.attention.backend import Backend
+from dca_jax.attention.op import BACKENDS, choose_implementation
 
 
 class DetachedMerge:

@@ -40,11 +40,11 @@ from tokenizers import Tokenizer
 import dca_jax
 from dca_jax.attention.op import BACKENDS
 from dca_jax.errors import InputError
-from dca_jax.files import refuse_existing
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import Batch, Params, State, make_update, start
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
 from dca_jax.model import Llama
+from dca_jax.weights.files import refuse_existing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

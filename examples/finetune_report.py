@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from dca_jax.evaluation.passkey import PasskeyGrid, passkey_prompt
-from dca_jax.evaluation.perplexity import Reader
 from dca_jax.evaluation.plots import COLORS, DPI, MARKERS, plot_passkey
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.score import Reader
 from dca_jax.model import Llama
 
 ANSWER = 16  # tokens at most of a key, and of what is before it

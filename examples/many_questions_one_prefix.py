@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 import dca_jax
-from dca_jax.documents import ask, read_document, read_once
+from dca_jax.inference.documents import ask, read_document, read_once
 
 
 def main(model: str, document: Path, questions: list[str], max_new_tokens: int = 64) -> None:

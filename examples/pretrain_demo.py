@@ -33,8 +33,8 @@ from tokenizers import Tokenizer
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.files import refuse_existing
 from dca_jax.model import Llama
+from dca_jax.weights.files import refuse_existing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,17 @@ import jaxtyping
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dca_jax import generate
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import Batch, make_update
 from dca_jax.finetune.train import abstract_state as abstract_state_of_training
+from dca_jax.inference import generate
+from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.parameters import abstract_params, parameters
-from dca_jax.sampling import Sampler
-from dca_jax.sharding import parameter_shardings, partition
+from dca_jax.sharding import partition
+from dca_jax.weights.parameters import abstract_params, parameter_shardings, parameters
 
 
 def lower(

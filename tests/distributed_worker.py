@@ -18,13 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import dca_jax
 from dca_jax import distributed
-from dca_jax.checkpoint import restore, save
 from dca_jax.errors import InputError
 from dca_jax.evaluation import windows
 from dca_jax.evaluation.results import ResultLog
-from dca_jax.huggingface import load_params, read_config
-from dca_jax.parameters import abstract_params
-from dca_jax.sharding import make_mesh, parameter_shardings
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.orbax import restore, save
+from dca_jax.weights.parameters import abstract_params, parameter_shardings
 
 PROMPTS = ["Call me Ishmael. Some years ago, never mind how long", "precisely", "x"]
 MESH = "data=2,context=2,tensor=2"

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dca_jax.dca import DCAConfig
-from dca_jax.huggingface import load_params, read_config
 from dca_jax.model import Llama
+from dca_jax.weights.huggingface import load_params, read_config
 
 FOLDER = Path(__file__).resolve().parent / "golden" / "chunkllama"
 CAPACITY = 352  # of the cache that its prompts get by default

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dca_jax.attention import dual_chunk_attention, merge_passes
-from dca_jax.attention.op import Backend, Rows
+from dca_jax.attention.backend import Backend, Rows
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.rope import RopeConfig
 

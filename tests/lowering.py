@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.mesh import AbstractDevice
 
-from dca_jax.attention.op import Backend, Rows
+from dca_jax.attention.backend import Backend, Rows
 from dca_jax.dca import DCAConfig, Phase
 
 

@@ -17,8 +17,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels import QUICK
 
-from dca_jax.attention import context, ring, rotate_keys, triton, xla, zigzag
-from dca_jax.attention.op import PLAIN, Rows, make_rows
+from dca_jax.attention import rotate_keys, triton, xla
+from dca_jax.attention.backend import PLAIN, Rows
+from dca_jax.attention.op import make_rows
+from dca_jax.attention.parallel import context, ring, zigzag
 from dca_jax.dca import DCAConfig, dense_attention
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig

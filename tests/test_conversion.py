@@ -31,12 +31,12 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf, verify
-from dca_jax import checkpoint
-from dca_jax import parameters as parameters_module
 from dca_jax.errors import InputError
-from dca_jax.files import written_aside
-from dca_jax.huggingface import load_params, read_config
-from dca_jax.parameters import abstract_params
+from dca_jax.weights import orbax as checkpoint
+from dca_jax.weights import parameters as parameters_module
+from dca_jax.weights.files import written_aside
+from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.parameters import abstract_params
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -362,7 +362,7 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
-    from dca_jax import checkpoint, huggingface
+    from dca_jax.weights import huggingface
 
     module, owner, name, source, destination = sys.argv[1:]
     owner = {"Checkpoint": huggingface.Checkpoint, "orbax_to_hf": orbax_to_hf}[owner]

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from dca_jax.dca import (
     PHASES,
     DCAConfig,
-    explain,
     key_range,
     phases_within,
-    plot_relative_positions,
     query_position,
     relative_positions,
     temperature,
 )
 from dca_jax.errors import InputError
+from dca_jax.planning.explain import explain, plot_relative_positions
 
 
 def test_figure_2_of_the_paper() -> None:

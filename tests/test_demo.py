@@ -17,7 +17,7 @@ import dca_jax
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.perplexity import perplexity
+from dca_jax.inference.score import perplexity
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 

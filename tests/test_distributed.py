@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax import distributed
-from dca_jax.checkpoint import restore
 from dca_jax.cli import app
 from dca_jax.errors import InputError
-from dca_jax.parameters import abstract_params
+from dca_jax.weights.orbax import restore
+from dca_jax.weights.parameters import abstract_params
 
 PATIENCE = 150  # seconds that any of these may take on a machine that does much else besides
 SILENCE = 10  # --peer-timeout

@@ -7,8 +7,8 @@ from pypdf import PdfReader, PdfWriter
 from tiny_llm import make_llm
 
 import dca_jax
-from dca_jax.documents import ask, read_document, read_once
 from dca_jax.errors import InputError
+from dca_jax.inference.documents import ask, read_document, read_once
 
 
 def write_pdf(path, *pages):

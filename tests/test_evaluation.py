@@ -14,16 +14,16 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dca_jax.buckets import piece_length
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, passkey
-from dca_jax.evaluation import perplexity as perplexity_module
 from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid
-from dca_jax.evaluation.perplexity import LOGITS, Reader, perplexity, token_nll, window_nlls
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
-from dca_jax.llm import LLM
+from dca_jax.inference import score as perplexity_module
+from dca_jax.inference.buckets import piece_length
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.score import LOGITS, Reader, perplexity, token_nll, window_nlls
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation import paper, progress, report, windows
+from dca_jax.evaluation import paper, report, windows
 from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.results import ResultLog, in_batches, read_run
 from dca_jax.evaluation.tables import Table, number, tokens
+from dca_jax.inference import progress
 
 SETTINGS = {"model": "tiny", "form": "paper", "trained_length": 64, "tokens": 99}
 

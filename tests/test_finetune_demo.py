@@ -16,10 +16,10 @@ from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes
 from dca_jax.attention.op import BACKENDS, check_implementation
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.perplexity import window_nlls
 from dca_jax.finetune.train import Batch, Metrics, State
-from dca_jax.llm import LLM
-from dca_jax.loading import load
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.load import load
+from dca_jax.inference.score import window_nlls
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 

@@ -26,9 +26,10 @@ from dca_jax.finetune.train import (
     start,
     summed_gradients,
 )
-from dca_jax.memory import LOSS_TOKENS
 from dca_jax.model import Llama
-from dca_jax.sharding import make_mesh, parameter_shardings
+from dca_jax.planning.memory import LOSS_TOKENS
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.parameters import parameter_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=96,

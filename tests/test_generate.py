@@ -12,14 +12,14 @@ from golden_llama import CAPACITY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dca_jax import buckets
-from dca_jax import generate as engine
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.generate import Run, generate, read
+from dca_jax.inference import buckets
+from dca_jax.inference import generate as engine
+from dca_jax.inference.generate import Run, generate, read
+from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.sampling import Sampler
 
 
 @pytest.fixture(scope="module")

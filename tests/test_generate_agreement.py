@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dca_jax import generate as engine
-from dca_jax.generate import Run, generate
+from dca_jax.inference import generate as engine
+from dca_jax.inference.generate import Run, generate
+from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
-from dca_jax.sampling import Sampler
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
 from dca_jax.evaluation.passkey import passkey_grid
-from dca_jax.evaluation.perplexity import perplexity, token_nll
+from dca_jax.inference.score import perplexity, token_nll
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, inverse_frequencies, rotate
 

@@ -21,11 +21,11 @@ from conversion_helpers import (
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from dca_jax import parameters as parameters_module
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, axis_sizes
 from dca_jax.errors import InputError
-from dca_jax.huggingface import load_params, open_checkpoint, read_config
-from dca_jax.parameters import TABLE, axis_sizes, parameters, pieces
+from dca_jax.weights import parameters as parameters_module
+from dca_jax.weights.huggingface import load_params, open_checkpoint, read_config
+from dca_jax.weights.parameters import TABLE, parameters, pieces
 
 FAMILIES = {
     "llama": tiny_config(),

@@ -14,11 +14,12 @@ from tiny_llm import CHAT_TEMPLATE, make_llm, save_tokenizer
 import dca_jax
 from checkpoints_convert.hf_to_orbax import convert
 from dca_jax import DCAConfig, RopeConfig, Sampler
-from dca_jax import generate as engine
-from dca_jax.chat import Conversation
+from dca_jax.config import choose_dca
 from dca_jax.errors import InputError
-from dca_jax.generate import generate
-from dca_jax.loading import choose_dca, find_stop_ids
+from dca_jax.inference import generate as engine
+from dca_jax.inference.chat import Conversation
+from dca_jax.inference.generate import generate
+from dca_jax.inference.load import find_stop_ids
 
 # Short enough that every cache has 128 places, and beyond the chunk of 48: few programs to compile.
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, " * 2
@@ -278,14 +279,14 @@ def test_a_prefix_of_tokens_is_followed_by_tokens(llm):
 def test_only_the_question_is_read(llm, monkeypatch):
     prefix = llm.prefill(TEXT, room=ROOM)
     read = []
-    run = dca_jax.llm.Run
+    run = dca_jax.inference.llm.Run
 
     def counted(*args, **options):
         made = run(*args, **options)
         read.append(sum(len(p) - s for p, s in zip(made._prompts, made._start, strict=True)))
         return made
 
-    monkeypatch.setattr("dca_jax.llm.Run", counted)
+    monkeypatch.setattr("dca_jax.inference.llm.Run", counted)
     for _ in range(3):
         llm.generate(" I thought", max_new_tokens=4, prefix=prefix)
     question = len(llm.tokenize(TEXT + " I thought")) - len(prefix.tokens)
@@ -336,7 +337,7 @@ def test_chat_completes_the_template(llm):
 
 
 def test_a_conversation_is_the_chat_of_its_messages_and_reads_nothing_twice(llm, monkeypatch):
-    monkeypatch.setattr("dca_jax.chat.ROOM", ROOM)
+    monkeypatch.setattr("dca_jax.inference.chat.ROOM", ROOM)
     conversation = Conversation(llm, system="Be brief")
     shared = []
     prefill = type(llm).prefill
@@ -359,7 +360,7 @@ def test_a_conversation_is_the_chat_of_its_messages_and_reads_nothing_twice(llm,
 
 
 def test_an_answer_cut_short_stays_as_far_as_it_came(llm, monkeypatch):
-    monkeypatch.setattr("dca_jax.chat.ROOM", ROOM)
+    monkeypatch.setattr("dca_jax.inference.chat.ROOM", ROOM)
     conversation = Conversation(llm)
     answer = conversation.ask("Call me", max_new_tokens=40)
     begun = next(answer)
@@ -371,7 +372,7 @@ def test_an_answer_cut_short_stays_as_far_as_it_came(llm, monkeypatch):
 
 def test_a_conversation_survives_an_interruption_that_takes_its_cache(llm, monkeypatch):
     """Ctrl-C while the device holds the donated cache: what was read is lost, and read again."""
-    monkeypatch.setattr("dca_jax.chat.ROOM", ROOM)
+    monkeypatch.setattr("dca_jax.inference.chat.ROOM", ROOM)
     conversation = Conversation(llm)
     segment = engine._segment
 

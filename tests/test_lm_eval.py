@@ -14,9 +14,9 @@ from tiny_llm import make_llm
 
 import dca_jax
 from dca_jax.errors import InputError
-from dca_jax.evaluation.perplexity import token_nll
+from dca_jax.evaluation.methods import with_method
 from dca_jax.evaluation.texts import encode
-from dca_jax.methods import with_method
+from dca_jax.inference.score import token_nll
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `eval`)")
 # Of other people's packages, on the way to their figures.

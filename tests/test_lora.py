@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import orbax_to_hf
-from dca_jax.checkpoint import PARAMS, StreamedArray, load_converted, restore, save
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.evaluation.methods import with_method
 from dca_jax.finetune.lora import (
     init_lora,
     join,
@@ -31,12 +31,19 @@ from dca_jax.finetune.lora import (
     save_adapter,
     split,
 )
-from dca_jax.huggingface import read_config
-from dca_jax.loading import load_weights, open_weights
-from dca_jax.methods import with_method
 from dca_jax.model import Llama
-from dca_jax.parameters import abstract_params, load_tree, lora_parameters, parameters, projections
-from dca_jax.sharding import make_mesh, parameter_shardings
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.folder import load_weights, open_weights
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.orbax import PARAMS, StreamedArray, load_converted, restore, save
+from dca_jax.weights.parameters import (
+    abstract_params,
+    load_tree,
+    lora_parameters,
+    parameter_shardings,
+    parameters,
+    projections,
+)
 
 # Grouped queries, every bias there is, and no two sizes alike.
 CONFIG = LlamaConfig(

@@ -14,15 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dca_jax.attention import attend, dual_chunk_attention, xla
+from dca_jax.attention.bands import PositionMethod, relative_positions
 from dca_jax.attention.op import make_rows
-from dca_jax.bands import PositionMethod, relative_positions
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.kv_cache import KVCache
-from dca_jax.methods import METHODS, describe_methods, method_by_name, with_method
-from dca_jax.model import Llama
-from dca_jax.position_methods import (
+from dca_jax.evaluation.baselines import (
     DCAAblation,
     LMInfinite,
     ReRoPE,
@@ -30,8 +27,12 @@ from dca_jax.position_methods import (
     ShiftedRoPE,
     StreamingLLM,
 )
+from dca_jax.evaluation.methods import METHODS, describe_methods, method_by_name, with_method
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies
-from dca_jax.sharding import make_mesh, parameter_shardings
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.parameters import parameter_shardings
 
 ROPE = RopeConfig()
 EXACT = ("reference", "xla")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dca_jax import huggingface
 from dca_jax.dca import DCAConfig
-from dca_jax.evaluation.perplexity import perplexity, token_nll
+from dca_jax.inference.score import perplexity, token_nll
 from dca_jax.model import Llama
+from dca_jax.weights import huggingface
 
 GOLDEN = Path(__file__).parent / "golden" / "chunkllama" / "tinystories_656k_moby.json"
 ROWS = json.loads(GOLDEN.read_text())["rows"]

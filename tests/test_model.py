@@ -13,10 +13,10 @@ from flax import nnx
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.huggingface import load_params
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import REMAT, Llama
 from dca_jax.rope import RopeConfig
+from dca_jax.weights.huggingface import load_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

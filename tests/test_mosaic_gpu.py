@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
+from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.mosaic_gpu import decode
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
@@ -27,7 +28,7 @@ from dca_jax.attention.mosaic_gpu.ranges import (
     remember,
     steps,
 )
-from dca_jax.attention.op import PLAIN, Rows, choose_implementation
+from dca_jax.attention.op import choose_implementation
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig

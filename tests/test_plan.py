@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
-from dca_jax.buckets import capacity_bucket
 from dca_jax.cli import Remat, app
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
+from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.kv_cache import KVCache
-from dca_jax.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.model import REMAT, Llama
-from dca_jax.parameters import parameters
-from dca_jax.plan import Plan, plan, recommend, written
-from dca_jax.shapes import SHAPES, find_shape
-from dca_jax.sharding import make_mesh, parameter_shardings, parse_mesh
+from dca_jax.planning.memory import DEVICES, LOSS_TOKENS, Job
+from dca_jax.planning.plan import Plan, plan, recommend, written
+from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.sharding import make_mesh, parse_mesh
+from dca_jax.weights.parameters import parameter_shardings, parameters
 
 SMALL = LlamaConfig(
     vocab_size=512,

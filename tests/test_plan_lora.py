@@ -14,12 +14,18 @@ from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune.lora import init_lora, join, quantizer
-from dca_jax.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.model import Llama
-from dca_jax.parameters import abstract_params, lora_parameters, parameters, projections
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
-from dca_jax.sharding import make_mesh, parameter_shardings, parse_mesh
+from dca_jax.planning.memory import DEVICES, F32, LOSS_TOKENS, Job
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
+from dca_jax.sharding import make_mesh, parse_mesh
+from dca_jax.weights.parameters import (
+    abstract_params,
+    lora_parameters,
+    parameter_shardings,
+    parameters,
+    projections,
+)
 
 SMALL = LlamaConfig(
     vocab_size=512,

@@ -1,5 +1,7 @@
 """The scaffolding itself: what the other tests take for granted, and what a user installs."""
 
+import ast
+import graphlib
 import importlib
 import os
 import shutil
@@ -14,6 +16,7 @@ import pytest
 from flax import nnx
 from jaxtyping import TypeCheckError, install_import_hook
 
+import dca_jax
 from dca_jax import dca
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -119,3 +122,37 @@ def test_make_says_which_python_it_needs(tmp_path, script, message):
     assert message in run.stderr
     assert "Python 3.12 or newer" in run.stderr
     assert not venv.exists()
+
+
+def test_attention_alone_loads_no_checkpoint_library():
+    heavy = "orbax tensorstore optax rich transformers matplotlib".split()
+    code = (
+        "import sys, dca_jax.attention\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        f"print(sorted(loaded & set({heavy!r})))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_no_module_imports_in_a_circle():
+    files = [*Path("dca_jax").rglob("*.py"), *Path("checkpoints_convert").rglob("*.py")]
+    modules = {".".join(f.with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    del modules["dca_jax"]  # gives the public names, lazily
+
+    def imported(name):
+        for node in ast.walk(ast.parse(modules[name].read_text())):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    for found in (f"{node.module}.{alias.name}", str(node.module)):
+                        if found in modules and found != name:
+                            yield found
+
+    graph = {name: set(imported(name)) for name in modules}
+    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(modules)
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(dca_jax, name) is not None for name in dca_jax.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = dca_jax.nothing

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dca_jax.errors import InputError
-from dca_jax.sampling import Sampler, penalized
+from dca_jax.inference.sampling import Sampler, penalized
 
 
 def random_logits(rows=3, vocab=50, seed=0):

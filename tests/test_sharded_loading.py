@@ -12,12 +12,12 @@ from conversion_helpers import random_tensors, tiny_config, write_checkpoint
 from flax.traverse_util import flatten_dict
 
 from checkpoints_convert import hf_to_orbax
-from dca_jax import checkpoint
-from dca_jax import parameters as parameters_module
-from dca_jax.huggingface import load_params, read_config
-from dca_jax.parameters import abstract_params
-from dca_jax.sharding import make_mesh, parameter_shardings
-from dca_jax.tensor_files import StoredTensor
+from dca_jax.sharding import make_mesh
+from dca_jax.weights import orbax as checkpoint
+from dca_jax.weights import parameters as parameters_module
+from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.parameters import abstract_params, parameter_shardings
+from dca_jax.weights.tensor_files import StoredTensor
 
 # 80 layers, 64 heads and 8 kv heads, in 15 files; the width is 8192 / 64 and the heads' 128 / 64.
 SHAPE = {

@@ -11,23 +11,16 @@ from abstract import collective_sizes, lower
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dca_jax.buckets import copied, new_cache
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.generate import Run, generate, read
+from dca_jax.inference.buckets import copied, new_cache
+from dca_jax.inference.generate import Run, generate, read
+from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.sampling import Sampler
-from dca_jax.sharding import (
-    AXES,
-    check_mesh,
-    describe,
-    make_mesh,
-    mesh_of,
-    parameter_shardings,
-    parse_mesh,
-)
+from dca_jax.sharding import AXES, check_mesh, describe, make_mesh, mesh_of, parse_mesh
+from dca_jax.weights.parameters import parameter_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=96,

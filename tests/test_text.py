@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_llm import byte_level_tokenizer, metaspace_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dca_jax.text import TextStream
+from dca_jax.inference.text_stream import TextStream
 
 END = 2
 

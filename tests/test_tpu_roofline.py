@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import tpu_roofline
 
 from dca_jax.attention.mosaic_tpu.heads import Heads
-from dca_jax.shapes import SHAPES
+from dca_jax.planning.shapes import SHAPES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/tpu.md"
 

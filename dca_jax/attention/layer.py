@@ -2,21 +2,22 @@
 
 On one device these are a few lines around `attend`. On a mesh the same lines run on every device's
 own part of the arrays (`jax.shard_map`): rows of the batch and heads need nothing of each other,
-and where tokens are shared along `context`, `dca_jax.attention.context` reads across devices.
+and where tokens are shared along `context`, `dca_jax.attention.parallel.context` reads across
+devices.
 """
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.context import decode_attention
-from dca_jax.attention.op import Rows, attend, rotate_keys
-from dca_jax.attention.ring import ring_attention
-from dca_jax.attention.zigzag import zigzag_positions, zigzag_slots
-from dca_jax.bands import PositionMethod
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.op import attend, rotate_keys
+from dca_jax.attention.parallel.context import decode_attention
+from dca_jax.attention.parallel.ring import ring_attention
+from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.kv_cache import flat, write
 from dca_jax.sharding import Shards
 
 
@@ -137,3 +138,19 @@ def _rows_specs(rows: Rows, shards: Shards) -> Rows:
     batch = rows.lengths.shape[0]
     cut, whole = shards.spec("B"), PartitionSpec()
     return Rows._make(cut if leaf.shape[0] == batch else whole for leaf in rows)
+
+
+def write(
+    cache: Float[Array, "L B S KH"],
+    layer: Int[Array, ""],
+    slots: Int[Array, "B T"],
+    new: Float[Array, "B T K H"],
+) -> Float[Array, "L B S KH"]:
+    """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
+    row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return cache.at[layer, row, slots].set(flat(new).astype(cache.dtype), mode="drop")
+
+
+def flat(heads: Float[Array, "*rest K H"]) -> Float[Array, "*rest KH"]:
+    """A token's heads one behind the other, as the cache keeps them."""
+    return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])

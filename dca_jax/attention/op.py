@@ -10,7 +10,6 @@ exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and 
 import functools
 import logging
 import math
-from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
-from dca_jax.attention.device import Device, current_device
-from dca_jax.bands import PositionMethod
+from dca_jax.attention.backend import PLAIN, SAVED, Backend, Rows
+from dca_jax.attention.bands import PositionMethod, dense_method_attention
+from dca_jax.attention.device import current_device
 from dca_jax.dca import (
     DCAConfig,
     Phase,
@@ -32,79 +32,6 @@ from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
 
 log = logging.getLogger(__name__)
-
-# The name under which a policy of `jax.checkpoint` finds output and log-sum-exp: with these kept,
-# the backward pass need not run the forward kernel again.
-SAVED = "attention"
-
-# Plain causal attention is DCA whose first chunk never ends.
-PLAIN = DCAConfig(chunk_len=2**30, max_query_position=2**30)
-
-
-class Rows(NamedTuple):
-    """What differs from row to row of a batch; carries no gradient."""
-
-    inv_freq: Float[Array, "#B half"]  # radians per position
-    scale: Float[Array, " B"]  # what the row's logits are multiplied by
-    offset: Int[Array, " B"]  # index of the row's first query in its text
-    lengths: Int[Array, " B"]  # tokens of the row's text, the queries' own included
-    key_offset: Int[Array, " B"]  # index of the row's first key: not 0 for a slice of a text
-
-
-class Backend(Protocol):
-    """What a backend's module offers. `query` is raw, `key` rotated by `rotate_keys`.
-
-    Keys and values come as a stack of layers [L, B, S, K, H] (a KV cache, or L = 1) with the number
-    of the one to read, so that a kernel reads a layer in place and nothing copies it out. They may
-    be a slice of the text, slot j being its token key_offset + j, as a device holds under context
-    parallelism; then a query may meet no key here at all.
-    """
-
-    def unsupported(
-        self, device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
-    ) -> str | None:
-        """Why this backend cannot run on these shapes and dtypes on this device; None: it can."""
-        ...
-
-    def forward(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "L B S K H"],
-        value: Float[Array, "L B S K H"],
-        layer: Int[Array, ""],
-        rows: Rows,
-        *,
-        dca: DCAConfig,
-        phases: tuple[Phase, ...],
-        with_lse: bool,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-        """Output over the keys of `phases`; on request the logits' natural log-sum-exp, float32.
-
-        A query that meets no key (padding too) has output 0 and log-sum-exp -inf.
-        """
-        ...
-
-    def backward(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "L B S K H"],
-        value: Float[Array, "L B S K H"],
-        layer: Int[Array, ""],
-        rows: Rows,
-        out_bar: Float[Array, "B T N H"],
-        lse: Float[Array, "B N T"],
-        delta: Float[Array, "B N T"],
-        *,
-        dca: DCAConfig,
-        phases: tuple[Phase, ...],
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Gradients of query, of the layer's key (rotated) and of its value.
-
-        P = exp(logits - lse), dP = out_bar v^T, dS = P * (dP - delta). `lse` and `delta` may be of
-        more keys than these: a query that meets none of them then has gradient 0.
-        """
-        ...
-
 
 # In order of preference: the first that can run is the best for the device.
 BACKENDS: dict[str, Backend] = {
@@ -245,7 +172,10 @@ def attend(
     dca = dca or PLAIN
     name = choose_implementation(implementation, _like(query), _like(key), dca)
     if name == "reference":
-        return dense_attention(query, key[layer], value[layer], dca=dca, **rows._asdict())
+        key, value, options = key[layer], value[layer], rows._asdict()
+        if isinstance(dca, PositionMethod):
+            return dense_method_attention(query, key, value, dca=dca, **options)
+        return dense_attention(query, key, value, dca=dca, **options)
     phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[2], dca)
     out, _ = _flash(name, dca, phases, False, query, key, value, layer, rows)
     return out

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import current_device
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import DCAConfig, Phase, key_range, query_position
 from dca_jax.rope import rotate
-
-if TYPE_CHECKING:
-    from dca_jax.attention.device import Device
-    from dca_jax.attention.op import Rows
 
 INTERPRET = False  # tests set it: the kernels then run on any device, in Pallas' interpreter
 LOG2E = math.log2(math.e)
@@ -167,7 +164,7 @@ def forward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -221,7 +218,7 @@ def backward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     out_bar: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
@@ -293,7 +290,7 @@ def _compiler_params(tile: Tile) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def _row_arrays(layer: Int[Array, ""], rows: "Rows") -> tuple[Array, ...]:
+def _row_arrays(layer: Int[Array, ""], rows: Rows) -> tuple[Array, ...]:
     """Layer, and each row's offset, length, key offset and logit scale: a program's scalars."""
     layer = layer.astype(jnp.int32).reshape(1)
     return layer, rows.offset, rows.lengths, rows.key_offset, rows.scale
@@ -308,23 +305,19 @@ def _by_kv_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, A
     return query, key.reshape(stacked), value.reshape(stacked)
 
 
-def _turns(num_queries: int, rows: "Rows", dca: DCAConfig) -> tuple[Array, Array]:
+def _turns(num_queries: int, rows: Rows, dca: DCAConfig) -> tuple[Array, Array]:
     """cos and sin [B, T + 2, H/2], float32: of P_q(i, intra), of P_q(inter), and of s.
 
     Every phase's rotation follows from these (`_turn`), so no table per phase is needed.
     """
     batch = rows.offset.shape[0]
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
-    constants = jnp.asarray([_inter_position(dca), dca.chunk_len], jnp.int32)
+    constants = jnp.asarray([dca.inter_position, dca.chunk_len], jnp.int32)
     positions = jnp.concatenate(
         [index % dca.chunk_len, jnp.broadcast_to(constants[None, :], (batch, 2))], axis=1
     )
     angle = positions.astype(jnp.float32)[:, :, None] * rows.inv_freq[:, None, :]
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def _inter_position(dca: DCAConfig) -> int:
-    return min(2 * dca.chunk_len - 1, dca.max_query_position)
 
 
 # --- forward -----------------------------------------------------------------------------------
@@ -773,7 +766,7 @@ def _turn(
     if phase == "intra":
         return cos, sin
     far_cos, far_sin = constant(num_queries + 1)
-    held = (index % dca.chunk_len >= _inter_position(dca) - dca.chunk_len)[:, None, None]
+    held = (index % dca.chunk_len >= dca.inter_position - dca.chunk_len)[:, None, None]
     return (
         jnp.where(held, inter_cos, cos * far_cos - sin * far_sin),
         jnp.where(held, inter_sin, sin * far_cos + cos * far_sin),

@@ -1,24 +1,20 @@
 """Blockwise attention in plain XLA: any device, any length, any chunk length, O(T) memory.
 
 For each tile of queries, one online softmax runs over the blocks of keys of every band in turn
-(`dca_jax.bands`): DCA's phases, or the bands of another method. The blocks visited are those the
-tile's queries meet, so the work is that of causal attention, or less.
+(`dca_jax.attention.bands`): DCA's phases, or the bands of another method. The blocks visited are
+those the tile's queries meet, so the work is that of causal attention, or less.
 """
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.bands import Band, PositionMethod, turned_keys
-from dca_jax.dca import DCAConfig, Phase, bands_of, logit_scale
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, turned_keys
+from dca_jax.attention.device import Device
+from dca_jax.dca import DCAConfig, Phase
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
-
-if TYPE_CHECKING:
-    from dca_jax.attention.device import Device
-    from dca_jax.attention.op import Rows
 
 TILE = 512  # queries a tile
 LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
@@ -39,7 +35,7 @@ def forward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
@@ -105,7 +101,7 @@ def backward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     out_bar: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
@@ -185,7 +181,7 @@ def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
 
 
 def _rotated_query(
-    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: "Rows"
+    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: Rows
 ) -> Float[Array, "B K G t H"]:
     """The tile's queries where the band puts them, times the logit scale; rounded once.
 
@@ -197,7 +193,7 @@ def _rotated_query(
 
 
 def _blocks(
-    index: Int[Array, "B t"], band: Band, rows: "Rows", num_keys: int, block: int
+    index: Int[Array, "B t"], band: Band, rows: Rows, num_keys: int, block: int
 ) -> tuple[Array, Array, tuple[Array, Array]]:
     """[first, last) of the blocks that any of the tile's queries meets; each query's key range."""
     start = band.start
@@ -231,7 +227,7 @@ def _turned_keys(
     at: Int[Array, ""],
     block: int,
     band: Band,
-    rows: "Rows",
+    rows: Rows,
 ) -> Float[Array, "B block K H"]:
     """`block` keys of a layer where the band puts them: DCA's come so, others are turned here."""
     keys = _slice(cache, layer, at, block)
@@ -239,7 +235,7 @@ def _turned_keys(
 
 
 def _turned_back(
-    bar: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: "Rows"
+    bar: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: Rows
 ) -> Float[Array, "B block K H"]:
     """From the gradient of `_turned_keys` to that of the keys as they came."""
     if band.key_position is None:
@@ -248,7 +244,7 @@ def _turned_back(
     return rotate(bar, -position, rows.inv_freq)
 
 
-def _text_index(at: Int[Array, ""], block: int, rows: "Rows") -> Int[Array, "B block"]:
+def _text_index(at: Int[Array, ""], block: int, rows: Rows) -> Int[Array, "B block"]:
     """Text indices of the `block` keys from slot `at`."""
     slot = at.astype(jnp.int32) + jnp.arange(block, dtype=jnp.int32)[None, :]
     return rows.key_offset[:, None] + slot

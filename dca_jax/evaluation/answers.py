@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dca_jax.buckets import new_cache
 from dca_jax.dca import DCAConfig
-from dca_jax.evaluation.progress import progress, reading_work
+from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.results import ResultLog, in_batches
-from dca_jax.generate import check_prompts, generate
-from dca_jax.llm import LLM
-from dca_jax.methods import method_by_name, with_method
+from dca_jax.inference.buckets import new_cache
+from dca_jax.inference.generate import check_prompts, generate
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.progress import progress, reading_work
 
 TOGETHER = 32_768  # tokens of prompts that are read together by default, and at most 8 prompts
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dca_jax.documents import read_document
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.evaluation import (
     few_shot,
     l_eval,
@@ -21,8 +21,9 @@ from dca_jax.evaluation import (
 )
 from dca_jax.evaluation.command import load_model, names_of, parse_tokens, run, task_files
 from dca_jax.evaluation.haystacks import Haystack
+from dca_jax.evaluation.methods import METHODS
 from dca_jax.evaluation.paper import MODELS
-from dca_jax.methods import METHODS
+from dca_jax.inference.documents import read_document
 
 app = typer.Typer(
     name="eval",

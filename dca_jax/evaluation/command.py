@@ -14,8 +14,8 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import report
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.evaluation.results import ResultLog
-from dca_jax.llm import LLM
-from dca_jax.loading import load
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.load import load
 
 
 def parse_tokens(text: str) -> int:
@@ -48,7 +48,8 @@ def names_of(files: Mapping[str, Path]) -> dict[str, str]:
 def load_model(model: str, dtype: str | None, mesh: str | None) -> LLM:
     """The one place where an evaluation loads its model: with its own rope, and no DCA yet.
 
-    Every method is made of it (`dca_jax.methods.with_method`); nothing is loaded or copied again.
+    Every method is made of it (`dca_jax.evaluation.methods.with_method`); nothing is loaded or
+    copied again.
     """
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         return load(model, dca=None, dtype=dtype, mesh=mesh)

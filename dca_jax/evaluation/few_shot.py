@@ -26,7 +26,7 @@ from dca_jax.evaluation.answers import Answer, Question, Sample, ask
 from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome, task_table
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
 
 MARGIN = 200  # tokens that ChunkLlama leaves for examples and question
 

@@ -29,7 +29,7 @@ from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_l
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.scrolls import normalized
 from dca_jax.evaluation.tables import Outcome, task_table
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
 
 TASKS = ("tpo", "quality", "coursera", "sci_fi")
 NEW_TOKENS, MARGIN = 512, 200

@@ -32,7 +32,7 @@ from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
 from dca_jax.evaluation.texts import encode
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
 
 THRESHOLD = 85.6  # per cent
 PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles

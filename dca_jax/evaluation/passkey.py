@@ -33,7 +33,7 @@ from dca_jax.evaluation.grids import accuracy_table
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome
 from dca_jax.evaluation.texts import encode
-from dca_jax.llm import LLM
+from dca_jax.inference.llm import LLM
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "

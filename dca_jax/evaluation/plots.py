@@ -8,7 +8,10 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,8 +19,6 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.grids import AccuracyGrid
-from dca_jax.evaluation.passkey import PasskeyGrid
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white swallows.
 COLORS = ("#000000", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#E69F00")
@@ -26,7 +27,17 @@ LINES = ("-", "--", ":")  # where there are more methods than colors
 DPI = 150
 CELLS = 120  # a heat map of at most so many cells has its figures written into it
 
-Grid = PasskeyGrid | AccuracyGrid
+
+@runtime_checkable
+class Grid(Protocol):
+    """Accuracy, from 0 to 1, by length (tokens) and depth (0 to 1), both rising; NaN: not known."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def depths(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def accuracy(self) -> Float[np.ndarray, "lengths depths"]: ...  # noqa: D102
 
 
 def plot_perplexity(

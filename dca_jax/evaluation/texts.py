@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dca_jax.documents import read_document
 from dca_jax.errors import InputError
-from dca_jax.llm import LLM
+from dca_jax.inference.documents import read_document
+from dca_jax.inference.llm import LLM
 
 
 @dataclass(frozen=True, kw_only=True)

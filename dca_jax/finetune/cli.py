@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dca_jax.distributed import is_primary
-from dca_jax.errors import InputError, exit_on_input_error
+from dca_jax.distributed import exit_on_input_error, is_primary
+from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Files, Settings, read_settings
 
 ConfigArgument = Annotated[

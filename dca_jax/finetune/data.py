@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Int
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.progress import progress
 from dca_jax.finetune.dialogues import Dialogue
 from dca_jax.finetune.templates import Rendered, renderer
+from dca_jax.inference.progress import progress
 
 Rows = dict[str, np.ndarray]
 """`tokens` int32 and `trained` bool [batch, length], and `lengths` int32 [batch]: tokens of a row

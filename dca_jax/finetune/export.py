@@ -3,25 +3,23 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from dca_jax.checkpoint import PARAMS, StreamedArray, save
 from dca_jax.distributed import from_primary
 from dca_jax.errors import InputError
-from dca_jax.files import copy_companions, read_json
 from dca_jax.finetune.lora import merge_lora, save_adapter
-from dca_jax.loading import open_weights
-from dca_jax.parameters import parameters
+from dca_jax.finetune.setup import Setup
+from dca_jax.weights.files import copy_companions, read_json
+from dca_jax.weights.folder import open_weights
+from dca_jax.weights.orbax import PARAMS, StreamedArray, save
+from dca_jax.weights.parameters import parameters
 
-if TYPE_CHECKING:
-    from dca_jax.finetune.run import Setup
 
-
-def export(setup: "Setup", output: Path, params: dict[str, Any]) -> None:
+def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     """Writes `output/model`, and `output/adapter` if adapters were trained.
 
     The model is a converted folder: `dca_jax.load` reads it, and `dca-jax convert` makes it a
@@ -70,7 +68,7 @@ def export(setup: "Setup", output: Path, params: dict[str, Any]) -> None:
         ) from error
 
 
-def _write_config(setup: "Setup", folder: Path) -> None:
+def _write_config(setup: Setup, folder: Path) -> None:
     """config.json with the run's dtype and DCA, and the chat template it was trained with."""
     config = read_json(folder, "config.json")
     config |= {"dtype": setup.settings.dtype}

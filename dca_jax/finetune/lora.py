@@ -30,10 +30,11 @@ from jaxtyping import Array, Float, Int8, Key
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
-from dca_jax.files import member, read_json, refuse_existing, written_aside
-from dca_jax.huggingface import Checkpoint, match_tensors
 from dca_jax.model import Llama
-from dca_jax.parameters import (
+from dca_jax.sharding import mesh_of
+from dca_jax.weights.files import member, read_json, refuse_existing, written_aside
+from dca_jax.weights.huggingface import Checkpoint, match_tensors
+from dca_jax.weights.parameters import (
     Parameter,
     Read,
     Shardings,
@@ -41,8 +42,7 @@ from dca_jax.parameters import (
     lora_parameters,
     projections,
 )
-from dca_jax.sharding import mesh_of
-from dca_jax.tensor_files import list_file, write_safetensors
+from dca_jax.weights.tensor_files import list_file, write_safetensors
 
 ADAPTERS = ("lora_a", "lora_b")  # names of trainable leaves
 # PEFT's names of the files of an adapter's folder.
@@ -95,7 +95,7 @@ def join(adapters: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]
 
 
 def quantizer(config: LlamaConfig) -> Callable[[Parameter, Array], dict[str, Array]]:
-    """What makes int8 weights of a model's: `then` of `dca_jax.loading.load_weights`.
+    """What makes int8 weights of a model's: `then` of `dca_jax.weights.folder.load_weights`.
 
     A layer's kernel becomes int8 `kernel` and float32 `kernel_scale`, on the devices it lies on; it
     is about their product, and no weight is off by more than half its scale, which has size 1 along
@@ -143,7 +143,8 @@ def merge_lora(read: Read, adapters: Mapping[str, Any], lora: LoraConfig) -> Rea
     takes for it. With several processes, all call it.
 
     Args:
-        read: of the base, as it was before any quantization (`dca_jax.loading.open_weights`).
+        read: of the base, as it was before any quantization
+            (`dca_jax.weights.folder.open_weights`).
         adapters: as `split` and `load_adapter` give them.
         lora: what they were made with.
     """

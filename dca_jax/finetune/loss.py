@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.memory import LOSS_TOKENS
 from dca_jax.model import Llama
+from dca_jax.planning.memory import LOSS_TOKENS
 from dca_jax.sharding import Shards
 
 

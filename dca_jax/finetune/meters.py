@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
-from dca_jax.parameters import lora_parameters, parameters
+from dca_jax.weights.parameters import lora_parameters, parameters
 
 METRICS = "metrics.jsonl"
 AVERAGED = 20  # updates that the bar's speed is taken over

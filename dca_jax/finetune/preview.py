@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dca_jax.finetune.templates import Rendered
-from dca_jax.text import INCOMPLETE
+from dca_jax.inference.text_stream import INCOMPLETE
 
 TRAINED, MASKED = "bold green", "dim"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour

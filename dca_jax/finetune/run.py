@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,9 +29,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.status import Status
 
-from dca_jax.buckets import padded_length
-from dca_jax.config import LlamaConfig, LoraConfig
-from dca_jax.dca import DCAConfig
+from dca_jax.config import LoraConfig, choose_dca
+from dca_jax.dca import parse_dca
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.finetune.checkpoints import Checkpoints
@@ -44,6 +43,7 @@ from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
 from dca_jax.finetune.settings import Files, Settings, read_settings
+from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.templates import template_source
 from dca_jax.finetune.train import (
     Batch,
@@ -57,58 +57,15 @@ from dca_jax.finetune.train import (
     place,
     start,
 )
-from dca_jax.huggingface import read_config
-from dca_jax.loading import choose_dca, find_folder, load_tokenizer, load_weights, parse_dca
-from dca_jax.model import Llama
-from dca_jax.parameters import Shardings, lora_parameters, parameters
-from dca_jax.sharding import axis_size, make_mesh, parameter_shardings
+from dca_jax.inference.buckets import padded_length
+from dca_jax.inference.load import load_tokenizer
+from dca_jax.sharding import axis_size, make_mesh
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.parameters import lora_parameters, parameters
 
 SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What is to be trained, before any weight is read.
-
-    Attributes:
-        folder: of the checkpoint to begin with. mesh: None is one device.
-        chat_template: of the dialogues, if it is not the tokenizer's own.
-        dca: as `dca_jax.loading.choose_dca` gives it. lora: None trains all weights.
-    """
-
-    settings: Settings
-    folder: Path
-    config: LlamaConfig
-    tokenizer: Any
-    chat_template: str | None
-    dca: DCAConfig | None
-    lora: LoraConfig | None
-    mesh: Mesh | None
-
-    @property
-    def sharding(self) -> Shardings:
-        """Where the parameters go."""
-        if self.mesh is None:
-            return None
-        return parameter_shardings(self.config, self.mesh, lora=self.lora)
-
-    @property
-    def pad_id(self) -> int:
-        """What fills up a row; it is never read."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else pad
-
-    def build(self, params: Params) -> Llama:
-        """The model around parameters, for a step of training."""
-        return Llama.from_params(
-            self.config,
-            params,
-            dca=self.dca,
-            dtype=jnp.dtype(self.settings.dtype),
-            remat=self.settings.remat,
-            lora=self.lora,
-            quantized=self.settings.base == "int8",
-        )
 
 
 def finetune(settings: Settings) -> Path:

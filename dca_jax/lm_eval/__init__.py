@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.perplexity import Reader, Scores
+from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.texts import encode, joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
-from dca_jax.llm import LLM
-from dca_jax.loading import load
-from dca_jax.methods import method_by_name, with_method
-from dca_jax.sampling import Sampler
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.load import load
+from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.score import Reader, Scores
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -48,8 +48,8 @@ class DcaJaxLM(TemplateLM):
 
     Args:
         pretrained: a folder, or a name on the Hugging Face Hub (`dca_jax.load`).
-        method: how to read, a name that `dca_jax.methods` knows. What depends on the length of a
-            text is given that of the longest of a batch, in whole trained lengths.
+        method: how to read, a name that `dca_jax.evaluation.methods` knows. What depends on the
+            length of a text is given that of the longest of a batch, in whole trained lengths.
         max_length: tokens of a request at most, its answer included; None: what fits into memory.
         max_gen_toks: new tokens where the task does not say.
         batch_size: requests read together; "auto" for as many as 16k tokens hold.
@@ -57,7 +57,8 @@ class DcaJaxLM(TemplateLM):
         max_batch_size, device: lm-eval gives them to every model; they change nothing here.
 
     Raises:
-        InputError: what `dca_jax.load` and `dca_jax.methods` refuse, or a model without tokenizer.
+        InputError: what `dca_jax.load` and `dca_jax.evaluation.methods` refuse, or a model without
+            tokenizer.
     """
 
     def __init__(

@@ -7,10 +7,10 @@ import pytest
 from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
 
-from dca_jax.buckets import capacity_bucket
-from dca_jax.generate import GPU_OPTIONS
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
+from dca_jax.inference.buckets import capacity_bucket
+from dca_jax.inference.generate import GPU_OPTIONS
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
 
 pytestmark = [

@@ -7,8 +7,8 @@ import pytest
 from abstract import lower_update, summed_whole
 from h200 import OPTIONS, h200s
 
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
 
 pytestmark = [

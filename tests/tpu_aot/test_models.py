@@ -23,10 +23,10 @@ from abstract import lower
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from dca_jax.buckets import capacity_bucket
-from dca_jax.memory import DEVICES
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
+from dca_jax.inference.buckets import capacity_bucket
+from dca_jax.planning.memory import DEVICES
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
 
 pytestmark = [

@@ -7,9 +7,9 @@ import pytest
 from abstract import lower_update, summed_whole
 from jax.experimental import topologies
 
-from dca_jax.memory import DEVICES
-from dca_jax.plan import plan
-from dca_jax.shapes import SHAPES
+from dca_jax.planning.memory import DEVICES
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
 
 pytestmark = [

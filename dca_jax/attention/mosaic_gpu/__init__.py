@@ -1,22 +1,18 @@
 """DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int
 
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_gpu import decode as decoding
 from dca_jax.attention.mosaic_gpu import flash_forward as prefill
 from dca_jax.attention.mosaic_gpu.backward import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
 from dca_jax.dca import PHASES, DCAConfig, Phase
-
-if TYPE_CHECKING:
-    from dca_jax.attention.device import Device
-    from dca_jax.attention.op import Rows
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -62,7 +58,7 @@ def forward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],

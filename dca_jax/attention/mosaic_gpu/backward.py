@@ -19,8 +19,9 @@ dQ in float32.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.flash_forward import (
     LOG2E,
     NEVER,
@@ -40,11 +42,6 @@ from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.dca import DCAConfig, Phase, key_range, query_position
 from dca_jax.errors import InputError
 from dca_jax.rope import rotate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from dca_jax.attention.op import Rows
 
 ROWS = 64  # of a WGMMA accumulator: keys a warpgroup multiplies at once
 WARPGROUPS = 2  # that compute; one more moves data
@@ -94,7 +91,7 @@ def backward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     out_bar: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
@@ -144,7 +141,7 @@ def backward(
 
 def _key_ranges(
     index: Int[Array, "B T"],
-    rows: "Rows",
+    rows: Rows,
     num_keys: int,
     block_q: int,
     dca: DCAConfig,

@@ -17,7 +17,7 @@ A row's partial results are merged by their maximum and sum, in plain XLA.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,14 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.flash_forward import LOG2E, NEVER, rotated_queries
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.dca import DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 RESERVED = 4096  # of them, for reductions across warps, barriers and alignment
@@ -104,7 +102,7 @@ def decode(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -154,7 +152,7 @@ def decode(
 def _query_columns(
     query: Float[Array, "B T N H"],
     kv_heads: int,
-    rows: "Rows",
+    rows: Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> Float[Array, "B P K columns H"]:

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     Walk,
@@ -35,9 +36,6 @@ from dca_jax.attention.mosaic_gpu.vote import any_in_warp
 from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.errors import InputError
 from dca_jax.rope import rotate
-
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
 
 ROWS = 64  # queries a warpgroup: the rows of one WGMMA
 WARPGROUPS = 2  # that compute
@@ -92,7 +90,7 @@ def forward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -149,7 +147,7 @@ def pad_tokens(x: Array, axis: int) -> Array:
 
 
 def rotated_queries(
-    query: Float[Array, "B T N H"], rows: "Rows", dca: DCAConfig, phases: tuple[Phase, ...]
+    query: Float[Array, "B T N H"], rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]
 ) -> list[Float[Array, "B T N H"]]:
     """The query as each phase sees it, times the logit scale in log2 units; rounded once."""
     index = rows.offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
@@ -160,7 +158,7 @@ def rotated_queries(
 
 
 def rotation_tables(
-    rows: "Rows", dca: DCAConfig, tokens: int
+    rows: Rows, dca: DCAConfig, tokens: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"], Float[Array, "B 4 half"]]:
     """cos and sin of each query's intra position, and of the two rotations that are constant.
 
@@ -168,7 +166,7 @@ def rotation_tables(
     Q' = min(2s - 1, Q): that of inter. The second, R(s), takes intra to succ; where the position
     would pass Q', succ is inter.
     """
-    s, furthest = dca.chunk_len, min(2 * dca.chunk_len - 1, dca.max_query_position)
+    s, furthest = dca.chunk_len, dca.inter_position
     scale = rows.scale[:, None, None] * jnp.float32(LOG2E)
     index = rows.offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
     angle = (index % s).astype(jnp.float32)[:, :, None] * rows.inv_freq[:, None, :]
@@ -471,7 +469,7 @@ def _rotations(
     if "intra" in phases or "succ" in phases:
         seen["intra"] = turned(halves, *per_query)
     if "succ" in phases:
-        s, furthest = dca.chunk_len, min(2 * dca.chunk_len - 1, dca.max_query_position)
+        s, furthest = dca.chunk_len, dca.inter_position
         near = turned(seen["intra"], *constants[2:])
         is_far = lax.rem(indices(), jnp.int32(s)) + s >= furthest
         is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (ROWS, half), [0])

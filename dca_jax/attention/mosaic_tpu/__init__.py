@@ -7,14 +7,13 @@ which rotation of its queries, `walk` writes that down step by step, and the ker
 tile and stage. `tiles` says how much goes through a kernel at once.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import current_device
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.device import Device, current_device
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu import turns
 from dca_jax.attention.mosaic_tpu.decode import decode
@@ -30,10 +29,6 @@ from dca_jax.attention.mosaic_tpu.stages import (
 )
 from dca_jax.attention.mosaic_tpu.walk import num_words
 from dca_jax.dca import PHASES, DCAConfig, Phase
-
-if TYPE_CHECKING:
-    from dca_jax.attention.device import Device
-    from dca_jax.attention.op import Rows
 
 
 def unsupported(
@@ -93,7 +88,7 @@ def forward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
@@ -133,7 +128,7 @@ def backward(
     key: Float[Array, "L B S K H"],
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
-    rows: "Rows",
+    rows: Rows,
     out_bar: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],

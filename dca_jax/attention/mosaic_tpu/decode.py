@@ -10,7 +10,7 @@ are merged by their log-sum-exp.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu import blocks
 from dca_jax.attention.mosaic_tpu.grid import row_scalars
 from dca_jax.attention.mosaic_tpu.heads import Heads
@@ -27,16 +28,13 @@ from dca_jax.attention.mosaic_tpu.walk import BEGINS, ENDS, ENTERS, LIVE, Walk, 
 from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.rope import rotate
 
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
-
 
 def decode(
     query: Array,  # [B, T, N, H]
     key: Array,  # [L, B, S, K, H]
     value: Array,
     layer: Array,
-    rows: "Rows",
+    rows: Rows,
     heads: Heads,
     *,
     dca: DCAConfig,
@@ -122,7 +120,7 @@ def decode(
 
 
 def _turned(
-    query: Array, kv_heads: int, rows: "Rows", dca: DCAConfig, phases: tuple[Phase, ...]
+    query: Array, kv_heads: int, rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]
 ) -> Array:
     """The queries as each stage turns them [stages, B, K * T * N/K, H], scaled for exp2."""
     batch, num_queries, num_heads, dim = query.shape

@@ -6,7 +6,7 @@ order: so the result is bitwise deterministic.
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu import blocks, turns
 from dca_jax.attention.mosaic_tpu.grid import row_scalars
 from dca_jax.attention.mosaic_tpu.heads import Heads
@@ -21,14 +22,11 @@ from dca_jax.attention.mosaic_tpu.stages import stages_of_keys
 from dca_jax.attention.mosaic_tpu.walk import BEGINS, ENDS, FULL, LIVE, NEAR, Walk, pair_up
 from dca_jax.dca import DCAConfig, Phase
 
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
-
 
 def dkv(
     inputs: tuple[Array, ...],
     layer: Array,
-    rows: "Rows",
+    rows: Rows,
     heads: Heads,
     *,
     dca: DCAConfig,

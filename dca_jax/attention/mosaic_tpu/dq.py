@@ -1,7 +1,7 @@
 """The gradient of the query: walks through the keys as the forward does."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu import blocks, turns
 from dca_jax.attention.mosaic_tpu.grid import QueryGrid, row_scalars
 from dca_jax.attention.mosaic_tpu.heads import Heads
@@ -26,14 +27,11 @@ from dca_jax.attention.mosaic_tpu.walk import (
 )
 from dca_jax.dca import DCAConfig, Phase
 
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
-
 
 def dq(
     inputs: tuple[Array, ...],
     layer: Array,
-    rows: "Rows",
+    rows: Rows,
     heads: Heads,
     *,
     dca: DCAConfig,

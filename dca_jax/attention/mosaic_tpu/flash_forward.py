@@ -5,7 +5,7 @@ one row of lanes, which VMEM and HBM hold without padding.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu import blocks, turns
 from dca_jax.attention.mosaic_tpu.grid import QueryGrid, row_scalars
 from dca_jax.attention.mosaic_tpu.heads import Heads
@@ -20,16 +21,13 @@ from dca_jax.attention.mosaic_tpu.stages import stages_of_queries
 from dca_jax.attention.mosaic_tpu.walk import BEGINS, ENDS, ENTERS, FULL, LIVE, NEAR, Walk, pair_up
 from dca_jax.dca import DCAConfig, Phase
 
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
-
 
 def flash_forward(
     query: Array,  # [B, T, N, H]
     key: Array,  # [L, B, S, K, H]
     value: Array,
     layer: Array,
-    rows: "Rows",
+    rows: Rows,
     heads: Heads,
     *,
     dca: DCAConfig,

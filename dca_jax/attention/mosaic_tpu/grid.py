@@ -4,20 +4,18 @@ Every kernel is given, ahead of its grid, `row_scalars`, and the words and stage
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.attention.mosaic_tpu.walk import Walk
 
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
 
-
-def row_scalars(layer: Array, rows: "Rows", num_queries: int) -> Array:
+def row_scalars(layer: Array, rows: Rows, num_queries: int) -> Array:
     """The layer, then each row's offset, length (of these queries' text) and key offset; int32."""
     limit = jnp.minimum(rows.lengths, rows.offset + num_queries)
     each = jnp.stack([rows.offset, limit, rows.key_offset], axis=1).reshape(-1)

@@ -7,16 +7,14 @@ query takes the rotation of its own phase; so a tile may lie across chunks, and 
 once.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from dca_jax.attention.backend import Rows
 from dca_jax.dca import DCAConfig, Phase
-
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
 
 FAR = 2**30  # beyond every text; twice that would overflow int32
 BEHIND: dict[Phase, int] = {"intra": 0, "succ": 1, "inter": 2}  # chunks
@@ -37,7 +35,7 @@ class Stage(NamedTuple):
 def stages_of_queries(
     num_queries: int,
     num_keys: int,
-    rows: "Rows",
+    rows: Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     blocks: tuple[int, int],
@@ -100,7 +98,7 @@ def most_keys(
 def stages_of_keys(
     num_queries: int,
     num_keys: int,
-    rows: "Rows",
+    rows: Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     blocks: tuple[int, int],

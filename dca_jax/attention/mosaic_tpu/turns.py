@@ -6,21 +6,19 @@ and the log2(e) of the kernels' exp2 in them; each query of a tile takes those o
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu.stages import far_from
 from dca_jax.dca import DCAConfig, Phase, query_position
-
-if TYPE_CHECKING:
-    from dca_jax.attention.op import Rows
 
 LOG2E = math.log2(math.e)
 
 
-def turns(num_queries: int, rows: "Rows", dca: DCAConfig, phases: tuple[Phase, ...]) -> Array:
+def turns(num_queries: int, rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]) -> Array:
     """cos, and below it sin, of each phase's query positions, times the scale: [P, B, H, T]."""
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     positions = jnp.stack([query_position(index, phase, dca) for phase in phases])

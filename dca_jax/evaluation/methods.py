@@ -1,8 +1,8 @@
 """Every way of reading a long text, by name: what `--method` takes.
 
 Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
-(`dca_jax.bands`): DCA, and those of `dca_jax.position_methods`. All are training-free, and take the
-same weights (`with_method`).
+(`dca_jax.attention.bands`): DCA, and those of `dca_jax.evaluation.baselines`. All are
+training-free, and take the same weights (`with_method`).
 
 A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024`), and may end in `+pi:F`, `+ntk:F` or
 `+yarn:F`, which first scale the frequencies for a window of F times the trained one: `dca+ntk:2`
@@ -15,13 +15,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from dca_jax.bands import PositionMethod
-from dca_jax.config import LlamaConfig
-from dca_jax.dca import DCAConfig
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.config import LlamaConfig, choose_dca
+from dca_jax.dca import PRESETS, DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.loading import PRESETS, choose_dca
-from dca_jax.model import Llama
-from dca_jax.position_methods import (
+from dca_jax.evaluation.baselines import (
     DCAAblation,
     LMInfinite,
     ReRoPE,
@@ -29,6 +27,7 @@ from dca_jax.position_methods import (
     ShiftedRoPE,
     StreamingLLM,
 )
+from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor
 
 # --- frequencies -------------------------------------------------------------------------------

@@ -13,16 +13,16 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dca_jax.buckets import cache_capacity, copied, new_cache
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
-from dca_jax.evaluation.perplexity import perplexity
-from dca_jax.generate import Run, check_numbers, check_prompts
+from dca_jax.inference.buckets import cache_capacity, copied, new_cache
+from dca_jax.inference.generate import Run, check_numbers, check_prompts
+from dca_jax.inference.prefix import Prefix
+from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.score import perplexity
+from dca_jax.inference.text_stream import FinishReason, TextStream
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.prefix import Prefix
-from dca_jax.sampling import Sampler
-from dca_jax.text import FinishReason, TextStream
 
 LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
 

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.sharding import RULES, STORED, check_mesh, partition
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 
@@ -148,18 +149,6 @@ TABLE = (
     Parameter("norm.scale", "model.norm.weight", "D", "D"),
     Parameter("lm_head.kernel", "lm_head.weight", "V D", "D V", when="untied"),
 )
-
-
-def axis_sizes(config: LlamaConfig) -> dict[str, int]:
-    """What each letter of the table stands for."""
-    return {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "N": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "H": config.head_dim,
-    }
 
 
 def parameters(config: LlamaConfig) -> list[Parameter]:
@@ -317,3 +306,33 @@ def _load_leaf(
 @partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, piece: jax.Array, corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, piece, list(corner))
+
+
+def parameter_shardings(
+    config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
+) -> Callable[[str], NamedSharding]:
+    """Where each parameter goes, by its path: what the loaders take as `sharding`.
+
+    With `lora`, also where its adapters go.
+
+    Raises:
+        InputError: see `check_mesh`.
+    """
+    check_mesh(config, mesh.shape)
+    adapters = [] if lora is None else lora_parameters(config, lora)
+    rows = {row.path: row for row in [*parameters(config), *adapters]}
+
+    def sharding(path: str) -> NamedSharding:
+        return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))
+
+    return sharding
+
+
+def parameter_partition(
+    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How a parameter lies on a mesh of these sizes."""
+    letters = "L" * row.stacked + row.ours.replace(" ", "")
+    # A norm's scale is a few kilobytes: everywhere, whole.
+    rules = STORED if len(row.ours.split()) > 1 else RULES
+    return partition(letters, row.shape(config), sizes, rules)

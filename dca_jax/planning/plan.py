@@ -1,6 +1,6 @@
 """`dca-jax plan`: whether a model fits a mesh, how long its texts may be, and which mesh is best.
 
-What takes memory is worked out in `dca_jax.memory`, from shapes alone.
+What takes memory is worked out in `dca_jax.planning.memory`, from shapes alone.
 """
 
 import math
@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.filesize import decimal
 
-from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
-from dca_jax.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
 from dca_jax.model import REMAT
-from dca_jax.parameters import axis_sizes
+from dca_jax.planning.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
 from dca_jax.sharding import AXES, check_mesh, describe
 
 MOST_DEVICES = 1024  # of a mesh that is recommended

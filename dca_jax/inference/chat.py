@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Unpack
 
-from dca_jax.llm import LLM, Message, Options
-from dca_jax.prefix import Prefix
+from dca_jax.inference.llm import LLM, Message, Options
+from dca_jax.inference.prefix import Prefix
 
 ROOM = 2048  # tokens of the next turns for which the cache need not grow
 

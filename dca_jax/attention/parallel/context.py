@@ -1,13 +1,13 @@
 """Context parallelism: one long text shared by the devices along the mesh axis `context`.
 
-Device c of C holds blocks c and 2C - 1 - c of the text's 2C (`dca_jax.attention.zigzag`): their
-queries and their keys. Keys travel rotated, for a key's rotation depends on its own index only;
-queries are raw and stay. Each kernel call meets one block of queries with one range of keys, and is
-told where in the text both begin (`Rows.offset`, `Rows.key_offset`); which of DCA's phases they
-meet in, the kernel works out from that, as always. What a query reads in several calls is merged by
-log-sum-exp, so the result is that of one softmax over the whole text.
+Device c of C holds blocks c and 2C - 1 - c of the text's 2C (`dca_jax.attention.parallel.zigzag`):
+their queries and their keys. Keys travel rotated, for a key's rotation depends on its own index
+only; queries are raw and stay. Each kernel call meets one block of queries with one range of keys,
+and is told where in the text both begin (`Rows.offset`, `Rows.key_offset`); which of DCA's phases
+they meet in, the kernel works out from that, as always. What a query reads in several calls is
+merged by log-sum-exp, so the result is that of one softmax over the whole text.
 
-    ring_attention        (in `dca_jax.attention.ring`) prefill, evaluation, training: keys travel
+    ring_attention        (in the module `ring`) prefill, evaluation, training: keys travel
     all_gather_attention  the same result from one collective: less latency, every key everywhere
     decode_attention      few queries over a cache that is shared like a text: no key moves
 
@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.op import BACKENDS, PLAIN, Rows, choose_implementation
-from dca_jax.attention.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.attention.backend import PLAIN, Rows
+from dca_jax.attention.op import BACKENDS, choose_implementation
+from dca_jax.attention.parallel.zigzag import AXIS, block_of, from_halves, half_width, to_halves
 from dca_jax.dca import DCAConfig, Phase, phases_within
 from dca_jax.errors import InputError
 

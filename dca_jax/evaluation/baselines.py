@@ -1,7 +1,7 @@
 """Other ways than DCA's of giving positions to tokens beyond the trained length.
 
 Each is a `PositionMethod`: a frozen dataclass, given to a model in place of a `DCAConfig`. Their
-names on the command line are in `dca_jax.methods`.
+names on the command line are in `dca_jax.evaluation.methods`.
 
 The drawings show the relative position P_q(i) - P_k(j) of query i (row) and key j (column); a dot
 is a key that is not met.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.bands import Band, PositionMethod, near_band
+from dca_jax.attention.bands import Band, PositionMethod, near_band
 from dca_jax.dca import DCAConfig, key_position, key_range, query_position
 from dca_jax.errors import InputError
 

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary
-from dca_jax.parameters import parameters
+from dca_jax.weights.parameters import parameters
 
 Advance = Callable[[float], None]
 

@@ -25,9 +25,9 @@ from jax.typing import DTypeLike
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
-from dca_jax.files import refuse_existing
-from dca_jax.huggingface import read_config
-from dca_jax.parameters import (
+from dca_jax.weights.files import refuse_existing
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
@@ -39,7 +39,7 @@ from dca_jax.parameters import (
     piece_shape,
     pieces,
 )
-from dca_jax.tensor_files import cast_weights
+from dca_jax.weights.tensor_files import cast_weights
 
 PARAMS = "params"  # the checkpoint's name inside a converted folder
 

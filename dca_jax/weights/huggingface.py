@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.files import read_json
-from dca_jax.parameters import (
+from dca_jax.weights.files import read_json
+from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
@@ -22,7 +22,7 @@ from dca_jax.parameters import (
     load_tree,
     parameters,
 )
-from dca_jax.tensor_files import StoredTensor, cast_weights, list_tensors
+from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
 # Old checkpoints carry the rotary frequencies, which the config says already.
 IGNORED = ".rotary_emb.inv_freq"

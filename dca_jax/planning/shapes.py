@@ -5,9 +5,9 @@ from typing import Any
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.huggingface import read_config
-from dca_jax.loading import find_folder
 from dca_jax.rope import RopeConfig
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
 
 
 def find_shape(model: str) -> LlamaConfig:

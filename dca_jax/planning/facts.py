@@ -5,11 +5,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from dca_jax.checkpoint import PARAMS, is_converted
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.errors import InputError
-from dca_jax.loading import choose_dca
-from dca_jax.parameters import parameters
+from dca_jax.weights.orbax import PARAMS, is_converted
+from dca_jax.weights.parameters import parameters
 
 
 def checkpoint_facts(folder: Path, config: LlamaConfig) -> dict[str, str]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dca_jax.buckets import copied
 from dca_jax.errors import InputError
+from dca_jax.inference.buckets import copied
 from dca_jax.kv_cache import KVCache
 
 

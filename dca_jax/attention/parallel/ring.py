@@ -1,6 +1,6 @@
 """Ring attention: keys and values go around, so no device ever holds those of the whole text.
 
-The layout, the forms there are and when to take which: `dca_jax.attention.context`.
+The layout, the forms there are and when to take which: `dca_jax.attention.parallel.context`.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.context import EARLY, LATE, Kernel, OfOut, for_each_row, rows_at
-from dca_jax.attention.op import SAVED, Rows, merge_passes
-from dca_jax.attention.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.attention.backend import SAVED, Rows
+from dca_jax.attention.op import merge_passes
+from dca_jax.attention.parallel.context import EARLY, LATE, Kernel, OfOut, for_each_row, rows_at
+from dca_jax.attention.parallel.zigzag import AXIS, block_of, from_halves, half_width, to_halves
 from dca_jax.dca import DCAConfig
 
 Half = int | Int[Array, ""]  # EARLY or LATE

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.buckets import new_cache, padded_length, piece_length
 from dca_jax.errors import InputError
-from dca_jax.generate import compiler_options
+from dca_jax.inference.buckets import new_cache, padded_length, piece_length
+from dca_jax.inference.generate import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards

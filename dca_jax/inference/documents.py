@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Unpack
 
 from dca_jax.errors import InputError
-from dca_jax.llm import LLM, Options
-from dca_jax.prefix import Prefix
+from dca_jax.inference.llm import LLM, Options
+from dca_jax.inference.prefix import Prefix
 
 
 def read_document(path: str | Path) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from dca_jax.attention.zigzag import natural_order, zigzag_order
+from dca_jax.attention.parallel.zigzag import natural_order, zigzag_order
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama

@@ -4,11 +4,12 @@ Only the model's shape is needed. What lies in memory for good is exact: the par
 cache, cut as `dca_jax.sharding` cuts them. What a program needs while it runs is a formula, of the
 arrays that are alive at once in one layer; tests hold it beside the compiler's own figures.
 
-Reading a prompt and drawing tokens (`dca_jax.generate`): parameters and cache in one dtype, the
-prompt read in pieces, or at once where `context` shares it. Training: parameters, gradients and
-AdamW's two moments in float32, activations in the dtype, what is not kept of a layer (`remat`)
-computed again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at a time.
-With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels are int8.
+Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters and cache in one
+dtype, the prompt read in pieces, or at once where `context` shares it. Training: parameters,
+gradients and AdamW's two moments in float32, activations in the dtype, what is not kept of a layer
+(`remat`) computed again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at
+a time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels
+are int8.
 """
 
 import math
@@ -18,16 +19,16 @@ from dataclasses import asdict, dataclass, replace
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dca_jax.buckets import capacity_bucket, padded_length, piece_length
-from dca_jax.config import LlamaConfig, LoraConfig
-from dca_jax.parameters import (
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.inference.buckets import capacity_bucket, padded_length, piece_length
+from dca_jax.sharding import partition
+from dca_jax.weights.parameters import (
     Parameter,
-    axis_sizes,
     lora_parameters,
+    parameter_partition,
     parameters,
     projections,
 )
-from dca_jax.sharding import parameter_partition, partition
 
 GIB = 2**30
 F32 = 4  # bytes
@@ -115,7 +116,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and what is to be done with it; arguments as of `dca_jax.plan.plan`."""
+    """A model and what is to be done with it; arguments as of `dca_jax.planning.plan.plan`."""
 
     config: LlamaConfig
     device: DeviceKind
@@ -194,7 +195,7 @@ def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Keys and values, in the buckets of `dca_jax.buckets`, as `KVCache.create` lays them out."""
+    """Keys and values as `KVCache.create` lays them out, in the sizes of `inference.buckets`."""
     config = job.config
     heads = max(config.num_key_value_heads, sizes["tensor"])
     capacity = capacity_bucket(job.context_length, sizes["context"])

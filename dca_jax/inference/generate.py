@@ -22,11 +22,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dca_jax.buckets import new_cache, padded_batch, padded_length, piece_length
 from dca_jax.errors import InputError
+from dca_jax.inference.buckets import new_cache, padded_batch, padded_length, piece_length
+from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.sampling import Sampler
 from dca_jax.sharding import Shards, axis_size, mesh_of, partition
 
 PAD = -1  # what `decode` gives for a row that has ended: no token has this id

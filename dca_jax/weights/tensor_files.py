@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 
 from dca_jax.errors import InputError
-from dca_jax.files import member, read_json
+from dca_jax.weights.files import member, read_json
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"

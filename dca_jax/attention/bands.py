@@ -20,7 +20,7 @@ ReRoPE with a window of 3, for instance, has two bands (`far` and `near`):
 DCA is the case with one P_k for all bands (its phases): so its keys can be rotated once, when they
 are written to a cache. Where P_k differs from band to band, keys are kept raw and rotated inside.
 
-The methods are in `dca_jax.position_methods`; `dca_jax.attention.xla` computes them by blocks.
+The methods are in `dca_jax.evaluation.baselines`; `dca_jax.attention.xla` computes them by blocks.
 """
 
 import abc
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dca_jax.dca import PHASES, DCAConfig, Phase, key_range, query_position
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
@@ -160,3 +161,52 @@ def dense_band_attention(
     weights = jnp.where(met_any, jax.nn.softmax(jnp.where(met_any, logits, 0), axis=-1), 0)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, precision="highest")
     return out.reshape(query.shape).astype(query.dtype)
+
+
+def bands_of(
+    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, phases: tuple[Phase, ...] = PHASES
+) -> tuple[Band, ...]:
+    """The bands of these queries: DCA's phases, over keys at P_k; or those of another method."""
+    if isinstance(dca, PositionMethod):
+        return dca.bands(index)
+    return tuple(
+        Band(*key_range(index, phase, dca), query_position(index, phase, dca), None)
+        for phase in phases
+    )
+
+
+def logit_scale(
+    index: Int[Array, "B T"], dca: DCAConfig | PositionMethod, scale: Float[Array, " B"]
+) -> Float[Array, "B #T"]:
+    """What each query's logits are multiplied by, from what its row's are."""
+    factor = dca.logit_factor(index) if isinstance(dca, PositionMethod) else None
+    return scale[:, None] if factor is None else scale[:, None] * factor
+
+
+def dense_method_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    dca: DCAConfig | PositionMethod,
+    inv_freq: Float[Array, "#B half"],
+    scale: Float[Array, " B"],
+    offset: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    key_offset: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """Any method by its bands, with its [T, S] matrix; arguments as in `dca_jax.dca`.
+
+    `dca_jax.dca.dense_attention` is DCA written out on its own: the two check each other.
+    """
+    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+    return dense_band_attention(
+        query,
+        key,
+        value,
+        bands=bands_of(i, dca),
+        is_text=i < lengths[:, None],
+        key_index=key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32),
+        inv_freq=inv_freq,
+        scale=logit_scale(i, dca, scale),
+    )

@@ -1,0 +1,1 @@
+"""One long text shared by several devices along the mesh axis `context`."""

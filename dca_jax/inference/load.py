@@ -1,0 +1,126 @@
+"""From a checkpoint's folder, or its name on the Hugging Face Hub, to an `LLM`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.op import check_implementation
+from dca_jax.config import LlamaConfig, choose_dca
+from dca_jax.dca import DCAConfig
+from dca_jax.distributed import several_processes
+from dca_jax.dtypes import parse_dtype
+from dca_jax.errors import InputError
+from dca_jax.inference.llm import LLM
+from dca_jax.model import Llama
+from dca_jax.rope import RopeConfig
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.files import read_json
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.parameters import parameter_shardings
+
+
+def load(
+    path: str | Path,
+    *,
+    dca: DCAConfig | PositionMethod | str | None = "auto",
+    rope: RopeConfig | None = None,
+    dtype: DTypeLike | None = None,
+    cache_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    mesh: Mesh | str | None = None,
+) -> LLM:
+    """Loads a model and its tokenizer.
+
+    Args:
+        path: a Hugging Face folder, a folder converted by `checkpoints_convert`, or, where there is
+            no such folder, a model's name on the Hugging Face Hub ("owner/name"), which is then
+            downloaded into its cache.
+        dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
+            setting for its trained length. None is plain attention. Or another way of giving
+            positions (`dca_jax.evaluation.baselines`).
+        rope: in place of the checkpoint's own, to compare RoPE scalings.
+        dtype: of weights and activations, also by name; default: bfloat16, on a CPU float32.
+        cache_dtype: of the KV cache; default: `dtype`.
+        implementation: of the attention; None for the best on this device.
+        mesh: what `dca_jax.sharding.make_mesh` makes, or takes: "context=2,tensor=4". Every device
+            gets its own part of the weights, and every process reads those of its devices only.
+            None is the first device.
+
+    Raises:
+        InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
+            does not fit the devices or the model; all but the weights are checked before any is
+            read.
+    """
+    check_implementation(implementation)
+    folder = find_folder(path)
+    config = read_config(folder)
+    if rope is not None:
+        config = replace(config, rope=rope)
+    chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, config)
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    if mesh is None and several_processes():
+        raise InputError(
+            f"{jax.process_count()} processes share one model: give a mesh of all their "
+            f"{jax.device_count()} devices, such as tensor={jax.device_count()}"
+        )
+    sharding = None if mesh is None else parameter_shardings(config, mesh)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
+    tokenizer = load_tokenizer(folder)
+    stop_ids = find_stop_ids(folder, config, tokenizer)
+    params = load_weights(folder, config, dtype=dtype, sharding=sharding)
+    model = Llama.from_params(
+        config, params, dca=chosen, dtype=dtype, implementation=implementation
+    )
+    return LLM(
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        cache_dtype=_dtype(cache_dtype, dtype),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, by `transformers`; None if there is none.
+
+    Raises:
+        InputError: one that cannot be read, or that would run code from the checkpoint.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # it raises whatever its many parsers raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def find_stop_ids(folder: Path, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a text, by config.json, generation_config.json or the tokenizer.
+
+    Chat versions often name theirs in one of the three only.
+    """
+    ids: set[int | None] = set(config.eos_token_ids)
+    if (folder / "generation_config.json").is_file():
+        eos = read_json(folder, "generation_config.json").get("eos_token_id")
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    ids.add(getattr(tokenizer, "eos_token_id", None))
+    return frozenset(i for i in ids if isinstance(i, int))
+
+
+def _dtype(dtype: DTypeLike | None, default: DTypeLike) -> jnp.dtype:
+    dtype = default if dtype is None else dtype
+    return parse_dtype(dtype) if isinstance(dtype, str) else jnp.dtype(dtype)
