@@ -363,8 +363,8 @@ def dense_attention(
     compute = compute_dtype(query.dtype)
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x.astype(compute), group, axis=2) for x in (key, value))
-    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
-    j = key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
+    j = key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
     chunks_back = (i // dca.chunk_len)[:, :, None] - (j // dca.chunk_len)[:, None, :]
     logits = {}
     for phase in PHASES:

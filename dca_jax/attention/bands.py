@@ -199,14 +199,14 @@ def dense_method_attention(
 
     `dca_jax.dca.dense_attention` is DCA written out on its own: the two check each other.
     """
-    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+    i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     return dense_band_attention(
         query,
         key,
         value,
         bands=bands_of(i, dca),
         is_text=i < lengths[:, None],
-        key_index=key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32),
+        key_index=key_offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :],
         inv_freq=inv_freq,
         scale=logit_scale(i, dca, scale),
     )
