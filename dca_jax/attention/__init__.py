@@ -10,9 +10,9 @@ from dca_jax.attention.op import (
     attend,
     attention_pass,
     dual_chunk_attention,
-    merge_passes,
     rotate_keys,
 )
+from dca_jax.attention.softmax import merge_passes
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.device import Device
+from dca_jax.attention.softmax import FAR
 from dca_jax.dca import DCAConfig, Phase
 
 # The name under which a policy of `jax.checkpoint` finds output and log-sum-exp: with these kept,
@@ -13,7 +14,7 @@ from dca_jax.dca import DCAConfig, Phase
 SAVED = "attention"
 
 # Plain causal attention is DCA whose first chunk never ends.
-PLAIN = DCAConfig(chunk_len=2**30, max_query_position=2**30)
+PLAIN = DCAConfig(chunk_len=FAR, max_query_position=FAR)
 
 
 class Rows(NamedTuple):

@@ -216,24 +216,6 @@ def attention_pass(
     return _flash(name, dca, (phase,), True, query, rotated[None], value[None], jnp.int32(0), rows)
 
 
-def merge_passes(
-    outs: list[Float[Array, "B T N H"]], lses: list[Float[Array, "B N T"]]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Merges passes over disjoint keys into attention over all of them, by their log-sum-exp.
-
-    o = sum_p w_p o_p with w = softmax over p of lse_p (section 3.4, with one softmax overall).
-    Equal to the single softmax up to rounding. Queries that met no key stay 0 and -inf.
-    """
-    lse = jnp.stack(lses)
-    met = jnp.isfinite(lse).any(axis=0)
-    lse = jnp.where(met[None], lse, 0)  # a softmax of nothing has neither value nor gradient
-    total = jax.nn.logsumexp(lse, axis=0)
-    weights = jnp.swapaxes(jnp.exp(lse - total[None]), 2, 3)[..., None]
-    stacked = jnp.stack(outs).astype(lse.dtype)
-    out = jnp.sum(weights * stacked, axis=0).astype(outs[0].dtype)
-    return out, jnp.where(met, total, -jnp.inf)
-
-
 def choose_implementation(
     implementation: str | None,
     query: jax.ShapeDtypeStruct,
