@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import SAVED, Rows
-from dca_jax.attention.op import merge_passes
 from dca_jax.attention.parallel.context import EARLY, LATE, Kernel, OfOut, for_each_row, rows_at
 from dca_jax.attention.parallel.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.attention.softmax import merge_passes
 from dca_jax.dca import DCAConfig
 
 Half = int | Int[Array, ""]  # EARLY or LATE
