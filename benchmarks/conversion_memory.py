@@ -42,7 +42,7 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 LAYERS_PER_SHARD = 3
-TASKS = ("write", "imports", "hf_to_orbax", "orbax_to_hf", "load_params", "load_converted")
+TASKS = ("write", "imports", "hf_to_orbax", "orbax_to_hf", "load_hf", "load_orbax")
 
 
 def tensor_shapes() -> list[dict[str, tuple[int, ...]]]:
@@ -102,8 +102,8 @@ def run_task(task: str, folder: Path) -> None:
 
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
     from checkpoints_convert.common import prepare_process
-    from dca_jax.weights.huggingface import load_params, read_config
-    from dca_jax.weights.orbax import load_converted
+    from dca_jax.weights.folder import load_weights
+    from dca_jax.weights.huggingface import read_config
 
     prepare_process()
     jax.devices()
@@ -112,11 +112,9 @@ def run_task(task: str, folder: Path) -> None:
         hf_to_orbax.convert(folder / "hf", folder / "orbax")
     elif task == "orbax_to_hf":
         orbax_to_hf.convert(folder / "orbax", folder / "back", shard_bytes=5 * 10**8)
-    elif task == "load_params":
-        params = load_params(folder / "hf", read_config(folder / "hf"), dtype="bfloat16")
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    elif task == "load_converted":
-        _, params = load_converted(folder / "orbax")
+    elif task.startswith("load_"):
+        source = folder / task.removeprefix("load_")
+        params = load_weights(source, read_config(source))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux

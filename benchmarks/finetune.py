@@ -41,7 +41,8 @@ from dca_jax.model import Llama
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import describe, make_mesh, parse_mesh
-from dca_jax.weights.parameters import parameter_shardings, parameters
+from dca_jax.weights.parameters import parameters
+from dca_jax.weights.placement import parameter_shardings
 
 PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
 KINDS = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}

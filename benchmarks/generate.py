@@ -57,7 +57,7 @@ from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, padded_length, piece_length
 from dca_jax.inference.generate import Run
 from dca_jax.sharding import make_mesh, mesh_of
-from dca_jax.weights.parameters import parameter_shardings
+from dca_jax.weights.placement import parameter_shardings
 
 PRESETS = {
     "llama-2-7b": LlamaConfig(

@@ -15,8 +15,8 @@ from checkpoints_convert.common import prepare_process
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.model import Llama
+from dca_jax.weights.folder import load_weights
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import load_converted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,10 @@ def compare(
         raise InputError(
             "verify compares with transformers on PyTorch, which is not installed; install torch"
         ) from None
-    if read_config(source) != read_config(converted):
+    config = read_config(converted)
+    if read_config(source) != config:
         raise InputError(f"the config.json of {source} and of {converted} are of different models")
-    config, params = load_converted(converted, dtype=jnp.float32)
+    params = load_weights(converted, config, dtype=jnp.float32)
     length = min(length, config.max_position_embeddings, config.sliding_window or length)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
     model = Llama.from_params(config, params, dca=None, dtype=jnp.float32)

@@ -5,7 +5,6 @@ L layers. The layers are stacked on a leading axis and run by one `lax.scan`.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +16,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.backend import SAVED
+from dca_jax.attention.backend import SAVED, Rows
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.layer import attend_to_cache, attend_to_text
 from dca_jax.attention.op import make_rows
-from dca_jax.attention.parallel.zigzag import zigzag_order, zigzag_to_natural
+from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
@@ -42,6 +41,9 @@ REMAT: dict[str, Callable[..., Any]] = {
 
 class Linear(nnx.Module):
     """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x.
+
+    Called with the letters of the input's and the output's axes after batch and tokens: ("D", "NH")
+    takes [B, T, D] to [B, T, N, H].
 
     A quantized kernel is int8, with a scale for each output. With LoRA (arXiv 2106.09685), low-rank
     and float32, y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not
@@ -74,7 +76,7 @@ class Linear(nnx.Module):
             b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
         self.lora, self.lora_a, self.lora_b = lora, a, b
 
-    def __call__(self, x: Array, subscripts: str) -> Array:
+    def __call__(self, x: Array, inputs: str, outputs: str) -> Array:
         kernel = self.kernel[...]
         shards = Shards.of(kernel)
 
@@ -90,12 +92,11 @@ class Linear(nnx.Module):
         else:
             kernel = shards.gathered(kernel).astype(jnp.float32)
             kernel *= shards.gathered(self.kernel_scale[...])
-        y = product(subscripts, x, kernel)
+        y = product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
         if self.lora is not None:
-            ins, _, outs = re.split(",|->", subscripts)  # BTD and BTNH
-            low = product(f"{ins},{ins[2:]}R->BTR", x, shards.gathered(self.lora_a[...]))
+            low = product(f"BT{inputs},{inputs}R->BTR", x, shards.gathered(self.lora_a[...]))
             low = checkpoint_name(low * self.lora.scale, PRODUCT)
-            y += product(f"BTR,R{outs[2:]}->{outs}", low, shards.gathered(self.lora_b[...]))
+            y += product(f"BTR,R{outputs}->BT{outputs}", low, shards.gathered(self.lora_b[...]))
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -128,10 +129,10 @@ class Attention(nnx.Module):
         self.o_proj = linear("o_proj", (N, H), (D,), bias=config.o_bias)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
-        query = self.q_proj(x, "BTD,DNH->BTNH")
-        key = self.k_proj(x, "BTD,DKH->BTKH")
-        value = self.v_proj(x, "BTD,DKH->BTKH")
-        return self.o_proj(attend(query, key, value), "BTNH,NHD->BTD")
+        query = self.q_proj(x, "D", "NH")
+        key = self.k_proj(x, "D", "KH")
+        value = self.v_proj(x, "D", "KH")
+        return self.o_proj(attend(query, key, value), "NH", "D")
 
 
 class MLP(nnx.Module):
@@ -144,8 +145,8 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = jax.nn.silu(self.gate_proj(x, "BTD,DF->BTF"))
-        return self.down_proj(gate * self.up_proj(x, "BTD,DF->BTF"), "BTF,FD->BTD")
+        gate = jax.nn.silu(self.gate_proj(x, "D", "F"))
+        return self.down_proj(gate * self.up_proj(x, "D", "F"), "F", "D")
 
 
 class Layer(nnx.Module):
@@ -270,7 +271,27 @@ class Llama(nnx.Module):
             InputError: plain attention over more keys than the model's sliding window; a batch, or
                 the capacity of a new cache, that the mesh does not divide.
         """
-        config = self.config
+        self._check_window(tokens.shape[1] if cache is None else cache.capacity)
+        rows, frequency_lengths = self._place_rows(tokens, lengths, cache, context_lengths)
+        if cache is None:
+            x, kept = self._read_text(tokens, rows, new_cache)
+        else:
+            x, kept = self._read_after_cache(tokens, rows, cache)
+        if kept is None:
+            return x, None
+        keys, values = kept
+        return x, KVCache(
+            key=keys, value=values, lengths=rows.lengths, frequency_lengths=frequency_lengths
+        )
+
+    def _place_rows(
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"] | None,
+        cache: KVCache | None,
+        context_lengths: Int[Array, " B"] | None,
+    ) -> tuple[Rows, Int[Array, " B"]]:
+        """Each row's numbers for the attention, and the lengths its frequencies are made for."""
         batch, num_new = tokens.shape
         shards = Shards.of(self.norm.scale[...])
         if batch % shards.size("data", "fsdp"):
@@ -281,63 +302,48 @@ class Llama(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
         new = jnp.full((batch,), num_new, jnp.int32) if lengths is None else lengths
         after = shards.put(start + new.astype(jnp.int32), None)
-        self._check_window(num_new if cache is None else cache.capacity)
         if context_lengths is None:
             context_lengths = after
         frequency_lengths = shards.put(context_lengths, None)
         if cache is not None:
             frequency_lengths = jnp.where(start == 0, context_lengths, cache.frequency_lengths)
         rows = make_rows(
-            (batch, num_new, config.num_attention_heads, config.head_dim),
+            (batch, num_new, self.config.num_attention_heads, self.config.head_dim),
             dca=self.dca,
-            rope=config.rope,
+            rope=self.config.rope,
             lengths=after,
             query_offset=start,
             context_lengths=context_lengths,
             frequency_lengths=frequency_lengths,
         )
-        options = {"dca": self.dca, "rows": rows, "implementation": self.implementation}
-        if cache is not None:
-            numbers = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+        return rows, frequency_lengths
 
-            def with_cache(
-                carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
-            ) -> tuple[tuple[Array, Array, Array], None]:
-                x, keys, values = carry
-                layer, number = xs
-
-                def attend(query: Array, key: Array, value: Array) -> Array:
-                    nonlocal keys, values
-                    out, keys, values = attend_to_cache(
-                        query, key, value, keys, values, number, shards=shards, **options
-                    )
-                    return out
-
-                x = layer(x, attend)
-                return (x, keys, values), None
-
-            carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
-            (x, keys, values), _ = jax.lax.scan(with_cache, carry, (self.layers, numbers))
-            return self.norm(x), KVCache(
-                key=keys, value=values, lengths=after, frequency_lengths=frequency_lengths
-            )
-
+    def _read_text(
+        self, tokens: Int[Array, "B T"], rows: Rows, new_cache: DTypeLike | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Whole texts: hidden states; and, with `new_cache`, keys and values [L, B, T, KH]."""
+        num_new, shards = tokens.shape[1], Shards.of(self.norm.scale[...])
         context = shards.size("context")
+        if context > 1 and new_cache is not None and num_new % (2 * context):
+            raise InputError(
+                f"a cache shared by {context} devices needs a capacity that is a multiple of "
+                f"{2 * context}, got {num_new} tokens; pad them"
+            )
         if context > 1:
-            if new_cache is not None and num_new % (2 * context):
-                raise InputError(
-                    f"a cache shared by {context} devices needs a capacity that is a multiple of "
-                    f"{2 * context}, got {num_new} tokens; pad them"
-                )
-            tokens = jnp.pad(tokens, ((0, 0), (0, -num_new % (2 * context))))
-            tokens = tokens[:, zigzag_order(tokens.shape[1], context)]
+            tokens = pad_to_zigzag(tokens, context)
 
-        def whole_texts(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
+        def run_layer(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
             kept: tuple[Array, Array] | None = None
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal kept
-                out, (key, value) = attend_to_text(query, key, value, shards=shards, **options)
+                out, (key, value) = attend_to_text(
+                    *(query, key, value),
+                    dca=self.dca,
+                    rows=rows,
+                    implementation=self.implementation,
+                    shards=shards,
+                )
                 if new_cache is not None:
                     kept = key.astype(new_cache), value.astype(new_cache)
                 return out
@@ -345,23 +351,43 @@ class Llama(nnx.Module):
             x = layer(x, attend)
             return x, kept
 
-        body = whole_texts
         if self.remat is not None:
-            body = jax.checkpoint(whole_texts, policy=REMAT[self.remat])
-        x, kept = jax.lax.scan(body, self._embed(tokens, shards.out("BTD")), self.layers)
+            run_layer = jax.checkpoint(run_layer, policy=REMAT[self.remat])
+        x, kept = jax.lax.scan(run_layer, self._embed(tokens, shards.out("BTD")), self.layers)
         x = self.norm(x)
-        if context > 1:
-            text = shards.spec("BTD")
-            x = shards.local(zigzag_to_natural, (text,), text)(x)
-            if num_new % context:
-                x = shards.put(x, shards.spec("BTD", whole="T"))
-            x = x[:, :num_new]
-        if kept is None:
-            return x, None
-        keys, values = kept
-        return x, KVCache(
-            key=keys, value=values, lengths=after, frequency_lengths=frequency_lengths
-        )
+        return (x if context == 1 else unpad_from_zigzag(x, num_new, shards)), kept
+
+    def _read_after_cache(
+        self, tokens: Int[Array, "B T"], rows: Rows, cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Tokens that follow a cache: hidden states, and its keys and values with theirs."""
+        shards = Shards.of(self.norm.scale[...])
+        numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+
+        def run_layer(
+            carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            x, keys, values = carry
+            layer, number = xs
+
+            def attend(query: Array, key: Array, value: Array) -> Array:
+                nonlocal keys, values
+                out, keys, values = attend_to_cache(
+                    *(query, key, value, keys, values, number),
+                    dca=self.dca,
+                    rows=rows,
+                    implementation=self.implementation,
+                    shards=shards,
+                )
+                return out
+
+            x = layer(x, attend)
+            return (x, keys, values), None
+
+        # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
+        carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
+        (x, keys, values), _ = jax.lax.scan(run_layer, carry, (self.layers, numbers))
+        return self.norm(x), (keys, values)
 
     def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
         table = self.embed_tokens.embedding[...]

@@ -24,7 +24,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from dca_jax.config import LlamaConfig, axis_sizes
 from dca_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -101,45 +100,6 @@ def make_mesh(
 def describe(sizes: Mapping[str, int]) -> str:
     """The mesh as one writes it: "context=2,tensor=4"; "one device" if all sizes are 1."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-
-
-def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
-    """Refuses a mesh that a model cannot be cut for.
-
-    Raises:
-        InputError: an axis that does not divide what it cuts; it names the sizes that would.
-    """
-    tensor, found = sizes["tensor"], axis_sizes(config)
-    names = {"N": "query heads", "F": "elements of the MLP", "V": "ids of the vocabulary"}
-    fits = math.gcd(*(found[letter] for letter in names))
-    for letter, name in names.items():
-        if found[letter] % tensor:
-            raise InputError(
-                f"tensor={tensor} does not divide the model's {found[letter]} {name}; sizes that "
-                f"do: {_divisors(fits)}"
-            )
-    kv_heads = found["K"]
-    if kv_heads % tensor and tensor % kv_heads:
-        both = [n for n in _divisors(fits) if not kv_heads % n or not n % kv_heads]
-        raise InputError(
-            f"tensor={tensor} neither divides the model's {kv_heads} kv heads nor is a multiple of "
-            f"them; sizes that are: {both}"
-        )
-    if found["D"] % sizes["fsdp"]:
-        raise InputError(
-            f"fsdp={sizes['fsdp']} does not divide the hidden size {found['D']}; sizes that do: "
-            f"{_divisors(found['D'])}"
-        )
-    if tensor > kv_heads:
-        log.warning(
-            "tensor=%d is more than the model's %d kv heads: each is kept %d times, and so is its "
-            "part of the KV cache; context=%d would cut the cache instead",
-            *(tensor, kv_heads, tensor // kv_heads, tensor // kv_heads),
-        )
-
-
-def _divisors(n: int) -> list[int]:
-    return [size for size in range(1, min(n, 512) + 1) if n % size == 0]
 
 
 # --- parameters and caches ---------------------------------------------------------------------

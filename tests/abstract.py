@@ -22,7 +22,8 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import partition
-from dca_jax.weights.parameters import abstract_params, parameter_shardings, parameters
+from dca_jax.weights.parameters import abstract_params, parameters
+from dca_jax.weights.placement import parameter_shardings
 
 
 def lower(

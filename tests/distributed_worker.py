@@ -22,9 +22,11 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import windows
 from dca_jax.evaluation.results import ResultLog
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.orbax import restore, save
-from dca_jax.weights.parameters import abstract_params, parameter_shardings
+from dca_jax.weights.parameters import abstract_params
+from dca_jax.weights.placement import parameter_shardings
 
 PROMPTS = ["Call me Ishmael. Some years ago, never mind how long", "precisely", "x"]
 MESH = "data=2,context=2,tensor=2"
@@ -54,7 +56,7 @@ def read_and_save(folder: Path, out: Path) -> dict[str, Any]:
     """Reads a checkpoint's own half, saves it from both, and reads it back onto another mesh."""
     config = read_config(folder)
     read: list[int] = []
-    params = load_params(
+    params = load_weights(
         folder,
         config,
         dtype=jnp.float32,
@@ -65,7 +67,7 @@ def read_and_save(folder: Path, out: Path) -> dict[str, Any]:
     save(saved, params)
     place = parameter_shardings(config, make_mesh("tensor=2,fsdp=2,context=2"))
     again = restore(saved, abstract_params(config, dtype=jnp.float32, sharding=place))
-    whole = load_params(folder, config, dtype=jnp.float32)
+    whole = load_weights(folder, config, dtype=jnp.float32)
     for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         for shard in found.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])

@@ -8,7 +8,8 @@ import numpy as np
 
 from dca_jax.dca import DCAConfig
 from dca_jax.model import Llama
-from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.huggingface import read_config
 
 FOLDER = Path(__file__).resolve().parent / "golden" / "chunkllama"
 CAPACITY = 352  # of the cache that its prompts get by default
@@ -27,5 +28,5 @@ def load_setting() -> DCAConfig:
 
 def load_model(dca: DCAConfig | None) -> Llama:
     config = read_config(FOLDER / "tiny_llama")
-    params = load_params(FOLDER / "tiny_llama", config, dtype=jnp.float32)
+    params = load_weights(FOLDER / "tiny_llama", config, dtype=jnp.float32)
     return Llama.from_params(config, params, dca=dca, dtype=jnp.float32)

@@ -35,10 +35,16 @@ from dca_jax.errors import InputError
 from dca_jax.weights import orbax as checkpoint
 from dca_jax.weights import parameters as parameters_module
 from dca_jax.weights.files import written_aside
-from dca_jax.weights.huggingface import load_params, read_config
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.parameters import abstract_params
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def load_converted(folder, **options):
+    config = read_config(folder)
+    return config, load_weights(folder, config, **options)
 
 
 def converted(tmp_path: Path, **options) -> tuple[Path, Path]:
@@ -110,8 +116,8 @@ def test_shards_of_the_way_back(tmp_path):
         assert (tmp_path / "back" / file).stat().st_size - 8 - header <= 2000
     config = read_config(orbax)
     assert_same(
-        load_params(tmp_path / "back", config, dtype=jnp.bfloat16),
-        checkpoint.load_converted(orbax)[1],
+        load_weights(tmp_path / "back", config, dtype=jnp.bfloat16),
+        load_converted(orbax)[1],
     )
 
 
@@ -198,7 +204,7 @@ def test_plain_orbax_restores_it_onto_a_mesh(tmp_path, monkeypatch):
     like = abstract_params(config, dtype=jnp.bfloat16, sharding=shardings(config))
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(orbax / "params", like)
-    assert_same(restored, load_params(source, config, dtype=jnp.bfloat16))
+    assert_same(restored, load_weights(source, config, dtype=jnp.bfloat16))
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
         assert leaf.sharding == wanted.sharding
     kernel = restored["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -210,11 +216,11 @@ def test_plain_orbax_restores_it_onto_a_mesh(tmp_path, monkeypatch):
 def test_load_converted(tmp_path, dtype):
     source, orbax = converted(tmp_path)
     config = read_config(source)
-    expected = load_params(source, config, dtype=dtype or jnp.bfloat16)
-    found_config, params = checkpoint.load_converted(orbax, dtype=dtype)
+    expected = load_weights(source, config, dtype=dtype or jnp.bfloat16)
+    found_config, params = load_converted(orbax, dtype=dtype)
     assert found_config == config
     assert_same(params, expected)
-    _, spread = checkpoint.load_converted(orbax, dtype=dtype, sharding=shardings(config))
+    _, spread = load_converted(orbax, dtype=dtype, sharding=shardings(config))
     assert_same(spread, expected)
     assert len(spread["embed_tokens"]["embedding"].sharding.device_set) == 8
     assert checkpoint.is_converted(orbax)
@@ -225,7 +231,7 @@ def test_save_restore_and_export_of_arrays(tmp_path):
     """A tree in memory, sharded, goes out in the same format and so back to Hugging Face."""
     source = make_tiny(tmp_path / "source")
     config = read_config(source)
-    params = load_params(source, config, dtype=jnp.bfloat16, sharding=shardings(config))
+    params = load_weights(source, config, dtype=jnp.bfloat16, sharding=shardings(config))
     folder = tmp_path / "trained"
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -240,7 +246,7 @@ def test_save_restore_and_export_of_arrays(tmp_path):
 
 def test_export_of_what_plain_orbax_saved(tmp_path):
     source, orbax = converted(tmp_path)
-    _, params = checkpoint.load_converted(orbax)
+    _, params = load_converted(orbax)
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -274,7 +280,7 @@ def test_restore_of_another_model(tmp_path):
     ):
         (orbax / "config.json").write_text(json.dumps(tiny_config(**changes)))
         with pytest.raises(InputError, match=message):
-            checkpoint.load_converted(orbax)
+            load_converted(orbax)
         with pytest.raises(InputError, match=message):
             orbax_to_hf.convert(orbax, tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -302,7 +308,7 @@ def test_damaged_orbax_checkpoint(tmp_path, damage):
         damage, r"is damaged \(.*mlp\.up_proj\.kernel"
     )
     with pytest.raises(InputError, match=message):
-        checkpoint.load_converted(orbax)
+        load_converted(orbax)
     with pytest.raises(InputError, match=message):
         orbax_to_hf.convert(orbax, tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -322,12 +328,12 @@ def test_restore_of_a_damaged_checkpoint(tmp_path):
 def test_weights_that_are_not_finite_in_orbax(tmp_path):
     source, orbax = converted(tmp_path)
     config = read_config(source)
-    params = load_params(source, config, dtype=jnp.float32)
+    params = load_weights(source, config, dtype=jnp.float32)
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
     shutil.rmtree(orbax / "params")
     checkpoint.save(orbax / "params", params)
     with pytest.raises(InputError, match=r"norm\.scale holds nan, and weights must be finite"):
-        checkpoint.load_converted(orbax)
+        load_converted(orbax)
 
 
 def test_orbax_checkpoint_that_names_an_array_outside_its_folder(tmp_path):
@@ -335,7 +341,7 @@ def test_orbax_checkpoint_that_names_an_array_outside_its_folder(tmp_path):
     listing = (orbax / "params" / "_METADATA").read_text()
     (orbax / "params" / "_METADATA").write_text(listing.replace('"scale"', '"/../../../x"'))
     with pytest.raises(InputError, match="names an array outside its folder"):
-        checkpoint.load_converted(orbax)
+        load_converted(orbax)
 
 
 # Interruptions ---------------------------------------------------------------------------------
@@ -405,10 +411,10 @@ def test_a_killed_conversion_leaves_nothing_whole(tmp_path, module, owner, name)
     assert_only(tmp_path, "source", "orbax", "out")
     expected = origin if module == "orbax_to_hf" else orbax
     if module == "hf_to_orbax":
-        got = checkpoint.load_converted(destination)[1]
+        got = load_converted(destination)[1]
     else:
-        got = load_params(destination, read_config(destination), dtype=jnp.bfloat16)
-    assert_same(got, checkpoint.load_converted(expected)[1])
+        got = load_weights(destination, read_config(destination), dtype=jnp.bfloat16)
+    assert_same(got, load_converted(expected)[1])
 
 
 def test_two_writers_of_one_destination(tmp_path):
@@ -539,7 +545,7 @@ def test_verify_finds_a_wrong_weight(tmp_path):
     source = transformers_model(tmp_path / "source")
     hf_to_orbax.convert(source, tmp_path / "right")
     hf_to_orbax.convert(source, tmp_path / "rounded", dtype=jnp.dtype(jnp.bfloat16))
-    _, params = checkpoint.load_converted(tmp_path / "right")
+    _, params = load_converted(tmp_path / "right")
     flat = flatten_dict(params)
     kernel = flat["layers", "self_attn", "q_proj", "kernel"]
     flat["layers", "self_attn", "q_proj", "kernel"] = kernel[:, :, ::-1]

@@ -29,7 +29,7 @@ from dca_jax.finetune.train import (
 from dca_jax.model import Llama
 from dca_jax.planning.memory import LOSS_TOKENS
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.parameters import parameter_shardings
+from dca_jax.weights.placement import parameter_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=96,

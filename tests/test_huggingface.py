@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from dca_jax.config import LlamaConfig, axis_sizes
 from dca_jax.errors import InputError
 from dca_jax.weights import parameters as parameters_module
-from dca_jax.weights.huggingface import load_params, open_checkpoint, read_config
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.huggingface import open_checkpoint, read_config
 from dca_jax.weights.parameters import TABLE, parameters, pieces
 
 FAMILIES = {
@@ -37,7 +38,7 @@ FAMILIES = {
 
 
 def load(folder: Path, **options):
-    return load_params(folder, read_config(folder), **({"dtype": jnp.float32} | options))
+    return load_weights(folder, read_config(folder), **({"dtype": jnp.float32} | options))
 
 
 def expected_params(config: dict, tensors: dict[str, np.ndarray]) -> dict:

@@ -35,15 +35,15 @@ from dca_jax.model import Llama
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights, open_weights
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import PARAMS, StreamedArray, load_converted, restore, save
+from dca_jax.weights.orbax import PARAMS, StreamedArray, restore, save
 from dca_jax.weights.parameters import (
     abstract_params,
     load_tree,
     lora_parameters,
-    parameter_shardings,
     parameters,
     projections,
 )
+from dca_jax.weights.placement import parameter_shardings
 
 # Grouped queries, every bias there is, and no two sizes alike.
 CONFIG = LlamaConfig(
@@ -432,11 +432,11 @@ def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
     converted.mkdir()
     shutil.copy(tmp_path / "hf" / "config.json", converted)
     dtype = np.dtype(np.float32)
-    read = merge_lora(open_weights(tmp_path / "hf", config, dtype=dtype), adapters, LORA)
+    read = merge_lora(open_weights(tmp_path / "hf", config, dtype=dtype)[1], adapters, LORA)
     rows = parameters(config)
     leaves = {row.path: StreamedArray.of(row, config, read, dtype) for row in rows}
     save(converted / PARAMS, unflatten_dict(leaves, sep="."))
-    again = Llama.from_params(*load_converted(converted), dtype=jnp.float32)
+    again = Llama.from_params(config, load_weights(converted, config), dtype=jnp.float32)
     close(logits(again, tokens), ours)
     orbax_to_hf.convert(converted, tmp_path / "back")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()

@@ -32,7 +32,7 @@ from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.parameters import parameter_shardings
+from dca_jax.weights.placement import parameter_shardings
 
 ROPE = RopeConfig()
 EXACT = ("reference", "xla")

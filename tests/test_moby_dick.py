@@ -17,6 +17,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.inference.score import perplexity, token_nll
 from dca_jax.model import Llama
 from dca_jax.weights import huggingface
+from dca_jax.weights.folder import load_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "chunkllama" / "tinystories_656k_moby.json"
 ROWS = json.loads(GOLDEN.read_text())["rows"]
@@ -62,7 +63,7 @@ def load(
 ) -> Llama:
     folder = folder_of(shared, "models/tinystories-656k")
     config = huggingface.read_config(folder)
-    params = huggingface.load_params(folder, config, dtype=jnp.float32)
+    params = load_weights(folder, config, dtype=jnp.float32)
     options = {"dca": dca, "dtype": dtype, "implementation": implementation}
     return Llama.from_params(config, params, **options)
 

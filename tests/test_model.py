@@ -16,7 +16,7 @@ from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import REMAT, Llama
 from dca_jax.rope import RopeConfig
-from dca_jax.weights.huggingface import load_params
+from dca_jax.weights.folder import load_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -83,7 +83,7 @@ def save_tiny(folder: Path, family: str) -> Any:
 
 def load(folder: Path, **options: Any) -> Llama:
     config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    params = load_params(folder, config, dtype=jnp.float32)
+    params = load_weights(folder, config, dtype=jnp.float32)
     return Llama.from_params(config, params, dtype=jnp.float32, **options)
 
 

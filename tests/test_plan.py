@@ -25,7 +25,8 @@ from dca_jax.planning.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.planning.plan import Plan, plan, recommend, written
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import make_mesh, parse_mesh
-from dca_jax.weights.parameters import parameter_shardings, parameters
+from dca_jax.weights.parameters import parameters
+from dca_jax.weights.placement import parameter_shardings
 
 SMALL = LlamaConfig(
     vocab_size=512,

@@ -19,13 +19,8 @@ from dca_jax.planning.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
-from dca_jax.weights.parameters import (
-    abstract_params,
-    lora_parameters,
-    parameter_shardings,
-    parameters,
-    projections,
-)
+from dca_jax.weights.parameters import abstract_params, lora_parameters, parameters, projections
+from dca_jax.weights.placement import parameter_shardings
 
 SMALL = LlamaConfig(
     vocab_size=512,

@@ -15,8 +15,10 @@ from checkpoints_convert import hf_to_orbax
 from dca_jax.sharding import make_mesh
 from dca_jax.weights import orbax as checkpoint
 from dca_jax.weights import parameters as parameters_module
-from dca_jax.weights.huggingface import load_params, read_config
-from dca_jax.weights.parameters import abstract_params, parameter_shardings
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.parameters import abstract_params
+from dca_jax.weights.placement import parameter_shardings
 from dca_jax.weights.tensor_files import StoredTensor
 
 # 80 layers, 64 heads and 8 kv heads, in 15 files; the width is 8192 / 64 and the heads' 128 / 64.
@@ -45,7 +47,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(source) -> dict[str, np.ndarray]:
     """Every parameter as one array on the host, by path."""
-    params = load_params(source, read_config(source), dtype=jnp.bfloat16)
+    params = load_weights(source, read_config(source), dtype=jnp.bfloat16)
     return {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep=".").items()}
 
 
@@ -86,7 +88,7 @@ def test_each_device_is_given_its_own_slices(source, whole, mesh, monkeypatch):
 
     monkeypatch.setattr(StoredTensor, "read", noted)
     sharding = placed(source, mesh)
-    params = load_params(source, read_config(source), dtype=jnp.bfloat16, sharding=sharding)
+    params = load_weights(source, read_config(source), dtype=jnp.bfloat16, sharding=sharding)
     assert_same_bits(params, whole)
     # Every element is read once, however many devices hold it, and never many together.
     sizes = {name: [math.prod(shape) for shape in shapes] for name, shapes in read.items()}
@@ -100,7 +102,7 @@ def test_each_device_is_given_its_own_slices(source, whole, mesh, monkeypatch):
 
 
 def test_it_converts_and_opens_on_another_mesh(source, converted, whole):
-    params = checkpoint.load_converted(converted, sharding=placed(source, "tensor=8"))[1]
+    params = load_weights(converted, read_config(converted), sharding=placed(source, "tensor=8"))
     assert_same_bits(params, whole)
 
 

@@ -19,8 +19,8 @@ from dca_jax.inference.generate import Run, generate, read
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.sharding import AXES, check_mesh, describe, make_mesh, mesh_of, parse_mesh
-from dca_jax.weights.parameters import parameter_shardings
+from dca_jax.sharding import AXES, describe, make_mesh, mesh_of, parse_mesh
+from dca_jax.weights.placement import check_mesh, parameter_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=96,

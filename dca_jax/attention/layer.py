@@ -6,6 +6,7 @@ and where tokens are shared along `context`, `dca_jax.attention.parallel.context
 devices.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -43,10 +44,12 @@ def attend_to_text(
             index = zigzag_positions(key.shape[1])
         else:
             index = jnp.arange(key.shape[1], dtype=jnp.int32)
-        key = rotate_keys(key, index[None], dca=dca, inv_freq=rows.inv_freq)
+        with jax.named_scope("rope"):
+            key = rotate_keys(key, index[None], dca=dca, inv_freq=rows.inv_freq)
         read = attend if context == 1 else ring_attention
         options = {"dca": dca, "implementation": implementation}
-        out = read(query, key, value, rows=rows, **options)
+        with jax.named_scope("attention"):
+            out = read(query, key, value, rows=rows, **options)
         return out, (flat(key), flat(value))
 
     q, k, kept = shards.spec("BTNH"), shards.spec("BTKH"), shards.spec("BTK")
@@ -85,10 +88,12 @@ def attend_to_cache(
         rows: Rows,
     ) -> tuple[Array, Array, Array]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
-        key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
+        with jax.named_scope("rope"):
+            key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
         slots = index if context == 1 else zigzag_slots(index, keys.shape[2])
         slots = jnp.where(index < rows.lengths[:, None], slots, keys.shape[2])  # dropped
-        keys, values = write(keys, layer, slots, key), write(values, layer, slots, value)
+        with jax.named_scope("cache_update"):
+            keys, values = write(keys, layer, slots, key), write(values, layer, slots, value)
         heads = key.shape[2:]
         all_keys, all_values = (x.reshape(*x.shape[:3], *heads) for x in (keys, values))
         if keys.dtype != query.dtype:  # a cache of another dtype is converted a layer at a time
@@ -96,10 +101,11 @@ def attend_to_cache(
             all_values = all_values[layer][None].astype(query.dtype)
             layer = jnp.int32(0)
         options = {"dca": dca, "implementation": implementation}
-        if context == 1:
-            out = attend(query, all_keys, all_values, rows=rows, layer=layer, **options)
-        else:
-            out = decode_attention(query, all_keys, all_values, layer, rows, **options)
+        with jax.named_scope("attention"):
+            if context == 1:
+                out = attend(query, all_keys, all_values, rows=rows, layer=layer, **options)
+            else:
+                out = decode_attention(query, all_keys, all_values, layer, rows, **options)
         return out, keys, values
 
     q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")

@@ -38,7 +38,8 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     else:
         if not (output / "adapter").exists():
             save_adapter(output / "adapter", params, config, setup.lora, base_model=settings.model)
-        read = merge_lora(open_weights(setup.folder, config, dtype=dtype), params, setup.lora)
+        _, read = open_weights(setup.folder, config, dtype=dtype)
+        read = merge_lora(read, params, setup.lora)
         leaves = {
             row.path: StreamedArray.of(row, config, read, dtype) for row in parameters(config)
         }

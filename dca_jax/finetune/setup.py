@@ -12,7 +12,8 @@ from dca_jax.dca import DCAConfig
 from dca_jax.finetune.settings import Settings
 from dca_jax.finetune.train import Params
 from dca_jax.model import Llama
-from dca_jax.weights.parameters import Shardings, parameter_shardings
+from dca_jax.weights.parameters import Shardings
+from dca_jax.weights.placement import parameter_shardings
 
 
 @dataclass(frozen=True, kw_only=True)

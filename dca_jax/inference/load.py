@@ -24,7 +24,7 @@ from dca_jax.weights.files import read_json
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.parameters import parameter_shardings
+from dca_jax.weights.placement import parameter_shardings
 
 
 def load(

@@ -22,13 +22,8 @@ from jax.sharding import PartitionSpec
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.inference.buckets import capacity_bucket, padded_length, piece_length
 from dca_jax.sharding import partition
-from dca_jax.weights.parameters import (
-    Parameter,
-    lora_parameters,
-    parameter_partition,
-    parameters,
-    projections,
-)
+from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
+from dca_jax.weights.placement import parameter_partition
 
 GIB = 2**30
 F32 = 4  # bytes

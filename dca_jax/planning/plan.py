@@ -16,7 +16,8 @@ from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
 from dca_jax.model import REMAT
 from dca_jax.planning.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
-from dca_jax.sharding import AXES, check_mesh, describe
+from dca_jax.sharding import AXES, describe
+from dca_jax.weights.placement import check_mesh
 
 MOST_DEVICES = 1024  # of a mesh that is recommended
 

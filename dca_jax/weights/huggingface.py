@@ -4,11 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
@@ -16,10 +13,7 @@ from dca_jax.weights.files import read_json
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
-    Progress,
-    Shardings,
     contiguous,
-    load_tree,
     parameters,
 )
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
@@ -141,43 +135,6 @@ def match_tensors(
             + "; ".join(problems)
         )
     return tensors
-
-
-def load_params(
-    folder: str | Path,
-    config: LlamaConfig,
-    *,
-    dtype: DTypeLike,
-    sharding: Shardings = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Reads the weights of a Hugging Face folder straight into device arrays.
-
-    Each device is filled piece by piece with the part that its sharding gives it, so the host
-    holds a piece or two and never a parameter, and a process reads its own shards only.
-
-    Args:
-        folder: with `config.json` and safetensors or `.bin` files.
-        config: from `read_config(folder)`.
-        dtype: of the arrays.
-        sharding: one for all, or a function of the path; None is the first local device.
-        progress: told the path and the bytes placed, after each piece.
-
-    Returns:
-        The parameter tree: nested dicts of arrays, layers stacked on a leading axis.
-
-    Raises:
-        InputError: what `open_checkpoint` refuses, before anything is allocated; a weight that is
-            NaN or infinite, when it is met.
-    """
-    checkpoint = open_checkpoint(folder, config)
-    dtype = jnp.dtype(dtype)
-    return load_tree(
-        config,
-        {row.path: row.abstract(config, dtype, sharding) for row in parameters(config)},
-        lambda row, index: checkpoint.read(row, index, dtype),
-        progress,
-    )
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:

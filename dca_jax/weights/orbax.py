@@ -26,16 +26,12 @@ from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.weights.files import refuse_existing
-from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
     Read,
-    Shardings,
     abstract_params,
-    load_tree,
-    parameters,
     piece_shape,
     pieces,
 )
@@ -176,40 +172,14 @@ def is_converted(folder: str | Path) -> bool:
     return (Path(folder) / PARAMS).is_dir()
 
 
-def load_converted(
-    folder: str | Path,
-    *,
-    dtype: DTypeLike | None = None,
-    sharding: Shardings = None,
-    progress: Progress | None = None,
-) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Config and parameters of a converted folder, streamed into device arrays piece by piece.
-
-    Args:
-        folder: as `python -m checkpoints_convert.hf_to_orbax` writes it.
-        dtype: of the arrays; None for each as it is stored.
-        sharding: one for all, or a function of the path; None is the first local device.
-        progress: told the path and the bytes placed, after each piece.
-
-    Raises:
-        InputError: what `read_config` and `check_arrays` refuse, before anything is allocated; a
-            damaged array, or a weight that is NaN or infinite, when it is met.
-    """
-    config = read_config(folder)
-    dtypes, read = open_converted(folder, config, dtype=dtype)
-    like = {
-        row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
-    }
-    return config, load_tree(config, like, read, progress)
-
-
 def open_converted(
     folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
 ) -> tuple[dict[str, np.dtype], Read]:
     """The dtype of each array of a converted folder, by path, and what reads pieces of them in it.
 
     Raises:
-        InputError: what `check_arrays` refuses; when reading, as `load_converted`.
+        InputError: what `check_arrays` refuses; when reading, a damaged array, or a weight that is
+            NaN or infinite.
     """
     path = Path(folder) / PARAMS
     dtypes = check_arrays(path, abstract_params(config, dtype=jnp.float32))

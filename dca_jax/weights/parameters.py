@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
-from dca_jax.sharding import RULES, STORED, check_mesh, partition
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 
@@ -306,33 +305,3 @@ def _load_leaf(
 @partial(jax.jit, donate_argnums=0)
 def _place(buffer: jax.Array, piece: jax.Array, corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, piece, list(corner))
-
-
-def parameter_shardings(
-    config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
-) -> Callable[[str], NamedSharding]:
-    """Where each parameter goes, by its path: what the loaders take as `sharding`.
-
-    With `lora`, also where its adapters go.
-
-    Raises:
-        InputError: see `check_mesh`.
-    """
-    check_mesh(config, mesh.shape)
-    adapters = [] if lora is None else lora_parameters(config, lora)
-    rows = {row.path: row for row in [*parameters(config), *adapters]}
-
-    def sharding(path: str) -> NamedSharding:
-        return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))
-
-    return sharding
-
-
-def parameter_partition(
-    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
-) -> PartitionSpec:
-    """How a parameter lies on a mesh of these sizes."""
-    letters = "L" * row.stacked + row.ours.replace(" ", "")
-    # A norm's scale is a few kilobytes: everywhere, whole.
-    rules = STORED if len(row.ours.split()) > 1 else RULES
-    return partition(letters, row.shape(config), sizes, rules)

@@ -20,9 +20,10 @@ inside `jax.shard_map`, on one device's share.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from dca_jax.errors import InputError
+from dca_jax.sharding import Shards
 
 AXIS = "context"
 
@@ -151,3 +152,20 @@ def _early_late(a: Array, b: Array, axis_name: str) -> tuple[Array, Array]:
     """(a, b) on even devices, (b, a) on odd ones: an even device's early block is an even one."""
     is_even = jax.lax.axis_index(axis_name) % 2 == 0
     return jnp.where(is_even, a, b), jnp.where(is_even, b, a)
+
+
+def pad_to_zigzag(tokens: Int[Array, "B T"], context: int) -> Int[Array, "B padded"]:
+    """Texts padded to a multiple of 2 * context tokens, in the order of the zigzag."""
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % (2 * context))))
+    return tokens[:, zigzag_order(tokens.shape[1], context)]
+
+
+def unpad_from_zigzag(
+    x: Float[Array, "B padded D"], length: int, shards: Shards
+) -> Float[Array, "B T D"]:
+    """The inverse of `pad_to_zigzag` for what was computed of each token."""
+    text = shards.spec("BTD")
+    x = shards.local(zigzag_to_natural, (text,), text)(x)
+    if length % shards.size("context"):
+        x = shards.put(x, shards.spec("BTD", whole="T"))
+    return x[:, :length]

@@ -1,0 +1,83 @@
+"""Where a model's parameters lie on a mesh, and which meshes a model can be cut for."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.errors import InputError
+from dca_jax.sharding import RULES, STORED, partition
+from dca_jax.weights.parameters import Parameter, lora_parameters, parameters
+
+log = logging.getLogger(__name__)
+
+
+def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
+    """Refuses a mesh that a model cannot be cut for.
+
+    Raises:
+        InputError: an axis that does not divide what it cuts; it names the sizes that would.
+    """
+    tensor, found = sizes["tensor"], axis_sizes(config)
+    names = {"N": "query heads", "F": "elements of the MLP", "V": "ids of the vocabulary"}
+    fits = math.gcd(*(found[letter] for letter in names))
+    for letter, name in names.items():
+        if found[letter] % tensor:
+            raise InputError(
+                f"tensor={tensor} does not divide the model's {found[letter]} {name}; sizes that "
+                f"do: {_divisors(fits)}"
+            )
+    kv_heads = found["K"]
+    if kv_heads % tensor and tensor % kv_heads:
+        both = [n for n in _divisors(fits) if not kv_heads % n or not n % kv_heads]
+        raise InputError(
+            f"tensor={tensor} neither divides the model's {kv_heads} kv heads nor is a multiple of "
+            f"them; sizes that are: {both}"
+        )
+    if found["D"] % sizes["fsdp"]:
+        raise InputError(
+            f"fsdp={sizes['fsdp']} does not divide the hidden size {found['D']}; sizes that do: "
+            f"{_divisors(found['D'])}"
+        )
+    if tensor > kv_heads:
+        log.warning(
+            "tensor=%d is more than the model's %d kv heads: each is kept %d times, and so is its "
+            "part of the KV cache; context=%d would cut the cache instead",
+            *(tensor, kv_heads, tensor // kv_heads, tensor // kv_heads),
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [size for size in range(1, min(n, 512) + 1) if n % size == 0]
+
+
+def parameter_shardings(
+    config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
+) -> Callable[[str], NamedSharding]:
+    """Where each parameter goes, by its path: what the loaders take as `sharding`.
+
+    With `lora`, also where its adapters go.
+
+    Raises:
+        InputError: see `check_mesh`.
+    """
+    check_mesh(config, mesh.shape)
+    adapters = [] if lora is None else lora_parameters(config, lora)
+    rows = {row.path: row for row in [*parameters(config), *adapters]}
+
+    def sharding(path: str) -> NamedSharding:
+        return NamedSharding(mesh, parameter_partition(rows[path], config, mesh.shape))
+
+    return sharding
+
+
+def parameter_partition(
+    row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How a parameter lies on a mesh of these sizes."""
+    letters = "L" * row.stacked + row.ours.replace(" ", "")
+    # A norm's scale is a few kilobytes: everywhere, whole.
+    rules = STORED if len(row.ours.split()) > 1 else RULES
+    return partition(letters, row.shape(config), sizes, rules)
