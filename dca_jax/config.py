@@ -1,20 +1,13 @@
 """A model's shape, read from any Hugging Face `config.json` of the Llama family."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dca_jax.dca import DCAConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
-
-# Hugging Face architectures whose forward pass is `dca_jax.model.Llama`, with their model_type.
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-}
 
 # The projections of a layer, any of which LoRA may adapt.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,13 +64,18 @@ class LlamaConfig:
             )
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise InputError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
-        if self.model_type not in ARCHITECTURES.values():
+        if self.model_type not in FAMILIES:
             raise InputError(
                 f"model_type {self.model_type!r} is not supported; expected one of "
-                f"{', '.join(ARCHITECTURES.values())}"
+                f"{', '.join(FAMILIES)}"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window must be positive or null, got {self.sliding_window}")
+
+    @property
+    def untied(self) -> bool:
+        """Whether the unembedding is a matrix of its own."""
+        return not self.tie_word_embeddings
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -114,8 +112,6 @@ class LlamaConfig:
                     f"num_attention_heads {heads}, and config.json gives no head_dim"
                 )
             head_dim = config["hidden_size"] // heads
-        # Llama's attention_bias covers q, k, v and o; Qwen2 has q, k, v biases by definition.
-        attention_bias = model_type == "llama" and bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")
         dca = config.get("dual_chunk_attention_config")
         return cls(
@@ -125,10 +121,7 @@ class LlamaConfig:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2" or attention_bias,
-            o_bias=attention_bias,
-            mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
-            sliding_window=_sliding_window(config, model_type),
+            **FAMILIES[model_type].read(config),
             dca=None if dca is None else DCAConfig.from_hf(dca),
             model_type=model_type,
             bos_token_id=config.get("bos_token_id"),
@@ -138,21 +131,18 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The dict of a new-form `config.json` that `from_hf` and `transformers` read back."""
-        architecture = next(a for a, t in ARCHITECTURES.items() if t == self.model_type)
+        family = FAMILIES[self.model_type]
         names = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim max_position_embeddings rms_norm_eps "
             "tie_word_embeddings model_type bos_token_id pad_token_id"
         ).split()
-        config: dict[str, Any] = {"architectures": [architecture], "hidden_act": "silu"}
+        config: dict[str, Any] = {"architectures": [family.architecture], "hidden_act": "silu"}
         config |= {name: getattr(self, name) for name in names}
         config["rope_parameters"] = self.rope.to_hf()
         eos = list(self.eos_token_ids)
         config["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else eos
-        if self.model_type == "llama":
-            config |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-        if self.model_type == "mistral":
-            config["sliding_window"] = self.sliding_window
+        config |= family.write(self)
         if self.dca is not None:
             config["dual_chunk_attention_config"] = self.dca.to_hf()
         return config
@@ -191,30 +181,77 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-def _model_type(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or []
-    known = [ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES]
-    if known:
-        return known[0]
-    named = f"architecture {architectures[0]!r}" if architectures else "no known architecture"
-    model_type = str(config.get("model_type"))
-    if architectures or model_type not in ARCHITECTURES.values():
-        raise InputError(
-            f"config.json names {named} (model_type {model_type!r}), which is not supported; "
-            f"expected one of {', '.join(ARCHITECTURES)}"
-        )
-    return model_type
+# --- families ----------------------------------------------------------------------------------
 
 
-def _sliding_window(config: Mapping[str, Any], model_type: str) -> int | None:
-    if model_type == "mistral":
-        return config.get("sliding_window")
-    if model_type == "qwen2" and config.get("use_sliding_window"):
+@dataclass(frozen=True)
+class Family:
+    """What tells one family of Hugging Face checkpoints from another.
+
+    Attributes:
+        architecture: its class in `transformers`.
+        read: from `config.json` to the fields of `LlamaConfig` that this family says in its own
+            way, or implies.
+        write: the keys of `config.json` that say them back.
+    """
+
+    architecture: str
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[LlamaConfig], dict[str, Any]]
+
+
+def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    attention_bias = bool(config.get("attention_bias", False))  # of q, k, v and o
+    return {
+        "qkv_bias": attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+    }
+
+
+def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("use_sliding_window"):
         raise InputError(
             "use_sliding_window is true: a Qwen2 whose upper layers slide is not supported; "
             "set it to false in config.json to attend to everything"
         )
-    return None
+    return {"qkv_bias": True}
+
+
+# By model_type. A family whose layers have other modules also adds them to
+# `dca_jax.weights.parameters.TABLE` and to `dca_jax.model`.
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _read_llama,
+        lambda config: {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        lambda config: {"sliding_window": config.get("sliding_window")},
+        lambda config: {"sliding_window": config.sliding_window},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, lambda config: {}),
+}
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
+    architectures = config.get("architectures") or []
+    known = [by_architecture[name] for name in architectures if name in by_architecture]
+    if known:
+        return known[0]
+    named = f"architecture {architectures[0]!r}" if architectures else "no known architecture"
+    model_type = str(config.get("model_type"))
+    if architectures or model_type not in FAMILIES:
+        raise InputError(
+            f"config.json names {named} (model_type {model_type!r}), which is not supported; "
+            f"expected one of {', '.join(by_architecture)}"
+        )
+    return model_type
+
+
+# --- what follows from a config ----------------------------------------------------------------
 
 
 def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig | None:

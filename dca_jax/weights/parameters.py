@@ -152,13 +152,7 @@ TABLE = (
 
 def parameters(config: LlamaConfig) -> list[Parameter]:
     """The rows of `TABLE` that a model of this config has."""
-    flags = {
-        "qkv_bias": config.qkv_bias,
-        "o_bias": config.o_bias,
-        "mlp_bias": config.mlp_bias,
-        "untied": not config.tie_word_embeddings,
-    }
-    return [row for row in TABLE if row.when is None or flags[row.when]]
+    return [row for row in TABLE if row.when is None or getattr(config, row.when)]
 
 
 def projections(config: LlamaConfig) -> list[Parameter]:
