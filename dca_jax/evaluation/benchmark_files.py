@@ -1,13 +1,13 @@
 """Long documents with questions: the files of benchmarks, and cutting documents to length."""
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dca_jax.errors import InputError
+from dca_jax.text_files import json_lines, read_text_file
 
 CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
 
@@ -21,16 +21,8 @@ def read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
     Raises:
         InputError: no such file, or a line that is no object with these fields.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not JSON: {error}") from None
+    for number, row in json_lines(read_text_file(path), f"{path}"):
         missing = [name for name in fields if not isinstance(row, dict) or name not in row]
         if missing:
             raise InputError(f"{path}: line {number} lacks {', '.join(missing)}")

@@ -13,7 +13,6 @@ and counted by reason, as Vicuna's and LongChat's scripts leave it out without a
 is no dialogue at all is an error, for then the file is not what it was taken for.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dca_jax.errors import InputError
+from dca_jax.text_files import json_lines, parse_json, read_text_file
 
 Role = Literal["system", "user", "assistant"]
 
@@ -277,34 +277,19 @@ def _tidied(turns: list[Turn]) -> tuple[tuple[Turn, ...], list[str]]:
     return (*head, *rest), cuts
 
 
+EXPECTED = "; expected a list of dialogues, or one dialogue a line"
+
+
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of a file, each with where it stands."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a .json or .jsonl file of dialogues")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, for example with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    text = read_text_file(path)
     if not text.strip():
         raise InputError(f"{path} is empty; expected a JSON list of dialogues, or one a line")
     if text.lstrip().startswith("["):
-        for number, entry in enumerate(_json(text, f"{path}"), start=1):
-            yield f"entry {number}", entry
+        entries = parse_json(text, f"{path}", expected=EXPECTED)
+        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
         return
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold other line breaks
-        if line.strip():
-            yield f"line {number}", _json(line, f"{path}: line {number}")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{where} is not JSON: {error}; expected a list of dialogues, or one dialogue a line"
-        ) from None
+    for number, entry in json_lines(text, f"{path}", expected=EXPECTED):
+        yield f"line {number}", entry

@@ -1,35 +1,29 @@
-"""Documents: their text, from UTF-8 files of any kind and from PDF, and questions about it."""
+"""Documents: their text, from text files of any kind and from PDF, and questions about it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.inference.llm import LLM, Options
 from dca_jax.inference.prefix import Prefix
+from dca_jax.text_files import read_text_file
 
 
 def read_document(path: str | Path) -> str:
     """The text of a document: of a PDF (by its suffix) that of its pages, else the file as it is.
 
     Raises:
-        InputError: no such file, text that is not UTF-8, an empty file, a PDF that is damaged,
-            encrypted or without text (a scan).
+        InputError: no such file, what `dca_jax.text_files.read_text_file` refuses, an empty file, a
+            PDF that is damaged, encrypted or without text (a scan).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file")
     if path.suffix.lower() == ".pdf":
         return _read_pdf(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, for example with "
-            f"`iconv -f latin1 -t utf-8`"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    text = read_text_file(path)
     if not text:
         raise InputError(f"{path} is empty")
     return text
@@ -37,15 +31,27 @@ def read_document(path: str | Path) -> str:
 
 def _read_pdf(path: Path) -> str:
     from pypdf import PdfReader  # text files are read without it
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError
 
     try:
         with PdfReader(path) as reader:
             if reader.is_encrypted and not reader.decrypt(""):
                 raise InputError(f"{path} is encrypted; save it without its password")
             pages = [page.extract_text() for page in reader.pages]
-    except (PyPdfError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a PDF: {error}") from None
+    except InputError:
+        raise
+    except DependencyError:
+        raise InputError(
+            f"{path} is encrypted with AES, which pypdf reads by another package: install "
+            "`cryptography`, or save the file without encryption"
+        ) from None
+    except Exception as error:  # damage reaches every corner of a PDF reader
+        raise InputError(
+            f"{path} cannot be read as a PDF ({type(error).__name__}: "
+            f"{shown(str(error), quote=False)})"
+        ) from None
+    # A font may map a glyph to half a surrogate pair, which no tokenizer takes.
+    pages = [page.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for page in pages]
     text = "\n\n".join(page for page in pages if page.strip())
     if not text:
         raise InputError(

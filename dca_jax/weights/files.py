@@ -1,7 +1,6 @@
 """Folders of files: read safely, written whole."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.text_files import parse_json, read_text_file
 
 # Beside the weights and config.json: what a tokenizer and generation need.
 COMPANIONS = (
@@ -35,13 +36,17 @@ def member(folder: Path, name: str) -> Path:
     Raises:
         InputError: `name` is not a plain file name, its target lies elsewhere, or it is no file.
     """
-    if name in ("", ".", "..") or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
         raise InputError(
-            f"{folder}: names a file outside its folder: {name!r}; expected a plain file name"
+            f"{folder}: names a file outside its folder: {shown(name)}; expected a plain file name"
         )
     path = folder / name
-    if not path.is_file():
-        raise InputError(f"{folder}: file {name} is missing")
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that the file system refuses
+        is_file = False
+    if not is_file:
+        raise InputError(f"{folder}: file {shown(name, quote=False)} is missing")
     home, target = folder.resolve(), path.resolve()
     allowed = [home]
     if home.parent.name == "snapshots":
@@ -61,12 +66,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         InputError: no such file, not UTF-8, not JSON, or not a JSON object.
     """
     path = member(folder, name)
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    value = parse_json(read_text_file(path), f"{path}")
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value

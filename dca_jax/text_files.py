@@ -1,0 +1,89 @@
+"""Text and JSON files of other people: one reader for each format."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+
+# By the byte order mark a file begins with; UTF-32's first, which begins like UTF-16's.
+ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_text_file(path: Path) -> str:
+    """The text of a file in UTF-8, or in the encoding its byte order mark names.
+
+    Raises:
+        InputError: no such file, one that cannot be read, or bytes that are not text.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return decode(content, f"{path}")
+
+
+def decode(content: bytes, where: str) -> str:
+    """Text from bytes, as `read_text_file`; `where` begins the message."""
+    encoding = next((e for mark, e in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            raise InputError(
+                f"{where} begins with the byte order mark of {encoding.upper()} and is not text in "
+                f"it (byte {error.start}); the file is damaged"
+            ) from None
+        raise InputError(
+            f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8, for example with "
+            "`iconv -f latin1 -t utf-8` if it is Latin-1"
+        ) from None
+    if "\0" in text:
+        raise InputError(
+            f"{where} holds NUL characters (the first at {text.index(chr(0))}), so it is not text "
+            "in UTF-8; if it is UTF-16, save it with a byte order mark or as UTF-8"
+        )
+    return text
+
+
+def parse_json(text: str, where: str, *, expected: str = "") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: what the message begins with, such as the file and line.
+        expected: what it ends with.
+
+    Raises:
+        InputError: not JSON, nested too deeply, or a number with thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # JSONDecodeError, or an integer that Python refuses to parse
+        reason = str(error)
+    raise InputError(f"{where} is not JSON: {shown(reason, quote=False)}{expected}") from None
+
+
+def json_lines(text: str, where: str, *, expected: str = "") -> Iterator[tuple[int, Any]]:
+    """The number (from 1) and value of each line of JSON that is not blank.
+
+    Only line feeds end a line (RFC 8259): a string may hold U+2028 or U+0085.
+
+    Raises:
+        InputError: as `parse_json`, with the line's number.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, parse_json(line, f"{where}: line {number}", expected=expected)
