@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from dca_jax import fields
 from dca_jax.dca import DCAConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
+
+CONFIG = "config.json"
 
 # The projections of a layer, any of which LoRA may adapt.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,8 +65,7 @@ class LlamaConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
-            raise InputError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        fields.number(vars(self), "rms_norm_eps", "a model's config", above=0)
         if self.model_type not in FAMILIES:
             raise InputError(
                 f"model_type {self.model_type!r} is not supported; expected one of "
@@ -86,13 +88,14 @@ class LlamaConfig:
                 not compute, or a missing or impossible size; named, never ignored.
         """
         model_type = _model_type(config)
-        activation = config.get("hidden_act", "silu")
+        activation = fields.text(config, "hidden_act", CONFIG, default="silu")
         if activation not in ("silu", "swish"):
             raise InputError(
                 f"hidden_act {activation!r} is not supported: this model's MLP is SwiGLU ('silu')"
             )
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
+        quantization = fields.mapping(config, "quantization_config", CONFIG)
+        if quantization:
+            method = fields.shown(quantization.get("quant_method", "unknown"), quote=False)
             raise InputError(
                 f"this checkpoint is quantized ({method}); use the unquantized checkpoint"
             )
@@ -103,30 +106,32 @@ class LlamaConfig:
         missing = [name for name in required if config.get(name) is None]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}")
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim")
+        sizes = {name: cast(int, fields.integer(config, name, CONFIG)) for name in required}
+        heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+        head_dim = fields.integer(config, "head_dim", CONFIG)
         if head_dim is None:
-            if config["hidden_size"] % heads:
+            if width % heads:
                 raise InputError(
-                    f"hidden_size {config['hidden_size']} is not a multiple of "
-                    f"num_attention_heads {heads}, and config.json gives no head_dim"
+                    f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and "
+                    "config.json gives no head_dim"
                 )
-            head_dim = config["hidden_size"] // heads
-        eos = config.get("eos_token_id")
-        dca = config.get("dual_chunk_attention_config")
+            head_dim = width // heads
+        kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
+        own: dict[str, Any] = {"num_key_value_heads": kv_heads or heads}
+        own |= FAMILIES[model_type].read(config)
+        dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
-            **{name: config[name] for name in required},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            **sizes,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.number(config, "rms_norm_eps", CONFIG, default=1e-6, above=0),
             rope=RopeConfig.from_hf(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            **FAMILIES[model_type].read(config),
+            tie_word_embeddings=fields.boolean(config, "tie_word_embeddings", CONFIG),
+            **own,
             dca=None if dca is None else DCAConfig.from_hf(dca),
             model_type=model_type,
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_token_id=config.get("pad_token_id"),
+            bos_token_id=fields.integer(config, "bos_token_id", CONFIG, least=0),
+            eos_token_ids=fields.token_ids(config, "eos_token_id", CONFIG),
+            pad_token_id=fields.integer(config, "pad_token_id", CONFIG, least=-1),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -201,21 +206,31 @@ class Family:
 
 
 def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention_bias = bool(config.get("attention_bias", False))  # of q, k, v and o
+    attention_bias = fields.boolean(config, "attention_bias", CONFIG)  # of q, k, v and o
     return {
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "mlp_bias": fields.boolean(config, "mlp_bias", CONFIG),
     }
 
 
+def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    # What a file leaves out is as in transformers; its null is a value, and means no window.
+    window = fields.integer(config, "sliding_window", CONFIG)
+    read: dict[str, Any] = {"sliding_window": window if "sliding_window" in config else 4096}
+    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 8}
+
+
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("use_sliding_window"):
+    layers = fields.integer(config, "num_hidden_layers", CONFIG) or 1
+    first = fields.integer(config, "max_window_layers", CONFIG, default=28, least=0)
+    if fields.boolean(config, "use_sliding_window", CONFIG) and first < layers:
         raise InputError(
             "use_sliding_window is true: a Qwen2 whose upper layers slide is not supported; "
             "set it to false in config.json to attend to everything"
         )
-    return {"qkv_bias": True}
+    read: dict[str, Any] = {"qkv_bias": True}
+    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 32}
 
 
 # By model_type. A family whose layers have other modules also adds them to
@@ -228,7 +243,7 @@ FAMILIES = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        lambda config: {"sliding_window": config.get("sliding_window")},
+        _read_mistral,
         lambda config: {"sliding_window": config.sliding_window},
     ),
     "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, lambda config: {}),
@@ -238,15 +253,23 @@ FAMILIES = {
 def _model_type(config: Mapping[str, Any]) -> str:
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise InputError(
+            f"config.json: architectures must be a list of names, got {fields.shown(architectures)}"
+        )
     known = [by_architecture[name] for name in architectures if name in by_architecture]
     if known:
         return known[0]
-    named = f"architecture {architectures[0]!r}" if architectures else "no known architecture"
-    model_type = str(config.get("model_type"))
+    named = (
+        f"architecture {fields.shown(architectures[0])}"
+        if architectures
+        else "no known architecture"
+    )
+    model_type = fields.text(config, "model_type", CONFIG, default="None")
     if architectures or model_type not in FAMILIES:
         raise InputError(
-            f"config.json names {named} (model_type {model_type!r}), which is not supported; "
-            f"expected one of {', '.join(by_architecture)}"
+            f"config.json names {named} (model_type {fields.shown(model_type)}), which is not "
+            f"supported; expected one of {', '.join(by_architecture)}"
         )
     return model_type
 

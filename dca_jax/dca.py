@@ -33,7 +33,6 @@ Everything fast (`dca_jax.attention`) computes what `dense_attention` here compu
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -43,8 +42,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dca_jax import fields
 from dca_jax.dtypes import compute_dtype
 from dca_jax.errors import InputError
+from dca_jax.fields import LARGEST
 from dca_jax.rope import rotate
 
 Phase = Literal["inter", "succ", "intra"]
@@ -62,8 +63,8 @@ class DCAConfig:
 
     Attributes:
         chunk_len: s, the stride of the chunks in tokens.
-        max_query_position: Q, the largest position a query is given; s <= Q, and Q below the
-            trained length, or the model sees relative positions it was not trained on.
+        max_query_position: Q, the largest position a query is given; s <= Q, and Q at most
+            the trained length, or the model sees relative positions it was not trained on.
         trained_length: c, tokens the model was pretrained on, where known.
         temperature_slope: a in m(L) = max(1, 1 + a ln(L / c)); logits are multiplied by tau = m^2
             for a text of L tokens. 0 (the default, and the paper's results): no temperature.
@@ -79,8 +80,11 @@ class DCAConfig:
             value = getattr(self, name)
             if value is None and name == "trained_length":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer (tokens), got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+                raise InputError(
+                    f"{name} must be a positive integer (tokens) of at most {LARGEST}, got "
+                    f"{fields.shown(value)}"
+                )
         if self.chunk_len > self.max_query_position:
             raise InputError(
                 f"chunk_len ({self.chunk_len}) must not exceed max_query_position "
@@ -92,9 +96,9 @@ class DCAConfig:
                 f"max_query_position ({self.max_query_position}) exceeds the trained length "
                 f"({self.trained_length}): the model would see positions it was not trained on"
             )
-        slope = self.temperature_slope
-        if not (math.isfinite(slope) and slope >= 0.0):
-            raise InputError(f"temperature_slope must be a finite number >= 0, got {slope}")
+        slope = fields.number(
+            vars(self), "temperature_slope", "a DCA setting", default=0.0, least=0
+        )
         if slope > 0.0 and self.trained_length is None:
             raise InputError("temperature_slope needs trained_length, from which it starts")
 
@@ -156,10 +160,10 @@ class DCAConfig:
         missing = [key for key in ("chunk_size", "local_size") if config.get(key) is None]
         if missing:
             raise InputError(f"dual_chunk_attention_config lacks {', '.join(missing)}")
-        chunk_size, local_size = config["chunk_size"], config["local_size"]
-        if not (isinstance(chunk_size, int) and isinstance(local_size, int)) or not (
-            0 <= local_size < chunk_size
-        ):
+        where = "dual_chunk_attention_config"
+        chunk_size = fields.integer(config, "chunk_size", where) or 1
+        local_size = fields.integer(config, "local_size", where, least=0) or 0
+        if local_size >= chunk_size:
             raise InputError(
                 "dual_chunk_attention_config needs integers 0 <= local_size < chunk_size, got "
                 f"local_size {local_size!r} and chunk_size {chunk_size!r}"
@@ -169,7 +173,7 @@ class DCAConfig:
                 "This checkpoint asks for sparse attention; dense attention, which it "
                 "approximates, is used instead."
             )
-        trained = config.get("original_max_position_embeddings") or None
+        trained = fields.integer(config, "original_max_position_embeddings", where, least=0) or None
         return cls(
             chunk_len=chunk_size - local_size,
             max_query_position=chunk_size,

@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from dca_jax.errors import InputError
 
@@ -27,6 +27,14 @@ def shown(value: Any, *, quote: bool = True) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+@overload
+def integer(
+    fields: Mapping[str, Any], name: str, where: str, *, default: int, least: int = 1
+) -> int: ...
+@overload
+def integer(
+    fields: Mapping[str, Any], name: str, where: str, *, default: None = None, least: int = 1
+) -> int | None: ...
 def integer(
     fields: Mapping[str, Any],
     name: str,
@@ -34,9 +42,8 @@ def integer(
     *,
     default: int | None = None,
     least: int = 1,
-    most: int = LARGEST,
 ) -> int | None:
-    """An integer from `least` to `most`; `default` where the field is absent or null.
+    """An integer from `least` to `LARGEST`; `default` where the field is absent or null.
 
     Raises:
         InputError: anything else; true and 1.0 are no integers.
@@ -44,13 +51,33 @@ def integer(
     value = fields.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
         raise InputError(
-            f"{where}: {name} must be an integer from {least} to {most}, got {shown(value)}"
+            f"{where}: {name} must be an integer from {least} to {LARGEST}, got {shown(value)}"
         )
     return value
 
 
+@overload
+def number(
+    fields: Mapping[str, Any],
+    name: str,
+    where: str,
+    *,
+    default: float,
+    least: float = ...,
+    above: float = ...,
+) -> float: ...
+@overload
+def number(
+    fields: Mapping[str, Any],
+    name: str,
+    where: str,
+    *,
+    default: None = None,
+    least: float = ...,
+    above: float = ...,
+) -> float | None: ...
 def number(
     fields: Mapping[str, Any],
     name: str,

@@ -14,10 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dca_jax import fields
 from dca_jax.dtypes import compute_dtype
 from dca_jax.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# Keys of `rope_scaling` and `rope_parameters`: those of every type (of which "finetuned" changes
+# nothing), and those of one.
+KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
+KNOWN |= {"factor", "original_max_position_embeddings"}
+YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+OWN = {
+    "yarn": ("attention_factor", *YARN, "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +68,17 @@ class RopeConfig:
                 f"{', '.join(ROPE_TYPES)}. It is not ignored, because the model would read "
                 "positions it was not trained for."
             )
-        if not (math.isfinite(self.theta) and self.theta > 1.0):
-            raise InputError(f"rope theta must be a finite number above 1, got {self.theta}")
-        if not (math.isfinite(self.factor) and self.factor >= 1.0):
+        values, where = vars(self), f"rope ({self.rope_type})"
+        fields.number(values, "theta", where, above=1)
+        fields.number(values, "factor", where, least=1)
+        for name in ("attention_factor", *YARN, "low_freq_factor", "high_freq_factor"):
+            fields.number(values, name, where, above=0)
+        fields.integer(values, "original_max_position_embeddings", where)
+        fields.boolean(values, "truncate", where)
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
             raise InputError(
-                f"rope factor must be a finite number of at least 1, got {self.factor}"
+                f"rope_type 'yarn' needs beta_fast >= beta_slow, got {self.beta_fast} and "
+                f"{self.beta_slow}"
             )
         if self.rope_type in ("dynamic", "yarn", "llama3"):
             length = self.original_max_position_embeddings
@@ -87,7 +104,14 @@ class RopeConfig:
             InputError: unknown rope type, a missing key, or rotation of a part of the head only.
         """
         # transformers' order: `rope_scaling` replaces `rope_parameters` when both are there.
-        params = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        scaling = fields.mapping(config, "rope_scaling", "config.json")
+        params = dict(scaling or fields.mapping(config, "rope_parameters", "config.json") or {})
+        nested = [name for name, value in params.items() if isinstance(value, Mapping)]
+        if nested:
+            raise InputError(
+                f"config.json has rope parameters by type of layer ({', '.join(nested)}): a model "
+                "whose layers have different rotary frequencies is not supported"
+            )
         rope_type = params.get("rope_type") or params.get("type") or "default"
         if rope_type == "longrope" or rope_type == "su":
             raise InputError(
@@ -97,40 +121,47 @@ class RopeConfig:
             )
         if rope_type not in ROPE_TYPES:
             raise InputError(
-                f"rope_type {rope_type!r} is not supported; expected one of {', '.join(ROPE_TYPES)}"
+                f"rope_type {fields.shown(rope_type)} is not supported; expected one of "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        unknown = sorted(set(params) - KNOWN - set(OWN.get(rope_type, ())))
+        if unknown:
+            raise InputError(
+                f"rope_type {rope_type!r} has no {', '.join(map(fields.shown, unknown))}: it may "
+                "change the frequencies, so it is not ignored; expected "
+                f"{', '.join(sorted(KNOWN | set(OWN.get(rope_type, ()))))}"
             )
         partial = params.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise InputError(
                 f"partial_rotary_factor {partial} is not supported: the whole head must be rotated"
             )
-        theta = params.get("rope_theta", config.get("rope_theta"))
-        kwargs: dict[str, Any] = {
-            "rope_type": rope_type,
-            "theta": 10_000.0 if theta is None else theta,
-        }
-        trained = config.get("max_position_embeddings")
-        original = config.get("original_max_position_embeddings") or params.get(
-            "original_max_position_embeddings", trained
+        where = f"the rope parameters of config.json ({rope_type})"
+        theta = fields.number(params, "rope_theta", where, above=1)
+        if theta is None:
+            theta = fields.number(config, "rope_theta", "config.json", default=10_000.0, above=1)
+        kwargs: dict[str, Any] = {"rope_type": rope_type, "theta": theta}
+        trained = fields.integer(config, "max_position_embeddings", "config.json")
+        original = (
+            fields.integer(config, "original_max_position_embeddings", "config.json")
+            or fields.integer(params, "original_max_position_embeddings", where)
+            or trained
         )
         if rope_type == "dynamic":
             original = trained  # transformers' dynamic NTK knows max_position_embeddings only
         if rope_type in ("dynamic", "yarn", "llama3"):
             kwargs["original_max_position_embeddings"] = original
         if rope_type != "default":
-            factor = params.get("factor")
+            factor = fields.number(params, "factor", where, least=1)
             if factor is None and rope_type == "yarn" and trained and original:
                 factor = trained / original
             if factor is None:
                 raise InputError(f"rope_type {rope_type!r} needs a factor, got none in {params}")
-            kwargs["factor"] = float(factor)
-        optional = {
-            "yarn": ("attention_factor beta_fast beta_slow mscale mscale_all_dim truncate").split(),
-            "llama3": ["low_freq_factor", "high_freq_factor"],
-        }
-        for name in optional.get(rope_type, []):
+            kwargs["factor"] = factor
+        for name in OWN.get(rope_type, ()):
             if params.get(name) is not None:
-                kwargs[name] = params[name]
+                read = fields.boolean if name == "truncate" else fields.number
+                kwargs[name] = read(params, name, where)
             elif rope_type == "llama3":
                 raise InputError(f"rope_type 'llama3' needs {name}, got none in {params}")
         return cls(**kwargs)
@@ -145,8 +176,7 @@ class RopeConfig:
         if self.rope_type == "llama3":
             params |= {n: getattr(self, n) for n in ("low_freq_factor", "high_freq_factor")}
         if self.rope_type == "yarn":
-            names = "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()
-            params |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+            params |= {n: getattr(self, n) for n in OWN["yarn"] if getattr(self, n) is not None}
         return params
 
 

@@ -98,7 +98,29 @@ def test_mistral_sliding_window() -> None:
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": 4095}, "not a multiple"),
         ({"num_key_value_heads": 5}, "multiple of num_key_value_heads"),
-        ({"vocab_size": -1}, "vocab_size must be a positive integer"),
+        ({"vocab_size": -1}, "vocab_size must be an integer from 1 to"),
+        ({"vocab_size": "32000"}, "vocab_size must be an integer from 1 to .* got '32000'"),
+        ({"hidden_size": True}, "hidden_size must be an integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1"),
+        ({"num_hidden_layers": 10**400}, "got an integer of 1329 bits"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings must be an integer"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a finite number above 0, got '1e-6'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        ({"quantization_config": "awq"}, "quantization_config must be an object"),
+        ({"architectures": True}, "architectures must be a list of names"),
+        ({"eos_token_id": [[2]]}, "eos_token_id must be a token id"),
+        ({"eos_token_id": 2**31}, "eos_token_id must be a token id"),
+        ({"bos_token_id": 1.0}, "bos_token_id must be an integer from 0"),
+        ({"rope_theta": "10000"}, "rope_theta must be a finite number above 1, got '10000'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor must be a finite number"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "ramp": 3}}, "has no 'ramp'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0}}, "beta_fast must be"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+            "by type of layer",
+        ),
         ({"head_dim": 65}, "even"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "lacks local_size"),
@@ -111,8 +133,32 @@ def test_refused(change: dict, message: str) -> None:
 
 def test_qwen2_with_sliding_layers_is_refused() -> None:
     with pytest.raises(InputError, match="use_sliding_window"):
-        LlamaConfig.from_hf(QWEN_2_5_7B_1M | {"use_sliding_window": True})
+        LlamaConfig.from_hf(QWEN_2_5_7B_1M | {"use_sliding_window": True, "max_window_layers": 20})
 
 
 def test_rope_default_is_shared_safely() -> None:
     assert LlamaConfig.from_hf(LLAMA_2_7B).rope == RopeConfig()
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
+def test_what_a_file_leaves_out_is_as_in_transformers(name: str) -> None:
+    import transformers
+
+    theirs = getattr(transformers, name)()
+    written = theirs.to_dict()
+    sizes = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "max_position_embeddings model_type"
+    ).split()
+    ours = LlamaConfig.from_hf({key: written[key] for key in sizes})
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    if name == "MistralConfig":
+        assert ours.sliding_window == theirs.sliding_window
+
+
+def test_a_window_of_no_layer_is_none() -> None:
+    read = {"use_sliding_window": True, "max_window_layers": QWEN_2_5_7B_1M["num_hidden_layers"]}
+    assert LlamaConfig.from_hf(QWEN_2_5_7B_1M | read).sliding_window is None

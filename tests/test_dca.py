@@ -136,7 +136,7 @@ def test_temperature() -> None:
         ({"chunk_len": 0, "max_query_position": 9}, "positive integer"),
         ({"chunk_len": True, "max_query_position": 9}, "positive integer"),
         ({"chunk_len": 4, "max_query_position": 9, "trained_length": 8}, "trained length"),
-        ({"chunk_len": 4, "max_query_position": 9, "temperature_slope": -1.0}, ">= 0"),
+        ({"chunk_len": 4, "max_query_position": 9, "temperature_slope": -1.0}, "at least 0"),
         ({"chunk_len": 4, "max_query_position": 9, "temperature_slope": 0.1}, "trained_length"),
     ],
 )
