@@ -60,17 +60,17 @@ class Work(NamedTuple):
         return max(self.flops / chip.flops, self.moved / chip.bandwidth)
 
 
-def attention_prefill(length: int, heads: Heads, queries: int) -> Work:
-    """One layer's attention over a whole text, in tiles of `queries`.
+def attention_prefill(length: int, heads: Heads, block_q: int) -> Work:
+    """One layer's attention over a whole text, in blocks of `block_q` queries.
 
-    Each tile reads the keys and values before it, its queries, and cos and sin of three phases.
+    Each block reads the keys and values before it, its queries, and cos and sin of three phases.
     """
     pairs = length * (length + 1) / 2
-    tiles = math.ceil(length / queries)
-    keys = sum(min((tile + 1) * queries, length) for tile in range(tiles))  # of one head
+    blocks = math.ceil(length / block_q)
+    keys = sum(min((block + 1) * block_q, length) for block in range(blocks))  # of one head
     token = heads.head_dim * ITEM
-    turns = 3 * 4 * heads.head_dim
-    moved = heads.query * (2 * keys * token + length * (2 * token + turns))
+    cos_sin = 3 * 4 * heads.head_dim
+    moved = heads.query * (2 * keys * token + length * (2 * token + cos_sin))
     return Work(4 * pairs * heads.query * heads.head_dim, moved)
 
 
@@ -94,9 +94,9 @@ def heads_of(config: LlamaConfig) -> Heads:
     )
 
 
-def model_prefill(length: int, config: LlamaConfig, queries: int) -> Work:
+def model_prefill(length: int, config: LlamaConfig, block_q: int) -> Work:
     """A whole prompt; weights are read once, and what passes between layers is left out."""
-    layer = attention_prefill(length, heads_of(config), queries)
+    layer = attention_prefill(length, heads_of(config), block_q)
     flops = 2 * weights(config) * length + config.num_hidden_layers * layer.flops
     return Work(flops, weights(config) * ITEM + config.num_hidden_layers * layer.moved)
 
@@ -130,15 +130,15 @@ def spelled(seconds: float) -> str:
     return f"{seconds / size:.3g} {unit}"
 
 
-def queries_of(chip: Chip, heads: Heads) -> int:
-    """Queries of our kernel's tile on the chip."""
+def block_q_of(chip: Chip, heads: Heads) -> int:
+    """The block_q of our forward kernel on the chip."""
     return choose_tiles(Device("tpu", chip.kind, None), heads, DCA, ITEM).forward[0]
 
 
 def peaks() -> str:
-    """The chips, and the smallest tile of queries that keeps the arithmetic busy.
+    """The chips, and the smallest block of queries that keeps the arithmetic busy.
 
-    A tile of q queries and a key of H elements: 4 q H operations for 4 H bytes of key and value.
+    A block of q queries and a key of H elements: 4 q H operations for 4 H bytes of key and value.
     """
     heads = Heads(query=32, kv=8, head_dim=128)
     rows = [
@@ -148,12 +148,12 @@ def peaks() -> str:
             f"{chip.bandwidth / 1e9:.0f}",
             f"{chip.memory / 1e9:.0f}",
             f"{chip.ridge:.0f}",
-            str(queries_of(chip, heads)),
+            str(block_q_of(chip, heads)),
         ]
         for chip in CHIPS
     ]
     columns = ["chip", "TFLOP/s, bf16", "GB/s", "HBM, GB"]
-    return table([*columns, "FLOP a byte, or queries a tile needs", "our tile"], rows)
+    return table([*columns, "FLOP a byte, or block_q needed", "our block_q"], rows)
 
 
 def attention() -> str:
@@ -162,11 +162,11 @@ def attention() -> str:
     rows = []
     for name, length in LENGTHS.items():
         prefill = {
-            chip: attention_prefill(length, heads, queries_of(chip, heads)) for chip in CHIPS
+            chip: attention_prefill(length, heads, block_q_of(chip, heads)) for chip in CHIPS
         }
         decode = dict.fromkeys(CHIPS, attention_decode(length, heads))
         for kind, works in (("prefill", prefill), ("decode", decode)):
-            (work,) = set(works.values())  # the tiles are the same on all chips
+            (work,) = set(works.values())  # block_q is the same on all chips
             numbers = [f"{work.flops:.2e}", f"{work.moved:.2e}", f"{work.flops / work.moved:.0f}"]
             times = [spelled(work.seconds(chip)) for chip, work in works.items()]
             rows.append([f"{kind}, {name}", *numbers, *times])
@@ -186,8 +186,8 @@ def models() -> str:
             for chip in CHIPS:
                 # A tenth is left for programs and what lies between layers.
                 chips = 2 ** max(math.ceil(math.log2(held / (0.9 * chip.memory))), 0)
-                queries = queries_of(chip, heads_of(config))
-                prefill = model_prefill(length, config, queries).seconds(chip) / chips
+                block_q = block_q_of(chip, heads_of(config))
+                prefill = model_prefill(length, config, block_q).seconds(chip) / chips
                 decode = model_decode(length, config).seconds(chip) / chips
                 cells.append(f"{chips}: {spelled(prefill)}, {spelled(decode)}")
             rows.append([f"{model}, {name}", f"{held / 1e9:.0f}", *cells])

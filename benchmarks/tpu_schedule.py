@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import typer
 from jax.experimental import topologies
 
-from dca_jax.attention.mosaic_tpu import tiles, turns
+from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.mosaic_tpu.dkv import dkv
 from dca_jax.attention.mosaic_tpu.dq import dq
 from dca_jax.attention.mosaic_tpu.flash_forward import flash_forward
 from dca_jax.attention.mosaic_tpu.heads import Heads
+from dca_jax.attention.mosaic_tpu.rotation import rotation_tables
 from dca_jax.attention.op import make_rows
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.distributed import exit_on_input_error
@@ -79,9 +80,7 @@ def compile_kernel(kernel: str, chip: str, tile: tuple[int, int], heads: Heads) 
     def like(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def run(
-        query: Any, key: Any, value: Any, layer: Any, out_bar: Any, lse: Any, delta: Any
-    ) -> Any:
+    def run(query: Any, key: Any, value: Any, layer: Any, do: Any, lse: Any, delta: Any) -> Any:
         rows = make_rows((1, LENGTH, heads.query, heads.head_dim), dca=dca, rope=RopeConfig())
         vmem = tiles.CHIPS[topology.devices[0].device_kind].vmem
         sizes: dict[str, Any] = {"dca": dca, "phases": PHASES, "tile": tile, "vmem_bytes": vmem}
@@ -89,8 +88,8 @@ def compile_kernel(kernel: str, chip: str, tile: tuple[int, int], heads: Heads) 
             query = query.reshape(1, LENGTH, heads.query, heads.head_dim)
             key, value = (x.reshape(*x.shape[:3], heads.kv, -1) for x in (key, value))
             return flash_forward(query, key, value, layer, rows, heads, with_lse=False, **sizes)
-        angles = turns.turns(LENGTH, rows, dca, PHASES)
-        inputs = query, key, value, angles, out_bar, lse, delta
+        cos_sin = rotation_tables(LENGTH, rows, dca, PHASES)
+        inputs = query, key, value, cos_sin, do, lse, delta
         return (dq if kernel == "dq" else dkv)(inputs, layer, rows, heads, **sizes)
 
     query = like(1, LENGTH, heads.query * heads.head_dim)
@@ -153,7 +152,7 @@ def main(
                 row += ["more VMEM than there is", "", ""]
             else:
                 schedule = read_schedule(kernel, dump)
-                each = schedule.unmasked * UNIT / (queries * keys * heads.together)
+                each = schedule.unmasked * UNIT / (queries * keys * heads.q_per_pack)
                 row += [*map(str, schedule), f"{each:.0f}"]
             print("| " + " | ".join(row) + " |", flush=True)
 

@@ -1,4 +1,4 @@
-"""The Pallas TPU kernels in TPU interpret mode against the oracle, and the walks they follow.
+"""The Pallas TPU kernels in TPU interpret mode against the oracle, and the steps of their grids.
 
 The blocks are made small here, so that short texts cross many of them. The interpreter looks for
 races, of two cores that share a kernel too, and for reads out of bounds, and fills memory nobody
@@ -22,13 +22,13 @@ from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, dra
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, mosaic_tpu, op
 from dca_jax.attention.device import Device
-from dca_jax.attention.mosaic_tpu import stages, tiles, walk
+from dca_jax.attention.mosaic_tpu import runs, steps, tiles
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 
 S = 24  # no multiple of the block
 DCA = DCAConfig(chunk_len=S, max_query_position=36)
-SMALL = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, parts=2)
+SMALL = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, decode_splits=2)
 V5E = Device("tpu", "TPU v5e", None)
 
 
@@ -38,7 +38,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     monkeypatch.setattr(op, "current_device", lambda: V5E)
     monkeypatch.setattr(mosaic_tpu, "current_device", lambda: V5E)
     monkeypatch.setattr(tiles, "choose_tiles", lambda *_: SMALL)
-    monkeypatch.setattr(tiles, "DECODE_ROWS", 16)
+    monkeypatch.setattr(tiles, "DECODE_QUERIES", 16)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     with pltpu.force_tpu_interpret_mode(params):
         yield
@@ -73,7 +73,7 @@ def test_one_token() -> None:
 @pytest.mark.parametrize(
     ("chunk_len", "largest"),
     [(5, 5), (32, 33)],
-    ids=["many chunks a tile", "two tiles a chunk"],
+    ids=["many chunks a block", "two blocks a chunk"],
 )
 def test_chunk_lengths_and_local_windows_of_none_and_one(chunk_len: int, largest: int) -> None:
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
@@ -127,23 +127,23 @@ def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim
 def test_slices_of_the_keys_sum_up_to_the_whole() -> None:
     """Two rows at different places; the second slice lies beyond every query of the first row."""
     q, k, v = draw(7, 2, 33, 55, 1, 1, 128)
-    out_bar = draw(8, 2, 33, 1, 1, 1, 128)[0]
+    do = draw(8, 2, 33, 1, 1, 1, 128)[0]
     offset = jnp.asarray([2, 22], jnp.int32)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
     sliced = functools.partial(attend_by_slices, mosaic_tpu, cuts=[37], dca=DCA, rows=rows)
-    ours = jax.jit(sliced, compiler_options=QUICK)(q, k, v, out_bar)
+    ours = jax.jit(sliced, compiler_options=QUICK)(q, k, v, do)
 
     def whole(*inputs: jax.Array) -> jax.Array:
         return op.attend(*inputs, dca=DCA, rows=rows, implementation="reference")
 
     out, pull_back = jax.vjp(whole, q, k, v)
-    for mine, expected in zip(ours, [out, *pull_back(out_bar)], strict=True):
+    for mine, expected in zip(ours, [out, *pull_back(do)], strict=True):
         np.testing.assert_allclose(mine, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_decode_merges_slices_of_a_cache() -> None:
-    """As devices that share a cache do; the first row has met no key of the last slice."""
+    """As devices that share a cache do; the first row attends to no key of the last slice."""
     q, k, v = draw(7, 2, 2, 75, 2, 1, 128)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=jnp.asarray([40, 73], jnp.int32))
 
@@ -275,7 +275,7 @@ def written(function: Callable[..., jax.Array], *inputs: jax.Array) -> list[int]
     return [math.prod(x.aval.shape) for x in results]
 
 
-# --- the walks ---------------------------------------------------------------------------------
+# --- the steps of the grids --------------------------------------------------------------------
 
 
 def rows_at(offset: list[int], lengths: list[int], key_offset: list[int]) -> op.Rows:
@@ -284,101 +284,105 @@ def rows_at(offset: list[int], lengths: list[int], key_offset: list[int]) -> op.
 
 
 def true_phases(shape: tuple[int, int], rows: op.Rows, row: int, s: int) -> np.ndarray:
-    """[T, S]: how many chunks, at most two, lie between query and key; -1: they do not meet."""
+    """[T, S]: how many chunks, at most two, lie between query and key; -1: not attended to."""
     offset, length, key_offset = (int(x[row]) for x in rows[2:])
     i = offset + np.arange(shape[0])[:, None]
     j = key_offset + np.arange(shape[1])[None, :]
     return np.where((j <= i) & (i < length), np.minimum(i // s - j // s, 2), -1)
 
 
-def walked_phases(
-    walk_: walk.Walk,
-    tables: walk.Tables,
+def computed_phases(
+    layout: steps.Steps,
+    tables: steps.Tables,
     shape: tuple[int, int],
-    blocks: tuple[int, int],
+    tile: tuple[int, int],
     rows: op.Rows,
     row: int,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     *,
-    keys_rest: bool,
+    keys_outer: bool,
 ) -> np.ndarray:
-    """`true_phases` as a kernel sees them; asserts that no pair is met twice."""
+    """`true_phases` as a kernel sees them; asserts that no pair is computed twice."""
     offset, length, key_offset = (int(x[row]) for x in rows[2:])
     found = np.full(shape, -1)
     begun, ended = set(), set()
-    assert int(tables.steps) <= walk_.length
-    lanes, ats = np.mgrid[: walk_.lanes, : int(tables.steps)].astype(np.int32).reshape(2, -1)
-    read = walk_.read(tables.words, jnp.int32(row), jnp.asarray(lanes), jnp.asarray(ats))
-    steps = [np.broadcast_to(x, lanes.shape).tolist() for x in read]
+    assert int(tables.num_steps) <= layout.max_steps
+    grid = np.mgrid[: layout.num_workers, : int(tables.num_steps)]
+    workers, numbers = grid.astype(np.int32).reshape(2, -1)
+    read = layout.read(tables.words, jnp.int32(row), jnp.asarray(workers), jnp.asarray(numbers))
+    columns = [np.broadcast_to(x, workers.shape).tolist() for x in read]
     before = None
-    for lane, rests, moves, _, number, word in zip(lanes.tolist(), *steps, strict=True):
-        if not word & (walk.LIVE | walk.BEGINS):
-            assert before == (lane, rests, moves)  # an idle step moves nothing
-        before = lane, rests, moves
-        if word & walk.BEGINS:
-            begun.add((rests, lane))
-        if word & walk.LIVE:
-            assert (rests, lane) in begun - ended
-            tile, block = (moves, rests) if keys_rest else (rests, moves)
-            low, high, near = (int(x) for x in tables.stages[number : number + 3])
-            t = np.arange(tile * blocks[0], min((tile + 1) * blocks[0], shape[0]))
-            j = np.arange(block * blocks[1], min((block + 1) * blocks[1], shape[1]))
+    for worker, outer, inner, _, run_index, word in zip(workers.tolist(), *columns, strict=True):
+        if not word & (steps.ACTIVE | steps.BLOCK_BEGIN):
+            assert before == (worker, outer, inner)  # an idle step loads nothing
+        before = worker, outer, inner
+        if word & steps.BLOCK_BEGIN:
+            begun.add((outer, worker))
+        if word & steps.ACTIVE:
+            assert (outer, worker) in begun - ended
+            q, kv = (inner, outer) if keys_outer else (outer, inner)
+            key_begin, key_end, succ = (int(x) for x in tables.runs[run_index : run_index + 3])
+            t = np.arange(q * tile[0], min((q + 1) * tile[0], shape[0]))
+            j = np.arange(kv * tile[1], min((kv + 1) * tile[1], shape[1]))
             assert t.size
             assert j.size
             i = offset + t[:, None]
-            behind = (i >= near).astype(int) + (i >= near + dca.chunk_len)
-            met = (low <= j) & (j < high) & (j < i + 1 - key_offset) & (i < length)
-            met &= np.isin(behind, [stages.BEHIND[phase] for phase in phases])
-            if word & walk.FULL:
-                assert met.all()
-                assert t.size == blocks[0]
+            behind = (i >= succ).astype(int) + (i >= succ + dca.chunk_len)
+            mask = (key_begin <= j) & (j < key_end) & (j < i + 1 - key_offset) & (i < length)
+            mask &= np.isin(behind, [runs.CHUNKS_BEHIND[phase] for phase in phases])
+            if word & steps.FULL:
+                assert mask.all()
+                assert t.size == tile[0]
             here = found[np.ix_(t, j)]
-            assert (here[met] == -1).all()
-            found[np.ix_(t, j)] = np.where(met, behind, here)
-        if word & walk.ENDS:
-            ended.add((rests, lane))
+            assert (here[mask] == -1).all()
+            found[np.ix_(t, j)] = np.where(mask, behind, here)
+        if word & steps.BLOCK_END:
+            ended.add((outer, worker))
     assert begun == ended
-    assert {tile for tile, _ in begun} == set(range(walk_.tiles))
+    assert {outer for outer, _ in begun} == set(range(layout.num_outer))
     return found
 
 
-def walked(
+def make_steps(
     shape: tuple[int, int],
     rows: op.Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
-    blocks: tuple[int, int],
+    tile: tuple[int, int],
     *,
-    keys_rest: bool = False,
-    parts: int | None = None,
-) -> tuple[walk.Walk, walk.Tables]:
-    """Worked out in one program: one operation after another would be compiled for each shape."""
-    make = stages.stages_of_keys if keys_rest else stages.stages_of_queries
-    found: list[walk.Walk] = []
+    keys_outer: bool = False,
+    splits: int | None = None,
+) -> tuple[steps.Steps, steps.Tables]:
+    """Computed in one program: one operation after another would be compiled for each shape."""
+    make_runs = runs.query_runs if keys_outer else runs.kv_runs
+    layouts: list[steps.Steps] = []
 
-    def tables(rows: op.Rows) -> walk.Tables:
-        made = make(*shape, rows, dca, phases, blocks)
-        walk_, tables = walk.pair_up(*made) if parts is None else walk.split(*made, parts)
-        found.append(walk_)
+    def make_tables(rows: op.Rows) -> steps.Tables:
+        made = make_runs(*shape, rows, dca, phases, tile)
+        if splits is None:
+            layout, tables = steps.pair_blocks(*made)
+        else:
+            layout, tables = steps.split_block(*made, splits)
+        layouts.append(layout)
         return tables
 
-    words, numbers, steps = jax.jit(tables, compiler_options=QUICK)(rows)
-    return found[0], walk.Tables(np.asarray(words), np.asarray(numbers), steps)
+    words, numbers, num_steps = jax.jit(make_tables, compiler_options=QUICK)(rows)
+    return layouts[0], steps.Tables(np.asarray(words), np.asarray(numbers), num_steps)
 
 
 @pytest.mark.parametrize(
-    ("s", "shape", "blocks"),
+    ("s", "shape", "tile"),
     [
         (24, (70, 90), (16, 16)),
         (7, (61, 61), (16, 24)),  # many chunks a block
         (32, (90, 64), (12, 16)),  # blocks of keys divide the chunk
         (1, (9, 12), (4, 5)),
-        (40, (5, 150), (8, 16)),  # one tile, and part of it
+        (40, (5, 150), (8, 16)),  # less than a block of queries
     ],
 )
-def test_every_pair_is_met_once_in_its_phase(
-    s: int, shape: tuple[int, int], blocks: tuple[int, int]
+def test_every_pair_is_computed_once_in_its_phase(
+    s: int, shape: tuple[int, int], tile: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(s)
     offset = [0, 0, 0, *rng.integers(0, 100, 4).tolist(), 3 * s]
@@ -388,19 +392,19 @@ def test_every_pair_is_met_once_in_its_phase(
     dca = DCAConfig(chunk_len=s, max_query_position=s)
     each = (PHASES, PHASES[1:], ("inter",), ("succ",), ("intra",)) if s == 24 else (PHASES,)
     for phases in each:
-        codes = [stages.BEHIND[phase] for phase in phases]
+        codes = [runs.CHUNKS_BEHIND[phase] for phase in phases]
         ways: list[tuple[tuple[int, int], dict[str, Any]]] = [
-            (blocks, {}),
-            (blocks, {"keys_rest": True}),
-            ((shape[0], blocks[1]), {"parts": 2}),
+            (tile, {}),
+            (tile, {"keys_outer": True}),
+            ((shape[0], tile[1]), {"splits": 2}),
         ]
         for size, way in ways:
-            walk_, tables = walked(shape, rows, dca, phases, size, **way)
+            layout, tables = make_steps(shape, rows, dca, phases, size, **way)
             for row in range(len(offset)):
                 expected = true_phases(shape, rows, row, s)
-                keys_rest = way.get("keys_rest", False)
+                keys_outer = way.get("keys_outer", False)
                 arguments = (shape, size, rows, row, dca, phases)
-                found = walked_phases(walk_, tables, *arguments, keys_rest=keys_rest)
+                found = computed_phases(layout, tables, *arguments, keys_outer=keys_outer)
                 np.testing.assert_array_equal(
                     found, np.where(np.isin(expected, codes), expected, -1)
                 )
@@ -415,37 +419,37 @@ def test_every_pair_is_met_once_in_its_phase(
         (20240, [128], [2]),
     ],
 )
-def test_blocks_met_at_128k_are_those_of_causal_attention(
+def test_blocks_computed_at_128k_are_those_of_causal_attention(
     chunk_len: int, dims: list[int], itemsizes: list[int]
 ) -> None:
-    """By the words that the index maps read: products of all blocks met, over the triangle's."""
+    """By the words that the index maps read: logits of all tiles computed, over the triangle's."""
     length = 131072
     rows = rows_at([0], [length], [0])
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len)
-    ways = set()  # the blocks of any chip
+    ways = set()  # the tiles of any chip
     for kind, dim, itemsize in itertools.product(tiles.CHIPS, dims, itemsizes):
         heads = mosaic_tpu.Heads(query=32, kv=8, head_dim=dim)
         chosen = tiles.choose_tiles(Device("tpu", kind, None), heads, dca, itemsize)
         ways |= {(chosen.forward, False), (chosen.dq, False), (chosen.dkv, True)}
-    for blocks, keys_rest in ways:
-        _, tables = walked((length, length), rows, dca, PHASES, blocks, keys_rest=keys_rest)
-        met = np.count_nonzero(tables.words & walk.LIVE)
-        ratio = met * blocks[0] * blocks[1] / (length * (length + 1) / 2)
+    for tile, keys_outer in ways:
+        _, tables = make_steps((length, length), rows, dca, PHASES, tile, keys_outer=keys_outer)
+        computed = np.count_nonzero(tables.words & steps.ACTIVE)
+        ratio = computed * tile[0] * tile[1] / (length * (length + 1) / 2)
         assert 1 <= ratio < 1.02
 
 
-def test_lanes_of_causal_attention_have_equal_length() -> None:
-    """So that cores that share the lanes have the same to do, and no step is idle."""
+def test_workers_have_equally_many_steps_under_causal_attention() -> None:
+    """So cores that share the workers have equal work, and no step is idle."""
     length, dca = 32768, DCAConfig(chunk_len=3072, max_query_position=4095)
     rows = rows_at([0], [length], [0])
-    walk_, tables = walked((length, length), rows, dca, PHASES, (1024, 1024))
-    words = tables.words.reshape(walk_.lanes, walk_.length)
-    assert set(np.count_nonzero(words & walk.LIVE, axis=1)) == {33}
-    assert int(tables.steps) == 33
+    layout, tables = make_steps((length, length), rows, dca, PHASES, (1024, 1024))
+    words = tables.words.reshape(layout.num_workers, layout.max_steps)
+    assert set(np.count_nonzero(words & steps.ACTIVE, axis=1)) == {33}
+    assert int(tables.num_steps) == 33
 
 
 def test_blocks_of_keys_divide_the_chunk() -> None:
-    assert [tiles.follow(s, 1024) for s in (2048, 2560, 2816, 3072, 4096, 20240)] == [
+    assert [tiles.choose_block_kv(s, 1024) for s in (2048, 2560, 2816, 3072, 4096, 20240)] == [
         1024,
         1280,
         1408,
@@ -453,8 +457,8 @@ def test_blocks_of_keys_divide_the_chunk() -> None:
         1024,
         880,
     ]
-    assert tiles.follow(20011, 512) == 512  # a prime
-    assert tiles.follow(3, 512) == 128
+    assert tiles.choose_block_kv(20011, 512) == 512  # a prime
+    assert tiles.choose_block_kv(3, 512) == 128
 
 
 # --- what runs where ---------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def compile_for(
         rows = op.make_rows(query_shape, dca=dca, rope=ROPE, query_offset=offset)
         arguments, options = (query, key, value, layer, rows), {"dca": dca, "phases": PHASES}
         if part == "backward":
-            out_bar = saved[0].reshape(query_shape)
-            bars = mosaic_tpu.backward(*arguments, out_bar, *saved[1:], **options)
-            return [bar.reshape(*bar.shape[:2], -1) for bar in bars]
+            do = saved[0].reshape(query_shape)
+            gradients = mosaic_tpu.backward(*arguments, do, *saved[1:], **options)
+            return [x.reshape(*x.shape[:2], -1) for x in gradients]
         out, lse = mosaic_tpu.forward(*arguments, with_lse=part == "forward", **options)
         return out.reshape(1, num_queries, -1), lse
 
@@ -153,7 +153,7 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
     if part == "backward":  # log-sum-exp and delta, in the kernels' units and layout
         needed += 2 * 4 * heads.query * length
     assert temporary < 1.05 * needed + 16e6
-    if part == "decode":  # two blocks of keys and two of values: one comes while one is used
+    if part == "decode":  # keys and values, each double-buffered
         block = chosen.decode * heads.kv * heads.head_dim * dtype.itemsize
         assert used["dca_tpu_decode"] >= 4 * block
     if part == "forward":
@@ -183,7 +183,7 @@ def test_compiles_for_every_chip_at_128k(name: str, part: str, heads: Heads) -> 
 @pytest.mark.parametrize("chunk_len", [2816, 20240])
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("name", ["v4", "v6e"])
-def test_blocks_that_follow_other_chunks(name: str, part: str, chunk_len: int) -> None:
+def test_blocks_that_divide_other_chunks(name: str, part: str, chunk_len: int) -> None:
     check(name, part, 32768, LLAMA, chunk_len=chunk_len)
 
 

@@ -1,10 +1,10 @@
 """Attention in Pallas-Mosaic, for TPUs from v4 on.
 
-One flash-attention loop over the keys of every phase: `stages` says which blocks a tile meets under
-which rotation of its queries, `walk` writes that down step by step, and the kernels
-(`flash_forward`, `dq`, `dkv`, `decode`) follow it. Keys and values are read where they lie,
-[L, B, S, K * H] with heads along the lanes; queries are rotated in the kernels (`turns`), once a
-tile and stage. `tiles` says how much goes through a kernel at once.
+Each kernel (`flash_forward`, `dq`, `dkv`, `decode`) is one flash-attention loop over the blocks of
+all phases. `runs` finds the blocks to process under each rotation of the queries, and `steps`
+encodes them as one word for each step of the grid. Keys and values are read in place,
+[L, B, S, K * H], with heads along the lanes. The kernels rotate the queries themselves
+(`rotation`), once for each run. `tiles` chooses block_q and block_kv.
 """
 
 import jax
@@ -15,24 +15,25 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.device import Device, current_device
 from dca_jax.attention.mosaic_tpu import tiles as tiling
-from dca_jax.attention.mosaic_tpu import turns
 from dca_jax.attention.mosaic_tpu.decode import decode
 from dca_jax.attention.mosaic_tpu.dkv import dkv
 from dca_jax.attention.mosaic_tpu.dq import dq
 from dca_jax.attention.mosaic_tpu.flash_forward import flash_forward
 from dca_jax.attention.mosaic_tpu.heads import Heads
-from dca_jax.attention.mosaic_tpu.stages import (
-    most_keys,
-    most_queries,
-    stages_ahead,
-    stages_behind,
+from dca_jax.attention.mosaic_tpu.rotation import rotation_tables
+from dca_jax.attention.mosaic_tpu.runs import (
+    kv_run_chunks,
+    max_kv_steps,
+    max_query_steps,
+    query_run_chunks,
 )
-from dca_jax.attention.mosaic_tpu.walk import num_words
+from dca_jax.attention.mosaic_tpu.steps import num_words
+from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import PHASES, DCAConfig, Phase
 
 
 def unsupported(
-    device: "Device", query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
     batch, num_queries, num_heads, head_dim = query.shape
@@ -47,10 +48,11 @@ def unsupported(
     heads = Heads(query=num_heads, kv=kv_heads, head_dim=head_dim)
     itemsize = query.dtype.itemsize
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
-    num_rows = num_queries * num_heads
-    if num_rows <= tiling.DECODE_ROWS:
-        need = tiling.decode_vmem(num_rows, tiles.decode, heads, itemsize)
-        words = most_keys(num_keys, dca, PHASES, (num_queries, tiles.decode)) + tiles.parts
+    num_head_queries = num_queries * num_heads
+    if num_head_queries <= tiling.DECODE_QUERIES:
+        need = tiling.decode_vmem(num_head_queries, tiles.decode, heads, itemsize)
+        words = max_kv_steps(num_keys, dca, PHASES, (num_queries, tiles.decode))
+        words += tiles.decode_splits
     else:
         need = max(
             tiling.forward_vmem(tiles.forward, heads, itemsize),
@@ -64,22 +66,22 @@ def unsupported(
     need = 4 * batch * words
     if need > tiling.SMEM:
         return (
-            f"its walk through this text needs {need} bytes of scalar memory, of {tiling.SMEM}; "
+            f"its steps for this text need {need} bytes of scalar memory, of {tiling.SMEM}; "
             "read the text in smaller pieces, or in a smaller batch"
         )
     return None
 
 
 def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles) -> int:
-    """Words of scalar memory that the longest of three kernels' walks takes for a row."""
+    """The most words of scalar memory that one of the three kernels takes for a row."""
     words = []
-    for blocks in (tiles.forward, tiles.dq):
-        most = most_keys(num_keys, dca, PHASES, blocks)
-        stages = len(stages_behind(blocks[0], PHASES, dca))
-        words.append(num_words(pl.cdiv(num_queries, blocks[0]), most, stages))
-    most = most_queries(num_queries, dca, PHASES, tiles.dkv)
-    stages = len(stages_ahead(tiles.dkv[1], PHASES, dca))
-    words.append(num_words(pl.cdiv(num_keys, tiles.dkv[1]), most, stages))
+    for tile in (tiles.forward, tiles.dq):
+        max_steps = max_kv_steps(num_keys, dca, PHASES, tile)
+        num_runs = len(kv_run_chunks(tile[0], PHASES, dca))
+        words.append(num_words(pl.cdiv(num_queries, tile[0]), max_steps, num_runs))
+    max_steps = max_query_steps(num_queries, dca, PHASES, tiles.dkv)
+    num_runs = len(query_run_chunks(tiles.dkv[1], PHASES, dca))
+    words.append(num_words(pl.cdiv(num_keys, tiles.dkv[1]), max_steps, num_runs))
     return max(words)
 
 
@@ -95,22 +97,22 @@ def forward(
     with_lse: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
-    num_rows = query.shape[1] * query.shape[2]
+    num_head_queries = query.shape[1] * query.shape[2]
     heads = Heads(query=query.shape[2], kv=key.shape[3], head_dim=query.shape[3])
     itemsize = query.dtype.itemsize
     device = current_device()
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     arguments = query, key, value, layer, rows, heads
-    if num_rows <= tiling.DECODE_ROWS:
+    if num_head_queries <= tiling.DECODE_QUERIES:
         return decode(
             *arguments,
             dca=dca,
             phases=phases,
             with_lse=with_lse,
-            block_k=tiles.decode,
-            parts=tiles.parts,
+            block_kv=tiles.decode,
+            num_splits=tiles.decode_splits,
             vmem_bytes=tiling.vmem_limit(
-                device, tiling.decode_vmem(num_rows, tiles.decode, heads, itemsize)
+                device, tiling.decode_vmem(num_head_queries, tiles.decode, heads, itemsize)
             ),
         )
     return flash_forward(
@@ -129,7 +131,7 @@ def backward(
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
-    out_bar: Float[Array, "B T N H"],
+    do: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     *,
@@ -143,18 +145,18 @@ def backward(
     device = current_device()
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     flat = (batch, num_queries, num_heads * head_dim)
-    # In units of log2, and where a query met no key at all so large that its weights vanish.
-    lse = jnp.where(jnp.isfinite(lse), lse * turns.LOG2E, 1e30)
+    # In units of log2. A query that attends to no key gets so large a value that p vanishes.
+    lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, -MASKED)
     inputs = (
         query.reshape(flat),
         key.reshape(*key.shape[:3], -1),
         value.reshape(*value.shape[:3], -1),
-        turns.turns(num_queries, rows, dca, phases),
-        out_bar.astype(query.dtype).reshape(flat),
+        rotation_tables(num_queries, rows, dca, phases),
+        do.astype(query.dtype).reshape(flat),
         lse[:, :, None, :],
         delta[:, :, None, :],
     )
-    query_bar = dq(
+    grad_query = dq(
         inputs,
         layer,
         rows,
@@ -164,7 +166,7 @@ def backward(
         tile=tiles.dq,
         vmem_bytes=tiling.vmem_limit(device, tiling.dq_vmem(tiles.dq, heads, itemsize)),
     )
-    key_bar, value_bar = dkv(
+    dk, dv = dkv(
         inputs,
         layer,
         rows,
@@ -175,7 +177,7 @@ def backward(
         vmem_bytes=tiling.vmem_limit(device, tiling.dkv_vmem(tiles.dkv, heads, itemsize)),
     )
     return (
-        query_bar.reshape(query.shape),
-        key_bar.reshape(key.shape[1:]),
-        value_bar.reshape(value.shape[1:]),
+        grad_query.reshape(query.shape),
+        dk.reshape(key.shape[1:]),
+        dv.reshape(value.shape[1:]),
     )

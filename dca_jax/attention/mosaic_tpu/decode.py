@@ -1,12 +1,12 @@
-"""Attention of few queries (decoding): the cache is read once, as it lies.
+"""Attention of few queries (decoding), which reads the cache once, in place.
 
-All queries of a row, of all heads, are one tile, and a block of keys has all kv heads, head after
-head of each token: one stretch of memory. A query lies in the lanes of its kv head, the others
-zero, so that one product gives every head's logits, and one more every head's output, in those
-lanes. The queries are few rows of a product; reading the cache is what takes the time.
+All queries of a row, of all heads, form one block, and a block of keys contains all kv heads of its
+tokens: one contiguous piece of memory. Each query occupies the lanes of its kv head, with zeros in
+the others. One product then gives the logits of every head, and another gives the output of every
+head, in the same lanes. The products have few rows, so the time goes to reading the cache.
 
-On chips whose two cores act as one device, each core reads half of a row's blocks, and the halves
-are merged by their log-sum-exp.
+On chips whose two cores act as one device, each core reads half of a row's blocks of keys, and the
+two splits are merged by their log-sum-exp.
 """
 
 import functools
@@ -19,12 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_tpu import blocks
-from dca_jax.attention.mosaic_tpu.grid import row_scalars
+from dca_jax.attention.mosaic_tpu import block_math
 from dca_jax.attention.mosaic_tpu.heads import Heads
-from dca_jax.attention.mosaic_tpu.stages import BEHIND, stages_behind, stages_of_queries
-from dca_jax.attention.mosaic_tpu.turns import LOG2E
-from dca_jax.attention.mosaic_tpu.walk import BEGINS, ENDS, ENTERS, LIVE, Walk, split
+from dca_jax.attention.mosaic_tpu.runs import CHUNKS_BEHIND, kv_run_chunks, kv_runs
+from dca_jax.attention.mosaic_tpu.specs import read_row_scalars, row_scalars
+from dca_jax.attention.mosaic_tpu.steps import (
+    ACTIVE,
+    BLOCK_BEGIN,
+    BLOCK_END,
+    RUN_BEGIN,
+    Steps,
+    split_block,
+)
+from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.rope import rotate
 
@@ -40,58 +47,45 @@ def decode(
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
-    block_k: int,
-    parts: int,
+    block_kv: int,
+    num_splits: int,
     vmem_bytes: int,
 ) -> tuple[Array, Array | None]:
     """Output [B, T, N, H], and the natural log-sum-exp [B, N, T] on request."""
-    batch, num_queries, num_heads, dim = query.shape
-    num_keys, kv_heads = key.shape[2], heads.kv
-    group, width, num_rows = num_heads // kv_heads, kv_heads * dim, num_heads * num_queries
-    block_k = min(block_k, num_keys)
-    stages, most = stages_of_queries(
-        num_queries, num_keys, rows, dca, phases, (num_queries, block_k)
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys = key.shape[2]
+    block_q, width = num_heads * num_queries, heads.kv * head_dim
+    block_kv = min(block_kv, num_keys)
+    runs, max_steps = kv_runs(num_queries, num_keys, rows, dca, phases, (num_queries, block_kv))
+    steps, tables = split_block(runs, max_steps, num_splits)
+    query_spec, key_spec, out_spec, lse_spec = _block_specs(
+        steps, block_q, block_kv, head_dim, width
     )
-    walk, tables = split(stages, most, parts)
-
-    def key_at(c: Array, b: Array, k: Array, rows: Any, words: Any, _: Any) -> tuple:
-        return rows[0], b, walk.read(words, b, c, k).block, 0
-
-    def query_at(c: Array, b: Array, k: Array, rows: Any, words: Any, _: Any) -> tuple:
-        return walk.read(words, b, c, k).stage, b, 0, 0
-
-    def out_at(c: Array, b: Array, *_: Any) -> tuple:
-        return c, b, 0, 0
-
-    out_dtype = query.dtype if parts == 1 else jnp.float32
-    out_shape = [jax.ShapeDtypeStruct((parts, batch, num_rows, dim), out_dtype)]
-    out_specs = [pl.BlockSpec((None, None, num_rows, dim), out_at)]
-    if with_lse or parts > 1:
-        out_shape.append(jax.ShapeDtypeStruct((parts, batch, num_rows, 1), jnp.float32))
-        out_specs.append(pl.BlockSpec((None, None, num_rows, 1), out_at))
-    out, *lse = pl.pallas_call(
+    out_dtype = query.dtype if num_splits == 1 else jnp.float32
+    out_shape = [jax.ShapeDtypeStruct((num_splits, batch, block_q, head_dim), out_dtype)]
+    out_specs = [out_spec]
+    if with_lse or num_splits > 1:
+        out_shape.append(jax.ShapeDtypeStruct((num_splits, batch, block_q, 1), jnp.float32))
+        out_specs.append(lse_spec)
+    out, *lses = pl.pallas_call(
         functools.partial(
             _kernel,
-            walk=walk,
-            shape=(kv_heads, num_queries, group),
+            steps=steps,
+            shape=(heads.kv, num_queries, num_heads // heads.kv),
             dca=dca,
             phases=phases,
             num_keys=num_keys,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(parts, batch, tables.steps),
-            in_specs=[
-                pl.BlockSpec((None, None, num_rows, dim), query_at),
-                pl.BlockSpec((None, None, block_k, width), key_at),
-                pl.BlockSpec((None, None, block_k, width), key_at),
-            ],
+            grid=(num_splits, batch, tables.num_steps),
+            in_specs=[query_spec, key_spec, key_spec],
             out_specs=out_specs,
             scratch_shapes=[
-                pltpu.VMEM((num_rows, width), query.dtype),
-                pltpu.VMEM((num_rows, 1), jnp.float32),
-                pltpu.VMEM((num_rows, 1), jnp.float32),
-                pltpu.VMEM((num_rows, width), jnp.float32),
+                pltpu.VMEM((block_q, width), query.dtype),
+                pltpu.VMEM((block_q, 1), jnp.float32),
+                pltpu.VMEM((block_q, 1), jnp.float32),
+                pltpu.VMEM((block_q, width), jnp.float32),
             ],
         ),
         out_shape=out_shape,
@@ -103,129 +97,148 @@ def decode(
     )(
         row_scalars(layer, rows, num_queries),
         tables.words,
-        tables.stages,
-        _turned(query, kv_heads, rows, dca, phases),
+        tables.runs,
+        _rotate_queries(query, heads.kv, rows, dca, phases),
         key.reshape(*key.shape[:3], width),
         value.reshape(*value.shape[:3], width),
     )
-    if parts > 1:
-        out, total = _merged(out, lse[0])
+    if num_splits > 1:
+        out, lse = _merge_splits(out, lses[0])
     else:
-        out, total = out[0], lse[0][0] if lse else None
-    by_head = (batch, kv_heads, num_queries, group, -1)
+        out, lse = out[0], lses[0][0] if lses else None
+    by_head = (batch, heads.kv, num_queries, num_heads // heads.kv, -1)
     out = jnp.swapaxes(out.reshape(by_head), 1, 2).reshape(query.shape).astype(query.dtype)
-    if total is None or not with_lse:
+    if lse is None or not with_lse:
         return out, None
-    return out, jnp.swapaxes(total.reshape(by_head[:-1]), 2, 3).reshape(batch, num_heads, -1)
+    return out, jnp.swapaxes(lse.reshape(by_head[:-1]), 2, 3).reshape(batch, num_heads, -1)
 
 
-def _turned(
+def _block_specs(
+    steps: Steps, block_q: int, block_kv: int, head_dim: int, width: int
+) -> tuple[pl.BlockSpec, ...]:
+    """For queries, keys (and values), outputs and log-sum-exps; grid: (split, row, step)."""
+
+    def key_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
+        return rows[0], b, steps.read(words, b, c, i).inner, 0
+
+    def query_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
+        return steps.read(words, b, c, i).run, b, 0, 0
+
+    def out_index(c: Array, b: Array, *_: Any) -> tuple:
+        return c, b, 0, 0
+
+    return (
+        pl.BlockSpec((None, None, block_q, head_dim), query_index),
+        pl.BlockSpec((None, None, block_kv, width), key_index),
+        pl.BlockSpec((None, None, block_q, head_dim), out_index),
+        pl.BlockSpec((None, None, block_q, 1), out_index),
+    )
+
+
+def _rotate_queries(
     query: Array, kv_heads: int, rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]
 ) -> Array:
-    """The queries as each stage turns them [stages, B, K * T * N/K, H], scaled for exp2."""
-    batch, num_queries, num_heads, dim = query.shape
+    """The queries as rotated for each run [runs, B, K * T * N/K, H], scaled for exp2."""
+    batch, num_queries, num_heads, head_dim = query.shape
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
-    wide = query.astype(jnp.float32) * (rows.scale * LOG2E)[:, None, None, None]
-    by_chunks = {
-        BEHIND[phase]: rotate(wide, query_position(index, phase, dca), rows.inv_freq)
+    scaled = query.astype(jnp.float32) * (rows.scale * LOG2E)[:, None, None, None]
+    by_chunks_behind = {
+        CHUNKS_BEHIND[phase]: rotate(scaled, query_position(index, phase, dca), rows.inv_freq)
         for phase in phases
     }
-    beyond = index // dca.chunk_len - (rows.offset // dca.chunk_len)[:, None]
-    stages = []
-    for behind in stages_behind(num_queries, phases, dca):
-        chunks = jnp.full_like(beyond, 2) if behind is None else jnp.minimum(beyond + behind, 2)
-        turned = jnp.zeros_like(wide)
-        for number, rotated in by_chunks.items():
-            turned = jnp.where((chunks == number)[:, :, None, None], rotated, turned)
-        stages.append(turned)
-    turned = jnp.stack(stages).astype(query.dtype)
-    turned = turned.reshape(-1, batch, num_queries, kv_heads, num_heads // kv_heads, dim)
-    return jnp.swapaxes(turned, 2, 3).reshape(-1, batch, num_heads * num_queries, dim)
+    ahead = index // dca.chunk_len - (rows.offset // dca.chunk_len)[:, None]
+    runs = []
+    for behind in kv_run_chunks(num_queries, phases, dca):
+        chunks = jnp.full_like(ahead, 2) if behind is None else jnp.minimum(ahead + behind, 2)
+        selected = jnp.zeros_like(scaled)
+        for number, rotated in by_chunks_behind.items():
+            selected = jnp.where((chunks == number)[:, :, None, None], rotated, selected)
+        runs.append(selected)
+    stacked = jnp.stack(runs).astype(query.dtype)
+    stacked = stacked.reshape(-1, batch, num_queries, kv_heads, num_heads // kv_heads, head_dim)
+    return jnp.swapaxes(stacked, 2, 3).reshape(-1, batch, num_heads * num_queries, head_dim)
 
 
-def _merged(out: Array, lse: Array) -> tuple[Array, Array]:
-    """Parts [C, B, rows, H] and [C, B, rows, 1] merged by their log-sum-exp."""
-    peak = jnp.maximum(jnp.max(lse, axis=0), blocks.LOWEST)
-    weights = jnp.exp(lse - peak[None])
-    total = jnp.sum(weights, axis=0)
-    met_any = total > 0
-    total = jnp.where(met_any, total, 1.0)
-    out = jnp.sum(weights * out, axis=0) / total
-    return out, jnp.where(met_any, peak + jnp.log(total), -jnp.inf)
+def _merge_splits(out: Array, lse: Array) -> tuple[Array, Array]:
+    """Merges outputs [C, B, q, H] and log-sum-exps [C, B, q, 1] of C splits of the keys."""
+    m = jnp.maximum(jnp.max(lse, axis=0), MASKED)
+    weights = jnp.exp(lse - m[None])
+    any_key, safe_l = block_math.nonzero_sum(jnp.sum(weights, axis=0))
+    out = jnp.sum(weights * out, axis=0) / safe_l
+    return out, jnp.where(any_key, m + jnp.log(safe_l), -jnp.inf)
 
 
 def _kernel(
-    row_ref: Any,
-    word_ref: Any,
-    stage_ref: Any,
-    query_ref: Any,  # [rows, H], turned
+    rows_ref: Any,
+    words_ref: Any,
+    runs_ref: Any,
+    query_ref: Any,  # [q, H], rotated
     key_ref: Any,  # [k, K * H]
     value_ref: Any,
-    out_ref: Any,  # [rows, H]
+    out_ref: Any,  # [q, H]
     *rest: Any,
-    walk: Walk,
+    steps: Steps,
     shape: tuple[int, int, int],
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     num_keys: int,
 ) -> None:
-    """Grid: (part, row of the batch, step). A tile's rows: kv head, query, head of the group."""
-    *lse_refs, wide_ref, peak_ref, total_ref, acc_ref = rest
+    """Grid: (split, row, step). The block of queries is ordered by `shape`: kv head, token, head.
+
+    The last is the number of the query head among those of its kv head.
+    """
+    *lse_refs, expanded_ref, m_ref, l_ref, acc_ref = rest
     row = pl.program_id(1)
-    step = walk.read(word_ref, row, pl.program_id(0), pl.program_id(2))
-    offset, limit, shift = (row_ref[1 + 3 * row + number] for number in range(3))
+    step = steps.read(words_ref, row, pl.program_id(0), pl.program_id(2))
+    offset, length, key_offset = read_row_scalars(rows_ref, row)
     kv_heads, num_queries, group = shape
-    num_rows, dim = query_ref.shape
-    block_k = key_ref.shape[0]
-    of_row = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
-    head = _part(of_row, num_queries * group, kv_heads)
+    block_q, head_dim = query_ref.shape
+    block_kv = key_ref.shape[0]
+    position = lax.broadcasted_iota(jnp.int32, (block_q, 1), 0)
+    kv_head = _divide(position, num_queries * group, kv_heads)
 
-    @pl.when(step.has(BEGINS))
-    def begin() -> None:
-        peak_ref[...] = jnp.full(peak_ref.shape, blocks.LOWEST, jnp.float32)
-        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+    @pl.when(step.has(BLOCK_BEGIN))
+    def initialize() -> None:
+        block_math.init_softmax(m_ref, l_ref, acc_ref)
 
-    @pl.when(step.has(ENTERS))
-    def enter() -> None:
+    @pl.when(step.has(RUN_BEGIN))
+    def expand_queries() -> None:
         for number in range(kv_heads):
-            own = jnp.where(head == number, query_ref[...].astype(jnp.float32), 0.0)
-            wide_ref[:, number * dim : (number + 1) * dim] = own.astype(wide_ref.dtype)
+            own = jnp.where(kv_head == number, query_ref[...].astype(jnp.float32), 0.0)
+            lanes = slice(number * head_dim, (number + 1) * head_dim)
+            expanded_ref[:, lanes] = own.astype(expanded_ref.dtype)
 
-    @pl.when(step.has(LIVE))
-    def meet() -> None:
-        at = step.block * block_k
-        query = _part(of_row - head * (num_queries * group), group, num_queries)
-        stop = blocks.reach(stage_ref, step.numbers, offset + query, limit, shift, dca, phases)
-        slot = at + lax.broadcasted_iota(jnp.int32, (num_rows, block_k), 1)
-        met = blocks.met_keys(stage_ref, step.numbers, slot, stop)
-        logits = jnp.where(met, blocks.dot(wide_ref[...], key_ref[...], 1, 1), -jnp.inf)
-        peak = peak_ref[...]
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1, keepdims=True))
-        decay = jnp.exp2(peak - new_peak)
-        weights = jnp.exp2(logits - new_peak)
-        peak_ref[...] = new_peak
-        total_ref[...] = total_ref[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
-        value = blocks.within(value_ref[...], at, num_keys, 0)
-        acc_ref[...] = acc_ref[...] * decay + blocks.dot(weights.astype(value.dtype), value, 1, 0)
+    @pl.when(step.has(ACTIVE))
+    def attend() -> None:
+        start = step.inner * block_kv
+        token = _divide(position - kv_head * (num_queries * group), group, num_queries)
+        end = block_math.key_end(
+            runs_ref, step.run_index, offset + token, length, key_offset, dca, phases
+        )
+        slot = start + lax.broadcasted_iota(jnp.int32, (block_q, block_kv), 1)
+        mask = block_math.key_mask(runs_ref, step.run_index, slot, end)
+        logits = block_math.dot(expanded_ref[...], key_ref[...], 1, 1)
+        logits = jnp.where(mask, logits, -jnp.inf)
+        p, m_ref[...], alpha = block_math.softmax_weights(logits, m_ref[...], axis=1)
+        l_ref[...] = l_ref[...] * alpha + jnp.sum(p, axis=1, keepdims=True)
+        value = block_math.zero_padding(value_ref[...], start, num_keys, 0)
+        acc_ref[...] = acc_ref[...] * alpha + block_math.dot(p.astype(value.dtype), value, 1, 0)
 
-    @pl.when(step.has(ENDS))
-    def end() -> None:
-        total = total_ref[...]
-        met_any = total > 0
-        total = jnp.where(met_any, total, 1.0)
-        own = jnp.zeros((num_rows, dim), jnp.float32)
+    @pl.when(step.has(BLOCK_END))
+    def store() -> None:
+        any_key, safe_l = block_math.nonzero_sum(l_ref[...])
+        out = jnp.zeros((block_q, head_dim), jnp.float32)
         for number in range(kv_heads):
-            own = jnp.where(head == number, acc_ref[:, number * dim : (number + 1) * dim], own)
-        out_ref[...] = (own / total).astype(out_ref.dtype)
+            lanes = slice(number * head_dim, (number + 1) * head_dim)
+            out = jnp.where(kv_head == number, acc_ref[:, lanes], out)
+        out_ref[...] = (out / safe_l).astype(out_ref.dtype)
         for lse_ref in lse_refs:
-            lse = peak_ref[...] / LOG2E + jnp.log(total)
-            lse_ref[...] = jnp.where(met_any, lse, -jnp.inf)
+            lse_ref[...] = block_math.log_sum_exp(m_ref[...], safe_l, any_key)
 
 
-def _part(index: Array, size: int, parts: int) -> Array:
-    """Which of `parts` pieces of `size` an index is in."""
-    part = jnp.zeros_like(index)
+def _divide(index: Array, size: int, parts: int) -> Array:
+    """index // size, for an index below size * parts, without a division."""
+    quotient = jnp.zeros_like(index)
     for number in range(1, parts):
-        part += (index >= number * size).astype(jnp.int32)
-    return part
+        quotient += (index >= number * size).astype(jnp.int32)
+    return quotient

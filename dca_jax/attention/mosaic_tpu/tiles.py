@@ -1,4 +1,4 @@
-"""How much goes through a kernel at once, by chip and heads; and what VMEM that takes."""
+"""The tiles (block_q, block_kv) of each kernel, by chip and heads, and the VMEM that they take."""
 
 import dataclasses
 import math
@@ -9,16 +9,16 @@ from dca_jax.attention.mosaic_tpu.heads import LANES, Heads
 from dca_jax.dca import DCAConfig
 
 MIB = 2**20
-DECODE_ROWS = 256  # up to so many queries, counting all heads, are decoded
-SMEM = 640 * 1024  # of a core's 1 MiB of scalar memory, what the words of a walk may take
+DECODE_QUERIES = 256  # up to this many queries, counting all heads, the decoding kernel is used
+SMEM = 640 * 1024  # what the words of the steps may take of a core's 1 MiB of scalar memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A core's VMEM, the cores that act as one device, and what to put through a kernel.
+    """A core's VMEM, the cores that act as one device, and the tiles to start from.
 
-    Blocks are of queries and keys, for one head of 128 in 16 bits. The compiler's schedules of an
-    unmasked block are what they were chosen by (docs/tpu.md): smaller ones cost more a logit.
+    Tiles are (block_q, block_kv) for one head of 128 in 16 bits. They were chosen by the compiler's
+    schedules of an unmasked block (docs/tpu.md): smaller tiles cost more for each logit.
     """
 
     vmem: int
@@ -34,7 +34,7 @@ V5E = Chip(vmem=128 * MIB)
 V5P = Chip(vmem=64 * MIB, cores=2)
 V6E = Chip(vmem=128 * MIB)
 V7X = Chip(vmem=64 * MIB)
-# By the name that JAX gives them.
+# By JAX's `device_kind`.
 CHIPS = {
     "TPU v4": V4,
     "TPU v5 lite": V5E,
@@ -49,43 +49,50 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Queries and keys of a block in each kernel; in decoding, keys, and the parts of a row."""
+    """(block_q, block_kv) of each kernel; of the decoding kernel, block_kv and the splits of a row.
+
+    The splits of a row run on different cores; each reads its share of the row's keys.
+    """
 
     forward: tuple[int, int]
     dq: tuple[int, int]
     dkv: tuple[int, int]
     decode: int
-    parts: int
+    decode_splits: int
 
 
 def choose_tiles(device: Device, heads: Heads, dca: DCAConfig, itemsize: int) -> Tiles:
-    """The tiles for a chip, for heads of a number and width, and for a chunk length.
+    """The tiles for a chip, given the number and width of the heads, and the chunk length.
 
-    Blocks of keys divide the chunk where some of about the right size do: a block that lies across
-    two chunks is met twice near the diagonal. Tiles of queries may lie across chunks for nothing.
+    A block of keys across two chunks is processed twice near the diagonal, so block_kv divides the
+    chunk length if a divisor of about the right size exists. A block of queries may span chunks at
+    no cost.
     """
     chip = CHIPS[device.kind]
-    shrink = max(heads.head_dim * itemsize // 256, 1) * heads.together
+    shrink = max(heads.head_dim * itemsize // 256, 1) * heads.q_per_pack
 
-    def tile(
+    def fit(
         size: tuple[int, int], vmem: Callable[[tuple[int, int], Heads, int], int]
     ) -> tuple[int, int]:
-        queries, keys = max(size[0] // shrink, LANES), size[1]
-        while queries > LANES and queries > 8 * dca.chunk_len:  # many chunks are many stages
-            queries //= 2
+        block_q, block_kv = max(size[0] // shrink, LANES), size[1]
+        while block_q > LANES and block_q > 8 * dca.chunk_len:  # each chunk it spans is one run
+            block_q //= 2
         while True:
-            chosen = queries, follow(dca.chunk_len, keys)
-            if vmem(chosen, heads, itemsize) <= chip.vmem * 7 // 8 or keys <= LANES:
-                return chosen
-            queries, keys = (queries // 2, keys) if queries > 2 * LANES else (queries, keys // 2)
+            tile = block_q, choose_block_kv(dca.chunk_len, block_kv)
+            if vmem(tile, heads, itemsize) <= chip.vmem * 7 // 8 or block_kv <= LANES:
+                return tile
+            if block_q > 2 * LANES:
+                block_q //= 2
+            else:
+                block_kv //= 2
 
     token = heads.kv * heads.head_dim * itemsize
     return Tiles(
-        forward=tile(chip.forward, forward_vmem),
-        dq=tile(chip.dq, dq_vmem),
-        dkv=tile(chip.dkv, dkv_vmem),
-        decode=follow(dca.chunk_len, max(chip.decode // token // LANES, 1) * LANES),
-        parts=chip.cores,
+        forward=fit(chip.forward, forward_vmem),
+        dq=fit(chip.dq, dq_vmem),
+        dkv=fit(chip.dkv, dkv_vmem),
+        decode=choose_block_kv(dca.chunk_len, max(chip.decode // token // LANES, 1) * LANES),
+        decode_splits=chip.cores,
     )
 
 
@@ -94,80 +101,84 @@ def vmem_limit(device: Device, need: int) -> int:
     return min(3 * need // 2, CHIPS[device.kind].vmem)
 
 
-def follow(chunk_len: int, keys: int) -> int:
-    """About `keys` keys, which divide a chunk: in whole lanes, or else in whole sublanes."""
-    for whole in (LANES, 16):
-        fits = range(whole * math.ceil(0.7 * keys / whole), keys * 3 // 2 + 1, whole)
-        dividing = [size for size in fits if chunk_len % size == 0]
-        if dividing:
-            return min(dividing, key=lambda size: abs(size - keys))
-    while keys > LANES and keys > 8 * chunk_len:
-        keys //= 2
-    return keys
+def choose_block_kv(chunk_len: int, target: int) -> int:
+    """A block_kv of about `target` that divides the chunk length, if there is one.
+
+    Multiples of 128 (whole vectors of lanes) are preferred to multiples of 16 (whole sublanes).
+    """
+    for multiple in (LANES, 16):
+        sizes = range(multiple * math.ceil(0.7 * target / multiple), target * 3 // 2 + 1, multiple)
+        divisors = [size for size in sizes if chunk_len % size == 0]
+        if divisors:
+            return min(divisors, key=lambda size: abs(size - target))
+    while target > LANES and target > 8 * chunk_len:
+        target //= 2
+    return target
 
 
 def forward_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
-    """Bytes of VMEM that the forward kernel needs, from above.
+    """An upper bound on the bytes of VMEM that the forward kernel needs.
 
-    What is moved lies twice, so that one block is fetched while the other is used. How often the
-    compiler keeps a block's logits was read off its own figures, and tests/tpu_aot compares them.
+    Inputs and outputs are double-buffered. How many copies of a block's logits the compiler keeps
+    was read from its own figures, and tests/tpu_aot compares this bound with them.
     """
-    block = _Block(tile, heads, itemsize)
-    moved = 2 * block.queries + 2 * block.keys + block.turns + block.scalars
-    kept = block.placed + block.wide_placed + 2 * block.scalars
-    return 2 * moved + kept + block.parts(4) + block.logits(1.25, wide=1.75)
+    sizes = _TileBytes(tile, heads, itemsize)
+    buffered = 2 * sizes.queries + 2 * sizes.keys + sizes.rotation_tables + sizes.scalars
+    scratch = sizes.expanded + sizes.expanded_float32 + 2 * sizes.scalars
+    return 2 * buffered + scratch + sizes.key_parts(4) + sizes.logits(1.25, float32=1.75)
 
 
 def dq_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
-    """Bytes of VMEM that the kernel of the query's gradient needs, from above."""
-    block = _Block(tile, heads, itemsize)
-    moved = 3 * block.queries + 2 * block.keys + block.turns + 2 * block.scalars
-    kept = 2 * block.placed + 2 * block.wide_placed
-    copies = 1.75 if heads.together == 1 else 1.5
-    return 2 * moved + kept + block.parts(4) + block.logits(copies, wide=2.25)
+    """An upper bound on the bytes of VMEM that the dq kernel needs."""
+    sizes = _TileBytes(tile, heads, itemsize)
+    buffered = 3 * sizes.queries + 2 * sizes.keys + sizes.rotation_tables + 2 * sizes.scalars
+    scratch = 2 * sizes.expanded + 2 * sizes.expanded_float32
+    copies = 1.75 if heads.q_per_pack == 1 else 1.5
+    return 2 * buffered + scratch + sizes.key_parts(4) + sizes.logits(copies, float32=2.25)
 
 
 def dkv_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
-    """Bytes of VMEM that the kernel of the gradients of key and value needs, from above."""
-    block = _Block(tile, heads, itemsize)
-    moved = 2 * block.queries + 4 * block.keys + block.turns + 2 * block.scalars
-    kept = 2 * block.placed + 2 * 4 * block.keys // itemsize
-    copies = (2.75, 4.5) if heads.together == 1 else (1.5, 2.5)
-    return 2 * moved + kept + block.parts(5) + block.logits(copies[0], wide=copies[1])
+    """An upper bound on the bytes of VMEM that the dkv kernel needs."""
+    sizes = _TileBytes(tile, heads, itemsize)
+    buffered = 2 * sizes.queries + 4 * sizes.keys + sizes.rotation_tables + 2 * sizes.scalars
+    scratch = 2 * sizes.expanded + 2 * 4 * sizes.keys // itemsize
+    copies = (2.75, 4.5) if heads.q_per_pack == 1 else (1.5, 2.5)
+    return 2 * buffered + scratch + sizes.key_parts(5) + sizes.logits(copies[0], float32=copies[1])
 
 
-def decode_vmem(num_rows: int, block_k: int, heads: Heads, itemsize: int) -> int:
-    """Bytes of VMEM that decoding needs, from above; `num_rows` queries, counting all heads."""
-    width, dim = (_whole(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
-    rows = math.ceil(num_rows / 16) * 16
-    moved = 2 * itemsize * block_k * width + rows * (dim * (itemsize + 4) + 4 * LANES)
-    kept = rows * (width * (itemsize + 4) + 2 * 4 * LANES)
-    return 2 * moved + kept + 4 * rows * (2 * block_k + 2 * width) + MIB
+def decode_vmem(num_queries: int, block_kv: int, heads: Heads, itemsize: int) -> int:
+    """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads."""
+    width, dim = (_whole_lanes(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
+    queries = math.ceil(num_queries / 16) * 16
+    buffered = 2 * itemsize * block_kv * width + queries * (dim * (itemsize + 4) + 4 * LANES)
+    scratch = queries * (width * (itemsize + 4) + 2 * 4 * LANES)
+    return 2 * buffered + scratch + 4 * queries * (2 * block_kv + 2 * width) + MIB
 
 
-class _Block:
-    """Bytes of what a kernel works on at once."""
+class _TileBytes:
+    """Bytes of the arrays that a kernel works on at once."""
 
     def __init__(self, tile: tuple[int, int], heads: Heads, itemsize: int) -> None:
-        lanes = _whole(tile[0])
-        self.queries = tile[0] * _whole(heads.query_width) * itemsize
-        self.keys = tile[1] * _whole(heads.width) * itemsize
-        self.turns = 3 * 4 * heads.head_dim * lanes  # cos and sin of three phases
-        self.scalars = 4 * 8 * heads.together * lanes  # one number a query
+        block_q, block_kv = tile
+        lanes = _whole_lanes(block_q)
+        self.queries = block_q * _whole_lanes(heads.q_width) * itemsize
+        self.keys = block_kv * _whole_lanes(heads.kv_width) * itemsize
+        self.rotation_tables = 3 * 4 * heads.head_dim * lanes  # cos and sin of three phases
+        self.scalars = 4 * 8 * heads.q_per_pack * lanes  # one number for each query
         # Queries, transposed, in the lanes of their kv heads; and the same in float32.
-        self.placed = heads.together * heads.width * lanes * itemsize
-        self.wide_placed = self.placed * 4 // itemsize
-        self._one = 4 * lanes * tile[1] * heads.together
-        self._is_wide = itemsize == 4
+        self.expanded = heads.q_per_pack * heads.kv_width * lanes * itemsize
+        self.expanded_float32 = self.expanded * 4 // itemsize
+        self._logits = 4 * lanes * block_kv * heads.q_per_pack
+        self._is_float32 = itemsize == 4
 
-    def parts(self, copies: int) -> int:
-        """Float32 is multiplied in parts of 16 bits: so many copies of a block's keys, for them."""
-        return copies * self.keys if self._is_wide else 0
+    def key_parts(self, copies: int) -> int:
+        """Copies of a block of keys: float32 products are computed in parts of 16 bits."""
+        return copies * self.keys if self._is_float32 else 0
 
-    def logits(self, copies: float, *, wide: float) -> int:
-        """So many copies of the block's logits; `wide` where the inputs are float32."""
-        return int(self._one * (wide if self._is_wide else copies))
+    def logits(self, copies: float, *, float32: float) -> int:
+        """Copies of the tile's logits: `float32` of them for float32 inputs, else `copies`."""
+        return int(self._logits * (float32 if self._is_float32 else copies))
 
 
-def _whole(lanes: int) -> int:
-    return math.ceil(lanes / LANES) * LANES
+def _whole_lanes(size: int) -> int:
+    return math.ceil(size / LANES) * LANES
