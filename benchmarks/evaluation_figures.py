@@ -35,8 +35,8 @@ from tokenizers import Tokenizer
 
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.evaluation.cli import app as evaluation
-from dca_jax.evaluation.methods import METHODS
+from dca_jax.cli.measure import app as evaluation
+from dca_jax.inference.methods import METHODS
 from dca_jax.evaluation.report import SUMMARY, write_page, write_report
 from dca_jax.evaluation.results import RUN, ResultLog, read_run
 

@@ -14,7 +14,7 @@ from tiny_llm import make_llm
 
 import dca_jax
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import with_method
+from dca_jax.inference.methods import with_method
 from dca_jax.evaluation.texts import encode
 from dca_jax.inference.score import token_nll
 

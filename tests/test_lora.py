@@ -21,7 +21,7 @@ from checkpoints_convert import orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import with_method
+from dca_jax.inference.methods import with_method
 from dca_jax.finetune.lora import (
     init_lora,
     join,

@@ -19,7 +19,7 @@ from dca_jax.attention.op import make_rows
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.baselines import (
+from dca_jax.inference.baselines import (
     DCAAblation,
     LMInfinite,
     ReRoPE,
@@ -27,7 +27,7 @@ from dca_jax.evaluation.baselines import (
     ShiftedRoPE,
     StreamingLLM,
 )
-from dca_jax.evaluation.methods import METHODS, describe_methods, method_by_name, with_method
+from dca_jax.inference.methods import METHODS, describe_methods, method_by_name, with_method
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
-from dca_jax.cli import Remat, app
+from dca_jax.cli import app
+from dca_jax.cli.prepare import Remat
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import capacity_bucket
