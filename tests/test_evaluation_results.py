@@ -8,9 +8,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper, report, windows
-from dca_jax.cli.measure import app
 from dca_jax.evaluation.results import ResultLog, in_batches, read_run
 from dca_jax.evaluation.tables import Table, number, tokens
 from dca_jax.inference import progress

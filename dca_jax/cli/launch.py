@@ -27,7 +27,7 @@ PROCESSES = "Several processes (before COMMAND, the same on each host)"
 class Commands(TyperGroup):
     """The commands; help shows the options of several processes last."""
 
-    def format_help(self, ctx: typer.Context, formatter: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def format_help(self, ctx: typer.Context, formatter: object) -> None:
         """Typer's own, without those options; then these."""
         last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
         table = Table.grid(padding=(0, 2))

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary, several_processes
-from dca_jax.dtypes import DTYPES
 from dca_jax.errors import InputError
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
@@ -20,7 +19,29 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
 
-Dtype = StrEnum("Dtype", {name: name for name in DTYPES})
+
+class Dtype(StrEnum):
+    """The choices of `--dtype`; `dca_jax.dtypes.DTYPES`."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Remat(StrEnum):
+    """The choices of `--remat`; `dca_jax.model.REMAT`."""
+
+    layer = "layer"
+    attention = "attention"
+    products = "products"
+
+
+class Base(StrEnum):
+    """The choices of `--base`; `dca_jax.finetune.settings.BASES`."""
+
+    dtype = "dtype"
+    int8 = "int8"
+
 
 _NAMES = ", ".join(METHODS)
 _METHOD_HELP = (
@@ -99,7 +120,7 @@ def with_signature(
     call: Callable[..., None], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
     """The same function with the signature that typer is to read."""
-    call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return call
 

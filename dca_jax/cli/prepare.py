@@ -2,7 +2,6 @@
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from dca_jax.attention.bands import PositionMethod
-from dca_jax.cli.options import Dtype, MethodOption, ModelArgument, refuse_several_processes
+from dca_jax.cli.options import (
+    Base,
+    Dtype,
+    MethodOption,
+    ModelArgument,
+    Remat,
+    refuse_several_processes,
+)
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.finetune.settings import BASES
 from dca_jax.inference.methods import method_by_name
 from dca_jax.lengths import parse_tokens
-from dca_jax.model import REMAT
 from dca_jax.planning.explain import explain, plot_relative_positions, position_matrix
 from dca_jax.planning.facts import checkpoint_facts
 from dca_jax.planning.memory import DEVICES
@@ -34,9 +38,6 @@ from dca_jax.weights.orbax import is_converted
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
-
-Remat = StrEnum("Remat", {name: name for name in REMAT})
-Base = StrEnum("Base", {name: name for name in BASES})
 
 
 @exit_on_input_error()

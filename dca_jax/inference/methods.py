@@ -7,8 +7,9 @@ training-free, and take the same weights (`with_method`).
 
 A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024` or `dca:192k,256k`), and may end in
 `+pi:F`, `+ntk:F` or `+yarn:F`, which first scale the frequencies for a window of F times the
-trained one: `dca+ntk:2` is DCA over a model that NTK has given twice its window. (A model that was *trained* with PI or NTK
-says so in its config, and needs no such ending: `dca` is over the model's own rope.)
+trained one: `dca+ntk:2` is DCA over a model that NTK has given twice its window. (A model that was
+*trained* with PI or NTK says so in its config, and needs no such ending: `dca` is over the model's
+own rope.)
 """
 
 import math
