@@ -41,10 +41,11 @@ class Commands(TyperGroup):
         Console().print(Panel(table, title=PROCESSES, title_align="left", border_style="dim"))
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         print(f"dca-jax {dca_jax.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @exit_on_input_error()
