@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_llm import make_llm
+from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax.cli import app

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -27,7 +27,7 @@ PROCESSES = "Several processes (before COMMAND, the same on each host)"
 class Commands(TyperGroup):
     """The commands; help shows the options of several processes last."""
 
-    def format_help(self, ctx: typer.Context, formatter: object) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Typer's own, without those options; then these."""
         last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
         table = Table.grid(padding=(0, 2))
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
             table.add_row(*(option.get_help_record(ctx) or ()))
         kept, self.params = self.params, [p for p in self.params if p not in last]
         try:
-            super().format_help(ctx, formatter)  # pyright: ignore[reportArgumentType]
+            super().format_help(ctx, formatter)
         finally:
             self.params = kept
         Console().print(Panel(table, title=PROCESSES, title_align="left", border_style="dim"))
