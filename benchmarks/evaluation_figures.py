@@ -33,17 +33,18 @@ import typer
 from common import say
 from tokenizers import Tokenizer
 
+from dca_jax.cli.measure import app as evaluation
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.evaluation.cli import app as evaluation
-from dca_jax.evaluation.methods import METHODS
 from dca_jax.evaluation.report import SUMMARY, write_page, write_report
 from dca_jax.evaluation.results import RUN, ResultLog, read_run
+from dca_jax.inference.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/demo-python-7m")
-EVERY = (*METHODS, "dca:chunkllama", "dca:chunkllama_ppl", "dca:chunkllama_flash_decoding")
-EVERY += ("dca+pi:2", "dca+ntk:2")
+OTHER_NAMES = ("auto", "none")  # of methods that have another
+EVERY = (*(name for name in METHODS if name not in OTHER_NAMES), "dca:chunkllama")
+EVERY += ("dca:chunkllama_ppl", "dca:chunkllama_flash_decoding", "dca+pi:2", "dca+ntk:2")
 TASKS = ("perplexity", "passkey", "grid")
 FACTS = ("versions", "device", "devices", "platform")  # of a part's summary, that hold for all
 # For processes on one device: none takes most of its memory for itself, and none spends more time

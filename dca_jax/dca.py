@@ -252,23 +252,6 @@ def preset_dca(name: str, trained_length: int, *, temperature_slope: float = 0.0
     )
 
 
-def parse_dca(setting: str) -> DCAConfig | str:
-    """A DCAConfig from "S,Q"; any other setting is left to `dca_jax.config.choose_dca`.
-
-    Raises:
-        InputError: something with a comma that is not two integers, or makes no sense.
-    """
-    if "," not in setting:
-        return setting
-    try:
-        chunk_len, max_query_position = (int(part) for part in setting.split(","))
-    except ValueError:
-        raise InputError(
-            f"DCA's setting as S,Q is two integers, such as 3072,4095; got {setting}"
-        ) from None
-    return DCAConfig(chunk_len=chunk_len, max_query_position=max_query_position)
-
-
 # --- positions ---------------------------------------------------------------------------------
 
 

@@ -195,7 +195,7 @@ class Llama(nnx.Module):
 
     Args:
         config: the model's shape.
-        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.evaluation.baselines`);
+        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.inference.baselines`);
             None is the model's own plain causal attention.
         param_dtype: of the parameters. dtype: of activations and matrix products.
         remat: what training keeps of each layer for the backward pass, a name of `REMAT`; None

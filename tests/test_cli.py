@@ -1,8 +1,10 @@
 """The command line: what it prints, and how it refuses."""
 
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 import dca_jax
 from dca_jax import Sampler
 from dca_jax.cli import app
+from dca_jax.inference.methods import METHODS, reading
 
 PROMPT = "Call me Ishmael. Some years ago"
 
@@ -51,11 +54,28 @@ def run(*args, **environment):
 def test_help_teaches():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("generate", "chat", "explain", "info", "convert"):
+    assert invoke("-h").output == result.output
+    panels = ("Run", "Measure", "Train", "Prepare", "Several processes")
+    places = [result.output.index(f"─ {panel} ") for panel in panels]
+    assert places == sorted(places)
+    assert result.output.index("--coordinator") > places[-1]
+    for command in "generate chat lm-eval finetune preview convert info plan explain".split():
         assert command in result.output
         own = invoke(command, "--help")
         assert own.exit_code == 0
         assert f"dca-jax {command}" in own.output  # an example
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"dca-jax {dca_jax.__version__}\n")
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "dca_jax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"dca-jax {dca_jax.__version__}\n"
 
 
 def test_generate_prints_the_continuation_and_nothing_else(folder, llm):
@@ -66,7 +86,7 @@ def test_generate_prints_the_continuation_and_nothing_else(folder, llm):
 
 def test_generate_hands_its_options_on(folder, llm):
     options = "--max-new-tokens 12 --temperature 0.9 --top-k 40 --top-p 0.95 --min-p 0.01"
-    options += " --repetition-penalty 1.2 --seed 4 --dtype float32 --dca 40,60"
+    options += " --repetition-penalty 1.2 --seed 4 --dtype float32 --method dca:40,60"
     sampler = Sampler(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
     setting = dca_jax.DCAConfig(chunk_len=40, max_query_position=60)
     same = dca_jax.load(folder, dca=setting)
@@ -86,6 +106,168 @@ def test_generate_continues_a_file_or_answers_about_a_document(folder, llm, tmp_
     answer = invoke("generate", folder, "--document", pdf, "--question", "Who?", *options)
     messages = [{"role": "user", "content": f"{PROMPT}\n\nWho?"}]
     assert answer.stdout == llm.chat(messages, max_new_tokens=12).text + "\n"
+
+
+def test_generate_reads_standard_input(folder, llm):
+    expected = llm.generate(PROMPT, max_new_tokens=12)[0].text + "\n"
+    for prompt in ((), ("-",)):
+        result = invoke("generate", folder, *prompt, "--max-new-tokens", 12, input=PROMPT + "\n")
+        assert result.stdout == expected
+    bad = invoke("generate", folder, input=b"caf\xe9")
+    assert (bad.exit_code, bad.stderr) == (2, "error: standard input is not UTF-8 text (byte 3)\n")
+
+
+LINES: list[dict[str, Any]] = [
+    {"id": 1, "prompt": PROMPT},
+    {"messages": [{"role": "user", "content": "Call me"}], "tags": ["ä", None, {"deep": 1.5}]},
+    {"prompt": "a little and see the watery part of the world. " * 4},
+]
+
+
+def expected_answers(llm, lines):
+    for line in lines:
+        options = {"max_new_tokens": 12, "stop": ["e"]}
+        said = (
+            llm.generate(line["prompt"], **options)[0]
+            if "prompt" in line
+            else llm.chat(line["messages"], **options)
+        )
+        counts = {"prompt_tokens": said.prompt_tokens, "completion_tokens": len(said.tokens)}
+        yield {**line, "text": said.text, "finish_reason": said.finish_reason, **counts}
+
+
+def as_jsonl(lines) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_generate_answers_jsonl(folder, llm, tmp_path, batch):
+    (tmp_path / "in.jsonl").write_text(as_jsonl(LINES).replace("\n", "\n\n", 1))  # a blank line
+    output = tmp_path / "out.jsonl"
+    options = ("--max-new-tokens", 12, "--stop", "e", "--batch", batch)
+    result = invoke(
+        *("generate", folder, "--input", tmp_path / "in.jsonl", "--output", output, *options)
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    expected = as_jsonl(expected_answers(llm, LINES))
+    assert output.read_text() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    again = invoke("generate", folder, "--input", tmp_path / "in.jsonl", "--output", output)
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+    piped = invoke("generate", folder, "--input", "-", "--json", *options, input=as_jsonl(LINES))
+    assert piped.stdout == expected
+    text = invoke("generate", folder, "--input", "-", *options, input=as_jsonl(LINES))
+    assert text.stdout == "".join(json.loads(x)["text"] + "\n" for x in expected.splitlines())
+
+
+def test_one_prompt_as_json(folder, llm, tmp_path):
+    (line,) = expected_answers(llm, [{"prompt": PROMPT}])
+    options = ("--max-new-tokens", 12, "--stop", "e", "--json")
+    assert json.loads(invoke("generate", folder, PROMPT, *options).stdout) == line
+    (tmp_path / "a.txt").write_text(PROMPT)
+    named = {"file": str(tmp_path / "a.txt")} | {k: v for k, v in line.items() if k != "prompt"}
+    found = invoke("generate", folder, "--file", tmp_path / "a.txt", *options)
+    assert json.loads(found.stdout) == named
+
+
+def test_what_a_batch_draws_is_drawn_once(folder):
+    """Equal prompts give different samples, in other batches too; the same seed gives the same."""
+    lines = as_jsonl([{"prompt": PROMPT}] * 5)
+    options = ("--input", "-", "--batch", 2, "--temperature", 1, "--max-new-tokens", 20)
+    first = invoke("generate", folder, *options, "--json", input=lines).stdout
+    assert len({json.loads(line)["text"] for line in first.splitlines()}) == 5
+    assert invoke("generate", folder, *options, "--json", input=lines).stdout == first
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_generates(folder, name):
+    result = invoke("generate", folder, PROMPT, "--method", name, "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_how_a_prompt_is_read_does_not_depend_on_the_others(folder):
+    """Beside one so long that YaRN scales for it."""
+    options = ("--method", "yarn", "--max-new-tokens", 4, "--json", "--input", "-")
+    both = as_jsonl([{"prompt": PROMPT}, {"prompt": PROMPT * 10}])
+    found = invoke("generate", folder, *options, input=both).stdout.splitlines()
+    plain = dca_jax.load(folder, dca=None)
+    for line, prompt in zip(found, (PROMPT, PROMPT * 10), strict=True):
+        tokens = plain.tokenize(prompt)
+        (said,) = reading(plain, "yarn", len(tokens) + 4).generate([tokens], max_new_tokens=4)
+        assert json.loads(line)["text"] == said.text
+
+
+def test_an_unknown_method_is_refused_with_those_there_are(folder):
+    for command in (("generate", folder, "x"), ("chat", folder), ("explain", folder)):
+        result = invoke(*command, "--method", "alibi")
+        assert result.exit_code == 2
+        assert "method 'alibi' is not known" in result.stderr
+        assert all(f"  {name} " in result.stderr for name in METHODS)
+
+
+def test_an_interrupted_run_keeps_what_it_has(folder, tmp_path, monkeypatch):
+    generate = dca_jax.LLM.generate
+    calls = []
+
+    def interrupted(llm, *args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(llm, *args, **options)
+
+    monkeypatch.setattr(dca_jax.LLM, "generate", interrupted)
+    output = tmp_path / "out.jsonl"
+    options = ("--input", "-", "--output", output, "--batch", 1, "--max-new-tokens", 4)
+    lines = as_jsonl([{"prompt": "a"}, {"prompt": "b"}])
+    result = invoke("generate", folder, *options, input=lines)
+    assert result.exit_code != 0
+    assert f"the first 1 answers are in {tmp_path / '.out.jsonl.partial'}" in result.stderr
+    assert not output.exists()
+    assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) == 1
+    assert invoke("generate", folder, *options, input=lines).exit_code == 0
+    assert len(output.read_text().splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2 is not JSON"),
+        ("[1]", ':2: expected a JSON object with either "prompt" or "messages"'),
+        ('{"text": "a"}', ":2: expected a JSON object"),
+        ('{"prompt": "a", "messages": []}', ":2: expected a JSON object"),
+        ('{"prompt": ""}', ':2: "prompt" must be a text'),
+        ('{"prompt": 3}', ':2: "prompt" must be a text'),
+        ('{"messages": []}', ':2: "messages" must be a list'),
+        ('{"messages": [{"role": "user"}]}', ':2: "messages" must be a list'),
+        ('{"prompt": "a", "text": "b"}', ":2 has a field 'text'"),
+        ('{"prompt": "\\ud800"}', ":2 holds half of a surrogate pair"),
+        (b'{"prompt": "caf\xe9"}', ":2 is not UTF-8 text (byte 15)"),
+        ('{"messages": [{"role": "nobody", "content": "a"}]}', ":2: the chat template refuses"),
+    ],
+)
+def test_bad_lines_are_named(folder, tmp_path, line, message):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
+    result = invoke("generate", folder, "--input", path, "--output", output)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {path}{message}")
+    assert result.stderr.count("\n") == 1
+    assert not output.exists()
+
+
+def test_chat_takes_other_methods(folder):
+    options = ("--method", "self-extend", "--context-length", "1k", "--max-new-tokens", 1)
+    plain = dca_jax.load(folder, dca=None)
+    message = [{"role": "user", "content": "Call me Ishmael. " * 8}]
+    said = reading(plain, "self-extend", 1024).chat(message, max_new_tokens=1)
+    assert said.prompt_tokens > 64
+    result = invoke("chat", folder, *options, input=message[0]["content"] + "\n")
+    assert result.exit_code == 0
+    assert f"> {said.text}\n" in result.stdout
 
 
 def test_chat_talks_until_it_is_told_to_quit(folder, llm):
@@ -108,9 +290,7 @@ def test_chat_talks_until_it_is_told_to_quit(folder, llm):
 
 def test_explain_draws_the_matrix_of_the_paper(tmp_path):
     plot = tmp_path / "m.png"
-    result = invoke(
-        "explain", "--chunk-len", 6, "--max-query-position", 9, "--length", 12, "--plot", plot
-    )
+    result = invoke("explain", "--method", "dca:6,9", "--length", 12, "--plot", plot)
     assert result.exit_code == 0
     assert "chunk length s             6 tokens (2 chunks)" in result.stdout
     assert result.stdout.endswith(" 9 8 7 6 5 4 | 5 4 3 2 1 0\n")
@@ -121,8 +301,25 @@ def test_explain_takes_a_model_or_a_trained_length(folder):
     of_model = invoke("explain", folder, "--length", 1000).stdout
     assert "48 tokens (21 chunks)" in of_model
     assert invoke("explain", "--trained-length", 64, "--length", 1000).stdout == of_model
-    preset = invoke("explain", folder, "--preset", "chunkllama").stdout
+    preset = invoke("explain", folder, "--method", "dca:chunkllama").stdout
     assert "40 tokens (7 chunks)" in preset  # of 4 * 64 tokens
+
+
+def test_explain_takes_every_method(tmp_path):
+    for name in METHODS:
+        result = invoke("explain", "--trained-length", 8, "--method", name, "--length", 16)
+        assert result.exit_code == 0, result.stderr
+        assert "largest relative position" in result.stdout
+    plot = tmp_path / "m.png"
+    options = ("--trained-length", 8, "--method", "self-extend:2,4", "--plot", plot)
+    grouped = invoke("explain", *options, "--length", 7)
+    assert plot.exists()
+    assert grouped.stdout.endswith("\n 5 5 4 3 2 1 0\n")
+    masked = invoke("explain", "--trained-length", 8, "--method", "streaming-llm:2,3")
+    assert "keys of the last token     6 of 32" in masked.stdout
+    assert masked.stdout.splitlines()[-1].split() == ["5", "4", *["."] * 26, "3", "2", "1", "0"]
+    long = invoke("explain", "--method", "dca:3k,4k", "--length", "64k")
+    assert "(plain RoPE: 65535)" in long.stdout
 
 
 def test_info_says_what_a_checkpoint_is(folder, llm):
@@ -139,25 +336,33 @@ def test_info_says_what_a_checkpoint_is(folder, llm):
     [
         (["generate", "{folder}", "x", "--temperature", "-1"], "temperature must be 0 (greedy)"),
         (["generate", "{folder}", ""], "the text is empty"),
-        (["generate", "{folder}"], "give exactly one of: a prompt, --file, --document"),
+        (["generate", "{folder}"], "the text is empty"),  # of standard input
         (["generate", "{folder}", "x", "--file", "{latin}"], "got 2 of them"),
         (["generate", "{folder}", "--file", "{latin}"], "is not UTF-8 text (byte 3)"),
         (
             ["generate", "{folder}", "--document", "{latin}"],
             "--document and --question go together",
         ),
-        (["generate", "{folder}", "x", "--dca", "40,x"], "S,Q is two integers"),
-        (["generate", "{folder}", "x", "--dca", "60,40"], "chunk_len (60) must not exceed"),
-        (["generate", "{folder}", "x", "--dca", "huge"], "DCA setting 'huge' is not known"),
+        (["generate", "{folder}", "x", "--method", "dca:40,x"], "is not 'dca:S,Q', in tokens"),
+        (["generate", "{folder}", "x", "--method", "dca:60,40"], "chunk_len (60) must not exceed"),
+        (["generate", "{folder}", "x", "--method", "dca:huge"], "DCA setting 'huge' is not known"),
         (["generate", "{folder}", "x", "--stop", ""], "stop must be a list of strings"),
-        (["generate", "{folder}", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least"),
+        (["generate", "{folder}", "x", "--max-new-tokens", "0"], "'0' is no number of tokens"),
         (["generate", "{folder}/absent", "x"], "is no folder"),
+        (["generate", "{folder}", "x", "--input", "{latin}"], "got 2 of them"),
+        (["generate", "{folder}", "--input", "{folder}/no.jsonl"], "No such file"),
+        (["generate", "{folder}", "x", "--json", "--output", "{folder}/a"], "give either --json"),
+        (["generate", "{folder}", "x", "--output", "{folder}/no/a.jsonl"], "is no folder"),
+        (["generate", "{folder}", "--input", "-"], "standard input is empty"),
+        (["plan", "{folder}", "--device", "h200", "--context-length", "4q"], "no number of tokens"),
         (["chat", "{plain}"], "has no chat template"),
         (["info", "{folder}/config.json"], "is a file; give the folder"),
         (["explain"], "give a MODEL, or --trained-length"),
-        (["explain", "--chunk-len", "4"], "--chunk-len and --max-query-position go together"),
+        (["explain", "--method", "rerope:4"], "give a MODEL, or --trained-length"),
+        (["explain", "{folder}", "--trained-length", "64"], "give either a MODEL or"),
+        (["explain", "--method", "dca:9,6"], "must not exceed max_query_position"),
         (["explain", "--trained-length", "63"], "preset 'paper' needs a trained length"),
-        (["explain", "--trained-length", "64", "--length", "0"], "--length must be at least 1"),
+        (["explain", "--trained-length", "64", "--length", "0"], "'0' is no number of tokens"),
         (["explain", "--trained-length", "64", "--plot", "{folder}/no/m.png"], "is no folder"),
         (["explain", "--trained-length", "64", "--plot", "{folder}/m.doc"], "cannot be written"),
         (["convert", "{folder}/absent", "{folder}/new"], "absent is no folder"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dca_jax.evaluation.methods import method_by_name
 from dca_jax.evaluation.results import ResultLog, read_run
+from dca_jax.inference.methods import method_by_name
 from dca_jax.weights.huggingface import read_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -9,9 +9,9 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, needle, report
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.haystacks import LONGEST, Haystack, largest_fitting
 from dca_jax.evaluation.needle import effective_length, hidden_numbers, hidden_variables, score
 from dca_jax.evaluation.results import ResultLog, read_run

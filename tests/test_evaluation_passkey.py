@@ -10,9 +10,9 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, passkey, report
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.grids import accuracy_grid
 from dca_jax.evaluation.passkey import filler_characters, paper_prompt
 from dca_jax.evaluation.results import ResultLog, read_run

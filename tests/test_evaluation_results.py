@@ -8,9 +8,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper, report, windows
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.results import ResultLog, in_batches, read_run
 from dca_jax.evaluation.tables import Table, number, tokens
 from dca_jax.inference import progress
@@ -260,7 +260,7 @@ def test_every_command_explains_itself_with_an_example():
 
 def test_the_commands_start_without_what_few_of_them_need():
     code = (
-        "import sys, dca_jax.evaluation.cli; "
+        "import sys, dca_jax.cli; "
         "print(not {'matplotlib', 'pypdf', 'rouge_score', 'lm_eval'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,9 +9,9 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import speed
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.results import ResultLog, read_run
 
 

@@ -11,12 +11,12 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli.measure import app
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, few_shot, l_eval, scrolls
 from dca_jax.evaluation.answers import answer, answer_about
 from dca_jax.evaluation.benchmark_files import Document, read_json_lines
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.l_eval import choice_score, chosen_letters, right_letters, scores_of
 from dca_jax.evaluation.results import read_run
 

@@ -13,15 +13,15 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import texts, windows
-from dca_jax.evaluation.cli import app
-from dca_jax.evaluation.command import parse_tokens
-from dca_jax.evaluation.methods import with_method
 from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.evaluation.windows import make_windows, mean_nll
 from dca_jax.inference import score as perplexity
+from dca_jax.inference.methods import with_method
 from dca_jax.inference.score import token_nll
+from dca_jax.lengths import parse_tokens
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail. "
 

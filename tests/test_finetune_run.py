@@ -94,7 +94,7 @@ def settings(model: Path, dialogues: Path, output: Path, **changes: Any) -> Sett
         "accumulate": 2,
         "learning_rate": 3e-3,
         "dtype": "float32",
-        "dca": "40,60",
+        "method": "dca:40,60",
         "save_every": 3,
         "eval_every": 5,
     } | changes
@@ -214,7 +214,7 @@ def flags_of(chosen: Settings) -> list[str]:
         *("--model", chosen.model, "--output", chosen.output, "--data", chosen.data[0].path),
         *("--eval-data", chosen.eval_data[0].path, "--length", "96", "--steps", str(STEPS)),
         *("--batch", "2", "--accumulate", "2", "--learning-rate", "3e-3", "--dtype", "float32"),
-        *("--dca", "40,60", "--save-every", "3", "--eval-every", "5"),
+        *("--method", "dca:40,60", "--save-every", "3", "--eval-every", "5"),
     ]
 
 
@@ -355,7 +355,9 @@ def test_no_dialogue_is_left(model: Path, dialogues: Path, tmp_path: Path) -> No
         ({"mesh": "fsdp=8"}, "batch 2 does not divide over the mesh's 8 devices"),
         ({"mesh": "tensor=3"}, "tensor=3 does not divide"),
         ({"template": "alpaca"}, "'alpaca' is no template"),
-        ({"dca": "papers"}, "DCA setting 'papers' is not known"),
+        ({"method": "dca:papers"}, "DCA setting 'papers' is not known"),
+        ({"method": "self-extend"}, "cannot be trained: config.json has no word for it"),
+        ({"method": "dca+ntk:2"}, "cannot be trained"),
         ({"data": (DataFile("/nowhere.json"),)}, "/nowhere.json"),
         ({"lora_rank": 4, "lora_targets": ("x_proj",)}, "x_proj"),
     ],

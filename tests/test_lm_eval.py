@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_llm import make_llm
+from typer.testing import CliRunner
 
 import dca_jax
+from dca_jax.cli import app
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import with_method
 from dca_jax.evaluation.texts import encode
+from dca_jax.inference.methods import with_method
 from dca_jax.inference.score import token_nll
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `eval`)")
@@ -222,6 +224,29 @@ def test_as_a_user_runs_it(folder, task_folder, tmp_path):
     assert "|local_answer|" in done.stdout
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert "exact_match,none" in json.loads(results.read_text())["results"]["local_answer"]
+
+
+def test_by_our_own_command(folder, task_folder, tmp_path):
+    """`dca-jax lm-eval`: our options, and lm-eval's for the rest."""
+    arguments = ["lm-eval", folder, "--method", "dca:40,60", "--max-length", "4k"]
+    arguments += ["--dtype", "float32", "--tasks", "local_answer", "--batch_size", "2"]
+    arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dca_jax", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|local_answer|" in done.stdout
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    asked = json.loads(results.read_text())["config"]["model_args"]
+    assert (asked["method"], asked["max_length"]) == ("dca:40,60", 4096)
+    arguments[3] = "alibi"
+    bad = CliRunner().invoke(app, list(map(str, arguments)))
+    assert bad.exit_code == 2
+    assert "method 'alibi' is not known" in bad.stderr
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,6 @@ from checkpoints_convert import orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import with_method
 from dca_jax.finetune.lora import (
     init_lora,
     join,
@@ -31,6 +30,7 @@ from dca_jax.finetune.lora import (
     save_adapter,
     split,
 )
+from dca_jax.inference.methods import with_method
 from dca_jax.model import Llama
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights, open_weights

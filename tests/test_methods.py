@@ -19,7 +19,7 @@ from dca_jax.attention.op import make_rows
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.baselines import (
+from dca_jax.inference.baselines import (
     DCAAblation,
     LMInfinite,
     ReRoPE,
@@ -27,7 +27,7 @@ from dca_jax.evaluation.baselines import (
     ShiftedRoPE,
     StreamingLLM,
 )
-from dca_jax.evaluation.methods import METHODS, describe_methods, method_by_name, with_method
+from dca_jax.inference.methods import METHODS, describe_methods, method_by_name, with_method
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies
@@ -408,7 +408,8 @@ def step(
     return model.unembed(hidden), cache_after
 
 
-NAMES = [name for name in METHODS if name not in ("rope", "pi", "ntk", "yarn", "dca")]
+TESTED_ELSEWHERE = "auto none rope pi ntk yarn dca".split()
+NAMES = [name for name in METHODS if name not in TESTED_ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -633,3 +634,17 @@ def test_the_help_names_every_method() -> None:
     lines = describe_methods().splitlines()
     assert [line.split()[0] for line in lines[: len(METHODS)]] == list(METHODS)
     assert max(map(len, lines)) <= 100
+
+
+def test_auto_is_what_the_checkpoint_asks_for_or_else_the_papers() -> None:
+    own = DCAConfig(chunk_len=3000, max_query_position=3500)
+    assert method_by_name("auto", LLAMA_2, 9000).dca == DCAConfig.paper(4096)
+    assert method_by_name("auto", replace(LLAMA_2, dca=own), 9000).dca == own
+    assert method_by_name("none", LLAMA_2, 9000) == method_by_name("rope", LLAMA_2, 9000)
+    with pytest.raises(InputError, match="takes no arguments"):
+        method_by_name("auto:paper", LLAMA_2, 9000)
+
+
+def test_arguments_are_lengths() -> None:
+    setting = DCAConfig(chunk_len=3072, max_query_position=4000)
+    assert method_by_name("dca:3k,4000", LLAMA_2, 9000).dca == setting

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
-from dca_jax.cli import Remat, app
+from dca_jax.cli import app
+from dca_jax.cli.options import Base, Dtype, Remat
 from dca_jax.config import LlamaConfig
+from dca_jax.dtypes import DTYPES
 from dca_jax.errors import InputError
+from dca_jax.finetune.settings import BASES
 from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import REMAT, Llama
@@ -243,6 +246,8 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 def test_it_takes_what_training_takes() -> None:
     assert list(Remat) == list(REMAT)
+    assert list(Base) == list(BASES)
+    assert list(Dtype) == list(DTYPES)
 
 
 def invoke(*args: str) -> Any:
@@ -265,7 +270,7 @@ def test_the_command_prints_a_table() -> None:
 def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) -> None:
     folder = make_llm(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
-    result = invoke(str(folder), "--device", "v5e", "--context-length", "4096", "--json")
+    result = invoke(str(folder), "--device", "v5e", "--context-length", "4k", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["fits"]

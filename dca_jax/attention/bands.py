@@ -20,7 +20,7 @@ ReRoPE with a window of 3, for instance, has two bands (`far` and `near`):
 DCA is the case with one P_k for all bands (its phases): so its keys can be rotated once, when they
 are written to a cache. Where P_k differs from band to band, keys are kept raw and rotated inside.
 
-The methods are in `dca_jax.evaluation.baselines`; `dca_jax.attention.xla` computes them by blocks.
+The methods are in `dca_jax.inference.baselines`; `dca_jax.attention.xla` computes them by blocks.
 """
 
 import abc

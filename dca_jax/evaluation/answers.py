@@ -2,18 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dca_jax.dca import DCAConfig
-from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.results import ResultLog, in_batches
 from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.generate import check_prompts, generate
 from dca_jax.inference.llm import LLM
+from dca_jax.inference.methods import method_by_name, reading
 from dca_jax.inference.progress import progress, reading_work
 
 TOGETHER = 32_768  # tokens of prompts that are read together by default, and at most 8 prompts
@@ -183,11 +183,9 @@ def _ask_together(
     """Asks some samples in one batch, and notes each."""
     begin = time.perf_counter()
     questions = [sample.question() for sample in samples]
-    trained = llm.model.config.max_position_embeddings
     length = max(len(question.prompt) for question in questions) + max_new_tokens
-    reading = with_method(llm.model, method, -(-length // trained) * trained)
     prompts = [question.prompt for question in questions]
-    answers = answer_about(replace(llm, model=reading), prompts, max_new_tokens, on_tokens)
+    answers = answer_about(reading(llm, method, length), prompts, max_new_tokens, on_tokens)
     seconds = (time.perf_counter() - begin) / len(samples)
     for sample, question, said in zip(samples, questions, answers, strict=True):
         value = question.judge(said) | {"answer": said.text, "tokens": len(question.prompt)}

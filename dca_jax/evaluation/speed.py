@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
 from dca_jax.inference.buckets import new_cache, padded_length, piece_length
 from dca_jax.inference.generate import Run, compiler_options, read
+from dca_jax.inference.methods import method_by_name, with_method
 from dca_jax.inference.progress import progress, reading_work
 from dca_jax.model import Llama
 
@@ -47,7 +47,7 @@ def evaluate(
     Args:
         model: with its own rope, as loaded.
         attentions: of `ATTENTIONS`.
-        setting: of "dca", a name that `dca_jax.evaluation.methods` knows.
+        setting: of "dca", a name that `dca_jax.inference.methods` knows.
         trials: readings of each, fewer where they take long.
 
     Raises:

@@ -31,11 +31,11 @@ from jaxtyping import Int
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper
-from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
 from dca_jax.inference.buckets import piece_length
+from dca_jax.inference.methods import method_by_name, with_method
 from dca_jax.inference.progress import progress, reading_work
 from dca_jax.inference.score import Reader, check_ids
 from dca_jax.model import Llama
@@ -134,7 +134,7 @@ def evaluate(
     Args:
         model: with its own rope, as loaded.
         tokens: the text; for "rolling", from the prefix token on.
-        methods: names that `dca_jax.evaluation.methods` knows.
+        methods: names that `dca_jax.inference.methods` knows.
         lengths: tokens of the windows.
         batch: windows read together; by default as many as one piece of a text holds.
         limit: of each length only so many windows, spread over the text.

@@ -29,8 +29,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.status import Status
 
-from dca_jax.config import LoraConfig, choose_dca
-from dca_jax.dca import parse_dca
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.dca import DCAConfig
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.finetune.checkpoints import Checkpoints
@@ -59,6 +60,7 @@ from dca_jax.finetune.train import (
 )
 from dca_jax.inference.buckets import padded_length
 from dca_jax.inference.load import load_tokenizer
+from dca_jax.inference.methods import method_by_name
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
@@ -132,7 +134,7 @@ def open_setup(settings: Settings) -> Setup:
         config=config,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        dca=choose_dca(parse_dca(settings.dca), config),
+        dca=_trained_dca(settings, config),
         lora=lora,
         mesh=mesh,
     )
@@ -140,6 +142,17 @@ def open_setup(settings: Settings) -> Setup:
     if settings.base == "int8":
         quantizer(config)  # refuses where qwix is not installed
     return setup
+
+
+def _trained_dca(settings: Settings, config: LlamaConfig) -> DCAConfig | None:
+    """The setting of a method that the trained model's config.json can ask for."""
+    dca, rope = method_by_name(settings.method, config, settings.length)
+    if isinstance(dca, PositionMethod) or rope != config.rope:
+        raise InputError(
+            f"method {settings.method!r} cannot be trained: config.json has no word for it; "
+            "expected auto, none, or dca with a setting (a scaled rope belongs into config.json)"
+        )
+    return dca
 
 
 def check_output(output: Path, settings: Settings) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from dca_jax.config import LORA_TARGETS
 from dca_jax.errors import InputError
+from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
 BASES = ("dtype", "int8")
@@ -36,8 +37,15 @@ class DataFile(NamedTuple):
 Files = tuple[DataFile, ...]
 
 
-def _option(default: Any, help: str, *, resumable: bool = False, choices: Any = None) -> Any:
-    metadata = {"help": help, "resumable": resumable, "choices": choices}
+def _option(
+    default: Any,
+    help: str,
+    *,
+    resumable: bool = False,
+    choices: Any = None,
+    tokens: bool = False,
+) -> Any:
+    metadata = {"help": help, "resumable": resumable, "choices": choices, "tokens": tokens}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -45,81 +53,91 @@ def _option(default: Any, help: str, *, resumable: bool = False, choices: Any = 
 class Settings:
     """A finetuning run. What each field means stands beside it, as `--help` says it.
 
-    Fields that are `resumable` may
-    change when a run goes on; the others decide what its losses are.
+    Fields that are `resumable` may change when a run is resumed; the others decide what its losses
+    are. Those that are `tokens` may be written as 16k.
 
     Raises:
         InputError: a value that makes no sense, named with what would.
     """
 
     model: str = _option(
-        "", "A Hugging Face folder, a converted one, or a name on the Hugging Face Hub."
+        "", "A Hugging Face folder, a converted folder, or a name on the Hugging Face Hub."
     )
-    output: str = _option("", "Folder of the run; the same command again goes on with it.")
+    output: str = _option("", "Folder of the run; repeat the command to resume it.")
     # --- dialogues
     data: Files = _option(
         (),
-        "JSON or JSONL of dialogues; FILE=2 sees each twice an epoch. May be repeated; in YAML a "
-        "file may also have min_tokens.",
+        "JSON or JSONL file of dialogues; FILE=2 takes each twice an epoch. May be given several "
+        "times; in YAML a file may also have min_tokens.",
     )
-    eval_data: Files = _option((), "Dialogues held out, whose loss is taken as training goes on.")
+    eval_data: Files = _option((), "Held-out dialogues to evaluate the loss on.")
     template: str = _option(
         "chat",
-        "How a dialogue is written: chat (the tokenizer's template), llama-2, chunkllama (the "
+        "Chat template of the dialogues: chat (the tokenizer's own), llama-2, chunkllama (the "
         "paper's code, slips included), or a .jinja file.",
     )
-    length: int = _option(16_384, "Tokens of a row.")
-    pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; else one a row.")
-    gpt4_only: bool = _option(False, "Of marked dialogues, take those that GPT-4 answered.")
+    length: int = _option(16_384, "Row length in tokens.", tokens=True)
+    pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; otherwise one per row.")
+    gpt4_only: bool = _option(False, "Keep only dialogues marked as answered by GPT-4.")
     # --- attention
-    dca: str = _option("auto", "DCA's setting, as other commands take it: auto, a preset, or S,Q.")
+    method: str = _option(
+        "auto",
+        "How to read: auto (what the checkpoint asks for, else the paper's DCA), none, or dca with "
+        "a setting, as in dca:chunkllama or dca:3072,4095.",
+    )
     # --- optimization (AdamW)
-    steps: int | None = _option(None, "Updates; default: as many as EPOCHS takes.")
-    epochs: float = _option(1.0, "Times that the dialogues are seen.")
-    batch: int = _option(1, "Rows at once, on all devices together.")
-    accumulate: int = _option(1, "Batches of an update; their gradients count by their tokens.")
-    learning_rate: float = _option(2e-5, "At its peak; then a cosine to zero.")
-    warmup: float = _option(0.03, "Share of the updates in which it rises from zero.")
-    weight_decay: float = _option(0.0, "Of the matrices.")
-    beta1: float = _option(0.9, "Decay of the gradient's mean.")
-    beta2: float = _option(0.999, "Decay of the gradient's mean square.")
-    clip: float = _option(1.0, "Largest norm of the gradient.")
-    seed: int = _option(0, "Of the order of the rows, and of LoRA's start.")
+    steps: int | None = _option(None, "Number of updates (default: from EPOCHS).")
+    epochs: float = _option(1.0, "Number of passes over the data.")
+    batch: int = _option(1, "Rows per batch, over all devices.")
+    accumulate: int = _option(
+        1, "Batches per update; gradients are weighted by their number of tokens."
+    )
+    learning_rate: float = _option(2e-5, "Peak learning rate; decays to zero along a cosine.")
+    warmup: float = _option(
+        0.03, "Fraction of the updates in which the learning rate rises from zero."
+    )
+    weight_decay: float = _option(0.0, "Weight decay of the matrices.")
+    beta1: float = _option(0.9, "AdamW's beta1.")
+    beta2: float = _option(0.999, "AdamW's beta2.")
+    clip: float = _option(1.0, "Maximum norm of the gradient.")
+    seed: int = _option(0, "Seed for data order and LoRA initialization.")
     # --- LoRA
-    lora_rank: int = _option(0, "Train LoRA adapters of this rank only; 0 trains all weights.")
+    lora_rank: int = _option(0, "Train LoRA adapters of this rank; 0 trains all weights.")
     lora_alpha: float = _option(32.0, "LoRA's scale is alpha / rank.")
     lora_targets: tuple[str, ...] = _option(
         LORA_TARGETS,
-        "Projections that get adapters. May be repeated.",
+        "Projections that get adapters. May be given several times.",
     )
     base: str = _option(
         "dtype",
-        "How LoRA keeps the weights it does not train: in the run's dtype, or as int8.",
+        "Dtype of the frozen weights with LoRA: the run's dtype, or int8.",
         choices=BASES,
     )
     # --- devices
     mesh: str = _option(
-        "", "Share the work: fsdp=4, or context=2,fsdp=2; default: one device.", resumable=True
+        "", "Device mesh: fsdp=4, or context=2,fsdp=2 (default: one device).", resumable=True
     )
     dtype: str = _option(
-        "bfloat16", "Of activations; weights that are trained stay float32.",
+        "bfloat16", "Dtype of activations; trained weights stay float32.",
         choices=("bfloat16", "float32"),
     )  # fmt: skip
     remat: str = _option(
         "attention",
-        "What is kept for the backward pass: each layer's input (layer), also what attention gave "
-        "(attention), or also what the projections gave (products): more memory, less time.",
+        "What to keep for the backward pass: each layer's input (layer), also attention's output "
+        "(attention), or also the projections' outputs (products): more memory, less time.",
         resumable=True,
         choices=tuple(REMAT),
     )
     # --- the run
-    save_every: int = _option(200, "Updates from one checkpoint to the next.", resumable=True)
-    keep: int = _option(2, "Checkpoints that stay.", resumable=True)
-    eval_every: int = _option(200, "Updates from one evaluation to the next.", resumable=True)
+    save_every: int = _option(200, "Updates between checkpoints.", resumable=True)
+    keep: int = _option(2, "Number of checkpoints to keep.", resumable=True)
+    eval_every: int = _option(200, "Updates between evaluations.", resumable=True)
     report: tuple[str, ...] = _option(
-        (), "Besides metrics.jsonl: tensorboard, wandb. May be repeated.", resumable=True,
+        (),
+        "Where to report besides metrics.jsonl: tensorboard, wandb. May be given several times.",
+        resumable=True,
         choices=REPORTS,
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "output", "data"):
@@ -228,6 +246,8 @@ def _value(row: dataclasses.Field, value: Any) -> Any:
             return None
         raise InputError(f"{row.name} is empty; leave the line out to have its default")
     kind: Any = kinds[0]
+    if row.metadata["tokens"] and isinstance(value, str):
+        return parse_tokens(value)
     try:
         if isinstance(value, bool) != (kind is bool):
             raise ValueError
@@ -254,7 +274,9 @@ def _file(path: str, value: Any) -> DataFile:
     options: Any = value if isinstance(value, Mapping) else own
     try:
         found = DataFile(path, **options)
-        return DataFile(path, float(found.weight), int(found.min_tokens))
+        least = found.min_tokens
+        least = parse_tokens(least) if isinstance(least, str) else int(least)
+        return DataFile(path, float(found.weight), least)
     except (TypeError, ValueError):
         raise InputError(
             f"{path} has a weight, or weight and min_tokens, each a number; got {value!r}"

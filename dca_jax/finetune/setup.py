@@ -23,7 +23,7 @@ class Setup:
     Attributes:
         folder: of the checkpoint to begin with. mesh: None is one device.
         chat_template: of the dialogues, if it is not the tokenizer's own.
-        dca: as `dca_jax.config.choose_dca` gives it. lora: None trains all weights.
+        dca: None is plain attention. lora: None trains all weights.
     """
 
     settings: Settings

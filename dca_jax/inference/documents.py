@@ -75,8 +75,23 @@ def ask(llm: LLM, document: str, question: str, **options: Unpack[Options]) -> I
     them. `options` are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
     and changes nothing but the time.
     """
+    if options.get("prefix") is None:
+        return llm.stream(question_tokens(llm, document, question), **options)
     if llm.has_chat_template:
-        message = {"role": "user", "content": f"{document}\n\n{question}"}
-        return llm.stream_chat([message], **options)
-    ending = f"\n\nQuestion: {question}\nAnswer:"
-    return llm.stream(ending if options.get("prefix") else document + ending, **options)
+        return llm.stream_chat([_message(document, question)], **options)
+    return llm.stream(_ending(question), **options)
+
+
+def question_tokens(llm: LLM, document: str, question: str) -> list[int]:
+    """The prompt of `ask`, as token ids."""
+    if llm.has_chat_template:
+        return llm.apply_chat_template([_message(document, question)])
+    return llm.tokenize(document + _ending(question))
+
+
+def _message(document: str, question: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{document}\n\n{question}"}
+
+
+def _ending(question: str) -> str:
+    return f"\n\nQuestion: {question}\nAnswer:"

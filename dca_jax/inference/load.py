@@ -45,7 +45,7 @@ def load(
             downloaded into its cache.
         dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
             setting for its trained length. None is plain attention. Or another way of giving
-            positions (`dca_jax.evaluation.baselines`).
+            positions (`dca_jax.inference.baselines`).
         rope: in place of the checkpoint's own, to compare RoPE scalings.
         dtype: of weights and activations, also by name; default: bfloat16, on a CPU float32.
         cache_dtype: of the KV cache; default: `dtype`.

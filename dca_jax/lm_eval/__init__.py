@@ -14,20 +14,20 @@ lm-eval puts one before them (its own model for transformers, as of 0.4.13, so h
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.methods import method_by_name, with_method
 from dca_jax.evaluation.texts import encode, joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
+from dca_jax.inference.methods import method_by_name, reading
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import Reader, Scores
+from dca_jax.lengths import parse_tokens
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -48,16 +48,17 @@ class DcaJaxLM(TemplateLM):
 
     Args:
         pretrained: a folder, or a name on the Hugging Face Hub (`dca_jax.load`).
-        method: how to read, a name that `dca_jax.evaluation.methods` knows. What depends on the
+        method: how to read, a name that `dca_jax.inference.methods` knows. What depends on the
             length of a text is given that of the longest of a batch, in whole trained lengths.
-        max_length: tokens of a request at most, its answer included; None: what fits into memory.
+        max_length: tokens of a request at most (32768, or "32k"), its answer included; None: what
+            fits into memory.
         max_gen_toks: new tokens where the task does not say.
         batch_size: requests read together; "auto" for as many as 16k tokens hold.
         dtype, mesh: as in `dca_jax.load`.
         max_batch_size, device: lm-eval gives them to every model; they change nothing here.
 
     Raises:
-        InputError: what `dca_jax.load` and `dca_jax.evaluation.methods` refuse, or a model without
+        InputError: what `dca_jax.load` and `dca_jax.inference.methods` refuse, or a model without
             tokenizer.
     """
 
@@ -65,7 +66,7 @@ class DcaJaxLM(TemplateLM):
         self,
         pretrained: str,
         *,
-        method: str = "dca:auto",
+        method: str = "auto",
         max_length: int | str | None = None,
         max_gen_toks: int | str = MAX_NEW_TOKENS,
         batch_size: int | str | None = "auto",
@@ -81,8 +82,8 @@ class DcaJaxLM(TemplateLM):
             raise InputError(f"{pretrained} has no tokenizer, which lm-eval needs")
         self.method, self.pretrained = method, pretrained
         self.tokenizer = self.llm.tokenizer
-        self.max_length = None if max_length is None else int(max_length)
-        self.max_gen_toks = int(max_gen_toks)
+        self.max_length = None if max_length is None else parse_tokens(str(max_length))
+        self.max_gen_toks = parse_tokens(str(max_gen_toks))
         self.batch_size = None if batch_size in (None, "auto") else int(batch_size)
         self._in_chat = False
         method_by_name(method, self.llm.model.config, self.max_length or 1)
@@ -211,9 +212,7 @@ class DcaJaxLM(TemplateLM):
 
     def _reading(self, length: int) -> LLM:
         """The model, reading texts of so many tokens by the method."""
-        trained = self.llm.model.config.max_position_embeddings
-        whole = -(-length // trained) * trained
-        return replace(self.llm, model=with_method(self.llm.model, self.method, whole))
+        return reading(self.llm, self.method, length)
 
     def _batch_of(self, length: int) -> int:
         return self.batch_size or max(1, min(64, TOGETHER // length))

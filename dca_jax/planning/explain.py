@@ -1,24 +1,52 @@
-"""What a setting of Dual Chunk Attention does to a text: in figures, and as a picture."""
+"""What a method does to the positions of a text: in figures, and as a picture."""
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
+from dca_jax.attention import bands
+from dca_jax.attention.bands import PositionMethod
 from dca_jax.dca import DCAConfig, relative_positions, temperature
+from dca_jax.rope import RopeConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def explain(dca: DCAConfig, length: int) -> str:
-    """What this setting does to a text of `length` tokens, in words and figures."""
+def explain(
+    dca: DCAConfig | PositionMethod | None, length: int, rope: RopeConfig | None = None
+) -> str:
+    """What a method does to a text of `length` tokens, in words and figures.
+
+    Args:
+        dca: a setting of DCA, another method, or None for plain attention.
+        rope: the frequencies, which are named if they are given and scaled.
+    """
+    if isinstance(dca, DCAConfig):
+        name, rows = "Dual Chunk Attention", _of_dca(dca, length)
+    elif dca is None:
+        name, rows = "Plain attention", {"largest relative position": str(length - 1)}
+    else:
+        name, rows = type(dca).__name__, _of_method(dca, length)
+    if rope is not None and rope.rope_type != "default":
+        rows["rope"] = f"{rope.rope_type}, factor {rope.factor:g}"
+    width = max(map(len, rows))
+    return "\n".join(
+        [f"{name} on a text of {length} tokens"]
+        + [f"  {row:<{width}}  {value}" for row, value in rows.items()]
+    )
+
+
+def _of_dca(dca: DCAConfig, length: int) -> dict[str, str]:
     c = dca.trained_length
     tau = float(temperature(jnp.asarray([length], jnp.int32), dca)[0])
     furthest = min(length - 1, dca.inter_position)
     slope = dca.temperature_slope
-    rows = {
+    return {
         "trained length c": "not given" if c is None else f"{c} tokens",
         "chunk length s": f"{dca.chunk_len} tokens ({math.ceil(length / dca.chunk_len)} chunks)",
         "largest query position Q": str(dca.max_query_position),
@@ -27,20 +55,47 @@ def explain(dca: DCAConfig, length: int) -> str:
         "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
         "temperature": f"logits x {tau:.4f}" + (f" (slope {slope})" if slope else " (none)"),
     }
-    width = max(map(len, rows))
-    return "\n".join(
-        [f"Dual Chunk Attention on a text of {length} tokens"]
-        + [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-    )
 
 
-def plot_relative_positions(length: int, dca: DCAConfig, axes: "Axes | None" = None) -> "Axes":
-    """Draws `relative_positions`, numbers in the cells while they can be read (<= 32 tokens)."""
+def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
+    """Its own fields, and what the last token of the text meets."""
+    last = jnp.asarray([[length - 1]], jnp.int32)
+    furthest, met = 0, 0
+    for band in method.bands(last):
+        start, stop = int(band.start[0, 0]), int(band.stop[0, 0])
+        if start < stop:
+            first = 0 if band.key_position is None else int(band.key_position(band.start)[0, 0])
+            furthest = max(furthest, int(band.query_position[0, 0]) - first)
+            met += stop - start
+    fields = dataclasses.fields(method)  # pyright: ignore[reportArgumentType] -- each is one
+    return {
+        **{field.name.replace("_", " "): str(getattr(method, field.name)) for field in fields},
+        "keys of the last token": f"{met} of {length}",
+        "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
+    }
+
+
+def position_matrix(
+    length: int, dca: DCAConfig | PositionMethod | None
+) -> Int[np.ndarray, "length length"]:
+    """Relative position of query i (row) and key j (column); -1 where they do not meet; int32."""
+    if isinstance(dca, DCAConfig):
+        return relative_positions(length, dca)
+    if dca is not None:
+        return bands.relative_positions(length, dca)
+    i = np.arange(length, dtype=np.int32)
+    return np.maximum(i[:, None] - i[None, :], np.int32(-1))
+
+
+def plot_relative_positions(
+    length: int, dca: DCAConfig | PositionMethod | None, axes: "Axes | None" = None
+) -> "Axes":
+    """Draws `position_matrix`, numbers in the cells while they can be read (<= 32 tokens)."""
     import matplotlib.pyplot as plt
 
     if axes is None:
         _, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    matrix = np.ma.masked_less(relative_positions(length, dca), 0)
+    matrix = np.ma.masked_less(position_matrix(length, dca), 0)
     image = axes.imshow(matrix, cmap="viridis", interpolation="nearest")
     if length <= 32:
         threshold = 0.6 * float(matrix.max())
@@ -48,13 +103,12 @@ def plot_relative_positions(length: int, dca: DCAConfig, axes: "Axes | None" = N
             if value >= 0:
                 color = "black" if value > threshold else "white"
                 axes.text(j, i, str(value), ha="center", va="center", color=color, fontsize=7)
-    for edge in range(dca.chunk_len, length, dca.chunk_len):
-        axes.axhline(edge - 0.5, color="tab:red", linewidth=0.8)
-        axes.axvline(edge - 0.5, color="tab:red", linewidth=0.8)
-    axes.set(
-        xlabel="key j",
-        ylabel="query i",
-        title=f"relative position, s = {dca.chunk_len}, Q = {dca.max_query_position}",
-    )
+    title = "relative position"
+    if isinstance(dca, DCAConfig):
+        title += f", s = {dca.chunk_len}, Q = {dca.max_query_position}"
+        for edge in range(dca.chunk_len, length, dca.chunk_len):
+            axes.axhline(edge - 0.5, color="tab:red", linewidth=0.8)
+            axes.axvline(edge - 0.5, color="tab:red", linewidth=0.8)
+    axes.set(xlabel="key j", ylabel="query i", title=title)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     return axes

@@ -1,4 +1,4 @@
-"""`dca-jax finetune` and `dca-jax preview`: parse, call the library, print.
+"""Commands that train: `finetune` and `preview`.
 
 Every field of `Settings` is a flag of both, made from the field itself, so there is one list of
 them. What reads dialogues and trains is imported when it is needed: it takes seconds, and packages
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dca_jax.cli.options import with_signature
 from dca_jax.distributed import exit_on_input_error, is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Files, Settings, read_settings
@@ -22,7 +23,7 @@ from dca_jax.finetune.settings import Files, Settings, read_settings
 ConfigArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CONFIG]", help="A YAML file of settings; any flag below, in place of its line."
+        metavar="CONFIG", help="A YAML file of settings; every flag below overrides its line."
     ),
 ]
 
@@ -34,7 +35,6 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def call(**given: Any) -> None:
         command(**given)
 
-    wrapped: Any = call  # typer reads its signature
     own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
     added = [
         inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
@@ -42,9 +42,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for flag in [_flag(row)]
     ]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    wrapped.__signature__ = inspect.Signature([*own, *added])
-    wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *added]} | {"return": None}
-    return wrapped
+    return with_signature(call, [*own, *added])
 
 
 def _flag(row: Any) -> Any:
@@ -62,6 +60,7 @@ def _flag(row: Any) -> Any:
     shown = "" if default in ("", None) else f" [default: {default}]"
     choices = row.metadata["choices"]
     metavar = None if row.type is bool else "|".join(choices) if choices else _METAVARS[row.type]
+    metavar = "TOKENS" if row.metadata["tokens"] else metavar
     help = f"{row.metadata['help']}{shown}"
     return Annotated[kind, typer.Option(*names, help=help, metavar=metavar, show_default=False)]
 
@@ -79,13 +78,13 @@ _METAVARS = {
 @exit_on_input_error()
 @with_settings
 def finetune(config: ConfigArgument = None, **flags: Any) -> None:
-    """Train a model on dialogues with Dual Chunk Attention, wholly or by LoRA.
+    """Finetune a model on dialogues with Dual Chunk Attention: all weights, or LoRA.
 
-    The loss counts what the assistant says. OUTPUT/model is then a model that every other command
-    reads, and that `dca-jax convert` makes a Hugging Face folder of.
+    The loss counts what the assistant says. OUTPUT/model is a model that every other command
+    reads; `dca-jax convert` makes a Hugging Face folder of it.
 
-    The same command again goes on with a run that was interrupted. SIGTERM or Ctrl-C saves first;
-    after a kill it goes on from the last checkpoint, with the same losses.
+    To resume an interrupted run, repeat the command. SIGTERM and Ctrl-C save a checkpoint first;
+    after a kill the run continues from its last checkpoint, with the same losses.
 
     For example:
 
@@ -108,12 +107,12 @@ def finetune(config: ConfigArgument = None, **flags: Any) -> None:
 @with_settings
 def preview(
     config: ConfigArgument = None,
-    rows: Annotated[int, typer.Option(help="Rows to show.")] = 2,
+    rows: Annotated[int, typer.Option(help="Number of rows to show.")] = 2,
     **flags: Any,
 ) -> None:
-    """Show the rows that `finetune` would train on: which tokens count, and which are context.
+    """Show the rows that `finetune` would train on, and which of their tokens count.
 
-    Takes the same settings; reads no weights.
+    Takes the same settings and reads no weights.
 
     For example: `dca-jax preview examples/finetune_16k.yaml --model ./Llama-2-7b-chat-hf`
     """

@@ -1,4 +1,4 @@
-"""What the commands of `dca-jax eval` share: their model, their log and how they end."""
+"""What the commands of `dca-jax eval` share: their files, their log and how they end."""
 
 import sys
 import time
@@ -7,24 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.evaluation import report
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.evaluation.results import ResultLog
 from dca_jax.inference.llm import LLM
-from dca_jax.inference.load import load
-
-
-def parse_tokens(text: str) -> int:
-    """A number of tokens: 8192, or 8k for that; 1M is 1024k."""
-    units = {"k": 1024, "m": 1024**2}
-    digits, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in units else (text, "")
-    if not digits.isdecimal() or int(digits) == 0:
-        raise InputError(f"{text!r} is no number of tokens; expected one such as 8192, 8k or 1M")
-    return int(digits) * units.get(unit, 1)
 
 
 def task_files(data: Sequence[str]) -> dict[str, Path]:
@@ -43,16 +31,6 @@ def task_files(data: Sequence[str]) -> dict[str, Path]:
 def names_of(files: Mapping[str, Path]) -> dict[str, str]:
     """The files' names, for the settings of a run."""
     return {task: path.name for task, path in files.items()}
-
-
-def load_model(model: str, dtype: str | None, mesh: str | None) -> LLM:
-    """The one place where an evaluation loads its model: with its own rope, and no DCA yet.
-
-    Every method is made of it (`dca_jax.evaluation.methods.with_method`); nothing is loaded or
-    copied again.
-    """
-    with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
-        return load(model, dca=None, dtype=dtype, mesh=mesh)
 
 
 @contextmanager
@@ -84,7 +62,7 @@ def run(
         with ResultLog(folder, task, {**identity, **settings}, paper=paper) as log:
             yield log
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {folder}", file=sys.stderr)
+        print(f"stopped; repeat the command to resume from {folder}", file=sys.stderr)
         raise SystemExit(130) from None
     failed = [record for record in log.records if record.error is not None]
     if not is_primary():

@@ -1,7 +1,7 @@
 """Other ways than DCA's of giving positions to tokens beyond the trained length.
 
 Each is a `PositionMethod`: a frozen dataclass, given to a model in place of a `DCAConfig`. Their
-names on the command line are in `dca_jax.evaluation.methods`.
+names on the command line are in `dca_jax.inference.methods`.
 
 The drawings show the relative position P_q(i) - P_k(j) of query i (row) and key j (column); a dot
 is a key that is not met.

@@ -1,12 +1,25 @@
-"""The command line `dca-jax eval ...`: parse, call the library, print."""
+"""Commands that measure: `eval ...`, and lm-evaluation-harness as `lm-eval`."""
 
 import hashlib
+import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dca_jax.cli.options import (
+    DtypeOption,
+    MeshOption,
+    MethodOption,
+    MethodsOption,
+    ModelArgument,
+    check_method,
+    load_model,
+    refuse_several_processes,
+)
+from dca_jax.cli.record import names_of, run, task_files
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.evaluation import (
@@ -19,18 +32,19 @@ from dca_jax.evaluation import (
     texts,
     windows,
 )
-from dca_jax.evaluation.command import load_model, names_of, parse_tokens, run, task_files
 from dca_jax.evaluation.haystacks import Haystack
-from dca_jax.evaluation.methods import METHODS
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.inference.documents import read_document
+from dca_jax.lengths import parse_tokens
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
 
 app = typer.Typer(
     name="eval",
-    help="Evaluate a model on long texts: the paper's tables and figures, each by one command.",
-    epilog="Each command writes a folder: a line a sample as it comes (the same command goes on "
-    "where it was stopped), then a summary, a table and pictures. `dca-jax eval report` makes one "
-    "page of many such folders.",
+    help="Evaluate a model on long texts: each of the paper's tables and figures is one command.",
+    epilog="Each command writes a folder: one line per sample as it comes, then a summary, a "
+    "table and pictures. Repeat an interrupted command to resume it. `dca-jax eval report` makes "
+    "one page of many such folders.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -51,48 +65,26 @@ class PasskeyForm(StrEnum):
     fitted = "fitted"
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face folder, a converted folder, or a name on the Hugging Face Hub.",
-    ),
-]
-MethodOption = Annotated[
-    list[str],
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        help="How to read, several times for several: " + ", ".join(METHODS) + ", with a setting "
-        "as in **dca:chunkllama**, or over a scaled rope as in **dca+ntk:2**.",
-    ),
-]
 LengthOption = Annotated[
     list[str],
-    typer.Option("--length", metavar="TOKENS", help="Such as 4096 or 4k; several times for more."),
+    typer.Option(
+        "--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be given several times."
+    ),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option(help="The folder of the results; default: outputs/, by command and model."),
+    typer.Option(help="Folder of the results (default: outputs/COMMAND-MODEL)."),
 ]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="bfloat16, float16 or float32; default: bfloat16, on a CPU float32."),
-]
-MeshOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="AXES",
-        help="Share the work between devices, as in **context=2,tensor=4**; default: one device.",
-    ),
-]
-BatchOption = Annotated[int | None, typer.Option(min=1, help="Texts read together.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Only so many samples of each kind; for a first look.")
+    int | None,
+    typer.Option(min=1, help="Maximum number of samples of each kind, for a first look."),
 ]
 PaperOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Show the paper's figures beside: " + ", ".join(MODELS)),
+    typer.Option(
+        metavar="NAME", help="Show the paper's figures alongside, for one of " + ", ".join(MODELS)
+    ),
 ]
 
 
@@ -102,15 +94,17 @@ def perplexity(
     model: ModelArgument,
     text: Annotated[Path | None, typer.Option(help="A text file (UTF-8) or a PDF.")] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="Token ids instead: .npy, or raw as ChunkLlama's .bin.")
+        Path | None,
+        typer.Option(help="A file of token ids instead: .npy, or raw as ChunkLlama's .bin."),
     ] = None,
     length: LengthOption = ["4k", "8k", "16k", "32k", "64k"],  # noqa: B006
-    method: MethodOption = ["rope", "dca:chunkllama_ppl"],  # noqa: B006
+    method: MethodsOption = ["rope", "dca:chunkllama_ppl"],  # noqa: B006
     form: Annotated[
-        Form, typer.Option(help="Which windows, and how they are averaged; see the docs.")
+        Form, typer.Option(help="How windows are cut and averaged; see the docs.")
     ] = Form.paper,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from window to window; 256, strided: 512.")
+        int | None,
+        typer.Option(min=1, help="Tokens between window starts (default: 256; 512 for strided)."),
     ] = None,
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -130,7 +124,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh)
     if tokens is not None:
         source = texts.read_token_file(tokens, llm.model.config.vocab_size)
     else:
@@ -162,16 +156,20 @@ def perplexity(
 def passkey_command(
     model: ModelArgument,
     length: LengthOption = ["4k", "8k", "12k", "16k", "20k"],  # noqa: B006
-    method: MethodOption = ["rope", "dca:chunkllama"],  # noqa: B006
+    method: MethodsOption = ["rope", "dca:chunkllama"],  # noqa: B006
     form: Annotated[
         PasskeyForm,
         typer.Option(help="**paper**: ChunkLlama's prompt; **fitted**: never longer than asked."),
     ] = PasskeyForm.paper,
     grid: Annotated[
         int | None,
-        typer.Option(min=1, help="Hide the key at so many even depths (the paper's 16: Fig. 5)."),
+        typer.Option(
+            min=1, help="Hide the key at this many evenly spaced depths (16 in the paper's Fig. 5)."
+        ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Prompts of each length and depth.")] = 20,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Number of prompts for each length and depth.")
+    ] = 20,
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
@@ -186,7 +184,8 @@ def passkey_command(
 
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
-    llm = load_model(model, dtype, mesh)
+    lengths = [parse_tokens(n) for n in length]
+    llm = load_model(model, method, dtype, mesh)
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper) as log:
         passkey.evaluate(
@@ -194,7 +193,7 @@ def passkey_command(
             log,
             form=form.value,
             methods=method,
-            lengths=[parse_tokens(n) for n in length],
+            lengths=lengths,
             depths=depths,
             trials=trials,
             batch=batch,
@@ -207,20 +206,25 @@ def needle_command(
     model: ModelArgument,
     haystack: Annotated[
         Path | None,
-        typer.Option(help="A long text (UTF-8) or PDF to hide things in; default: dull noise."),
+        typer.Option(
+            help="A long text (UTF-8) or PDF to hide things in (default: filler sentences)."
+        ),
     ] = None,
     task: Annotated[
-        list[str], typer.Option(help="Of " + ", ".join(needle.TASKS) + "; several times for more.")
+        list[str],
+        typer.Option(help="One of " + ", ".join(needle.TASKS) + "; may be given several times."),
     ] = ["single"],  # noqa: B006
     length: LengthOption = ["4k", "8k", "16k", "32k", "64k", "128k"],  # noqa: B006
-    method: MethodOption = ["rope", "dca"],  # noqa: B006
+    method: MethodsOption = ["rope", "dca"],  # noqa: B006
     grid: Annotated[
         int | None,
-        typer.Option(min=2, help="Put the single needle at so many depths, from start to end."),
+        typer.Option(min=2, help="Put the single needle at this many depths, from start to end."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Samples of each length and depth.")] = 10,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Number of samples for each length and depth.")
+    ] = 10,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask as a user would, by the model's chat template.")
+        bool, typer.Option("--chat", help="Ask through the model's chat template.")
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -242,7 +246,8 @@ def needle_command(
         "sha256": hashlib.sha256(text).hexdigest(),
         "chat": chat,
     }
-    llm = load_model(model, dtype, mesh)
+    lengths = [parse_tokens(n) for n in length]
+    llm = load_model(model, method, dtype, mesh)
     with run(output, "needle", model, llm, settings, None) as log:
         needle.evaluate(
             llm,
@@ -250,7 +255,7 @@ def needle_command(
             log,
             tasks=task,
             methods=method,
-            lengths=[parse_tokens(n) for n in length],
+            lengths=lengths,
             depths=None if grid is None else [n / (grid - 1) for n in range(grid)],
             trials=trials,
             chat=chat,
@@ -270,12 +275,16 @@ def few_shot_command(
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="Of " + ", ".join(few_shot.TASKS) + ": ChunkLlama's file, or L-Eval's.",
+            help="Tasks: " + ", ".join(few_shot.TASKS) + "; files: ChunkLlama's or L-Eval's.",
         ),
     ],
-    method: MethodOption = ["dca"],  # noqa: B006
+    method: MethodsOption = ["dca"],  # noqa: B006
     max_length: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer; documents are cut from the left.")
+        str,
+        typer.Option(
+            metavar="TOKENS",
+            help="Length of prompt and answer in tokens; documents are cut from the left.",
+        ),
     ] = "16000",
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -294,7 +303,7 @@ def few_shot_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     settings = {"max_length": length, "files": names_of(files)}
-    llm = load_model(model, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh)
     with run(output, "few-shot", model, llm, settings, paper) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         few_shot.evaluate(llm, log, files=files, **options)
@@ -306,14 +315,23 @@ def l_eval_command(
     model: ModelArgument,
     data: Annotated[
         list[str],
-        typer.Option(metavar="TASK=FILE", help="Of " + ", ".join(l_eval.TASKS) + ": L-Eval's."),
+        typer.Option(
+            metavar="TASK=FILE", help="Tasks: " + ", ".join(l_eval.TASKS) + "; files: L-Eval's."
+        ),
     ],
-    method: MethodOption = ["dca"],  # noqa: B006
+    method: MethodsOption = ["dca"],  # noqa: B006
     max_length: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer; documents are cut from the right.")
+        str,
+        typer.Option(
+            metavar="TOKENS",
+            help="Length of prompt and answer in tokens; documents are cut from the right.",
+        ),
     ] = "16000",
     chat: Annotated[
-        bool, typer.Option("--chat", help="By the model's own chat template, not Llama 2's prompt.")
+        bool,
+        typer.Option(
+            "--chat", help="Use the model's own chat template instead of Llama 2's prompt."
+        ),
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -332,7 +350,7 @@ def l_eval_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     settings = {"max_length": length, "chat": chat, "files": names_of(files)}
-    llm = load_model(model, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh)
     with run(output, "l-eval", model, llm, settings, paper) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         l_eval.evaluate(llm, log, files=files, chat=chat, **options)
@@ -344,11 +362,11 @@ def speed_command(
     model: ModelArgument,
     length: LengthOption = ["4k", "8k", "16k", "32k"],  # noqa: B006
     attention: Annotated[
-        list[str], typer.Option(help="Of dense, flash and dca; several times for several.")
+        list[str], typer.Option(help="One of dense, flash and dca; may be given several times.")
     ] = list(speed.ATTENTIONS),  # noqa: B006
-    method: Annotated[str, typer.Option(metavar="NAME", help="The setting of dca.")] = "dca",
+    method: MethodOption = "dca",
     trials: Annotated[
-        int, typer.Option(min=1, help="Readings timed, fewer where they take long.")
+        int, typer.Option(min=1, help="Number of timed readings; fewer where they take long.")
     ] = speed.TRIALS,
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -359,7 +377,7 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, dtype, mesh)
+    llm = load_model(model, [method], dtype, mesh)
     with run(output, "speed", model, llm, {"method": method}, None) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
         speed.evaluate(llm.model, log, trials=trials, **options)
@@ -375,3 +393,50 @@ def report_command(
     For example: `dca-jax eval report outputs`
     """
     print(report.write_page(folder))
+
+
+@exit_on_input_error()
+def lm_eval(
+    context: typer.Context,
+    model: ModelArgument,
+    method: MethodOption = "auto",
+    max_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Longest request to accept, answer included (default: no limit).",
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    mesh: MeshOption = None,
+) -> None:
+    """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
+
+    All other options are those of `lm-eval run`, which gets them as they are.
+
+    For example:
+
+    - `dca-jax lm-eval ./Llama-2-7b-hf --method dca --max-length 32k --tasks longbench`
+
+    - `dca-jax lm-eval ./Llama-2-7b-hf --tasks ruler --metadata '{"max_seq_lengths":[32768]}'`
+    """
+    refuse_several_processes("lm-eval")
+    arguments: dict[str, str | int] = {"pretrained": model, "method": method}
+    if max_length is not None:
+        arguments["max_length"] = parse_tokens(max_length)
+    if dtype is not None:
+        arguments["dtype"] = dtype.value
+    if mesh is not None:
+        arguments["mesh"] = mesh
+    # Before lm-eval builds its tasks, which takes minutes.
+    check_method(method, read_config(find_folder(model, weights=False)))
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import dca_jax.lm_eval  # noqa: F401 -- registers the model
+    except ModuleNotFoundError as error:
+        raise InputError(str(error)) from None
+    # Its parser reads what a program was started with.
+    sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
+    sys.argv += context.args
+    cli_evaluate()

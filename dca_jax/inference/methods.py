@@ -1,13 +1,15 @@
 """Every way of reading a long text, by name: what `--method` takes.
 
+`auto` is what the checkpoint asks for, else the paper's DCA; `none` and `rope` are plain attention.
 Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
-(`dca_jax.attention.bands`): DCA, and those of `dca_jax.evaluation.baselines`. All are
+(`dca_jax.attention.bands`): DCA, and those of `dca_jax.inference.baselines`. All are
 training-free, and take the same weights (`with_method`).
 
-A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024`), and may end in `+pi:F`, `+ntk:F` or
-`+yarn:F`, which first scale the frequencies for a window of F times the trained one: `dca+ntk:2`
-is DCA over a model that NTK has given twice its window. (A model that was *trained* with PI or NTK
-says so in its config, and needs no such ending: `dca` is over the model's own rope.)
+A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024` or `dca:192k,256k`), and may end in
+`+pi:F`, `+ntk:F` or `+yarn:F`, which first scale the frequencies for a window of F times the
+trained one: `dca+ntk:2` is DCA over a model that NTK has given twice its window. (A model that was
+*trained* with PI or NTK says so in its config, and needs no such ending: `dca` is over the model's
+own rope.)
 """
 
 import math
@@ -19,7 +21,7 @@ from dca_jax.attention.bands import PositionMethod
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dca import PRESETS, DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.evaluation.baselines import (
+from dca_jax.inference.baselines import (
     DCAAblation,
     LMInfinite,
     ReRoPE,
@@ -27,6 +29,8 @@ from dca_jax.evaluation.baselines import (
     ShiftedRoPE,
     StreamingLLM,
 )
+from dca_jax.inference.llm import LLM
+from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor
 
@@ -91,14 +95,22 @@ class _Wanted(NamedTuple):
         if not self.arguments:
             return defaults
         parts = self.arguments.split(",")
-        if len(parts) != len(defaults) or not all(part.strip().isdecimal() for part in parts):
-            raise InputError(f"method argument {self.arguments!r} is not {usage!r}, in tokens")
-        return tuple(map(int, parts))
+        try:
+            if len(parts) == len(defaults):
+                return tuple(parse_tokens(part.strip()) for part in parts)
+        except InputError:
+            pass
+        raise InputError(f"method argument {self.arguments!r} is not {usage!r}, in tokens")
 
 
 def _plain(wanted: _Wanted) -> Method:
     _refuse_arguments(wanted)
     return Method(None, wanted.rope)
+
+
+def _auto(wanted: _Wanted) -> Method:
+    _refuse_arguments(wanted)
+    return Method(_dca_setting(wanted._replace(arguments="auto")), wanted.rope)
 
 
 def _scaled(kind: str) -> Callable[[_Wanted], Method]:
@@ -185,6 +197,8 @@ def _refuse_arguments(wanted: _Wanted) -> None:
 
 
 _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
+    "auto": ("what the checkpoint asks for, else the paper's DCA", _auto),
+    "none": ("plain attention: the same as rope", _plain),
     "rope": ("the model's own RoPE, all keys at their true distance", _plain),
     "pi": ("Position Interpolation by ceil(L / c), for L tokens read and c trained", _scaled("pi")),
     "ntk": ("NTK-aware RoPE, theta scaled for ceil(L / c)", _scaled("ntk")),
@@ -280,3 +294,22 @@ def with_method(
         lora=model.lora,
         quantized=model.quantized,
     )
+
+
+def reading(llm: LLM, name: str, length: int) -> LLM:
+    """The same model, reading texts of up to `length` tokens by a method; nothing is copied.
+
+    A method that depends on the length is given whole trained lengths: so few settings are to be
+    compiled, and texts of about one length are read alike.
+
+    Args:
+        llm: as loaded with `dca=None`: with its own rope. Errors as in `method_by_name`.
+    """
+    length = whole_length(llm.model.config, length)
+    return replace(llm, model=with_method(llm.model, name, length))
+
+
+def whole_length(config: LlamaConfig, length: int) -> int:
+    """A length in tokens, rounded up to whole trained lengths."""
+    trained = config.max_position_embeddings
+    return -(-length // trained) * trained

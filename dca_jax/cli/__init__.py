@@ -1,0 +1,43 @@
+"""The command line, `dca-jax ...`: parse, call the library, print.
+
+One file a group of commands; `options.py` has what they share, `launch.py` what comes before them.
+"""
+
+import typer
+
+from dca_jax.cli import measure, prepare, run, train
+from dca_jax.cli.launch import Commands, launch
+from dca_jax.distributed import ending_together
+
+RUN, MEASURE, TRAIN, PREPARE = "Run", "Measure", "Train", "Prepare"
+
+app = typer.Typer(
+    name="dca-jax",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+app.callback()(launch)
+app.command(rich_help_panel=RUN)(run.generate)
+app.command(rich_help_panel=RUN)(run.chat)
+app.add_typer(measure.app, rich_help_panel=MEASURE)
+app.command(
+    "lm-eval",
+    rich_help_panel=MEASURE,
+    # The rest is lm-eval's.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(measure.lm_eval)
+app.command(rich_help_panel=TRAIN)(train.finetune)
+app.command(rich_help_panel=TRAIN)(train.preview)
+app.command(rich_help_panel=PREPARE)(prepare.convert)
+app.command(rich_help_panel=PREPARE)(prepare.info)
+app.command("plan", rich_help_panel=PREPARE)(prepare.plan_command)
+app.command("explain", rich_help_panel=PREPARE)(prepare.explain_command)
+
+
+def main() -> None:
+    """The entry point of the command `dca-jax`."""
+    with ending_together():
+        app()

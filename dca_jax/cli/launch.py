@@ -1,0 +1,125 @@
+"""What comes before COMMAND: the version, and the options of several processes."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from typer.core import TyperGroup
+
+import dca_jax
+from dca_jax.distributed import (
+    PEER_TIMEOUT,
+    START_TIMEOUT,
+    exit_on_input_error,
+    initialize,
+    print_once,
+)
+from dca_jax.errors import InputError
+
+PROCESSES = "Several processes (before COMMAND, the same on each host)"
+
+
+class Commands(TyperGroup):
+    """The commands; help shows the options of several processes last."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Typer's own, without those options; then these."""
+        last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
+        table = Table.grid(padding=(0, 2))
+        for option in last:
+            table.add_row(*(option.get_help_record(ctx) or ()))
+        kept, self.params = self.params, [p for p in self.params if p not in last]
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.params = kept
+        Console().print(Panel(table, title=PROCESSES, title_align="left", border_style="dim"))
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"dca-jax {dca_jax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@exit_on_input_error()
+def launch(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            rich_help_panel=PROCESSES,
+            help="Host of process 0 and a free port there.",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="JAX_NUM_PROCESSES",
+            rich_help_panel=PROCESSES,
+            help="Number of processes on all hosts.",
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            envvar="JAX_PROCESS_ID",
+            rich_help_panel=PROCESSES,
+            help="Number of this process, from 0.",
+        ),
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            rich_help_panel=PROCESSES,
+            help="Take what is not given from SLURM, MPI, Kubernetes or the TPU pod.",
+        ),
+    ] = False,
+    start_timeout: Annotated[
+        int,
+        typer.Option(rich_help_panel=PROCESSES, help="Seconds to wait for all processes to start."),
+    ] = START_TIMEOUT,
+    peer_timeout: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=PROCESSES, help="Seconds of silence after which a process is dead."
+        ),
+    ] = PEER_TIMEOUT,
+) -> None:
+    """Run Llama-family models on texts far beyond their training context, without finetuning.
+
+    `dca-jax COMMAND --help` explains a command, with examples. Compiled programs are kept between
+    runs (in JAX_COMPILATION_CACHE_DIR, if it is set).
+    """
+    del version
+    # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "dca_jax" / "xla"))
+        # By default only what took a second is kept, and a command compiles several such things.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if coordinator is not None or distributed:
+        initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            start_timeout=start_timeout,
+            peer_timeout=peer_timeout,
+        )
+        print_once()
+    elif not (num_processes is None and process_id is None):
+        raise InputError("the number of processes and a process id go with --coordinator")

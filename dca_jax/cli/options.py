@@ -1,0 +1,151 @@
+"""Options that several commands have, and what is made of them."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dca_jax.config import LlamaConfig
+from dca_jax.distributed import is_primary, several_processes
+from dca_jax.errors import InputError
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.load import load
+from dca_jax.inference.methods import METHODS, method_by_name
+from dca_jax.inference.sampling import Sampler
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
+
+
+class Dtype(StrEnum):
+    """The choices of `--dtype`; `dca_jax.dtypes.DTYPES`."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Remat(StrEnum):
+    """The choices of `--remat`; `dca_jax.model.REMAT`."""
+
+    layer = "layer"
+    attention = "attention"
+    products = "products"
+
+
+class Base(StrEnum):
+    """The choices of `--base`; `dca_jax.finetune.settings.BASES`."""
+
+    dtype = "dtype"
+    int8 = "int8"
+
+
+_NAMES = ", ".join(METHODS)
+_METHOD_HELP = (
+    f"{_NAMES}; with a setting as in **dca:chunkllama** or **dca:3072,4095**, or over a scaled "
+    "rope as in **dca+ntk:2**."
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a converted folder, or a name on the Hugging Face Hub.",
+    ),
+]
+MethodOption = Annotated[
+    str, typer.Option(metavar="NAME", help="How to read long texts: " + _METHOD_HELP)
+]
+MethodsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="How to read long texts, several times for several methods: " + _METHOD_HELP,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Dtype of weights and activations (default: bfloat16; float32 on CPU)."),
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="Share the work between devices: **tensor**=4 splits weights and heads, "
+        "**context**=2 the text, **data** and **fsdp** the batch; separated by commas "
+        "(default: one device).",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
+NewTokensOption = Annotated[
+    str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
+]
+
+_SAMPLING = {
+    "temperature": (float, "0 always takes the most likely token; 1 samples from the model."),
+    "top_k": (int | None, "Sample from the K most likely tokens."),
+    "top_p": (float | None, "Sample from the most likely tokens whose probabilities add up to P."),
+    "min_p": (float | None, "Sample from tokens at least P times as likely as the most likely."),
+    "repetition_penalty": (float, "Above 1: tokens that are already in the text are less likely."),
+}
+
+
+def with_sampler(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that takes `sampler` the options that make one, in its place."""
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        sampler = Sampler(**{name: given.pop(name) for name in _SAMPLING})
+        command(sampler=sampler, **given)
+
+    greedy, parameters = Sampler(), []
+    for parameter in inspect.signature(command).parameters.values():
+        keyword = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        if parameter.name != "sampler":
+            parameters.append(keyword)
+            continue
+        for name, (kind, text) in _SAMPLING.items():
+            option = typer.Option(help=text, rich_help_panel="Sampling")
+            annotation = Annotated[kind, option]
+            default = getattr(greedy, name)
+            parameters.append(keyword.replace(name=name, default=default, annotation=annotation))
+    return with_signature(call, parameters)
+
+
+def with_signature(
+    call: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The same function with the signature that typer is to read."""
+    call.__signature__ = inspect.Signature(parameters)
+    call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return call
+
+
+def load_model(model: str, methods: Sequence[str], dtype: Dtype | None, mesh: str | None) -> LLM:
+    """The one place where a command loads its model: with its own rope, and no method yet.
+
+    Every method is made of it (`dca_jax.inference.methods`); nothing is loaded or copied again.
+
+    Raises:
+        InputError: an unknown method, before the weights are read; and as `dca_jax.load`.
+    """
+    config = read_config(find_folder(model, weights=False))
+    for method in methods:
+        check_method(method, config)
+    with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
+        return load(model, dca=None, dtype=None if dtype is None else dtype.value, mesh=mesh)
+
+
+def check_method(method: str, config: LlamaConfig) -> None:
+    """Raises InputError for a name that is unknown or not for this model."""
+    method_by_name(method, config, config.max_position_embeddings)
+
+
+def refuse_several_processes(command: str) -> None:
+    """For a command that has nothing to share."""
+    if several_processes():
+        raise InputError(f"{command} runs in one process; start it alone, without --coordinator")

@@ -1,0 +1,281 @@
+"""Commands around a checkpoint: `convert`, `info`, `plan` and `explain`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.cli.options import (
+    Base,
+    Dtype,
+    MethodOption,
+    ModelArgument,
+    Remat,
+    refuse_several_processes,
+)
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
+from dca_jax.inference.methods import method_by_name
+from dca_jax.lengths import parse_tokens
+from dca_jax.planning.explain import explain, plot_relative_positions, position_matrix
+from dca_jax.planning.facts import checkpoint_facts
+from dca_jax.planning.memory import DEVICES
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.sharding import parse_mesh
+from dca_jax.weights.files import refuse_existing
+from dca_jax.weights.hub import find_folder
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.orbax import is_converted
+
+MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
+PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
+
+
+@exit_on_input_error()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="The folder to convert, or a name on the Hugging Face Hub."
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to make; it must not exist yet.")
+    ],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face folder to Orbax, or a converted one back.
+
+    Orbax checkpoints open on any mesh of devices, each reading its own part. DST appears only when
+    it is complete: after an interruption, repeat the command.
+
+    For example:
+
+    - `dca-jax convert ./Llama-2-7b-hf ./llama2-7b --dtype bfloat16`
+
+    - `dca-jax convert Qwen/Qwen2.5-7B-Instruct-1M ./qwen-1m`
+
+    - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
+    """
+    refuse_several_processes("convert")
+    # The converters build on this package, so they are imported only where they are needed.
+    from checkpoints_convert import hf_to_orbax, orbax_to_hf
+    from checkpoints_convert.common import prepare_process
+
+    prepare_process()
+    refuse_existing(destination)
+    folder = find_folder(source)
+    converter = orbax_to_hf if is_converted(folder) else hf_to_orbax
+    wanted = None if dtype is None else np.dtype(dtype.value)
+    converter.convert(folder, destination, dtype=wanted, show=True)
+    print(f"wrote {destination}")
+
+
+@exit_on_input_error()
+def info(model: ModelArgument) -> None:
+    """Describe a checkpoint without reading its weights.
+
+    For example: `dca-jax info ./Qwen2.5-7B-Instruct-1M`
+    """
+    folder = find_folder(model, weights=False)
+    table = Table(title=model, show_header=False)
+    for name, value in checkpoint_facts(folder, read_config(folder)).items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@exit_on_input_error()
+def plan_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder or a name on the Hugging Face Hub, of which config.json is read; or one "
+            f"of {', '.join(SHAPES)}.",
+        ),
+    ],
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")],
+    context_length: Annotated[
+        str,
+        typer.Option(metavar="TOKENS", help="Length of each text, new tokens included; 128k, 1M."),
+    ],
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="Device mesh, as in other commands (default: the fewest devices that suffice).",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Number of texts at once, over all devices.")] = 1,
+    train: Annotated[
+        bool, typer.Option("--train", help="Plan for training with AdamW instead of generating.")
+    ] = False,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Dtype of weights and activations; training keeps float32 weights."),
+    ] = Dtype.bfloat16,
+    lora_rank: Annotated[
+        int, typer.Option(help="With --train: train LoRA adapters of this rank.")
+    ] = 0,
+    base: Annotated[
+        Base, typer.Option(help="With --lora-rank: dtype of the frozen weights.")
+    ] = Base.dtype,
+    remat: Annotated[
+        Remat,
+        typer.Option(help="With --train: what to keep of each layer, as in `dca-jax finetune`."),
+    ] = Remat.attention,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print bytes, tokens and meshes as JSON, for scripts.")
+    ] = False,
+) -> None:
+    """Estimate memory per device before loading anything.
+
+    For example:
+
+    - `dca-jax plan llama-2-70b --device h200 --mesh tensor=4 --context-length 100k`
+
+    - `dca-jax plan ./Llama-2-7b-hf --device v5e --context-length 16k --batch 8 --train`
+
+    - `dca-jax plan llama-2-70b --device h200 --context-length 16k --train --lora-rank 16`
+    """
+    found = plan(
+        model,
+        find_shape(model),
+        device=device,
+        mesh=None if mesh is None else parse_mesh(mesh),
+        context_length=parse_tokens(context_length),
+        batch=batch,
+        train=train,
+        dtype=dtype.value,
+        lora=LoraConfig(rank=lora_rank) if lora_rank else None,
+        quantized=base is Base.int8,
+        remat=remat.value,
+    )
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    table = Table(title=model, show_header=False)
+    for name, value in found.facts().items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@exit_on_input_error()
+def explain_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Take trained length and setting from this model."),
+    ] = None,
+    trained_length: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Length the model was pretrained on, without a MODEL."),
+    ] = None,
+    method: MethodOption = "auto",
+    length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS", help="Length of the text (default: 4 times the trained length)."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Save a picture of the relative positions (PNG, PDF).")
+    ] = None,
+) -> None:
+    """Show the positions that a method gives to a text: chunks, distances, temperature.
+
+    Up to 32 tokens the matrix of relative positions is printed: row i, column j shows how far back
+    token j appears to token i.
+
+    For example:
+
+    - `dca-jax explain ./Llama-2-7b-hf --length 32k`
+
+    - `dca-jax explain --trained-length 4k --method dca:chunkllama --length 64k`
+
+    - `dca-jax explain --method dca:6,9 --length 12` (Figure 2 of the paper)
+
+    - `dca-jax explain --trained-length 8 --method self-extend:2,4 --length 16`
+    """
+    if model is not None and trained_length is not None:
+        raise InputError("give either a MODEL or --trained-length")
+    trained = None if trained_length is None else parse_tokens(trained_length)
+    tokens = None if length is None else parse_tokens(length)
+    if model is not None:
+        config = read_config(find_folder(model, weights=False))
+    elif trained is not None:
+        config = _some_model(trained)
+    elif method.startswith("dca") and "," in method:
+        config = _some_model(1)  # S and Q say all
+    else:
+        raise InputError("give a MODEL, or --trained-length, or a --method such as dca:6,9")
+    if tokens is None:
+        tokens = 4 * config.max_position_embeddings
+        if model is None and trained is None:
+            setting = method_by_name(method, config, 1).dca
+            setting = getattr(setting, "dca", setting)  # of an ablation
+            assert isinstance(setting, DCAConfig)
+            tokens = 4 * setting.chunk_len
+    dca, rope = method_by_name(method, config, tokens)
+    if plot is not None:
+        _save_plot(plot, tokens, dca)
+    print(explain(dca, tokens, rope))
+    if tokens <= MATRIX_TOKENS:
+        print("\n" + _matrix(tokens, dca))
+
+
+def _some_model(trained_length: int) -> LlamaConfig:
+    """A model of which nothing but its trained length matters (and heads of 128, to `ntk`)."""
+    return LlamaConfig(
+        vocab_size=1,
+        hidden_size=128,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=128,
+        max_position_embeddings=trained_length,
+    )
+
+
+def _matrix(length: int, dca: DCAConfig | PositionMethod | None) -> str:
+    """Relative positions in columns, DCA's chunks apart, a dot for a key that is not met."""
+    matrix = position_matrix(length, dca)
+    chunk_len = dca.chunk_len if isinstance(dca, DCAConfig) else length
+    width = len(str(matrix.max())) + 1
+    lines = []
+    for i, row in enumerate(matrix):
+        if i and i % chunk_len == 0:
+            lines.append("")
+        cells = [f"{n if n >= 0 else '.':>{width}}" for n in row[: i + 1]]
+        edges = range(0, i + 1, chunk_len)
+        lines.append(" |".join("".join(cells[edge : edge + chunk_len]) for edge in edges))
+    return "\n".join(lines)
+
+
+def _save_plot(path: Path, length: int, dca: DCAConfig | PositionMethod | None) -> None:
+    import matplotlib.pyplot as plt  # slow to import, and needed here only
+
+    if not path.parent.is_dir():
+        raise InputError(f"--plot {path}: {path.parent} is no folder; create it first")
+    if length > PLOTTED_TOKENS:
+        raise InputError(f"--plot draws up to {PLOTTED_TOKENS} tokens, got --length {length}")
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    plot_relative_positions(length, dca, axes)
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--plot {path} cannot be written: {error}") from None
+    finally:
+        plt.close(figure)
+    print(f"saved {path}", file=sys.stderr)

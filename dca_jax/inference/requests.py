@@ -1,0 +1,163 @@
+"""Many prompts at once: read from JSONL, answered in batches.
+
+A line is an object with "prompt" (a text) or "messages" (a conversation); whatever else it holds
+is kept, and comes back in the line of its answer.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from dca_jax.errors import InputError
+from dca_jax.inference.generate import check_prompts
+from dca_jax.inference.llm import LLM, Generation, Options
+from dca_jax.inference.methods import method_by_name, reading, whole_length
+
+ANSWER = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
+
+
+class Request(NamedTuple):
+    """One prompt.
+
+    Attributes:
+        fields: what the line of its answer begins with.
+        tokens: the prompt's ids.
+    """
+
+    fields: dict[str, Any]
+    tokens: list[int]
+
+
+def read_lines(data: bytes, name: str) -> dict[str, dict[str, Any]]:
+    """The objects of a JSONL file, by "NAME:LINE"; blank lines are left out.
+
+    Args:
+        data: the whole file. name: for messages.
+
+    Raises:
+        InputError: a line that is no such object as the module describes, or no line at all.
+    """
+    found = {}
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            where = f"{name}:{number}"
+            found[where] = _checked(line, where)
+    if not found:
+        raise InputError(f'{name} is empty; expected one JSON object a line, with a "prompt"')
+    return found
+
+
+def make_requests(llm: LLM, lines: dict[str, dict[str, Any]]) -> list[Request]:
+    """The prompts of `read_lines`, in tokens.
+
+    Raises:
+        InputError: a prompt that the model does not take, named by its line.
+    """
+    requests = []
+    for where, fields in lines.items():
+        try:
+            tokens = (
+                llm.tokenize(fields["prompt"])
+                if "prompt" in fields
+                else llm.apply_chat_template(fields["messages"])
+            )
+            check_prompts([tokens], llm.model.config.vocab_size)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        requests.append(Request(fields, tokens))
+    return requests
+
+
+def answers(
+    llm: LLM, requests: Sequence[Request], *, method: str, batch: int, options: Options
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers the requests in their order, up to `batch` of them together; yields each batch's.
+
+    A method that depends on the length of a text is given that of each prompt and its answer: so
+    how a prompt is read does not depend on the others, and a batch ends where the method differs.
+
+    Args:
+        llm: as loaded with `dca=None`. method: a name that `dca_jax.inference.methods` knows.
+        options: of `LLM.generate`; each batch draws by a seed of its own, made of this one.
+
+    Yields:
+        For each request its fields, and those of `ANSWER`.
+    """
+    config = llm.model.config
+    new = options.get("max_new_tokens", 256)
+    rest = list(requests)
+    reader, current = None, None
+    while rest:
+        length = len(rest[0].tokens) + new
+        wanted = method_by_name(method, config, whole_length(config, length))
+        together = [rest[0]]
+        for request in islice(rest, 1, batch):
+            its = whole_length(config, len(request.tokens) + new)
+            if method_by_name(method, config, its) != wanted:
+                break
+            together.append(request)
+        if reader is None or wanted != current:
+            reader, current = reading(llm, method, length), wanted
+        begun = len(requests) - len(rest)
+        options = {**options, "seed": options.get("seed", 0)}
+        drawn: Options = {**options, "seed": _nth_seed(options["seed"], begun)}
+        said = reader.generate([request.tokens for request in together], **drawn)
+        yield [
+            {**request.fields, **_answer(one)} for request, one in zip(together, said, strict=True)
+        ]
+        rest = rest[len(together) :]
+
+
+def _nth_seed(seed: int, number: int) -> int:
+    """Another seed of 32 bits for each number, `seed` itself for 0."""
+    return (seed + number + 2**31) % 2**32 - 2**31
+
+
+def _answer(generation: Generation) -> dict[str, Any]:
+    values = (
+        generation.text,
+        generation.finish_reason,
+        generation.prompt_tokens,
+        len(generation.tokens),
+    )
+    return dict(zip(ANSWER, values, strict=True))
+
+
+def _checked(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise InputError(f'{where}: expected a JSON object with either "prompt" or "messages"')
+    if "prompt" in fields and not (isinstance(fields["prompt"], str) and fields["prompt"]):
+        raise InputError(f'{where}: "prompt" must be a text that is not empty')
+    if "messages" in fields and not _is_conversation(fields["messages"]):
+        raise InputError(
+            f'{where}: "messages" must be a list of objects with "role" and "content", not empty'
+        )
+    taken = [name for name in ANSWER if name in fields]
+    if taken:
+        raise InputError(
+            f"{where} has a field {taken[0]!r}, which its answer is to have; rename it"
+        )
+    return fields
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and "content" in message
+            for message in messages
+        )
+    )
