@@ -101,7 +101,7 @@ def triton_kernels() -> list[Kernel]:
     return [
         Kernel(
             name=f"triton {field}",
-            module="triton",
+            module="triton.tiles",
             table=table,
             field=field,
             call=call,
