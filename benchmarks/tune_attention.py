@@ -119,7 +119,7 @@ MOSAIC_KERNELS = [
         call="forward",
         grid={
             "block_k": (64, 128, 192, 256),
-            "stages": (2, 3, 4),
+            "num_stages": (2, 3, 4),
             "resident": (True, False),
             "registers": (0, 64, 128),
             "cluster": (1, 2),
@@ -127,11 +127,11 @@ MOSAIC_KERNELS = [
         promising={
             # 256 keys spill two registers in a step of their loop, 192 and fewer none.
             64: [
-                {"block_k": 192, "stages": 3},
-                {"block_k": 128, "stages": 4},
-                {"block_k": 192, "stages": 2},
-                {"block_k": 128, "stages": 3},
-                {"block_k": 128, "stages": 4, "registers": 64},
+                {"block_k": 192, "num_stages": 3},
+                {"block_k": 128, "num_stages": 4},
+                {"block_k": 192, "num_stages": 2},
+                {"block_k": 128, "num_stages": 3},
+                {"block_k": 128, "num_stages": 4, "registers": 64},
                 {"cluster": 1},
             ],
             128: [{"registers": 64}, {"cluster": 1}],
@@ -142,17 +142,17 @@ MOSAIC_KERNELS = [
     ),
     Kernel(
         name="mosaic_gpu backward",
-        module="mosaic_gpu.backward",
+        module="mosaic_gpu.backward_tiles",
         call="backward",
         grid={
             "block_q": (64, 128),
             "block_kv": (64, 128),
-            "stages": (2, 3),
-            "out_stages": (1, 2),
+            "num_stages": (2, 3),
+            "num_do_stages": (1, 2),
         },
         promising={
-            64: [{"stages": 3}, {"out_stages": 1}],
-            128: [{"out_stages": 1}, {"block_kv": 64}],
+            64: [{"num_stages": 3}, {"num_do_stages": 1}],
+            128: [{"num_do_stages": 1}, {"block_kv": 64}],
             256: [],
         },
     ),
@@ -160,7 +160,7 @@ MOSAIC_KERNELS = [
         name="mosaic_gpu decode",
         module="mosaic_gpu.decode",
         call="decode",
-        grid={"block": (64, 128, 256), "stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
+        grid={"block": (64, 128, 256), "num_stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
     ),
 ]
 

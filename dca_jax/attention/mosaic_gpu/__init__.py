@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
-from dca_jax.attention.mosaic_gpu.backward import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.backward import backward
+from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
 from dca_jax.dca import PHASES, DCAConfig, Phase
 

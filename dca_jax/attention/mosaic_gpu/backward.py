@@ -28,59 +28,18 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges, spans_of
+from dca_jax.attention.mosaic_gpu.backward_tiles import TILES, WARPGROUP_KEYS, WARPGROUPS, Sizes
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries
-from dca_jax.attention.mosaic_gpu.ranges import Keys
-from dca_jax.attention.softmax import FAR, LOG2E, MASKED
-from dca_jax.dca import DCAConfig, Phase, key_range, query_position
-from dca_jax.errors import InputError
+from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.rope import rotate
 
-WARPGROUP_KEYS = 64  # keys a warpgroup multiplies at once: the rows of a WGMMA accumulator
-WARPGROUPS = 2  # that compute; one more moves data
 REGISTERS = 240, 24  # of a thread that computes, and of one that moves data
-
-
-@dataclass(frozen=True)
-class BackwardTiles:
-    """Block sizes of the backward kernel.
-
-    Attributes:
-        block_q: queries a step; a multiple of 64.
-        block_kv: keys of a CTA. With 128, each computing warpgroup has 64 of them.
-            With 64, both have all of them, and share dK and dV by columns: for a head_dim whose
-            64 rows of dK and dV do not fit into registers.
-        num_stages: tiles of queries in shared memory; at least 2, for a step begins the next one's
-            product before it lets its own queries go.
-        num_do_stages: tiles of the output's gradient in shared memory.
-    """
-
-    block_q: int
-    block_kv: int
-    num_stages: int
-    num_do_stages: int
-
-    def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory a CTA needs, in bytes."""
-        keys = 2 * self.block_kv * head_dim * 2
-        queries = self.block_q * (
-            (self.num_stages + self.num_do_stages) * head_dim * 2 + self.num_stages * 8
-        )
-        ds = 2 * self.block_kv * self.block_q * 2
-        return keys + queries + ds + WARPGROUPS * WARPGROUP_KEYS * 64 * 4 + RESERVED
-
-
-RESERVED = 2048  # for the barriers, and lost to alignment
-
-# By head_dim, measured on an H200.
-TILES = {
-    64: BackwardTiles(block_q=128, block_kv=128, num_stages=2, num_do_stages=2),
-    128: BackwardTiles(block_q=64, block_kv=128, num_stages=2, num_do_stages=2),
-    256: BackwardTiles(block_q=64, block_kv=64, num_stages=2, num_do_stages=1),
-}
 
 
 def backward(
@@ -102,8 +61,8 @@ def backward(
     sizes = Sizes.of(TILES[head_dim], head_dim, heads // kv_heads)
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
-    low, high = _key_ranges(index, rows, num_keys, sizes.block_q, dca, phases)
-    spans, met = _spans(low, high, num_keys, sizes)
+    low, high = key_ranges(index, rows, num_keys, sizes.block_q, dca, phases)
+    spans, met = spans_of(low, high, num_keys, sizes)
     padding = ((0, 0), (0, 0), (0, low.shape[2] - num_queries))
     # A query that meets no key has log-sum-exp -inf; its weights are exp2(MASKED) = 0.
     minus_lse = jnp.where(jnp.isfinite(lse), lse * jnp.float32(-LOG2E), MASKED)
@@ -133,116 +92,7 @@ def backward(
     return dq, dk[:, :num_keys], dv[:, :num_keys]
 
 
-# --- which queries meet which keys -------------------------------------------------------------
-
-
-def _key_ranges(
-    index: Int[Array, "B T"],
-    rows: Rows,
-    num_keys: int,
-    block_q: int,
-    dca: DCAConfig,
-    phases: tuple[Phase, ...],
-) -> tuple[Int[Array, "B phases padded"], Int[Array, "B phases padded"]]:
-    """[low, high) of the slots each query meets in each phase; padding has low FAR and high 0."""
-    padding = ((0, 0), (0, 0), (0, -index.shape[1] % block_q))
-    is_text = (index < rows.lengths[:, None])[:, None, :]
-    keys = Keys(rows.key_offset[:, None], num_keys)
-    ends = [map(keys.slot, key_range(index, phase, dca)) for phase in phases]
-    low, high = (jnp.stack(end, axis=1) for end in zip(*ends, strict=True))
-    low = jnp.pad(jnp.where(is_text, low, FAR), padding, constant_values=FAR)
-    return low, jnp.pad(jnp.where(is_text, high, 0), padding)
-
-
-def _spans(
-    low: Int[Array, "B phases padded"],
-    high: Int[Array, "B phases padded"],
-    num_keys: int,
-    sizes: "Sizes",
-) -> tuple[Int[Array, "B key_tiles spans"], Bool[Array, "B phases query_tiles"]]:
-    """Which tiles of queries a tile of keys meets, and which tiles of queries meet any.
-
-    In a phase, those that a tile of keys meets follow one another; and so do those in the middle
-    all of whose queries meet all of the keys, where nothing is masked. From the last to the first:
-
-        stop .. full_stop         masked
-        full_stop .. full_start   in full
-        full_start .. start       masked
-
-    Returns:
-        For each phase six ends, descending: (start, middle, stop) of a masked span and the full one
-        after it, twice, the second full one empty. And whether a tile's queries meet any key.
-    """
-    tiled = (*low.shape[:2], 1, -1, sizes.block_q)
-    low, high = low.reshape(tiled), high.reshape(tiled)
-    first_low, first_high = low[..., 0], high[..., 0]
-    is_text, last_high = first_low < FAR, high.max(axis=-1)
-    last_low = jnp.where(low < FAR, low, 0).max(axis=-1)
-    num_tiles = -(-num_keys // sizes.block_kv)
-    begin = jnp.arange(num_tiles, dtype=jnp.int32)[None, None, :, None] * sizes.block_kv
-    end = jnp.minimum(begin + sizes.block_kv, num_keys)
-
-    def count(holds: Array) -> Array:
-        # Ranges of keys only move up from query to query. So what holds of the first tiles of
-        # queries holds up to some tile, and its number is how often it holds.
-        return jnp.sum(holds & is_text, axis=-1, dtype=jnp.int32)
-
-    start = count(last_high <= begin)
-    stop = jnp.maximum(start, count(first_low < end))
-    # All of a whole tile of keys: what is read beyond the last key must be masked.
-    full_start = jnp.clip(count(first_high < begin + sizes.block_kv), start, stop)
-    full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
-    spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)
-    spans = jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)
-    return spans, (is_text & (last_high > first_low))[:, :, 0]
-
-
 # --- the kernel --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of the work is known when the kernel is made."""
-
-    head_dim: int
-    group: int  # query heads of a kv head
-    block_q: int
-    block_kv: int
-    num_stages: int
-    num_do_stages: int
-    by_keys: bool  # the warpgroups share the keys; else the columns of dK and dV
-    columns: int  # of dK and dV that a warpgroup has
-    parts: int  # pieces of 64 x 64 of a tile of dQ that a warpgroup computes
-
-    @classmethod
-    def of(cls, tiles: BackwardTiles, head_dim: int, group: int) -> "Sizes":
-        """What follows from the tiles.
-
-        Raises:
-            InputError: the warpgroups cannot share them out, or would wait for one another forever.
-        """
-        by_keys = tiles.block_kv == WARPGROUPS * WARPGROUP_KEYS
-        columns = head_dim if by_keys else head_dim // WARPGROUPS
-        pieces = tiles.block_q // 64 * (head_dim // 64)
-        if tiles.num_stages < 2:
-            raise InputError(f"{tiles} must have two stages or more")
-        if (
-            tiles.block_kv not in (WARPGROUP_KEYS, WARPGROUPS * WARPGROUP_KEYS)
-            or columns % 64
-            or pieces % WARPGROUPS
-        ):
-            raise InputError(f"{tiles} cannot be shared out for head_dim {head_dim}")
-        return cls(
-            head_dim=head_dim,
-            group=group,
-            block_q=tiles.block_q,
-            block_kv=tiles.block_kv,
-            num_stages=tiles.num_stages,
-            num_do_stages=tiles.num_do_stages,
-            by_keys=by_keys,
-            columns=columns,
-            parts=pieces // WARPGROUPS,
-        )
 
 
 class Inputs(NamedTuple):

@@ -176,17 +176,17 @@ def _merge_shares(
     a chain of reductions: with short texts, each launch counts.
     """
     shares, batch = stats.shape[:2]
-    highest = functools.reduce(jnp.maximum, [stats[n, :, :, 0] for n in range(shares)])
-    total, merged = jnp.zeros_like(highest), jnp.float32(0)
+    m_i = functools.reduce(jnp.maximum, [stats[n, :, :, 0] for n in range(shares)])
+    l_i, merged = jnp.zeros_like(m_i), jnp.float32(0)
     for n in range(shares):
-        weight = jnp.exp2(stats[n, :, :, 0] - highest)
-        total = total + weight * stats[n, :, :, 1]
+        weight = jnp.exp2(stats[n, :, :, 0] - m_i)
+        l_i = l_i + weight * stats[n, :, :, 1]
         # A share without a part in the row has left its slot as it was, whatever that holds.
         part = jnp.where((stats[n, :, :, 1] > 0)[..., None], outs[n : n + batch], 0)
         merged = merged + weight[..., None] * part
-    met = total > 0
-    lse = jnp.where(met, highest / LOG2E + jnp.log(total), -jnp.inf)
-    return merged / jnp.where(met, total, 1)[..., None], lse
+    met = l_i > 0
+    lse = jnp.where(met, m_i / LOG2E + jnp.log(l_i), -jnp.inf)
+    return merged / jnp.where(met, l_i, 1)[..., None], lse
 
 
 # --- the kernel --------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class _Shared(NamedTuple):
     span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
     key: Any  # [num_stages, block, H]
     value: Any  # [num_stages, block, H]
-    weight: Any  # [columns, block]
+    p: Any  # [columns, block]
     out: Any  # [columns, H] float32
     stat: Any  # [2, columns] float32
     query_ready: Any
@@ -277,7 +277,7 @@ def _attend_shares(
             span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
             key=plgpu.SMEM((num_stages, block, head_dim), dtype),
             value=plgpu.SMEM((num_stages, block, head_dim), dtype),
-            weight=plgpu.SMEM((columns, block), dtype),
+            p=plgpu.SMEM((columns, block), dtype),
             out=plgpu.SMEM((columns, head_dim), f32),
             stat=plgpu.SMEM((2, columns), f32),
             query_ready=plgpu.Barrier(num_arrivals=num_phases),
@@ -420,8 +420,8 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
             _filled((block, columns), 0, plgpu.Layout.WGMMA),
             _filled((head_dim, columns), 0, plgpu.Layout.WGMMA),
         )
-        m_i, l_i, out = lax.fori_loop(first, last, attend, state)
-        smem.out.T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+        m_i, l_i, acc = lax.fori_loop(first, last, attend, state)
+        smem.out.T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
         smem.stat[0] = m_i
         smem.stat[1] = l_i.sum(axis=0)
         plgpu.commit_smem()
@@ -462,7 +462,7 @@ def _attend_block(
     The state: maxima in log2 units, sums of weights, and outputs. A sum is kept in parts, each
     thread's own keys, which are put together after the last block.
     """
-    m_i, l_i, out = state
+    m_i, l_i, acc = state
     block, columns = l_i.shape
     shape = (block, columns)
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
@@ -471,9 +471,9 @@ def _attend_block(
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
 
-    def logits_of(acc: Any) -> Array:
-        plgpu.wgmma(acc, smem.key.at[slot], smem.query.at[phase].T)
-        return acc[...]
+    def logits_of(acc_ref: Any) -> Array:
+        plgpu.wgmma(acc_ref, smem.key.at[slot], smem.query.at[phase].T)
+        return acc_ref[...]
 
     logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     plgpu.barrier_arrive(smem.key_free.at[slot])
@@ -485,19 +485,19 @@ def _attend_block(
     decay = jnp.exp2(m_i - m_next)
     p = jnp.exp2(logits - across(m_next, shape))
     l_i = l_i * across(decay, shape) + p
-    out = out * across(decay, out.shape)
-    narrow = p.astype(smem.weight.dtype)
-    smem.weight.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
+    acc = acc * across(decay, acc.shape)
+    narrow = p.astype(smem.p.dtype)
+    smem.p.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
 
     plgpu.barrier_wait(smem.value_ready.at[slot])
 
-    def add_values(acc: Any) -> None:
-        plgpu.wgmma(acc, smem.value.at[slot].T, smem.weight.T)
+    def add_values(acc_ref: Any) -> None:
+        plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
 
-    out = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(out))
+    acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
     plgpu.barrier_arrive(smem.value_free.at[slot])
-    return m_next, l_i, out
+    return m_next, l_i, acc
 
 
 def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:

@@ -162,9 +162,10 @@ class _Refs(NamedTuple):
 
     @classmethod
     def of(cls, resident: bool, refs: tuple) -> "_Refs":
-        arrays, rest = refs[:4], refs[4:]
-        tables, (out, *lse) = (rest[:3], rest[3:]) if resident else ((), rest)
-        return cls(*arrays, tables, out, lse[0] if lse else None)
+        """From the references in the order in which the kernel gets them."""
+        query, key, value, place, *rest = refs
+        tables, (out, *lse) = (rest[:3], rest[3:]) if resident else ([], rest)
+        return cls(query, key, value, place, tuple(tables), out, lse[0] if lse else None)
 
 
 class _Shared(NamedTuple):
@@ -249,11 +250,8 @@ def _feed(cta: _CTA) -> None:
     """Works out which blocks the tile visits, and keeps their keys and values in flight."""
     plgpu.set_max_registers(40, action="decrease")
     problem, gmem, smem = cta.problem, cta.gmem, cta.smem
-    num_queries, num_stages, block_k = (
-        gmem.query.shape[-3],
-        problem.tiles.num_stages,
-        problem.tiles.block_k,
-    )
+    num_queries, tiles = gmem.query.shape[-3], problem.tiles
+    num_stages, block_k = tiles.num_stages, tiles.block_k
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
     axes = "pair" if problem.cluster > 1 else None
     cache_row, offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(4))
@@ -303,8 +301,8 @@ class _Softmax(NamedTuple):
     """The state of an online softmax, in registers; maxima in log2 units."""
 
     acc: Float[Array, "queries H"]
-    m: Float[Array, " queries"]
-    l: Float[Array, " queries"]
+    m_i: Float[Array, " queries"]
+    l_i: Float[Array, " queries"]
 
 
 class _Queries(NamedTuple):
@@ -416,6 +414,7 @@ def _attend_block(
 ) -> _Softmax:
     """Step n of the online softmax, with the block of keys that is in flight for it."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
+    head_dim = smem.v.shape[-1]
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
 
     def logits_of(acc: Any) -> Array:
@@ -430,7 +429,7 @@ def _attend_block(
     if mask is not None:
         logits = mask(logits)
     state = _raise_maxima(state, logits)
-    p = jnp.exp2(logits - _along_keys(state.m, tiles.block_k))
+    p = jnp.exp2(logits - _along_keys(state.m_i, tiles.block_k))
     narrow = p.astype(smem.v.dtype)
     plgpu.barrier_arrive(smem.ping_pong)
     plgpu.barrier_wait(smem.v_loaded.at[slot])
@@ -444,12 +443,14 @@ def _attend_block(
         def _wait_for_next() -> None:
             plgpu.barrier_wait(smem.k_loaded.at[lax.rem(n + 1, jnp.int32(tiles.num_stages))])
 
-        sums = state.l + p.sum(axis=1)  # while the product runs
-        return acc[...], sums
+        l_i = state.l_i + p.sum(axis=1)  # while the product runs
+        return acc[...], l_i
 
-    acc, sums = pl.run_scoped(add_values, plgpu.WGMMAAccumulatorRef(state.acc.shape, jnp.float32))
+    acc, l_i = pl.run_scoped(
+        add_values, plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, head_dim), jnp.float32)
+    )
     plgpu.barrier_arrive(smem.v_consumed.at[slot])
-    return _Softmax(acc, state.m, sums)
+    return _Softmax(acc, state.m_i, l_i)
 
 
 def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _Softmax:
@@ -457,28 +458,28 @@ def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _
 
     Else nothing is rescaled: the weights are then larger than they would be, and as exact.
     """
-    m = jnp.maximum(state.m, logits.max(axis=1))
+    m_next = jnp.maximum(state.m_i, logits.max(axis=1))
 
-    def rescale(acc: Array, old: Array, sums: Array) -> tuple[Array, Array, Array]:
-        decay = jnp.exp2(old - m)
+    def rescale(acc: Array, m_i: Array, l_i: Array) -> tuple[Array, Array, Array]:
+        decay = jnp.exp2(m_i - m_next)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-        return acc, m, sums * decay
+        return acc, m_next, l_i * decay
 
-    grown = any_in_warp(m - state.m, SLACK)
+    grown = any_in_warp(m_next - state.m_i, SLACK)
     return _Softmax(*lax.cond(grown, rescale, lambda *state: state, *state))
 
 
 def _write(queries: _Queries, state: _Softmax) -> None:
     """The output and the log-sum-exp, by way of shared memory; 0 and -inf for padding."""
-    cta, (acc, m, sums) = queries.cta, state
+    cta, (acc, m_i, l_i) = queries.cta, state
     gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
-    is_text = (queries.index() < gmem.place[cta.batch, 2]) & (sums > 0)
-    inverse = jnp.where(is_text, 1 / jnp.where(sums > 0, sums, 1.0), 0.0)
+    is_text = (queries.index() < gmem.place[cta.batch, 2]) & (l_i > 0)
+    inverse = jnp.where(is_text, 1 / jnp.where(l_i > 0, l_i, 1.0), 0.0)
     out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
     smem.q[at, 0] = out.astype(smem.q.dtype)
     if gmem.lse is not None:
-        log2_sums = jnp.log(jnp.where(sums > 0, sums, 1.0)) * LOG2E
-        smem.lse[at] = jnp.where(is_text, (m + log2_sums) / LOG2E, -jnp.inf)
+        log2_l = jnp.log(jnp.where(l_i > 0, l_i, 1.0)) * LOG2E
+        smem.lse[at] = jnp.where(is_text, (m_i + log2_l) / LOG2E, -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem.q.at[at, 0], gmem.out.at[cta.batch, queries.slots, cta.head])
     if gmem.lse is not None:
