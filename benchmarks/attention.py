@@ -158,10 +158,10 @@ def start_all(
 
 def _start(variant: Variant, case: Case, pool: Executor) -> Future:
     def forward_backward(
-        query: Array, key: Array, value: Array, cos: Array, sin: Array, out_bar: Array
+        query: Array, key: Array, value: Array, cos: Array, sin: Array, do: Array
     ) -> tuple[Array, tuple[Array, ...]]:
         out, pull = jax.vjp(lambda q, k, v: variant.attention(q, k, v, cos, sin), query, key, value)
-        return out, pull(out_bar)
+        return out, pull(do)
 
     function = variant.attention if case.kind == PASSES[0] else forward_backward
     inputs = jax.eval_shape(partial(random_inputs, case, variant.dtype, variant.scaled))
@@ -206,7 +206,7 @@ def compare(report: Report, case: Case, started: list[tuple[Variant, Future]]) -
 def random_inputs(case: Case, dtype: Any, scaled: bool) -> list[Array]:
     """Query, key, value, cos, sin; and the output's gradient for a backward pass."""
     counts = case.heads, case.kv_heads, case.kv_heads, case.heads
-    query, key, value, out_bar = (
+    query, key, value, do = (
         jax.random.normal(
             jax.random.key(seed, impl="rbg"), (1, case.tokens, count, case.head_dim), dtype
         )
@@ -217,7 +217,7 @@ def random_inputs(case: Case, dtype: Any, scaled: bool) -> list[Array]:
     index = jnp.arange(case.tokens, dtype=jnp.float32)
     angle = index[:, None] * inverse_frequencies(ROPE, case.head_dim)
     inputs = [query, key, value, jnp.cos(angle), jnp.sin(angle)]
-    return inputs if case.kind == PASSES[0] else [*inputs, out_bar]
+    return inputs if case.kind == PASSES[0] else [*inputs, do]
 
 
 _inputs = jax.jit(random_inputs, static_argnums=(0, 1, 2))

@@ -41,6 +41,7 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention.device import current_device
 from dca_jax.attention.op import make_rows, rotate_keys
+from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import PHASES
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
@@ -100,7 +101,7 @@ def triton_kernels() -> list[Kernel]:
     return [
         Kernel(
             name=f"triton {field}",
-            module="triton",
+            module="triton.tiles",
             table=table,
             field=field,
             call=call,
@@ -118,7 +119,7 @@ MOSAIC_KERNELS = [
         call="forward",
         grid={
             "block_k": (64, 128, 192, 256),
-            "stages": (2, 3, 4),
+            "num_stages": (2, 3, 4),
             "resident": (True, False),
             "registers": (0, 64, 128),
             "cluster": (1, 2),
@@ -126,11 +127,11 @@ MOSAIC_KERNELS = [
         promising={
             # 256 keys spill two registers in a step of their loop, 192 and fewer none.
             64: [
-                {"block_k": 192, "stages": 3},
-                {"block_k": 128, "stages": 4},
-                {"block_k": 192, "stages": 2},
-                {"block_k": 128, "stages": 3},
-                {"block_k": 128, "stages": 4, "registers": 64},
+                {"block_k": 192, "num_stages": 3},
+                {"block_k": 128, "num_stages": 4},
+                {"block_k": 192, "num_stages": 2},
+                {"block_k": 128, "num_stages": 3},
+                {"block_k": 128, "num_stages": 4, "registers": 64},
                 {"cluster": 1},
             ],
             128: [{"registers": 64}, {"cluster": 1}],
@@ -141,17 +142,17 @@ MOSAIC_KERNELS = [
     ),
     Kernel(
         name="mosaic_gpu backward",
-        module="mosaic_gpu.backward",
+        module="mosaic_gpu.backward_tiles",
         call="backward",
         grid={
             "block_q": (64, 128),
             "block_kv": (64, 128),
-            "stages": (2, 3),
-            "out_stages": (1, 2),
+            "num_stages": (2, 3),
+            "num_do_stages": (1, 2),
         },
         promising={
-            64: [{"stages": 3}, {"out_stages": 1}],
-            128: [{"out_stages": 1}, {"block_kv": 64}],
+            64: [{"num_stages": 3}, {"num_do_stages": 1}],
+            128: [{"num_do_stages": 1}, {"block_kv": 64}],
             256: [],
         },
     ),
@@ -159,7 +160,7 @@ MOSAIC_KERNELS = [
         name="mosaic_gpu decode",
         module="mosaic_gpu.decode",
         call="decode",
-        grid={"block": (64, 128, 256), "stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
+        grid={"block": (64, 128, 256), "num_stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
     ),
 ]
 
@@ -307,18 +308,16 @@ def forward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call
 
 def backward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
     """The backward pass alone, from the output and log-sum-exp of the forward pass."""
-    query, key, value, out_bar, rows = _inputs(shape, dtype)
+    query, key, value, do, rows = _inputs(shape, dtype)
     forward = jax.jit(partial(backend.forward, **OPTIONS, with_lse=True))
     out, lse = forward(query, key, value, jnp.int32(0), rows)
-    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(jnp.float32), out.astype(jnp.float32))
+    delta = output_delta(do, out, lse.dtype)
 
     def backward(*arrays: Array) -> tuple[Array, Array, Array]:
-        query, key, value, out_bar, lse, delta = arrays
-        return backend.backward(
-            query, key, value, jnp.int32(0), rows, out_bar, lse, delta, **OPTIONS
-        )
+        query, key, value, do, lse, delta = arrays
+        return backend.backward(query, key, value, jnp.int32(0), rows, do, lse, delta, **OPTIONS)
 
-    return lambda: _run(lambda *arrays: backward(*arrays), query, key, value, out_bar, lse, delta)
+    return lambda: _run(lambda *arrays: backward(*arrays), query, key, value, do, lse, delta)
 
 
 def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
@@ -352,14 +351,14 @@ CALLS: dict[str, Callable[[Any, tuple[int, ...], jnp.dtype], Call]] = {
 def _inputs(shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array, Array, Array, Any]:
     """Random query, rotated keys and values of one layer, output gradient; and the rows."""
     batch, tokens, query_heads, kv_heads, head_dim = shape
-    query, key, value, out_bar = (
+    query, key, value, do = (
         jax.random.normal(jax.random.key(seed), (batch, tokens, heads, head_dim), dtype)
         for seed, heads in enumerate((query_heads, kv_heads, kv_heads, query_heads))
     )
     rows = make_rows(query.shape, dca=DCA, rope=ROPE)
     index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     key = rotate_keys(key, index, dca=DCA, inv_freq=rows.inv_freq)
-    return query, key[None], value[None], out_bar, rows
+    return query, key[None], value[None], do, rows
 
 
 def _run(function: Callable[..., Any], *arrays: Any) -> tuple[list[Array], Timing]:

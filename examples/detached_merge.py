@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dca_jax.attention.backend import Backend
 from dca_jax.attention.op import BACKENDS, choose_implementation
+from dca_jax.attention.softmax import output_delta
 
 
 class DetachedMerge:
@@ -41,7 +41,7 @@ class DetachedMerge:
         value: Any,
         layer: Any,
         rows: Any,
-        out_bar: Any,
+        do: Any,
         lse: Any,
         delta: Any,
         *,
@@ -54,12 +54,12 @@ class DetachedMerge:
         for phase in phases:
             options = {"dca": dca, "phases": (phase,)}
             out, _ = best.forward(query, key, value, layer, rows, with_lse=False, **options)
-            own = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
-            some = best.backward(query, key, value, layer, rows, out_bar, lse, own, **options)
+            own = output_delta(do, out, lse.dtype)
+            some = best.backward(query, key, value, layer, rows, do, lse, own, **options)
             parts.append([x.astype(lse.dtype) for x in some])
         sums = jax.tree.map(lambda *some: sum(some[1:], some[0]), *parts)
-        query_bar, key_bar, value_bar = (x.astype(query.dtype) for x in sums)
-        return query_bar, key_bar, value_bar
+        dq, dk, dv = (x.astype(query.dtype) for x in sums)
+        return dq, dk, dv
 
 
 def best_backend(query: jax.Array, key: jax.Array, dca: Any) -> Backend:

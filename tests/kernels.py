@@ -9,6 +9,7 @@ import numpy as np
 
 from dca_jax.attention import dual_chunk_attention, merge_passes
 from dca_jax.attention.backend import Backend, Rows
+from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.rope import RopeConfig
 
@@ -69,7 +70,7 @@ def attend_by_slices(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    out_bar: jax.Array,
+    do: jax.Array,
     *,
     cuts: Sequence[int],
     dca: DCAConfig,
@@ -92,13 +93,13 @@ def attend_by_slices(
         parts.append(backend.forward(query, keys, values, layer, at, with_lse=True, **options))
     wide = [out.astype(jnp.float32) for out, _ in parts]
     out, lse = merge_passes(wide, [lse for _, lse in parts])
-    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(jnp.float32), out)
-    bars = []
+    delta = output_delta(do, out, jnp.dtype(jnp.float32))
+    gradients = []
     for keys, values, begin in slices:
         at = rows._replace(key_offset=begin)
-        bars.append(
-            backend.backward(query, keys, values, layer, at, out_bar, lse, delta, **options)
+        gradients.append(
+            backend.backward(query, keys, values, layer, at, do, lse, delta, **options)
         )
-    query_bars, key_bars, value_bars = zip(*bars, strict=True)
-    query_bar = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in query_bars]), axis=0)
-    return [out, query_bar, jnp.concatenate(key_bars, 1), jnp.concatenate(value_bars, 1)]
+    dqs, dks, dvs = zip(*gradients, strict=True)
+    dq = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in dqs]), axis=0)
+    return [out, dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1)]

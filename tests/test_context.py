@@ -17,10 +17,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels import QUICK
 
-from dca_jax.attention import rotate_keys, triton, xla
+from dca_jax.attention import rotate_keys, xla
 from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.op import make_rows
 from dca_jax.attention.parallel import context, ring, zigzag
+from dca_jax.attention.triton import common, tiles
 from dca_jax.dca import DCAConfig, dense_attention
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
@@ -188,11 +189,12 @@ def test_equals_the_oracle(form: str, setting: str) -> None:
 
 def test_pallas_kernels_run_under_the_same_shard_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that an interpreter can run; one chunk, so that it has one phase to interpret."""
-    small = triton.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
-    tiles = triton.Tiles(forward=small, dq=small, dkv=small, decode=small)
-    monkeypatch.setattr(triton, "INTERPRET", True)
-    monkeypatch.setattr(triton, "choose_tiles", lambda device, head_dim: tiles)
-    monkeypatch.setattr(triton, "PACKED_ROWS", 16)
+    small = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
+    entry = tiles.Tiles(forward=small, dq=small, dkv=small, decode=small)
+    for table in (tiles.AMPERE, tiles.HOPPER):
+        monkeypatch.setitem(table, 64, entry)
+    monkeypatch.setattr(common, "INTERPRET", True)
+    monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     compare(
         "all_gather",
         size=2,

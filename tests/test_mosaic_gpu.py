@@ -3,7 +3,6 @@
 What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
-import importlib
 import logging
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,24 +17,23 @@ from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
 from dca_jax.attention.backend import PLAIN, Rows
-from dca_jax.attention.mosaic_gpu import decode
+from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     full_and_edge_walks,
     locate,
-    ranges_of_rows,
+    ranges_of_queries,
     recall,
     remember,
     steps,
 )
 from dca_jax.attention.op import choose_implementation
+from dca_jax.attention.softmax import FAR
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
 DCA = DCAConfig.paper(4096)
-# The package's name for it is the function.
-backward = importlib.import_module("dca_jax.attention.mosaic_gpu.backward")
 
 VARIANTS = [
     pytest.param((1, 4096, 4096, 32, 8, 128, jnp.bfloat16), DCA, PHASES, id="gqa"),
@@ -148,7 +146,7 @@ def test_a_tile_of_queries_walks_over_each_key_once(block: int, **sizes: int) ->
     remember(*full_and_edge_walks(offset, last, case.phases, case.dca, keys, block), memory)
     full, edges = recall(jnp.asarray(memory))
     ranges = [
-        np.asarray(ranges_of_rows(index, length, jnp.int32(n), case.phases, case.dca, keys))
+        np.asarray(ranges_of_queries(index, length, jnp.int32(n), case.phases, case.dca, keys))
         for n in range(len(case.phases))
     ]
     visits = np.zeros_like(case.met, int)
@@ -167,13 +165,13 @@ def test_a_tile_of_queries_walks_over_each_key_once(block: int, **sizes: int) ->
 
 @settings(max_examples=40)
 @given(blocks=st.sampled_from([(8, 16), (16, 8), (32, 64)]), **SIZES)
-def test_a_tile_of_keys_walks_over_each_query_once_and_gets_its_turn(
+def test_a_tile_of_keys_walks_over_each_query_once_and_adds_in_order(
     blocks: tuple[int, int], **sizes: int
 ) -> None:
     """What the kernel's warps do with the backward's tables.
 
-    A tile of keys waits until as many have added to a dQ as its turn says. So those that visit a
-    tile of queries must have the turns 0, 1, 2 .., in the order in which they are launched: then
+    A tile of keys waits until as many have added to a dQ as must come before it. So those that
+    visit a tile of queries must be number 0, 1, 2 .., in the order in which they are launched: then
     each waits only for tiles launched before it, which wait for no later one, and all come to
     an end, tiles that visit nothing included.
     """
@@ -182,33 +180,35 @@ def test_a_tile_of_keys_walks_over_each_query_once_and_gets_its_turn(
     block_q, block_kv = blocks
     tiles = SimpleNamespace(block_q=block_q, block_kv=block_kv)
     index = case.rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
-    low, high = backward._key_ranges(index, case.rows, num_keys, block_q, case.dca, case.phases)
-    spans, is_met = (x[0] for x in backward._spans(low, high, num_keys, tiles))  # pyright: ignore
+    low, high = backward_spans.key_ranges(
+        index, case.rows, num_keys, block_q, case.dca, case.phases
+    )
+    spans, is_met = (x[0] for x in backward_spans.spans_of(low, high, num_keys, tiles))  # pyright: ignore
     low, high = (np.asarray(x)[0] for x in (low, high))
     padded = low.shape[1]
     visits = np.zeros((len(case.phases), padded, spans.shape[0] * block_kv), int)
-    passed = np.zeros((len(case.phases), padded // block_q), int)
+    added = np.zeros((len(case.phases), padded // block_q), int)
     for tile, ends in enumerate(np.asarray(spans).reshape(-1, len(case.phases), 2, 3)):
         slots = np.arange(tile * block_kv, (tile + 1) * block_kv)
         for phase, pairs in enumerate(ends):
-            for start, turn, stop in pairs:
-                assert padded // block_q >= start >= turn >= stop >= 0
+            for start, middle, stop in pairs:
+                assert padded // block_q >= start >= middle >= stop >= 0
                 for m in range(start - 1, stop - 1, -1):
                     queries = slice(m * block_q, (m + 1) * block_q)
                     mask = (low[phase, queries, None] <= slots) & (
                         slots < high[phase, queries, None]
                     )
-                    is_text = low[phase, queries, None] < backward.FAR
+                    is_text = low[phase, queries, None] < FAR
                     # Where nothing is masked padding has weight 0, by its log-sum-exp of -inf.
-                    assert m >= turn or (mask | ~is_text).all()
+                    assert m >= middle or (mask | ~is_text).all()
                     visits[phase][queries, tile * block_kv : (tile + 1) * block_kv] += mask
-                    assert passed[phase, m] == tile - low[phase, m * block_q] // block_kv
-                    passed[phase, m] += 1
+                    assert added[phase, m] == tile - low[phase, m * block_q] // block_kv
+                    added[phase, m] += 1
     np.testing.assert_array_equal(visits[:, :num_queries, :num_keys], case.met)
     assert not visits[:, num_queries:].any()
     assert not visits[:, :, num_keys:].any()
     # Sums that are read have been written by the first to come, and no query is left out.
-    assert not (np.asarray(is_met) & (passed == 0)).any()
+    assert not (np.asarray(is_met) & (added == 0)).any()
     assert not (~np.repeat(is_met, block_q, axis=1)[:, :num_queries] & case.met.any(axis=2)).any()
 
 
@@ -224,7 +224,7 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
         shares=1,
         dca=case.dca,
         phases=case.phases,
-        tiles=decode.DecodeTiles(block=block, stages=2),
+        tiles=decode.DecodeTiles(block=block, num_stages=2),
     )
     last = jnp.minimum(offset + sizes["num_queries"], length) - 1
     keys = Keys(key_offset, sizes["num_keys"])
@@ -278,10 +278,10 @@ def test_a_named_backend_that_cannot_run_says_why() -> None:
 
 
 def test_shared_memory_is_checked_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = mosaic_gpu.prefill.ForwardTiles(
-        block_k=128, stages=4, resident=True, registers=128, cluster=2
+    tiles = flash_forward.ForwardTiles(
+        block_k=128, num_stages=4, resident=True, registers=128, cluster=2
     )
-    monkeypatch.setitem(mosaic_gpu.prefill.TILES, 128, tiles)
+    monkeypatch.setitem(flash_forward.TILES, 128, tiles)
     with device("NVIDIA H200"), pytest.raises(InputError, match="bytes of shared memory"):
         choose_implementation("mosaic_gpu", *like(), DCAConfig(chunk_len=8, max_query_position=9))
 

@@ -17,10 +17,11 @@ from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, dra
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, op, triton
 from dca_jax.attention.device import Device
+from dca_jax.attention.triton import common, tiles
 from dca_jax.dca import PHASES, DCAConfig, dense_attention
 from dca_jax.errors import InputError
 
-SMALL = triton.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
+SMALL = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
 S = 40  # no multiple of the tile
 DCA = DCAConfig(chunk_len=S, max_query_position=60)
 
@@ -29,11 +30,12 @@ attention = jax.jit(dual_chunk_attention, static_argnames=("dca", "rope", "imple
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = triton.Tiles(forward=SMALL, dq=SMALL, dkv=SMALL, decode=SMALL)
-    monkeypatch.setattr(triton, "INTERPRET", True)
-    monkeypatch.setattr(triton, "choose_tiles", lambda device, head_dim: small)
-    monkeypatch.setattr(triton, "PACKED_ROWS", 16)
-    monkeypatch.setattr(triton, "SPLIT_KEYS", 32)
+    small = tiles.Tiles(forward=SMALL, dq=SMALL, dkv=SMALL, decode=SMALL)
+    monkeypatch.setattr(common, "INTERPRET", True)
+    for table in (tiles.AMPERE, tiles.HOPPER):
+        monkeypatch.setitem(table, 64, small)  # narrower heads have it too
+    monkeypatch.setattr(tiles, "MAX_PACKED", 16)
+    monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
 
 
 def check(inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any) -> list[jax.Array]:
@@ -152,9 +154,9 @@ def test_passes_and_their_gradients() -> None:
     )
     outs, lses = [], []
     for phase in PHASES:
-        (_, ours), bars = grad(q, k, v, phase, "triton")
-        (_, theirs), expected_bars = grad(q, k, v, phase, "xla")
-        for a, b in zip((*ours, *bars), (*theirs, *expected_bars), strict=True):
+        (_, ours), gradients = grad(q, k, v, phase, "triton")
+        (_, theirs), expected = grad(q, k, v, phase, "xla")
+        for a, b in zip((*ours, *gradients), (*theirs, *expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
         outs.append(ours[0])
         lses.append(ours[1])
@@ -297,7 +299,7 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "capability (7, 5)" in (why_not(Device("gpu", "Tesla T4", (7, 5))) or "")
     assert "got float32" in (why_not(hopper, dtype=jnp.float32) or "")
     assert "got 96" in (why_not(hopper, head_dim=96) or "")
-    monkeypatch.setattr(triton, "AMPERE", triton.HOPPER)
+    monkeypatch.setattr(tiles, "AMPERE", tiles.HOPPER)
     assert "bytes of shared memory" in (why_not(Device("gpu", "L40", (8, 9))) or "")
     with pytest.raises(InputError, match=r"triton.* cannot run: .*compute capability 8\.0"):
         dual_chunk_attention(

@@ -67,7 +67,7 @@ class Backend(Protocol):
         value: Float[Array, "L B S K H"],
         layer: Int[Array, ""],
         rows: Rows,
-        out_bar: Float[Array, "B T N H"],
+        do: Float[Array, "B T N H"],
         lse: Float[Array, "B N T"],
         delta: Float[Array, "B N T"],
         *,
@@ -76,7 +76,7 @@ class Backend(Protocol):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Gradients of query, of the layer's key (rotated) and of its value.
 
-        P = exp(logits - lse), dP = out_bar v^T, dS = P * (dP - delta). `lse` and `delta` may be of
+        P = exp(logits - lse), dP = dO v^T, dS = P * (dP - delta). `lse` and `delta` may be of
         more keys than these: a query that meets none of them then has gradient 0.
         """
         ...

@@ -89,7 +89,7 @@ def near_band(index: Int[Array, "B T"], window: int) -> Band:
     return Band(start, index + 1, index - origin, lambda j: j - origin)
 
 
-def turned_keys(
+def rotated_keys(
     key: Float[Array, "B S K H"],
     index: Int[Array, "B S"],
     band: Band,
@@ -150,10 +150,10 @@ def dense_band_attention(
     logits = jnp.full((batch, kv_heads, group, num_queries, num_keys), -jnp.inf, compute)
     j = key_index[:, None, :]
     for band in bands:
-        turned = rotate(grouped, band.query_position, inv_freq)
-        turned = turned * scale.astype(compute)[:, :, None, None, None]
-        keys = turned_keys(key, key_index, band, inv_freq)
-        dots = jnp.einsum("BTKGH,BSKH->BKGTS", turned, keys, precision="highest")
+        rotated = rotate(grouped, band.query_position, inv_freq)
+        rotated = rotated * scale.astype(compute)[:, :, None, None, None]
+        keys = rotated_keys(key, key_index, band, inv_freq)
+        dots = jnp.einsum("BTKGH,BSKH->BKGTS", rotated, keys, precision="highest")
         met = (band.start[:, :, None] <= j) & (j < band.stop[:, :, None]) & is_text[:, :, None]
         logits = jnp.where(met[:, None, None, :, :], dots, logits)
     # The softmax of nothing is 0/0, and its output is defined as zero.

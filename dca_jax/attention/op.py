@@ -20,6 +20,7 @@ from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
 from dca_jax.attention.device import current_device
+from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import (
     DCAConfig,
     Phase,
@@ -340,20 +341,20 @@ def _backward(
     cotangents: tuple,
 ) -> tuple:
     query, key, value, layer, rows, out, lse = saved
-    out_bar, lse_bar = cotangents
-    delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))
+    do, dlse = cotangents
+    delta = output_delta(do, out, lse.dtype)
     if with_lse:
-        # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + lse_bar).
-        delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)
+        # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + dlse).
+        delta = delta - jnp.where(jnp.isfinite(lse), dlse, 0)
     options = {"dca": dca, "phases": phases}
-    query_bar, key_bar, value_bar = BACKENDS[name].backward(
-        query, key, value, jnp.asarray(layer), rows, out_bar, lse, delta, **options
+    dq, dk, dv = BACKENDS[name].backward(
+        query, key, value, jnp.asarray(layer), rows, do, lse, delta, **options
     )
     if key.shape[0] == 1:
-        return query_bar, key_bar[None], value_bar[None], None, None
-    key_bar = jnp.zeros_like(key).at[layer].set(key_bar)
-    value_bar = jnp.zeros_like(value).at[layer].set(value_bar)
-    return query_bar, key_bar, value_bar, None, None
+        return dq, dk[None], dv[None], None, None
+    dk = jnp.zeros_like(key).at[layer].set(dk)
+    dv = jnp.zeros_like(value).at[layer].set(dv)
+    return dq, dk, dv, None, None
 
 
 _flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2, 3))

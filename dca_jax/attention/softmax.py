@@ -27,3 +27,13 @@ def merge_passes(
     stacked = jnp.stack(outs).astype(lse.dtype)
     out = jnp.sum(weights * stacked, axis=0).astype(outs[0].dtype)
     return out, jnp.where(met, total, -jnp.inf)
+
+
+def output_delta(
+    do: Float[Array, "*B T N H"], out: Float[Array, "*B T N H"], dtype: jnp.dtype
+) -> Float[Array, "*B N T"]:
+    """rowsum(dO * O), which the flash backward subtracts from dP: dS = P * (dP - delta).
+
+    A product of elements and a sum in `dtype`, which no setting of matrix products can round.
+    """
+    return jnp.swapaxes(jnp.sum(do.astype(dtype) * out.astype(dtype), axis=-1), -1, -2)

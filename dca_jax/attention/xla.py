@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, turned_keys
+from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
 from dca_jax.attention.device import Device
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.dtypes import compute_dtype
@@ -70,25 +70,25 @@ def forward(
                 rotated: Array = rotated,
                 span: tuple = span,
             ) -> tuple:
-                peak, total, acc = state
+                m_i, l_i, acc = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _turned_keys(key, layer, at, block, band, rows)
+                keys = _rotated_keys(key, layer, at, block, band, rows)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 logits = jnp.where(met, logits, -jnp.inf)
-                new_peak = jnp.maximum(peak, logits.max(axis=-1))
-                safe = jnp.where(jnp.isfinite(new_peak), new_peak, 0)  # no key met so far
-                decay = jnp.exp(peak - safe)
-                weights = jnp.exp(logits - safe[..., None])
+                m_next = jnp.maximum(m_i, logits.max(axis=-1))
+                safe = jnp.where(jnp.isfinite(m_next), m_next, 0)  # no key met so far
+                decay = jnp.exp(m_i - safe)
+                p = jnp.exp(logits - safe[..., None])
                 values = _slice(value, layer, at, block)
-                update = _dot("BKGTS,BSKH->BKGTH", weights.astype(value.dtype), values)
-                total = total * decay + weights.sum(axis=-1)
-                return new_peak, total, acc * decay[..., None] + update
+                update = _dot("BKGTS,BSKH->BKGTH", p.astype(value.dtype), values)
+                l_i = l_i * decay + p.sum(axis=-1)
+                return m_next, l_i, acc * decay[..., None] + update
 
             state = jax.lax.fori_loop(first, last, step, state)
-        peak, total, acc = state
-        met_any = total > 0
-        out = acc / jnp.where(met_any, total, 1)[..., None]
-        lse = jnp.where(met_any, peak + jnp.log(jnp.where(met_any, total, 1)), -jnp.inf)
+        m_i, l_i, acc = state
+        met_any = l_i > 0
+        out = acc / jnp.where(met_any, l_i, 1)[..., None]
+        lse = jnp.where(met_any, m_i + jnp.log(jnp.where(met_any, l_i, 1)), -jnp.inf)
         return jnp.moveaxis(out, 3, 1).astype(queries.dtype), lse
 
     with jax.named_scope("dca_xla_forward"):
@@ -102,7 +102,7 @@ def backward(
     value: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
-    out_bar: Float[Array, "B T N H"],
+    do: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     *,
@@ -115,11 +115,11 @@ def backward(
     compute = compute_dtype(query.dtype)
 
     def one_tile(carry: tuple[Array, Array], args: tuple) -> tuple[tuple[Array, Array], Array]:
-        (queries, start), (outs_bar, _), (lse, delta) = args
+        (queries, start), (do_tile, _), (lse, delta) = args
         index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
         lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
-        outs_bar = jnp.moveaxis(outs_bar, 1, 3)
-        query_bar = jnp.zeros(queries.shape, compute)
+        do_tile = jnp.moveaxis(do_tile, 1, 3)
+        dq = jnp.zeros(queries.shape, compute)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
         for band in bands_of(index, dca, phases):
             rotated = _rotated_query(queries, band, scale, rows)
@@ -132,43 +132,43 @@ def backward(
                 rotated: Array = rotated,
                 span: tuple = span,
             ) -> tuple:
-                key_bar, value_bar, rotated_bar = state
+                dk, dv, drotated = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _turned_keys(key, layer, at, block, band, rows)
+                keys = _rotated_keys(key, layer, at, block, band, rows)
                 values = _slice(value, layer, at, block)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
-                weights = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
-                weights_bar = _dot("BKGTH,BSKH->BKGTS", outs_bar, values)
-                logits_bar = (weights * (weights_bar - delta[..., None])).astype(query.dtype)
-                weights = weights.astype(value.dtype)
-                rotated_bar = rotated_bar + _dot("BKGTS,BSKH->BKGTH", logits_bar, keys)
-                turned_bar = _dot("BKGTS,BKGTH->BSKH", logits_bar, rotated)
-                key_bar = _add_at(key_bar, at, _turned_back(turned_bar, at, band, rows))
-                value_bar = _add_at(value_bar, at, _dot("BKGTS,BKGTH->BSKH", weights, outs_bar))
-                return key_bar, value_bar, rotated_bar
+                p = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
+                dp = _dot("BKGTH,BSKH->BKGTS", do_tile, values)
+                ds = (p * (dp - delta[..., None])).astype(query.dtype)
+                p = p.astype(value.dtype)
+                drotated = drotated + _dot("BKGTS,BSKH->BKGTH", ds, keys)
+                drotated_keys = _dot("BKGTS,BKGTH->BSKH", ds, rotated)
+                dk = _add_at(dk, at, _rotated_back(drotated_keys, at, band, rows))
+                dv = _add_at(dv, at, _dot("BKGTS,BKGTH->BSKH", p, do_tile))
+                return dk, dv, drotated
 
             init = (*carry, jnp.zeros(rotated.shape, compute))
-            key_bar, value_bar, rotated_bar = jax.lax.fori_loop(first, last, step, init)
-            carry = (key_bar, value_bar)
-            rotated_bar = jnp.moveaxis(rotated_bar, 3, 1)
-            query_bar = query_bar + rotate(rotated_bar, -band.query_position, rows.inv_freq)
-        query_bar = query_bar * scale[:, :, None, None, None]
-        return carry, query_bar.astype(queries.dtype)
+            dk, dv, drotated = jax.lax.fori_loop(first, last, step, init)
+            carry = (dk, dv)
+            drotated = jnp.moveaxis(drotated, 3, 1)
+            dq = dq + rotate(drotated, -band.query_position, rows.inv_freq)
+        dq = dq * scale[:, :, None, None, None]
+        return carry, dq.astype(queries.dtype)
 
     with jax.named_scope("dca_xla_backward"):
-        (key_bar, value_bar), query_bar = jax.lax.scan(
+        (dk, dv), dq = jax.lax.scan(
             one_tile,
             (jnp.zeros(key.shape[1:], compute), jnp.zeros(value.shape[1:], compute)),
             (
                 _split_tiles(query, kv_heads, tile),
-                _split_tiles(out_bar, kv_heads, tile),
+                _split_tiles(do, kv_heads, tile),
                 (_split_tiles_lse(lse, kv_heads, tile), _split_tiles_lse(delta, kv_heads, tile)),
             ),
         )
     return (
-        _join_tiles(query_bar, num_queries),
-        key_bar.astype(key.dtype),
-        value_bar.astype(value.dtype),
+        _join_tiles(dq, num_queries),
+        dk.astype(key.dtype),
+        dv.astype(value.dtype),
     )
 
 
@@ -185,7 +185,7 @@ def _rotated_query(
 ) -> Float[Array, "B K G t H"]:
     """The tile's queries where the band puts them, times the logit scale; rounded once.
 
-    Heads come first: so they are turned over once a tile, and not once a block.
+    Heads come first: so they are transposed once a tile, and not once a block.
     """
     rotated = rotate(queries.astype(scale.dtype), band.query_position, rows.inv_freq)
     rotated = rotated * scale[:, :, None, None, None]
@@ -221,7 +221,7 @@ def _block(
     return at, met[:, None, None, :, :]
 
 
-def _turned_keys(
+def _rotated_keys(
     cache: Float[Array, "L B S K H"],
     layer: Int[Array, ""],
     at: Int[Array, ""],
@@ -229,19 +229,19 @@ def _turned_keys(
     band: Band,
     rows: Rows,
 ) -> Float[Array, "B block K H"]:
-    """`block` keys of a layer where the band puts them: DCA's come so, others are turned here."""
+    """`block` keys of a layer where the band puts them: DCA's come so, others are rotated here."""
     keys = _slice(cache, layer, at, block)
-    return turned_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
+    return rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
 
 
-def _turned_back(
-    bar: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: Rows
+def _rotated_back(
+    dkeys: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: Rows
 ) -> Float[Array, "B block K H"]:
-    """From the gradient of `_turned_keys` to that of the keys as they came."""
+    """From the gradient of `_rotated_keys` to that of the keys as they came."""
     if band.key_position is None:
-        return bar
-    position = band.key_position(_text_index(at, bar.shape[1], rows))
-    return rotate(bar, -position, rows.inv_freq)
+        return dkeys
+    position = band.key_position(_text_index(at, dkeys.shape[1], rows))
+    return rotate(dkeys, -position, rows.inv_freq)
 
 
 def _text_index(at: Int[Array, ""], block: int, rows: Rows) -> Int[Array, "B block"]:
@@ -268,10 +268,10 @@ def _dot(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=compute)
 
 
-def _add_at(total: Array, at: Array, update: Array) -> Array:
-    """Adds `update` to total[:, at : at + len(update)], in place inside a loop."""
-    old = jax.lax.dynamic_slice_in_dim(total, at, update.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + update, at, axis=1)
+def _add_at(acc: Array, at: Array, update: Array) -> Array:
+    """Adds `update` to acc[:, at : at + len(update)], in place inside a loop."""
+    old = jax.lax.dynamic_slice_in_dim(acc, at, update.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(acc, old + update, at, axis=1)
 
 
 # --- tiles -------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.device import Device
-from dca_jax.attention.mosaic_gpu import decode as decoding
-from dca_jax.attention.mosaic_gpu import flash_forward as prefill
-from dca_jax.attention.mosaic_gpu.backward import TILES as BACKWARD_TILES
+from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
+from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
 from dca_jax.dca import PHASES, DCAConfig, Phase
 
@@ -18,7 +17,7 @@ __all__ = ["backward", "forward", "unsupported"]
 
 
 def unsupported(
-    device: "Device", query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
     if device.capability != (9, 0):
@@ -31,16 +30,16 @@ def unsupported(
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, got {query.dtype}"
     head_dim = query.shape[3]
-    if head_dim not in prefill.TILES:
-        return f"head_dim must be one of {sorted(prefill.TILES)}, got {head_dim}"
+    if head_dim not in flash_forward.TILES:
+        return f"head_dim must be one of {sorted(flash_forward.TILES)}, got {head_dim}"
     needed = max(
         # A few keys may be a slice of a long text: all phases can be among them.
-        prefill.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        flash_forward.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         BACKWARD_TILES[head_dim].shared_bytes(head_dim),
     )
     if needed > SHARED_BYTES:
         return (
-            f"its tiles for head_dim {head_dim} need {needed} bytes of shared memory a block, and "
+            f"its tiles for head_dim {head_dim} need {needed} bytes of shared memory a CTA, and "
             f"there are {SHARED_BYTES}"
         )
     return None
@@ -64,7 +63,7 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """As `op.Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
+    """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
-    run = decoding.decode if decoding.fits(*like) else prefill.forward
+    run = decode.decode if decode.fits(*like) else flash_forward.forward
     return run(query, key, value, layer, rows, dca=dca, phases=phases, with_lse=with_lse)

@@ -9,7 +9,7 @@ What bounds it is the reading of the cache, so everything else is kept out of th
 - The T x G queries of one kv head that share its keys are the *columns* of both products,
   S^T = K q^T and O^T = V^T P^T: a block of keys costs 8 columns of tensor work, and not the 64
   rows that WGMMA would ask for otherwise.
-- One warpgroup keeps `stages` blocks of keys and of values in flight; the other computes.
+- One warpgroup keeps `num_stages` blocks of keys and of values in flight; the other computes.
 
 A row's partial results are merged by their maximum and sum, in plain XLA.
 """
@@ -27,9 +27,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_gpu.flash_forward import LOG2E, NEVER, rotated_queries
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
+from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
+from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 
@@ -43,29 +44,29 @@ class DecodeTiles:
 
     Attributes:
         block: keys a step; a multiple of 64.
-        stages: blocks of keys, and of values, in flight; fewer where queries take the memory.
-        ctas: blocks of threads in all, over the kv heads: one for each processor of the device.
-        max_shares: blocks of threads a kv head gets at most: each makes the merge longer.
+        num_stages: blocks of keys, and of values, in flight; fewer where queries take the memory.
+        ctas: CTAs in all, over the kv heads: one for each processor of the device.
+        max_shares: CTAs a kv head gets at most: each makes the merge longer.
     """
 
     block: int
-    stages: int
+    num_stages: int
     ctas: int = MULTIPROCESSORS
     max_shares: int = 64
 
     def shared_bytes(self, columns: int, head_dim: int, phases: int) -> int:
-        """Shared memory a block of threads needs, in bytes."""
+        """Shared memory a CTA needs, in bytes."""
         queries = phases * columns * (head_dim * 2 + 2 * 4)
-        keys_values = 2 * self.stages * self.block * head_dim * 2
+        keys_values = 2 * self.num_stages * self.block * head_dim * 2
         results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
         return queries + keys_values + results + RESERVED
 
 
 # By head_dim, found on an H200.
 TILES = {
-    64: DecodeTiles(block=128, stages=6),
-    128: DecodeTiles(block=128, stages=3),
-    256: DecodeTiles(block=64, stages=3),
+    64: DecodeTiles(block=128, num_stages=6),
+    128: DecodeTiles(block=128, num_stages=3),
+    256: DecodeTiles(block=64, num_stages=3),
 }
 
 
@@ -90,8 +91,8 @@ def _columns(num_queries: int, group: int) -> int:
 
 def _fitting(tiles: DecodeTiles, columns: int, head_dim: int, phases: int) -> DecodeTiles | None:
     """`tiles` with as many stages as shared memory has room for; None if not even two."""
-    for stages in range(tiles.stages, 1, -1):
-        fitting = replace(tiles, stages=stages)
+    for num_stages in range(tiles.num_stages, 1, -1):
+        fitting = replace(tiles, num_stages=num_stages)
         if fitting.shared_bytes(columns, head_dim, phases) <= SHARED_BYTES:
             return fitting
     return None
@@ -175,17 +176,17 @@ def _merge_shares(
     a chain of reductions: with short texts, each launch counts.
     """
     shares, batch = stats.shape[:2]
-    highest = functools.reduce(jnp.maximum, [stats[n, :, :, 0] for n in range(shares)])
-    total, merged = jnp.zeros_like(highest), jnp.float32(0)
+    m_i = functools.reduce(jnp.maximum, [stats[n, :, :, 0] for n in range(shares)])
+    l_i, merged = jnp.zeros_like(m_i), jnp.float32(0)
     for n in range(shares):
-        weight = jnp.exp2(stats[n, :, :, 0] - highest)
-        total = total + weight * stats[n, :, :, 1]
+        weight = jnp.exp2(stats[n, :, :, 0] - m_i)
+        l_i = l_i + weight * stats[n, :, :, 1]
         # A share without a part in the row has left its slot as it was, whatever that holds.
         part = jnp.where((stats[n, :, :, 1] > 0)[..., None], outs[n : n + batch], 0)
         merged = merged + weight[..., None] * part
-    met = total > 0
-    lse = jnp.where(met, highest / LOG2E + jnp.log(total), -jnp.inf)
-    return merged / jnp.where(met, total, 1)[..., None], lse
+    met = l_i > 0
+    lse = jnp.where(met, m_i / LOG2E + jnp.log(l_i), -jnp.inf)
+    return merged / jnp.where(met, l_i, 1)[..., None], lse
 
 
 # --- the kernel --------------------------------------------------------------------------------
@@ -221,9 +222,9 @@ class _Shared(NamedTuple):
 
     query: Any  # [P, columns, H]
     span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
-    key: Any  # [stages, block, H]
-    value: Any  # [stages, block, H]
-    weight: Any  # [columns, block]
+    key: Any  # [num_stages, block, H]
+    value: Any  # [num_stages, block, H]
+    p: Any  # [columns, block]
     out: Any  # [columns, H] float32
     stat: Any  # [2, columns] float32
     query_ready: Any
@@ -249,7 +250,7 @@ def _attend_shares(
     together. Where the share has no part in the row, its sum is 0, and the slot is not written.
     """
     batch, num_phases, kv_heads, columns, head_dim = query.shape
-    shares, block, stages = problem.shares, problem.tiles.block, problem.tiles.stages
+    shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
     dtype, f32 = query.dtype, jnp.float32
     split = len(_Refs._fields)
 
@@ -265,7 +266,7 @@ def _attend_shares(
             jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
             jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
         ),
-        # Heads first: blocks of threads that run at one time read the same rows of the cache.
+        # Heads first: CTAs that run at one time read the same rows of the cache.
         grid=(kv_heads, shares),
         grid_names=("head", "share"),
         num_threads=2,
@@ -274,16 +275,16 @@ def _attend_shares(
         scratch_types=_Shared(
             query=plgpu.SMEM((num_phases, columns, head_dim), dtype),
             span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
-            key=plgpu.SMEM((stages, block, head_dim), dtype),
-            value=plgpu.SMEM((stages, block, head_dim), dtype),
-            weight=plgpu.SMEM((columns, block), dtype),
+            key=plgpu.SMEM((num_stages, block, head_dim), dtype),
+            value=plgpu.SMEM((num_stages, block, head_dim), dtype),
+            p=plgpu.SMEM((columns, block), dtype),
             out=plgpu.SMEM((columns, head_dim), f32),
             stat=plgpu.SMEM((2, columns), f32),
             query_ready=plgpu.Barrier(num_arrivals=num_phases),
-            key_ready=plgpu.Barrier(num_barriers=stages),
-            value_ready=plgpu.Barrier(num_barriers=stages),
-            key_free=plgpu.Barrier(num_barriers=stages),
-            value_free=plgpu.Barrier(num_barriers=stages),
+            key_ready=plgpu.Barrier(num_barriers=num_stages),
+            value_ready=plgpu.Barrier(num_barriers=num_stages),
+            key_free=plgpu.Barrier(num_barriers=num_stages),
+            value_free=plgpu.Barrier(num_barriers=num_stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(layer, offset, lengths, key_offset, query, key, value)
@@ -372,7 +373,7 @@ def _for_each_row(
 
 def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Array]) -> None:
     """The warpgroup that keeps keys and values in flight, from row to row without a pause."""
-    block, stages = problem.tiles.block, problem.tiles.stages
+    block, num_stages = problem.tiles.block, problem.tiles.num_stages
     head, batch = lax.axis_index("head"), gmem.offset.shape[0]
 
     def visit(row: Array, work: _Work, first: Array, last: Array, step: Array) -> None:
@@ -380,13 +381,13 @@ def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Arr
 
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
-            slot = lax.rem(n, stages)
+            slot = lax.rem(n, num_stages)
             keys = (text, pl.ds(work.locate(unit)[1] * block, block), head)
             for source, target, ready, free in (
                 (gmem.key, smem.key, smem.key_ready, smem.key_free),
                 (gmem.value, smem.value, smem.value_ready, smem.value_free),
             ):
-                pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                 plgpu.copy_gmem_to_smem(source.at[keys], target.at[slot], ready.at[slot])
 
         lax.fori_loop(first, last, load, None)
@@ -398,10 +399,10 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
     """The warpgroup that computes."""
     head, number = lax.axis_index("head"), lax.axis_index("share")
     columns, head_dim = smem.query.shape[1:]
-    stages, block = smem.key.shape[:2]
+    num_stages, block = smem.key.shape[:2]
 
     def skip(row: Array) -> None:
-        smem.stat[0] = _filled((columns,), NEVER, COLUMNS)
+        smem.stat[0] = _filled((columns,), MASKED, COLUMNS)
         smem.stat[1] = _filled((columns,), 0, COLUMNS)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.stat, gmem.stats.at[number, row, head])
@@ -411,18 +412,18 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
         _place_queries(gmem, smem, row, problem)
 
         def attend(unit: Array, state: tuple) -> tuple:
-            slot = lax.rem(step + unit - first, stages)
+            slot = lax.rem(step + unit - first, num_stages)
             return _attend_block(smem, slot, *work.locate(unit), state)
 
         state = (
-            _filled((columns,), NEVER, COLUMNS),
+            _filled((columns,), MASKED, COLUMNS),
             _filled((block, columns), 0, plgpu.Layout.WGMMA),
             _filled((head_dim, columns), 0, plgpu.Layout.WGMMA),
         )
-        peak, totals, out = lax.fori_loop(first, last, attend, state)
-        smem.out.T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-        smem.stat[0] = peak
-        smem.stat[1] = totals.sum(axis=0)
+        m_i, l_i, acc = lax.fori_loop(first, last, attend, state)
+        smem.out.T[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+        smem.stat[0] = m_i
+        smem.stat[1] = l_i.sum(axis=0)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.out, gmem.outs.at[number + row, head])
         plgpu.copy_smem_to_gmem(smem.stat, gmem.stats.at[number, row, head])
@@ -461,8 +462,8 @@ def _attend_block(
     The state: maxima in log2 units, sums of weights, and outputs. A sum is kept in parts, each
     thread's own keys, which are put together after the last block.
     """
-    peak, totals, out = state
-    block, columns = totals.shape
+    m_i, l_i, acc = state
+    block, columns = l_i.shape
     shape = (block, columns)
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
     start = plgpu.load(smem.span.at[phase, 0], layout=COLUMNS)
@@ -470,9 +471,9 @@ def _attend_block(
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
 
-    def logits_of(acc: Any) -> Array:
-        plgpu.wgmma(acc, smem.key.at[slot], smem.query.at[phase].T)
-        return acc[...]
+    def logits_of(acc_ref: Any) -> Array:
+        plgpu.wgmma(acc_ref, smem.key.at[slot], smem.query.at[phase].T)
+        return acc_ref[...]
 
     logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     plgpu.barrier_arrive(smem.key_free.at[slot])
@@ -480,23 +481,23 @@ def _attend_block(
     key = number * block + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     met = (key >= across(start, shape)) & (key < across(stop, shape))
     logits = jnp.where(met, logits, -jnp.inf)
-    new_peak = jnp.maximum(peak, logits.max(axis=0))
-    decay = jnp.exp2(peak - new_peak)
-    weights = jnp.exp2(logits - across(new_peak, shape))
-    totals = totals * across(decay, shape) + weights
-    out = out * across(decay, out.shape)
-    narrow = weights.astype(smem.weight.dtype)
-    smem.weight.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
+    m_next = jnp.maximum(m_i, logits.max(axis=0))
+    decay = jnp.exp2(m_i - m_next)
+    p = jnp.exp2(logits - across(m_next, shape))
+    l_i = l_i * across(decay, shape) + p
+    acc = acc * across(decay, acc.shape)
+    narrow = p.astype(smem.p.dtype)
+    smem.p.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
 
     plgpu.barrier_wait(smem.value_ready.at[slot])
 
-    def add_values(acc: Any) -> None:
-        plgpu.wgmma(acc, smem.value.at[slot].T, smem.weight.T)
+    def add_values(acc_ref: Any) -> None:
+        plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
 
-    out = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(out))
+    acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
     plgpu.barrier_arrive(smem.value_free.at[slot])
-    return new_peak, totals, out
+    return m_next, l_i, acc
 
 
 def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:

@@ -1,18 +1,17 @@
 """DCA's forward pass on Hopper: one flash-attention kernel for any of the three phases together.
 
-A block of threads takes 128 queries of one head: two warpgroups compute, 64 queries each, and a
-third feeds them keys and values through the bulk copy engine. The query is rotated once for each
-phase, in the kernel, and all its rotations stay in shared memory where they fit; so walking from
-one phase's keys to the next costs nothing, and DCA does the work of plain causal attention.
+A CTA takes 128 queries of one head: two warpgroups compute, 64 queries each, and a third feeds
+them keys and values through the bulk copy engine. The query is rotated once for each phase, in the
+kernel, and all its rotations stay in shared memory where they fit; so walking from one phase's keys
+to the next costs nothing, and DCA does the work of plain causal attention.
 
 Two query heads of one kv head form a cluster, which reads every block of keys once for both.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,28 +21,27 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     Walk,
     full_and_edge_walks,
     locate,
-    ranges_of_rows,
+    ranges_of_queries,
     recall,
     remember,
     steps,
 )
 from dca_jax.attention.mosaic_gpu.vote import any_in_warp
-from dca_jax.dca import DCAConfig, Phase, query_position
+from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.dca import DCAConfig, Phase
 from dca_jax.errors import InputError
-from dca_jax.rope import rotate
 
-ROWS = 64  # queries a warpgroup: the rows of one WGMMA
-WARPGROUPS = 2  # that compute
-BLOCK_Q = ROWS * WARPGROUPS
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-LOG2E = math.log2(math.e)
-NEVER = -1e30  # below every logit, and finite: so no inf - inf arises
-# A row's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
+WARPGROUP_Q = 64  # queries a warpgroup: what one WGMMA multiplies at once
+WARPGROUPS = 2  # that compute; one more feeds them
+BLOCK_Q = WARPGROUP_Q * WARPGROUPS
+PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
+# A query's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
 # weights stay below 2^8, which float16 holds and float32 sums exactly enough.
 SLACK = 8.0
 
@@ -54,7 +52,7 @@ class ForwardTiles:
 
     Attributes:
         block_k: keys a step; a multiple of 64.
-        stages: blocks of keys and values in flight.
+        num_stages: blocks of keys and values in flight.
         resident: the query is rotated in the kernel, once for each phase, and all of it stays in
             shared memory; else it is rotated outside, and each phase's is fetched when needed.
         registers: columns of the query that are multiplied from registers where no mask is needed,
@@ -63,15 +61,15 @@ class ForwardTiles:
     """
 
     block_k: int
-    stages: int
+    num_stages: int
     resident: bool
     registers: int
     cluster: int
 
     def shared_bytes(self, head_dim: int, phases: int) -> int:
-        """Shared memory a block of threads needs, in bytes."""
+        """Shared memory a CTA needs, in bytes."""
         queries = (phases if self.resident else 1) * BLOCK_Q * head_dim * 2
-        keys_values = 2 * self.stages * self.block_k * head_dim * 2
+        keys_values = 2 * self.num_stages * self.block_k * head_dim * 2
         return queries + keys_values + RESERVED
 
 
@@ -79,9 +77,9 @@ RESERVED = 3 * 1024  # for the log-sum-exp, the walks and the barriers: each beg
 
 # By head_dim, the fastest of a few tried by hand on an H200; 256: the first that fits.
 TILES = {
-    64: ForwardTiles(block_k=256, stages=2, resident=True, registers=0, cluster=2),
-    128: ForwardTiles(block_k=128, stages=2, resident=True, registers=128, cluster=2),
-    256: ForwardTiles(block_k=64, stages=2, resident=False, registers=0, cluster=2),
+    64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
+    128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
+    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
 
 
@@ -96,7 +94,7 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Output and natural log-sum-exp over the keys of `phases`; as `op.Backend.forward`."""
+    """Output and natural log-sum-exp over the keys of `phases`; as `Backend.forward`."""
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     num_tiles = -(-num_queries // BLOCK_Q)
@@ -117,315 +115,407 @@ def forward(
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
+    problem = _Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles)
     out, *lse = plgpu.kernel(
-        functools.partial(
-            _kernel, num_keys=num_keys, dca=dca, phases=phases, tiles=tiles, cluster=cluster
-        ),
+        functools.partial(_kernel, problem),
         out_type=(out, lse) if with_lse else (out,),
         grid=(heads // cluster, num_tiles, batch),
         grid_names=("heads", "tile", "batch"),
         cluster=(cluster,),
         cluster_names=("pair",),
         num_threads=WARPGROUPS + 1,
-        thread_name="wg",
+        thread_name="warpgroup",
         kernel_name="dca_forward",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,  # rows are reduced within a warp
+            reduction_scratch_bytes=0,  # maxima and sums are taken within a warp
         ),
     )(query, key, value, place, *tables)
     return out[:, :num_queries], lse[0][:, :, :num_queries] if with_lse else None
 
 
-def pad_tokens(x: Array, axis: int) -> Array:
-    """`x` with `axis` padded to a multiple of 8: the copy engine takes rows of tokens by eights."""
-    missing = -x.shape[axis] % 8
-    if missing == 0:
-        return x
-    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])
+# --- the kernel --------------------------------------------------------------------------------
 
 
-def rotated_queries(
-    query: Float[Array, "B T N H"], rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]
-) -> list[Float[Array, "B T N H"]]:
-    """The query as each phase sees it, times the logit scale in log2 units; rounded once."""
-    index = rows.offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
-    scale = (rows.scale * jnp.float32(LOG2E))[:, None, None, None]
-    wide = query.astype(jnp.float32)
-    seen = [rotate(wide, query_position(index, phase, dca), rows.inv_freq) for phase in phases]
-    return [(x * scale).astype(query.dtype) for x in seen]
+class _Problem(NamedTuple):
+    """What is static about a call."""
+
+    num_keys: int  # of a row of the cache, its padding not counted
+    group: int  # query heads of a kv head
+    cluster: int  # CTAs that share what they read
+    dca: DCAConfig
+    phases: tuple[Phase, ...]
+    tiles: ForwardTiles
 
 
-def rotation_tables(
-    rows: Rows, dca: DCAConfig, tokens: int
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"], Float[Array, "B 4 half"]]:
-    """cos and sin of each query's intra position, and of the two rotations that are constant.
+class _Refs(NamedTuple):
+    """The kernel's arguments and results, in global memory."""
 
-    The logit scale, in log2 units, is part of cos, sin and the first constant rotation, R(Q'), with
-    Q' = min(2s - 1, Q): that of inter. The second, R(s), takes intra to succ; where the position
-    would pass Q', succ is inter.
-    """
-    s, furthest = dca.chunk_len, dca.inter_position
-    scale = rows.scale[:, None, None] * jnp.float32(LOG2E)
-    index = rows.offset[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
-    angle = (index % s).astype(jnp.float32)[:, :, None] * rows.inv_freq[:, None, :]
-    far, step = (jnp.float32(p) * rows.inv_freq[:, None, :] for p in (furthest, s))
-    shape = (rows.offset.shape[0], 1, rows.inv_freq.shape[1])
-    fixed = [jnp.cos(far) * scale, jnp.sin(far) * scale, jnp.cos(step), jnp.sin(step)]
-    fixed = jnp.concatenate([jnp.broadcast_to(x, shape) for x in fixed], axis=1)
-    return jnp.cos(angle) * scale, jnp.sin(angle) * scale, fixed
+    query: Any  # [B, T, N, H] raw; or [phases, B, T, N, H] rotated, if not resident
+    key: Any  # [L * B, S, K, H]
+    value: Any
+    place: Any  # [B, 4]: row of the cache, offset, length, key offset
+    tables: tuple[Any, ...]  # of `rotation_tables`, if resident
+    out: Any  # [B, T, N, H]
+    lse: Any  # [B, N, T], whole tiles; or None
+
+    @classmethod
+    def of(cls, resident: bool, refs: tuple) -> "_Refs":
+        """From the references in the order in which the kernel gets them."""
+        query, key, value, place, *rest = refs
+        tables, (out, *lse) = (rest[:3], rest[3:]) if resident else ([], rest)
+        return cls(query, key, value, place, tuple(tables), out, lse[0] if lse else None)
 
 
-def _kernel(
-    q_gmem: Any,
-    k_gmem: Any,
-    v_gmem: Any,
-    place_gmem: Any,
-    *tables_and_outputs: Any,
-    num_keys: int,
-    dca: DCAConfig,
-    phases: tuple[Phase, ...],
-    tiles: ForwardTiles,
-    cluster: int,
-) -> None:
-    tables = 3 if tiles.resident else 0
-    tables_gmem, (out_gmem, *lse_gmem) = tables_and_outputs[:tables], tables_and_outputs[tables:]
-    num_queries, heads, head_dim = q_gmem.shape[-3:]
-    group = heads // k_gmem.shape[2]
-    dtype, block_k, stages = q_gmem.dtype, tiles.block_k, tiles.stages
-    rotations = len(phases) if tiles.resident else 1
+class _Shared(NamedTuple):
+    """Shared memory: tiles, then barriers."""
 
-    batch = lax.axis_index("batch")
-    head = lax.axis_index("heads") * cluster + lax.axis_index("pair")
-    # The longest rows of work first: what is left at the end is short.
-    tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
+    q: Any  # [WARPGROUPS, rotations, WARPGROUP_Q, H]; at last the output
+    k: Any  # [num_stages, block_k, H]
+    v: Any  # [num_stages, block_k, H]
+    lse: Any  # [WARPGROUPS, WARPGROUP_Q]
+    walks: Any  # [3 * phases, 2]: which blocks of keys are visited
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    planned: Any  # the walks are there
+    k_consumed: Any
+    v_consumed: Any
+    ping_pong: Any  # hands the tensor cores from one computing warpgroup to the other
 
-    def body(scratch: tuple, loaded: tuple, consumed: tuple, turn: Any) -> None:
-        q_smem, k_smem, v_smem, lse_smem, walks_smem = scratch
-        q_loaded, k_loaded, v_loaded, planned = loaded
-        k_consumed, v_consumed = consumed
-        wg = lax.axis_index("wg")
+    @classmethod
+    def types(cls, problem: _Problem, dtype: Any, head_dim: int) -> "_Shared":
+        """What is allocated."""
+        num_stages, block_k = problem.tiles.num_stages, problem.tiles.block_k
+        num_phases, keys = len(problem.phases), (num_stages, block_k, head_dim)
+        rotations = num_phases if problem.tiles.resident else 1
 
-        def switch_turn() -> None:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
-        @pl.when(wg < WARPGROUPS)
-        def _compute() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            start = tile * BLOCK_Q + wg * ROWS
-            queries = pl.ds(start, ROWS)
-
-            def indices() -> Int[Array, " rows"]:
-                return place_gmem[batch, 1] + start + _row_iota()
-
-            if tiles.resident:
-                raw = q_smem.at[wg, rotations - 1]
-                plgpu.copy_gmem_to_smem(q_gmem.at[batch, queries, head], raw, q_loaded.at[wg])
-                *per_query, fixed = tables_gmem
-                per_query = [table.at[batch, queries] for table in per_query]
-                tables = _load_tables(phases, per_query, fixed.at[batch])
-                plgpu.barrier_wait(q_loaded.at[wg])
-                q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
-                rotated = _rotations(q, phases, tables, indices, dca)
-                plgpu.commit_smem()  # every thread has read the raw query
-                for number, q in enumerate(rotated):
-                    q_smem[wg, number] = q.astype(dtype)
-                plgpu.commit_smem()
-
-            plgpu.barrier_wait(planned)
-            full, edges = recall(walks_smem)
-            num_full, num_steps = steps(full), steps(full + edges)
-
-            @pl.when(num_steps > 0)
-            def _wait_for_first() -> None:
-                plgpu.barrier_wait(k_loaded.at[0])
-
-            pl.when(wg == 1)(switch_turn)
-
-            def step(
-                n: Array,
-                carry: tuple,
-                *,
-                parts: list[tuple[Any, Any]],
-                mask: Callable[[Array], Array] | None,
-            ) -> tuple:
-                acc, peak, total = carry
-                slot = lax.rem(n, jnp.int32(stages))
-
-                def logits_of(acc_ref: Any) -> Array:
-                    for columns, q in parts:
-                        keys = k_smem.at[slot, :, columns].transpose((1, 0))
-                        plgpu.wgmma(acc_ref, q, keys)
-                    switch_turn()
-                    return acc_ref[...]
-
-                logits = pl.run_scoped(
-                    logits_of, plgpu.WGMMAAccumulatorRef((ROWS, block_k), jnp.float32)
-                )
-                plgpu.barrier_arrive(k_consumed.at[slot])
-                if mask is not None:
-                    logits = mask(logits)
-                new_peak = jnp.maximum(peak, logits.max(axis=1))
-
-                def rescale(acc: Array, peak: Array, total: Array) -> tuple:
-                    decay = jnp.exp2(peak - new_peak)
-                    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                    return acc, new_peak, total * decay
-
-                acc, peak, total = lax.cond(
-                    any_in_warp(new_peak - peak, SLACK),
-                    rescale,
-                    lambda *state: state,
-                    acc,
-                    peak,
-                    total,
-                )
-                weights = jnp.exp2(logits - _along_keys(peak, block_k))
-                narrow = weights.astype(dtype)
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_loaded.at[slot])
-                plgpu.barrier_wait(turn)  # the tensor cores are ours
-
-                def weighted_values(acc_ref: Any) -> tuple:
-                    acc_ref[...] = acc
-                    plgpu.wgmma(acc_ref, narrow, v_smem.at[slot])
-
-                    @pl.when(n + 1 < num_steps)
-                    def _wait_for_next() -> None:
-                        plgpu.barrier_wait(k_loaded.at[lax.rem(n + 1, jnp.int32(stages))])
-
-                    new_total = total + weights.sum(axis=1)  # while the product runs
-                    return acc_ref[...], new_total
-
-                acc, total = pl.run_scoped(
-                    weighted_values, plgpu.WGMMAAccumulatorRef((ROWS, head_dim), jnp.float32)
-                )
-                plgpu.barrier_arrive(v_consumed.at[slot])
-                return acc, peak, total
-
-            carry = (
-                _splat((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA),
-                _splat((ROWS,), NEVER, PER_ROW),
-                _splat((ROWS,), 0.0, PER_ROW),
+        def consumed() -> Any:
+            if problem.cluster == 1:
+                return plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=num_stages)
+            return plgpu.ClusterBarrier(
+                collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=num_stages
             )
 
-            def fetch(phase: int | Array) -> None:
-                """Where only one rotation of the query fits: brings this phase's."""
-                rotated = q_gmem.at[phase, batch, queries, head]
-                plgpu.copy_gmem_to_smem(rotated, q_smem.at[wg, 0], q_loaded.at[wg])
-                plgpu.barrier_wait(q_loaded.at[wg])
-
-            done = jnp.int32(0)
-            for walk in full:
-                q = q_smem.at[wg, walk.phase if tiles.resident else 0]
-                if not tiles.resident:
-                    pl.when(walk.count > 0)(functools.partial(fetch, walk.phase))
-                unmasked = functools.partial(step, parts=_parts(q, tiles.registers), mask=None)
-                carry = lax.fori_loop(done, done + walk.count, unmasked, carry)
-                done = done + walk.count
-
-            _, edges = recall(walks_smem)
-
-            def edge(n: Array, carry: tuple) -> tuple:
-                phase, block = locate(n, edges, num_full)
-                if not tiles.resident:
-                    fetch(phase)
-
-                def mask(logits: Array) -> Array:
-                    length, keys = place_gmem[batch, 2], Keys(place_gmem[batch, 3], num_keys)
-                    lower, upper = ranges_of_rows(indices(), length, phase, phases, dca, keys)
-                    j = block * block_k + _iota((ROWS, block_k), 1)
-                    met = (j >= _along_keys(lower, block_k)) & (j < _along_keys(upper, block_k))
-                    return jnp.where(met, logits, -jnp.inf)
-
-                q = q_smem.at[wg, phase if tiles.resident else 0]
-                return step(n, carry, parts=_parts(q, 0), mask=mask)
-
-            acc, peak, total = lax.fori_loop(num_full, num_steps, edge, carry)
-            pl.when(wg == 0)(switch_turn)
-
-            is_text = (indices() < place_gmem[batch, 2]) & (total > 0)
-            inverse = jnp.where(is_text, 1 / jnp.where(total > 0, total, 1.0), 0.0)
-            out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            q_smem[wg, 0] = out.astype(dtype)
-            if lse_gmem:
-                log2_total = jnp.log(jnp.where(total > 0, total, 1.0)) * LOG2E
-                lse_smem[wg] = jnp.where(is_text, (peak + log2_total) / LOG2E, -jnp.inf)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[wg, 0], out_gmem.at[batch, queries, head])
-            if lse_gmem:
-                plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_gmem[0].at[batch, head, queries])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == WARPGROUPS)
-        def _feed() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-            kv_head = lax.div(head, jnp.int32(group))
-            axes = "pair" if cluster > 1 else None
-            kv_batch, offset, length, key_offset = (place_gmem[batch, n] for n in range(4))
-            first = offset + tile * BLOCK_Q
-            last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
-            keys = Keys(key_offset, num_keys)
-            full, edges = full_and_edge_walks(first, last, phases, dca, keys, block_k)
-            # Here, so that those who compute rotate meanwhile, and have the registers for it.
-            remember(full, edges, walks_smem)
-            plgpu.barrier_arrive(planned)
-            num_full, num_steps = steps(full), steps(full + edges)
-
-            def feed(n: Array, _: Any, *, walks: list[Walk], done: Array) -> None:
-                slot = lax.rem(n, jnp.int32(stages))
-                _, block = locate(n, walks, done)
-                keys = (kv_batch, pl.ds(block * block_k, block_k), kv_head)
-                for gmem, smem, filled, emptied in (
-                    (k_gmem, k_smem, k_loaded, k_consumed),
-                    (v_gmem, v_smem, v_loaded, v_consumed),
-                ):
-                    pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, emptied.at[slot]))
-                    plgpu.copy_gmem_to_smem(
-                        gmem.at[keys], smem.at[slot], filled.at[slot], collective_axes=axes
-                    )
-
-            feed_full = functools.partial(feed, walks=full, done=jnp.int32(0))
-            feed_edges = functools.partial(feed, walks=edges, done=num_full)
-            lax.fori_loop(0, num_full, feed_full, None)
-            lax.fori_loop(num_full, num_steps, feed_edges, None)
-            if cluster > 1:
-                # The other block of the cluster still signals here: stay until it is done.
-                for slot in range(stages):
-
-                    @pl.when(slot < num_steps)
-                    def _drain() -> None:
-                        plgpu.barrier_wait(k_consumed.at[slot])  # noqa: B023
-                        plgpu.barrier_wait(v_consumed.at[slot])  # noqa: B023
-
-    def consumed() -> Any:
-        if cluster == 1:
-            return plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-        return plgpu.ClusterBarrier(
-            collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=stages
+        return cls(
+            q=plgpu.SMEM((WARPGROUPS, rotations, WARPGROUP_Q, head_dim), dtype),
+            k=plgpu.SMEM(keys, dtype),
+            v=plgpu.SMEM(keys, dtype),
+            lse=plgpu.SMEM((WARPGROUPS, WARPGROUP_Q), jnp.float32),
+            walks=plgpu.SMEM((3 * num_phases, 2), jnp.int32),
+            q_loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
+            k_loaded=plgpu.Barrier(num_barriers=num_stages),
+            v_loaded=plgpu.Barrier(num_barriers=num_stages),
+            planned=plgpu.Barrier(),
+            k_consumed=consumed(),
+            v_consumed=consumed(),
+            ping_pong=plgpu.Barrier(num_arrivals=WARPGROUPS),
         )
 
-    pl.run_scoped(
-        body,
-        (
-            plgpu.SMEM((WARPGROUPS, rotations, ROWS, head_dim), dtype),
-            plgpu.SMEM((stages, block_k, head_dim), dtype),
-            plgpu.SMEM((stages, block_k, head_dim), dtype),
-            plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            plgpu.SMEM((3 * len(phases), 2), jnp.int32),
-        ),
-        (
-            plgpu.Barrier(num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(),
-        ),
-        (consumed(), consumed()),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        collective_axes="wg",
+
+class _CTA(NamedTuple):
+    """What a CTA works on, and where its data is."""
+
+    problem: _Problem
+    gmem: _Refs
+    smem: _Shared
+    batch: Array
+    head: Array
+    tile: Array
+
+
+def _kernel(problem: _Problem, *refs: Any) -> None:
+    gmem = _Refs.of(problem.tiles.resident, refs)
+    num_queries, _, head_dim = gmem.query.shape[-3:]
+    batch = lax.axis_index("batch")
+    head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
+    # The tiles with most work first: what is left at the end is short.
+    tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
+
+    def body(smem: _Shared) -> None:
+        cta = _CTA(problem, gmem, smem, batch, head, tile)
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup < WARPGROUPS)(lambda: _compute(cta, warpgroup))
+        pl.when(warpgroup == WARPGROUPS)(lambda: _feed(cta))
+
+    shared = _Shared.types(problem, gmem.query.dtype, head_dim)
+    pl.run_scoped(body, shared, collective_axes="warpgroup")
+
+
+# --- the warpgroup that feeds ------------------------------------------------------------------
+
+
+def _feed(cta: _CTA) -> None:
+    """Works out which blocks the tile visits, and keeps their keys and values in flight."""
+    plgpu.set_max_registers(40, action="decrease")
+    problem, gmem, smem = cta.problem, cta.gmem, cta.smem
+    num_queries, tiles = gmem.query.shape[-3], problem.tiles
+    num_stages, block_k = tiles.num_stages, tiles.block_k
+    kv_head = lax.div(cta.head, jnp.int32(problem.group))
+    axes = "pair" if problem.cluster > 1 else None
+    cache_row, offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(4))
+    first = offset + cta.tile * BLOCK_Q
+    last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
+    keys = Keys(key_offset, problem.num_keys)
+    full, edges = full_and_edge_walks(first, last, problem.phases, problem.dca, keys, block_k)
+    # Here, so that those who compute rotate meanwhile, and have the registers for it.
+    remember(full, edges, smem.walks)
+    plgpu.barrier_arrive(smem.planned)
+    num_full, num_steps = steps(full), steps(full + edges)
+
+    def load(n: Array, _: Any, *, walks: list[Walk], done: Array) -> None:
+        slot = lax.rem(n, jnp.int32(num_stages))
+        _, block = locate(n, walks, done)
+        keys = (cache_row, pl.ds(block * block_k, block_k), kv_head)
+        for source, target, loaded, consumed in (
+            (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
+            (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
+        ):
+            pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
+            plgpu.copy_gmem_to_smem(
+                source.at[keys], target.at[slot], loaded.at[slot], collective_axes=axes
+            )
+
+    lax.fori_loop(0, num_full, functools.partial(load, walks=full, done=jnp.int32(0)), None)
+    lax.fori_loop(num_full, num_steps, functools.partial(load, walks=edges, done=num_full), None)
+    if problem.cluster > 1:
+        _drain(smem, num_stages, num_steps)
+
+
+def _drain(smem: _Shared, num_stages: int, num_steps: Array) -> None:
+    """The other CTA of the cluster still signals to this one: stays until it is done."""
+    for slot in range(num_stages):
+
+        def wait(slot: int = slot) -> None:
+            plgpu.barrier_wait(smem.k_consumed.at[slot])
+            plgpu.barrier_wait(smem.v_consumed.at[slot])
+
+        pl.when(slot < num_steps)(wait)
+
+
+# --- the warpgroups that compute ---------------------------------------------------------------
+
+
+class _Softmax(NamedTuple):
+    """The state of an online softmax, in registers; maxima in log2 units."""
+
+    acc: Float[Array, "queries H"]
+    m_i: Float[Array, " queries"]
+    l_i: Float[Array, " queries"]
+
+
+class _Queries(NamedTuple):
+    """A computing warpgroup's share of a CTA's tile."""
+
+    cta: _CTA
+    warpgroup: Array
+    first: Array  # the first of them, counted from the row's first query
+
+    @property
+    def slots(self) -> Any:
+        """Where they lie among the row's queries."""
+        return pl.ds(self.first, WARPGROUP_Q)
+
+    def index(self) -> Int[Array, " queries"]:
+        """Their text indices: made anew where they are needed, for they would hold registers."""
+        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WARPGROUP_Q,), 0)
+        return self.cta.gmem.place[self.cta.batch, 1] + self.first + iota(layout=PER_QUERY)
+
+    def in_phase(self, phase: int | Array) -> Any:
+        """In shared memory, as a phase sees them."""
+        return self.cta.smem.q.at[self.warpgroup, phase if self.cta.problem.tiles.resident else 0]
+
+
+def _compute(cta: _CTA, warpgroup: Array) -> None:
+    """Attention of a warpgroup's queries: first to blocks met in full, then to the edges."""
+    plgpu.set_max_registers(232, action="increase")
+    smem = cta.smem
+    queries = _Queries(cta, warpgroup, cta.tile * BLOCK_Q + warpgroup * WARPGROUP_Q)
+    if cta.problem.tiles.resident:
+        _place_rotations(queries)
+
+    plgpu.barrier_wait(smem.planned)
+    full, edges = recall(smem.walks)
+    num_full, num_steps = steps(full), steps(full + edges)
+    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.k_loaded.at[0]))
+    pl.when(warpgroup == 1)(lambda: _switch(smem))
+    state = _attend_full(queries, full, num_steps)
+    state = _attend_edges(queries, state, num_full, num_steps)
+    pl.when(warpgroup == 0)(lambda: _switch(smem))
+    _write(queries, state)
+
+
+def _switch(smem: _Shared) -> None:
+    """Leaves the tensor cores to the other warpgroup, until it leaves them to this one."""
+    plgpu.barrier_arrive(smem.ping_pong)
+    plgpu.barrier_wait(smem.ping_pong)
+
+
+def _attend_full(queries: _Queries, full: list[Walk], num_steps: Array) -> _Softmax:
+    """Through the blocks of keys, phase by phase, that all the tile's queries meet."""
+    tiles, head_dim = queries.cta.problem.tiles, queries.cta.smem.q.shape[-1]
+    state = _Softmax(
+        _splat((WARPGROUP_Q, head_dim), 0.0, plgpu.Layout.WGMMA),
+        _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
+        _splat((WARPGROUP_Q,), 0.0, PER_QUERY),
     )
+    done = jnp.int32(0)
+    for walk in full:
+        q = queries.in_phase(walk.phase)
+        if not tiles.resident:
+            pl.when(walk.count > 0)(functools.partial(_fetch, queries, walk.phase))
+        parts = _parts(q, tiles.registers)
+
+        def attend(n: Array, state: _Softmax, parts: list = parts) -> _Softmax:
+            return _attend_block(queries, n, num_steps, state, parts, None)
+
+        state = lax.fori_loop(done, done + walk.count, attend, state)
+        done = done + walk.count
+    return state
+
+
+def _attend_edges(
+    queries: _Queries, state: _Softmax, num_full: Array, num_steps: Array
+) -> _Softmax:
+    """Through the blocks that some queries meet in part or not at all."""
+    problem, gmem, batch = queries.cta.problem, queries.cta.gmem, queries.cta.batch
+    block_k = problem.tiles.block_k
+    _, edges = recall(queries.cta.smem.walks)
+
+    def attend(n: Array, state: _Softmax) -> _Softmax:
+        phase, block = locate(n, edges, num_full)
+        if not problem.tiles.resident:
+            _fetch(queries, phase)
+
+        def mask(logits: Array) -> Array:
+            length, keys = gmem.place[batch, 2], Keys(gmem.place[batch, 3], problem.num_keys)
+            lower, upper = ranges_of_queries(
+                queries.index(), length, phase, problem.phases, problem.dca, keys
+            )
+            shape, layout = (WARPGROUP_Q, block_k), plgpu.Layout.WGMMA
+            j = block * block_k + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+            met = (j >= _along_keys(lower, block_k)) & (j < _along_keys(upper, block_k))
+            return jnp.where(met, logits, -jnp.inf)
+
+        parts = _parts(queries.in_phase(phase), 0)
+        return _attend_block(queries, n, num_steps, state, parts, mask)
+
+    return lax.fori_loop(num_full, num_steps, attend, state)
+
+
+def _attend_block(
+    queries: _Queries,
+    n: Array,
+    num_steps: Array,
+    state: _Softmax,
+    parts: list[tuple[Any, Any]],
+    mask: Callable[[Array], Array] | None,
+) -> _Softmax:
+    """Step n of the online softmax, with the block of keys that is in flight for it."""
+    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
+    head_dim = smem.v.shape[-1]
+    slot = lax.rem(n, jnp.int32(tiles.num_stages))
+
+    def logits_of(acc: Any) -> Array:
+        for columns, q in parts:
+            plgpu.wgmma(acc, q, smem.k.at[slot, :, columns].transpose((1, 0)))
+        _switch(smem)
+        return acc[...]
+
+    shape = (WARPGROUP_Q, tiles.block_k)
+    logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    plgpu.barrier_arrive(smem.k_consumed.at[slot])
+    if mask is not None:
+        logits = mask(logits)
+    state = _raise_maxima(state, logits)
+    p = jnp.exp2(logits - _along_keys(state.m_i, tiles.block_k))
+    narrow = p.astype(smem.v.dtype)
+    plgpu.barrier_arrive(smem.ping_pong)
+    plgpu.barrier_wait(smem.v_loaded.at[slot])
+    plgpu.barrier_wait(smem.ping_pong)  # the tensor cores are ours
+
+    def add_values(acc: Any) -> tuple[Array, Array]:
+        acc[...] = state.acc
+        plgpu.wgmma(acc, narrow, smem.v.at[slot])
+
+        @pl.when(n + 1 < num_steps)
+        def _wait_for_next() -> None:
+            plgpu.barrier_wait(smem.k_loaded.at[lax.rem(n + 1, jnp.int32(tiles.num_stages))])
+
+        l_i = state.l_i + p.sum(axis=1)  # while the product runs
+        return acc[...], l_i
+
+    acc, l_i = pl.run_scoped(
+        add_values, plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, head_dim), jnp.float32)
+    )
+    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+    return _Softmax(acc, state.m_i, l_i)
+
+
+def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _Softmax:
+    """The state with maxima that count these logits, where a warp's have grown by more than SLACK.
+
+    Else nothing is rescaled: the weights are then larger than they would be, and as exact.
+    """
+    m_next = jnp.maximum(state.m_i, logits.max(axis=1))
+
+    def rescale(acc: Array, m_i: Array, l_i: Array) -> tuple[Array, Array, Array]:
+        decay = jnp.exp2(m_i - m_next)
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+        return acc, m_next, l_i * decay
+
+    grown = any_in_warp(m_next - state.m_i, SLACK)
+    return _Softmax(*lax.cond(grown, rescale, lambda *state: state, *state))
+
+
+def _write(queries: _Queries, state: _Softmax) -> None:
+    """The output and the log-sum-exp, by way of shared memory; 0 and -inf for padding."""
+    cta, (acc, m_i, l_i) = queries.cta, state
+    gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
+    is_text = (queries.index() < gmem.place[cta.batch, 2]) & (l_i > 0)
+    inverse = jnp.where(is_text, 1 / jnp.where(l_i > 0, l_i, 1.0), 0.0)
+    out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+    smem.q[at, 0] = out.astype(smem.q.dtype)
+    if gmem.lse is not None:
+        log2_l = jnp.log(jnp.where(l_i > 0, l_i, 1.0)) * LOG2E
+        smem.lse[at] = jnp.where(is_text, (m_i + log2_l) / LOG2E, -jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.q.at[at, 0], gmem.out.at[cta.batch, queries.slots, cta.head])
+    if gmem.lse is not None:
+        target = gmem.lse.at[cta.batch, cta.head, queries.slots]
+        plgpu.copy_smem_to_gmem(smem.lse.at[at], target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# --- the queries -------------------------------------------------------------------------------
+
+
+def _fetch(queries: _Queries, phase: int | Array) -> None:
+    """Where only one rotation of the queries fits: brings this phase's."""
+    cta, at = queries.cta, queries.warpgroup
+    rotated = cta.gmem.query.at[phase, cta.batch, queries.slots, cta.head]
+    plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
+    plgpu.barrier_wait(cta.smem.q_loaded.at[at])
+
+
+def _place_rotations(queries: _Queries) -> None:
+    """Brings the queries, and leaves them in shared memory as each phase sees them."""
+    cta, at = queries.cta, queries.warpgroup
+    problem, smem = cta.problem, cta.smem
+    raw = smem.q.at[at, len(problem.phases) - 1]
+    source = cta.gmem.query.at[cta.batch, queries.slots, cta.head]
+    plgpu.copy_gmem_to_smem(source, raw, smem.q_loaded.at[at])
+    *intra, fixed = cta.gmem.tables
+    intra = [table.at[cta.batch, queries.slots] for table in intra]
+    tables = _load_tables(problem.phases, intra, fixed.at[cta.batch])
+    plgpu.barrier_wait(smem.q_loaded.at[at])
+    q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
+    rotated = _rotations(q, problem.phases, tables, queries.index, problem.dca)
+    plgpu.commit_smem()  # every thread has read the raw query
+    for number, q in enumerate(rotated):
+        smem.q[at, number] = q.astype(smem.q.dtype)
+    plgpu.commit_smem()
 
 
 def _load_tables(
@@ -446,33 +536,33 @@ def _load_tables(
 
 
 def _rotations(
-    q: Float[Array, "rows H"],
+    q: Float[Array, "queries H"],
     phases: tuple[Phase, ...],
     tables: tuple[list[Array], list[Array]],
-    indices: Callable[[], Int[Array, " rows"]],
+    indices: Callable[[], Int[Array, " queries"]],
     dca: DCAConfig,
-) -> list[Float[Array, "rows H"]]:
+) -> list[Float[Array, "queries H"]]:
     """The query as each phase sees it, float32, scaled: logits come out in log2 units."""
     half = q.shape[1] // 2
     q = q.astype(jnp.float32)
     halves = q[:, :half], q[:, half:]
     per_query, constants = tables
-    constants = [lax.broadcast_in_dim(x, (ROWS, half), [1]) for x in constants]
+    constants = [lax.broadcast_in_dim(x, (WARPGROUP_Q, half), [1]) for x in constants]
 
-    def turned(halves: tuple[Array, Array], cos: Array, sin: Array) -> tuple[Array, Array]:
+    def rotate(halves: tuple[Array, Array], cos: Array, sin: Array) -> tuple[Array, Array]:
         first, second = halves
         return first * cos - second * sin, second * cos + first * sin
 
     seen = {}
     if "inter" in phases or "succ" in phases:
-        seen["inter"] = turned(halves, *constants[:2])
+        seen["inter"] = rotate(halves, *constants[:2])
     if "intra" in phases or "succ" in phases:
-        seen["intra"] = turned(halves, *per_query)
+        seen["intra"] = rotate(halves, *per_query)
     if "succ" in phases:
         s, furthest = dca.chunk_len, dca.inter_position
-        near = turned(seen["intra"], *constants[2:])
+        near = rotate(seen["intra"], *constants[2:])
         is_far = lax.rem(indices(), jnp.int32(s)) + s >= furthest
-        is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (ROWS, half), [0])
+        is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (WARPGROUP_Q, half), [0])
         seen["succ"] = tuple(a + (b - a) * is_far for a, b in zip(near, seen["inter"], strict=True))
     return [jnp.concatenate(seen[phase], axis=1) for phase in phases]
 
@@ -489,16 +579,8 @@ def _parts(q_smem: Any, registers: int) -> list[tuple[Any, Any]]:
     return parts
 
 
-def _iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def _row_iota() -> Int[Array, " rows"]:
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
-
-
 def _along_keys(x: Array, block_k: int) -> Array:
-    return lax.broadcast_in_dim(x, (ROWS, block_k), [0])
+    return lax.broadcast_in_dim(x, (WARPGROUP_Q, block_k), [0])
 
 
 def _splat(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:

@@ -107,14 +107,14 @@ def locate(
     return phase, block
 
 
-def ranges_of_rows(
-    index: Int[Array, " rows"],
+def ranges_of_queries(
+    index: Int[Array, " queries"],
     length: Int[Array, ""],
     phase: Int[Array, ""],
     phases: tuple[Phase, ...],
     dca: DCAConfig,
     keys: Keys,
-) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
     """[start, stop) of the slots each query meets in phase number `phase`; padding meets none."""
     start, stop = index * 0, index * 0
     for number, name in enumerate(phases):

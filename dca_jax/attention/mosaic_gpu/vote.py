@@ -11,8 +11,8 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Bool, Float
 
 
-def any_in_warp(x: Float[Array, " rows"], threshold: float) -> Bool[Array, ""]:
-    """Whether any of the rows this warp holds exceeds `threshold`; x is laid out by rows (WGMMA).
+def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""]:
+    """Whether any of a warp's queries exceeds `threshold`; x is laid out as WGMMA's rows are.
 
     The answer differs from warp to warp: what depends on it must not synchronize a warpgroup.
     """

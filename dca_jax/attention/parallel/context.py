@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.op import BACKENDS, choose_implementation
 from dca_jax.attention.parallel.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import DCAConfig, Phase, phases_within
 from dca_jax.errors import InputError
 
@@ -119,9 +120,9 @@ def decode_attention(
 
     out = out.astype(lse.dtype).reshape(batch, 2, *query.shape[1:])
     lse = lse.reshape(batch, 2, *lse.shape[1:])
-    peak = jax.lax.pmax(lse.max(axis=1), axis_name)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0)  # padding meets no key anywhere
-    weight = jnp.swapaxes(jnp.exp(lse - peak[:, None]), 2, 3)[..., None]
+    m_max = jax.lax.pmax(lse.max(axis=1), axis_name)
+    m_max = jnp.where(jnp.isfinite(m_max), m_max, 0)  # padding meets no key anywhere
+    weight = jnp.swapaxes(jnp.exp(lse - m_max[:, None]), 2, 3)[..., None]
     sums = jnp.sum(weight * out, axis=1), jnp.sum(weight, axis=1)
     total, weights = jax.lax.psum(sums, axis_name)
     return (total / jnp.where(weights > 0, weights, 1)).astype(query.dtype)
@@ -133,16 +134,15 @@ def decode_attention(
 class OfOut(NamedTuple):
     """What the backward needs of an output: of all the keys it was made from, wherever they are."""
 
-    out_bar: Float[Array, "*block T N H"]
+    do: Float[Array, "*block T N H"]
     lse: Float[Array, "*block N T"]
     delta: Float[Array, "*block N T"]  # rowsum(dO * O)
 
     @classmethod
-    def of_halves(cls, out_bar: Array, out: Array, lse: Float[Array, "2 B N h"]) -> "OfOut":
-        """From out_bar and out [B,t,N,H] of a device, its two blocks apart: [2, B, ..]."""
-        out_bar, out = to_halves(out_bar), to_halves(out)
-        wide = out_bar.astype(lse.dtype), out.astype(lse.dtype)
-        return cls(out_bar, lse, jnp.einsum("zBTNH,zBTNH->zBNT", *wide))
+    def of_halves(cls, do: Array, out: Array, lse: Float[Array, "2 B N h"]) -> "OfOut":
+        """From do and out [B,t,N,H] of a device, its two blocks apart: [2, B, ..]."""
+        do, out = to_halves(do), to_halves(out)
+        return cls(do, lse, output_delta(do, out, lse.dtype))
 
 
 class Kernel(NamedTuple):
@@ -204,10 +204,10 @@ class Kernel(NamedTuple):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Gradients of query, key and value, to be summed with others: in the dtype of `lse`."""
         dtype = of_out.lse.dtype
-        query_bar, key_bar, value_bar = BACKENDS[self.name].backward(
+        dq, dk, dv = BACKENDS[self.name].backward(
             query, *keys, layer, rows, *of_out, dca=self.dca, phases=self.phases
         )
-        return query_bar.astype(dtype), key_bar.astype(dtype), value_bar.astype(dtype)
+        return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
 
 
 def for_each_row(rows: Rows, repeat: Callable[[Array], Array], batch: int) -> Rows:
@@ -240,19 +240,19 @@ def _gathered_forward(kernel: Kernel, query: Array, key: Array, value: Array, ro
     return _gathered_saving(kernel, query, key, value, rows)[0]
 
 
-def _gathered_backward(kernel: Kernel, saved: tuple, out_bar: Array) -> tuple:
+def _gathered_backward(kernel: Kernel, saved: tuple, do: Array) -> tuple:
     query, key, value, rows, out, lse = saved
     blocks, keys = _blocks_and_all_keys(kernel, query, key, value, rows)
-    of_out = OfOut.of_halves(out_bar, out, lse)
+    of_out = OfOut.of_halves(do, out, lse)
     early, late = (
         kernel.backward(block, keys, jnp.int32(0), at, OfOut(*(x[half] for x in of_out)))
         for half, (block, at) in enumerate(blocks)
     )
-    query_bar = from_halves(jnp.stack([early[0], late[0]])).astype(query.dtype)
-    key_bar, value_bar = (
+    dq = from_halves(jnp.stack([early[0], late[0]])).astype(query.dtype)
+    dk, dv = (
         _sum_of_shares(early[n] + late[n], kernel.axis_name).astype(key.dtype) for n in (1, 2)
     )
-    return query_bar, key_bar, value_bar, None
+    return dq, dk, dv, None
 
 
 def _blocks_and_all_keys(

@@ -177,31 +177,31 @@ def _ring_forward(kernel: Kernel, query: Array, key: Array, value: Array, rows: 
     return _ring_saving(kernel, query, key, value, rows)[0]
 
 
-def _ring_backward(kernel: Kernel, saved: tuple, out_bar: Array) -> tuple:
+def _ring_backward(kernel: Kernel, saved: tuple, do: Array) -> tuple:
     query, key, value, rows, out, lse = saved
     ring = _Ring.here(kernel, query, rows)
-    of_out = OfOut.of_halves(out_bar, out, lse)
+    of_out = OfOut.of_halves(do, out, lse)
 
     def own_blocks(keys: Keys) -> tuple:
         blocks, at = ring.own_blocks(keys)
-        bars = kernel.backward(*blocks, jnp.int32(0), at, OfOut(*map(_as_rows, of_out)))
-        query_bar, key_bar, value_bar = map(_as_halves, bars)
-        return query_bar, (key_bar, value_bar)
+        gradients = kernel.backward(*blocks, jnp.int32(0), at, OfOut(*map(_as_rows, of_out)))
+        dq, dk, dv = map(_as_halves, gradients)
+        return dq, (dk, dv)
 
     def pair(state: tuple, keys: Keys, sender: Array, mine: Half, theirs: Half) -> tuple:
-        query_bars, (key_bars, value_bars) = state
+        dqs, (dks, dvs) = state
         at = ring.rows_of_pair(mine, sender, theirs)
         of_block = OfOut(*(_take(x, mine) for x in of_out))
-        bars = kernel.backward(_take(ring.query, mine), keys, jnp.int32(theirs), at, of_block)
-        of_keys = _add(key_bars, bars[1], theirs), _add(value_bars, bars[2], theirs)
-        return _add(query_bars, bars[0], mine), of_keys
+        gradients = kernel.backward(_take(ring.query, mine), keys, jnp.int32(theirs), at, of_block)
+        of_keys = _add(dks, gradients[1], theirs), _add(dvs, gradients[2], theirs)
+        return _add(dqs, gradients[0], mine), of_keys
 
     keys = (to_halves(key), to_halves(value))
-    query_bar, (key_bar, value_bar) = ring.go_around(keys, own_blocks, pair)
+    dq, (dk, dv) = ring.go_around(keys, own_blocks, pair)
     return (
-        from_halves(query_bar).astype(query.dtype),
-        from_halves(key_bar).astype(key.dtype),
-        from_halves(value_bar).astype(value.dtype),
+        from_halves(dq).astype(query.dtype),
+        from_halves(dk).astype(key.dtype),
+        from_halves(dv).astype(value.dtype),
         None,
     )
 

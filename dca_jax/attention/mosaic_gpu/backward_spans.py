@@ -1,0 +1,71 @@
+"""Which queries meet which keys: the tables that the backward kernel on Hopper walks by."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.backward_tiles import Sizes
+from dca_jax.attention.mosaic_gpu.ranges import Keys
+from dca_jax.attention.softmax import FAR
+from dca_jax.dca import DCAConfig, Phase, key_range
+
+
+def key_ranges(
+    index: Int[Array, "B T"],
+    rows: Rows,
+    num_keys: int,
+    block_q: int,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+) -> tuple[Int[Array, "B phases padded"], Int[Array, "B phases padded"]]:
+    """[low, high) of the slots each query meets in each phase; padding has low FAR and high 0."""
+    padding = ((0, 0), (0, 0), (0, -index.shape[1] % block_q))
+    is_text = (index < rows.lengths[:, None])[:, None, :]
+    keys = Keys(rows.key_offset[:, None], num_keys)
+    ends = [map(keys.slot, key_range(index, phase, dca)) for phase in phases]
+    low, high = (jnp.stack(end, axis=1) for end in zip(*ends, strict=True))
+    low = jnp.pad(jnp.where(is_text, low, FAR), padding, constant_values=FAR)
+    return low, jnp.pad(jnp.where(is_text, high, 0), padding)
+
+
+def spans_of(
+    low: Int[Array, "B phases padded"],
+    high: Int[Array, "B phases padded"],
+    num_keys: int,
+    sizes: Sizes,
+) -> tuple[Int[Array, "B key_tiles spans"], Bool[Array, "B phases query_tiles"]]:
+    """Which tiles of queries a tile of keys meets, and which tiles of queries meet any.
+
+    In a phase, those that a tile of keys meets follow one another; and so do those in the middle
+    all of whose queries meet all of the keys, where nothing is masked. From the last to the first:
+
+        stop .. full_stop         masked
+        full_stop .. full_start   in full
+        full_start .. start       masked
+
+    Returns:
+        For each phase six ends, descending: (start, middle, stop) of a masked span and the full one
+        after it, twice, the second full one empty. And whether a tile's queries meet any key.
+    """
+    tiled = (*low.shape[:2], 1, -1, sizes.block_q)
+    low, high = low.reshape(tiled), high.reshape(tiled)
+    first_low, first_high = low[..., 0], high[..., 0]
+    is_text, last_high = first_low < FAR, high.max(axis=-1)
+    last_low = jnp.where(low < FAR, low, 0).max(axis=-1)
+    num_tiles = -(-num_keys // sizes.block_kv)
+    begin = jnp.arange(num_tiles, dtype=jnp.int32)[None, None, :, None] * sizes.block_kv
+    end = jnp.minimum(begin + sizes.block_kv, num_keys)
+
+    def count(holds: Array) -> Array:
+        # Ranges of keys only move up from query to query. So what holds of the first tiles of
+        # queries holds up to some tile, and its number is how often it holds.
+        return jnp.sum(holds & is_text, axis=-1, dtype=jnp.int32)
+
+    start = count(last_high <= begin)
+    stop = jnp.maximum(start, count(first_low < end))
+    # All of a whole tile of keys: what is read beyond the last key must be masked.
+    full_start = jnp.clip(count(first_high < begin + sizes.block_kv), start, stop)
+    full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
+    spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)
+    spans = jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)
+    return spans, (is_text & (last_high > first_low))[:, :, 0]
