@@ -6,13 +6,12 @@ import sys
 
 import jax
 import pytest
+from fixtures import invoke
 from test_documents import write_pdf
 from tiny_llm import make_llm
-from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax import Sampler
-from dca_jax.cli import app
 
 PROMPT = "Call me Ishmael. Some years ago"
 
@@ -20,20 +19,6 @@ PROMPT = "Call me Ishmael. Some years ago"
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return dca_jax.load(folder)
-
-
-def invoke(*args, **options):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False, **options)
 
 
 def run(*args, **environment):

@@ -1,9 +1,9 @@
 """`benchmarks/evaluation_figures.py`: runs of one method each, put together."""
 
 import json
-import sys
 from pathlib import Path
 
+import evaluation_figures
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -11,10 +11,6 @@ from typer.testing import CliRunner
 from dca_jax.evaluation.methods import method_by_name
 from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.weights.huggingface import read_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import evaluation_figures
 
 MODEL = evaluation_figures.ROOT / evaluation_figures.MODEL
 SETTINGS = {"form": "fitted", "trained_length": 512}

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_llm import make_llm
-from typer.testing import CliRunner
+from fixtures import invoke_eval as invoke
 
 import dca_jax
 from dca_jax.dca import DCAConfig
@@ -16,24 +15,8 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, few_shot, l_eval, scrolls
 from dca_jax.evaluation.answers import answer, answer_about
 from dca_jax.evaluation.benchmark_files import Document, read_json_lines
-from dca_jax.evaluation.cli import app
 from dca_jax.evaluation.l_eval import choice_score, chosen_letters, right_letters, scores_of
 from dca_jax.evaluation.results import read_run
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca="paper", dtype="float32")
-
 
 # --- scores of SCROLLS -------------------------------------------------------------------------
 
@@ -197,21 +180,23 @@ def test_documents_are_cut_as_the_original_cuts_them(side):
 # --- one document, many questions --------------------------------------------------------------
 
 
-def test_a_document_is_read_once_for_all_its_questions(llm, monkeypatch):
+def test_a_document_is_read_once_for_all_its_questions(paper_llm, monkeypatch):
     rng = np.random.default_rng(0)
     document = rng.integers(6, 300, 150).tolist()
     prompts = [[*document, *rng.integers(6, 300, n).tolist()] for n in (3, 20, 1)]
-    alone = [answer(llm, [prompt], 12, capacity=200)[0] for prompt in prompts]
+    alone = [answer(paper_llm, [prompt], 12, capacity=200)[0] for prompt in prompts]
     read: list[int] = []
-    assert answer_about(llm, prompts, 12, read.append) == alone
+    assert answer_about(paper_llm, prompts, 12, read.append) == alone
     assert sum(read) == sum(map(len, prompts))
     assert answers._shared_tokens(prompts) == 150
     assert answers._shared_tokens([[1, 2, 3], [1, 2, 3]]) == 2
     assert answers._shared_tokens([[1, 2], [2, 2]]) == 0
     # Nothing is shared where the reading depends on a prompt's own length.
     hot = DCAConfig.paper(64, temperature_slope=0.1)
-    model = llm.model.from_params(llm.model.config, llm.model.params(), dca=hot, dtype="float32")
-    hot_llm = dataclasses.replace(llm, model=model)
+    model = paper_llm.model.from_params(
+        paper_llm.model.config, paper_llm.model.params(), dca=hot, dtype="float32"
+    )
+    hot_llm = dataclasses.replace(paper_llm, model=model)
     monkeypatch.setattr(dca_jax.LLM, "prefill", lambda *_, **__: pytest.fail("was read apart"))
     assert len(answer_about(hot_llm, prompts[:2], 2)) == 2
 

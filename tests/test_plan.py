@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from abstract import abstract_cache, lower, lower_update
+from fixtures import invoke
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm import make_llm
-from typer.testing import CliRunner
 
-from dca_jax.cli import Remat, app
+from dca_jax.cli import Remat
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import capacity_bucket
@@ -244,10 +244,6 @@ def test_it_takes_what_training_takes() -> None:
     assert list(Remat) == list(REMAT)
 
 
-def invoke(*args: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *args], catch_exceptions=False)
-
-
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
@@ -255,7 +251,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_prints_a_table() -> None:
     options = ("--device", "h200", "--mesh", "tensor=4", "--context-length", "100000")
-    result = invoke("llama-2-70b", *options)
+    result = invoke("plan", "llama-2-70b", *options)
     assert result.exit_code == 0
     for text in ("4 x NVIDIA H200", "34.5 GB", "tensor=2 would do", "fits", "longest that fits"):
         assert text in result.output
@@ -264,7 +260,7 @@ def test_the_command_prints_a_table() -> None:
 def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) -> None:
     folder = make_llm(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
-    result = invoke(str(folder), "--device", "v5e", "--context-length", "4096", "--json")
+    result = invoke("plan", str(folder), "--device", "v5e", "--context-length", "4096", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["fits"]
@@ -278,9 +274,9 @@ def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) 
 
 def test_the_command_refuses() -> None:
     options = ("--device", "h200", "--context-length", "4096")
-    result = invoke("llama-2-7b", *options, "--mesh", "tensor=3")
+    result = invoke("plan", "llama-2-7b", *options, "--mesh", "tensor=3")
     assert result.exit_code == 2
     assert "sizes that do: [1, 2, 4, 8, 16, 32]" in result.stderr
-    result = invoke("llama-9-1t", *options)
+    result = invoke("plan", "llama-9-1t", *options)
     assert result.exit_code == 2
     assert "llama-3-70b" in result.stderr
