@@ -7,6 +7,8 @@ import numpy as np
 import perplexity
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 
 def test_a_window_and_its_attention_are_measured(monkeypatch):
     monkeypatch.setattr(common, "WARM_UP", 0.0)

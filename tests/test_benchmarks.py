@@ -17,6 +17,8 @@ import tune_attention
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 
+pytestmark = pytest.mark.benchmarks
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

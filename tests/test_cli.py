@@ -166,6 +166,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_as_a_user_runs_it(folder, llm, tmp_path):
     """Converted, continued, and its compiled programs kept for the next time."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}

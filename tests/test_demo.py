@@ -26,6 +26,8 @@ from dca_jax.inference.score import perplexity
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
+pytestmark = pytest.mark.examples
+
 TRAINED = 256
 
 

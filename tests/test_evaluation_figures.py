@@ -12,6 +12,8 @@ from dca_jax.evaluation.methods import method_by_name
 from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.weights.huggingface import read_config
 
+pytestmark = pytest.mark.benchmarks
+
 MODEL = evaluation_figures.ROOT / evaluation_figures.MODEL
 SETTINGS = {"form": "fitted", "trained_length": 512}
 

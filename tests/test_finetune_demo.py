@@ -29,6 +29,8 @@ from dca_jax.inference.score import window_nlls
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
+pytestmark = pytest.mark.examples
+
 DCA = DCAConfig(chunk_len=24, max_query_position=30)
 TINY = pretrain_demo.Recipe(
     vocab_size=512,

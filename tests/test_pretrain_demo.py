@@ -23,6 +23,8 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import passkey
 from dca_jax.model import Llama
 
+pytestmark = pytest.mark.examples
+
 TINY = Recipe(
     vocab_size=512,
     hidden_size=32,

@@ -8,6 +8,8 @@ import tpu_roofline
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.planning.shapes import SHAPES
 
+pytestmark = pytest.mark.benchmarks
+
 PAGE = Path(__file__).resolve().parent.parent / "docs/tpu.md"
 
 
