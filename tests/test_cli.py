@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from fixtures import invoke
+from shared_fixtures import invoke
 from test_documents import write_pdf
 from tiny_llm import make_llm
 

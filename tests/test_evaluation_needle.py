@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from fixtures import invoke_eval
+from shared_fixtures import invoke_eval
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, needle, report

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from fixtures import invoke_eval
+from shared_fixtures import invoke_eval
 
 import dca_jax
 from dca_jax.errors import InputError

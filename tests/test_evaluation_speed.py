@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from fixtures import invoke_eval
+from shared_fixtures import invoke_eval
 
 import dca_jax
 from dca_jax.errors import InputError

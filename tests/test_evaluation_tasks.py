@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import invoke_eval as invoke
+from shared_fixtures import invoke_eval as invoke
 
 import dca_jax
 from dca_jax.dca import DCAConfig

@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from fixtures import invoke_eval as invoke
+from shared_fixtures import invoke_eval as invoke
 from test_moby_dick import ROWS, read_tokens
 from tiny_llm import make_llm
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from abstract import abstract_cache, lower, lower_update
-from fixtures import invoke
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_fixtures import invoke
 from tiny_llm import make_llm
 
 from dca_jax.cli import Remat

@@ -3,17 +3,22 @@
 A session's fixtures are made once a worker; no test writes into them.
 """
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import golden_llama
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
-from dca_jax.attention import xla
+from dca_jax.attention import mosaic_tpu, op, triton, xla
+from dca_jax.attention.device import Device
+from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.cli import app
 from dca_jax.evaluation import cli as evaluation
 from dca_jax.model import Llama
@@ -69,3 +74,36 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of the blockwise backend so small that short texts cross many of them."""
     monkeypatch.setattr(xla, "TILE", 16)
     monkeypatch.setattr(xla, "LOGITS", 16 * 24)
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Pallas-Triton kernels in Pallas' interpreter, with small tiles."""
+    small = triton.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
+    all_small = triton.Tiles(forward=small, dq=small, dkv=small, decode=small)
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    monkeypatch.setattr(triton, "choose_tiles", lambda device, head_dim: all_small)
+    monkeypatch.setattr(triton, "PACKED_ROWS", 16)
+    monkeypatch.setattr(triton, "SPLIT_KEYS", 32)
+
+
+@pytest.fixture
+def interpreted_mosaic_tpu(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """A TPU whose kernels run in the interpreter, on two cores, with small blocks.
+
+    The interpreter looks for races, of two cores that share a kernel too, and for reads out of
+    bounds, and fills memory nobody has written with NaN.
+    """
+    v5e = Device("tpu", "TPU v5e", None)
+    small = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, parts=2)
+    monkeypatch.setattr(op, "current_device", lambda: v5e)
+    monkeypatch.setattr(mosaic_tpu, "current_device", lambda: v5e)
+    monkeypatch.setattr(tiles, "choose_tiles", lambda *_: small)
+    monkeypatch.setattr(tiles, "DECODE_ROWS", 16)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    races = interpret_pallas_call.races
+    assert races is not None
+    assert not races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
