@@ -2,7 +2,8 @@
 
 In value beside the oracle in NumPy float64, in gradient beside the dense attention's own, and the
 dense attention's beside the oracle's differences. A backend that needs a device that is not here
-runs in its interpreter, with tiles so small that short texts cross many of them (shared_fixtures.py). What
+runs in its interpreter, with tiles so small that short texts cross many of them
+(shared_fixtures.py). What
 only one backend has (its tiles, its walks, what it lowers to) is tested in a file of its own.
 """
 
