@@ -1,6 +1,7 @@
 """`eval few-shot` and `eval l-eval`: scorers, prompts, and runs on the real files."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -47,6 +48,41 @@ def test_the_example_of_scrolls():
 
 
 # --- scores of L-Eval --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "scores"),
+    [
+        (
+            "tpo",  # one letter, the first there is
+            [
+                ("A. to see more of them", "A"),
+                ("The answer is C.", "B"),
+                ("(C) because", "C"),
+                ("D", "(D) No bread is left."),
+            ],
+            {"exact_match": 75.0},  # 3 of 4
+        ),
+        (
+            "coursera",  # letters; some of them and no other are worth a quarter
+            [("C", "C"), ("A, B.", "ABD"), ("A", "B"), ("AC", "AC"), ("A, B, C and D.", "ABD")],
+            {"exact_match": 45.0},  # (1 + 1/4 + 0 + 1 + 0) / 5
+        ),
+        (
+            "sci_fi",
+            [
+                (" True [fact: False. Nobody has flown there]", "True [fact: False]"),
+                ("It is false. [fact:  False]", "False [fact: True]"),
+                ("No [fact: true]", "True [fact: True]"),
+                ("True", "True [fact: False]"),
+            ],
+            {"exact_match": 62.5, "loyalty": 75.0, "fact": 50.0},  # 3 and 2 of 4
+        ),
+    ],
+)
+def test_scores_of_a_file_by_hand(tmp_path, task, rows, scores):
+    lines = ({"query": "?", "gt": right, "m_pred": said} for said, right in rows)
+    assert l_eval.score_file(write_lines(tmp_path / "m.pred.jsonl", *lines), task) == scores
 
 
 @pytest.mark.parametrize(
@@ -139,6 +175,32 @@ def test_system_prompts_are_those_of_l_eval(shared):
         assert json.loads(path.read_text().splitlines()[0])["prompt"].startswith(
             l_eval.SYSTEM[task].strip()
         )
+
+
+@pytest.mark.parametrize(
+    ("made", "published"),  # SHA-256 of what stands in the published files
+    [
+        (
+            l_eval.prompt_text("sci_fi", "{document}", "{inst}"),
+            "9a42a1154f086c7cece6b09a8304612db98d6e4bf2910dfacc9281c83f49e7c6",
+        ),
+        (
+            l_eval.SYSTEM["quality"].strip(),
+            "03e2975df3d80280ffe89360cf3582aa39f05584d79096e434546180be5ce694",
+        ),
+        (
+            l_eval.SYSTEM["tpo"].strip(),
+            "03e2975df3d80280ffe89360cf3582aa39f05584d79096e434546180be5ce694",
+        ),
+        (
+            l_eval.SYSTEM["coursera"].strip(),
+            "e12f5919b35bf7ceb223cd98a915adfbc9272856ecd379511682d873d49f0bf8",
+        ),
+    ],
+    ids=["chunkllama-sci_fi", "quality", "tpo", "coursera"],
+)
+def test_prompts_are_the_published_ones_to_the_letter(made, published):
+    assert hashlib.sha256(made.encode()).hexdigest() == published
 
 
 def test_few_shot_prompts():

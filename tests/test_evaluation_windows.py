@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import golden_llama
 import jax
 import numpy as np
 import pytest
@@ -390,6 +391,28 @@ def test_bad_commands_are_one_message(folder, tmp_path, arguments, message, monk
 
 
 # --- the golden figures ------------------------------------------------------------------------
+
+
+def test_golden_nll_of_chunkllamas_logits_through_the_command(golden, tmp_path):
+    """Of its own tiny model, read with its own setting: by the logits that ChunkLlama gives."""
+    ids, logits = golden["input_ids"], golden["logits"].astype(np.float64)
+    peak = logits.max(axis=-1, keepdims=True)
+    log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+    theirs = -np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
+    dca = golden_llama.load_setting()
+    for row, nll in zip(ids, theirs, strict=True):
+        np.save(tmp_path / "ids.npy", row)
+        out = tmp_path / f"out-{row[0]}-{row[1]}"
+        result = invoke(
+            *("perplexity", golden_llama.FOLDER / "tiny_llama", "--tokens", tmp_path / "ids.npy"),
+            *("--method", f"dca:{dca.chunk_len},{dca.max_query_position}", "--dtype", "float32"),
+            *("--length", 300, "--length", 100, "--limit", 1, "--output", out),
+        )
+        assert result.exit_code == 0, result.output
+        run = read_run(out)
+        assert run.settings["prefix"] == []  # no BOS before a window
+        ours = {r.key["length"]: r.value["nll"] for r in run.records}
+        assert ours == pytest.approx({n: nll[: n - 1].mean() for n in (300, 100)}, abs=1e-5)
 
 
 def test_golden_nll_of_moby_dick_through_the_command(shared, tmp_path):
