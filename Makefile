@@ -13,7 +13,7 @@ export JAX_PLATFORMS ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tpu-aot test-gpu-aot lint docs clean
+.PHONY: help demo test test-all test-tpu-aot test-gpu-aot lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -21,8 +21,11 @@ help:  ## Show this list
 demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, print and plot the result
 	$(BIN)/python examples/demo.py
 
-test: lint docs  ## Everything a change must pass: lint, types, documentation, tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: lint docs  ## What every change must pass: lint, types, documentation, tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: lint docs  ## Before a change lands: with demos, benchmarks and runs of several processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not tpu_aot and not gpu_aot"
 
 test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (a quarter of an hour)
 	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP

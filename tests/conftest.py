@@ -52,7 +52,9 @@ mpl.use("Agg")
 hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dca_jax")
 
-MOST_MAPS = 20_000
+pytest_plugins = ["shared_fixtures"]  # "fixtures" is a plugin of pytest's own
+
+MOST_MAPS = 40_000
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

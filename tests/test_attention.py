@@ -14,6 +14,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import draw
 
 from dca_jax.attention import (
     attend,
@@ -31,28 +32,6 @@ GOLDEN = Path(__file__).parent / "golden" / "chunkllama"
 ROPE = RopeConfig()
 # Those that compute in the dtype of their inputs, float64 too. The kernels have tests of their own.
 EXACT = ("reference", "xla")
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "TILE", 16)
-    monkeypatch.setattr(xla, "LOGITS", 16 * 24)
-
-
-def draw(
-    seed: int,
-    batch: int,
-    num_queries: int,
-    num_keys: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    dtype: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rng = np.random.default_rng(seed)
-    shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
-    q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
-    return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
 
 
 # Compiled as one, as users run it (and much faster to compile than op by op).
@@ -94,14 +73,21 @@ S = 40  # no multiple of the tile
 EDGES = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 5 * S + 7]
 
 
-@pytest.mark.parametrize("largest", [S, 48, 60, 2 * S - 1])
-@pytest.mark.parametrize("length", EDGES)
+@pytest.mark.parametrize(
+    ("largest", "lengths"),
+    [
+        *((largest, EDGES) for largest in (S, 48, 60, 2 * S - 1)),
+        (60, [1]),  # and as the shape itself
+        (60, [2 * S + 1]),
+    ],
+)
 @pytest.mark.usefixtures("small_tiles")
-def test_edges_in_value(length: int, largest: int) -> None:
+def test_edges_in_value(largest: int, lengths: list[int]) -> None:
+    """Texts of every length at an edge, as the rows of one batch, the shorter ones padded."""
     dca = DCAConfig(chunk_len=S, max_query_position=largest)
+    batch, length = len(lengths), max(lengths)
     with jax.enable_x64(True):
-        q, k, v = draw(length, 2, length, length, 4, 2, 16, jnp.float64)
-        lengths = [length, max(length - 9, 1)]
+        q, k, v = draw(largest, batch, length, length, 4, 2, 16, jnp.float64)
         expected = oracle.attention(q, k, v, s=S, largest=largest, lengths=lengths)
         for implementation in EXACT:
             out = attention(
@@ -115,21 +101,23 @@ def test_edges_in_value(length: int, largest: int) -> None:
             )
             # Angles are float32 by design; the oracle's are float64.
             np.testing.assert_allclose(out, expected, atol=3e-5, rtol=0)
-            assert not np.asarray(out[1, lengths[1] :]).any()
+            for row, end in enumerate(lengths):
+                assert not np.asarray(out[row, end:]).any()
 
 
+@pytest.mark.parametrize("lengths", [EDGES, [1], [2 * S + 1]], ids=["rows", "1", "2s+1"])
 @pytest.mark.parametrize("form", ["fused", "three_pass"])
-@pytest.mark.parametrize("length", EDGES)
 @pytest.mark.usefixtures("small_tiles")
-def test_edges_in_gradient_float64(length: int, form: str) -> None:
+def test_edges_in_gradient_float64(lengths: list[int], form: str) -> None:
     dca = DCAConfig(chunk_len=S, max_query_position=60)
+    batch, length = len(lengths), max(lengths)
     with jax.enable_x64(True):
-        q, k, v = draw(length, 2, length, length, 4, 2, 16, jnp.float64)
-        weight = draw(1, 2, length, length, 4, 4, 16, jnp.float64)[0]
+        q, k, v = draw(length, batch, length, length, 4, 2, 16, jnp.float64)
+        weight = draw(1, batch, length, length, 4, 4, 16, jnp.float64)[0]
         options: dict[str, Any] = {
             "dca": dca,
             "rope": ROPE,
-            "lengths": jnp.asarray([length, max(length - 9, 1)], jnp.int32),
+            "lengths": jnp.asarray(lengths, jnp.int32),
         }
 
         def loss(q: jax.Array, k: jax.Array, v: jax.Array, form: str) -> jax.Array:
@@ -143,19 +131,8 @@ def test_edges_in_gradient_float64(length: int, form: str) -> None:
         expected = grad(q, k, v, "reference")
         for ours, theirs in zip(grad(q, k, v, form), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-10, rtol=0)
-            assert length == 1 or np.abs(theirs).max() > 1e-3
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (8, 1), (6, 2)])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.usefixtures("small_tiles")
-def test_heads(heads: int, kv_heads: int, dim: int) -> None:
-    dca = DCAConfig(chunk_len=24, max_query_position=30)
-    q, k, v = draw(0, 1, 101, 101, heads, kv_heads, dim)
-    expected = oracle.attention(q, k, v, s=24, largest=30)
-    for implementation in EXACT:
-        out = attention(q, k, v, dca=dca, rope=ROPE, implementation=implementation)
-        np.testing.assert_allclose(out, expected, atol=3e-6, rtol=0)
+            for row, end in enumerate(lengths):
+                assert end == 1 or np.abs(theirs[row]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

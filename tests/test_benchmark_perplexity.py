@@ -1,17 +1,13 @@
 """The benchmark of reading a long text: it runs, and its shares make sense."""
 
-import sys
-from pathlib import Path
-
-import jax
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import common
 import generate
+import jax
+import numpy as np
 import perplexity
+import pytest
+
+pytestmark = pytest.mark.benchmarks
 
 
 def test_a_window_and_its_attention_are_measured(monkeypatch):

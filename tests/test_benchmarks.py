@@ -1,26 +1,23 @@
 """The benchmarks' own logic, on a CPU: what they time there means nothing, what they write does."""
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-
-from dca_jax.config import LlamaConfig
-from dca_jax.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention
 import common
 import decode
 import finetune
 import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 import tune_attention
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+
+pytestmark = pytest.mark.benchmarks
 
 
 @pytest.fixture(autouse=True)

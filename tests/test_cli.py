@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import pytest
+from shared_fixtures import invoke
 from test_documents import write_pdf
 from tiny_llm import make_llm
-from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax import Sampler
-from dca_jax.cli import app
 from dca_jax.inference.methods import METHODS, reading
 
 PROMPT = "Call me Ishmael. Some years ago"
@@ -23,20 +22,6 @@ PROMPT = "Call me Ishmael. Some years ago"
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return dca_jax.load(folder)
-
-
-def invoke(*args, **options):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False, **options)
 
 
 def run(*args, **environment):
@@ -386,6 +371,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_as_a_user_runs_it(folder, llm, tmp_path):
     """Converted, continued, and its compiled programs kept for the next time."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}

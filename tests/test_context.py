@@ -173,7 +173,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of queries and blocks of keys in each block of a text."""
     monkeypatch.setattr(xla, "TILE", 4)
     monkeypatch.setattr(xla, "LOGITS", 12)
@@ -181,7 +181,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("tiles_of_four")
 def test_equals_the_oracle(form: str, setting: str) -> None:
     with jax.enable_x64(True):
         compare(form, **SETTINGS[setting])
@@ -264,7 +264,7 @@ def test_bfloat16_within_its_own_rounding() -> None:
         (8, 3, None),
     ],
 )
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("tiles_of_four")
 def test_decoding_over_a_shared_cache(size: int, num_queries: int, dca: DCAConfig | None) -> None:
     """A cache written token by token where it belongs, rows of random lengths, padding queries."""
     batch, capacity, dim, layers = 3, 96, 8, 2
@@ -358,7 +358,7 @@ def compiled(form: str, size: int, length: int, dca: DCAConfig) -> Any:
     return run.lower(query, keys, keys, query, rows).compile()
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("tiles_of_four")
 def test_the_ring_never_holds_all_keys() -> None:
     """What the compiler makes of value and gradient of a long text: what it moves, and holds."""
     dca, length = DCAConfig.paper(4096), 65536

@@ -387,6 +387,7 @@ KILLED = """
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("module", "owner", "name"),
     [("hf_to_orbax", "Checkpoint", "read"), ("orbax_to_hf", "orbax_to_hf", "read_piece")],

@@ -2,15 +2,20 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 
+import demo
+import demo_data
+import demo_prompts
+import demo_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import dca_jax
@@ -21,14 +26,7 @@ from dca_jax.inference.score import perplexity
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import demo
-import demo_data
-import demo_prompts
-import demo_report
-import typer
-from safetensors.numpy import save_file
+pytestmark = pytest.mark.examples
 
 TRAINED = 256
 

@@ -26,6 +26,8 @@ from dca_jax.errors import InputError
 from dca_jax.weights.orbax import restore
 from dca_jax.weights.parameters import abstract_params
 
+pytestmark = pytest.mark.processes
+
 PATIENCE = 150  # seconds that any of these may take on a machine that does much else besides
 SILENCE = 10  # --peer-timeout
 # What Python prints goes to a file of its own: the CPU's collectives print to the process' output.

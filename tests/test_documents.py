@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 from pypdf import PdfReader, PdfWriter
-from tiny_llm import make_llm
 
-import dca_jax
 from dca_jax.errors import InputError
 from dca_jax.inference.documents import ask, read_document, read_once
 
@@ -80,11 +78,6 @@ def test_a_pdf_without_text_is_refused(tmp_path):
     writer.write(locked)
     with pytest.raises(InputError, match="is encrypted"):
         read_document(locked)
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    return dca_jax.load(make_llm(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 DOCUMENT = "Call me Ishmael. Some years ago, never mind how long."

@@ -1,9 +1,9 @@
 """`benchmarks/evaluation_figures.py`: runs of one method each, put together."""
 
 import json
-import sys
 from pathlib import Path
 
+import evaluation_figures
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -12,9 +12,7 @@ from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.inference.methods import method_by_name
 from dca_jax.weights.huggingface import read_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import evaluation_figures
+pytestmark = pytest.mark.benchmarks
 
 MODEL = evaluation_figures.ROOT / evaluation_figures.MODEL
 SETTINGS = {"form": "fitted", "trained_length": 512}

@@ -5,11 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from tiny_llm import make_llm
-from typer.testing import CliRunner
+from shared_fixtures import invoke_eval
 
-import dca_jax
-from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, needle, report
 from dca_jax.evaluation.haystacks import LONGEST, Haystack, largest_fitting
@@ -130,18 +127,8 @@ def test_the_effective_length_is_the_greatest_above_the_threshold():
 # --- the task ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca=None, dtype="float32")
-
-
 @pytest.fixture
-def replies(llm, monkeypatch):
+def replies(plain_llm, monkeypatch):
     """In place of the model: one that reads numbers, and no variables."""
     prompts_seen: list[str] = []
 
@@ -149,11 +136,11 @@ def replies(llm, monkeypatch):
         found = []
         for prompt in prompts:
             assert len(prompt) + max_new_tokens <= 1500
-            text = llm.tokenizer.decode(prompt, skip_special_tokens=True)
+            text = plain_llm.tokenizer.decode(prompt, skip_special_tokens=True)
             prompts_seen.append(text)
             on_piece(len(prompt))
             numbers = re.findall(r"is: ([0-9]{7})\.", text)
-            ids = llm.tokenizer(" " + ", ".join(numbers), add_special_tokens=False).input_ids
+            ids = plain_llm.tokenizer(" " + ", ".join(numbers), add_special_tokens=False).input_ids
             found.append(ids[:max_new_tokens])
         return found
 
@@ -162,13 +149,13 @@ def replies(llm, monkeypatch):
     return prompts_seen
 
 
-def test_every_task_is_asked_and_scored(tmp_path, llm, replies):
+def test_every_task_is_asked_and_scored(tmp_path, plain_llm, replies):
     hay = Haystack.of_text(STORY)
     settings = {"trained_length": 64}
     with ResultLog(tmp_path, "needle", settings) as log:
         tasks = ["single", "multi-query", "variables"]
         options = {"methods": ["dca"], "lengths": [1400, 1500], "depths": [0.0, 1.0], "trials": 1}
-        needle.evaluate(llm, hay, log, tasks=tasks, **options)
+        needle.evaluate(plain_llm, hay, log, tasks=tasks, **options)
         assert len(log.records) == 2 * (2 + 1 + 1)
         assert all(1200 < r.value["tokens"] <= r.key["length"] - 30 for r in log.records)
     first, last = replies[0], replies[1]  # the single needle at depth 0 and 1
@@ -186,10 +173,10 @@ def test_every_task_is_asked_and_scored(tmp_path, llm, replies):
     assert "| dca | none | 66.7 | 66.7 |" in found.tables[-1].markdown()
 
 
-def test_a_chat_model_is_asked_as_a_user_would(tmp_path, llm, replies):
+def test_a_chat_model_is_asked_as_a_user_would(tmp_path, plain_llm, replies):
     with ResultLog(tmp_path, "needle", {}) as log:
         options = {"tasks": ["single"], "methods": ["dca"], "lengths": [1500], "trials": 1}
-        needle.evaluate(llm, Haystack.noise(), log, chat=True, **options)
+        needle.evaluate(plain_llm, Haystack.noise(), log, chat=True, **options)
     (prompt,) = replies  # decoded without the special tokens of its template
     assert prompt.startswith("A special magic number is hidden")
     assert prompt.endswith("mentioned in the provided text is")
@@ -206,17 +193,17 @@ def test_a_chat_model_is_asked_as_a_user_would(tmp_path, llm, replies):
         ({"trials": 0}, "a trial"),
     ],
 )
-def test_bad_requests_are_refused(tmp_path, llm, options, message):
+def test_bad_requests_are_refused(tmp_path, plain_llm, options, message):
     asked = {"tasks": ["single"], "methods": ["rope"], "lengths": [512], "trials": 1}
     with ResultLog(tmp_path, "needle", {}) as log, pytest.raises(InputError, match=message):
-        needle.evaluate(llm, Haystack.noise(), log, **(asked | options))
+        needle.evaluate(plain_llm, Haystack.noise(), log, **(asked | options))
 
 
 def test_the_command(folder, tmp_path):
     (tmp_path / "a.txt").write_text(STORY)
     arguments = ["needle", folder, "--haystack", tmp_path / "a.txt", "--length", 700]
     arguments += ["--trials", 2, "--method", "dca", "--output", tmp_path / "out", "--batch", 2]
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke_eval(*arguments)
     assert done.exit_code == 0, done.output
     run = read_run(tmp_path / "out")
     assert run.settings["haystack"] == "a.txt"

@@ -6,11 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from tiny_llm import make_llm
-from typer.testing import CliRunner
+from shared_fixtures import invoke_eval
 
 import dca_jax
-from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, passkey, report
 from dca_jax.evaluation.grids import accuracy_grid
@@ -73,18 +71,8 @@ def test_the_fitted_prompt_is_the_longest_that_fits(length, uneven):
     assert count(prompt.text) <= length < count(one_more)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca=None, dtype="float32")
-
-
 @pytest.fixture
-def replies(llm, monkeypatch):
+def replies(plain_llm, monkeypatch):
     """In place of the model: one that finds keys in the first half of a prompt only."""
     asked: list[int] = []
 
@@ -92,13 +80,13 @@ def replies(llm, monkeypatch):
         asked.append(len(prompts))
         found = []
         for prompt in prompts:
-            text = llm.tokenizer.decode(prompt, skip_special_tokens=True)
+            text = plain_llm.tokenizer.decode(prompt, skip_special_tokens=True)
             assert text.startswith(passkey.TASK)
             assert text.endswith(passkey.QUESTION)
             key = re.search(r"The pass key is ([0-9]+)\.", text)
             on_piece(len(prompt))
             said = key.group(1) if key.start() < len(text) / 2 else "7"
-            ids = llm.tokenizer(f" {said}.", add_special_tokens=False).input_ids
+            ids = plain_llm.tokenizer(f" {said}.", add_special_tokens=False).input_ids
             found.append(ids[:max_new_tokens])
         return found
 
@@ -107,11 +95,11 @@ def replies(llm, monkeypatch):
     return asked
 
 
-def test_a_grid_of_depths(tmp_path, llm, replies):
+def test_a_grid_of_depths(tmp_path, plain_llm, replies):
     with ResultLog(tmp_path, "passkey", {"form": "paper", "trained_length": 512}) as log:
         options = {"form": "paper", "methods": ["rope", "dca"], "lengths": [512, 1024]}
         depths = [0.25, 0.5, 1.0]
-        passkey.evaluate(llm, log, depths=depths, trials=2, batch=4, **options)
+        passkey.evaluate(plain_llm, log, depths=depths, trials=2, batch=4, **options)
         assert replies == [4, 2] * 4  # batches of one length and method
         assert len(log.records) == 2 * 2 * 3 * 2
         by_depth = {
@@ -126,7 +114,7 @@ def test_a_grid_of_depths(tmp_path, llm, replies):
     prompt = paper_prompt(1024, 0, 0.25)
     assert record.value["key"] == prompt.key
     assert record.value["answer"] == f" {prompt.key}."
-    assert record.value["tokens"] == len(llm.tokenize(prompt.text))  # measured
+    assert record.value["tokens"] == len(plain_llm.tokenize(prompt.text))  # measured
     found = report.write_report(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "heat_map.png"}
     measured = np.mean([r.value["tokens"] for r in read_run(tmp_path).records][:6])
@@ -134,11 +122,11 @@ def test_a_grid_of_depths(tmp_path, llm, replies):
     assert "In the paper" not in found.tables[0].markdown()
 
 
-def test_random_depths_have_no_heat_map(tmp_path, llm, replies):
+def test_random_depths_have_no_heat_map(tmp_path, plain_llm, replies):
     settings = {"form": "fitted", "trained_length": 512}
     with ResultLog(tmp_path, "passkey", settings, paper="llama2-13b") as log:
         options = {"form": "fitted", "methods": ["rope"], "lengths": [900], "depths": None}
-        passkey.evaluate(llm, log, trials=6, **options)
+        passkey.evaluate(plain_llm, log, trials=6, **options)
         assert all(850 < r.value["tokens"] <= 900 for r in log.records)
         assert 0 < sum(r.value["found"] for r in log.records) < 6
         assert len({r.value["key"] for r in log.records}) == 6
@@ -147,19 +135,19 @@ def test_random_depths_have_no_heat_map(tmp_path, llm, replies):
     assert "18k tokens" in found.tables[0].markdown()
 
 
-def test_a_key_is_found_token_by_token(llm):
-    expected = passkey.key_tokens(llm, "4711")
-    said = llm.tokenizer(" 4711.", add_special_tokens=False).input_ids
+def test_a_key_is_found_token_by_token(plain_llm):
+    expected = passkey.key_tokens(plain_llm, "4711")
+    said = plain_llm.tokenizer(" 4711.", add_special_tokens=False).input_ids
     assert passkey.is_found(said, expected)
     assert passkey.is_found(said[1:], expected)  # without the space: another tokenizer's way
     assert not passkey.is_found(said[:-2], expected)
     assert not passkey.is_found([*said[:1], *said[:1], *said[1:]], expected)
 
 
-def test_a_prompt_that_cannot_be_made_costs_no_other(tmp_path, llm, replies):
+def test_a_prompt_that_cannot_be_made_costs_no_other(tmp_path, plain_llm, replies):
     with ResultLog(tmp_path, "passkey", {"form": "fitted", "trained_length": 64}) as log:
         options = {"form": "fitted", "methods": ["rope"], "lengths": [40, 900], "depths": [0.1]}
-        passkey.evaluate(llm, log, trials=1, **options)
+        passkey.evaluate(plain_llm, log, trials=1, **options)
         errors = {record.key["length"]: record.error for record in log.records}
     assert errors[900] is None
     assert re.search("a passkey prompt has at least", errors[40])
@@ -176,27 +164,27 @@ def test_a_prompt_that_cannot_be_made_costs_no_other(tmp_path, llm, replies):
         ({"methods": ["alibi"]}, "method 'alibi' is not known"),
     ],
 )
-def test_bad_requests_are_refused(tmp_path, llm, options, message):
+def test_bad_requests_are_refused(tmp_path, plain_llm, options, message):
     asked = {"form": "paper", "methods": ["rope"], "lengths": [512], "depths": None, "trials": 1}
     with (
         ResultLog(tmp_path, "passkey", {}) as log,
         pytest.raises(InputError, match=message),
     ):
-        passkey.evaluate(llm, log, **(asked | options))
+        passkey.evaluate(plain_llm, log, **(asked | options))
 
 
-def test_the_command(folder, llm, tmp_path):
+def test_the_command(folder, plain_llm, tmp_path):
     """A random model finds nothing; the run, the files and the answers are what counts."""
     arguments = ["passkey", folder, "--form", "fitted", "--length", "600", "--grid", 2]
     arguments += ["--trials", 1, "--method", "dca", "--output", tmp_path / "out", "--batch", 2]
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke_eval(*arguments)
     assert done.exit_code == 0, done.output
     assert "| dca | 0.0% |" in done.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["scores"]["dca"]["600"] == {"accuracy": 0.0, "samples": 2}
     record = read_run(tmp_path / "out").records[1]
     assert record.key == {"method": "dca", "length": 600, "depth": 1.0, "trial": 0}
-    prompt = passkey._cell_prompt(llm, 600, 1.0, 0, seed=0)
+    prompt = passkey._cell_prompt(plain_llm, 600, 1.0, 0, seed=0)
     reading = dca_jax.load(folder, dca="paper", dtype="float32")
     alone = reading.generate(prompt.text, max_new_tokens=passkey.ANSWER_TOKENS)[0]
-    assert record.value["answer"] == answers.decode(llm, alone.tokens)
+    assert record.value["answer"] == answers.decode(plain_llm, alone.tokens)

@@ -5,25 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_llm import make_llm
-from typer.testing import CliRunner
+from shared_fixtures import invoke_eval
 
 import dca_jax
-from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import speed
 from dca_jax.evaluation.results import ResultLog, read_run
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def test_the_command(folder, tmp_path):
     arguments = ["speed", folder, "--length", 512, "--trials", 2]
     arguments += ["--output", tmp_path / "out", "--dtype", "float32"]
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke_eval(*arguments)
     assert done.exit_code == 0, done.output
     records = read_run(tmp_path / "out").records
     assert [r.key["attention"] for r in records] == ["dense", "flash", "dca"]

@@ -1,17 +1,16 @@
 """`eval few-shot` and `eval l-eval`: scorers, prompts, and runs on the real files."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_llm import make_llm
-from typer.testing import CliRunner
+from shared_fixtures import invoke_eval as invoke
 
 import dca_jax
-from dca_jax.cli.measure import app
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, few_shot, l_eval, scrolls
@@ -19,21 +18,6 @@ from dca_jax.evaluation.answers import answer, answer_about
 from dca_jax.evaluation.benchmark_files import Document, read_json_lines
 from dca_jax.evaluation.l_eval import choice_score, chosen_letters, right_letters, scores_of
 from dca_jax.evaluation.results import read_run
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca="paper", dtype="float32")
-
 
 # --- scores of SCROLLS -------------------------------------------------------------------------
 
@@ -64,6 +48,41 @@ def test_the_example_of_scrolls():
 
 
 # --- scores of L-Eval --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "scores"),
+    [
+        (
+            "tpo",  # one letter, the first there is
+            [
+                ("A. to see more of them", "A"),
+                ("The answer is C.", "B"),
+                ("(C) because", "C"),
+                ("D", "(D) No bread is left."),
+            ],
+            {"exact_match": 75.0},  # 3 of 4
+        ),
+        (
+            "coursera",  # letters; some of them and no other are worth a quarter
+            [("C", "C"), ("A, B.", "ABD"), ("A", "B"), ("AC", "AC"), ("A, B, C and D.", "ABD")],
+            {"exact_match": 45.0},  # (1 + 1/4 + 0 + 1 + 0) / 5
+        ),
+        (
+            "sci_fi",
+            [
+                (" True [fact: False. Nobody has flown there]", "True [fact: False]"),
+                ("It is false. [fact:  False]", "False [fact: True]"),
+                ("No [fact: true]", "True [fact: True]"),
+                ("True", "True [fact: False]"),
+            ],
+            {"exact_match": 62.5, "loyalty": 75.0, "fact": 50.0},  # 3 and 2 of 4
+        ),
+    ],
+)
+def test_scores_of_a_file_by_hand(tmp_path, task, rows, scores):
+    lines = ({"query": "?", "gt": right, "m_pred": said} for said, right in rows)
+    assert l_eval.score_file(write_lines(tmp_path / "m.pred.jsonl", *lines), task) == scores
 
 
 @pytest.mark.parametrize(
@@ -158,6 +177,32 @@ def test_system_prompts_are_those_of_l_eval(shared):
         )
 
 
+@pytest.mark.parametrize(
+    ("made", "published"),  # SHA-256 of what stands in the published files
+    [
+        (
+            l_eval.prompt_text("sci_fi", "{document}", "{inst}"),
+            "9a42a1154f086c7cece6b09a8304612db98d6e4bf2910dfacc9281c83f49e7c6",
+        ),
+        (
+            l_eval.SYSTEM["quality"].strip(),
+            "03e2975df3d80280ffe89360cf3582aa39f05584d79096e434546180be5ce694",
+        ),
+        (
+            l_eval.SYSTEM["tpo"].strip(),
+            "03e2975df3d80280ffe89360cf3582aa39f05584d79096e434546180be5ce694",
+        ),
+        (
+            l_eval.SYSTEM["coursera"].strip(),
+            "e12f5919b35bf7ceb223cd98a915adfbc9272856ecd379511682d873d49f0bf8",
+        ),
+    ],
+    ids=["chunkllama-sci_fi", "quality", "tpo", "coursera"],
+)
+def test_prompts_are_the_published_ones_to_the_letter(made, published):
+    assert hashlib.sha256(made.encode()).hexdigest() == published
+
+
 def test_few_shot_prompts():
     item = few_shot.Item("1", "", "Who?", [("Where?", " There."), ("When?", " Then.")], ["Me"])
     assert few_shot.prompt_text(item, "Text.") == (
@@ -197,21 +242,23 @@ def test_documents_are_cut_as_the_original_cuts_them(side):
 # --- one document, many questions --------------------------------------------------------------
 
 
-def test_a_document_is_read_once_for_all_its_questions(llm, monkeypatch):
+def test_a_document_is_read_once_for_all_its_questions(paper_llm, monkeypatch):
     rng = np.random.default_rng(0)
     document = rng.integers(6, 300, 150).tolist()
     prompts = [[*document, *rng.integers(6, 300, n).tolist()] for n in (3, 20, 1)]
-    alone = [answer(llm, [prompt], 12, capacity=200)[0] for prompt in prompts]
+    alone = [answer(paper_llm, [prompt], 12, capacity=200)[0] for prompt in prompts]
     read: list[int] = []
-    assert answer_about(llm, prompts, 12, read.append) == alone
+    assert answer_about(paper_llm, prompts, 12, read.append) == alone
     assert sum(read) == sum(map(len, prompts))
     assert answers._shared_tokens(prompts) == 150
     assert answers._shared_tokens([[1, 2, 3], [1, 2, 3]]) == 2
     assert answers._shared_tokens([[1, 2], [2, 2]]) == 0
     # Nothing is shared where the reading depends on a prompt's own length.
     hot = DCAConfig.paper(64, temperature_slope=0.1)
-    model = llm.model.from_params(llm.model.config, llm.model.params(), dca=hot, dtype="float32")
-    hot_llm = dataclasses.replace(llm, model=model)
+    model = paper_llm.model.from_params(
+        paper_llm.model.config, paper_llm.model.params(), dca=hot, dtype="float32"
+    )
+    hot_llm = dataclasses.replace(paper_llm, model=model)
     monkeypatch.setattr(dca_jax.LLM, "prefill", lambda *_, **__: pytest.fail("was read apart"))
     assert len(answer_about(hot_llm, prompts[:2], 2)) == 2
 

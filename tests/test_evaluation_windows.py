@@ -3,17 +3,15 @@
 import json
 import math
 import re
-from pathlib import Path
 
+import golden_llama
 import jax
 import numpy as np
 import pytest
+from shared_fixtures import invoke_eval as invoke
 from test_moby_dick import ROWS, read_tokens
 from tiny_llm import make_llm
-from typer.testing import CliRunner
 
-import dca_jax
-from dca_jax.cli.measure import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import texts, windows
 from dca_jax.evaluation.results import ResultLog, read_run
@@ -27,22 +25,8 @@ TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, I though
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca=None, dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 300, 700).astype(np.int32)
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 # --- where windows are -------------------------------------------------------------------------
@@ -131,8 +115,8 @@ def evaluated(tmp_path, model, tokens, **options) -> float:
         return mean_nll(log.records)
 
 
-def test_the_papers_form_is_its_definition(tmp_path, llm, tokens, no_model):
-    found = evaluated(tmp_path, llm.model, tokens, form="paper", stride=90, batch=4)
+def test_the_papers_form_is_its_definition(tmp_path, plain_llm, tokens, no_model):
+    found = evaluated(tmp_path, plain_llm.model, tokens, form="paper", stride=90, batch=4)
     starts = list(range(0, 700 - 150, 90))[:-1]
     means = [some_nll(tokens[None, s : s + 150]).mean(dtype=np.float64) for s in starts]
     assert found == pytest.approx(np.mean(means), rel=1e-9)
@@ -140,9 +124,9 @@ def test_the_papers_form_is_its_definition(tmp_path, llm, tokens, no_model):
 
 
 @pytest.mark.parametrize("stride", [90, 150])
-def test_the_strided_form_is_its_definition(tmp_path, llm, tokens, no_model, stride):
+def test_the_strided_form_is_its_definition(tmp_path, plain_llm, tokens, no_model, stride):
     """The loop of transformers' documentation, over a loss that averages what is not masked."""
-    found = evaluated(tmp_path, llm.model, tokens, form="strided", stride=stride, batch=2)
+    found = evaluated(tmp_path, plain_llm.model, tokens, form="strided", stride=stride, batch=2)
     nll_sum, num_tokens, previous = 0.0, 0, 0
     for begin in range(0, 700, stride):
         end = min(begin + 150, 700)
@@ -157,8 +141,8 @@ def test_the_strided_form_is_its_definition(tmp_path, llm, tokens, no_model, str
     assert found == pytest.approx(nll_sum / num_tokens, rel=1e-9)
 
 
-def test_the_rolling_form_counts_every_token_once(tmp_path, llm, tokens, no_model):
-    found = evaluated(tmp_path, llm.model, tokens, form="rolling")
+def test_the_rolling_form_counts_every_token_once(tmp_path, plain_llm, tokens, no_model):
+    found = evaluated(tmp_path, plain_llm.model, tokens, form="rolling")
     pairs = [(0, 151), (150, 301), (300, 451), (450, 601)]
     whole = [some_nll(tokens[None, a:b])[0] for a, b in pairs]
     last = some_nll(tokens[None, 549:])[0][-99:]
@@ -167,23 +151,25 @@ def test_the_rolling_form_counts_every_token_once(tmp_path, llm, tokens, no_mode
     assert found == pytest.approx(every.mean(dtype=np.float64), rel=1e-9)
 
 
-def test_every_method_reads_its_own_way(tmp_path, llm, tokens):
+def test_every_method_reads_its_own_way(tmp_path, plain_llm, tokens):
     """With the model: figures by method are those of the model made for it."""
     with ResultLog(tmp_path, "perplexity", {}) as log:
         options = {"methods": ["rope", "dca", "ntk"], "lengths": [150], "stride": 250, "batch": 2}
-        windows.evaluate(llm.model, tokens, log, form="paper", **options)
+        windows.evaluate(plain_llm.model, tokens, log, form="paper", **options)
         found = {
             method: mean_nll([r for r in log.records if r.key["method"] == method])
             for method in options["methods"]
         }
     pair = np.stack([tokens[:150], tokens[250:400]])
     for method, nll in found.items():
-        direct = token_nll(with_method(llm.model, method, 150), pair)
+        direct = token_nll(with_method(plain_llm.model, method, 150), pair)
         assert nll == pytest.approx(direct.mean(dtype=np.float64), abs=1e-5)
     assert len({round(nll, 4) for nll in found.values()}) == 3
 
 
-def test_a_stopped_run_reads_only_what_is_missing(tmp_path, llm, tokens, no_model, monkeypatch):
+def test_a_stopped_run_reads_only_what_is_missing(
+    tmp_path, plain_llm, tokens, no_model, monkeypatch
+):
     options = {"form": "paper", "methods": ["rope", "dca"], "lengths": [64, 128], "stride": 200}
     nll = perplexity.Reader.nll
 
@@ -195,22 +181,22 @@ def test_a_stopped_run_reads_only_what_is_missing(tmp_path, llm, tokens, no_mode
     with ResultLog(tmp_path / "a", "perplexity", {}) as log:
         monkeypatch.setattr(perplexity.Reader, "nll", stopped)
         with pytest.raises(KeyboardInterrupt):
-            windows.evaluate(llm.model, tokens, log, batch=2, **options)
+            windows.evaluate(plain_llm.model, tokens, log, batch=2, **options)
         assert len(log.records) == sum(no_model) == 5
         monkeypatch.setattr(perplexity.Reader, "nll", nll)
     whole = ResultLog(tmp_path / "b", "perplexity", {})
     with ResultLog(tmp_path / "a", "perplexity", {}) as log, whole:
-        windows.evaluate(llm.model, tokens, log, batch=2, **options)
+        windows.evaluate(plain_llm.model, tokens, log, batch=2, **options)
         assert sum(no_model) == len(log.records) == 2 * (3 + 2)
-        windows.evaluate(llm.model, tokens, whole, batch=1, **options)
+        windows.evaluate(plain_llm.model, tokens, whole, batch=1, **options)
         ours, theirs = ({str(r.key): r.value for r in some.records} for some in (log, whole))
         assert ours == theirs
         size = (tmp_path / "a/results.jsonl").stat().st_size
-        windows.evaluate(llm.model, tokens, log, batch=2, **options)  # nothing is left to do
+        windows.evaluate(plain_llm.model, tokens, log, batch=2, **options)  # nothing is left to do
         assert (tmp_path / "a/results.jsonl").stat().st_size == size
 
 
-def test_what_fails_is_noted_and_tried_alone(tmp_path, llm, tokens, no_model, monkeypatch):
+def test_what_fails_is_noted_and_tried_alone(tmp_path, plain_llm, tokens, no_model, monkeypatch):
     nll = perplexity.Reader.nll
     bad = tokens[200:264]
 
@@ -222,7 +208,7 @@ def test_what_fails_is_noted_and_tried_alone(tmp_path, llm, tokens, no_model, mo
     monkeypatch.setattr(perplexity.Reader, "nll", failing)
     with ResultLog(tmp_path, "perplexity", {}) as log:
         options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 200}
-        windows.evaluate(llm.model, tokens, log, batch=3, **options)
+        windows.evaluate(plain_llm.model, tokens, log, batch=3, **options)
         errors = {record.key["start"]: record.error for record in log.records}
     assert errors == {
         0: None,
@@ -231,19 +217,19 @@ def test_what_fails_is_noted_and_tried_alone(tmp_path, llm, tokens, no_model, mo
     }
 
 
-def test_a_limit_spreads_over_the_text(tmp_path, llm, tokens, no_model):
+def test_a_limit_spreads_over_the_text(tmp_path, plain_llm, tokens, no_model):
     with ResultLog(tmp_path, "perplexity", {}) as log:
         options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 30, "limit": 4}
-        windows.evaluate(llm.model, tokens, log, **options)
+        windows.evaluate(plain_llm.model, tokens, log, **options)
         assert [record.key["start"] for record in log.records] == [0, 150, 300, 450]
 
 
-def test_bad_requests_fail_before_anything_is_read(tmp_path, llm, tokens):
+def test_bad_requests_fail_before_anything_is_read(tmp_path, plain_llm, tokens):
     with ResultLog(tmp_path, "perplexity", {}) as log:
 
         def ask(tokens, **options):
             asked = {"form": "paper", "methods": ["rope"], "lengths": [64], **options}
-            windows.evaluate(llm.model, tokens, log, **asked)
+            windows.evaluate(plain_llm.model, tokens, log, **asked)
 
         with pytest.raises(InputError, match="method 'alibi' is not known"):
             ask(tokens, methods=["rope", "alibi"])
@@ -281,13 +267,13 @@ def test_token_files(tmp_path):
             texts.read_token_file(tmp_path / name, vocab)
 
 
-def test_texts_and_what_stands_before_them(tmp_path, llm):
+def test_texts_and_what_stands_before_them(tmp_path, plain_llm):
     (tmp_path / "a.txt").write_text(TEXT)
-    found = texts.read_text(llm, tmp_path / "a.txt")
-    assert llm.tokenizer.decode(found.tokens) == TEXT
+    found = texts.read_text(plain_llm, tmp_path / "a.txt")
+    assert plain_llm.tokenizer.decode(found.tokens) == TEXT
     assert (found.facts["bytes"], found.facts["words"]) == (len(TEXT), len(re.split(r"\s+", TEXT)))
-    assert texts.special_prefix(llm) == [1]  # <s>
-    assert texts.prefix_token(llm) == 1
+    assert texts.special_prefix(plain_llm) == [1]  # <s>
+    assert texts.prefix_token(plain_llm) == 1
 
 
 def test_numbers_of_tokens():
@@ -300,7 +286,7 @@ def test_numbers_of_tokens():
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_writes_prints_and_goes_on(folder, llm, tmp_path):
+def test_the_command_writes_prints_and_goes_on(folder, plain_llm, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT * 12)
     ask = ("perplexity", folder, "--text", tmp_path / "a.txt", "--output", tmp_path / "out")
     ask += ("--length", 64, "--length", 128, "--stride", 96, "--dtype", "float32")
@@ -313,13 +299,16 @@ def test_the_command_writes_prints_and_goes_on(folder, llm, tmp_path):
     assert "| method | 64 | 128 |" in both.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert set(summary["scores"]) == {"rope", "dca"}
-    assert summary["settings"]["config"]["num_hidden_layers"] == llm.model.config.num_hidden_layers
+    assert (
+        summary["settings"]["config"]["num_hidden_layers"]
+        == plain_llm.model.config.num_hidden_layers
+    )
     assert summary["versions"]["jax"]
     assert summary["settings"]["stride"] == 96
-    tokens = texts.read_text(llm, tmp_path / "a.txt").tokens
+    tokens = texts.read_text(plain_llm, tmp_path / "a.txt").tokens
     cell = summary["scores"]["dca"]["128"]
     starts = list(range(0, len(tokens) - 128, 96))[:-1]
-    model = with_method(llm.model, "dca", 128)
+    model = with_method(plain_llm.model, "dca", 128)
     direct = [token_nll(model, tokens[None, s : s + 128]).mean(dtype=np.float64) for s in starts]
     assert cell["windows"] == len(starts)
     assert cell["perplexity"] == pytest.approx(math.exp(np.mean(direct)), rel=1e-4)
@@ -402,6 +391,28 @@ def test_bad_commands_are_one_message(folder, tmp_path, arguments, message, monk
 
 
 # --- the golden figures ------------------------------------------------------------------------
+
+
+def test_golden_nll_of_chunkllamas_logits_through_the_command(golden, tmp_path):
+    """Of its own tiny model, read with its own setting: by the logits that ChunkLlama gives."""
+    ids, logits = golden["input_ids"], golden["logits"].astype(np.float64)
+    peak = logits.max(axis=-1, keepdims=True)
+    log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+    theirs = -np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
+    dca = golden_llama.load_setting()
+    for row, nll in zip(ids, theirs, strict=True):
+        np.save(tmp_path / "ids.npy", row)
+        out = tmp_path / f"out-{row[0]}-{row[1]}"
+        result = invoke(
+            *("perplexity", golden_llama.FOLDER / "tiny_llama", "--tokens", tmp_path / "ids.npy"),
+            *("--method", f"dca:{dca.chunk_len},{dca.max_query_position}", "--dtype", "float32"),
+            *("--length", 300, "--length", 100, "--limit", 1, "--output", out),
+        )
+        assert result.exit_code == 0, result.output
+        run = read_run(out)
+        assert run.settings["prefix"] == []  # no BOS before a window
+        ours = {r.key["length"]: r.value["nll"] for r in run.records}
+        assert ours == pytest.approx({n: nll[: n - 1].mean() for n in (300, 100)}, abs=1e-5)
 
 
 def test_golden_nll_of_moby_dick_through_the_command(shared, tmp_path):

@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import demo_data
+import demo_prompts
+import demo_report
+import finetune_demo
+import finetune_report
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretrain_demo
 import pytest
+from detached_merge import DetachedMerge, gradient_error
 from flax import nnx
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes
@@ -23,15 +29,7 @@ from dca_jax.inference.score import window_nlls
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import demo_data
-import demo_prompts
-import demo_report
-import finetune_demo
-import finetune_report
-import pretrain_demo
-from detached_merge import DetachedMerge, gradient_error
+pytestmark = pytest.mark.examples
 
 DCA = DCAConfig(chunk_len=24, max_query_position=30)
 TINY = pretrain_demo.Recipe(

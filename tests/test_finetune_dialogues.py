@@ -510,7 +510,49 @@ def test_chunkllamas_flaws_are_kept(byte_level: Any) -> None:
         render(untrained, tokenizer, "chunkllama")
 
 
-# Real dialogues
+# Files as people have them: small ones of our own, and large real ones where they are
+
+OWN = {
+    "sharegpt.json": [
+        {
+            "id": "tide-0",
+            "conversations": [
+                {"from": "gpt", "value": "How can I help?"},  # cut: nobody asked
+                {"from": "human", "value": "When does the tide turn?"},
+                {"from": "gpt", "value": "At six.\n\n1. Come early.\n2. Bring a lamp."},
+                {"from": "human", "value": "And « l'été » – 海?"},
+                {"from": "gpt", "value": "The same hour, an hour later on the clock: 7 🌊."},
+            ],
+        },
+        {
+            "id": "tide-1",
+            "conversations": [
+                {"from": "human", "value": "```python\nprint('USER: ')\n```"},
+                {"from": "gpt", "value": " It prints the word, a colon and a space. "},
+            ],
+        },
+    ],
+    "alpaca.json": [
+        {"instruction": "Name a harbour.", "input": "", "output": "Nantucket."},
+        {"instruction": "Count the words.", "input": "Call me Ishmael.", "output": "3"},
+    ],
+    "longchat.jsonl": [
+        {"conversation": "USER: Which ship? ASSISTANT: The third. USER: Why? ASSISTANT: Her name."
+                         " USER: And then"},
+        {"conversation": "USER: What does a log say?\nLine 1: USER: here ASSISTANT: Who wrote it."
+                         " USER: End"},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Dialogue]]:
+    folder = tmp_path_factory.mktemp("dialogues")
+    for name, rows in OWN.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        text = "\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]"
+        (folder / name).write_text(text, encoding="utf-8")
+    return {name: read_dialogues(folder / name)[0] for name in OWN}
 
 
 @pytest.fixture(scope="module")
@@ -521,6 +563,23 @@ def real(shared: Path) -> dict[str, list[Dialogue]]:
         "longchat_conversations.jsonl",
     ]
     return {name: read_dialogues(shared / "data" / "dialogues" / name)[0] for name in names}
+
+
+@pytest.fixture(params=["own", "real"])
+def files(request: pytest.FixtureRequest) -> dict[str, list[Dialogue]]:
+    return request.getfixturevalue(request.param)
+
+
+def test_own_files_are_read_whole(own: dict[str, list[Dialogue]]) -> None:
+    texts = {name: [[turn.text for turn in one.turns] for one in own[name]] for name in own}
+    (tide, code), alpaca, (ship, log) = texts.values()
+    assert (len(tide), len(code)) == (4, 2)
+    assert tide[0] == "When does the tide turn?"
+    assert [len(one) for one in alpaca] == [2, 2]
+    assert alpaca[1][1] == "3"
+    assert alpaca[1][0].index("Count the words.") < alpaca[1][0].index("Call me Ishmael.")
+    assert ship == ["Which ship?", "The third.", "Why?", "Her name."]
+    assert log[-1] == "Who wrote it."
 
 
 def test_real_files_are_read_whole(real: dict[str, list[Dialogue]], shared: Path) -> None:
@@ -535,33 +594,33 @@ def test_real_files_are_read_whole(real: dict[str, list[Dialogue]], shared: Path
 
 
 @pytest.mark.parametrize("template", ["llama-2", CHATML])
-def test_masks_of_real_dialogues(
-    real: dict[str, list[Dialogue]], tokenizer: Any, tmp_path: Path, template: str
+def test_masks_of_whole_files(
+    files: dict[str, list[Dialogue]], tokenizer: Any, tmp_path: Path, template: str
 ) -> None:
     shape = " {} </s>"
     if template == CHATML:
         (tmp_path / "t.jinja").write_text(template)
         template, shape = str(tmp_path / "t.jinja"), "{}<|im_end|>"
     write = renderer(tokenizer, template)
-    for dialogues in real.values():
+    for dialogues in files.values():
         for one in dialogues[:: max(len(dialogues) // 60, 1)]:
             rendered = write(one)
             wanted = [shape.format(turn.text.strip()) for turn in one.turns if turn.trained]
             assert spans(rendered, tokenizer) == wanted
 
 
-def test_the_script_on_real_dialogues(real: dict[str, list[Dialogue]], metaspace: Any) -> None:
-    for dialogues in real.values():
+def test_the_script_on_whole_files(files: dict[str, list[Dialogue]], metaspace: Any) -> None:
+    for dialogues in files.values():
         for one in dialogues[:: max(len(dialogues) // 40, 1)]:
             same_as_script([turn.text for turn in one.turns], metaspace)
 
 
-def test_the_demo_models_tokenizer(real: dict[str, list[Dialogue]]) -> None:
+def test_the_demo_models_tokenizer(files: dict[str, list[Dialogue]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     with pytest.raises(InputError, match="no chat template"):
         renderer(tokenizer)
     write = renderer(tokenizer, "llama-2")
-    for one in real["longchat_conversations.jsonl"]:
+    for one in next(x for name, x in files.items() if name.startswith("longchat")):
         rendered = write(one)
         wanted = [f" {turn.text} <|endoftext|>" for turn in one.turns if turn.trained]
         assert spans(rendered, tokenizer) == wanted

@@ -218,6 +218,7 @@ def flags_of(chosen: Settings) -> list[str]:
     ]
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_it_has_the_same_losses_bit_for_bit(
     whole: Path, model: Path, dialogues: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import golden_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +22,8 @@ from dca_jax.model import Llama
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return golden_llama.load_outputs()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return golden_llama.load_model(golden_llama.load_setting())
+def model(golden_model):
+    return golden_model
 
 
 @pytest.fixture(scope="module")

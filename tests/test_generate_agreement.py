@@ -19,13 +19,8 @@ from dca_jax.rope import RopeConfig
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return golden_llama.load_outputs()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return golden_llama.load_model(golden_llama.load_setting())
+def model(golden_model):
+    return golden_model
 
 
 def test_every_piece_knows_the_length_of_the_whole_prompt(model, golden, monkeypatch):

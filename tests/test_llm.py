@@ -27,16 +27,6 @@ QUESTIONS = ["having little money", "é日本"]
 ROOM = 30
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return dca_jax.load(folder)
-
-
 # --- loading -----------------------------------------------------------------------------------
 
 

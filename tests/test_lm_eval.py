@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_llm import make_llm
 from typer.testing import CliRunner
 
-import dca_jax
 from dca_jax.cli import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation.texts import encode
@@ -53,20 +51,10 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def model(folder):
     from dca_jax.lm_eval import DcaJaxLM
 
     return DcaJaxLM(str(folder), method="dca", dtype="float32", batch_size=2)
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> dca_jax.LLM:
-    return dca_jax.load(folder, dca="paper", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -91,42 +79,42 @@ def evaluate(model, task_folder: Path, **options):
     return simple_evaluate(model, tasks=list(TASKS), **options)
 
 
-def direct_logprobs(llm, ids: list[int]) -> np.ndarray:
+def direct_logprobs(paper_llm, ids: list[int]) -> np.ndarray:
     """ln p of every token but the first, from the logits of a whole forward pass."""
     padded = [*ids, *[0] * (200 - len(ids))]  # which no earlier token sees
-    logits = np.asarray(llm.logits([padded]), np.float64)[0, : len(ids) - 1]
+    logits = np.asarray(paper_llm.logits([padded]), np.float64)[0, : len(ids) - 1]
     logits -= logits.max(axis=-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return np.take_along_axis(logprobs, np.asarray(ids[1:])[:, None], axis=-1)[:, 0]
 
 
-def test_the_figures_of_local_tasks_are_those_computed_directly(model, llm, task_folder):
+def test_the_figures_of_local_tasks_are_those_computed_directly(model, paper_llm, task_folder):
     results = evaluate(model, task_folder)
     samples = results["samples"]
     for row, sample in zip(CHOICES, samples["local_choice"], strict=True):
-        context = llm.tokenize(row["context"])
+        context = paper_llm.tokenize(row["context"])
         for choice, (found, _) in zip(row["choices"], sample["filtered_resps"], strict=True):
-            ids = llm.tokenize(row["context"] + choice)
+            ids = paper_llm.tokenize(row["context"] + choice)
             assert ids[: len(context)] == context
-            expected = direct_logprobs(llm, ids)[len(context) - 1 :].sum()
+            expected = direct_logprobs(paper_llm, ids)[len(context) - 1 :].sum()
             assert float(found) == pytest.approx(expected, abs=1e-3)
     total, size, words = 0.0, 0, 0
     for row in TEXTS:
-        ids = [1, *encode(llm, row["text"])]  # one BOS, and not two
-        total -= direct_logprobs(llm, ids).sum()
+        ids = [1, *encode(paper_llm, row["text"])]  # one BOS, and not two
+        total -= direct_logprobs(paper_llm, ids).sum()
         size, words = size + len(row["text"].encode()), words + len(row["text"].split(" "))
     measured = results["results"]["local_text"]
     assert measured["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-4)
     assert math.log(measured["word_perplexity,none"]) == pytest.approx(total / words, rel=1e-4)
     for row, sample in zip(QUESTIONS, samples["local_answer"], strict=True):
         (found,) = sample["filtered_resps"]
-        alone = llm.generate(row["question"], max_new_tokens=9, stop=["e"])[0].text
+        alone = paper_llm.generate(row["question"], max_new_tokens=9, stop=["e"])[0].text
         assert found == alone
 
 
-def test_whether_greedy_decoding_gives_the_continuation(model, llm):
-    prompt = llm.tokenize("Call me Ishmael")
-    best = list(llm.generate([prompt], max_new_tokens=3)[0].tokens)
+def test_whether_greedy_decoding_gives_the_continuation(model, paper_llm):
+    prompt = paper_llm.tokenize("Call me Ishmael")
+    best = list(paper_llm.generate([prompt], max_new_tokens=3)[0].tokens)
     other = [*best[:2], (best[2] + 1) % 300]
     requests = [(("", ""), prompt, continuation) for continuation in (best, other)]
     assert [greedy for _, greedy in model._loglikelihood_tokens(requests, disable_tqdm=True)] == [
@@ -135,7 +123,7 @@ def test_whether_greedy_decoding_gives_the_continuation(model, llm):
     ]
 
 
-def test_rolling_windows_are_of_max_length(folder, llm):
+def test_rolling_windows_are_of_max_length(folder, paper_llm):
     from lm_eval.api.instance import Instance
 
     from dca_jax.lm_eval import DcaJaxLM
@@ -144,8 +132,8 @@ def test_rolling_windows_are_of_max_length(folder, llm):
     model = DcaJaxLM(str(folder), method="rope", dtype="float32", max_length="50")
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     (found,) = model.loglikelihood_rolling([request], disable_tqdm=True)
-    ids = np.asarray([1, *encode(llm, text)])
-    plain = with_method(llm.model, "rope", 50)
+    ids = np.asarray([1, *encode(paper_llm, text)])
+    plain = with_method(paper_llm.model, "rope", 50)
     total, first = 0.0, 1
     while first < len(ids):
         stop = min(first + 50, len(ids))
@@ -172,25 +160,25 @@ def test_nothing_is_cut_in_silence(folder):
         model._loglikelihood_tokens([(("", "x"), [], [2])], disable_tqdm=True)
 
 
-def test_chat_templates_and_special_tokens(folder, llm, task_folder):
+def test_chat_templates_and_special_tokens(folder, paper_llm, task_folder):
     from dca_jax.lm_eval import DcaJaxLM
 
     model = DcaJaxLM(str(folder), method="dca", dtype="float32", batch_size=2)
-    assert model.tok_encode("a") == llm.tokenize("a")
-    assert model.tok_encode("<s>a") == llm.tokenize("a")  # no second BOS
-    assert model.tok_encode("a", add_special_tokens=False) == llm.tokenize("a")[1:]
+    assert model.tok_encode("a") == paper_llm.tokenize("a")
+    assert model.tok_encode("<s>a") == paper_llm.tokenize("a")  # no second BOS
+    assert model.tok_encode("a", add_special_tokens=False) == paper_llm.tokenize("a")[1:]
     assert (model.prefix_token_id, model.eot_token_id) == (1, 2)
     history = [{"role": "user", "content": "Some years ago"}]
     text = model.apply_chat_template(history)
     assert text == "<|user|>Some years ago\n<|assistant|>"
-    assert model.tok_encode(text) == llm.apply_chat_template(history)
+    assert model.tok_encode(text) == paper_llm.apply_chat_template(history)
     open_end = [*history, {"role": "assistant", "content": "I thought"}]
     text = model.apply_chat_template(open_end, add_generation_prompt=False)
     assert text.rstrip().endswith("I thought")
     results = evaluate(model, task_folder, apply_chat_template=True, fewshot_as_multiturn=True)
     (found,) = results["samples"]["local_answer"][0]["filtered_resps"]
     message = [{"role": "user", "content": QUESTIONS[0]["question"]}]
-    assert found == llm.chat(message, max_new_tokens=9, stop=["e"]).text
+    assert found == paper_llm.chat(message, max_new_tokens=9, stop=["e"]).text
 
 
 def test_what_a_task_asks_of_the_sampler():

@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dca_jax.attention import attend, dual_chunk_attention, xla
+from dca_jax.attention import attend, dual_chunk_attention
 from dca_jax.attention.bands import PositionMethod, relative_positions
 from dca_jax.attention.op import make_rows
 from dca_jax.config import LlamaConfig
@@ -129,12 +129,6 @@ def published(
                 weights = np.exp(logits - logits.max())
                 out[b, t, n] = weights @ v / weights.sum()
     return out
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "TILE", 16)
-    monkeypatch.setattr(xla, "LOGITS", 16 * 24)
 
 
 def draw(

@@ -1,14 +1,12 @@
-"""The Pallas TPU kernels in TPU interpret mode against the oracle, and the steps of their grids.
+"""The walks that the Pallas TPU kernels follow, and what else they have of their own.
 
-The blocks are made small here, so that short texts cross many of them. The interpreter looks for
-races, of two cores that share a kernel too, and for reads out of bounds, and fills memory nobody
-has written with NaN. `tpu_aot/` compiles the same kernels for real chips.
+What they compute: test_backends.py, in TPU interpret mode. `tpu_aot/` compiles them for real chips.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.core import subjaxprs
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
-from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, draw
+from kernels import QUICK, ROPE, draw
 
-from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, mosaic_tpu, op
+from dca_jax.attention import dual_chunk_attention, merge_passes, mosaic_tpu, op
 from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu import runs, steps, tiles
 from dca_jax.dca import PHASES, DCAConfig, Phase
@@ -28,86 +24,11 @@ from dca_jax.errors import InputError
 
 S = 24  # no multiple of the block
 DCA = DCAConfig(chunk_len=S, max_query_position=36)
-SMALL = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, decode_splits=2)
 V5E = Device("tpu", "TPU v5e", None)
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """A TPU whose kernels run in the interpreter, on two cores, with small blocks."""
-    monkeypatch.setattr(op, "current_device", lambda: V5E)
-    monkeypatch.setattr(mosaic_tpu, "current_device", lambda: V5E)
-    monkeypatch.setattr(tiles, "choose_tiles", lambda *_: SMALL)
-    monkeypatch.setattr(tiles, "DECODE_QUERIES", 16)
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
-    races = interpret_pallas_call.races
-    assert races is not None
-    assert not races.races_found
-    pltpu.reset_tpu_interpret_mode_state()
-
-
-def check(inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any) -> list[jax.Array]:
-    return check_value_and_gradient("mosaic_tpu", inputs, atol=2e-5, **options)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_edges_as_the_rows_of_a_batch() -> None:
-    """Texts of 1, s - 1, s, s + 1, 2s, 2s + 1 and 2s + 7 tokens, the shorter ones padded."""
-    edges = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 2 * S + 7]
-    inputs = draw(0, len(edges), edges[-1], edges[-1], 1, 1, 64)
-    lengths = jnp.asarray(edges, jnp.int32)
-    dca = DCAConfig(chunk_len=S, max_query_position=2 * S - 1)
-    out, *_ = check(inputs, dca=dca, lengths=lengths)
-    for row, length in enumerate(edges):
-        assert not np.asarray(out[row, length:]).any()
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_one_token() -> None:
-    check(draw(1, 1, 1, 1, 2, 2, 128), dca=DCA)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    ("chunk_len", "largest"),
-    [(5, 5), (32, 33)],
-    ids=["many chunks a block", "two blocks a chunk"],
-)
-def test_chunk_lengths_and_local_windows_of_none_and_one(chunk_len: int, largest: int) -> None:
-    dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
-    length = {5: 5 * 5 + 7, 32: 70}[chunk_len]
-    check(draw(1, 1, length, length, 1, 1, 128), dca=dca)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(8, 2, 64), (6, 3, 64), (8, 1, 128), (2, 1, 256)]
-)
-def test_heads(heads: int, kv_heads: int, dim: int) -> None:
-    check(draw(2, 1, S + 1, S + 1, heads, kv_heads, dim), dca=DCA)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_plain_causal_attention_over_less_than_a_block() -> None:
-    check(draw(3, 1, 13, 13, 2, 2, 128), dca=None)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_offset_lengths_and_temperature() -> None:
-    """Two rows, in the middle of a chunk and at its edge, one padded."""
-    dca = DCAConfig(chunk_len=S, max_query_position=36, trained_length=40, temperature_slope=0.1)
-    options: dict[str, Any] = {
-        "query_offset": jnp.asarray([13, 2 * S], jnp.int32),
-        "lengths": jnp.asarray([33, 81], jnp.int32),
-        "context_lengths": jnp.asarray([120, 81], jnp.int32),
-    }
-    check(draw(4, 2, 35, 90, 1, 1, 128), dca=dca, **options)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 128), (8, 2, 64), (3, 3, 64)])
+@pytest.mark.usefixtures("interpreted_mosaic_tpu")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (3, 3, 64)])
 def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim: int) -> None:
     """Rows at different lengths; keys beyond a row's length do not matter."""
     offset = jnp.asarray([0, S - 1, 2 * S, 3 * S + 5], jnp.int32)
@@ -123,25 +44,7 @@ def test_decode_reads_one_layer_of_a_ragged_cache(heads: int, kv_heads: int, dim
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_slices_of_the_keys_sum_up_to_the_whole() -> None:
-    """Two rows at different places; the second slice lies beyond every query of the first row."""
-    q, k, v = draw(7, 2, 33, 55, 1, 1, 128)
-    do = draw(8, 2, 33, 1, 1, 1, 128)[0]
-    offset = jnp.asarray([2, 22], jnp.int32)
-    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
-    sliced = functools.partial(attend_by_slices, mosaic_tpu, cuts=[37], dca=DCA, rows=rows)
-    ours = jax.jit(sliced, compiler_options=QUICK)(q, k, v, do)
-
-    def whole(*inputs: jax.Array) -> jax.Array:
-        return op.attend(*inputs, dca=DCA, rows=rows, implementation="reference")
-
-    out, pull_back = jax.vjp(whole, q, k, v)
-    for mine, expected in zip(ours, [out, *pull_back(do)], strict=True):
-        np.testing.assert_allclose(mine, expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted_mosaic_tpu")
 def test_decode_merges_slices_of_a_cache() -> None:
     """As devices that share a cache do; the first row attends to no key of the last slice."""
     q, k, v = draw(7, 2, 2, 75, 2, 1, 128)
@@ -159,52 +62,6 @@ def test_decode_merges_slices_of_a_cache() -> None:
     expected = op.attend(q, k, v, dca=DCA, rows=rows, implementation="reference")
     out = jax.jit(merged, compiler_options=QUICK)(q, k, v)
     np.testing.assert_allclose(out, expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_single_phases_merge_into_the_whole_and_have_its_gradient() -> None:
-    q, k, v = draw(6, 1, 2 * S + 2, 2 * S + 2, 1, 1, 128)
-
-    def merged(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        passes = [
-            attention_pass(q, k, v, phase=phase, dca=DCA, rope=ROPE, implementation="mosaic_tpu")
-            for phase in PHASES
-        ]
-        return merge_passes([out for out, _ in passes], [lse for _, lse in passes])[0]
-
-    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dual_chunk_attention(q, k, v, dca=DCA, rope=ROPE, implementation="reference")
-
-    weight = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
-
-    def value_and_gradient(f: Any, *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(f, *inputs)
-        return out, *pull(weight)
-
-    run = jax.jit(value_and_gradient, static_argnums=0, compiler_options=QUICK)
-    results = [run(f, q, k, v) for f in (merged, whole)]
-    for ours, theirs in zip(*results, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_bfloat16_beside_the_float32_oracle_and_twice_the_same_bits() -> None:
-    """Four query heads of one kv head."""
-    inputs = [x.astype(jnp.bfloat16) for x in draw(3, 1, S + 9, S + 9, 4, 1, 128)]
-    options: dict[str, Any] = {"dca": DCA, "rope": ROPE}
-
-    def run(implementation: str, *inputs: jax.Array) -> list[jax.Array]:
-        attention = functools.partial(dual_chunk_attention, implementation=implementation)
-        out, pull_back = jax.vjp(functools.partial(attention, **options), *inputs)
-        return [out, *pull_back(inputs[0])]
-
-    jitted = jax.jit(run, static_argnums=0, compiler_options=QUICK)
-    ours, again = (jitted("mosaic_tpu", *inputs) for _ in range(2))
-    theirs = jitted("reference", *(x.astype(jnp.float32) for x in inputs))
-    for mine, twice, expected in zip(ours, again, theirs, strict=True):
-        assert mine.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(mine, twice)
-        assert distance(mine, expected) < 5e-3
 
 
 def distance(ours: jax.Array, theirs: jax.Array) -> float:

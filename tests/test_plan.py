@@ -12,10 +12,9 @@ from abstract import abstract_cache, lower, lower_update
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_fixtures import invoke
 from tiny_llm import make_llm
-from typer.testing import CliRunner
 
-from dca_jax.cli import app
 from dca_jax.cli.options import Base, Dtype, Remat
 from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import DTYPES
@@ -250,10 +249,6 @@ def test_it_takes_what_training_takes() -> None:
     assert list(Dtype) == list(DTYPES)
 
 
-def invoke(*args: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *args], catch_exceptions=False)
-
-
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
@@ -261,7 +256,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_prints_a_table() -> None:
     options = ("--device", "h200", "--mesh", "tensor=4", "--context-length", "100000")
-    result = invoke("llama-2-70b", *options)
+    result = invoke("plan", "llama-2-70b", *options)
     assert result.exit_code == 0
     for text in ("4 x NVIDIA H200", "34.5 GB", "tensor=2 would do", "fits", "longest that fits"):
         assert text in result.output
@@ -270,7 +265,7 @@ def test_the_command_prints_a_table() -> None:
 def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) -> None:
     folder = make_llm(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
-    result = invoke(str(folder), "--device", "v5e", "--context-length", "4k", "--json")
+    result = invoke("plan", str(folder), "--device", "v5e", "--context-length", "4k", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["fits"]
@@ -284,9 +279,9 @@ def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) 
 
 def test_the_command_refuses() -> None:
     options = ("--device", "h200", "--context-length", "4096")
-    result = invoke("llama-2-7b", *options, "--mesh", "tensor=3")
+    result = invoke("plan", "llama-2-7b", *options, "--mesh", "tensor=3")
     assert result.exit_code == 2
     assert "sizes that do: [1, 2, 4, 8, 16, 32]" in result.stderr
-    result = invoke("llama-9-1t", *options)
+    result = invoke("plan", "llama-9-1t", *options)
     assert result.exit_code == 2
     assert "llama-3-70b" in result.stderr

@@ -2,14 +2,18 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import demo_data
+import demo_prompts
+import demo_report
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretrain_demo
 import pytest
 from flax import nnx
+from pretrain_demo import Recipe
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -19,13 +23,7 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import passkey
 from dca_jax.model import Llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import demo_data
-import demo_prompts
-import demo_report
-import pretrain_demo
-from pretrain_demo import Recipe
+pytestmark = pytest.mark.examples
 
 TINY = Recipe(
     vocab_size=512,

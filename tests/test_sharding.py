@@ -37,10 +37,25 @@ LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)  # no axis divides T
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 37)).astype(np.int32)
 PROMPTS = [TOKENS[0].tolist(), TOKENS[1, :5].tolist(), np.tile(TOKENS[2], 4).tolist()]
 
+# Each axis at each of its sizes, and each two axes cut together, evenly and one of them in four.
 MESHES = [
     dict(zip(AXES, sizes, strict=True))
-    for sizes in itertools.product((1, 2, 4, 8), repeat=4)
-    if np.prod(sizes) <= 8
+    for sizes in (
+        (8, 1, 1, 1),
+        (1, 8, 1, 1),
+        (1, 1, 8, 1),
+        (1, 1, 1, 8),
+        (4, 2, 1, 1),
+        (1, 4, 2, 1),
+        (1, 1, 4, 2),
+        (2, 1, 1, 4),
+        (2, 1, 4, 1),
+        (1, 2, 1, 4),
+        (2, 2, 1, 2),
+        (2, 1, 2, 2),
+        (1, 2, 2, 2),
+        (2, 2, 2, 1),
+    )
 ]
 # Each axis alone, at its largest, and with each other one.
 SOME = [
@@ -91,6 +106,13 @@ def graded():
 def expected():
     (loss, logits), gradient = graded()(model_on(None), TOKENS, LENGTHS)
     return float(loss), np.asarray(logits), flatten_dict(gradient.params(), sep=".")
+
+
+def test_the_meshes_cut_every_two_axes_together():
+    for one, other in itertools.permutations(AXES, 2):
+        assert {mesh[one] for mesh in MESHES} == {1, 2, 4, 8}
+        met = {frozenset((mesh[one], mesh[other])) for mesh in MESHES}
+        assert {frozenset((2,)), frozenset((2, 4)), frozenset((1, 8))} <= met, (one, other)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=describe)

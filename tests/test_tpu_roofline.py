@@ -1,16 +1,14 @@
 """The roofline on paper: its arithmetic, and that docs/tpu.md shows what the script prints."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import tpu_roofline
 
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.planning.shapes import SHAPES
+
+pytestmark = pytest.mark.benchmarks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/tpu.md"
 

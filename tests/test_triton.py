@@ -1,7 +1,7 @@
-"""The Pallas-Triton kernels: in Pallas' interpreter against the oracles, and lowered for CUDA.
+"""What the Pallas-Triton kernels have of their own (see test_backends.py), and lowered for CUDA.
 
-The tiles are made small here, so that short texts cross many of them. What only a GPU shows (that
-the compiled kernels agree with the interpreted ones, and their speed) is tested elsewhere.
+What only a GPU shows (that the compiled kernels agree with the interpreted ones, and their speed)
+is tested elsewhere.
 """
 
 from functools import partial
@@ -10,111 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jax._src.mesh import AbstractDevice
-from kernels import QUICK, ROPE, attend_by_slices, check_value_and_gradient, draw, with_gradients
+from kernels import QUICK, ROPE, draw
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, op, triton
 from dca_jax.attention.device import Device
-from dca_jax.attention.triton import common, tiles
-from dca_jax.dca import PHASES, DCAConfig, dense_attention
+from dca_jax.attention.triton import tiles
+from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.errors import InputError
 
-SMALL = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
 S = 40  # no multiple of the tile
 DCA = DCAConfig(chunk_len=S, max_query_position=60)
 
 attention = jax.jit(dual_chunk_attention, static_argnames=("dca", "rope", "implementation"))
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tiles.Tiles(forward=SMALL, dq=SMALL, dkv=SMALL, decode=SMALL)
-    monkeypatch.setattr(common, "INTERPRET", True)
-    for table in (tiles.AMPERE, tiles.HOPPER):
-        monkeypatch.setitem(table, 64, small)  # narrower heads have it too
-    monkeypatch.setattr(tiles, "MAX_PACKED", 16)
-    monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
-
-
-def check(inputs: tuple[jax.Array, jax.Array, jax.Array], **options: Any) -> list[jax.Array]:
-    return check_value_and_gradient("triton", inputs, atol=1e-5, **options)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_edges_as_the_rows_of_a_batch() -> None:
-    """Texts of 1, s - 1, s, s + 1, 2s, 2s + 1 and 5s + 7 tokens, the shorter ones padded."""
-    edges = [1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 5 * S + 7]
-    inputs = draw(0, len(edges), edges[-1], edges[-1], 2, 1, 16)
-    lengths = jnp.asarray(edges, jnp.int32)
-    out, *_ = check(inputs, dca=DCA, lengths=lengths)
-    for row, length in enumerate(edges):
-        assert not np.asarray(out[row, length:]).any()
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("length", [1, 7, 2 * S + 1])
-def test_edges_as_shapes(length: int) -> None:
-    check(draw(length, 1, length, length, 2, 2, 16), dca=DCA)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    ("chunk_len", "largest"),
-    [(5, 5), (32, 40)],
-    ids=["many chunks a tile", "two tiles a chunk"],
-)
-def test_chunk_lengths(chunk_len: int, largest: int) -> None:
-    dca = DCAConfig(chunk_len=chunk_len, max_query_position=largest)
-    inputs = draw(1, 1, 101, 101, 2, 1, 16)
-    expected = oracle.attention(*inputs, s=chunk_len, largest=largest)  # pyright: ignore
-    out, *_ = check(inputs, dca=dca)
-    np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 1)])
-def test_heads(heads: int, kv_heads: int) -> None:
-    check(draw(2, 1, 90, 90, heads, kv_heads, 32), dca=DCA)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_plain_causal_attention() -> None:
-    check(draw(3, 1, 70, 70, 2, 1, 16), dca=None)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_offset_lengths_and_temperature() -> None:
-    """Two rows at different places of their texts, one padded; whatever lies beyond is not read."""
-    dca = DCAConfig(chunk_len=S, max_query_position=60, trained_length=64, temperature_slope=0.1)
-    offset, lengths, num_keys = [33, 80], [83, 121], 150
-    q, k, v = draw(4, 2, 50, num_keys, 4, 2, 16)
-    beyond = np.arange(num_keys)[None, :, None, None] >= np.array(lengths)[:, None, None, None]
-    k, v = jnp.where(beyond, 1e4, k), jnp.where(beyond, jnp.nan, v)
-    options: dict[str, Any] = {
-        "query_offset": jnp.asarray(offset, jnp.int32),
-        "lengths": jnp.asarray(lengths, jnp.int32),
-        "context_lengths": jnp.asarray([200, 121], jnp.int32),
-    }
-    out = attention(q, k, v, dca=dca, rope=ROPE, implementation="triton", **options)
-    for row, length in enumerate([200, 121]):
-        tau = (1 + 0.1 * np.log(length / 64)) ** 2
-        one = slice(row, row + 1)
-        expected = oracle.attention(
-            *(np.asarray(x[one]) for x in (q, k, v)),
-            s=S,
-            largest=60,
-            offset=offset[one],
-            lengths=lengths[one],
-            temperature=tau,
-        )
-        np.testing.assert_allclose(out[one], expected, atol=1e-5, rtol=0)
-    clean = q, jnp.where(beyond, 0, k), jnp.where(beyond, 0, v)
-    check(clean, dca=dca, **options)
-
-
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("num_queries", [1, 3, 20])
 def test_a_layer_of_a_cache_while_it_grows(num_queries: int) -> None:
     """One compilation for every length and layer; 20 queries are more than are packed."""
@@ -135,7 +47,7 @@ def test_a_layer_of_a_cache_while_it_grows(num_queries: int) -> None:
     assert ours._cache_size() == 1
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted_triton")
 def test_passes_and_their_gradients() -> None:
     """Each phase alone: output, natural log-sum-exp, and gradients through both."""
     q, k, v = draw(7, 1, 101, 101, 2, 1, 16)
@@ -165,31 +77,7 @@ def test_passes_and_their_gradients() -> None:
     np.testing.assert_allclose(merged, fused, atol=1e-5, rtol=0)
 
 
-# The second row is short: its third slice lies beyond it, and beyond all of its queries.
-SLICED_LENGTHS, CUTS = [131, 77], (37, 90)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_slices_of_the_keys() -> None:
-    """Cut anywhere, each slice met by itself with the whole's log-sum-exp: together the whole."""
-    q, k, v = draw(12, 2, 131, 131, 2, 1, 16)
-    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, lengths=jnp.asarray(SLICED_LENGTHS, jnp.int32))
-
-    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dense_attention(q, k, v, dca=DCA, **rows._asdict())
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def in_slices(*arrays: jax.Array) -> list[jax.Array]:
-        return attend_by_slices(triton, *arrays, cuts=CUTS, dca=DCA, rows=rows)
-
-    weight = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
-    for ours, theirs in zip(
-        in_slices(q, k, v, weight), with_gradients(whole, q, k, v), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
-
-
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("num_queries", [2, 20])
 def test_slices_of_a_cache_that_differ_from_row_to_row(num_queries: int) -> None:
     """Few queries, packed and split, and many; slices before, around and beyond their own places.
@@ -211,7 +99,7 @@ def test_slices_of_a_cache_that_differ_from_row_to_row(num_queries: int) -> None
     assert not np.asarray(ours(jnp.asarray([200, 200, 200], jnp.int32))).any()
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("num_queries", [1, 20])
 def test_the_log_sum_exp_is_given_on_request(num_queries: int) -> None:
     q, k, v = draw(14, 1, num_queries, 96, 2, 1, 16)
@@ -228,33 +116,21 @@ def test_the_log_sum_exp_is_given_on_request(num_queries: int) -> None:
     np.testing.assert_allclose(out, same, atol=1e-6, rtol=0)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_half_precision_and_determinism() -> None:
-    """Relative errors of value and gradients; and the same bits twice."""
-    inputs = draw(10, 1, 101, 101, 4, 2, 64, jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in inputs]
-
-    def run(name: str, inputs: Any) -> list[jax.Array]:
-        options: dict[str, Any] = {"dca": DCA, "rope": ROPE, "implementation": name}
-        return with_gradients(partial(dual_chunk_attention, **options), *inputs)
-
-    results = run("triton", inputs), run("triton", inputs), run("reference", wide)
-    for ours, twice, theirs in zip(*results, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(ours, twice)
-        error = np.linalg.norm(ours.astype(jnp.float32) - theirs) / np.linalg.norm(theirs)
-        assert error < 6e-3
-
-
 # --- lowering for GPUs, without one ------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [("NVIDIA H200", jnp.bfloat16), ("NVIDIA H200", jnp.float16), ("NVIDIA A100", jnp.bfloat16)],
+    ("kind", "head_dim", "dtype"),  # every two of them together
+    [
+        ("NVIDIA H200", 64, jnp.bfloat16),
+        ("NVIDIA H200", 128, jnp.float16),
+        ("NVIDIA H200", 256, jnp.bfloat16),
+        ("NVIDIA A100", 64, jnp.float16),
+        ("NVIDIA A100", 128, jnp.bfloat16),
+        ("NVIDIA A100", 256, jnp.float16),
+    ],
 )
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_lowers_for_cuda(kind: str, head_dim: int, dtype: Any) -> None:
     """Forward and backward at odd lengths, and decoding from a layer of a cache: every kernel."""
     dca = DCAConfig(chunk_len=700, max_query_position=1000)

@@ -1,0 +1,354 @@
+"""Does the suite notice? Deliberate faults, one at a time, and the tests that are to fail of each.
+
+    python tests/mutations.py                  # each fault, with the quickest tests that know it
+    python tests/mutations.py --only cache     # faults whose name or file has this in it
+    python tests/mutations.py --all-tests      # each fault, with the whole suite (hours)
+
+Every fault is made in a copy of the tree, never in the tree itself. It replaces a text that must
+stand once in its file, and says so loudly where code has moved. Exit status 1: a fault was missed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COPIED = ("dca_jax", "checkpoints_convert", "examples", "benchmarks", "docs", "tests")
+
+
+class Fault(NamedTuple):
+    """A fault, and what pytest is to be given to notice it."""
+
+    name: str
+    file: str  # in dca_jax/
+    old: str
+    new: str
+    tests: str  # split at blanks; `-k` takes one word
+
+
+EDGES = "tests/test_backends.py::test_edges_as_shapes"
+OFFSET = "tests/test_backends.py::test_offset_lengths_and_temperature"
+HUGGING_FACE = "tests/test_model.py::test_logits_equal_transformers[llama-2]"
+RING = "tests/test_context.py::test_equals_the_oracle[short_chunks-ring]"
+FAULTS = [
+    # --- the mathematics ---
+    Fault(
+        "the succ position has the wrong sign",
+        "dca.py",
+        "jnp.minimum(index % s + s, dca.max_query_position)",
+        "jnp.minimum(index % s - s, dca.max_query_position)",
+        "tests/test_dca.py::test_figure_2_of_the_paper",
+    ),
+    Fault(
+        "a query does not meet itself",
+        "dca.py",
+        "return chunk_start, index + 1",
+        "return chunk_start, index",
+        f"{EDGES}[xla-7]",
+    ),
+    Fault(
+        "the oracle's mask is off by one",
+        "dca.py",
+        "met = (j[:, None, :] <= i[:, :, None])",
+        "met = (j[:, None, :] < i[:, :, None])",
+        f"{EDGES}[reference-7]",
+    ),
+    Fault(
+        "one token beyond two chunks counts as two chunks",
+        "dca.py",
+        "2 if num_keys <= 2 * dca.chunk_len else 3",
+        "2 if num_keys <= 2 * dca.chunk_len + 1 else 3",
+        "tests/test_dca.py::test_phases_within",
+    ),
+    Fault(
+        "the temperature is not squared",
+        "dca.py",
+        "jnp.log(ratio), 1.0) ** 2",
+        "jnp.log(ratio), 1.0)",
+        f"{OFFSET}[reference]",
+    ),
+    Fault(
+        "theta is not the model's",
+        "rope.py",
+        "np.power(np.float64(rope.theta), exponent",
+        "np.power(np.float64(10_000.0), exponent",
+        "tests/test_rope.py::test_equals_transformers",
+    ),
+    Fault(
+        "a plane is turned the wrong way",
+        "rope.py",
+        "second * cos + first * sin], axis=-1)",
+        "second * cos - first * sin], axis=-1)",
+        "tests/test_rope.py::test_rotation_equals_transformers",
+    ),
+    # --- the op and its backends ---
+    Fault(
+        "keys are not rotated",
+        "attention/op.py",
+        "return rotate(key, key_position(index, dca or PLAIN), inv_freq)",
+        "return key",
+        f"{EDGES}[reference-7]",
+    ),
+    Fault(
+        "the scale is applied twice",
+        "attention/op.py",
+        "attention_factor(rope) ** 2 / math.sqrt(head_dim))",
+        "attention_factor(rope) ** 2 / head_dim)",
+        f"{EDGES}[reference-7]",
+    ),
+    Fault(
+        "delta is dropped in the backward pass",
+        "attention/op.py",
+        'delta = jnp.einsum("BTNH,BTNH->BNT", out_bar.astype(lse.dtype), out.astype(lse.dtype))',
+        "delta = jnp.zeros_like(lse)",
+        f"{EDGES}[xla-7]",
+    ),
+    Fault(
+        "no gradient flows through the log-sum-exp of a pass",
+        "attention/op.py",
+        "delta = delta - jnp.where(jnp.isfinite(lse), lse_bar, 0)",
+        "pass",
+        "tests/test_backends.py::test_passes_merge_into_the_whole_and_have_its_gradient[xla]",
+    ),
+    Fault(
+        "weights of a merge are swapped",
+        "attention/softmax.py",
+        "jnp.exp(lse - total[None])",
+        "jnp.exp(lse[::-1] - total[None])",
+        "tests/test_attention.py::test_log_sum_exp_of_a_pass",
+    ),
+    Fault(
+        "the last block of keys is lost",
+        "attention/xla.py",
+        "(jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block",
+        "jnp.max(jnp.where(meets, stop, 0)) // block",
+        f"{EDGES}[xla-7]",
+    ),
+    Fault(
+        "the last block's first keys count twice",
+        "attention/xla.py",
+        "(j >= jnp.maximum(start, n * block)[:, :, None])",
+        "(j >= start[:, :, None])",
+        f"{EDGES}[xla-49]",
+    ),
+    Fault(
+        "the first token of padding is attended from",
+        "attention/xla.py",
+        "stop = jnp.where(index < rows.lengths[:, None], band.stop, start)",
+        "stop = jnp.where(index <= rows.lengths[:, None], band.stop, start)",
+        "tests/test_backends.py::test_texts_that_end_at_an_edge[xla]",
+    ),
+    Fault(
+        "a query's gradient is turned on, not back",
+        "attention/xla.py",
+        "rotate(rotated_bar, -band.query_position, rows.inv_freq)",
+        "rotate(rotated_bar, band.query_position, rows.inv_freq)",
+        f"{EDGES}[xla-7]",
+    ),
+    Fault(
+        "the ring meets the wrong half",
+        "attention/parallel/ring.py",
+        "half = jnp.where(sender < self.device, EARLY, LATE)",
+        "half = jnp.where(sender < self.device, LATE, EARLY)",
+        RING,
+    ),
+    Fault(
+        "a device writes its late block over its early one",
+        "attention/parallel/zigzag.py",
+        "jnp.where(block == late, width + within, num_local)",
+        "jnp.where(block == late, within, num_local)",
+        "tests/test_context.py::test_layout_on_the_devices",
+    ),
+    # --- the model and its cache ---
+    Fault(
+        "the cache is written one slot off",
+        "attention/layer.py",
+        "slots = index if context == 1",
+        "slots = index + 1 if context == 1",
+        "tests/test_model.py::test_golden_logits_and_decoding",
+    ),
+    Fault(
+        "a cache's frequencies change while it grows",
+        "model.py",
+        "jnp.where(start == 0, context_lengths, cache.frequency_lengths)",
+        "jnp.where(start == 0, context_lengths, context_lengths)",
+        "tests/test_model.py::test_dynamic_ntk_keeps_its_frequencies_while_decoding",
+    ),
+    Fault(
+        "a tied head trains no embedding",
+        "model.py",
+        "kernel = self.embed_tokens.embedding[...].T",
+        "kernel = jax.lax.stop_gradient(self.embed_tokens.embedding[...].T)",
+        "tests/test_finetune_train.py::test_a_tied_head_trains_the_embedding",
+    ),
+    Fault(
+        "a rollback forgets nothing",
+        "kv_cache.py",
+        "jnp.minimum(jnp.asarray(lengths), self.lengths)",
+        "self.lengths",
+        "tests/test_model.py::test_rollback_is_exact",
+    ),
+    # --- drawing ---
+    Fault(
+        "top_p keeps one token too few",
+        "inference/sampling.py",
+        "rare = (below <= 1.0 -",
+        "rare = (jnp.roll(below, 1, axis=-1) <= 1.0 -",
+        "tests/test_sampling.py::test_filters_equal_those_of_transformers",
+    ),
+    Fault(
+        "the penalty makes a negative logit likelier",
+        "inference/sampling.py",
+        "jnp.where(logits < 0, logits * penalty, logits / penalty)",
+        "logits / penalty",
+        "tests/test_sampling.py::test_repetition_penalty_equals_that_of_transformers",
+    ),
+    Fault(
+        "a stop id ends no row",
+        "inference/generate.py",
+        "jnp.any(token[:, None] == stop_ids[None, :], axis=1)",
+        "jnp.all(token[:, None] == stop_ids[None, :], axis=1)",
+        "tests/test_generate.py::test_a_row_ends_at_a_stop_id_and_grows_no_more",
+    ),
+    Fault(
+        "all rows draw alike",
+        "inference/generate.py",
+        "(jax.random.key(seed), rows))",
+        "(jax.random.key(seed), 0 * rows))",
+        "tests/test_generate.py::test_a_seed_is_reproducible_and_rows_draw_apart",
+    ),
+    Fault(
+        "a prefix believes that it still holds what was written over",
+        "inference/prefix.py",
+        "min(self._held, held, int(np.asarray(cache.lengths)[0]))",
+        "min(self._held, int(np.asarray(cache.lengths)[0]))",
+        "tests/test_llm.py -k prefix",
+    ),
+    Fault(
+        "each token is asked to predict itself",
+        "inference/score.py",
+        "inputs[:, row, :count] = text[:-1], text[1:]",
+        "inputs[:, row, :count] = text[:-1], text[:-1]",
+        "tests/test_llm.py::test_perplexity_is_that_of_the_logits",
+    ),
+    # --- finetuning ---
+    Fault(
+        "LoRA is scaled by alpha",
+        "config.py",
+        "return self.alpha / self.rank",
+        "return self.alpha",
+        "tests/test_lora.py::test_an_adapter_means_to_peft_what_it_means_here",
+    ),
+    Fault(
+        "adapters are merged unscaled",
+        "finetune/lora.py",
+        "np.float32(lora.scale) * delta",
+        "delta",
+        "tests/test_lora.py::test_logits_are_those_of_the_merged_model",
+    ),
+    Fault(
+        "accumulated gradients are a mean of means",
+        "finetune/train.py",
+        "return jax.tree.map(jnp.add, sums, (nll, tokens, gradients)), None",
+        "means = jax.tree.map(lambda x: x / tokens, (nll, tokens, gradients))\n"
+        "        return jax.tree.map(jnp.add, sums, means), None",
+        "tests/test_finetune_train.py::"
+        "test_loss_and_gradient_are_those_of_a_dense_float64_computation[4]",
+    ),
+    Fault(
+        "norms decay",
+        "finetune/train.py",
+        'path[-1].key not in ("scale", "bias")',
+        'path[-1].key not in ("bias",)',
+        "tests/test_finetune_train.py::test_updates_are_adamw[None]",
+    ),
+    Fault(
+        "a token's loss counts if the token before it is trained",
+        "finetune/loss.py",
+        "counts = jax.lax.pad(trained, jnp.bool_(False), next_token)",
+        "counts = trained",
+        "tests/test_finetune_train.py::"
+        "test_loss_and_gradient_are_those_of_a_dense_float64_computation[1]",
+    ),
+    # --- weights ---
+    Fault(
+        "heads that differ from tied embeddings are thrown away",
+        "weights/huggingface.py",
+        "    if not same:\n",
+        "    if same is None:\n",
+        "tests/test_huggingface.py::test_tied_embeddings_that_differ",
+    ),
+]
+
+
+def copy_of_the_tree(place: Path) -> None:
+    for name in COPIED:
+        ignored = shutil.ignore_patterns("__pycache__", "_build", "_generated")
+        shutil.copytree(REPOSITORY / name, place / name, ignore=ignored)
+    for file in (*REPOSITORY.glob("*.md"), REPOSITORY / "pyproject.toml", REPOSITORY / "Makefile"):
+        shutil.copy(file, place)
+
+
+def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
+    """Whether tests fail of the fault; and the first that did, or what happened instead."""
+    source = REPOSITORY / "dca_jax" / fault.file
+    text = source.read_text(encoding="utf-8")
+    if (found := text.count(fault.old)) != 1:
+        sys.exit(f"{fault.name}: {fault.file} holds {found} times, not once:\n{fault.old}")
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        copy_of_the_tree(tree)
+        (tree / "dca_jax" / fault.file).write_text(text.replace(fault.old, fault.new))
+        what = [] if all_tests else ["-m", "", *fault.tests.split()]
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-n",
+                "0",
+                "-p",
+                "no:cacheprovider",
+                *what,
+            ],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    lines = run.stdout.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED ")]
+    # 1: a test failed. Anything else (2: not collected, 4: no such test, 5: none) is no notice.
+    if run.returncode == 1 and failed:
+        return True, failed[0].removeprefix("FAILED ").split(" - ")[0]
+    return False, lines[-1] if lines else run.stderr[-200:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all-tests", action="store_true", help="the whole suite for each fault")
+    parser.add_argument("--only", default="", help="faults whose name or file has this in it")
+    options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if options.only in f"{fault.name} {fault.file}"]
+    missed = 0
+    for fault in chosen:
+        begin = time.perf_counter()
+        noticed, how = tests_notice(fault, options.all_tests)
+        missed += not noticed
+        seconds = time.perf_counter() - begin
+        verdict = "caught" if noticed else "MISSED"
+        print(f"{verdict} {seconds:5.0f} s  {fault.file:28} {fault.name}: {how}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults were caught")
+    sys.exit(1 if missed or not chosen else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What several test files are given: one tiny model on disk and in memory, and the command line.
+
+A session's fixtures are made once a worker; no test writes into them.
+"""
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import golden_llama
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from tiny_llm import make_llm
+from typer.testing import CliRunner
+
+import dca_jax
+from dca_jax.attention import mosaic_tpu, op, xla
+from dca_jax.attention.device import Device
+from dca_jax.attention.mosaic_tpu import tiles
+from dca_jax.attention.triton import common as triton_common
+from dca_jax.attention.triton import tiles as triton_tiles
+from dca_jax.cli import app, measure
+from dca_jax.model import Llama
+
+
+def invoke(*arguments: object, **options: Any) -> Any:
+    """`dca-jax` with these arguments, in this process; unforeseen errors are raised."""
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(app, words, catch_exceptions=False, **options)
+
+
+def invoke_eval(*arguments: object) -> Any:
+    """`dca-jax eval` alone; whatever is raised is its result's."""
+    return CliRunner().invoke(measure.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer and a chat template, as Hugging Face keeps one."""
+    return make_llm(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def llm(folder: Path) -> dca_jax.LLM:
+    """`folder` as a user loads it who asks for nothing."""
+    return dca_jax.load(folder)
+
+
+@pytest.fixture(scope="session")
+def paper_llm(folder: Path) -> dca_jax.LLM:
+    return dca_jax.load(folder, dca="paper", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def plain_llm(folder: Path) -> dca_jax.LLM:
+    """`folder` without DCA."""
+    return dca_jax.load(folder, dca=None, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """What the released ChunkLlama drew and computed of `golden_model`."""
+    return golden_llama.load_outputs()
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> Llama:
+    return golden_llama.load_model(golden_llama.load_setting())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of the blockwise backend so small that short texts cross many of them."""
+    monkeypatch.setattr(xla, "TILE", 16)
+    monkeypatch.setattr(xla, "LOGITS", 16 * 24)
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Pallas-Triton kernels in Pallas' interpreter, with small tiles."""
+    tiles = triton_tiles
+    small = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
+    all_small = tiles.Tiles(forward=small, dq=small, dkv=small, decode=small)
+    monkeypatch.setattr(triton_common, "INTERPRET", True)
+    for table in (tiles.AMPERE, tiles.HOPPER):
+        monkeypatch.setitem(table, 64, all_small)  # narrower heads have it too
+    monkeypatch.setattr(tiles, "MAX_PACKED", 16)
+    monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
+
+
+@pytest.fixture
+def interpreted_mosaic_tpu(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """A TPU whose kernels run in the interpreter, on two cores, with small blocks.
+
+    The interpreter looks for races, of two cores that share a kernel too, and for reads out of
+    bounds, and fills memory nobody has written with NaN.
+    """
+    v5e = Device("tpu", "TPU v5e", None)
+    small = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, decode_splits=2)
+    monkeypatch.setattr(op, "current_device", lambda: v5e)
+    monkeypatch.setattr(mosaic_tpu, "current_device", lambda: v5e)
+    monkeypatch.setattr(tiles, "choose_tiles", lambda *_: small)
+    monkeypatch.setattr(tiles, "DECODE_QUERIES", 16)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    races = interpret_pallas_call.races
+    assert races is not None
+    assert not races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
