@@ -22,6 +22,8 @@ ENCODINGS = {
 def read_text_file(path: Path) -> str:
     """The text of a file in UTF-8, or in the encoding its byte order mark names.
 
+    Lines end in a line feed, whatever ended them in the file.
+
     Raises:
         InputError: no such file, one that cannot be read, or bytes that are not text.
     """
@@ -49,6 +51,7 @@ def decode(content: bytes, where: str) -> str:
             f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8, for example with "
             "`iconv -f latin1 -t utf-8` if it is Latin-1"
         ) from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads any text file
     if "\0" in text:
         raise InputError(
             f"{where} holds NUL characters (the first at {text.index(chr(0))}), so it is not text "

@@ -107,6 +107,5 @@ def interpreted_mosaic_tpu(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     with pltpu.force_tpu_interpret_mode(params):
         yield
     races = interpret_pallas_call.races
-    assert races is not None
-    assert not races.races_found
+    assert races is None or not races.races_found  # None: no kernel ran
     pltpu.reset_tpu_interpret_mode_state()

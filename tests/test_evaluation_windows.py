@@ -406,7 +406,8 @@ def test_golden_nll_of_chunkllamas_logits_through_the_command(golden, tmp_path):
         result = invoke(
             *("perplexity", golden_llama.FOLDER / "tiny_llama", "--tokens", tmp_path / "ids.npy"),
             *("--method", f"dca:{dca.chunk_len},{dca.max_query_position}", "--dtype", "float32"),
-            *("--length", 300, "--length", 100, "--limit", 1, "--output", out),
+            *("--length", 300, "--length", 100, "--limit", 1, "--form", "strided"),
+            *("--output", out),
         )
         assert result.exit_code == 0, result.output
         run = read_run(out)
