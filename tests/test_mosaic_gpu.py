@@ -187,12 +187,12 @@ def test_a_tile_of_keys_walks_over_each_query_once_and_adds_in_order(
     case = Case.of(**sizes)
     num_queries, num_keys = case.met.shape[1:]
     block_q, block_kv = blocks
-    tiles = SimpleNamespace(block_q=block_q, block_kv=block_kv)
     index = case.rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     low, high = backward_spans.key_ranges(
         index, case.rows, num_keys, block_q, case.dca, case.phases
     )
-    spans, is_met = (x[0] for x in backward_spans.spans_of(low, high, num_keys, tiles))  # pyright: ignore
+    tables = backward_spans.spans_of(low, high, num_keys, block_q, block_kv)
+    spans, is_met = (x[0] for x in tables)
     low, high = (np.asarray(x)[0] for x in (low, high))
     padded = low.shape[1]
     visits = np.zeros((len(case.phases), padded, spans.shape[0] * block_kv), int)

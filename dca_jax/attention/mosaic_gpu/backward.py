@@ -62,7 +62,7 @@ def backward(
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
     low, high = key_ranges(index, rows, num_keys, sizes.block_q, dca, phases)
-    spans, met = spans_of(low, high, num_keys, sizes)
+    spans, met = spans_of(low, high, num_keys, sizes.block_q, sizes.block_kv)
     padding = ((0, 0), (0, 0), (0, low.shape[2] - num_queries))
     # A query that meets no key has log-sum-exp -inf; its weights are exp2(MASKED) = 0.
     minus_lse = jnp.where(jnp.isfinite(lse), lse * jnp.float32(-LOG2E), MASKED)

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_gpu.backward_tiles import Sizes
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.attention.softmax import FAR
 from dca_jax.dca import DCAConfig, Phase, key_range
@@ -32,7 +31,8 @@ def spans_of(
     low: Int[Array, "B phases padded"],
     high: Int[Array, "B phases padded"],
     num_keys: int,
-    sizes: Sizes,
+    block_q: int,
+    block_kv: int,
 ) -> tuple[Int[Array, "B key_tiles spans"], Bool[Array, "B phases query_tiles"]]:
     """Which tiles of queries a tile of keys meets, and which tiles of queries meet any.
 
@@ -47,14 +47,14 @@ def spans_of(
         For each phase six ends, descending: (start, middle, stop) of a masked span and the full one
         after it, twice, the second full one empty. And whether a tile's queries meet any key.
     """
-    tiled = (*low.shape[:2], 1, -1, sizes.block_q)
+    tiled = (*low.shape[:2], 1, -1, block_q)
     low, high = low.reshape(tiled), high.reshape(tiled)
     first_low, first_high = low[..., 0], high[..., 0]
     is_text, last_high = first_low < FAR, high.max(axis=-1)
     last_low = jnp.where(low < FAR, low, 0).max(axis=-1)
-    num_tiles = -(-num_keys // sizes.block_kv)
-    begin = jnp.arange(num_tiles, dtype=jnp.int32)[None, None, :, None] * sizes.block_kv
-    end = jnp.minimum(begin + sizes.block_kv, num_keys)
+    num_tiles = -(-num_keys // block_kv)
+    begin = jnp.arange(num_tiles, dtype=jnp.int32)[None, None, :, None] * block_kv
+    end = jnp.minimum(begin + block_kv, num_keys)
 
     def count(holds: Array) -> Array:
         # Ranges of keys only move up from query to query. So what holds of the first tiles of
@@ -64,7 +64,7 @@ def spans_of(
     start = count(last_high <= begin)
     stop = jnp.maximum(start, count(first_low < end))
     # All of a whole tile of keys: what is read beyond the last key must be masked.
-    full_start = jnp.clip(count(first_high < begin + sizes.block_kv), start, stop)
+    full_start = jnp.clip(count(first_high < begin + block_kv), start, stop)
     full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
     spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)
     spans = jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)
