@@ -596,7 +596,7 @@ def test_self_extend_stays_within_two_thirds_of_the_trained_length() -> None:
     [
         (
             "flash",
-            r"method 'flash' is not known; expected one of\n  rope  .*\n(.*\n)*  lm-infinite",
+            r"method 'flash' is not known; expected one of\n  auto  .*\n(.*\n)*  lm-infinite",
         ),
         ("", "is not known"),
         ("rope:3", "takes no arguments"),
