@@ -247,7 +247,7 @@ def test_bad_lines_are_named(folder, tmp_path, line, message):
 def test_chat_takes_other_methods(folder):
     options = ("--method", "self-extend", "--context-length", "1k", "--max-new-tokens", 1)
     plain = dca_jax.load(folder, dca=None)
-    message = [{"role": "user", "content": "Call me Ishmael. " * 8}]
+    message = [{"role": "user", "content": ("Call me Ishmael. " * 8).strip()}]
     said = reading(plain, "self-extend", 1024).chat(message, max_new_tokens=1)
     assert said.prompt_tokens > 64
     result = invoke("chat", folder, *options, input=message[0]["content"] + "\n")

@@ -26,8 +26,7 @@ app.add_typer(measure.app, rich_help_panel=MEASURE)
 app.command(
     "lm-eval",
     rich_help_panel=MEASURE,
-    # The rest is lm-eval's.
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings={"ignore_unknown_options": True},  # they are lm-eval's
 )(measure.lm_eval)
 app.command(rich_help_panel=TRAIN)(train.finetune)
 app.command(rich_help_panel=TRAIN)(train.preview)

@@ -397,8 +397,11 @@ def report_command(
 
 @exit_on_input_error()
 def lm_eval(
-    context: typer.Context,
     model: ModelArgument,
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OPTIONS OF LM-EVAL", help="Options that `lm-eval run` gets."),
+    ] = None,
     method: MethodOption = "auto",
     max_length: Annotated[
         str | None,
@@ -412,7 +415,7 @@ def lm_eval(
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
-    All other options are those of `lm-eval run`, which gets them as they are.
+    Options that are not listed here are those of `lm-eval run`, and are passed on to it.
 
     For example:
 
@@ -438,5 +441,5 @@ def lm_eval(
         raise InputError(str(error)) from None
     # Its parser reads what a program was started with.
     sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
-    sys.argv += context.args
+    sys.argv += rest or []
     cli_evaluate()
