@@ -109,16 +109,19 @@ def test_a_seed_is_reproducible_and_rows_draw_apart(model, golden):
 # --- stopping ----------------------------------------------------------------------------------
 
 
-def test_a_row_ends_at_a_stop_id_and_grows_no_more(model, golden):
+@pytest.mark.parametrize("ends", [1, 6, 11])
+def test_a_row_ends_at_a_stop_id_and_grows_no_more(model, golden, ends, monkeypatch):
+    """With the first token, and in the middle of segments of 4 and 8."""
+    monkeypatch.setattr(engine, "SEGMENT_SECONDS", 1e9)  # so that they grow on any machine
     prompts = golden["input_ids"].tolist()
     free = golden["greedy_tokens"].tolist()
-    stop = next(t for t in free[0] if t not in free[1])
+    stop = free[0][ends - 1]
+    assert stop not in free[0][: ends - 1] + free[1]
     run = Run(model, prompts, max_new_tokens=24, stop_ids=[stop])
     rows = [[], []]
     for segment in run:
         for row, new in zip(rows, segment, strict=True):
             row += new
-    ends = free[0].index(stop) + 1
     assert rows == [free[0][:ends], free[1]]
     # The last token drawn is never fed back, so never in the cache.
     assert run.cache.lengths.tolist() == [300 + ends - 1, 300 + 24 - 1]
