@@ -539,7 +539,7 @@ OWN = {
     "longchat.jsonl": [
         {"conversation": "USER: Which ship? ASSISTANT: The third. USER: Why? ASSISTANT: Her name."
                          " USER: And then"},
-        {"conversation": "USER: What does a log say?\nLine 1: USER: here ASSISTANT: Who wrote it."
+        {"conversation": "USER: What does a log say?\nLine 1: (USER: here) ASSISTANT: Who wrote it."
                          " USER: End"},
     ],
 }  # fmt: skip
