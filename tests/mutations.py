@@ -128,7 +128,7 @@ FAULTS = [
         "attention/xla.py",
         "(jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block",
         "jnp.max(jnp.where(meets, stop, 0)) // block",
-        f"{EDGES}[xla-7]",
+        f"{EDGES}[xla-49]",
     ),
     Fault(
         "the last block's first keys count twice",
