@@ -26,10 +26,6 @@ from dca_jax.dca import DCAConfig, dense_attention
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
-FORMS: dict[str, Callable] = {
-    "ring": ring.ring_attention,
-    "all_gather": context.all_gather_attention,
-}
 TEXT = P(None, "context")  # [B, T, ..]
 CACHE = P(None, None, "context")  # [L, B, S, ..]
 
@@ -72,7 +68,7 @@ def pad(x: np.ndarray, length: int) -> np.ndarray:
     return np.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def value_and_grad(form: str, dca: DCAConfig | None, implementation: str = "xla") -> Callable:
+def value_and_grad(dca: DCAConfig | None, implementation: str = "xla") -> Callable:
     """(q, k, v, weight, rows), all local in zigzag -> (out, gradients of sum(out * weight))."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array, rows: Rows) -> tuple:
@@ -80,7 +76,9 @@ def value_and_grad(form: str, dca: DCAConfig | None, implementation: str = "xla"
 
         def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             rotated = rotate_keys(k, positions, dca=dca, inv_freq=rows.inv_freq)
-            return FORMS[form](q, rotated, v, rows, dca=dca, implementation=implementation)
+            return ring.ring_attention(
+                q, rotated, v, rows=rows, dca=dca, implementation=implementation
+            )
 
         out, pull_back = jax.vjp(read, q, k, v)
         return out, pull_back(weight.astype(out.dtype))
@@ -103,7 +101,6 @@ def dense(
 
 
 def compare(
-    form: str,
     *,
     size: int,
     lengths: list[int],
@@ -126,7 +123,7 @@ def compare(
     order, back = zigzag.zigzag_order(padded, size), zigzag.natural_order(padded, size)
 
     specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
-    run = value_and_grad(form, dca, implementation)
+    run = value_and_grad(dca, implementation)
     parallel = on(mesh_of(size), run, specs, (TEXT, (TEXT, TEXT, TEXT)))
     out, grads = parallel(*(pad(x, padded)[:, order] for x in arrays), rows)
     wide = [jnp.asarray(x, jnp.float64 if jax.config.jax_enable_x64 else None) for x in arrays]
@@ -179,12 +176,11 @@ def tiles_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla, "LOGITS", 12)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.usefixtures("tiles_of_four")
-def test_equals_the_oracle(form: str, setting: str) -> None:
+def test_equals_the_oracle(setting: str) -> None:
     with jax.enable_x64(True):
-        compare(form, **SETTINGS[setting])
+        compare(**SETTINGS[setting])
 
 
 def test_pallas_kernels_run_under_the_same_shard_map(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +192,6 @@ def test_pallas_kernels_run_under_the_same_shard_map(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(common, "INTERPRET", True)
     monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     compare(
-        "all_gather",
         size=2,
         lengths=[75, 30],
         dca=None,
@@ -217,7 +212,7 @@ def test_the_ring_lowers_for_gpus() -> None:
     rows = make_rows(query, dca=dca, rope=RopeConfig())
     specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
     run = jax.shard_map(
-        value_and_grad("ring", dca, "mosaic_gpu"),
+        value_and_grad(dca, "mosaic_gpu"),
         mesh=mesh,
         in_specs=specs,
         out_specs=(TEXT, (TEXT, TEXT, TEXT)),
@@ -242,7 +237,7 @@ def test_bfloat16_within_its_own_rounding() -> None:
     exact = jax.jit(dense, static_argnums=5)(*(x.astype(jnp.float32) for x in low), rows, dca)
     order, back = zigzag.zigzag_order(128, 2), zigzag.natural_order(128, 2)
     specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
-    parallel = on(mesh_of(2), value_and_grad("ring", dca), specs, (TEXT, (TEXT, TEXT, TEXT)))
+    parallel = on(mesh_of(2), value_and_grad(dca), specs, (TEXT, (TEXT, TEXT, TEXT)))
     shared = parallel(*(np.asarray(x)[:, order] for x in low), rows)
     for ours, theirs in zip(jax.tree.leaves(shared), jax.tree.leaves(exact), strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -348,31 +343,28 @@ def collectives(text: str) -> list[tuple[str, int]]:
     return [(kind, max(elements(result))) for result, kind in found]
 
 
-def compiled(form: str, size: int, length: int, dca: DCAConfig) -> Any:
-    """Value and gradient of one text with 4 query and 2 kv heads of 16, in float32."""
-    mesh, dim = mesh_of(size), 16
-    rows = make_rows((1, length, 4, dim), dca=dca, rope=RopeConfig())
-    specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
-    run = on(mesh, value_and_grad(form, dca), specs, (TEXT, (TEXT, TEXT, TEXT)))
-    query, keys = (abstract(mesh, TEXT, 1, length, heads, dim) for heads in (4, 2))
-    return run.lower(query, keys, keys, query, rows).compile()
-
-
 @pytest.mark.usefixtures("tiles_of_four")
 def test_the_ring_never_holds_all_keys() -> None:
     """What the compiler makes of value and gradient of a long text: what it moves, and holds."""
-    dca, length = DCAConfig.paper(4096), 65536
-    ring, gathered = (compiled(form, 8, length, dca) for form in FORMS)
-    whole = length * 2 * 16  # elements of all keys
-    assert {kind for kind, _ in collectives(ring.as_text())} == {"collective-permute"}
-    assert max(elements(ring.as_text())) < whole
-    # The same look at the other form sees what it gathers and scatters: the look is not blind.
-    assert {kind for kind, _ in collectives(gathered.as_text())} == {"all-gather", "reduce-scatter"}
-    assert max(elements(gathered.as_text())) >= whole
+    dca, length, dim, mesh = DCAConfig.paper(4096), 65536, 16, mesh_of(8)
+    rows = make_rows((1, length, 4, dim), dca=dca, rope=RopeConfig())
+    specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
+    run = on(mesh, value_and_grad(dca), specs, (TEXT, (TEXT, TEXT, TEXT)))
+    query, keys = (abstract(mesh, TEXT, 1, length, heads, dim) for heads in (4, 2))
+    program = run.lower(query, keys, keys, query, rows).compile()
+    whole = length * 2 * dim  # elements of all keys
+    assert {kind for kind, _ in collectives(program.as_text())} == {"collective-permute"}
+    assert max(elements(program.as_text())) < whole
+    # Less than keys and values of the whole text and their gradients would take, in float32.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * whole
 
-    held = [program.memory_analysis().temp_size_in_bytes for program in (ring, gathered)]
-    print(f"temporary bytes over those of all keys and values: {[n / (8 * whole) for n in held]}")
-    assert held[0] < 0.6 * held[1]
+    # The same look at a program that gathers all keys sees it: the look is not blind.
+    def gathered(keys: jax.Array) -> jax.Array:
+        return jnp.cumsum(jax.lax.all_gather(keys, "context", axis=1, tiled=True), axis=1)
+
+    text = on(mesh, gathered, (TEXT,), P()).lower(keys).compile().as_text()
+    assert {kind for kind, _ in collectives(text)} == {"all-gather"}
+    assert max(elements(text)) >= whole
 
 
 # --- the layout --------------------------------------------------------------------------------
@@ -409,20 +401,15 @@ def test_layout_on_the_devices(size: int) -> None:
         expected[mine + 1] = np.arange(12)
         np.testing.assert_array_equal(found, expected)
 
-    to, back = (
-        on(mesh, f, (TEXT,), TEXT) for f in (zigzag.natural_to_zigzag, zigzag.zigzag_to_natural)
-    )
-    np.testing.assert_array_equal(to(x), x[:, order])
+    back = on(mesh, zigzag.zigzag_to_natural, (TEXT,), TEXT)
     np.testing.assert_array_equal(back(x[:, order]), x)
-    for f in (to, back):
-        text = f.lower(abstract(mesh, TEXT, *x.shape)).compile().as_text()
-        found = collectives(text)
-        assert size == 1 or [kind for kind, _ in found] == ["collective-permute"] * 2
+    text = back.lower(abstract(mesh, TEXT, *x.shape)).compile().as_text()
+    assert size == 1 or [kind for kind, _ in collectives(text)] == ["collective-permute"] * 2
 
     def pulled_back(x: jax.Array) -> jax.Array:
-        return jax.vjp(zigzag.natural_to_zigzag, x)[1](x)[0]
+        return jax.vjp(zigzag.zigzag_to_natural, x)[1](x)[0]
 
-    np.testing.assert_array_equal(on(mesh, pulled_back, (TEXT,), TEXT)(x[:, order]), x)
+    np.testing.assert_array_equal(on(mesh, pulled_back, (TEXT,), TEXT)(x), x[:, order])
 
 
 # --- refused -----------------------------------------------------------------------------------
@@ -434,11 +421,9 @@ def test_refused() -> None:
     arguments = draw(0, (1, 6, 2, 8), (1, 6, 2, 8), (1, 6, 2, 8), (1, 6, 2, 8), dtype=jnp.float32)
     rows = make_rows((1, 6, 2, 8), dca=None, rope=RopeConfig())
     specs = (TEXT, TEXT, TEXT, TEXT, Rows(*[P()] * len(rows)))
-    for form in FORMS:
-        odd = on(mesh_of(2), value_and_grad(form, None), specs, (TEXT, (TEXT, TEXT, TEXT)))
-        with pytest.raises(InputError, match="two blocks of equal length, got 3 tokens"):
-            odd(*arguments, rows)
-        named = value_and_grad(form, None, "reference")
-        oracle = on(mesh_of(1), named, specs, (TEXT, (TEXT, TEXT, TEXT)))
-        with pytest.raises(InputError, match="cannot share one between devices"):
-            oracle(*arguments, rows)
+    odd = on(mesh_of(2), value_and_grad(None), specs, (TEXT, (TEXT, TEXT, TEXT)))
+    with pytest.raises(InputError, match="two blocks of equal length, got 3 tokens"):
+        odd(*arguments, rows)
+    oracle = on(mesh_of(1), value_and_grad(None, "reference"), specs, (TEXT, (TEXT, TEXT, TEXT)))
+    with pytest.raises(InputError, match="cannot share one between devices"):
+        oracle(*arguments, rows)

@@ -7,16 +7,15 @@ and is told where in the text both begin (`Rows.offset`, `Rows.key_offset`); whi
 they meet in, the kernel works out from that, as always. What a query reads in several calls is
 merged by log-sum-exp, so the result is that of one softmax over the whole text.
 
-    ring_attention        (in the module `ring`) prefill, evaluation, training: keys travel
-    all_gather_attention  the same result from one collective: less latency, every key everywhere
-    decode_attention      few queries over a cache that is shared like a text: no key moves
+    ring_attention    (in the module `ring`) prefill, evaluation, training: keys travel
+    decode_attention  few queries over a cache that is shared like a text: no key moves
 
-Gradient. The first two have one custom_vjp each, around the whole: it saves this device's q, k, v,
-out and the *global* log-sum-exp, with which the flash backward of each pair of blocks is exact on
-its own (see `dca_jax.attention.op`). `rows` has no gradient.
+Gradient. The ring has one custom_vjp around the whole: it saves this device's q, k, v, out and the
+*global* log-sum-exp, with which the flash backward of each pair of blocks is exact on its own (see
+`dca_jax.attention.op`). `rows` has no gradient.
 
-All run inside `jax.shard_map` over the whole mesh with `check_vma=False`. With `check_vma=True` JAX
-0.11.2 refuses a Pallas kernel whose outputs do not say over which mesh axes they vary
+Both run inside `jax.shard_map` over the whole mesh with `check_vma=False`. With `check_vma=True`
+JAX 0.11.2 refuses a Pallas kernel whose outputs do not say over which mesh axes they vary
 (`manual_axis_type`), refuses the kernel's body in interpret mode even if they do say, and refuses
 a loop that starts from a constant, as those of the `xla` backend do.
 """
@@ -31,40 +30,12 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.op import BACKENDS, choose_implementation
-from dca_jax.attention.parallel.zigzag import AXIS, block_of, from_halves, half_width, to_halves
+from dca_jax.attention.parallel.zigzag import AXIS, block_of, half_width, to_halves
 from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import DCAConfig, Phase, phases_within
 from dca_jax.errors import InputError
 
 EARLY, LATE = 0, 1  # a device's two blocks
-
-
-def all_gather_attention(
-    query: Float[Array, "B t N H"],
-    key: Float[Array, "B t K H"],
-    value: Float[Array, "B t K H"],
-    rows: Rows,
-    *,
-    dca: DCAConfig | None,
-    implementation: str | None = None,
-    axis_name: str = AXIS,
-) -> Float[Array, "B t N H"]:
-    """What `ring_attention` computes, from the keys and values of the whole text, gathered.
-
-    Arguments, result and errors as there. Two kernel calls after one exchange; the backward gathers
-    again and reduce-scatters the gradients of the keys. Every device holds 2 B T K H elements of a
-    layer, as many again while they are put in order, and in the backward as many in float32;
-    nothing hides the exchange. Better than the ring while that memory is small and a step of the
-    ring is shorter than its hop: short texts, or slow links with a long latency.
-    """
-    batch, num_local, kv_heads, head_dim = key.shape
-    num_keys = num_local * jax.lax.axis_size(axis_name)
-    whole = jax.ShapeDtypeStruct((1, batch, num_keys, kv_heads, head_dim), key.dtype)
-    block = jax.ShapeDtypeStruct((batch, half_width(num_local), *query.shape[2:]), query.dtype)
-    kernel = Kernel.choose(
-        implementation, block, whole, dca, num_keys=num_keys, axis_name=axis_name
-    )
-    return _gathered(kernel, query, key, value, rows)
 
 
 def decode_attention(
@@ -221,66 +192,3 @@ def rows_at(rows: Rows, offset: Int[Array, ""], key_offset: Int[Array, ""]) -> R
     """`rows` with their queries and their keys beginning at these text indices."""
     zero = jnp.zeros_like(rows.lengths)
     return rows._replace(offset=zero + offset, key_offset=zero + key_offset)
-
-
-# --- all keys everywhere -----------------------------------------------------------------------
-
-
-def _gathered_saving(
-    kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows
-) -> tuple[Array, tuple]:
-    blocks, keys = _blocks_and_all_keys(kernel, query, key, value, rows)
-    halves = [kernel.forward(block, keys, jnp.int32(0), at) for block, at in blocks]
-    out, lse = (jnp.stack(both) for both in zip(*halves, strict=True))
-    out = from_halves(out)
-    return out, (query, key, value, rows, out, lse)
-
-
-def _gathered_forward(kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows) -> Array:
-    return _gathered_saving(kernel, query, key, value, rows)[0]
-
-
-def _gathered_backward(kernel: Kernel, saved: tuple, do: Array) -> tuple:
-    query, key, value, rows, out, lse = saved
-    blocks, keys = _blocks_and_all_keys(kernel, query, key, value, rows)
-    of_out = OfOut.of_halves(do, out, lse)
-    early, late = (
-        kernel.backward(block, keys, jnp.int32(0), at, OfOut(*(x[half] for x in of_out)))
-        for half, (block, at) in enumerate(blocks)
-    )
-    dq = from_halves(jnp.stack([early[0], late[0]])).astype(query.dtype)
-    dk, dv = (
-        _sum_of_shares(early[n] + late[n], kernel.axis_name).astype(key.dtype) for n in (1, 2)
-    )
-    return dq, dk, dv, None
-
-
-def _blocks_and_all_keys(
-    kernel: Kernel, query: Array, key: Array, value: Array, rows: Rows
-) -> tuple[list[tuple[Array, Rows]], tuple[Array, Array]]:
-    """This device's two blocks of queries, each with its rows; keys and values of whole texts."""
-    size, device = jax.lax.axis_size(kernel.axis_name), jax.lax.axis_index(kernel.axis_name)
-    halves = to_halves(query)
-    begins = [block_of(device, half, size) * halves.shape[2] for half in (EARLY, LATE)]
-    blocks = [(halves[n], rows_at(rows, begin, jnp.int32(0))) for n, begin in enumerate(begins)]
-    return blocks, (_in_text_order(key, kernel.axis_name), _in_text_order(value, kernel.axis_name))
-
-
-def _in_text_order(x: Float[Array, "B t K H"], axis_name: str) -> Float[Array, "1 B T K H"]:
-    batch, _, *rest = x.shape
-    shares = jax.lax.all_gather(to_halves(x), axis_name)  # [C, 2, B, h, K, H]
-    blocks = jnp.concatenate([shares[:, EARLY], shares[::-1, LATE]])
-    return jnp.moveaxis(blocks, 0, 1).reshape(1, batch, -1, *rest)
-
-
-def _sum_of_shares(x: Float[Array, "B T K H"], axis_name: str) -> Float[Array, "B t K H"]:
-    """Sums over devices, each keeping its own blocks only: the transpose of `_in_text_order`."""
-    batch, _, *rest = x.shape
-    size = jax.lax.axis_size(axis_name)
-    blocks = jnp.moveaxis(x.reshape(batch, 2 * size, -1, *rest), 1, 0)
-    shares = jnp.stack([blocks[:size], blocks[: size - 1 : -1]], axis=1)
-    return from_halves(jax.lax.psum_scatter(shares, axis_name))
-
-
-_gathered = jax.custom_vjp(_gathered_forward, nondiff_argnums=(0,))
-_gathered.defvjp(_gathered_saving, _gathered_backward)

@@ -85,23 +85,13 @@ def zigzag_slots(
     return jnp.where(block == early, within, elsewhere)
 
 
-def natural_to_zigzag(
-    x: Shaped[Array, "B t *rest"], axis_name: str = AXIS
-) -> Shaped[Array, "B t *rest"]:
-    """From contiguous slices (device d: blocks 2d and 2d + 1) to zigzag; differentiable.
-
-    Two collective permutes, each of half of what the device holds.
-    """
-    first, second = to_halves(x)
-    even = jax.lax.ppermute(first, axis_name, _routes(0, axis_name))
-    odd = jax.lax.ppermute(second, axis_name, _routes(1, axis_name))
-    return from_halves(jnp.stack(_early_late(even, odd, axis_name)))
-
-
 def zigzag_to_natural(
     x: Shaped[Array, "B t *rest"], axis_name: str = AXIS
 ) -> Shaped[Array, "B t *rest"]:
-    """The inverse of `natural_to_zigzag`, as cheap, differentiable."""
+    """From zigzag to contiguous slices (device d: blocks 2d and 2d + 1); differentiable.
+
+    Two collective permutes, each of half of what the device holds.
+    """
     early, late = to_halves(x)
     even, odd = _early_late(early, late, axis_name)
     back = [[(there, here) for here, there in _routes(parity, axis_name)] for parity in (0, 1)]
