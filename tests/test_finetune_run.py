@@ -1,5 +1,6 @@
 """A whole run: to a model that others read, through kill, SIGTERM, a full disk and NaN."""
 
+import io
 import json
 import os
 import resource
@@ -300,11 +301,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: Path, dialogues: Path, t
 
 
 @pytest.fixture
-def small_files() -> Iterator[Callable[[], None]]:
-    """Lets no file grow beyond 20 kB from when it is called: as on a full disk, writes fail."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+def small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Lets no file grow beyond 20 kB from when it is called: as on a full disk, writes fail.
+
+    What is printed goes to no file meanwhile, for pytest's own would be full, too.
+    """
+    before, nowhere = resource.getrlimit(resource.RLIMIT_FSIZE), io.StringIO()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+
+    def shrink() -> None:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        monkeypatch.setattr(sys, "stderr", nowhere)
+        with Path(os.devnull).open("w") as null:
+            for descriptor in (1, 2):
+                os.dup2(null.fileno(), descriptor)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    yield shrink
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for descriptor, original in zip((1, 2), kept, strict=True):
+        os.dup2(original, descriptor)
+        os.close(original)
 
 
 def test_a_full_disk_is_reported_and_the_run_goes_on_later(

@@ -102,9 +102,9 @@ class Meters:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
         if is_primary():
             self._file.close()
+        self._bar.stop()
 
     def update(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """An update has been made, over so many tokens, padding excluded."""
