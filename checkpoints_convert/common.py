@@ -48,7 +48,8 @@ def write_provenance(
     provenance = {
         "source": source.resolve().name,
         "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+            str(file.relative_to(source)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in files
         },
         "dtype": sorted({str(dtype) for dtype in dtypes}),
         "dca_jax": version(),

@@ -21,6 +21,7 @@ from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
+from dca_jax.inference.tokenizer import check_chat_template, encode, special_stop_ids
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
@@ -95,7 +96,7 @@ class LLM:
         """The ids of a text, with the special tokens that the tokenizer puts around it (BOS)."""
         if not text:
             raise InputError("the text is empty; give at least one character")
-        return self._tokenizer()(text, verbose=False).input_ids
+        return encode(self._tokenizer(), text)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins.
@@ -110,11 +111,7 @@ class LLM:
         tokenizer = self._tokenizer()
         if not messages:
             raise InputError("there is no message; give at least one")
-        if not self.has_chat_template:
-            raise InputError(
-                "this tokenizer has no chat template: the model was not made for chat. Give a "
-                "plain prompt, or use the model's chat version"
-            )
+        check_chat_template(tokenizer)
         from jinja2 import TemplateError  # slow to import, and needed here only
 
         try:
@@ -240,8 +237,10 @@ class LLM:
             if prefix is not None and prefix.text is not None and prompt:
                 return self.tokenize(prefix.text + prompt)
             if prefix is not None and prompt:
-                ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
-                return [*prefix.tokens, *ids]
+                return [
+                    *prefix.tokens,
+                    *encode(self._tokenizer(), prompt, add_special_tokens=False),
+                ]
             return self.tokenize(prompt)
         if len(prompt) == 0:
             raise InputError("a prompt is empty; give at least one token")
@@ -293,6 +292,7 @@ class LLM:
         if stop:
             self._tokenizer()
         stop_ids = self.stop_ids | set(options.get("stop_ids", ()))
+        stop_ids |= special_stop_ids(self.tokenizer, stop)
         return [TextStream(self.tokenizer, row, stop_ids=stop_ids, stop=stop) for row in rows]
 
     def _pieces(
