@@ -138,8 +138,11 @@ def written_aside(destination: Path) -> Iterator[Path]:
     """
     with writing(destination):
         refuse_existing(destination)
-        if not destination.parent.is_dir():
-            raise InputError(f"{destination.parent} is no folder; create it first")
+        parent = destination.parent
+        if parent.is_file():
+            raise InputError(f"{parent} is a file; expected a folder to write into")
+        if not parent.is_dir():
+            raise InputError(f"{parent} is no folder; create it first")
         aside = destination.with_name(f".{destination.name}.partial")
         aside.mkdir(exist_ok=True)
         lock = os.open(aside, os.O_RDONLY)
