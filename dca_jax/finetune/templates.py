@@ -22,7 +22,6 @@ from jaxtyping import Bool, Int
 
 from dca_jax.errors import InputError
 from dca_jax.finetune.dialogues import Dialogue
-from dca_jax.inference.tokenizer import check_chat_template
 
 BUILT_IN = ("chat", "llama-2", "chunkllama")
 
@@ -123,7 +122,6 @@ def template_source(tokenizer: Any, template: str) -> str | None:
                 "this tokenizer has no chat template: the model was not made for chat. Choose the "
                 "template llama-2, or give the path of a .jinja file"
             )
-        check_chat_template(tokenizer)
         return None
     if template == "llama-2":
         if tokenizer.bos_token is None or tokenizer.eos_token is None:

@@ -21,7 +21,7 @@ from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
-from dca_jax.inference.tokenizer import check_chat_template, encode, special_stop_ids
+from dca_jax.inference.tokenizer import special_stop_ids
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
@@ -96,7 +96,7 @@ class LLM:
         """The ids of a text, with the special tokens that the tokenizer puts around it (BOS)."""
         if not text:
             raise InputError("the text is empty; give at least one character")
-        return encode(self._tokenizer(), text)
+        return self._tokenizer()(text, verbose=False).input_ids
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins.
@@ -111,7 +111,11 @@ class LLM:
         tokenizer = self._tokenizer()
         if not messages:
             raise InputError("there is no message; give at least one")
-        check_chat_template(tokenizer)
+        if not self.has_chat_template:
+            raise InputError(
+                "this tokenizer has no chat template: the model was not made for chat. Give a "
+                "plain prompt, or use the model's chat version"
+            )
         from jinja2 import TemplateError  # slow to import, and needed here only
 
         try:
@@ -237,10 +241,8 @@ class LLM:
             if prefix is not None and prefix.text is not None and prompt:
                 return self.tokenize(prefix.text + prompt)
             if prefix is not None and prompt:
-                return [
-                    *prefix.tokens,
-                    *encode(self._tokenizer(), prompt, add_special_tokens=False),
-                ]
+                ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
+                return [*prefix.tokens, *ids]
             return self.tokenize(prompt)
         if len(prompt) == 0:
             raise InputError("a prompt is empty; give at least one token")

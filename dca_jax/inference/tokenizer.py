@@ -150,27 +150,6 @@ def _without_ending(processor: dict[str, Any]) -> dict[str, Any]:
     return processor
 
 
-# --- text to ids -------------------------------------------------------------------------------
-
-
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The ids of a text.
-
-    Raises:
-        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
-            token for a part of it, or fails in another way.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text is not Unicode: character {error.start} ({text[error.start]!r}) is half of "
-            "one (a lone surrogate); remove it"
-        ) from None
-    with _refusing("the tokenizer cannot read this text"):
-        return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
-
-
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """Turns whatever a tokenizer raises into an InputError."""
@@ -184,25 +163,6 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 # --- chat templates ----------------------------------------------------------------------------
-
-
-def check_chat_template(tokenizer: Any) -> None:
-    """Whether there is a template that conversations are written by.
-
-    Raises:
-        InputError: there is none, or there are several and none is called default.
-    """
-    found = getattr(tokenizer, "chat_template", None)
-    if not found:
-        raise InputError(
-            "this tokenizer has no chat template: the model was not made for chat. Give a plain "
-            "prompt, or use the model's chat version"
-        )
-    if isinstance(found, dict) and "default" not in found:
-        raise InputError(
-            f"this tokenizer has several chat templates ({', '.join(sorted(found))}), and none is "
-            "called default; save the one to use as chat_template.jinja in the model's folder"
-        )
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
