@@ -55,7 +55,7 @@ def run(
         "model": name,
         "config": config.to_hf(),
         "dtype": llm.model.dtype.name,
-        "trained_length": config.max_position_embeddings,
+        "trained_length": config.trained_length,
     }
     start = time.monotonic()
     try:
