@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -20,14 +20,20 @@ from dca_jax.inference.buckets import cache_capacity, new_cache
 from dca_jax.inference.generate import Run, check_prompts
 from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
+from dca_jax.inference.prompts import (
+    Message,
+    Prompt,
+    Prompts,
+    check_messages,
+    each_prompt,
+    token_ids,
+)
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
 LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
-
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ class LLM:
             InputError: no messages, a tokenizer without a template, or messages it refuses.
         """
         tokenizer = self._tokenizer()
-        _check_messages(messages)
+        check_messages(messages)
         if not self.has_chat_template:
             raise InputError(
                 "this tokenizer has no chat template: the model was not made for chat. Give a "
@@ -106,7 +112,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> list[Generation]:
@@ -123,12 +129,12 @@ class LLM:
                 or makes no sense, or a prompt whose cache does not fit into memory.
         """
         chosen = Options.of(options, changes)
-        rows = [self._continued(prompt, chosen.prefix) for prompt in _each_prompt(prompts)]
+        rows = [self._continued(prompt, chosen.prefix) for prompt in each_prompt(prompts)]
         return self._generate(rows, chosen)
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> Generator[str]:
@@ -165,7 +171,7 @@ class LLM:
 
     def prefill(
         self,
-        text: str | Sequence[int],
+        text: Prompt,
         *,
         reuse: Prefix | None = None,
         room: int = 2048,
@@ -237,7 +243,7 @@ class LLM:
             )
         return self.tokenizer
 
-    def _continued(self, prompt: str | Sequence[int], prefix: Prefix | None) -> list[int]:
+    def _continued(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """The ids of prefix and prompt as one text.
 
         As a text it is tokenized whole: where the two meet, a token may belong to both.
@@ -249,7 +255,7 @@ class LLM:
                 ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
                 return [*prefix.tokens, *ids]
             return self.tokenize(prompt)
-        return [*(() if prefix is None else prefix.tokens), *_token_ids(prompt)]
+        return [*(() if prefix is None else prefix.tokens), *token_ids(prompt)]
 
     def _cache(
         self, rows: list[list[int]], room: int, prefix: Prefix | None
@@ -326,47 +332,6 @@ class LLM:
         finally:
             if prefix is not None and len(rows) == 1:
                 prefix.give_back(run.cache, [*rows[0], *drawn])
-
-
-def _each_prompt(prompts: Any) -> list[Any]:
-    """The prompts of a call; a text, or a list of integers, is one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
-        raise InputError(
-            "a prompt must be a text or a list of token ids (of what a tokenizer returns, its "
-            f"input_ids), got {shown(prompts)}"
-        )
-    several = list(prompts)
-    alone = bool(several) and np.ndim(several[0]) == 0 and not isinstance(several[0], str)
-    return [several] if alone else several
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    try:
-        ids = np.asarray(prompt)
-    except ValueError:  # rows of several lengths
-        ids = np.asarray(None)
-    if ids.shape == (0,):
-        raise InputError("a prompt is empty; give at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError(f"a prompt must be one text or one list of token ids, got {shown(prompt)}")
-    return ids.tolist()
-
-
-def _check_messages(messages: Any) -> None:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(
-            'messages must be a list, as [{"role": "user", "content": "Hello"}], got '
-            f"{shown(messages)}"
-        )
-    if not messages:
-        raise InputError("there is no message; give at least one")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(
-                f'a message must be {{"role": ..., "content": ...}}, got {shown(message)}'
-            )
 
 
 _logits = jax.jit(Llama.__call__)

@@ -2,7 +2,7 @@
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
@@ -34,7 +34,7 @@ class OptionNames(TypedDict, total=False):
     sampler: Sampler
     seed: int
     stop: Sequence[str]
-    stop_ids: Sequence[int]
+    stop_ids: Collection[int]
     prefix: Prefix | None
     progress: bool | None
 
@@ -61,7 +61,7 @@ class Options:
     sampler: Sampler = Sampler()
     seed: int = 0
     stop: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
+    stop_ids: Collection[int] = ()
     prefix: Prefix | None = None
     progress: bool | None = None
 
