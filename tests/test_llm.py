@@ -23,9 +23,9 @@ from dca_jax.inference import documents, options
 from dca_jax.inference import generate as engine
 from dca_jax.inference.chat import Conversation
 from dca_jax.inference.generate import generate
-from dca_jax.inference.load import find_stop_ids
 from dca_jax.inference.options import OptionNames
 from dca_jax.inference.prompts import check_messages, each_prompt, token_ids
+from dca_jax.inference.tokenizer import find_stop_ids
 
 # Short enough that every cache has 128 places, and beyond the chunk of 48: few programs to compile.
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, " * 2
