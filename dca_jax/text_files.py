@@ -60,6 +60,29 @@ def decode(content: bytes, where: str) -> str:
     return text
 
 
+def check_characters(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which is no character and cannot be written anywhere.
+
+    JSON can spell one, and Python makes them of an argument's bytes that are not UTF-8.
+
+    Raises:
+        InputError: `text` holds one; `where` begins the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        if 0xDC80 <= half <= 0xDCFF:
+            raise InputError(
+                f"{where} is not UTF-8 text (byte {half - 0xDC00:#04x} at character "
+                f"{error.start}); give it in UTF-8"
+            ) from None
+        raise InputError(
+            f"{where} holds half of a surrogate pair (U+{half:04X} at character {error.start}), "
+            "which is no character; leave it out"
+        ) from None
+
+
 def parse_json(text: str, where: str, *, expected: str = "") -> Any:
     """The value of a JSON text.
 

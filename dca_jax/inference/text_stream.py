@@ -3,6 +3,9 @@
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
+from dca_jax.inference.encoding import decode
+from dca_jax.text_files import check_characters
+
 CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most
 INCOMPLETE = "\ufffd"  # what decoders give for bytes that are not whole characters
 
@@ -27,6 +30,9 @@ class TextStream:
         tokens: those pushed, up to and with the one that ended the text.
         text: all that has been given out.
         finish_reason: None while the text goes on.
+
+    Raises:
+        InputError: a stop string with half of a surrogate pair, or what `decode` refuses.
     """
 
     def __init__(
@@ -37,6 +43,8 @@ class TextStream:
         stop_ids: Collection[int] = (),
         stop: Sequence[str] = (),
     ) -> None:
+        for one in stop:
+            check_characters(one, "a stop string")
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -91,9 +99,7 @@ class TextStream:
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self._tokenizer, tokens)
 
     def _release(self, new: str) -> str:
         """Adds decoded text to what is held back; gives out what no stop string can reach."""
