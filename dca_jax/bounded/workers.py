@@ -62,24 +62,25 @@ class Workers:
         line = json.dumps(request, ensure_ascii=False).encode() + b"\n"
         process = self._process()
         try:
-            reply = json.loads(self._exchange(process, line))
+            reply = json.loads(_exchange(process, line, self._seconds))
         except BaseException:  # a KeyboardInterrupt too: the reply would be taken for the next one
-            _end(process)
+            _end(os.getpid(), process)
             raise
         self._idle.append((os.getpid(), process))
         if "error" not in reply:
             return reply["value"]
         kind, message = reply["error"]
         if kind == "MemoryError":
-            raise StoppedError(f"it needs more than {self._memory / 2**30:g} GiB of memory")
+            raise StoppedError(f"it needs more than {self._memory / 2**30:.2g} GiB of memory")
         raise RaisedError(kind, message)
 
     def _process(self) -> subprocess.Popen[bytes]:
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # threads may take the last one from one another
             while True:
                 owner, process = self._idle.pop()
                 if owner == os.getpid() and process.poll() is None:
                     return process
+                _end(owner, process)
         # Whatever this process can import, the other can, from the same places.
         places = [str(Path(place).absolute()) for place in sys.path]
         return subprocess.Popen(
@@ -90,34 +91,42 @@ class Workers:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
         )
 
-    def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        reply = b""
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(line)
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        if reply.endswith(b"\n"):
-            return reply
-        code = process.wait()
-        if code == -signal.SIGALRM:
-            raise StoppedError(f"it takes longer than {self._seconds:g} seconds")
-        how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        raise StoppedError(f"it ends the process that does it ({how})")
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
+    """Sends a request; returns its reply, a line of JSON.
+
+    Raises:
+        StoppedError: the process ended instead.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    reply = b""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(line)
+        process.stdin.flush()
+        reply = process.stdout.readline()
+    if reply.endswith(b"\n"):
+        return reply
+    code = process.wait()
+    if code == -signal.SIGALRM:
+        raise StoppedError(f"it takes longer than {seconds:g} seconds")
+    how = signal.Signals(-code).name if code < 0 else f"code {code}"
+    raise StoppedError(f"it ends the process that does it ({how})")
 
 
 def _end_all(idle: list[tuple[int, subprocess.Popen[bytes]]]) -> None:
     while idle:
-        owner, process = idle.pop()
-        if owner == os.getpid():
-            _end(process)
+        _end(*idle.pop())
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+def _end(owner: int, process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and lets its pipes go; what another process started is left to that one."""
+    ours = owner == os.getpid()
+    if ours:
+        process.kill()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):  # what was never sent
             if pipe is not None:
                 pipe.close()
-    process.wait()
+    if ours:
+        process.wait()

@@ -17,6 +17,7 @@ from dca_jax.fields import shown
 SECONDS = 10  # for one conversation, which takes milliseconds
 MEMORY = 2**30  # bytes; a conversation of ten million characters takes a tenth
 
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # the one that transformers marks the place with
 EXAMPLE = '{"role": "user", "content": "..."}'
 
 
@@ -55,7 +56,7 @@ class ChatTemplates:
         self,
         template: str,
         variables: Mapping[str, str],
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Any],
         cuts: Sequence[tuple[int, bool]],
         *,
         what: str = "these messages",
@@ -108,6 +109,32 @@ class ChatTemplates:
                 f"{what} must be made of texts, numbers, lists and objects, as JSON has them "
                 f"({shown(str(error), quote=False)})"
             ) from None
+
+    def write_open(
+        self, template: str, variables: Mapping[str, str], messages: Sequence[Any]
+    ) -> str:
+        """A conversation whose last message is still being written.
+
+        Like transformers' `continue_final_message`: it ends where that message's content does.
+
+        Args:
+            template, variables, messages: as for `write`; the last content is a text.
+
+        Raises:
+            InputError: as `write`, or the template leaves the last message out.
+        """
+        *before, last = messages
+        content = last["content"]
+        marked = [*before, {**last, "content": content + OPEN_END}]
+        (text,) = self.write(template, variables, marked, [(len(marked), False)])
+        end = text.rfind(OPEN_END.strip())
+        if end < 0 or content.strip() not in text:
+            raise InputError(
+                "the chat template leaves the last message out, so it cannot be continued; mend "
+                "it, or use another"
+            )
+        # Where a template trims what a message ends in, that is no part of the text.
+        return text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
 
 
 def _plain_message(message: Any, number: int) -> dict[str, Any]:
