@@ -33,6 +33,8 @@ def read_text_file(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise InputError(f"{path} is too large to be read whole; split it") from None
     return decode(content, f"{path}")
 
 
