@@ -509,6 +509,6 @@ def test_which_template_is_a_tokenizers_own(tokenizer: Any, tmp_path: Any) -> No
     finally:
         tokenizer.chat_template = None
     # What the message advises.
-    assert "save the one to use as chat_template.jinja in its folder" in str(raised.value)
+    assert "save the one to use as chat_template.jinja in the model's folder" in str(raised.value)
     (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
     assert own_template(AutoTokenizer.from_pretrained(tmp_path)) == "{{ 2 }}"

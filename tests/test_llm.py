@@ -19,7 +19,7 @@ from dca_jax.errors import InputError
 from dca_jax.inference import generate as engine
 from dca_jax.inference.chat import Conversation
 from dca_jax.inference.generate import generate
-from dca_jax.inference.load import find_stop_ids
+from dca_jax.inference.tokenizer import find_stop_ids
 
 # Short enough that every cache has 128 places, and beyond the chunk of 48: few programs to compile.
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, " * 2

@@ -17,12 +17,12 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import cache_capacity, copied, new_cache
 from dca_jax.inference.chat_templates import ChatTemplates, own_template
-from dca_jax.inference.encoding import encode
 from dca_jax.inference.generate import Run, check_numbers, check_prompts
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
+from dca_jax.inference.tokenizer import encode, special_stop_ids
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
@@ -125,7 +125,7 @@ class LLM:
             messages,
             [(len(messages), True)],
         )
-        return encode(tokenizer, text, special=False)
+        return encode(tokenizer, text, add_special_tokens=False)
 
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Unpack[Options]
@@ -240,8 +240,10 @@ class LLM:
             if prefix is not None and prefix.text is not None and prompt:
                 return self.tokenize(prefix.text + prompt)
             if prefix is not None and prompt:
-                ids = encode(self._tokenizer(), prompt, special=False)
-                return [*prefix.tokens, *ids]
+                return [
+                    *prefix.tokens,
+                    *encode(self._tokenizer(), prompt, add_special_tokens=False),
+                ]
             return self.tokenize(prompt)
         if len(prompt) == 0:
             raise InputError("a prompt is empty; give at least one token")
@@ -293,6 +295,7 @@ class LLM:
         if stop:
             self._tokenizer()
         stop_ids = self.stop_ids | set(options.get("stop_ids", ()))
+        stop_ids |= special_stop_ids(self.tokenizer, stop)
         return [TextStream(self.tokenizer, row, stop_ids=stop_ids, stop=stop) for row in rows]
 
     def _pieces(
