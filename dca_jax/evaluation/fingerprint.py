@@ -17,10 +17,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dca_jax.errors import InputError
-from dca_jax.weights.files import COMPANIONS
 from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.tensor_files import list_tensors
 
+# Beside the weights: what the model is, its tokenizer, its end of text and its chat templates.
+OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates"
 PIECE = 64 * 2**20  # bytes of a file that one thread reads
 BLOCK = 2**20  # of them, at once
 
@@ -35,10 +49,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
         InputError: a file that cannot be read.
     """
     found = {"weights": checksum(folder, _weight_files(folder))}
-    for name in ("config.json", *COMPANIONS):
+    for name in OTHERS:
         if (folder / name).is_file():
             found[name] = checksum(folder, [folder / name])
-    return found
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    return found | ({TEMPLATES: checksum(folder, templates)} if templates else {})
 
 
 def short_name(fingerprint: dict[str, str]) -> str:

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from dca_jax.disk import written
 from dca_jax.errors import InputError
-from dca_jax.evaluation.results import written
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white swallows.
 COLORS = ("#000000", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#E69F00")

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from dca_jax import fields
-from dca_jax.disk import writing
+from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
@@ -269,26 +269,9 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes a text (UTF-8); as `written`."""
+    """Writes a text (UTF-8); as `dca_jax.disk.written`."""
     # What a model says may have half a character, which no file can hold.
     written(path, lambda aside: aside.write_bytes(text.encode(errors="replace")))
-
-
-def written(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` make a file aside, and renames it to `path`: it is whole or not there.
-
-    Raises:
-        InputError: the disk is full, or refuses it otherwise.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path):
-            write(aside)
-            aside.replace(path)
-    except BaseException:
-        if aside.is_file():
-            aside.unlink()
-        raise
 
 
 def _identity(key: Key) -> str:

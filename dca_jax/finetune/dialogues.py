@@ -138,7 +138,7 @@ def _form(entry: dict[str, Any]) -> _Form:
         return ALPACA
     if isinstance(entry.get("conversation"), str):
         return PLAIN
-    raise _NotADialogue(f"has the keys {list(entry)}")
+    raise _NotADialogue(f"has the keys {shown(list(entry))}")
 
 
 def _turn_list(entry: dict[str, Any]) -> list[Any] | None:

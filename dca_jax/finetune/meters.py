@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dca_jax.config import LlamaConfig, LoraConfig
-from dca_jax.disk import writing
+from dca_jax.disk import writing, written
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Settings
@@ -180,9 +180,8 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    text = "".join(f"{line}\n" for line in kept)
+    written(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _peak_memory() -> int | None:
@@ -229,9 +228,9 @@ def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
     """One run of Weights & Biases for a folder, however often it is resumed or moved."""
     import wandb  # pyright: ignore[reportMissingImports]
 
-    path = folder / "wandb_id.txt"
+    path, new = folder / "wandb_id.txt", f"{uuid.uuid4().hex}\n"
     if not path.exists():
-        path.write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        written(path, lambda aside: aside.write_text(new, encoding="utf-8"))
     run: Any = wandb.init(
         dir=str(folder),
         project=os.environ.get("WANDB_PROJECT", "dca_jax"),

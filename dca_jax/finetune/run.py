@@ -32,7 +32,7 @@ from rich.status import Status
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
-from dca_jax.disk import writing
+from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST
@@ -190,11 +190,10 @@ def write_settings(output: Path, settings: Settings) -> None:
     """Makes the run's folder, and notes the settings there, aside and then renamed."""
     import yaml
 
-    with writing(output / SETTINGS):
+    text = yaml.safe_dump(settings.as_yaml(), sort_keys=False)
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        aside = output / f".{SETTINGS}.partial"
-        aside.write_text(yaml.safe_dump(settings.as_yaml(), sort_keys=False), encoding="utf-8")
-        aside.replace(output / SETTINGS)
+    written(output / SETTINGS, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
