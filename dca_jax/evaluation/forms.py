@@ -3,6 +3,7 @@
 The lines of a run are a file as any other: a disk, a merge or an editor may have damaged it.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,15 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation.results import LINES, RUN, Run, damage
 from dca_jax.fields import shown
 
+FILLED = re.compile(r"\S")  # a string that is not blank
+
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """What the records of a task hold, and which settings its tables need: the type of each.
 
-    A type is one of Python's (float: a finite number; int: from 0 on; list: of strings), or the
-    strings that a text may be. The fields of `optional` need not be there.
+    A type is one of Python's (float: a finite number; int: from 0 on), `FILLED`, or the strings
+    that a text may be. The fields of `optional` need not be there.
     """
 
     key: Mapping[str, Any]
@@ -51,20 +54,20 @@ class Form:
                 raise InputError(f"its {name} is {shown(value)}, expected {expected}")
 
 
-EXPECTED = {
+EXPECTED: dict[Any, str] = {
     str: "a string",
+    FILLED: "a string that is not blank",
     int: "an integer from 0 on",
     float: "a finite number",
     bool: "true or false",
-    list: "a list of strings, not empty",
 }
 
 
 def _is_a(kind: Any, value: Any) -> bool:
+    if kind is FILLED:
+        return isinstance(value, str) and FILLED.search(value) is not None
     if not isinstance(kind, type):
         return isinstance(value, str) and value in kind
-    if kind is list:
-        return bool(value) and isinstance(value, list) and all(isinstance(v, str) for v in value)
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is float:

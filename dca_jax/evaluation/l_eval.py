@@ -26,7 +26,7 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import paper
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
 from dca_jax.evaluation.benchmark_files import Document, cached_cut, check_text, read_json_lines
-from dca_jax.evaluation.forms import Form
+from dca_jax.evaluation.forms import FILLED, Form
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.scrolls import normalized
 from dca_jax.evaluation.tables import Outcome, task_table
@@ -36,7 +36,7 @@ TASKS = ("tpo", "quality", "coursera", "sci_fi")
 NEW_TOKENS, MARGIN = 512, 200
 FORM = Form(
     key={"method": str, "task": TASKS, "id": str, "part": ("document", "world")},
-    value={"answer": str, "reference": str},
+    value={"answer": str, "reference": FILLED},
 )
 
 LONG = (

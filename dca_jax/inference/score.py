@@ -238,9 +238,8 @@ def read_piece(
         hidden, targets = some
         logits = model.unembed(hidden)  # the compiler makes them once, here and for the NLL
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        others = jnp.where(ids == targets[..., None], -jnp.inf, logits)
         target = jnp.where(ids == targets[..., None], logits, -jnp.inf).max(axis=-1)
-        return model.nll(hidden, targets), target >= others.max(axis=-1)
+        return model.nll(hidden, targets), target >= logits.max(axis=-1)
 
     blocks = hidden.reshape(rows, -1, block, hidden.shape[-1]), targets.reshape(rows, -1, block)
     scores = jax.lax.map(score, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))
