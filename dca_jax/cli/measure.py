@@ -305,7 +305,7 @@ def few_shot_command(
     - `dca-jax eval few-shot ./Llama-2-7b-hf --data qmsum=meeting_summ.jsonl --limit 20`
     """
     files, length = task_files(data), parse_tokens(max_length)
-    few_shot.read_files(files)  # what is wrong with them is said before any weight is read
+    few_shot.read_files(files, length)  # what is wrong with them is said before any weight is read
     llm = load_model(model, method, dtype, mesh)
     settings = {"max_length": length}
     with run(output, "few-shot", model, llm, settings, paper, contents(files)) as log:
@@ -353,7 +353,7 @@ def l_eval_command(
     - `dca-jax eval l-eval ./Qwen2.5-7B-Instruct-1M --data quality=quality.jsonl --chat`
     """
     files, length = task_files(data), parse_tokens(max_length)
-    l_eval.read_files(files)  # what is wrong with them is said before any weight is read
+    l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
     llm = load_model(model, method, dtype, mesh)
     settings = {"max_length": length, "chat": chat}
     with run(output, "l-eval", model, llm, settings, paper, contents(files)) as log:

@@ -31,6 +31,7 @@ from dca_jax.evaluation.tables import Outcome, task_table
 from dca_jax.inference.llm import LLM
 
 MARGIN = 200  # tokens that ChunkLlama leaves for examples and question
+MAX_LENGTH = 16_000  # of prompt and answer
 
 
 class Task(NamedTuple):
@@ -104,15 +105,18 @@ def _l_eval_items(rows: Sequence[Mapping[str, Any]], shots: int) -> list[Item]:
     return items
 
 
-def read_files(files: Mapping[str, Path]) -> dict[str, list[Item]]:
+def read_files(files: Mapping[str, Path], max_length: int = MAX_LENGTH) -> dict[str, list[Item]]:
     """The questions of each task, from its file.
 
     Raises:
-        InputError: an unknown task, a bad file, or one without a question.
+        InputError: an unknown task, a bad file, or one without a question; or a length that has no
+            room for a document.
     """
     for task in files:
         if task not in TASKS:
             raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
+        if max_length - TASKS[task].new_tokens <= MARGIN:
+            raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
     items = {task: read_items(path, task) for task, path in files.items()}
     for task, some in items.items():
         if not some:
@@ -138,7 +142,7 @@ def evaluate(
     *,
     files: Mapping[str, Path],
     methods: Sequence[str],
-    max_length: int = 16_000,
+    max_length: int = MAX_LENGTH,
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
@@ -152,11 +156,9 @@ def evaluate(
     Raises:
         InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
     """
-    items = {task: some[:limit] for task, some in read_files(files).items()}
+    items = {task: some[:limit] for task, some in read_files(files, max_length).items()}
     for nth, (task, some) in enumerate(items.items(), start=1):
         room = max_length - TASKS[task].new_tokens
-        if room <= MARGIN:
-            raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
         if TASKS[task].measure == "rouge":
             scrolls.rouge("a", ["a"])  # refuses now if it is not installed
         cuts: dict[str, Callable[[], str]] = {}

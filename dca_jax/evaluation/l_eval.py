@@ -33,7 +33,7 @@ from dca_jax.evaluation.tables import Outcome, task_table
 from dca_jax.inference.llm import LLM
 
 TASKS = ("tpo", "quality", "coursera", "sci_fi")
-NEW_TOKENS, MARGIN = 512, 200
+NEW_TOKENS, MARGIN, MAX_LENGTH = 512, 200, 16_000
 FORM = Form(
     key={"method": str, "task": TASKS, "id": str, "part": ("document", "world")},
     value={"answer": str, "reference": FILLED},
@@ -191,12 +191,17 @@ def _check_task(task: str) -> None:
 # --- the task ----------------------------------------------------------------------------------
 
 
-def read_files(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+def read_files(
+    files: Mapping[str, Path], max_length: int = MAX_LENGTH
+) -> dict[str, list[dict[str, Any]]]:
     """The documents of each task, with their questions and answers, from its file.
 
     Raises:
-        InputError: an unknown task, a bad file, or one without a question.
+        InputError: an unknown task, a bad file, or one without a question; or a length that has no
+            room for a document.
     """
+    if max_length - NEW_TOKENS <= MARGIN:
+        raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
     for task in files:
         _check_task(task)
     rows = {
@@ -215,7 +220,7 @@ def evaluate(
     *,
     files: Mapping[str, Path],
     methods: Sequence[str],
-    max_length: int = 16_000,
+    max_length: int = MAX_LENGTH,
     chat: bool = False,
     limit: int | None = None,
     batch: int | None = None,
@@ -231,10 +236,7 @@ def evaluate(
     Raises:
         InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
     """
-    room = max_length - NEW_TOKENS
-    if room <= MARGIN:
-        raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
-    rows = read_files(files)
+    rows, room = read_files(files, max_length), max_length - NEW_TOKENS
     if chat:
         llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
     for nth, (task, documents) in enumerate(rows.items(), start=1):
