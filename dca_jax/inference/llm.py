@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import jax
@@ -17,6 +17,7 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.inference.buckets import cache_capacity, new_cache
+from dca_jax.inference.chat_templates import ChatTemplates, own_template
 from dca_jax.inference.generate import Run, check_prompts
 from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
@@ -30,6 +31,7 @@ from dca_jax.inference.prompts import (
 )
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
+from dca_jax.inference.tokenizer import encode
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
@@ -63,12 +65,14 @@ class LLM:
         stop_ids: ids that end a text: those of the config, of its generation config and of the
             tokenizer.
         cache_dtype: of the KV cache.
+        chat_templates: what writes conversations.
     """
 
     model: Llama
     tokenizer: Any
     stop_ids: frozenset[int]
     cache_dtype: Any
+    chat_templates: ChatTemplates = field(default_factory=ChatTemplates, repr=False, compare=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -76,10 +80,14 @@ class LLM:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS)."""
+        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS).
+
+        Raises:
+            InputError: an empty text, or what `dca_jax.inference.encoding.encode` refuses.
+        """
         if not text:
             raise InputError("the text is empty; give at least one character")
-        return self._tokenizer()(text, verbose=False).input_ids
+        return encode(self._tokenizer(), text)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins.
@@ -89,26 +97,18 @@ class LLM:
                 template's affair.
 
         Raises:
-            InputError: no messages, a tokenizer without a template, or messages it refuses.
+            InputError: no messages, or what `ChatTemplates.write` and `encode` refuse: such as a
+                tokenizer without a template, messages it refuses, or a template that loops.
         """
         tokenizer = self._tokenizer()
         check_messages(messages)
-        if not self.has_chat_template:
-            raise InputError(
-                "this tokenizer has no chat template: the model was not made for chat. Give a "
-                "plain prompt, or use the model's chat version"
-            )
-        from jinja2 import TemplateError  # slow to import, and needed here only
-
-        try:
-            return tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template refuses these messages: {error}") from None
+        (text,) = self.chat_templates.write(
+            own_template(tokenizer),
+            tokenizer.special_tokens_map,
+            messages,
+            [(len(messages), True)],
+        )
+        return encode(tokenizer, text, add_special_tokens=False)
 
     def generate(
         self,
@@ -252,7 +252,7 @@ class LLM:
             if prefix is not None and prefix.text is not None and prompt:
                 return self.tokenize(prefix.text + prompt)
             if prefix is not None and prompt:
-                ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
+                ids = encode(self._tokenizer(), prompt, add_special_tokens=False)
                 return [*prefix.tokens, *ids]
             return self.tokenize(prompt)
         return [*(() if prefix is None else prefix.tokens), *token_ids(prompt)]

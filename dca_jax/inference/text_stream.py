@@ -4,6 +4,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from dca_jax.inference.token_bytes import TokenBytes
+from dca_jax.inference.tokenizer import decode
+from dca_jax.text_files import check_characters
 
 CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most
 
@@ -29,6 +31,9 @@ class TextStream:
         tokens: those pushed, up to and with the one that ended the text.
         text: all that has been given out.
         finish_reason: None while the text goes on.
+
+    Raises:
+        InputError: a stop string with half of a surrogate pair, or what `decode` refuses.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class TextStream:
         stop_ids: Collection[int] = (),
         stop: Sequence[str] = (),
     ) -> None:
+        for one in stop:
+            check_characters(one, "a stop string")
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -98,9 +105,7 @@ class TextStream:
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self._tokenizer, tokens)
 
     def _release(self, new: str, name: str = "") -> str:
         """Adds decoded text, and then the name of a special token, to what is held back.

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from dca_jax import fields
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.text_files import read_text_file
+from dca_jax.text_files import check_characters, read_text_file
 from dca_jax.weights.files import member, read_json, template_files
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -148,6 +151,56 @@ def _without_ending(processor: dict[str, Any]) -> dict[str, Any]:
         last = max(n for n, part in enumerate(parts) if "Sequence" in part)
         return processor | {"single": parts[: last + 1]}
     return processor
+
+
+# --- text to ids and back ----------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
+            token for a part of it, or fails in another way.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
+
+
+def encode_with_places(
+    tokenizer: Any, text: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The ids of a text, none put around it, and from which character to which each goes.
+
+    Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
+
+    Args:
+        tokenizer: a fast one.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    begins, ends = np.asarray(found.offset_mapping, np.int64).reshape(-1, 2).T
+    before = np.concatenate([[0], ends[:-1]])
+    return np.asarray(found.input_ids, np.int32), np.minimum(begins, before), ends
+
+
+def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of ids.
+
+    Raises:
+        InputError: the tokenizer fails on them.
+    """
+    with _refusing("the tokenizer cannot write these ids"):
+        return tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
 
 
 @contextmanager

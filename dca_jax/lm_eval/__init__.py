@@ -22,6 +22,8 @@ from tqdm import tqdm
 from dca_jax.errors import InputError
 from dca_jax.evaluation.texts import encode, joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
+from dca_jax.inference import tokenizer
+from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
 from dca_jax.inference.methods import method_by_name, reading
@@ -117,20 +119,19 @@ class DcaJaxLM(TemplateLM):
         bos = getattr(self.tokenizer, "bos_token", None)
         if add_special_tokens is None:
             add_special_tokens = not self._in_chat and not (bos and string.startswith(bos))
-        ids = self.tokenizer(string, verbose=False, add_special_tokens=add_special_tokens)
-        return list(ids.input_ids)
+        return tokenizer.encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the model's chat template writes it; from now on, prompts are such."""
         self._in_chat = True
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        template, variables = own_template(self.tokenizer), self.tokenizer.special_tokens_map
+        templates = self.llm.chat_templates
+        if not add_generation_prompt:
+            return templates.write_open(template, variables, chat_history)
+        (text,) = templates.write(template, variables, chat_history, [(len(chat_history), True)])
+        return text
 
     # --- the three requests ---
 

@@ -57,7 +57,7 @@ def check_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def take_mesh(mesh: str | None, given: dict[str, Any]) -> str | None:
-    """The mesh, with the axes that --model_args has cut off at the commas of "context=2,tensor=4"."""
+    """The mesh, with the axes that --model_args has cut off at commas: "context=2,tensor=4"."""
     axes = [f"{axis}={given.pop(axis)}" for axis in AXES if axis in given]
     return ",".join([*([mesh] if mesh else []), *axes]) or None
 
