@@ -17,12 +17,13 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import cache_capacity, copied, new_cache
 from dca_jax.inference.chat_templates import ChatTemplates, own_template
+from dca_jax.inference.encoding import encode
 from dca_jax.inference.generate import Run, check_numbers, check_prompts
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
-from dca_jax.inference.tokenizer import encode, special_stop_ids
+from dca_jax.inference.tokenizer import special_stop_ids
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 

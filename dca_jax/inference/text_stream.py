@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from dca_jax.inference.tokenizer import decode
+from dca_jax.inference.encoding import decode
 from dca_jax.text_files import check_characters
 
 CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most

@@ -7,19 +7,16 @@ Llama's and others' anew from its vocabulary, and loses normalizers and unknown 
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int
 
 from dca_jax import fields
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.text_files import check_characters, read_text_file
+from dca_jax.inference.encoding import refusing
+from dca_jax.text_files import read_text_file
 from dca_jax.weights.files import member, read_json, template_files
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -55,7 +52,7 @@ def load_tokenizer(folder: Path) -> Any:
     where = f"{folder / SETTINGS}"
     fields.number(settings, "model_max_length", where, above=0)
     templates = _chat_templates(folder, settings)
-    with _refusing(f"the tokenizer in {folder} cannot be read"):
+    with refusing(f"the tokenizer in {folder} cannot be read"):
         if FILE in present:
             tokenizer = _from_file(folder, settings)
         else:
@@ -153,88 +150,7 @@ def _without_ending(processor: dict[str, Any]) -> dict[str, Any]:
     return processor
 
 
-# --- text to ids and back ----------------------------------------------------------------------
-
-
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The ids of a text.
-
-    Raises:
-        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
-            token for a part of it, or fails in another way.
-    """
-    check_characters(text, "the text")
-    with _refusing("the tokenizer cannot read this text"):
-        return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
-
-
-def encode_with_places(
-    tokenizer: Any, text: str
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The ids of a text, none put around it, and from which character to which each goes.
-
-    Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
-
-    Args:
-        tokenizer: a fast one.
-
-    Raises:
-        InputError: as `encode`.
-    """
-    check_characters(text, "the text")
-    with _refusing("the tokenizer cannot read this text"):
-        found = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-    begins, ends = np.asarray(found.offset_mapping, np.int64).reshape(-1, 2).T
-    before = np.concatenate([[0], ends[:-1]])
-    return np.asarray(found.input_ids, np.int32), np.minimum(begins, before), ends
-
-
-def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of ids.
-
-    Raises:
-        InputError: the tokenizer fails on them.
-    """
-    with _refusing("the tokenizer cannot write these ids"):
-        return tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-
-
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Turns whatever a tokenizer raises into an InputError."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic in its Rust code is no Exception
-        reason = shown(str(error), quote=False) or type(error).__name__
-        raise InputError(f"{what}: {reason}") from error
-
-
 # --- chat templates ----------------------------------------------------------------------------
-
-
-def check_chat_template(tokenizer: Any) -> None:
-    """Whether there is a template that conversations are written by.
-
-    Raises:
-        InputError: there is none, or there are several and none is called default.
-    """
-    found = getattr(tokenizer, "chat_template", None)
-    if not found:
-        raise InputError(
-            "this tokenizer has no chat template: the model was not made for chat. Give a plain "
-            "prompt, or use the model's chat version"
-        )
-    if isinstance(found, dict) and "default" not in found:
-        raise InputError(
-            f"this tokenizer has several chat templates ({', '.join(sorted(found))}), and none is "
-            "called default; save the one to use as chat_template.jinja in the model's folder"
-        )
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
