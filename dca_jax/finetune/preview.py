@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from dca_jax.finetune.templates import Rendered
-from dca_jax.inference.encoding import decode
 from dca_jax.inference.text_stream import INCOMPLETE
+from dca_jax.inference.tokenizer import decode
 
 TRAINED, MASKED = "bold green", "dim"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour

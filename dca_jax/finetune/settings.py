@@ -294,7 +294,7 @@ def _value(row: dataclasses.Field, value: Any) -> Any:
             raise ValueError
         if kind is str and not isinstance(value, str):
             raise ValueError
-        if kind is int and int(value) != float(value):
+        if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from dca_jax.errors import InputError
 from dca_jax.finetune.dialogues import Dialogue
 from dca_jax.inference.chat_templates import ChatTemplates, own_template
-from dca_jax.inference.encoding import encode, encode_with_places
+from dca_jax.inference.tokenizer import encode, encode_with_places
 from dca_jax.text_files import read_text_file
 
 BUILT_IN = ("chat", "llama-2", "chunkllama")

@@ -1,13 +1,14 @@
 """Documents: their text, from text files of any kind and from PDF, and questions about it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Unpack
 
 from dca_jax.bounded.workers import RaisedError, StoppedError, Workers
 from dca_jax.errors import InputError
-from dca_jax.inference.llm import LLM, Options
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 from dca_jax.text_files import read_text_file
 
@@ -81,18 +82,25 @@ def read_once(llm: LLM, document: str, *, progress: bool | None = None) -> Prefi
     return llm.prefill(document, progress=progress)
 
 
-def ask(llm: LLM, document: str, question: str, **options: Unpack[Options]) -> Iterator[str]:
+def ask(
+    llm: LLM,
+    document: str,
+    question: str,
+    options: Options | None = None,
+    **changes: Unpack[OptionNames],
+) -> Generator[str]:
     """Asks about a document and yields the answer as it comes.
 
     A chat model gets document and question as one message; any other completes "Answer:" after
-    them. `options` are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
+    them. Options are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
     and changes nothing but the time.
     """
-    if options.get("prefix") is None:
-        return llm.stream(question_tokens(llm, document, question), **options)
+    chosen = Options.of(options, changes)
+    if chosen.prefix is None:
+        return llm.stream(question_tokens(llm, document, question), chosen)
     if llm.has_chat_template:
-        return llm.stream_chat([_message(document, question)], **options)
-    return llm.stream(_ending(question), **options)
+        return llm.stream_chat([_message(document, question)], chosen)
+    return llm.stream(_ending(question), chosen)
 
 
 def question_tokens(llm: LLM, document: str, question: str) -> list[int]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dca_jax.errors import InputError
 from dca_jax.evaluation.texts import encode, joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
-from dca_jax.inference import encoding
+from dca_jax.inference import tokenizer
 from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
@@ -119,7 +119,7 @@ class DcaJaxLM(TemplateLM):
         bos = getattr(self.tokenizer, "bos_token", None)
         if add_special_tokens is None:
             add_special_tokens = not self._in_chat and not (bos and string.startswith(bos))
-        return encoding.encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
+        return tokenizer.encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
