@@ -12,10 +12,7 @@ from transformers import AutoTokenizer
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.inference.tokenizer import (
-    find_stop_ids,
-    load_tokenizer,
-)
+from dca_jax.inference.tokenizer import encode, find_stop_ids, load_tokenizer
 
 TEXTS = ("a b", " a  b", "x </s>y", "a#é\n", "<s> hi</s> ", "<|user|>hi")
 CONFIG = LlamaConfig(
@@ -29,10 +26,6 @@ CONFIG = LlamaConfig(
     max_position_embeddings=64,
     eos_token_ids=(2,),
 )
-
-
-def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    return tokenizer(text, verbose=False, **options).input_ids
 
 
 def token(content: str, **flags: Any) -> dict[str, Any]:

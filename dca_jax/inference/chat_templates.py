@@ -13,7 +13,6 @@ import numpy as np
 from dca_jax.bounded.workers import RaisedError, StoppedError, Workers
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.inference.tokenizer import check_chat_template
 
 SECONDS = 10  # for one conversation, which takes milliseconds
 MEMORY = 2**30  # bytes; a conversation of ten million characters takes a tenth
@@ -28,9 +27,20 @@ def own_template(tokenizer: Any) -> str:
     Raises:
         InputError: there is none, there are several and none is the default, or it is no text.
     """
-    check_chat_template(tokenizer)
-    found = tokenizer.chat_template
-    found = found["default"] if isinstance(found, Mapping) else found
+    found = getattr(tokenizer, "chat_template", None)
+    if not found:
+        raise InputError(
+            "this tokenizer has no chat template: the model was not made for chat. Give a plain "
+            "prompt, or use the model's chat version"
+        )
+    if isinstance(found, Mapping):
+        if "default" not in found:
+            names = shown(", ".join(sorted(map(str, found))), quote=False)
+            raise InputError(
+                f"this tokenizer has several chat templates ({names}), and none is called default; "
+                "save the one to use as chat_template.jinja in the model's folder"
+            )
+        found = found["default"]
     if not isinstance(found, str):
         raise InputError(f"the tokenizer's chat template must be a text, got {shown(found)}")
     return found

@@ -83,7 +83,7 @@ class LLM:
         """The ids of a text, with the special tokens that the tokenizer puts around it (BOS).
 
         Raises:
-            InputError: an empty text, or what `dca_jax.inference.encoding.encode` refuses.
+            InputError: an empty text, or what `dca_jax.inference.tokenizer.encode` refuses.
         """
         if not text:
             raise InputError("the text is empty; give at least one character")
