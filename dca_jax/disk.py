@@ -3,9 +3,10 @@
 import errno
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dca_jax.errors import InputError
 
@@ -46,6 +47,23 @@ def writing(path: Path | str) -> Iterator[None]:
             raise
         advice = _ADVICE.get(code, "check the disk, then run the same command again")
         raise InputError(f"{path} cannot be written: {os.strerror(code)}; {advice}") from error
+
+
+def written(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` make a file aside, and renames it to `path`: it is whole or not there.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            write(aside)
+            aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def _system_code(error: BaseException) -> int | None:

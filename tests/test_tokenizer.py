@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.inference.tokenizer import (
-    find_stop_ids,
-    load_tokenizer,
-    special_stop_ids,
-)
+from dca_jax.inference.tokenizer import encode, find_stop_ids, load_tokenizer
 
 TEXTS = ("a b", " a  b", "x </s>y", "a#é\n", "<s> hi</s> ", "<|user|>hi")
 CONFIG = LlamaConfig(
@@ -30,10 +26,6 @@ CONFIG = LlamaConfig(
     max_position_embeddings=64,
     eos_token_ids=(2,),
 )
-
-
-def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    return tokenizer(text, verbose=False, **options).input_ids
 
 
 def token(content: str, **flags: Any) -> dict[str, Any]:
@@ -194,29 +186,37 @@ class Panic(BaseException):
     """Like pyo3's PanicException, which is no Exception either."""
 
 
-def test_a_tokenizer_that_fails_says_so_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def panic(*_: object, **__: object) -> None:
-        raise Panic("index out of bounds")
-
-    save_tokenizer(tmp_path, byte_level_tokenizer())
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast", panic)
-    with pytest.raises(InputError, match=r"the tokenizer in .* cannot be read: index out of"):
-        load_tokenizer(tmp_path)
+def panic(*_: object, **__: object) -> None:
+    raise Panic("index out of bounds")
 
 
 def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_is_no_failure_of_a_tokenizer(
+def test_a_tokenizer_that_cannot_be_read_says_so_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tokenizer(tmp_path, byte_level_tokenizer())
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast", panic)
+    with pytest.raises(InputError, match=r"the tokenizer in .* cannot be read: index out of"):
+        load_tokenizer(tmp_path)
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_fails_on_a_text_says_so_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read this text: index out of bounds"):
+        encode(panic, "x")
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_tokenizer(tmp_path, words, unk_token=None, bos_token=None, eos_token=None)
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"the tokenizer cannot read this text: .*UNK"):
+        encode(tokenizer, "a b")
+    with pytest.raises(InputError, match=r"half of a surrogate pair .* at character 2"):
+        encode(tokenizer, "a \ud800")
 
 
 # --- chat templates ----------------------------------------------------------------------------
@@ -281,12 +281,3 @@ def test_stop_ids_outside_the_vocabulary_are_left_out_and_said(
     with caplog.at_level(logging.WARNING):
         assert find_stop_ids(tmp_path, CONFIG, None) == {2, 299}
     assert "id 300 of generation_config.json is outside the model's vocabulary" in caplog.text
-
-
-def test_a_stop_string_that_is_a_special_token(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer()
-    tokenizer.add_tokens([AddedToken("word", special=False)])
-    save_tokenizer(tmp_path, tokenizer)
-    found = load_tokenizer(tmp_path)
-    assert special_stop_ids(found, ["</s>", "<|user|>", "word", "x"]) == {2, 4}
-    assert special_stop_ids(None, ["</s>"]) == frozenset()

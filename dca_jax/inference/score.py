@@ -64,7 +64,11 @@ class Reader:
         self._cache: KVCache | None = new_cache(model, batch, capacity)
 
     def read(self, texts: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> list[Scores]:
-        """The scores of at most `batch` texts, each of 1 to `capacity` tokens."""
+        """The scores of at most `batch` texts, each of 1 to `capacity` tokens.
+
+        Raises:
+            InputError: an NLL that is not finite.
+        """
         cache = self._empty()
         rows = cache.lengths.shape[0]  # on a mesh, more than the batch
         num_inputs = np.zeros((rows,), np.int32)
@@ -89,7 +93,15 @@ class Reader:
             return [Scores(np.zeros((0,), np.float32), np.zeros((0,), bool)) for _ in texts]
         nll, is_best = np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1)
         counts = num_inputs[: len(texts)].tolist()
-        return [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
+        scores = [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
+        for row, (values, _) in enumerate(scores):
+            if not np.isfinite(values).all():
+                raise InputError(
+                    f"the NLL of token {int(np.argmin(np.isfinite(values))) + 1} of text {row} is "
+                    f"not finite: the weights overflow {self.model.dtype}, or the checkpoint is "
+                    "broken; compute in float32, or check the checkpoint"
+                )
+        return scores
 
     def nll(self, tokens: Int[np.ndarray, "b T"]) -> Float[np.ndarray, "b T-1"]:
         """The negative log-likelihoods of at most `batch` texts of one length."""
@@ -223,9 +235,11 @@ def read_piece(
         block -= 1
 
     def score(some: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = model.unembed(some[0])
-        nll, log_sum = model.nll(*some), jax.nn.logsumexp(logits, axis=-1)
-        return nll, nll <= log_sum - logits.max(axis=-1)
+        hidden, targets = some
+        logits = model.unembed(hidden)  # the compiler makes them once, here and for the NLL
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        target = jnp.where(ids == targets[..., None], logits, -jnp.inf).max(axis=-1)
+        return model.nll(hidden, targets), target >= logits.max(axis=-1)
 
     blocks = hidden.reshape(rows, -1, block, hidden.shape[-1]), targets.reshape(rows, -1, block)
     scores = jax.lax.map(score, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))

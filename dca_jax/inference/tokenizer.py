@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from dca_jax import fields
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.text_files import read_text_file
+from dca_jax.text_files import check_characters, read_text_file
 from dca_jax.weights.files import member, read_json, template_files
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -149,6 +152,56 @@ def _without_ending(processor: dict[str, Any]) -> dict[str, Any]:
     return processor
 
 
+# --- text to ids and back ----------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
+            token for a part of it, or fails in another way.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
+
+
+def encode_with_places(
+    tokenizer: Any, text: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The ids of a text, none put around it, and from which character to which each goes.
+
+    Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
+
+    Args:
+        tokenizer: a fast one.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    begins, ends = np.asarray(found.offset_mapping, np.int64).reshape(-1, 2).T
+    before = np.concatenate([[0], ends[:-1]])
+    return np.asarray(found.input_ids, np.int32), np.minimum(begins, before), ends
+
+
+def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of ids.
+
+    Raises:
+        InputError: the tokenizer fails on them.
+    """
+    with _refusing("the tokenizer cannot write these ids"):
+        return tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """Turns whatever a tokenizer raises into an InputError."""
@@ -225,16 +278,3 @@ def find_stop_ids(folder: Path, config: LlamaConfig, tokenizer: Any) -> frozense
                 *(number, where, config.vocab_size),
             )
     return frozenset(number for number in ids if number < config.vocab_size)
-
-
-def special_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """The ids of those stop strings that are special tokens.
-
-    Their text is left out of what is decoded, so only their ids can end a text.
-    """
-    special = {
-        token.content: number
-        for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
-        if token.special
-    }
-    return frozenset(special[text] for text in stop if text in special)
