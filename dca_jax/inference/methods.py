@@ -62,6 +62,8 @@ def scaled_rope(
         )
     if kind == "pi":
         return replace(rope, rope_type="linear", factor=rope.factor * factor)
+    if kind == "ntk" and head_dim == 2:
+        raise InputError("ntk scales the planes of a head apart, and a head_dim of 2 has only one")
     if kind == "ntk":
         return replace(rope, theta=rope.theta * factor ** (head_dim / (head_dim - 2)))
     return replace(
