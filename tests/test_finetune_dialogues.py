@@ -416,7 +416,7 @@ def test_turns_that_are_not_trained_on_are_masked(byte_level: Any) -> None:
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}", "!"),
         ("{% if %}", "refuses this dialogue"),
         ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{{ 'a' + none }}", "refuses this dialogue"),
+        ("{{ 'a' + none }}", r"fails on this dialogue \(TypeError"),
         ("{{ messages.__class__.__mro__ }}", "refuses this dialogue"),
     ],
 )

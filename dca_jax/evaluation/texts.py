@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
+from dca_jax.inference import tokenizer
 from dca_jax.inference.documents import read_document
 from dca_jax.inference.llm import LLM
 
@@ -115,7 +116,7 @@ def encode(llm: LLM, text: str) -> list[int]:
     """The ids of a piece of text, with no special tokens around it."""
     if llm.tokenizer is None:
         raise InputError("this model's folder has no tokenizer, so it can read token files only")
-    return llm.tokenizer(text, verbose=False, add_special_tokens=False).input_ids
+    return tokenizer.encode(llm.tokenizer, text, add_special_tokens=False)
 
 
 def special_prefix(llm: LLM) -> list[int]:

@@ -61,8 +61,8 @@ from dca_jax.finetune.train import (
     start,
 )
 from dca_jax.inference.buckets import padded_length
-from dca_jax.inference.load import load_tokenizer
 from dca_jax.inference.methods import method_by_name
+from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder

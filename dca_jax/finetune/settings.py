@@ -267,17 +267,9 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> Settings:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from dca_jax.finetune.yaml_files import read_yaml  # flags alone need no YAML
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no settings; expected lines like 'length: 16384'")
-    return values
+    return read_yaml(path)
 
 
 def _value(row: dataclasses.Field, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """A text read once, for many prompts."""
 
-import itertools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,30 +14,85 @@ class Prefix:
     """A text that has been read once, so that many prompts that begin with it need not read it.
 
     It owns a KV cache. One prompt at a time continues in that cache itself, which is then rolled
-    back; several at once continue in copies.
+    back; several at once continue in copies. Threads may share it: what would take a cache that is
+    in use is refused.
 
     Attributes:
         tokens: of the text.
         text: None if the prefix was given as tokens.
+        room: tokens that a larger cache, when one is needed, has beyond the need.
     """
 
-    def __init__(self, cache: KVCache, tokens: tuple[int, ...], text: str | None) -> None:
-        self.tokens, self.text = tokens, text
+    def __init__(
+        self, cache: KVCache, tokens: tuple[int, ...], text: str | None, room: int = 0
+    ) -> None:
+        self.tokens, self.text, self.room = tokens, text, room
         self._cache: KVCache | None = cache
-        self._held = len(tokens)  # how many of them the cache holds still
+        self._read, self._held = tokens, len(tokens)  # what the cache holds; of the text
+        self._lock = threading.Lock()
 
     @property
     def usable(self) -> bool:
         """False while a prompt is being continued, and after one was interrupted on the device."""
-        return self._cache is not None and not self._cache.key.is_deleted()
+        cache = self._cache
+        return cache is not None and not cache.key.is_deleted()
 
     @property
-    def cache(self) -> KVCache:
-        """The cache, to be copied.
+    def capacity(self) -> int:
+        """Tokens that the cache can hold.
 
         Raises:
             InputError: the prefix is not `usable`.
         """
+        return self._usable_cache().capacity
+
+    def take(self, shared: int, capacity: int) -> KVCache:
+        """The cache of the first `shared` tokens; the caller's until `give_back`.
+
+        Args:
+            capacity: a cache with less is copied into a larger one.
+
+        Raises:
+            InputError: the prefix is not `usable`.
+        """
+        with self._lock:
+            cache = self._usable_cache()
+            if cache.capacity < capacity:
+                cache = copied(cache, 1, capacity)
+            self._cache = None
+        return cache.rollback([shared])
+
+    def copies(self, shared: Sequence[int], capacity: int) -> KVCache:
+        """A cache with a row for each number of first tokens in `shared`.
+
+        Raises:
+            InputError: the prefix is not `usable`.
+        """
+        with self._lock:
+            cache = copied(self._usable_cache(), len(shared), capacity)
+        return cache.rollback(shared)
+
+    def give_back(self, cache: KVCache, read: Sequence[int]) -> None:
+        """Returns the cache, which has read the beginning of `read`, if not all of it."""
+        if not cache.key.is_deleted():
+            held = min(int(np.asarray(cache.lengths)[0]), len(read))
+            self._read, cache = tuple(read[:held]), cache.rollback([held])
+            self._held = _common(self.tokens, self._read)
+        self._cache = cache
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt need not be read again.
+
+        Only tokens of the prefix itself count, so that a prompt's result does not depend on the
+        prompts before it.
+        """
+        return _common(tokens, self.tokens[: self._held])
+
+    def keep(self) -> None:
+        """Makes all that has been read the text of this prefix: a prompt and its answer, too."""
+        self.tokens, self.text, self._held = self._read, None, len(self._read)
+
+    def _usable_cache(self) -> KVCache:
         if self._cache is None or not self.usable:
             raise InputError(
                 "this prefix is in use by another generation, was handed on to `prefill`, or was "
@@ -45,22 +100,9 @@ class Prefix:
             )
         return self._cache
 
-    def take(self, capacity: int) -> KVCache:
-        """The cache, enlarged to `capacity` if it is smaller; the caller's until `give_back`."""
-        cache = self.cache
-        if cache.capacity < capacity:
-            cache = copied(cache, 1, capacity)
-        self._cache = None
-        return cache
 
-    def give_back(self, cache: KVCache, held: int) -> None:
-        """Returns a cache that has read the first `held` of the tokens, and others since."""
-        if not cache.key.is_deleted():
-            self._held = min(self._held, held, int(np.asarray(cache.lengths)[0]))
-            cache = cache.rollback([self._held])
-        self._cache = cache
-
-    def shared(self, tokens: Sequence[int]) -> int:
-        """How many tokens of a prompt need not be read again."""
-        pairs = zip(self.tokens[: self._held], tokens, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    length = min(len(a), len(b))
+    differs = np.asarray(a[:length]) != np.asarray(b[:length])
+    return int(differs.argmax()) if differs.any() else length

@@ -6,13 +6,15 @@ is kept, and comes back in the line of its answer.
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from dca_jax.errors import InputError
 from dca_jax.inference.generate import check_prompts
-from dca_jax.inference.llm import LLM, Generation, Options
+from dca_jax.inference.llm import LLM, Generation
 from dca_jax.inference.methods import method_by_name, reading, whole_length
+from dca_jax.inference.options import Options
 
 ANSWER = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
 
@@ -85,7 +87,7 @@ def answers(
         For each request its fields, and those of `ANSWER`.
     """
     config = llm.model.config
-    new = options.get("max_new_tokens", 256)
+    new = options.max_new_tokens
     rest = list(requests)
     reader, current = None, None
     while rest:
@@ -100,9 +102,8 @@ def answers(
         if reader is None or wanted != current:
             reader, current = reading(llm, method, length), wanted
         begun = len(requests) - len(rest)
-        options = {**options, "seed": options.get("seed", 0)}
-        drawn: Options = {**options, "seed": _nth_seed(options["seed"], begun)}
-        said = reader.generate([request.tokens for request in together], **drawn)
+        drawn = replace(options, seed=_nth_seed(options.seed, begun))
+        said = reader.generate([request.tokens for request in together], drawn)
         yield [
             {**request.fields, **_answer(one)} for request, one in zip(together, said, strict=True)
         ]
