@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -419,6 +420,22 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_later(
     assert losses(output) == losses(whole)
 
 
+def test_a_full_disk_under_the_model_is_said_and_the_same_command_writes_it_later(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path, small_files: Callable[[], None]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("model", "tensorboard"))
+    chosen = settings(model, dialogues, output)
+    small_files()
+    with pytest.raises(InputError, match=r"model cannot be written: .*\. The training is in the"):
+        finetune(chosen)
+    assert not [path for path in output.iterdir() if "model" in path.name]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    finetune(chosen)
+    ours, theirs = (dca_jax.load(folder / "model").model.params() for folder in (output, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 # --- what is refused, before any work ----------------------------------------------------------
 
 
@@ -525,7 +542,7 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
         ("weight_decay: -.inf", "weight_decay must be finite"),
         ("learning_rate: 1e39", "learning_rate must be finite, in float32 too, got 1e.39"),
         ("learning_rate: 1e-60", "learning_rate must be above 0"),
-        ("lora_alpha: 1" + 400 * "0", "lora_alpha is a number, got an integer of"),
+        ("lora_alpha: 1" + 400 * "0", "an integer of 1329 bits is too large a number"),
         ("beta2: 0.99999999999", "beta2 must be from 0 to below 1"),
         ("beta1: true", "beta1 is a number, got True"),
         ("epochs: true", "epochs is a number, got True"),
