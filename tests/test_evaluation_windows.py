@@ -386,7 +386,7 @@ def test_texts_and_what_stands_before_them(tmp_path, plain_llm):
 
 def test_numbers_of_tokens():
     assert [parse_tokens(n) for n in ("512", "4k", "1M")] == [512, 4096, 2**20]
-    for bad in ("", "k", "0", "-4k", "4.5k", "many"):
+    for bad in ("", "k", "0", "-4k", "4.5k", "many", "9" * 5000, "٤"):
         with pytest.raises(InputError, match="no number of tokens"):
             parse_tokens(bad)
 
