@@ -103,6 +103,22 @@ def test_generate_reads_standard_input(folder, llm):
     assert bad.stderr.startswith("error: standard input is not UTF-8 text (byte 3)")
 
 
+def test_arguments_that_are_no_text_are_refused_before_anything_is_read(tmp_path):
+    for words in (["generate", "m", "caf\udce9"], ["info", "caf\udce9"], ["chat", "\udce9"]):
+        result = invoke(*words)
+        assert result.exit_code == 2
+        number = len(words)
+        assert result.stderr.startswith(f"error: argument {number} of dca-jax is not UTF-8 text")
+        assert result.stderr.count("\n") == 1
+
+
+def test_standard_input_in_the_encoding_of_its_byte_order_mark(folder, llm):
+    expected = llm.generate(PROMPT, max_new_tokens=12)[0].text + "\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        data = PROMPT.encode(encoding)
+        assert invoke("generate", folder, "--max-new-tokens", 12, input=data).stdout == expected
+
+
 LINES: list[dict[str, Any]] = [
     {"id": 1, "prompt": PROMPT},
     {"messages": [{"role": "user", "content": "Call me"}], "tags": ["ä", None, {"deep": 1.5}]},

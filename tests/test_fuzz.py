@@ -147,11 +147,20 @@ def damaged_value(value: Any, rng: random.Random) -> Any:
             return value + value[at:]
         return [*value[:at], damaged_value(value[at], rng), *value[at + 1 :]]
     if rng.random() < 0.03:
-        for _ in range(rng.choice((30, 900))):
+        for _ in range(rng.choice((30, 300))):
             value = [value]
         return value
     if isinstance(value, int | float) and rng.random() < 0.3:
-        return rng.choice((-value, value + 1, value * 2, value / 3, str(value), [value]))
+        return rng.choice(
+            (
+                -value,
+                value + 1,
+                value * 2,
+                value // 3,
+                f"{value:.9g}" if abs(value) < 1e300 else "9",
+                [value],
+            )
+        )
     return rng.choice(VALUES)
 
 
