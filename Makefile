@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FUZZ := 1000
 # The versions the checks ran with; without them a new release of a dependency could break `make`.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -13,7 +14,7 @@ export JAX_PLATFORMS ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-tpu-aot test-gpu-aot lint docs clean
+.PHONY: help demo test test-all fuzz test-tpu-aot test-gpu-aot lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -29,6 +30,9 @@ test-all: lint docs  ## Before a change lands: with demos, benchmarks and runs o
 
 test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (a quarter of an hour)
 	$(BIN)/python -m pytest tests/tpu_aot -m "" -n 2 --dist worksteal -rP
+
+fuzz: $(VENV)/.dev  ## Read thousands of damaged files of every kind (FUZZ of each; some minutes)
+	DCA_JAX_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -rP
 
 # JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
 test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, without one (a minute)

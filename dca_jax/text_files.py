@@ -85,23 +85,35 @@ def check_characters(text: str, where: str) -> None:
         ) from None
 
 
-def parse_json(text: str, where: str, *, expected: str = "") -> Any:
+def parse_json(text: str, where: str, *, expected: str = "", unique: bool = False) -> Any:
     """The value of a JSON text.
+
+    Of a name that is in an object twice the last value counts, as everywhere in Python.
 
     Args:
         where: what the message begins with, such as the file and line.
         expected: what it ends with.
+        unique: whether such a name is refused instead: right for what people write by hand.
 
     Raises:
         InputError: not JSON, nested too deeply, or a number with thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:  # JSONDecodeError, or an integer that Python refuses to parse
         reason = str(error)
     raise InputError(f"{where} is not JSON: {shown(reason, quote=False)}{expected}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is there twice; keep one")
+    return found
 
 
 def json_lines(text: str, where: str, *, expected: str = "") -> Iterator[tuple[int, Any]]:

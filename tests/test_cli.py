@@ -101,7 +101,24 @@ def test_generate_reads_standard_input(folder, llm):
         result = invoke("generate", folder, *prompt, "--max-new-tokens", 12, input=PROMPT + "\n")
         assert result.stdout == expected
     bad = invoke("generate", folder, input=b"caf\xe9")
-    assert (bad.exit_code, bad.stderr) == (2, "error: standard input is not UTF-8 text (byte 3)\n")
+    assert bad.exit_code == 2
+    assert bad.stderr.startswith("error: standard input is not UTF-8 text (byte 3)")
+
+
+def test_arguments_that_are_no_text_are_refused_before_anything_is_read(tmp_path):
+    for words in (["generate", "m", "caf\udce9"], ["info", "caf\udce9"], ["chat", "\udce9"]):
+        result = invoke(*words)
+        assert result.exit_code == 2
+        number = len(words)
+        assert result.stderr.startswith(f"error: argument {number} of dca-jax is not UTF-8 text")
+        assert result.stderr.count("\n") == 1
+
+
+def test_standard_input_in_the_encoding_of_its_byte_order_mark(folder, llm):
+    expected = llm.generate(PROMPT, max_new_tokens=12)[0].text + "\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        data = PROMPT.encode(encoding)
+        assert invoke("generate", folder, "--max-new-tokens", 12, input=data).stdout == expected
 
 
 LINES: list[dict[str, Any]] = [
@@ -231,7 +248,10 @@ def test_an_interrupted_run_keeps_what_it_has(folder, tmp_path, monkeypatch):
         ('{"messages": [{"role": "user"}]}', ':2: "messages" must be a list'),
         ('{"prompt": "a", "text": "b"}', ":2 has a field 'text'"),
         ('{"prompt": "\\ud800"}', ":2 holds half of a surrogate pair"),
-        (b'{"prompt": "caf\xe9"}', ":2 is not UTF-8 text (byte 15)"),
+        (b'{"prompt": "caf\xe9"}', " is not UTF-8 text (byte 31)"),
+        ('{"prompt": "a", "prompt": "b"}', ":2 is not JSON: 'prompt' is there twice; keep one"),
+        ('{"prompt": ' + "[" * 100_000, ":2 is not JSON: it is nested too deeply"),
+        ('{"prompt": "a", "n": ' + "1" * 5000 + "}", ":2 is not JSON: "),
         ('{"messages": [{"role": "nobody", "content": "a"}]}', ":2: the chat template refuses"),
     ],
 )

@@ -206,6 +206,32 @@ def test_a_tokenizer_that_cannot_be_read_says_so_in_a_sentence(
         load_tokenizer(tmp_path)
 
 
+PREFIXED = {"type": "BPE", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": [["a", "é"]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Rust ends the process: a panic while another one is cleaned up after.
+        ({"model": PREFIXED | {"continuing_subword_prefix": "#"}}, "SIGABRT"),
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////fw=="}},
+            "Cannot parse precompiled_charsmap",
+        ),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+    ],
+)
+def test_a_file_that_rust_panics_on_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture, changes: dict[str, Any], message: str
+) -> None:
+    save_tokenizer(tmp_path, byte_level_tokenizer())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=f"cannot be read as a tokenizer: .*{message}"):
+        load_tokenizer(tmp_path)
+    assert "panicked" not in capfd.readouterr().err
+
+
 def test_a_tokenizer_that_fails_on_a_text_says_so_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read this text: index out of bounds"):
         encode(panic, "x")

@@ -20,12 +20,20 @@ from dca_jax.distributed import (
     print_once,
 )
 from dca_jax.errors import InputError
+from dca_jax.text_files import check_characters
 
 PROCESSES = "Several processes (before COMMAND, the same on each host)"
 
 
 class Commands(TyperGroup):
     """The commands; help shows the options of several processes last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Click's own, of words that are text."""
+        with exit_on_input_error():
+            for number, word in enumerate(args, start=1):
+                check_characters(word, f"argument {number} of dca-jax")
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Typer's own, without those options; then these."""

@@ -34,6 +34,7 @@ from dca_jax.inference.progress import progress
 from dca_jax.inference.requests import Request, answers, make_requests, read_lines
 from dca_jax.inference.sampling import Sampler
 from dca_jax.lengths import parse_tokens
+from dca_jax.text_files import decode
 from dca_jax.weights.files import refuse_existing
 
 STDIN = "-"
@@ -246,10 +247,7 @@ def _standard_input() -> str:
                 "there is no prompt: give one as an argument or on standard input, or give --file, "
                 "--document with --question, or --input"
             )
-        try:
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not UTF-8 text (byte {error.start})") from None
+        return decode(sys.stdin.buffer.read(), "standard input")
 
     return from_primary(read)
 

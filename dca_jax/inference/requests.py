@@ -15,6 +15,7 @@ from dca_jax.inference.generate import check_prompts
 from dca_jax.inference.llm import LLM, Generation
 from dca_jax.inference.methods import method_by_name, reading, whole_length
 from dca_jax.inference.options import Options
+from dca_jax.text_files import check_characters, decode, parse_json
 
 ANSWER = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
 
@@ -41,7 +42,7 @@ def read_lines(data: bytes, name: str) -> dict[str, dict[str, Any]]:
         InputError: a line that is no such object as the module describes, or no line at all.
     """
     found = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(decode(data, name).split("\n"), start=1):
         if line.strip():
             where = f"{name}:{number}"
             found[where] = _checked(line, where)
@@ -125,16 +126,9 @@ def _answer(generation: Generation) -> dict[str, Any]:
     return dict(zip(ANSWER, values, strict=True))
 
 
-def _checked(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text (byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
+def _checked(line: str, where: str) -> dict[str, Any]:
+    fields = parse_json(line, where, unique=True)
+    check_characters(json.dumps(fields, ensure_ascii=False), where)
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise InputError(f'{where}: expected a JSON object with either "prompt" or "messages"')
     if "prompt" in fields and not (isinstance(fields["prompt"], str) and fields["prompt"]):

@@ -7,6 +7,7 @@ Llama's and others' anew from its vocabulary, and loses normalizers and unknown 
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dca_jax import fields
+from dca_jax.bounded.workers import RaisedError, StoppedError, Workers
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
@@ -29,6 +31,8 @@ GENERATION = "generation_config.json"
 # What a tokenizer is read from. Without any of `VOCABULARIES` a folder has none.
 VOCABULARIES = (FILE, "tokenizer.model", "vocab.json", SETTINGS)
 FILES = (*VOCABULARIES, SPECIAL, ADDED, "merges.txt", "chat_template.jinja", "chat_template.json")
+
+SECONDS, MEMORY = 120, 8 * 2**30  # to try a tokenizer.json, of which the largest take two seconds
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     if not isinstance(extra, list):
         raise InputError(f"{where}: extra_special_tokens must be a list, got {shown(extra)}")
     wanted = [*special.values(), *(_content(v, "extra_special_tokens", where) for v in extra)]
+    _try_file(member(folder, FILE))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(member(folder, FILE)))
     # Tokens that only the older files name. What tokenizer.json knows stays as it has it.
     older = read_json(folder, ADDED) if (folder / ADDED).exists() else {}
@@ -108,6 +113,17 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         setattr(tokenizer, name, special.get(name))
     return tokenizer
+
+
+def _try_file(path: Path) -> None:
+    """Refuses a tokenizer.json that Rust panics on, which may end the process that reads it."""
+    workers = Workers("dca_jax.bounded.tokenizer_file", seconds=SECONDS, memory=MEMORY)
+    try:
+        workers.ask({"path": os.fsencode(path.absolute()).hex()})
+    except (RaisedError, StoppedError) as error:
+        raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
+    finally:
+        workers.close()
 
 
 def _content(value: Any, name: str, where: str) -> str:
