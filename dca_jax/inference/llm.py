@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import cache_capacity, copied, new_cache
+from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.generate import Run, check_numbers, check_prompts
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
@@ -188,7 +188,7 @@ class LLM:
         tokens = self._continued(text, None)
         check_prompts([tokens], self.model.config.vocab_size)
         cache, to_read = self._cache([tokens], room, reuse)
-        run = Run(self.model, [tokens], max_new_tokens=room, cache=cache)
+        run = Run(self.model, [tokens], max_new_tokens=1, cache=cache)
         with _progress_bar(to_read, progress) as run.on_piece:
             jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
         return Prefix(run.cache, tuple(tokens), text if isinstance(text, str) else None)
@@ -259,9 +259,10 @@ class LLM:
         if prefix is None:
             return new_cache(self.model, len(rows), length, self.cache_dtype), to_read
         shared = [min(prefix.shared(row), len(row) - 1) for row in rows]
-        capacity = cache_capacity(self.model, length)
-        one = len(rows) == 1
-        cache = prefix.take(capacity) if one else copied(prefix.cache, len(rows), capacity)
+        if len(rows) == 1:
+            cache = prefix.take(self.model, length)
+        else:
+            cache = prefix.copies(self.model, len(rows), length)
         return cache.rollback(shared), to_read - sum(shared)
 
     def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
