@@ -54,7 +54,7 @@ from dca_jax.attention.op import choose_implementation
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import new_cache, padded_length, piece_length
+from dca_jax.inference.buckets import new_cache, piece_length, widest_piece
 from dca_jax.inference.generate import Run
 from dca_jax.sharding import make_mesh, mesh_of
 from dca_jax.weights.placement import parameter_shardings
@@ -315,7 +315,7 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
     weights = _device_bytes(model.params()) - _device_bytes(model.embed_tokens.embedding[...])
     token_bytes = _device_bytes((cache.key, cache.value)) // cache.capacity
     width = piece_length(1)
-    piece = min(width, padded_length(length))
+    piece = widest_piece(1, length)
     query = (1, piece, model.config.num_attention_heads, model.config.head_dim)
     attention = choose_implementation(
         model.implementation,

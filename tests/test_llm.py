@@ -364,16 +364,19 @@ def test_a_conversation_survives_an_interruption_that_takes_its_cache(llm, monke
     """Ctrl-C while the device holds the donated cache: what was read is lost, and read again."""
     monkeypatch.setattr("dca_jax.inference.chat.ROOM", ROOM)
     conversation = Conversation(llm)
-    segment = engine._segment
+    programs = engine.programs
 
-    def interrupted(*args):
-        segment()(*args)
-        raise KeyboardInterrupt
+    def interrupted(*shape):
+        def decode(*args):
+            programs(*shape).decode(*args)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_segment", lambda: interrupted)
+        return programs(*shape)._replace(decode=decode)
+
+    monkeypatch.setattr(engine, "programs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.ask("Call me", max_new_tokens=40))
-    monkeypatch.setattr(engine, "_segment", segment)
+    monkeypatch.setattr(engine, "programs", programs)
     begun = conversation.messages[-1]["content"]
     assert conversation.messages == [USER, {"role": "assistant", "content": begun}]
     expected = llm.chat([*conversation.messages, USER], max_new_tokens=6).text

@@ -31,7 +31,7 @@ PIECE = 4096  # tokens read at once, of all rows together
 SMALLEST = 64  # tokens of the smallest piece: fewer cost a GPU, which reads all weights, no less
 # Of a device's memory: a cache up to the first share has one of few shapes, up to the second one of
 # several.
-FEW, SEVERAL = 1 / 32, 1 / 4
+FEW, SEVERAL = 1 / 32, 1 / 16
 OF_MANY = 2**34  # bytes taken for a device's memory by each of several processes, which must agree
 SHAPES = 8  # of caches whose programs are kept; those used last
 
@@ -43,7 +43,7 @@ def piece_length(batch: int) -> int:
 
     It bounds the memory of the activations, whatever the length of the prompt.
     """
-    return max(128, PIECE // _power_of_two(batch))
+    return max(128, PIECE // power_of_two(batch))
 
 
 def piece_widths(batch: int) -> tuple[int, ...]:
@@ -66,6 +66,11 @@ def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     return pieces
 
 
+def widest_piece(batch: int, length: int) -> int:
+    """The width of the first piece of texts of `length` tokens: no other is wider."""
+    return cut(length, piece_widths(batch))[0][1]
+
+
 # --- caches ------------------------------------------------------------------------------------
 
 
@@ -80,7 +85,7 @@ def capacity_bucket(length: int, context: int = 1) -> int:
     So at most an eighth is wasted, and an octave of lengths has 8 shapes. At least 128; and 16
     tokens or a multiple in each of the two blocks that a device has of a text shared by `context`.
     """
-    step = max(16, _power_of_two(length) // 16)
+    step = max(16, power_of_two(length) // 16)
     if context > 1:
         step = _multiple(step, 32 * context)
     return _multiple(max(length, 128), step)
@@ -96,8 +101,8 @@ def cache_shape(model: Llama, batch: int, length: int, dtype: Any = None) -> tup
     context = axis_size(mesh, "context")
     total, free = _memory(model)
     shapes = (
-        (1 if batch == 1 else max(8, _power_of_two(batch)), _power_of_four(length), FEW),
-        (_power_of_two(batch), max(1024, _power_of_two(length)), SEVERAL),
+        (1 if batch == 1 else max(8, power_of_two(batch)), _power_of_four(length), FEW),
+        (power_of_two(batch), max(1024, power_of_two(length)), SEVERAL),
     )
     for rows, capacity, share in shapes:
         rows, capacity = padded_batch(rows, mesh), _multiple(capacity, max(1, 32 * context))
@@ -233,14 +238,14 @@ def _memory(model: Llama) -> tuple[float, float]:
     )
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _power_of_four(n: int) -> int:
     """The smallest of 1024, 4096, 16384 ... that is at least n."""
-    power = max(1024, _power_of_two(n))
+    power = max(1024, power_of_two(n))
     return power if power.bit_length() % 2 else 2 * power
 
 

@@ -442,8 +442,8 @@ class Run:
         *wide, smallest = piece_widths(1 if mesh is None else len(self._prompts))
         if mesh is None and len(self._prompts) > 1:
             # Long pieces row by row, for rows differ in length; what is left, all rows together.
-            for row, length in enumerate(context_lengths):
-                hidden = self._read_row(row, at, hidden, length, wide)
+            for row in range(self._num_rows):
+                hidden = self._read_row(row, at, hidden, wide)
             wide, smallest = [], SMALLEST
         for count, width in cut(int((context_lengths - at).max()), (*wide, smallest)):
             lengths = np.clip(context_lengths - at, 0, count).astype(np.int32)
@@ -462,16 +462,16 @@ class Run:
         row: int,
         at: Int[np.ndarray, " B"],
         hidden: Float[Array, "B D"],
-        length: int,
         widths: Sequence[int],
     ) -> Float[Array, "B D"]:
         """Reads what fills pieces of these widths of one row; moves `at`, where each row stands."""
-        for count, width in cut(length - at[row], (*widths, SMALLEST)):
+        prompt = self._prompts[row]
+        for count, width in cut(len(prompt) - int(at[row]), (*widths, SMALLEST)):
             if width == SMALLEST:
                 break
             tokens = np.zeros((1, width), np.int32)
-            tokens[0, :count] = self._prompts[row][at[row] : at[row] + count]
-            lengths, whole = np.asarray([count], np.int32), np.asarray([length], np.int32)
+            tokens[0, :count] = prompt[at[row] : at[row] + count]
+            lengths, whole = np.asarray([count], np.int32), np.asarray([len(prompt)], np.int32)
             hidden, self.cache = self._programs.read_row(
                 self._model, self.cache, hidden, row, tokens, lengths, whole
             )
@@ -548,9 +548,12 @@ def not_finite(model: Llama, position: int) -> str:
 
 def check_numbers(max_new_tokens: int, seed: int) -> None:
     """Raises InputError unless there is a token to draw, and a seed to draw it with."""
-    if not 1 <= max_new_tokens <= LARGEST:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > LARGEST:
         raise InputError(
-            f"max_new_tokens must be at least 1 and at most {LARGEST}, got {shown(max_new_tokens)}"
+            f"max_new_tokens must be at most {LARGEST}, for a text holds no more tokens; got "
+            f"{shown(max_new_tokens)}"
         )
     if not -(2**31) <= seed < 2**31:
         raise InputError(f"seed must fit into 32 bits, got {shown(seed)}")
