@@ -197,7 +197,7 @@ def test_a_cache_beyond_memory_is_refused(model):
     assert found is not None
     # The figure is one that is not refused, and not much less than what would be.
     free = memory.free_bytes(jax.devices()[0])
-    token = 2 * 4 * model.config.num_hidden_layers * model.config.num_key_value_heads * 8
+    token = empty_cache(model, 1).num_bytes // CAPACITY
     assert 0.5 < int(found[1]) * token / free < 1
     with pytest.raises(InputError, match=r"2 x 1000000000 tokens takes .* GiB, which the dev"):
         buckets.copied(model, empty_cache(model, 1), 2, 10**9)

@@ -124,7 +124,7 @@ def new_cache(model: Llama, batch: int, length: int, dtype: Any = None) -> KVCac
 
 
 def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
-    """A cache as `new_cache` makes it, each of its rows the one row of `cache`.
+    """A cache as `new_cache` makes it, `batch` of its rows the one row of `cache`.
 
     Raises:
         InputError: `cache` has more than one row, or the copies do not fit into memory.
@@ -134,7 +134,8 @@ def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
         raise InputError(f"expected a cache of one row to copy, got {rows} rows")
     shape = _fitting(model, batch, length, cache.key.dtype)
     with _refused_if_too_large(*shape):
-        return jax.block_until_ready(_copier(*shape)(cache))
+        copies = jax.block_until_ready(_copier(*shape)(cache))
+    return copies.rollback([copies.capacity] * batch)
 
 
 @functools.lru_cache(maxsize=SHAPES)
@@ -171,23 +172,23 @@ def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
 def _fitting(model: Llama, batch: int, length: int, dtype: np.dtype) -> tuple[int, int]:
     """`cache_shape`, or InputError where even what the texts need does not fit."""
     config, mesh = model.config, mesh_of(model)
-    if length > LARGEST:
-        raise InputError(
-            f"prompt and new tokens are {length:,} together, and a text has at most {LARGEST:,}; "
-            "give fewer"
-        )
     rows, capacity = cache_shape(model, batch, length, dtype)
     _, free = _memory(model)
     room = free - _reading_bytes(config, batch, length, model.dtype)
     needed = _cache_bytes(config, rows, capacity, dtype, mesh)
     if needed > room:
         token = needed / capacity
-        longest = max(0, int(room / token) // 128 * 128)
+        longest = min(LARGEST, max(0, int(room / token) // 128 * 128))
         raise InputError(
             f"a KV cache for {batch} x {length} tokens takes {needed / 2**30:.1f} GiB, which the "
             f"device does not have ({max(0, room) / 2**30:.1f} GiB are left for it): "
             f"{batch} x {longest} tokens fit, new ones included; give shorter prompts, fewer rows, "
             "or fewer new tokens"
+        )
+    if length > LARGEST:
+        raise InputError(
+            f"prompt and new tokens are {length} together, and a text has at most {LARGEST}; give "
+            "fewer"
         )
     return rows, capacity
 

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
-from dca_jax.fields import LARGEST, shown
+from dca_jax.fields import shown
 from dca_jax.inference.buckets import SHAPES, SMALLEST, cut, new_cache, piece_widths
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
@@ -550,11 +550,6 @@ def check_numbers(max_new_tokens: int, seed: int) -> None:
     """Raises InputError unless there is a token to draw, and a seed to draw it with."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if max_new_tokens > LARGEST:
-        raise InputError(
-            f"max_new_tokens must be at most {LARGEST}, for a text holds no more tokens; got "
-            f"{shown(max_new_tokens)}"
-        )
     if not -(2**31) <= seed < 2**31:
         raise InputError(f"seed must fit into 32 bits, got {shown(seed)}")
 
