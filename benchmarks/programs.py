@@ -49,7 +49,7 @@ def main(
     for number in range(1, requests + 1):
         slots = _request(llm, draw, longest, largest)
         made, needed = made + slots[0], needed + slots[1]
-        if number % 50 == 0 or number == requests:
+        if number % 25 == 0 or number == requests:
             report.add(
                 {
                     "requests": number,
