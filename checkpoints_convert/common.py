@@ -3,12 +3,15 @@
 import hashlib
 import json
 import logging
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +51,8 @@ def write_provenance(
     provenance = {
         "source": source.resolve().name,
         "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+            str(file.relative_to(source)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in files
         },
         "dtype": sorted({str(dtype) for dtype in dtypes}),
         "dca_jax": version(),
@@ -84,6 +88,33 @@ def progress_bar(total_bytes: int, show: bool) -> Iterator[Progress]:
     with RichProgress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task("", total=total_bytes)
         yield lambda path, num_bytes: bar.update(task, advance=num_bytes, description=path)
+
+
+@contextmanager
+def told_if_stopped(destination: Path) -> Iterator[None]:
+    """Around a conversion: SIGTERM and Ctrl-C end it cleanly, and say that nothing was written.
+
+    The program then ends with 128 plus the signal's number.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # while what was begun is removed
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except SystemExit as stopped:
+        print(
+            f"stopped; {destination} was not written: run the same command again", file=sys.stderr
+        )
+        raise stopped from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _sha256(path: Path) -> str:

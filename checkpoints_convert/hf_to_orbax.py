@@ -14,6 +14,7 @@ from checkpoints_convert.common import (
     Dtype,
     prepare_process,
     progress_bar,
+    told_if_stopped,
     write_provenance,
 )
 from dca_jax.distributed import exit_on_input_error
@@ -96,7 +97,8 @@ def main(
     Example: `python -m checkpoints_convert.hf_to_orbax ./Llama-2-7b-hf ./llama2-7b`
     """
     prepare_process()
-    convert(source, destination, dtype=dtype.wanted, show=True)
+    with told_if_stopped(destination):
+        convert(source, destination, dtype=dtype.wanted, show=True)
     print(f"wrote {destination}")
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import typer
 from rich import print
 
-from checkpoints_convert.common import Dtype, prepare_process, progress_bar
+from checkpoints_convert.common import Dtype, prepare_process, progress_bar, told_if_stopped
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.weights.files import copy_companions, read_json, written_aside
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import PARAMS, check_arrays, read_piece
+from dca_jax.weights.orbax import PARAMS, check_arrays, is_converted, read_piece
 from dca_jax.weights.parameters import (
     Parameter,
     Progress,
@@ -72,6 +72,8 @@ def convert(
         InputError: `destination` exists, or `source` is not a whole and sound checkpoint.
     """
     config = read_config(source)
+    if not is_converted(source):
+        raise InputError(f"{source} is no Orbax checkpoint (it has no folder {PARAMS})")
     params = source / PARAMS
     found = check_arrays(params, abstract_params(config, dtype=np.float32))
     tensors = []
@@ -139,9 +141,8 @@ def _say_dtype(folder: Path, dtypes: set[np.dtype]) -> None:
     """Corrects the dtype in config.json: transformers would convert the weights to it."""
     config = read_json(folder, "config.json")
     key = "dtype" if "dtype" in config else "torch_dtype"
-    written = {str(dtype) for dtype in dtypes}
-    if len(written) == 1 and key in config and config[key] not in written:
-        config[key] = written.pop()
+    if len(dtypes) == 1 and key in config and config[key] != str(next(iter(dtypes))):
+        config[key] = str(next(iter(dtypes)))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -187,7 +188,8 @@ def main(
     """
     prepare_process()
     shard_bytes = parse_size(shard_size)
-    convert(source, destination, dtype=dtype.wanted, shard_bytes=shard_bytes, show=True)
+    with told_if_stopped(destination):
+        convert(source, destination, dtype=dtype.wanted, shard_bytes=shard_bytes, show=True)
     print(f"wrote {destination}")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dca_jax.errors import InputError
     from dca_jax.inference.llm import LLM, Generation
     from dca_jax.inference.load import load
+    from dca_jax.inference.options import Options
     from dca_jax.inference.prefix import Prefix
     from dca_jax.inference.sampling import Sampler
     from dca_jax.kv_cache import KVCache
@@ -32,6 +33,7 @@ _HOMES = {
     "KVCache": "dca_jax.kv_cache",
     "Llama": "dca_jax.model",
     "LlamaConfig": "dca_jax.config",
+    "Options": "dca_jax.inference.options",
     "Prefix": "dca_jax.inference.prefix",
     "RopeConfig": "dca_jax.rope",
     "Sampler": "dca_jax.inference.sampling",
@@ -47,6 +49,7 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Options",
     "Prefix",
     "RopeConfig",
     "Sampler",

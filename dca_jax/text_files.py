@@ -33,6 +33,8 @@ def read_text_file(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise InputError(f"{path} is too large to be read whole; split it") from None
     return decode(content, f"{path}")
 
 
@@ -58,6 +60,29 @@ def decode(content: bytes, where: str) -> str:
             "in UTF-8; if it is UTF-16, save it with a byte order mark or as UTF-8"
         )
     return text
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which is no character and cannot be written anywhere.
+
+    JSON can spell one, and Python makes them of an argument's bytes that are not UTF-8.
+
+    Raises:
+        InputError: `text` holds one; `where` begins the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        if 0xDC80 <= half <= 0xDCFF:
+            raise InputError(
+                f"{where} is not UTF-8 text (byte {half - 0xDC00:#04x} at character "
+                f"{error.start}); give it in UTF-8"
+            ) from None
+        raise InputError(
+            f"{where} holds half of a surrogate pair (U+{half:04X} at character {error.start}), "
+            "which is no character; leave it out"
+        ) from None
 
 
 def parse_json(text: str, where: str, *, expected: str = "") -> Any:

@@ -304,9 +304,11 @@ def test_damaged_orbax_checkpoint(tmp_path, damage):
         shutil.rmtree(array)
     else:
         (array / ".zarray").write_text("{")
-    message = {"no list": "is no Orbax checkpoint", "bad list": "is damaged"}.get(
-        damage, r"is damaged \(.*mlp\.up_proj\.kernel"
-    )
+    message = {
+        "no list": "is no Orbax checkpoint",
+        "bad list": "is damaged",
+        "bad description": r"mlp\.up_proj\.kernel/\.zarray is not JSON",
+    }.get(damage, r"is damaged \(.*mlp\.up_proj\.kernel")
     with pytest.raises(InputError, match=message):
         load_converted(orbax)
     with pytest.raises(InputError, match=message):

@@ -1,16 +1,19 @@
 """Documents become text, or a clear refusal; questions about them reach the model whole."""
 
+import re
+import zlib
 from dataclasses import replace
 
 import pytest
 from pypdf import PdfReader, PdfWriter
 
 from dca_jax.errors import InputError
+from dca_jax.inference import documents
 from dca_jax.inference.documents import ask, read_document, read_once
 
 
 def write_pdf(path, *pages):
-    """A PDF with a line of text on each page, written by hand."""
+    """A PDF with a line of text on each page."""
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [%s] /Count %d >>"
@@ -24,6 +27,11 @@ def write_pdf(path, *pages):
         )
         stream = b"BT /F 12 Tf 20 200 Td (%s) Tj ET" % text.encode() if text else b""
         objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
+    return write_objects(path, objects)
+
+
+def write_objects(path, objects):
+    """A PDF of these objects, the catalog first, written by hand."""
     body, offsets = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):
         offsets.append(len(body))
@@ -63,7 +71,6 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         read_document(path)
 
 
-@pytest.mark.filterwarnings("ignore")  # pypdf says what it finds on the way to its error
 def test_a_pdf_without_text_is_refused(tmp_path):
     scan = write_pdf(tmp_path / "scan.pdf", "", "")
     with pytest.raises(InputError, match="holds no text on its 2 pages; if it is a scan"):
@@ -78,6 +85,83 @@ def test_a_pdf_without_text_is_refused(tmp_path):
     writer.write(locked)
     with pytest.raises(InputError, match="is encrypted"):
         read_document(locked)
+
+
+def damaged_pdf(path, content, *, pages=1, said=None, filters=b"", more=()):
+    """A PDF whose pages are one, of this content; it says of itself that it has `said`."""
+    kids = b" ".join([b"4 0 R"] * pages)
+    page = (
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 300] /Contents 5 0 R "
+        b"/Resources << /Font << /F 3 0 R >> /XObject << /X 6 0 R >> >> >>"
+    )
+    return write_objects(
+        path,
+        [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            b"<< /Type /Pages /Kids [%s] /Count %d >>" % (kids, pages if said is None else said),
+            b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+            page,
+            b"<< /Length %d %s >>\nstream\n%s\nendstream" % (len(content), filters, content),
+            *more,
+        ],
+    )
+
+
+TEXT = b"BT /F 12 Tf 20 200 Td (hello) Tj ET"
+FORM = b"<< /Length 5 /Subtype /Form /Resources << /XObject << /X 6 0 R >> >> >>\nstream\n/X Do\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (TEXT, {"filters": b"/Filter /FooDecode"}, "NotImplementedError: Unsupported filter"),
+        (b"\xff~z", {"filters": b"/Filter /ASCII85Decode"}, "ValueError: Non-Ascii85"),
+        (b"\xff~z", {"filters": b"/Filter /JBIG2Decode"}, "DependencyError: jbig2dec"),
+        (b"\xff~z", {"filters": b"/Filter /LZWDecode"}, "cannot be read as a PDF"),
+        (TEXT, {"more": [b"[" * 100_000 + b"]" * 100_000]}, "RecursionError|hello"),
+        (b"BT /F 1 Tf " + b"[" * 100_000, {}, "holds no text"),
+        (b"/X Do", {"more": [FORM + b"endstream"]}, "holds no text"),
+        (TEXT, {"pages": 30}, "has 30 pages, and at most 20 are read; split it"),
+        (TEXT, {"pages": 30, "said": 1}, "has 30 pages, and at most 20 are read; split it"),
+        (TEXT, {"pages": 1, "said": 10**18}, "at most 20 are read"),
+    ],
+)
+def test_whatever_a_pdf_breaks_is_one_sentence(tmp_path, monkeypatch, content, options, message):
+    monkeypatch.setattr(documents, "MOST_PAGES", 20)
+    path = damaged_pdf(tmp_path / "bad.pdf", content, **options)
+    try:
+        said = read_document(path)
+    except InputError as error:
+        said = str(error)
+        assert said.startswith(str(path))
+        assert "\n" not in said
+    assert re.search(message, said)
+
+
+def test_a_pdf_that_unpacks_to_too_much_is_stopped(tmp_path, monkeypatch):
+    bomb = zlib.compress(b"BT " * 20_000_000)
+    path = damaged_pdf(tmp_path / "bomb.pdf", bomb, filters=b"/Filter /FlateDecode")
+    monkeypatch.setattr(documents, "MOST_SECONDS", 1)
+    with pytest.raises(InputError, match=r"cannot be read as a PDF: it takes longer than 1 sec"):
+        read_document(path)
+    monkeypatch.setattr(documents, "MOST_SECONDS", 60)
+    monkeypatch.setattr(documents, "MEMORY", 160 * 2**20)
+    with pytest.raises(InputError, match=r"cannot be read as a PDF: it needs more than 0\.16 GiB"):
+        read_document(path)
+
+
+def test_half_a_character_of_a_font_is_replaced(tmp_path):
+    """A ToUnicode map may give half of a surrogate pair, or both halves one after the other."""
+    to_unicode = b"1 beginbfchar <61> <D835> endbfchar 1 beginbfchar <63> <DC00> endbfchar"
+    path = damaged_pdf(
+        tmp_path / "half.pdf",
+        b"BT /G 12 Tf 20 200 Td (abac) Tj ET",
+        more=[b"<< /Length %d >>\nstream\n%s\nendstream" % (len(to_unicode), to_unicode)],
+    )
+    font = b"/Font << /G << /Type /Font /Subtype /Type1 /BaseFont /Helvetica /ToUnicode 6 0 R >> >>"
+    content = path.read_bytes().replace(b"/Font << /F 3 0 R >>", font)
+    path.write_bytes(content)  # what stands where has moved: pypdf looks for it
+    assert read_document(path) == "\ufffdb\U0001d400"
 
 
 DOCUMENT = "Call me Ishmael. Some years ago, never mind how long."

@@ -173,6 +173,23 @@ def test_every_task_is_asked_and_scored(tmp_path, plain_llm, replies):
     assert "| dca | none | 66.7 | 66.7 |" in found.tables[-1].markdown()
 
 
+def test_variables_come_after_a_worked_example(tmp_path, plain_llm, replies):
+    """As RULER has it: a chain of names of three letters in noise, with its answer."""
+    with ResultLog(tmp_path, "needle", {"trained_length": 64}) as log:
+        options = {"tasks": ["variables"], "methods": ["dca"], "lengths": [1500], "trials": 2}
+        needle.evaluate(plain_llm, Haystack.of_text(STORY), log, **options)
+        expected = [r.value["expected"] for r in log.records]
+    for prompt, names in zip(replies, expected, strict=True):
+        example, asked = prompt.split("\n\nMemorize and track the chain(s)")
+        shown = re.findall(r"VAR ([A-Z]{3}) = ", example)
+        assert len(shown) == len(set(shown)) == 5
+        assert example.endswith("they are: " + " ".join(shown))
+        assert example.count("The grass is green.") == 5  # more would have over 500 tokens here
+        assert re.findall(r"VAR ([A-Z]{5}) = ", asked) == names
+        assert not set(names) & set(re.findall(r"[A-Z]{5}", example))
+    assert replies[0].split("\n\n")[1] != replies[1].split("\n\n")[1]
+
+
 def test_a_chat_model_is_asked_as_a_user_would(tmp_path, plain_llm, replies):
     with ResultLog(tmp_path, "needle", {}) as log:
         options = {"tasks": ["single"], "methods": ["dca"], "lengths": [1500], "trials": 1}

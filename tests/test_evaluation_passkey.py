@@ -133,6 +133,8 @@ def test_random_depths_have_no_heat_map(tmp_path, plain_llm, replies):
     found = report.write_report(tmp_path)
     assert list(found.pictures) == ["accuracy.png"]
     assert "18k tokens" in found.tables[0].markdown()
+    other = passkey.outcome(settings, read_run(tmp_path).records, "llama2-70b")
+    assert "In the paper" not in other.tables[0].markdown()  # which has no such figure of it
 
 
 def test_a_key_is_found_token_by_token(plain_llm):

@@ -2,10 +2,14 @@
 
 import json
 import math
+import re
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+from shared_fixtures import invoke_eval
 from typer.testing import CliRunner
 
 from dca_jax.cli.measure import app
@@ -85,6 +89,156 @@ def test_damaged_results_are_named(tmp_path):
     (tmp_path / "b/results.jsonl").write_text('{"key": {}, "value": {}, "seconds": 1}\nno\n')
     with pytest.raises(InputError, match="line 2 is damaged"):
         read_run(tmp_path / "b")
+
+
+GOOD = {"key": key(0), "value": {"nll": 1.5, "weight": 1, "tokens": 9}, "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (GOOD, None),
+        ([GOOD], "line 1 is damaged: it has no key"),
+        (GOOD | {"key": "rope"}, "line 1 is damaged: it has no key of strings and numbers"),
+        (GOOD | {"key": {"method": ["rope"]}}, "line 1 is damaged: it has no key of strings"),
+        (GOOD | {"value": [1]}, "line 1 is damaged: it: value must be an object"),
+        (GOOD | {"value": None}, "has neither a value nor an error"),
+        (GOOD | {"error": 5}, "error must be a string, got 5"),
+        (GOOD | {"seconds": "1"}, "seconds must be a finite number"),
+        (GOOD | {"seconds": None}, "has no seconds"),
+        (GOOD | {"value": {"nll": math.nan, "weight": 1, "tokens": 9}}, "its nll is nan"),
+        (
+            GOOD | {"value": {"nll": "1.5", "weight": 1, "tokens": 9}},
+            "its nll is '1.5', expected",
+        ),
+        (GOOD | {"value": {"nll": True, "weight": 1, "tokens": 9}}, "its nll is True, expected"),
+        (GOOD | {"value": {"nll": 1.5, "tokens": 9}}, "its weight is None, expected an integer"),
+        (GOOD | {"value": {"nll": 1.5, "weight": -1, "tokens": 9}}, "its weight is -1"),
+        (GOOD | {"key": key(0) | {"length": "4k"}}, "its length is '4k', expected an integer"),
+        (GOOD | {"key": {"length": 4, "start": 0}}, "its method is None, expected a string"),
+    ],
+)
+def test_a_line_of_other_types_is_refused_in_a_sentence(tmp_path, line, message):
+    with ResultLog(tmp_path, "perplexity", SETTINGS):
+        pass
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    if message is None:
+        report.write_report(tmp_path)
+        return
+    with pytest.raises(InputError, match=re.escape(message)) as refused:
+        report.write_report(tmp_path)
+    assert "results.jsonl" in str(refused.value)
+    assert invoke_eval("report", tmp_path).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ([], "is damaged: a JSON list, expected an object"),
+        ({"task": 5}, "is damaged: it: task must be a string, got 5"),
+        ({"settings": "paper"}, "settings must be an object, got 'paper'"),
+        ({"settings": None}, "is damaged: 'settings' is missing"),
+        ({"paper": ["llama2-7b"]}, "paper must be a string"),
+        ({"files": {"qasper": "a.jsonl"}}, "'qasper' has no sha256, got 'a.jsonl'"),
+        ({"settings": SETTINGS | {"form": "x"}}, "its form is 'x', expected one of paper, strided"),
+        ({"settings": SETTINGS | {"trained_length": "64"}}, "its trained_length is '64'"),
+    ],
+)
+def test_a_run_of_other_types_is_refused_in_a_sentence(tmp_path, run, message):
+    asked = {"task": "perplexity", "settings": SETTINGS, "paper": None}
+    run = asked | run if isinstance(run, dict) else run
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=re.escape(message)):
+        report.write_report(tmp_path)
+    for text in ("[" * 100_000, '{"task": ' + "9" * 5000 + "}", "\0", ""):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(InputError, match="is damaged"):
+            read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "message"),
+    [
+        ("passkey", {"trial": "x"}, {}, "its trial is 'x'"),
+        ("passkey", {"depth": "0.5"}, {}, "its depth is '0.5', expected a finite number"),
+        ("passkey", {}, {"found": 1}, "its found is 1, expected true or false"),
+        ("needle", {"task": "hay"}, {}, "its task is 'hay', expected one of single"),
+        ("needle", {"task": "single"}, {"score": None}, "its score is None"),
+        ("few-shot", {"task": "qmsum"}, {"f1": 1.0}, "its rouge1 is None, expected a finite"),
+        ("l-eval", {"task": "tpo", "part": "all"}, {}, "its part is 'all', expected one of doc"),
+        ("l-eval", {"task": "tpo"}, {"answer": 5}, "its answer is 5, expected a string"),
+        ("l-eval", {"task": "tpo"}, {"reference": " "}, "its reference is ' ', expected"),
+        ("speed", {"attention": "fast"}, {}, "its attention is 'fast', expected one of dense"),
+        ("speed", {"attention": "dca"}, {"planned_bytes": -1}, "its planned_bytes is -1"),
+    ],
+)
+def test_every_task_knows_its_records(tmp_path, task, key, value, message):
+    whole = {"method": "rope", "length": 8, "trial": 0, "id": "0", "part": "document"}
+    found = {"found": True, "tokens": 8, "score": 1.0, "answer": "A", "reference": "A"}
+    with ResultLog(tmp_path, task, {"form": "paper", "trained_length": 8}) as log:
+        log.add(whole | key, found | {"seconds": 1.0, "planned_bytes": 1} | value, 1.0)
+    with pytest.raises(InputError, match=re.escape(message)):
+        report.write_report(tmp_path)
+
+
+# --- what cannot be written --------------------------------------------------------------------
+
+
+@contextmanager
+def small_files(size: int):
+    """No file grows beyond `size` bytes: as on a full disk, a write is cut short, then refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_a_run_and_leaves_whole_lines(tmp_path):
+    value = {"nll": 1.5, "weight": 1, "tokens": 9}
+    noted: list[int] = []
+    with ResultLog(tmp_path / "a", "perplexity", SETTINGS) as log:
+        log.add(key(0), value, 0.1)
+        size = (tmp_path / "a/results.jsonl").stat().st_size
+
+        def run(batch):
+            for start in batch:
+                noted.append(start)
+                log.add(key(start), value, 0.1)
+
+        with (
+            small_files(size + 20),
+            pytest.raises(InputError, match=r"jsonl cannot be wri"),
+        ):
+            in_batches([1, 2, 3], 3, run, lambda item, error: pytest.fail("no sample's fault"))
+        assert noted == [1]  # what comes later could not be noted, either
+        assert (tmp_path / "a/results.jsonl").stat().st_size == size
+        in_batches([1, 2, 3], 3, run, lambda item, error: pytest.fail(str(error)))
+    assert [r.key["start"] for r in read_run(tmp_path / "a").records] == [0, 1, 2, 3]
+    for name in ("summary.json", "table.md", "perplexity.png"):
+        with small_files(20), pytest.raises(InputError, match=r"cannot be written: File too large"):
+            report.write_report(tmp_path / "a")
+        assert not list(tmp_path.rglob(".*.partial")), name
+    report.write_report(tmp_path / "a")
+    with small_files(20), pytest.raises(InputError, match=r"report\.html cannot be written"):
+        report.write_page(tmp_path / "a")
+
+
+@pytest.mark.parametrize("place", ["file", "file/inner"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"cannot be written: (File exists|Not a directory)"):
+        ResultLog(tmp_path / place, "perplexity", SETTINGS)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_model_says_may_be_half_a_character(tmp_path):
+    with ResultLog(tmp_path, "passkey", {"form": "paper", "trained_length": 8}) as log:
+        log.add({"method": "rope"}, {"answer": "\ud83d"}, 0.1)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            log.add({"method": "dca"}, {"score": math.inf}, 0.1)
+    assert [record.value for record in read_run(tmp_path).records] == [{"answer": "?"}]
 
 
 def test_one_bad_sample_costs_no_other():

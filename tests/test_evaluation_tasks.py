@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -395,3 +396,82 @@ def test_bad_commands_are_one_message(folder, tmp_path, arguments, message):
     done = invoke(command, folder, *rest, "--output", tmp_path / "out")
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+# --- files of other types ----------------------------------------------------------------------
+
+PAIR = {"input": "A text.", "instructions": ["Who?"], "outputs": ["A"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": ["A text."]}, "line 2: input is ['A text.'], expected a string"),
+        ({"input": None}, "line 2: input is None, expected a string"),
+        ({"input": "\ud83d"}, "line 2: input has half a character"),
+        ({"instructions": "Who?"}, "line 2: instructions is 'Who?', expected a list of strings"),
+        ({"outputs": "A"}, "line 2: outputs is 'A', expected a list of strings"),
+        ({"instructions": [5]}, "line 2: instructions, item 1, is 5, expected a string"),
+        ({"outputs": [["A"]]}, "line 2: outputs, item 1, is ['A'], expected a string"),
+        ({"outputs": [" "]}, "line 2: outputs, item 1, is empty, expected an answer"),
+        ({"outputs": ["A", "B"]}, "line 2: there are 1 instructions and 2 outputs"),
+    ],
+)
+@pytest.mark.parametrize("command", ["l-eval", "few-shot"])
+def test_other_types_in_l_evals_files_are_refused_before_the_model_is_read(
+    tmp_path, command, changes, message
+):
+    path = write_lines(tmp_path / "a.jsonl", PAIR, PAIR | changes, PAIR)
+    done = invoke(command, tmp_path / "no model", "--data", f"quality={path}")
+    assert done.exit_code == 2
+    assert f"{path}: {message}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": {"text": "Who?"}}, "line 1: query is {'text': 'Who?'}, expected a string"),
+        ({"output": ["Ahab"]}, "line 1: output is ['Ahab'], expected a string"),
+        ({"output": ""}, "line 1: output is empty, expected an answer"),
+        ({"id": True}, "line 1: id is True, expected a string"),
+        ({"id": [1]}, "line 1: id is [1], expected a string"),
+        ({"query_examples": "Where?"}, "line 1: query_examples is 'Where?', expected a list"),
+        ({"query_examples": []}, "line 1: there are 0 query_examples and 1 output_examples"),
+    ],
+)
+def test_other_types_in_chunkllamas_files_are_refused(tmp_path, changes, message):
+    path = write_lines(tmp_path / "a.jsonl", chunkllama_row(**changes))
+    with pytest.raises(InputError, match=re.escape(f"{path}: {message}")):
+        few_shot.read_items(path, "qasper")
+
+
+def test_a_string_may_hold_any_character_and_a_file_may_begin_with_a_mark(tmp_path):
+    """RFC 8259: only line feeds end a line of JSON lines."""
+    row = PAIR | {"input": "one\u2028two\u0085three"}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _ in range(2))
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8-sig")
+    assert l_eval.read_files({"tpo": tmp_path / "a.jsonl"})["tpo"] == [row, row]
+    (tmp_path / "b.jsonl").write_bytes('{"input": "caf\xe9"}\n'.encode("latin1"))
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        l_eval.read_files({"tpo": tmp_path / "b.jsonl"})
+    empty = write_lines(tmp_path / "c.jsonl", PAIR | {"instructions": [], "outputs": []})
+    for read in (l_eval.read_files, few_shot.read_files):
+        with pytest.raises(InputError, match=r"has no question|examples are drawn"):
+            read({"quality": empty})
+    predictions = write_lines(tmp_path / "p.jsonl", {"gt": "A", "m_pred": 5})
+    with pytest.raises(InputError, match="prediction 1: m_pred is 5, expected a string"):
+        l_eval.score_file(predictions, "tpo")
+
+
+def test_of_lines_with_one_id_the_last_is_asked(tmp_path):
+    """ChunkLlama's script asks all and keeps what it said to the last."""
+    rows = [
+        chunkllama_row(output=said, input=f"Text {n}.", query_examples=[f"Example {n}?"])
+        for n, said in enumerate(("Ahab", "The captain", "He"))
+    ]
+    other = chunkllama_row(id=8)
+    path = write_lines(tmp_path / "a", rows[0], other, *rows[1:])
+    first, second = few_shot.read_items(path, "qasper")
+    assert (first.document, first.examples) == ("Text 2.", [("Example 2?", " Here.")])
+    assert first.references == ["Ahab", "The captain", "He"]
+    assert second.id == "8"

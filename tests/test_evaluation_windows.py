@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 
 import golden_llama
 import jax
@@ -13,7 +15,7 @@ from test_moby_dick import ROWS, read_tokens
 from tiny_llm import make_llm
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation import texts, windows
+from dca_jax.evaluation import report, texts, windows
 from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.evaluation.windows import make_windows, mean_nll
 from dca_jax.inference import score as perplexity
@@ -217,6 +219,80 @@ def test_what_fails_is_noted_and_tried_alone(tmp_path, plain_llm, tokens, no_mod
     }
 
 
+def test_a_number_that_is_none_fails_its_own_window(
+    tmp_path, plain_llm, tokens, no_model, monkeypatch
+):
+    nll, bad = perplexity.Reader.nll, tokens[200:264]
+
+    def broken(self, rows):
+        found = nll(self, rows)
+        found[(rows == bad).all(axis=1), 7] = math.nan
+        return found
+
+    monkeypatch.setattr(perplexity.Reader, "nll", broken)
+    with ResultLog(tmp_path, "perplexity", {"form": "paper", "trained_length": 64}) as log:
+        options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 200}
+        windows.evaluate(plain_llm.model, tokens, log, batch=3, **options)
+        errors = {record.key["start"]: record.error for record in log.records}
+        good = [r.value["nll"] for r in log.records if r.value is not None]
+    assert errors[0] is errors[400] is None
+    assert "the NLL is not finite" in errors[200]
+    scores = report.write_report(tmp_path).scores["rope"]["64"]
+    assert scores["perplexity"] == pytest.approx(math.exp(np.mean(good)))
+
+
+def test_a_text_with_a_number_that_is_none_is_refused(plain_llm, tokens, monkeypatch):
+    reader = perplexity.Reader(plain_llm.model, 2, 64)
+    piece = (np.ones((2, 64), np.float32), np.ones((2, 64), bool), reader._cache)
+    piece[0][1, 5] = math.inf
+    monkeypatch.setattr(perplexity, "_read_piece", lambda: lambda *_: piece)
+    with pytest.raises(InputError, match="the NLL of token 6 of text 1 is not finite"):
+        reader.read([tokens[:32], tokens[:32]])
+    scores = reader.read([tokens[:32], tokens[:6]])  # beyond a text's end it counts for nothing
+    assert [len(score.nll) for score in scores] == [31, 5]
+
+
+def test_a_perplexity_beyond_all_numbers_is_said(tmp_path):
+    settings = {"form": "strided", "trained_length": 64}
+    with ResultLog(tmp_path, "perplexity", settings) as log:
+        for length, nll in ((64, 2.0), (128, 800.0)):
+            for weight, start in ((5, 0), (0, 1)):
+                value = {"nll": nll, "weight": weight, "tokens": 9}
+                log.add({"method": "rope", "length": length, "start": start}, value, 1.0)
+        # Of a window of one token alone there is no mean.
+        key = {"method": "rope", "length": 256, "start": 1}
+        log.add(key, {"nll": 1.0, "weight": 0, "tokens": 1}, 1.0)
+    found = report.write_report(tmp_path)
+    assert list(found.tables[0].rows[0]) == ["rope", "7.39", "> e^700"]
+    assert found.scores["rope"]["128"]["perplexity"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_says_where_it_stopped_and_how_to_go_on(
+    folder, tmp_path, no_model, monkeypatch, number
+):
+    nll = perplexity.Reader.nll
+
+    def stopped(self, rows):
+        if sum(no_model) == 2:
+            os.kill(os.getpid(), number)
+        return nll(self, rows)
+
+    monkeypatch.setattr(perplexity.Reader, "nll", stopped)
+    np.save(tmp_path / "t.npy", np.arange(300))
+    ask = ("perplexity", folder, "--tokens", tmp_path / "t.npy", "--output", tmp_path / "out")
+    ask += ("--length", 64, "--stride", 50, "--method", "rope", "--batch", 1)
+    before = signal.getsignal(signal.SIGTERM)
+    done = invoke(*ask)
+    assert done.exit_code == 128 + number
+    assert f"stopped: {tmp_path / 'out'} has 2 samples; repeat the command" in done.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
+    no_model.clear()
+    monkeypatch.setattr(perplexity.Reader, "nll", nll)
+    assert invoke(*ask).exit_code == 0
+    assert sum(no_model) == 2  # of four windows
+
+
 def test_a_limit_spreads_over_the_text(tmp_path, plain_llm, tokens, no_model):
     with ResultLog(tmp_path, "perplexity", {}) as log:
         options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 30, "limit": 4}
@@ -265,6 +341,38 @@ def test_token_files(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             texts.read_token_file(tmp_path / name, vocab)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", b"", "is no array of numbers"),
+        ("a.NPY", b"\x93NUMPY\x01\x00", "is no array of numbers"),
+        ("a.npy", b"\x93NUMPY\x01\x00\xff\x03" + b"(" * 1022 + b"\n", "is no array of numbers"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (1, 2\n", "is no array of numbers"),
+        ("book.bin", b"Call me Ishmael. " * 40, "holds text, no raw token ids; give it as --text"),
+    ],
+)
+def test_files_that_are_no_token_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        texts.read_token_file(tmp_path / name, 32_000)
+
+
+def test_arrays_that_are_no_token_ids(tmp_path):
+    np.savez(tmp_path / "z.npz", ids=np.arange(9))
+    (tmp_path / "z.npz").rename(tmp_path / "zip.npy")
+    np.save(tmp_path / "time.npy", np.arange(9).astype("m8[s]"))
+    np.save(tmp_path / "bool.npy", np.ones(9, bool))
+    np.save(tmp_path / "wide.npy", np.array([2**40]))
+    for name, message in (
+        ("zip", r"is a zip file of arrays \(.npz\); save the array of ids alone"),
+        ("time", "expected a list of integers"),
+        ("bool", "expected a list of integers"),
+        ("wide", "no ids of a vocabulary of 60"),
+    ):
+        with pytest.raises(InputError, match=message):
+            texts.read_token_file(tmp_path / f"{name}.npy", 60)
 
 
 def test_texts_and_what_stands_before_them(tmp_path, plain_llm):

@@ -227,6 +227,12 @@ def test_replies_of_weight_0_are_not_trained_on(tmp_path: Path) -> None:
     assert [turn.trained for turn in found.turns] == [False, False, False, True]
     entry["messages"][3]["weight"] = 0
     assert read_dialogues(write(tmp_path, [entry])) == ([], {"dropped: no reply to train on": 1})
+    for weight in ("0", False, 0.5, [], float("nan")):  # none of which says what it means
+        entry["messages"][3]["weight"] = weight
+        with pytest.raises(
+            InputError, match=r"has a turn 4 of weight .*, where 0 .* or 1 should be"
+        ):
+            read_dialogues(write(tmp_path, [entry]))
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [("qr", "a"), ("q", "ab"), ("qrs", "ab")])
@@ -412,7 +418,7 @@ def test_turns_that_are_not_trained_on_are_masked(byte_level: Any) -> None:
         ("{% for m in messages %}{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}", "!"),
         ("{% if %}", "refuses this dialogue"),
         ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{{ 'a' + none }}", "refuses this dialogue"),
+        ("{{ 'a' + none }}", r"fails on this dialogue \(TypeError"),
         ("{{ messages.__class__.__mro__ }}", "refuses this dialogue"),
     ],
 )

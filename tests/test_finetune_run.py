@@ -30,10 +30,13 @@ from checkpoints_convert import orbax_to_hf
 from dca_jax.cli import app
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.finetune import run
 from dca_jax.finetune.checkpoints import Checkpoints
 from dca_jax.finetune.lora import ADAPTERS, load_adapter
-from dca_jax.finetune.run import finetune
+from dca_jax.finetune.run import finetune, stopping
 from dca_jax.finetune.settings import DataFile, Settings, read_settings
+from dca_jax.finetune.train import Metrics, State
+from dca_jax.finetune.train import start as begin
 
 CLI = "import sys; from dca_jax.cli import main; sys.argv[0] = 'dca-jax'; main()"
 STEPS = 10
@@ -161,7 +164,7 @@ def test_its_model_is_read_by_dca_jax_and_by_transformers(
     with Checkpoints(whole / "checkpoints", keep=2) as checkpoints:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            _state_of(llm.model.params()),
+            begin(llm.model.params()),
         )
         state, _ = checkpoints.restore(like)
     assert int(state.step) == STEPS
@@ -176,12 +179,6 @@ def test_its_model_is_read_by_dca_jax_and_by_transformers(
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(llm.logits(tokens), want, atol=2e-4)
-
-
-def _state_of(params: dict[str, Any]) -> Any:
-    from dca_jax.finetune.train import start
-
-    return start(params)
 
 
 @pytest.mark.parametrize("base", ["dtype", "int8"])
@@ -300,6 +297,77 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: Path, dialogues: Path, t
     assert all(np.isfinite(x).all() for x in losses(output).values())
 
 
+def overflowing(build: Any, settings: Settings, steps: int) -> Any:
+    """In place of an update: a loss that is fine, and from step 2 on a parameter that is not."""
+
+    def update(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
+        step = state.step + 1
+        scale = state.params["norm"]["scale"]
+        scale = scale.at[0].set(jnp.where(step < 2, scale[0], jnp.nan))
+        params = state.params | {"norm": {"scale": scale}}
+        one = jnp.float32(1)
+        return state._replace(params=params, step=step), Metrics(one, one, one, jnp.bool_(True))
+
+    return update
+
+
+@pytest.mark.parametrize(("steps", "save_every"), [(2, 100), (2, 1), (9, 2)])
+def test_parameters_that_are_not_finite_are_neither_saved_nor_exported(
+    model: Path,
+    dialogues: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    save_every: int,
+):
+    """The loss of an update is of the parameters before it: the last one is looked at, too."""
+    output = tmp_path / "run"
+    chosen = settings(
+        model, dialogues, output, steps=steps, save_every=save_every, eval_every=100, eval_data=()
+    )
+    monkeypatch.setattr(run, "make_update", overflowing)
+    kept = "the checkpoint of step 1 is whole" if save_every == 1 else "no checkpoint had been sav"
+    with pytest.raises(InputError, match=f"step 2: the loss is finite, but the update .*; {kept}"):
+        finetune(chosen)
+    assert not (output / "model").exists()
+    saved = [path.name for path in (output / "checkpoints").iterdir()]
+    assert saved == (["1"] if save_every == 1 else [])
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = begin({"a": jnp.ones(3), "b": jnp.arange(3.0)})
+    bad = state._replace(square={"a": jnp.ones(3), "b": jnp.array([0, jnp.inf, 1])})
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    with Checkpoints(tmp_path, keep=2) as found:
+        with pytest.raises(InputError, match="step 0: the loss is finite, but the update has made"):
+            found.save(bad, {})
+        assert found.latest is None
+        with monkeypatch.context() as patched:  # as one of an earlier version may be
+            patched.setattr(Checkpoints, "check", lambda self, state: None)
+            found.save(bad, {})
+        found.wait()
+        with pytest.raises(InputError, match=r"/0 holds NaN or infinity; remove this folder"):
+            found.restore(like)
+
+
+def test_a_run_may_be_called_from_any_thread() -> None:
+    """Only Python's main thread may ask for signals: a web server's runs without them."""
+    told: list[int] = []
+
+    def work() -> None:
+        with stopping() as stop:
+            told.append(stop())
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert told == [0]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Lets no file grow beyond 20 kB from when it is called: as on a full disk, writes fail.
@@ -355,6 +423,11 @@ def test_another_run_a_finished_run_and_a_folder_of_something_else(
     (output / "finetune.yaml").write_text((whole / "finetune.yaml").read_text())
     with pytest.raises(InputError, match="a run with another learning_rate, seed"):
         finetune(settings(model, dialogues, output, seed=1, learning_rate=1.0))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="holds no finetuning run"):
+        finetune(settings(model, dialogues, tmp_path / "file"))
+    with pytest.raises(InputError, match=r"file/run cannot be written: Not a directory"):
+        finetune(settings(model, dialogues, tmp_path / "file/run"))
     (tmp_path / "other" / "thing").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no finetuning run"):
         finetune(settings(model, dialogues, tmp_path / "other"))
@@ -378,6 +451,8 @@ def test_no_dialogue_is_left(model: Path, dialogues: Path, tmp_path: Path) -> No
         ({"method": "dca+ntk:2"}, "cannot be trained"),
         ({"data": (DataFile("/nowhere.json"),)}, "/nowhere.json"),
         ({"lora_rank": 4, "lora_targets": ("x_proj",)}, "x_proj"),
+        ({"lora_rank": 10**9}, "lora_rank 1000000000 is more than the model's width of"),
+        ({"steps": None, "epochs": 1e30}, "epochs of .* rows are .* updates; at most"),
     ],
 )
 def test_bad_input(model: Path, dialogues: Path, tmp_path: Path, changes: Any, message: str):
@@ -404,6 +479,19 @@ def test_a_file_of_settings_and_flags_in_its_place(tmp_path: Path) -> None:
     assert read_settings(again, {}) == found
 
 
+def test_a_file_given_twice_is_taken_twice_also_when_a_run_is_resumed(tmp_path: Path) -> None:
+    flags = {"model": "m", "output": "o", "data": ["a.json=2", "b.json", "a.json=0.5"]}
+    chosen = read_settings(None, flags)
+    run.write_settings(tmp_path, chosen)
+    again = read_settings(tmp_path / "finetune.yaml", {})
+    assert (
+        again.data
+        == chosen.data
+        == (DataFile("a.json", 2.0), DataFile("b.json"), DataFile("a.json", 0.5))
+    )
+    assert again.differing(chosen) == []
+
+
 def test_the_papers_recipe_is_a_file_of_settings() -> None:
     path = Path(__file__).parent.parent / "examples" / "finetune_16k.yaml"
     found = read_settings(path, {})
@@ -424,6 +512,31 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
         ("report: mail", "report is one of tensorboard, wandb"),
         ("seed:", "seed is empty"),
         ("base: int8", "int8 goes with LoRA"),
+        ("weight_decay: .nan", "weight_decay must be finite"),
+        ("weight_decay: -.inf", "weight_decay must be finite"),
+        ("learning_rate: 1e39", "learning_rate must be finite, in float32 too, got 1e.39"),
+        ("learning_rate: 1e-60", "learning_rate must be above 0"),
+        ("lora_alpha: 1" + 400 * "0", "lora_alpha is a number, got an integer of"),
+        ("beta2: 0.99999999999", "beta2 must be from 0 to below 1"),
+        ("beta1: true", "beta1 is a number, got True"),
+        ("epochs: true", "epochs is a number, got True"),
+        ("batch: 100000000", "at most 134,217,728 are made at once"),
+        ("accumulate: 100000000", "at most 134,217,728 are made at once"),
+        ("length: 1000000000", "at most 134,217,728 are made at once"),
+        ("length: 9000M", "length must be at most 2147483647"),
+        ("seed: -1", "seed must be at least 0"),
+        ("seed: 4294967296", "seed must be at most"),
+        ("steps: 1" + 30 * "0", "steps must be at most"),
+        ("output: 7", "output is a text"),
+        ("output: [a]", "output is a text"),
+        ("data: {a: true}", "a has a weight, or weight and min_tokens, each a number; got True"),
+        ("data: {a: {min_tokens: true}}", "each a number"),
+        ("data: {a: {min_tokens: .inf}}", "each a number"),
+        ("data: {a: {min_tokens: 1.5}}", "each a number"),
+        ("data: {a: .nan}", "must have a weight from 1e-06 to 1000"),
+        ("data: {a: 1e9}", "must have a weight from 1e-06 to 1000"),
+        ("data: [a=0]", "must have a weight from 1e-06 to 1000"),
+        ("data: [5]", "data is a list of files"),
         ("- a", "holds no settings"),
         ("a: [", "is not YAML"),
     ],
@@ -431,8 +544,10 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
 def test_settings_that_make_no_sense(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
+    flags = {"model": "m", "output": "o", "data": "d"}
+    flags.pop(text.partition(":")[0], None)  # a flag would stand in its place
     with pytest.raises(InputError, match=message):
-        read_settings(path, {"model": "m", "output": "o", "data": "d"})
+        read_settings(path, flags)
 
 
 def test_the_commands(model: Path, dialogues: Path) -> None:

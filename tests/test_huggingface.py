@@ -1,7 +1,6 @@
 """Reading Hugging Face folders: every name and layout right, and every broken folder refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -433,76 +432,3 @@ def test_bad_config(tmp_path, content, message):
 def test_no_folder(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         read_config(tmp_path / "nowhere")
-
-
-# PyTorch files ---------------------------------------------------------------------------------
-
-
-def to_torch(array: np.ndarray):
-    torch = pytest.importorskip("torch")
-    if array.dtype == BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def make_bin(folder: Path, *, shards: int = 1, dtype: np.dtype = BFLOAT16) -> Path:
-    torch = pytest.importorskip("torch")
-    make_tiny(folder, dtype=dtype)
-    tensors = {name: to_torch(array) for name, array in read_safetensors(folder).items()}
-    if shards == 1:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        names = list(tensors)
-        weight_map = {n: f"pytorch_model-{i % shards}.bin" for i, n in enumerate(names)}
-        for file in set(weight_map.values()):
-            torch.save({n: tensors[n] for n in names if weight_map[n] == file}, folder / file)
-        index = json.dumps({"weight_map": weight_map})
-        (folder / "pytorch_model.bin.index.json").write_text(index)
-    return folder
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, np.float16, np.float32])
-@pytest.mark.parametrize("shards", [1, 2])
-def test_pytorch_files(tmp_path, shards, dtype):
-    folder = make_bin(tmp_path, shards=shards, dtype=np.dtype(dtype))
-    expected = load(folder)
-    (folder / "model.safetensors").unlink()
-    assert_same(load(folder), expected)
-
-
-def test_pytorch_file_that_would_run_code(tmp_path):
-    torch = pytest.importorskip("torch")
-
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
-
-    folder = make_tiny(tmp_path)
-    (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-    refused(folder, r"pytorch_model\.bin is not a PyTorch weights file, or damaged")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a zip", None], ids=["empty", "noise", "truncated"])
-def test_damaged_pytorch_file(tmp_path, content):
-    folder = make_bin(tmp_path)
-    (folder / "model.safetensors").unlink()
-    file = folder / "pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:-500] if content is None else content)
-    refused(folder, r"pytorch_model\.bin is not a PyTorch weights file, or damaged")
-
-
-def test_pytorch_file_of_something_else(tmp_path):
-    torch = pytest.importorskip("torch")
-    folder = make_tiny(tmp_path)
-    (folder / "model.safetensors").unlink()
-    torch.save({"step": 3}, folder / "pytorch_model.bin")
-    refused(folder, "something other than a dict of tensors")
-
-
-def test_pytorch_file_without_pytorch(tmp_path, monkeypatch):
-    folder = make_tiny(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    refused(folder, r"PyTorch is not installed; install torch, or use the model's safetensors")

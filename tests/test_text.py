@@ -157,3 +157,33 @@ def test_what_only_looked_like_a_stop_string_is_shown(tokenizer):
 def test_without_a_tokenizer_there_are_tokens_and_no_text():
     stream, _ = streamed(None, [1], [5, 6, END, 7], stop_ids=[END])
     assert (stream.tokens, stream.text, stream.finish_reason) == ([5, 6, END], "", "stop")
+
+
+def test_a_replacement_character_is_a_character(tokenizer):
+    """U+FFFD in a text is no half character: neither echoed from the prompt nor held back."""
+    for text in ("a\ufffd", "\ufffd\ufffdb", "\ufffd" * 12):
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        new = tokenizer("xy\ufffdz", add_special_tokens=False).input_ids
+        stream, pieces = streamed(tokenizer, prompt, new)
+        assert stream.text == tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+        assert pieces[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<s>", "abc"),  # a special token's name ends the text at the token
+        ("c<s>d", "ab"),
+        ("cd", "ab"),  # where one sees no special token, there is none
+        ("s>", None),  # a part of its name does not
+        ("<s>x", None),
+    ],
+)
+def test_a_stop_string_may_name_special_tokens(stop, text):
+    tokenizer = TOKENIZERS["byte-level"]
+    before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in ("abc", "de"))
+    mark = tokenizer.convert_tokens_to_ids("<s>")
+    stream, pieces = streamed(tokenizer, [], [*before, mark, *after], stop=[stop])
+    assert stream.text == ("abcde" if text is None else text)
+    assert stream.finish_reason == ("length" if text is None else "stop")
+    assert not any("<" in piece for piece in pieces)

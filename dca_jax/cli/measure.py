@@ -19,7 +19,7 @@ from dca_jax.cli.options import (
     load_model,
     refuse_several_processes,
 )
-from dca_jax.cli.record import names_of, run, task_files
+from dca_jax.cli.record import contents, run, task_files
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.evaluation import (
@@ -73,7 +73,10 @@ LengthOption = Annotated[
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of the results (default: outputs/COMMAND-MODEL)."),
+    typer.Option(
+        help="Folder of the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
+        "of the model's files)."
+    ),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
 LimitOption = Annotated[
@@ -302,9 +305,10 @@ def few_shot_command(
     - `dca-jax eval few-shot ./Llama-2-7b-hf --data qmsum=meeting_summ.jsonl --limit 20`
     """
     files, length = task_files(data), parse_tokens(max_length)
-    settings = {"max_length": length, "files": names_of(files)}
+    few_shot.read_files(files, length)  # what is wrong with them is said before any weight is read
     llm = load_model(model, method, dtype, mesh)
-    with run(output, "few-shot", model, llm, settings, paper) as log:
+    settings = {"max_length": length}
+    with run(output, "few-shot", model, llm, settings, paper, contents(files)) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         few_shot.evaluate(llm, log, files=files, **options)
 
@@ -349,9 +353,10 @@ def l_eval_command(
     - `dca-jax eval l-eval ./Qwen2.5-7B-Instruct-1M --data quality=quality.jsonl --chat`
     """
     files, length = task_files(data), parse_tokens(max_length)
-    settings = {"max_length": length, "chat": chat, "files": names_of(files)}
+    l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
     llm = load_model(model, method, dtype, mesh)
-    with run(output, "l-eval", model, llm, settings, paper) as log:
+    settings = {"max_length": length, "chat": chat}
+    with run(output, "l-eval", model, llm, settings, paper, contents(files)) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         l_eval.evaluate(llm, log, files=files, chat=chat, **options)
 

@@ -21,6 +21,7 @@ from dca_jax.cli.options import (
 )
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.disk import writing
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference.methods import method_by_name
@@ -71,14 +72,15 @@ def convert(
     refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
-    from checkpoints_convert.common import prepare_process
+    from checkpoints_convert.common import prepare_process, told_if_stopped
 
     prepare_process()
     refuse_existing(destination)
     folder = find_folder(source)
     converter = orbax_to_hf if is_converted(folder) else hf_to_orbax
     wanted = None if dtype is None else np.dtype(dtype.value)
-    converter.convert(folder, destination, dtype=wanted, show=True)
+    with told_if_stopped(destination):
+        converter.convert(folder, destination, dtype=wanted, show=True)
     print(f"wrote {destination}")
 
 
@@ -266,15 +268,19 @@ def _matrix(length: int, dca: DCAConfig | PositionMethod | None) -> str:
 def _save_plot(path: Path, length: int, dca: DCAConfig | PositionMethod | None) -> None:
     import matplotlib.pyplot as plt  # slow to import, and needed here only
 
-    if not path.parent.is_dir():
-        raise InputError(f"--plot {path}: {path.parent} is no folder; create it first")
+    with writing(path):
+        if not path.parent.is_dir():
+            raise InputError(f"--plot {path}: {path.parent} is no folder; create it first")
     if length > PLOTTED_TOKENS:
         raise InputError(f"--plot draws up to {PLOTTED_TOKENS} tokens, got --length {length}")
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     plot_relative_positions(length, dca, axes)
     try:
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
+        with writing(path):
+            figure.savefig(path, dpi=150)
+    except ValueError as error:  # a format that Matplotlib does not know
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"--plot {path} cannot be written: {error}") from None
     finally:
         plt.close(figure)

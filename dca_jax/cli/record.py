@@ -1,18 +1,24 @@
 """What the commands of `dca-jax eval` share: their files, their log and how they end."""
 
+import hashlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from dca_jax.distributed import is_primary
+from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.evaluation import report
+from dca_jax.evaluation.fingerprint import fingerprint, short_name
 from dca_jax.evaluation.paper import MODELS
-from dca_jax.evaluation.results import ResultLog
+from dca_jax.evaluation.results import FINGERPRINT, Files, ResultLog, Run
 from dca_jax.inference.llm import LLM
+from dca_jax.weights.hub import find_folder
 
 
 def task_files(data: Sequence[str]) -> dict[str, Path]:
@@ -28,9 +34,12 @@ def task_files(data: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def names_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """The files' names, for the settings of a run."""
-    return {task: path.name for task, path in files.items()}
+def contents(files: Mapping[str, Path]) -> Files:
+    """The files' names and checksums, for the log of a run."""
+    return {
+        task: {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for task, path in files.items()
+    }
 
 
 @contextmanager
@@ -41,37 +50,38 @@ def run(
     llm: LLM,
     settings: Mapping[str, Any],
     paper: str | None,
+    files: Files | None = None,
 ) -> Iterator[ResultLog]:
     """The log of a command; when the block ends, the report is written and its tables printed.
 
-    Ends the program with code 1 if samples failed, and with 130 on Ctrl-C.
+    Ends the program with code 1 if samples failed, with 130 on Ctrl-C and with 143 on SIGTERM.
     """
     if paper is not None and paper not in MODELS:
         raise InputError(f"--paper takes one of {', '.join(MODELS)}; got {paper}")
-    name = Path(model).resolve().name if Path(model).is_dir() else model
-    folder = output or Path("outputs") / f"{task}-{name.replace('/', '-')}"
-    config = llm.model.config
+    config, checksums = llm.model.config, from_primary(lambda: fingerprint(find_folder(model)))
     identity = {
-        "model": name,
+        "model": model,
+        FINGERPRINT: checksums,
         "config": config.to_hf(),
         "dtype": llm.model.dtype.name,
         "trained_length": config.max_position_embeddings,
     }
+    name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "-")
+    folder = output or Path("outputs") / f"{task}-{name}-{short_name(checksums)}"
     start = time.monotonic()
-    try:
-        with ResultLog(folder, task, {**identity, **settings}, paper=paper) as log:
+    with ResultLog(folder, task, {**identity, **settings}, files=files, paper=paper) as log:
+        found = Run(folder, task, {**identity, **settings}, {}, paper, log.records)
+        report.check_records(found)  # now, and not when all has been read
+        with _interruptible(log):
             yield log
-    except KeyboardInterrupt:
-        print(f"stopped; repeat the command to resume from {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
     failed = [record for record in log.records if record.error is not None]
     if not is_primary():
         if failed:
             raise SystemExit(1)  # as the primary does: what all do alike ends them quietly
         return
     facts = report.machine() | {"wall_seconds_of_last_run": round(time.monotonic() - start, 2)}
-    found = report.write_report(folder, facts)
-    print("\n".join(table.markdown() for table in found.tables))
+    outcome = report.write_report(folder, facts)
+    print("\n".join(table.markdown() for table in outcome.tables))
     print(f"wrote {folder}", file=sys.stderr)
     if failed:
         first = failed[0]
@@ -81,3 +91,39 @@ def run(
             file=sys.stderr,
         )
         raise SystemExit(1)
+
+
+@contextmanager
+def _interruptible(log: ResultLog) -> Iterator[None]:
+    """Ends the program on Ctrl-C or SIGTERM with a word on how far it came, and how to go on.
+
+    A second signal ends it at once. Only Python's main thread may ask for signals; elsewhere
+    SIGTERM ends the program as it always did.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _StoppedError(number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if ours else None
+    try:
+        yield
+    except (KeyboardInterrupt, _StoppedError) as end:
+        number = end.number if isinstance(end, _StoppedError) else signal.SIGINT
+        print(
+            f"stopped: {log.folder} has {len(log.records)} samples; repeat the command to resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + number) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _StoppedError(BaseException):
+    """SIGTERM has come: no fault of a sample's, so no `Exception`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number

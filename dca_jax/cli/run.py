@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,9 @@ from dca_jax.distributed import exit_on_input_error, from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.inference.chat import Conversation
 from dca_jax.inference.documents import question_tokens, read_document
-from dca_jax.inference.llm import LLM, Options
+from dca_jax.inference.llm import LLM
 from dca_jax.inference.methods import reading
+from dca_jax.inference.options import Options
 from dca_jax.inference.progress import progress
 from dca_jax.inference.requests import Request, answers, make_requests, read_lines
 from dca_jax.inference.sampling import Sampler
@@ -112,12 +114,9 @@ def generate(
 
     - `dca-jax generate ./Llama-2-70b-hf --file book.txt --mesh context=2,tensor=4`
     """
-    options: Options = {
-        "max_new_tokens": parse_tokens(max_new_tokens),
-        "sampler": sampler,
-        "seed": seed,
-        "stop": stop or [],
-    }
+    options = Options(
+        max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, stop=stop or ()
+    )
     if (document is None) != (question is None):
         raise InputError("--document and --question go together")
     if as_json and output is not None:
@@ -129,13 +128,13 @@ def generate(
     requests = make(llm)
     if input is None and output is None and not as_json:
         (request,) = requests
-        reader = reading(llm, method, len(request.tokens) + options["max_new_tokens"])
-        for piece in reader.stream(request.tokens, **options):
+        reader = reading(llm, method, len(request.tokens) + options.max_new_tokens)
+        for piece in reader.stream(request.tokens, options):
             print(piece, end="", flush=True)
         print()
         return
     if len(requests) > 1:
-        options["progress"] = False
+        options = replace(options, progress=False)
     with _lines(output) as write, progress("generate", len(requests)) as advance:
         for lines in answers(llm, requests, method=method, batch=batch, options=options):
             for line in lines:
@@ -171,11 +170,7 @@ def chat(
     For example: `dca-jax chat ./Llama-2-7b-chat-hf --temperature 0.7 --top-p 0.9`
     """
     refuse_several_processes("chat")
-    options: Options = {
-        "max_new_tokens": parse_tokens(max_new_tokens),
-        "sampler": sampler,
-        "seed": seed,
-    }
+    options = Options(max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed)
     length = None if context_length is None else parse_tokens(context_length)
     llm = load_model(model, [method], dtype, mesh)
     if length is None:
@@ -199,7 +194,7 @@ def chat(
 def _say(console: Console, conversation: Conversation, text: str, options: Options) -> None:
     """Prints one answer; neither Ctrl-C nor an answer that cannot be had ends the chat."""
     try:
-        for piece in conversation.ask(text, **options):
+        for piece in conversation.ask(text, options):
             console.out(piece, end="", highlight=False)
     except KeyboardInterrupt:
         console.print(" [dim](cut short)[/dim]", end="")

@@ -10,6 +10,7 @@ import numpy as np
 
 from dca_jax.dca import DCAConfig
 from dca_jax.evaluation.results import ResultLog, in_batches
+from dca_jax.inference import tokenizer
 from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.generate import check_prompts, generate
 from dca_jax.inference.llm import LLM
@@ -118,7 +119,7 @@ def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
 
 def decode(llm: LLM, ids: Sequence[int]) -> str:
     """The text of new tokens, taken alone, without special ones."""
-    return llm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(llm.tokenizer, ids)
 
 
 def ask(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.text_files import json_lines, read_text_file
 
 CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
@@ -16,20 +17,78 @@ def read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines.
 
     Args:
-        fields: that every one must have.
+        fields: that every one must have, each of the type that `FIELDS` says.
 
     Raises:
         InputError: no such file, or a line that is no object with these fields.
     """
     rows = []
     for number, row in json_lines(read_text_file(path), f"{path}"):
-        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+        where = f"{path}: line {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is {shown(row)}, expected an object")
+        missing = [name for name in fields if name not in row]
         if missing:
-            raise InputError(f"{path}: line {number} lacks {', '.join(missing)}")
+            raise InputError(f"{where} lacks {', '.join(missing)}")
+        for name in fields:
+            FIELDS[name](row[name], f"{where}: {name}")
+        for one, other in PAIRS:
+            if {one, other} <= set(fields) and len(row[one]) != len(row[other]):
+                raise InputError(
+                    f"{where}: there are {len(row[one])} {one} and {len(row[other])} {other}"
+                )
         rows.append(row)
     if not rows:
         raise InputError(f"{path} is empty")
     return rows
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises InputError unless a value is a string that a tokenizer can read."""
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {shown(value)}, expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise InputError(
+            f"{where} has half a character (a lone surrogate, at {error.start}); write it whole"
+        ) from None
+
+
+def _check_answer(value: Any, where: str) -> None:
+    check_text(value, where)
+    if not value.strip():
+        raise InputError(f"{where} is empty, expected an answer")
+
+
+def _check_name(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        check_text(value, where)
+
+
+def _list_of(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    def check_all(values: Any, where: str) -> None:
+        if not isinstance(values, list):
+            raise InputError(f"{where} is {shown(values)}, expected a list of strings")
+        for number, value in enumerate(values, start=1):
+            check(value, f"{where}, item {number},")
+
+    return check_all
+
+
+# What checks each field that a benchmark's lines may have; references are not empty.
+FIELDS: dict[str, Callable[[Any, str], None]] = {
+    "input": check_text,
+    "instructions": _list_of(check_text),
+    "outputs": _list_of(_check_answer),
+    "query": check_text,
+    "output": _check_answer,
+    "query_examples": _list_of(check_text),
+    "output_examples": _list_of(check_text),
+    "id": _check_name,
+    "gt": _check_answer,
+}
+PAIRS = (("instructions", "outputs"), ("query_examples", "output_examples"))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ Its "16k" is 16,000 tokens of prompt and answer; the paper says 16,384.) What a 
 answer, another "Question:", is cut off. Scores are SCROLLS' (`dca_jax.evaluation.scrolls`).
 
 A file is ChunkLlama's, whose lines have their examples (`query`, `output`, `query_examples`,
-`output_examples`, `id`; lines with one id are one question with several answers), or L-Eval's,
-whose lines are documents with `instructions` and `outputs`; then examples are drawn from the other
-documents, for there is no training set. L-Eval's questions are a selection: their scores are not
-those of the paper's Table 3.
+`output_examples`, `id`), or L-Eval's, whose lines are documents with `instructions` and `outputs`;
+then examples are drawn from the other documents, for there is no training set. L-Eval's questions
+are a selection: their scores are not those of the paper's Table 3. In ChunkLlama's, lines with one
+id are one question with several answers; its script asks them all and keeps what was said to the
+last of them, so the last is asked here.
 """
 
 import functools
@@ -24,11 +25,13 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import paper, scrolls
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
 from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
+from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome, task_table
 from dca_jax.inference.llm import LLM
 
 MARGIN = 200  # tokens that ChunkLlama leaves for examples and question
+MAX_LENGTH = 16_000  # of prompt and answer
 
 
 class Task(NamedTuple):
@@ -45,6 +48,12 @@ TASKS = {
     "quality": Task(2, 64, "exact_match"),
     "qmsum": Task(1, 128, "rouge"),
 }
+
+
+FORM = Form(
+    key={"method": str, "task": tuple(TASKS), "id": str},
+    value=lambda key: dict.fromkeys(scrolls.names_of(TASKS[key["task"]].measure), float),
+)
 
 
 class Item(NamedTuple):
@@ -65,13 +74,16 @@ def read_items(path: Path, task: str) -> list[Item]:
     """
     rows = read_json_lines(path, "input")
     if all("instructions" in row and "outputs" in row for row in rows):
+        rows = read_json_lines(path, "input", "instructions", "outputs")
         return _l_eval_items(rows, TASKS[task].shots)
     items: dict[str, Item] = {}
     names = ("query", "output", "query_examples", "output_examples", "id")
     for row in read_json_lines(path, "input", *names):
         examples = list(zip(row["query_examples"], row["output_examples"], strict=True))
         item = Item(str(row["id"]), row["input"], row["query"], examples, [])
-        items.setdefault(item.id, item).references.append(row["output"])
+        before = items[item.id].references if item.id in items else []
+        item.references.extend([*before, row["output"]])
+        items[item.id] = item
     return list(items.values())
 
 
@@ -93,6 +105,25 @@ def _l_eval_items(rows: Sequence[Mapping[str, Any]], shots: int) -> list[Item]:
     return items
 
 
+def read_files(files: Mapping[str, Path], max_length: int = MAX_LENGTH) -> dict[str, list[Item]]:
+    """The questions of each task, from its file.
+
+    Raises:
+        InputError: an unknown task, a bad file, or one without a question; or a length that has no
+            room for a document.
+    """
+    for task in files:
+        if task not in TASKS:
+            raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
+        if max_length - TASKS[task].new_tokens <= MARGIN:
+            raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
+    items = {task: read_items(path, task) for task, path in files.items()}
+    for task, some in items.items():
+        if not some:
+            raise InputError(f"{files[task]} has no question")
+    return items
+
+
 def prompt_text(item: Item, document: str) -> str:
     """The prompt, with the document as far as it fits."""
     shots = "".join(f"\n\nQuestion: {q} \nAnswer:{a}" for q, a in item.examples)
@@ -111,7 +142,7 @@ def evaluate(
     *,
     files: Mapping[str, Path],
     methods: Sequence[str],
-    max_length: int = 16_000,
+    max_length: int = MAX_LENGTH,
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
@@ -125,14 +156,9 @@ def evaluate(
     Raises:
         InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
     """
-    for task in files:
-        if task not in TASKS:
-            raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
-    items = {task: read_items(path, task)[:limit] for task, path in files.items()}
+    items = {task: some[:limit] for task, some in read_files(files, max_length).items()}
     for nth, (task, some) in enumerate(items.items(), start=1):
         room = max_length - TASKS[task].new_tokens
-        if room <= MARGIN:
-            raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
         if TASKS[task].measure == "rouge":
             scrolls.rouge("a", ["a"])  # refuses now if it is not installed
         cuts: dict[str, Callable[[], str]] = {}

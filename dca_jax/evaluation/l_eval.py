@@ -25,14 +25,19 @@ from typing import Any
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
-from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
+from dca_jax.evaluation.benchmark_files import Document, cached_cut, check_text, read_json_lines
+from dca_jax.evaluation.forms import FILLED, Form
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.scrolls import normalized
 from dca_jax.evaluation.tables import Outcome, task_table
 from dca_jax.inference.llm import LLM
 
 TASKS = ("tpo", "quality", "coursera", "sci_fi")
-NEW_TOKENS, MARGIN = 512, 200
+NEW_TOKENS, MARGIN, MAX_LENGTH = 512, 200, 16_000
+FORM = Form(
+    key={"method": str, "task": TASKS, "id": str, "part": ("document", "world")},
+    value={"answer": str, "reference": FILLED},
+)
 
 LONG = (
     "Now you are given a very long document. Please follow the instruction based on this document. "
@@ -105,7 +110,7 @@ def chosen_letters(answer: str, *, several: bool) -> str:
 
 
 def right_letters(reference: str) -> str:
-    """The letters of a reference, such as (B) Because ..."""
+    """The letters of a reference that is not empty, such as (B) Because ..."""
     return re.sub(r"[^A-D]", "", reference.split()[0]) or "A"
 
 
@@ -173,6 +178,8 @@ def score_file(path: Path, task: str) -> dict[str, float]:
     names = [name for name in rows[0] if "_pred" in name]
     if not names:
         raise InputError(f"{path} has no predictions: no field's name ends in _pred")
+    for number, row in enumerate(rows, start=1):
+        check_text(row.get(names[0]), f"{path}: prediction {number}: {names[0]}")
     return scores_of(task, [row[names[0]] for row in rows], [row["gt"] for row in rows])
 
 
@@ -184,13 +191,36 @@ def _check_task(task: str) -> None:
 # --- the task ----------------------------------------------------------------------------------
 
 
+def read_files(
+    files: Mapping[str, Path], max_length: int = MAX_LENGTH
+) -> dict[str, list[dict[str, Any]]]:
+    """The documents of each task, with their questions and answers, from its file.
+
+    Raises:
+        InputError: an unknown task, a bad file, or one without a question; or a length that has no
+            room for a document.
+    """
+    if max_length - NEW_TOKENS <= MARGIN:
+        raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
+    for task in files:
+        _check_task(task)
+    rows = {
+        task: read_json_lines(path, "input", "instructions", "outputs")
+        for task, path in files.items()
+    }
+    for task, documents in rows.items():
+        if not any(row["instructions"] for row in documents):
+            raise InputError(f"{files[task]} has no question")
+    return rows
+
+
 def evaluate(
     llm: LLM,
     log: ResultLog,
     *,
     files: Mapping[str, Path],
     methods: Sequence[str],
-    max_length: int = 16_000,
+    max_length: int = MAX_LENGTH,
     chat: bool = False,
     limit: int | None = None,
     batch: int | None = None,
@@ -206,17 +236,9 @@ def evaluate(
     Raises:
         InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
     """
-    room = max_length - NEW_TOKENS
-    if room <= MARGIN:
-        raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
-    for task in files:
-        _check_task(task)
+    rows, room = read_files(files, max_length), max_length - NEW_TOKENS
     if chat:
         llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
-    rows = {
-        task: read_json_lines(path, "input", "instructions", "outputs")
-        for task, path in files.items()
-    }
     for nth, (task, documents) in enumerate(rows.items(), start=1):
         samples, facts = [], []
         for n, row in enumerate(documents):

@@ -3,13 +3,15 @@
 Hsieh et al. (arXiv 2404.06654, github.com/NVIDIA/RULER). Its prompts, its number of new tokens,
 which count as part of the length, and its scoring: the share of the expected strings that stand
 anywhere in the answer, in either case. Different: words of our own make the keys, seeds are ours,
-sentences end at full stops, and the haystack is any text (without one, RULER's noise).
+sentences end at full stops, and the haystack is any text (without one, RULER's noise). Depths are
+drawn from forty even ones in any haystack; RULER does so in essays, and takes any line of noise.
 
     single        one needle; at random depths, or on a grid of them   (niah_single_1, _2)
     multi-key     three more needles distract                          (niah_multikey_1)
     multi-value   one key has four values, all are asked for           (niah_multivalue)
     multi-query   four keys are asked for together                     (niah_multiquery)
-    variables     VAR A = 12345, VAR B = VAR A ...: all five are asked for  (vt)
+    variables     VAR A = 12345, VAR B = VAR A ...: all five are asked for, after a worked example
+                  in noise, of about 500 tokens                        (vt)
 
 RULER's *effective length* of a model is the greatest length at which its mean over the tasks
 exceeds 85.6, what Llama2-7B-Chat has at 4k. RULER has 13 tasks: a mean over some of these five is
@@ -26,6 +28,7 @@ import numpy as np
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
+from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.grids import accuracy_table, mean_by
 from dca_jax.evaluation.haystacks import Haystack, largest_fitting
 from dca_jax.evaluation.results import Record, ResultLog
@@ -37,6 +40,7 @@ from dca_jax.inference.llm import LLM
 THRESHOLD = 85.6  # per cent
 PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles
 HOPS = 4
+EXAMPLE_TOKENS = 500  # of the worked example, or five lines of noise if they have more
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLES = (
@@ -80,12 +84,14 @@ class Hidden(NamedTuple):
         needles: sentences, in the order in which they come.
         template: the question around {context}, about {query}; and how the answer begins.
         expected: the strings that the answer should have.
+        example: another such sample, shown with its answer before the question.
     """
 
     needles: list[str]
     template: tuple[str, str]
     query: str
     expected: list[str]
+    example: "Hidden | None" = None
 
 
 def hidden_numbers(
@@ -112,11 +118,18 @@ def hidden_numbers(
 
 
 def hidden_variables(rng: np.random.Generator) -> Hidden:
-    """A chain of variables, each assigned the one before it, the first a number of five digits."""
-    letters = list(string.ascii_uppercase)
+    """A chain of variables, each assigned the one before it, the first a number of five digits.
+
+    The example's names are of three letters, as in RULER.
+    """
+    return _chain(rng, 5)._replace(example=_chain(rng, 3))
+
+
+def _chain(rng: np.random.Generator, letters: int) -> Hidden:
+    alphabet = list(string.ascii_uppercase)
     names: list[str] = []
     while len(names) < HOPS + 1:
-        name = "".join(rng.choice(letters, 5))
+        name = "".join(rng.choice(alphabet, letters))
         names += [] if name in names else [name]
     value = str(rng.integers(10_000, 99_999))
     sources = [value, *(f"VAR {name}" for name in names[:-1])]
@@ -132,6 +145,14 @@ TASKS: dict[str, tuple[Callable[[np.random.Generator], Hidden], int]] = {
     "multi-query": (functools.partial(hidden_numbers, keys=4, queries=4), 128),
     "variables": (hidden_variables, 30),
 }
+
+
+FORM = Form(
+    key={"method": str, "task": tuple(TASKS), "length": int, "depth": float, "trial": int},
+    value={"score": float, "tokens": int},
+    settings={"trained_length": int},
+    optional=frozenset({"depth"}),
+)
 
 
 def score(answer: str, expected: Sequence[str]) -> float:
@@ -217,11 +238,11 @@ def _question(
     if depth is not None:
         depths = [depth]
 
+    example = _worked(llm, hidden.example, rng)
+
     def prompt(units: int) -> list[int]:
-        context = haystack.with_needles(units, hidden.needles, depths)
-        text, beginning = (
-            part.format(context=context, query=hidden.query) for part in hidden.template
-        )
+        text, beginning = _asked(hidden, haystack.with_needles(units, hidden.needles, depths))
+        text = example + text
         if not chat:
             return llm.tokenize(text + beginning)
         message = llm.apply_chat_template([{"role": "user", "content": text}])
@@ -236,6 +257,26 @@ def _question(
         return {"score": score(said.text, hidden.expected), "expected": hidden.expected}
 
     return Question(prompt(units), judge)
+
+
+def _asked(hidden: Hidden, context: str) -> tuple[str, str]:
+    """The question about a context, and how its answer begins."""
+    text, beginning = (part.format(context=context, query=hidden.query) for part in hidden.template)
+    return text, beginning
+
+
+def _worked(llm: LLM, example: Hidden | None, rng: np.random.Generator) -> str:
+    """An example with its answer, in as much noise as RULER gives it; "" if there is none."""
+    if example is None:
+        return ""
+    depths = np.sort(rng.choice(PLACES, len(example.needles), replace=False)).tolist()
+
+    def text(lines: int) -> str:
+        noise = Haystack.noise().with_needles(lines, example.needles, depths)
+        return "".join(_asked(example, noise)) + " ".join(example.expected) + "\n\n"
+
+    fitting = (n for n in range(20, 5, -5) if len(encode(llm, text(n))) <= EXAMPLE_TOKENS)
+    return text(next(fitting, 5))
 
 
 # --- what came of it ---------------------------------------------------------------------------

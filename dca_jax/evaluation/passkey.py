@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation.answers import Answer, Question, Sample, answer, ask
+from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.grids import accuracy_table
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome
@@ -50,6 +51,17 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 ANSWER_TOKENS = 8  # room for a space, a number of six digits of a token each, and its end
 FORMS = ("paper", "fitted")
+FORM = Form(
+    key={"method": str, "length": int, "depth": float, "trial": int},
+    value={"found": bool, "tokens": int},
+    settings={"form": FORMS, "trained_length": int},
+    optional=frozenset({"depth"}),
+)
+NOTES = {  # by model of the paper; it has figures of no other
+    "llama2-13b": (
+        "In the paper: Llama2 13B with DCA finds every key up to 18k tokens (A.1, figure 5).",
+    ),
+}
 SAMPLE = 8 * len(FILLER)  # sentences, to see how many tokens they have
 
 
@@ -225,13 +237,12 @@ def outcome(
 ) -> Outcome:
     """Share of keys found by method and length, and by depth too where depths were asked for."""
     title = f"Passkeys found ({settings['form']} form)"
-    notes = ("In the paper: Llama2 13B with DCA finds every key up to 18k tokens (A.1, figure 5).",)
     return accuracy_table(
         records,
         "found",
         title=title,
         trained_length=settings["trained_length"],
-        notes=notes if paper_model is not None else (),
+        notes=NOTES.get(paper_model or "", ()),
         depth="depth of the key",
     )
 

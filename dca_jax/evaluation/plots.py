@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from dca_jax.disk import written
 from dca_jax.errors import InputError
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white swallows.
@@ -212,7 +213,5 @@ def _heat_map(axes: Axes, grid: Grid, trained_length: int) -> AxesImage:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Renders without a display; written aside and renamed, so that it is whole or not there."""
-    aside = path.with_name(f".{path.name}.partial")
-    FigureCanvasAgg(figure).print_png(aside)
-    aside.replace(path)
+    """Renders without a display; the file is whole or not there."""
+    written(path, FigureCanvasAgg(figure).print_png)

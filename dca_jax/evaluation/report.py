@@ -5,7 +5,6 @@ runs that are not finished.
 """
 
 import base64
-import json
 import platform
 import resource
 import sys
@@ -13,34 +12,65 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import few_shot, l_eval, needle, passkey, speed, windows
-from dca_jax.evaluation.results import RUN, Record, Run, read_run, write_json, write_text
+from dca_jax.evaluation.forms import Form
+from dca_jax.evaluation.results import (
+    RUN,
+    Record,
+    Run,
+    damage,
+    read_run,
+    write_json,
+    write_text,
+)
 from dca_jax.evaluation.tables import Outcome
+from dca_jax.fields import shown
+from dca_jax.text_files import parse_json, read_text_file
 
-# What came of each task, told from its settings and those of its records that did not fail.
-TASKS: dict[str, Callable[[Mapping[str, Any], Sequence[Record], str | None], Outcome]] = {
-    "perplexity": windows.outcome,
-    "passkey": passkey.outcome,
-    "needle": needle.outcome,
-    "few-shot": few_shot.outcome,
-    "l-eval": l_eval.outcome,
-    "speed": speed.outcome,
+
+class Task(NamedTuple):
+    """What the records of a task hold, and what came of it.
+
+    `outcome` tells that from the settings, the records that did not fail, and the paper's model.
+    """
+
+    form: Form
+    outcome: Callable[[Mapping[str, Any], Sequence[Record], str | None], Outcome]
+
+
+TASKS = {
+    "perplexity": Task(windows.FORM, windows.outcome),
+    "passkey": Task(passkey.FORM, passkey.outcome),
+    "needle": Task(needle.FORM, needle.outcome),
+    "few-shot": Task(few_shot.FORM, few_shot.outcome),
+    "l-eval": Task(l_eval.FORM, l_eval.outcome),
+    "speed": Task(speed.FORM, speed.outcome),
 }
 PACKAGES = ("dca_jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 SUMMARY, MARKDOWN, PAGE = "summary.json", "table.md", "report.html"
 
 
-def outcome(run: Run) -> Outcome:
-    """What came of a run, of those of its samples that did not fail."""
+def check_records(run: Run) -> None:
+    """Raises InputError if a run's records are not those of its task: its files are damaged."""
     if run.task not in TASKS:
-        raise InputError(f"task {run.task!r} is not known; expected one of {', '.join(TASKS)}")
+        raise InputError(f"task {shown(run.task)} is not known; expected one of {', '.join(TASKS)}")
+    TASKS[run.task].form.check(run)
+
+
+def outcome(run: Run) -> Outcome:
+    """What came of a run, of those of its samples that did not fail.
+
+    Raises:
+        InputError: a task that is not known, or records of another form.
+    """
+    check_records(run)
     good = [record for record in run.records if record.error is None]
-    return TASKS[run.task](run.settings, good, run.paper)
+    return TASKS[run.task].outcome(run.settings, good, run.paper)
 
 
 def machine() -> dict[str, Any]:
@@ -68,6 +98,9 @@ def write_report(folder: Path, facts: Mapping[str, Any] | None = None) -> Outcom
 
     Args:
         facts: what else the summary is to say; `machine()` and the like, of the run itself.
+
+    Raises:
+        InputError: no run, a damaged one, or a folder that cannot be written.
     """
     run = read_run(folder)
     found = outcome(run)
@@ -143,7 +176,7 @@ def _section(folder: Path, name: str) -> str:
             f"<h3>Failed: {len(failed)} of {len(run.records)}</h3><pre>{escape(lines)}</pre>"
         )
     about = folder / (SUMMARY if (folder / SUMMARY).is_file() else RUN)
-    text = escape(about.read_text(encoding="utf-8"))
+    text = escape(read_text_file(about))
     parts.append(f"<details><summary>{about.name}</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
 
@@ -157,10 +190,14 @@ def _about(folder: Path, run: Run) -> str:
         f"{len(run.records) - failed:,} samples in {seconds:,.0f} s",
         *([f"{failed:,} more failed"] if failed else []),
     ]
-    if not (folder / SUMMARY).is_file():
+    path = folder / SUMMARY
+    if not path.is_file():
         said.append("not finished")
-    elif device := json.loads((folder / SUMMARY).read_text(encoding="utf-8")).get("device"):
-        said.append(f"on {device}")
+    else:
+        with damage(f"{path}"):
+            summary = parse_json(read_text_file(path), "it")
+        if isinstance(summary, dict) and summary.get("device"):
+            said.append(f"on {shown(summary['device'], quote=False)}")
     return ", ".join(said) + "."
 
 

@@ -2,30 +2,46 @@
 
 The folder of a run:
 
-    run.json       what was asked: the task and its settings
+    run.json       what was asked: the task and its settings, and of each file of data a checksum
     results.jsonl  a line: {"key": {...}, "value": {...}, "seconds": ...}; in place of "value", what
                    failed has "error"
     summary.json, table.md and pictures: made of these (`dca_jax.evaluation.report`)
 
-The lists of a run (its methods, lengths, depths) are no settings: they stand in the keys. So a run
-is made larger by asking for more in the same folder, and what is there is not computed again.
+The lists of a run (its methods, lengths, depths, tasks) are no settings: they are part of the keys.
+So a run is made larger by asking for more in the same folder, and what is there is not computed
+again.
 """
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
+from dca_jax import fields
+from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, several_processes
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.text_files import decode, parse_json, read_text_file
 
 RUN, LINES = "run.json", "results.jsonl"
+# Settings that only name a thing whose content a checksum among the settings tells.
+LABELS = frozenset({"model", "text", "haystack"})
+FINGERPRINT = "fingerprint"  # the setting that tells the model: its files' checksums
 
 Key = Mapping[str, str | int | float]
+Files = Mapping[str, Mapping[str, str]]
+"""Of each task that has a file of data: its `name`, and the `sha256` of what it holds."""
+
+
+class UnwritableError(InputError):
+    """The results cannot be written: it ends a run, where what one sample meets is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,35 +71,48 @@ class ResultLog:
     Args:
         folder: made if it is not there.
         task: what the lines are lines of, a name of `dca_jax.evaluation.report.TASKS`.
-        settings: all that the samples depend on, but what stands in their keys; JSON values.
+        settings: all that the samples depend on, but what is in their keys; JSON values.
+        files: the data of the tasks in the keys; tasks that the folder does not have yet are added.
         paper: the model of the paper (`dca_jax.evaluation.paper.MODELS`) whose figures are to
             stand beside these; None leaves it as it was.
 
     Raises:
-        InputError: the folder holds another run, or another process writes it.
+        InputError: the folder holds another run, or a damaged one; another process writes it; or it
+            cannot be written.
     """
 
     def __init__(
-        self, folder: Path, task: str, settings: Mapping[str, Any], *, paper: str | None = None
+        self,
+        folder: Path,
+        task: str,
+        settings: Mapping[str, Any],
+        *,
+        files: Files | None = None,
+        paper: str | None = None,
     ) -> None:
         self.folder = folder
         self._file: BinaryIO | None = None  # the primary's alone
-        run = json.loads(json.dumps({"task": task, "settings": dict(settings), "paper": paper}))
+        asked = {"task": task, "settings": dict(settings), "files": files or {}, "paper": paper}
+        run = json.loads(json.dumps(asked))
         lines = from_primary(lambda: self._open(run))
         self._records = _latest([_record(line) for line in lines])
 
     def _open(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         """Opens the file for this process alone; returns the lines that it has."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / LINES).open("a+b")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LINES).open("a+b", buffering=0)
         try:
-            _lock(file.fileno(), self.folder)
+            with writing(self.folder):
+                _lock(file.fileno(), self.folder)
             if (self.folder / RUN).is_file():
                 before = read_run(self.folder)
                 _check_same(self.folder, before, run)
                 run["paper"] = run["paper"] or before.paper
+                run["files"] = {**before.files, **run["files"]}
             write_json(run, self.folder / RUN)
-            _drop_half_line(file.fileno())
+            with writing(self.folder / LINES):
+                _drop_half_line(file.fileno())
             lines = _read_lines(self.folder)
         except BaseException:
             file.close()
@@ -125,18 +154,33 @@ class ResultLog:
     def _append(self, record: Record) -> None:
         outcome = {"value": record.value} if record.error is None else {"error": record.error}
         line = {"key": record.key, **outcome, "seconds": round(record.seconds, 4)}
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         if self._file is not None:
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            # What a model or an error says may have half a character, which no file can hold.
+            self._write(self._file, text.encode(errors="replace") + b"\n")
         self._records[_identity(record.key)] = record
+
+    def _write(self, file: BinaryIO, line: bytes) -> None:
+        """A whole line, or none of it."""
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with writing(self.folder / LINES):
+                while line:  # a disk that fills up may take a part
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+        except InputError as error:
+            with suppress(OSError):  # then the next run drops the half line
+                os.ftruncate(file.fileno(), size)
+            raise UnwritableError(str(error)) from error
 
 
 class Run(NamedTuple):
     """What a run's folder holds: see `ResultLog`."""
 
+    folder: Path
     task: str
     settings: dict[str, Any]
+    files: dict[str, dict[str, str]]
     paper: str | None
     records: list[Record]
 
@@ -147,15 +191,42 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: the folder holds no run, or a damaged one.
     """
-    if not (folder / RUN).is_file():
+    path = folder / RUN
+    if not path.is_file():
         raise InputError(f"{folder} holds no results: there is no {RUN} in it")
+    with damage(f"{path}"):
+        run = parse_json(read_text_file(path), "it")
+        if not isinstance(run, dict):
+            raise InputError(f"a JSON {type(run).__name__}, expected an object")
+        for name in ("task", "settings"):
+            if run.get(name) is None:
+                raise InputError(f"'{name}' is missing")
+        files = dict(fields.mapping(run, "files", "it") or {})
+        for task, file in files.items():
+            if not isinstance(file, dict) or not fields.text(file, "sha256", "files"):
+                raise InputError(f"files: {shown(task)} has no sha256, got {shown(file)}")
+            fields.text(file, "name", "files")
+        found = Run(
+            folder=folder,
+            task=fields.text(run, "task", "it"),
+            settings=dict(fields.mapping(run, "settings", "it") or {}),
+            files=files,
+            paper=fields.text(run, "paper", "it") or None,
+            records=[],
+        )
+    records = map(_record, _read_lines(folder))
+    return found._replace(records=list(_latest(records).values()))
+
+
+@contextmanager
+def damage(where: str) -> Iterator[None]:
+    """Around reading what a run has written: what is wrong with it is damage, for it wrote well."""
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        found = Run(run["task"], run["settings"], run["paper"], [])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / RUN} is damaged: {error}") from error
-    lines = map(_record, _read_lines(folder))
-    return found._replace(records=list(_latest(lines).values()))
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{where} is damaged: {error}; restore it, or give another folder"
+        ) from None
 
 
 def in_batches[T](
@@ -173,11 +244,16 @@ def in_batches[T](
     Args:
         run: does the work, and notes its results only when all of it is done.
         fail: told of each item that failed alone.
+
+    Raises:
+        UnwritableError: results cannot be written; what comes later could not be, either.
     """
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         try:
             run(batch)
+        except UnwritableError:
+            raise
         except Exception as error:  # whatever it is, it is noted, and the rest goes on
             if several_processes() and not isinstance(error, InputError):
                 raise
@@ -188,15 +264,14 @@ def in_batches[T](
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Writes JSON aside and renames it: it is whole or not there."""
+    """Writes JSON; as `write_text`."""
     write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes a text (UTF-8) aside and renames it: it is whole or not there."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Writes a text (UTF-8); as `dca_jax.disk.written`."""
+    # What a model says may have half a character, which no file can hold.
+    written(path, lambda aside: aside.write_bytes(text.encode(errors="replace")))
 
 
 def _identity(key: Key) -> str:
@@ -217,18 +292,37 @@ def _record(line: Mapping[str, Any]) -> Record:
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines, in order; what follows the last line's end was never finished."""
+    """The whole lines, in order; what follows the last line's end was never finished.
+
+    Raises:
+        InputError: a line that is none of `ResultLog`'s, with its number.
+    """
     path = folder / LINES
-    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.is_file() else (b"", b"", b"")
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
     lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            _record(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: line {number} is damaged: {error}") from error
-        lines.append(line)
+    for place, line in enumerate(whole.split(b"\n"), start=1):
+        if line.strip():
+            with damage(f"{path}: line {place}"):
+                lines.append(_checked(parse_json(decode(line, "it"), "it")))
     return lines
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """A line of `ResultLog`'s; raises InputError if it is something else."""
+    key = line.get("key") if isinstance(line, dict) else None
+    if not isinstance(key, dict) or not all(isinstance(k, str | int | float) for k in key.values()):
+        raise InputError(f"it has no key of strings and numbers, got {shown(line)}")
+    value, error = fields.mapping(line, "value", "it"), fields.text(line, "error", "it")
+    if value is None and not error:
+        raise InputError(f"it has neither a value nor an error, got {shown(line)}")
+    if fields.number(line, "seconds", "it", least=0) is None:
+        raise InputError(f"it has no seconds, got {shown(line)}")
+    for name, found in [*key.items(), *(value or {}).items()]:
+        if isinstance(found, float) and not math.isfinite(found):
+            raise InputError(f"its {name} is {found}, expected a finite number")
+    return line
 
 
 def _drop_half_line(descriptor: int) -> None:
@@ -250,10 +344,31 @@ def _lock(descriptor: int, folder: Path) -> None:
 def _check_same(folder: Path, before: Run, asked: dict[str, Any]) -> None:
     was = {"task": before.task, **before.settings}
     now = {"task": asked["task"], **asked["settings"]}
-    if was == now:
-        return
-    changed = next(name for name in was | now if was.get(name) != now.get(name))
-    raise InputError(
-        f"{folder} holds the results of another run: its {changed} is {was.get(changed)!r}, and "
-        f"{now.get(changed)!r} is asked for; give another folder, or remove this one"
-    )
+    changed = [name for name in was | now if was.get(name) != now.get(name) and name not in LABELS]
+    advice = "give another folder (--output), or remove this one"
+    if FINGERPRINT in changed and "task" not in changed:
+        theirs, ours = (_checksums(settings) for settings in (was, now))
+        parts = ", ".join(p for p in theirs | ours if theirs.get(p) != ours.get(p))
+        raise InputError(
+            f"{folder} holds the results of another model, or of this one before its files changed "
+            f"(different: {parts}); {advice}"
+        )
+    for task in before.files.keys() & asked["files"].keys():
+        theirs, ours = before.files[task], asked["files"][task]
+        if theirs["sha256"] != ours["sha256"]:
+            raise InputError(
+                f"{folder} holds results of {task} on other data: the contents of "
+                f"{shown(ours['name'], quote=False)} are not those of "
+                f"{shown(theirs.get('name', ''), quote=False)} then; {advice}"
+            )
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{folder} holds the results of another run: its {name} is {shown(was.get(name))}, and "
+            f"{shown(now.get(name))} is asked for; {advice}"
+        )
+
+
+def _checksums(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = settings.get(FINGERPRINT)
+    return found if isinstance(found, dict) else {}

@@ -79,8 +79,13 @@ MEASURES: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
 }
 
 
+def names_of(measure: str) -> tuple[str, ...]:
+    """What `MEASURES` says of an answer: ROUGE's three scores, or one."""
+    return ROUGE if measure == "rouge" else (measure,)
+
+
 def score(measure: str, values: Sequence[Mapping[str, Any]]) -> float:
     """The score of many answers, in per cent, from what `MEASURES` says of each."""
-    names = ROUGE if measure == "rouge" else (measure,)
+    names = names_of(measure)
     means = {name: 100 * sum(value[name] for value in values) / len(values) for name in names}
     return geometric_mean(means) if measure == "rouge" else means[measure]

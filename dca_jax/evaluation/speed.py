@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from dca_jax.errors import InputError
+from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
@@ -30,6 +31,10 @@ from dca_jax.inference.progress import progress, reading_work
 from dca_jax.model import Llama
 
 ATTENTIONS = ("dense", "flash", "dca")
+FORM = Form(
+    key={"attention": ATTENTIONS, "length": int},
+    value={"seconds": float, "planned_bytes": int},
+)
 TRIALS, SECONDS = 20, 20.0  # readings that are timed, as long as they take no longer together
 
 

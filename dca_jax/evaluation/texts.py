@@ -10,8 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.inference import tokenizer
 from dca_jax.inference.documents import read_document
 from dca_jax.inference.llm import LLM
+
+SAMPLE = 1024  # bytes at a file's start that tell text from token ids
+TEXT_BYTES = frozenset(b"\t\n\r") | frozenset(range(32, 127))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +62,10 @@ def read_token_file(path: Path, vocab_size: int) -> LongText:
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file")
-    if path.suffix == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise InputError(f"{path} is no array of numbers: {error}") from None
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"{path} holds {ids.dtype} {ids.shape}; expected a list of integers")
-    else:
-        dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        if path.stat().st_size % dtype.itemsize:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are no list of {dtype} ids")
-        ids = np.fromfile(path, dtype)
-        if dtype == np.uint16 and len(ids) > 1 and not ids[1::2].any():
-            raise InputError(f"{path} seems to hold 32 bits a token; save it as .npy instead")
+    try:
+        ids = _npy_ids(path) if path.suffix.lower() == ".npy" else _raw_ids(path, vocab_size)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(ids) == 0 or ids.min() < 0 or ids.max() >= vocab_size:
         raise InputError(f"{path} holds no ids of a vocabulary of {vocab_size}")
     tokens = np.asarray(ids, np.int32)
@@ -82,6 +77,36 @@ def read_token_file(path: Path, vocab_size: int) -> LongText:
     return LongText(tokens=tokens, facts=facts)
 
 
+def _npy_ids(path: Path) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # an end of file, a Python literal that cannot be parsed, ...
+        reason = shown(str(error), quote=False)
+        raise InputError(f"{path} is no array of numbers: {reason}") from None
+    if not isinstance(ids, np.ndarray):
+        ids.close()
+        raise InputError(f"{path} is a zip file of arrays (.npz); save the array of ids alone")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"{path} holds {ids.dtype} {ids.shape}; expected a list of integers")
+    return ids
+
+
+def _raw_ids(path: Path, vocab_size: int) -> np.ndarray:
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    with path.open("rb") as file:
+        start = file.read(SAMPLE)
+    if len(start) >= SAMPLE // 16 and all(byte in TEXT_BYTES for byte in start):
+        raise InputError(f"{path} holds text, no raw token ids; give it as --text")
+    if path.stat().st_size % dtype.itemsize:
+        raise InputError(f"{path}: {path.stat().st_size} bytes are no list of {dtype} ids")
+    ids = np.fromfile(path, dtype)
+    if dtype == np.uint16 and len(ids) > 1 and not ids[1::2].any():
+        raise InputError(f"{path} seems to hold 32 bits a token; save it as .npy instead")
+    return ids
+
+
 def joined(prefix: list[int], tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
     """The tokens of a text after those that stand before it."""
     return np.concatenate([np.asarray(prefix, np.int32), tokens])
@@ -91,13 +116,16 @@ def encode(llm: LLM, text: str) -> list[int]:
     """The ids of a piece of text, with no special tokens around it."""
     if llm.tokenizer is None:
         raise InputError("this model's folder has no tokenizer, so it can read token files only")
-    return llm.tokenizer(text, verbose=False, add_special_tokens=False).input_ids
+    return tokenizer.encode(llm.tokenizer, text, add_special_tokens=False)
 
 
 def special_prefix(llm: LLM) -> list[int]:
     """The ids that the tokenizer puts before a text: BOS, or none."""
     bare, whole = encode(llm, "a"), llm.tokenize("a")
-    return whole[: len(whole) - len(bare)] if whole[-len(bare) :] == bare else []
+    for start in range(len(whole) - len(bare) + 1):  # some put an EOS after it, too
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 def prefix_token(llm: LLM) -> int:

@@ -31,6 +31,7 @@ from jaxtyping import Int
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import paper
+from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
@@ -42,6 +43,13 @@ from dca_jax.model import Llama
 
 FORMS = ("paper", "strided", "rolling")
 STRIDES = {"paper": 256, "strided": 512}  # those of the sources
+FORM = Form(
+    key={"method": str, "length": int, "start": int},
+    value={"nll": float, "tokens": int, "weight": int},
+    settings={"form": FORMS, "trained_length": int, "tokens": int, "bytes": int, "words": int},
+    optional=frozenset({"tokens", "bytes", "words"}),
+)
+LARGEST_EXPONENT = 700.0  # exp of more is beyond float64
 
 
 class Window(NamedTuple):
@@ -216,8 +224,16 @@ def _spread(windows: list[Window], limit: int | None) -> list[Window]:
 def mean_nll(records: Sequence[Record]) -> float:
     """The mean over windows, weighted as their form has it; nats a token."""
     values = [record.value for record in records if record.value is not None]
-    weight = sum(value["weight"] for value in values)
-    return math.fsum(value["nll"] * value["weight"] for value in values) / weight
+    return math.fsum(value["nll"] * value["weight"] for value in values) / _weight(records)
+
+
+def _weight(records: Sequence[Record]) -> int:
+    return sum(record.value["weight"] for record in records if record.value is not None)
+
+
+def _exp(nats: float) -> float | None:
+    """A perplexity, at least 1; None where it is too large for a number."""
+    return math.exp(max(nats, 0.0)) if nats < LARGEST_EXPONENT else None  # 0 may be -1e-8 here
 
 
 def outcome(
@@ -232,11 +248,13 @@ def outcome(
     for record in records:
         methods = cells.setdefault(record.key["method"], {})
         methods.setdefault(record.key["length"], []).append(record)
+    # The strided form counts a window of one token for nothing; all others may have failed.
+    cells = {m: {n: some for n, some in row.items() if _weight(some)} for m, row in cells.items()}
     scores = {
         method: {
             str(length): {
                 "nll": (nll := mean_nll(some)),
-                "perplexity": math.exp(nll),
+                "perplexity": _exp(nll),
                 "windows": len(some),
                 **_text_measures(settings, some, nll),
             }
@@ -254,13 +272,17 @@ def outcome(
         cells_of_row = [method]
         for length in lengths:
             value = row.get(str(length))
-            cells_of_row.append(number(None if value is None else value["perplexity"]))
+            cells_of_row.append("" if value is None else _shown(value["perplexity"]))
             if length in shown:
                 cells_of_row.append(paper.figure(theirs[method].get(length)))
         rows.append(cells_of_row)
     title = f"Perplexity by tokens of context ({settings['form']} form)"
     curves = {
-        method: {int(n): value["perplexity"] for n, value in row.items()}
+        method: {
+            int(n): value["perplexity"]
+            for n, value in row.items()
+            if value["perplexity"] is not None
+        }
         for method, row in scores.items()
     }
 
@@ -271,20 +293,26 @@ def outcome(
 
     tables = [Table(title=title, header=header, rows=rows)] if rows else []
     return Outcome(
-        scores=scores, tables=tables, pictures={"perplexity.png": draw} if curves else {}
+        scores=scores,
+        tables=tables,
+        pictures={"perplexity.png": draw} if any(curves.values()) else {},
     )
+
+
+def _shown(perplexity: float | None) -> str:
+    return number(perplexity) if perplexity is not None else f"> e^{LARGEST_EXPONENT:.0f}"
 
 
 def _text_measures(
     settings: Mapping[str, Any], records: Sequence[Record], nll: float
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     counted = sum(record.value["tokens"] for record in records if record.value is not None)
-    whole = settings["form"] == "rolling" and counted == settings["tokens"]
-    if not whole or settings.get("bytes") is None:
+    whole = settings["form"] == "rolling" and counted == settings.get("tokens")
+    if not (whole and settings.get("bytes") and settings.get("words")):
         return {}
     total = nll * counted
     return {
-        "byte_perplexity": math.exp(total / settings["bytes"]),
+        "byte_perplexity": _exp(total / settings["bytes"]),
         "bits_per_byte": total / settings["bytes"] / math.log(2),
-        "word_perplexity": math.exp(total / settings["words"]),
+        "word_perplexity": _exp(total / settings["words"]),
     }

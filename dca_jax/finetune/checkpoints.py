@@ -16,8 +16,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dca_jax.disk import writing
 from dca_jax.errors import InputError
-from dca_jax.finetune.train import State
+from dca_jax.finetune.train import State, all_finite
+
+ADVICE = (
+    "Lower the learning rate or the clip, or compute in float32, and look at the data of this step"
+)
 
 
 class Checkpoints:
@@ -26,6 +31,9 @@ class Checkpoints:
     Args:
         folder: made if it is not there.
         keep: how many of the latest stay.
+
+    Raises:
+        InputError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
@@ -35,9 +43,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, create=True
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("state", "rows")
-        )
+        with writing(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_names=("state", "rows")
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -47,15 +56,17 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest whole checkpoint."""
+        """The step of the latest whole checkpoint; all its numbers are finite."""
         return self._manager.latest_step()
 
     def save(self, state: State, rows: dict[str, Any]) -> None:
         """Begins to save; the state is copied from the devices first, and written meanwhile.
 
         Raises:
-            InputError: this or the last one could not be written, as when the disk is full.
+            InputError: the state is not finite; this or the last one could not be written, as when
+                the disk is full.
         """
+        self.check(state)
         step = int(state.step)
         with self._failures(step):
             self._manager.wait_until_finished()
@@ -66,6 +77,21 @@ class Checkpoints:
                 ),
             )
 
+    def check(self, state: State) -> None:
+        """Raises InputError for a state that is not finite: it is none to go on from."""
+        if not bool(all_finite(state)):
+            raise InputError(
+                f"step {int(state.step)}: the loss is finite, but the update has made parameters "
+                f"that are not; {self.kept()}. {ADVICE}"
+            )
+
+    def kept(self) -> str:
+        """What there is to go on from, for a message; waits until it is on the disk."""
+        self.wait()
+        if self.latest is None:
+            return "no checkpoint had been saved"
+        return f"the checkpoint of step {self.latest} is whole"
+
     def wait(self) -> None:
         """Until what is being saved is on the disk; raises as `save` does."""
         with self._failures(None):
@@ -75,7 +101,7 @@ class Checkpoints:
         """The latest state, laid out as `like` says (any mesh), and the place in the rows.
 
         Raises:
-            InputError: it is damaged, or of another model.
+            InputError: it is damaged, of another model, or holds NaN or infinity.
         """
         step = self.latest
         try:
@@ -91,7 +117,13 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} cannot be read ({reason}); remove this "
                 "folder to go on from the one before it"
             ) from error
-        return State(**found["state"]), dict(found["rows"])
+        state = State(**found["state"])
+        if not bool(all_finite(state)):
+            raise InputError(
+                f"checkpoint {self.folder / str(step)} holds NaN or infinity; remove this folder "
+                "to go on from the one before it"
+            )
+        return state, dict(found["rows"])
 
     @contextmanager
     def _failures(self, step: int | None) -> Iterator[None]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.text_files import json_lines, parse_json, read_text_file
 
 Role = Literal["system", "user", "assistant"]
@@ -137,7 +138,7 @@ def _form(entry: dict[str, Any]) -> _Form:
         return ALPACA
     if isinstance(entry.get("conversation"), str):
         return PLAIN
-    raise _NotADialogue(f"has the keys {list(entry)}")
+    raise _NotADialogue(f"has the keys {shown(list(entry))}")
 
 
 def _turn_list(entry: dict[str, Any]) -> list[Any] | None:
@@ -176,7 +177,13 @@ def _parse_turns(entry: dict[str, Any], gpt4_only: bool) -> list[Turn]:
         if role is None:
             raise _Dropped("a turn of neither system, user nor assistant")
         ours = not gpt4_only or _by_gpt4(item.get("model", entry.get("model")))
-        trained = role == "assistant" and ours and item.get("weight") != 0
+        weight = item.get("weight")
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            raise _NotADialogue(
+                f"has a turn {number} of weight {shown(weight)}, where 0 (not trained on) or 1 "
+                "should be"
+            )
+        trained = role == "assistant" and ours and weight != 0
         turns.append(Turn(role, _text(text, f"turn {number}"), trained))
     return turns
 

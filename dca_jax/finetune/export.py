@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from dca_jax.distributed import from_primary
+from dca_jax.disk import writing
+from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.lora import merge_lora, save_adapter
 from dca_jax.finetune.setup import Setup
+from dca_jax.finetune.train import all_finite
 from dca_jax.weights.files import copy_companions, read_json
 from dca_jax.weights.folder import open_weights
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
@@ -31,13 +33,23 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
 
     Args:
         params: what was trained.
+
+    Raises:
+        InputError: parameters that are not finite, or a disk that is full; there is no model then.
     """
     settings, config, dtype = setup.settings, setup.config, jnp.dtype(setup.settings.dtype)
     if setup.lora is None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    else:
+    if not bool(all_finite(params)):
+        raise InputError(
+            f"the trained parameters are not all finite in {settings.dtype}: there is no model to "
+            "write; begin again with a lower learning rate"
+        )
+    if setup.lora is not None:
         if not (output / "adapter").exists():
-            save_adapter(output / "adapter", params, config, setup.lora, base_model=settings.model)
+            with writing(output / "adapter"):
+                base = settings.model
+                save_adapter(output / "adapter", params, config, setup.lora, base_model=base)
         _, read = open_weights(setup.folder, config, dtype=dtype)
         read = merge_lora(read, params, setup.lora)
         leaves = {
@@ -47,25 +59,29 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     aside = output / ".model.partial"
 
     def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        copy_companions(setup.folder, aside)
-        _write_config(setup, aside)
+        with writing(output / "model"):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            copy_companions(setup.folder, aside)
+            _write_config(setup, aside)
 
     def end() -> None:
-        aside.rename(output / "model")
+        with writing(output / "model"):
+            aside.rename(output / "model")
 
     try:
         from_primary(begin)
-        save(aside / PARAMS, params)
+        with writing(output / "model"):
+            save(aside / PARAMS, params)
         from_primary(end)
     except (OSError, ValueError, RuntimeError) as error:  # as Orbax says that a disk is full
-        if isinstance(error, InputError):
-            raise
+        if is_primary():
+            shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).partition("\n")[0][:300]
+        if not isinstance(error, InputError):
+            reason = f"{output / 'model'} cannot be written ({type(error).__name__}: {reason})"
         raise InputError(
-            f"{output / 'model'} could not be written ({type(error).__name__}: {reason}); the "
-            "training is in the last checkpoint: make room on the disk, and run the same command"
+            f"{reason}. The training is in the last checkpoint: the same command goes on from it"
         ) from error
 
 

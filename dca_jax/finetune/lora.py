@@ -159,7 +159,15 @@ def merge_lora(read: Read, adapters: Mapping[str, Any], lora: LoraConfig) -> Rea
         layer, ins = index[0].start, index[1 : a.ndim - 1]
         outs = index[a.ndim - 1 :]
         delta = np.tensordot(a[layer][ins], b[layer][:, *outs], 1)[None]
-        return (piece.astype(np.float32) + np.float32(lora.scale) * delta).astype(piece.dtype)
+        with np.errstate(over="ignore"):
+            merged = piece.astype(np.float32) + np.float32(lora.scale) * delta
+            merged = merged.astype(piece.dtype)
+        if not np.isfinite(merged).all():
+            raise InputError(
+                f"{row.path} with its adapter merged is not finite in {piece.dtype}: the adapter "
+                "is too large"
+            )
+        return merged
 
     return read_merged
 

@@ -2,20 +2,25 @@
 
 import json
 import math
+import os
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.disk import writing, written
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
+from dca_jax.finetune.settings import Settings
 from dca_jax.weights.parameters import lora_parameters, parameters
 
 METRICS = "metrics.jsonl"
@@ -35,7 +40,12 @@ PEAKS = {
     "TPU7x": 1153e12,
 }
 
-Report = Callable[[int, dict[str, float]], None]
+
+class Reporter(NamedTuple):
+    """Where a run's numbers go: told a step and its metrics; and closed when the run ends."""
+
+    report: Callable[[int, dict[str, float]], None]
+    close: Callable[[], None]
 
 
 def update_flops(
@@ -67,18 +77,21 @@ class Meters:
 
     Args:
         folder: of the run.
+        settings: its own; `check_reports` has found the packages of its `report`.
         step: updates made already. steps: of the whole run.
         flops: of an update, on all devices together.
-        report: of `settings.REPORTS`, which `check_reports` has found.
+
+    Raises:
+        InputError: a reporter that does not start; while the run goes on, a disk that is full.
     """
 
     def __init__(
-        self, folder: Path, *, step: int, steps: int, flops: float, report: tuple[str, ...]
+        self, folder: Path, settings: Settings, *, step: int, steps: int, flops: float
     ) -> None:
         self.folder, self._step, self._steps, self._flops = folder, step, steps, flops
         self._peak = PEAKS.get(jax.devices()[0].device_kind)
-        chosen = report if is_primary() else ()
-        self._reports = [_REPORTERS[name][1](folder) for name in chosen]
+        chosen = settings.report if is_primary() else ()
+        self._reporters = [_started(name, folder, settings, step) for name in chosen]
         self._times = [time.perf_counter()]
         console = Console(stderr=True, quiet=not is_primary())
         columns = (TextColumn("finetuning"), BarColumn(), MofNCompleteColumn())
@@ -88,8 +101,10 @@ class Meters:
 
     def __enter__(self) -> "Meters":
         if is_primary():
-            _cut_after(self.folder / METRICS, self._step)
-            self._file = (self.folder / METRICS).open("a", encoding="utf-8")
+            with writing(self.folder / METRICS):
+                _cut_after(self.folder / METRICS, self._step)
+                # Without a buffer: what a full disk has refused is not tried again on closing.
+                self._file = (self.folder / METRICS).open("ab", buffering=0)
         self._bar.start()
         self._task = self._bar.add_task(
             "", total=self._steps, completed=self._step, told="compiling"
@@ -104,6 +119,9 @@ class Meters:
     ) -> None:
         if is_primary():
             self._file.close()
+        for reporter in self._reporters:
+            with suppress(OSError):  # of a full disk, which has been said
+                reporter.close()
         self._bar.stop()
 
     def update(self, step: int, metrics: dict[str, float], tokens: int) -> None:
@@ -139,16 +157,13 @@ class Meters:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if not is_primary():
             return
-        try:
-            self._file.write(json.dumps({"step": step} | metrics) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self.folder / METRICS} cannot be written ({error.strerror}); make room on the "
-                "disk, and run the same command again to go on from the last checkpoint"
-            ) from None
-        for report in self._reports:
-            report(step, metrics)
+        line = json.dumps({"step": step} | metrics).encode() + b"\n"
+        with writing(self.folder / METRICS):
+            while line:  # a disk that fills up may take a part; the next run cuts it off
+                line = line[self._file.write(line) :]
+        for reporter in self._reporters:
+            with writing(self.folder):
+                reporter.report(step, metrics)
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -159,15 +174,14 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if 0 < step >= json.loads(line)["step"]:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    text = "".join(f"{line}\n" for line in kept)
+    written(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _peak_memory() -> int | None:
@@ -185,28 +199,58 @@ def check_reports(report: tuple[str, ...]) -> None:
             raise InputError(f"report {name} needs {package}: pip install 'dca_jax[{name}]'")
 
 
-def _tensorboard(folder: Path) -> Report:
+def _started(name: str, folder: Path, settings: Settings, step: int) -> Reporter:
+    try:
+        with writing(folder):
+            return _REPORTERS[name][1](folder, settings, step)
+    except InputError:
+        raise
+    except Exception as error:  # an account, a network: whatever it is, it is outside this program
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"report {name} does not start: {reason}") from error
+
+
+def _tensorboard(folder: Path, settings: Settings, step: int) -> Reporter:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    # What a killed run has told of later steps is not shown: they are made again.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def report(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return report
+    return Reporter(report, writer.close)
 
 
-def _wandb(folder: Path) -> Report:
+def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
+    """One run of Weights & Biases for a folder, however often it is resumed or moved."""
     import wandb  # pyright: ignore[reportMissingImports]
 
-    run: Any = wandb.init(dir=str(folder), name=folder.name, resume="allow", id=folder.name)
-    return lambda step, metrics: run.log(metrics, step=step)
+    path, new = folder / "wandb_id.txt", f"{uuid.uuid4().hex}\n"
+    if not path.exists():
+        written(path, lambda aside: aside.write_text(new, encoding="utf-8"))
+    run: Any = wandb.init(
+        dir=str(folder),
+        project=os.environ.get("WANDB_PROJECT", "dca_jax"),
+        name=folder.resolve().name,
+        id=path.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        config=settings.as_yaml(),
+    )
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        # Steps that a killed run has told are made again, with the same numbers: it has them.
+        if step >= run.step:
+            run.log(metrics, step=step)
+
+    return Reporter(report, run.finish)
 
 
-# By name: the package, and what makes the reporter of a run's folder.
-_REPORTERS: dict[str, tuple[str, Callable[[Path], Report]]] = {
+# By name: the package, and what makes the reporter of a run: of its folder, its settings, and the
+# updates made already.
+_REPORTERS: dict[str, tuple[str, Callable[[Path, Settings, int], Reporter]]] = {
     "tensorboard": ("tensorboardX", _tensorboard),
     "wandb": ("wandb", _wandb),
 }

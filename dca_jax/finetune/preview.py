@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dca_jax.finetune.templates import Rendered
 from dca_jax.inference.text_stream import INCOMPLETE
+from dca_jax.inference.tokenizer import decode
 
 TRAINED, MASKED = "bold green", "dim"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour
@@ -51,9 +52,7 @@ def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     done, read = 0, 0
     for trained, run in groupby(rendered.trained.tolist()):
         done += sum(1 for _ in run)
-        text = tokenizer.decode(
-            tokens[:done], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = decode(tokenizer, tokens[:done], skip_special_tokens=False)
         if done < len(tokens):
             text = text.rstrip(INCOMPLETE)
         yield _visible(text[read:]), trained

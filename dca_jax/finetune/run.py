@@ -12,6 +12,7 @@ The folder of a run:
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,17 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.status import Status
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
-from dca_jax.finetune.checkpoints import Checkpoints
+from dca_jax.fields import LARGEST
+from dca_jax.finetune.checkpoints import ADVICE, Checkpoints
 from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row, rows_per_epoch
 from dca_jax.finetune.data import training_rows as rows_of
 from dca_jax.finetune.dialogues import read_dialogues
@@ -59,8 +61,8 @@ from dca_jax.finetune.train import (
     start,
 )
 from dca_jax.inference.buckets import power_of_two
-from dca_jax.inference.load import load_tokenizer
 from dca_jax.inference.methods import method_by_name
+from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
@@ -90,6 +92,11 @@ def finetune(settings: Settings) -> Path:
     if steps is None:
         epoch = rows_per_epoch(data, length=settings.length, pack=settings.pack)
         steps = math.ceil(settings.epochs * epoch / (settings.batch * settings.accumulate))
+        if steps > LARGEST:
+            raise InputError(
+                f"{settings.epochs:g} epochs of {epoch:,} rows are {steps:,} updates; at most "
+                f"{LARGEST:,} are counted: give fewer epochs, or steps"
+            )
     from_primary(lambda: write_settings(output, settings))
     with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
         state = train(setup, checkpoints, rows, held_out, steps)
@@ -125,6 +132,11 @@ def open_setup(settings: Settings) -> Setup:
         chat_template = template_source(tokenizer, settings.template)
     lora = None
     if settings.lora_rank:
+        if settings.lora_rank > config.hidden_size:
+            raise InputError(
+                f"lora_rank {settings.lora_rank} is more than the model's width of "
+                f"{config.hidden_size}: give a lower one, or 0 to train all weights"
+            )
         lora = LoraConfig(
             rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
         )
@@ -170,7 +182,7 @@ def check_output(output: Path, settings: Settings) -> None:
                 f"{output} holds a run with another {', '.join(differing)}; go on with the "
                 "settings it began with, or choose another output"
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and holds no finetuning run; choose another output")
 
 
@@ -178,13 +190,10 @@ def write_settings(output: Path, settings: Settings) -> None:
     """Makes the run's folder, and notes the settings there, aside and then renamed."""
     import yaml
 
-    try:
+    text = yaml.safe_dump(settings.as_yaml(), sort_keys=False)
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        aside = output / f".{SETTINGS}.partial"
-        aside.write_text(yaml.safe_dump(settings.as_yaml(), sort_keys=False), encoding="utf-8")
-        aside.replace(output / SETTINGS)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+    written(output / SETTINGS, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
@@ -283,10 +292,9 @@ def train(
     evaluate = make_evaluation(setup.build)
     batch = settings.batch * settings.accumulate
     flops = update_flops(setup.config, length=settings.length, rows=batch, lora=setup.lora)
-    meters = Meters(
-        Path(settings.output), step=done, steps=steps, flops=flops, report=settings.report
-    )
+    meters = Meters(Path(settings.output), settings, step=done, steps=steps, flops=flops)
     pending: tuple[int, Metrics, int] | None = None
+    agreed = agreement()
     with meters, stopping() as stop:
         if held_out and done == 0:
             meters.evaluation(0, evaluate(state.params, frozen, held_out, setup.mesh))
@@ -303,6 +311,7 @@ def train(
                 tell(meters, *pending, checkpoints)
                 pending = None
             if held_out and (step % settings.eval_every == 0 or step == steps):
+                checkpoints.check(state)
                 meters.evaluation(step, evaluate(state.params, frozen, held_out, setup.mesh))
             if last or step % settings.save_every == 0:
                 checkpoints.save(state, stream.get_state())
@@ -352,17 +361,9 @@ def tell(
     """
     loss, norm, trained, finite = (float(np.asarray(x)) for x in metrics)
     if not finite:
-        checkpoints.wait()
-        latest = checkpoints.latest
-        kept = (
-            "no checkpoint had been saved"
-            if latest is None
-            else f"the checkpoint of step {latest} is whole"
-        )
         raise InputError(
-            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; {kept}. "
-            " Lower the learning rate or the clip, or compute in "
-            "float32, and look at the data of this step"
+            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; "
+            f"{checkpoints.kept()}. {ADVICE}"
         )
     meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens)
 
@@ -379,6 +380,11 @@ def make_evaluation(build: Build) -> Callable[..., float]:
         nll, tokens = (
             sum(float(np.asarray(x)) for x in column) for column in zip(*found, strict=True)
         )
+        if not math.isfinite(nll):
+            raise InputError(
+                f"the loss on the held-out dialogues is {nll:g}: the model, or the dtype, is not "
+                "good for them; compute in float32, or look at them"
+            )
         return nll / tokens
 
     return evaluate
@@ -391,8 +397,12 @@ def make_evaluation(build: Build) -> Callable[..., float]:
 def stopping() -> Iterator[Callable[[], int]]:
     """Yields what tells the number of the signal that asked to stop, 0 if none has.
 
-    The first SIGTERM or Ctrl-C asks; a second one ends the program at once.
+    The first SIGTERM or Ctrl-C asks; a second one ends the program at once. Only Python's main
+    thread may ask for signals: in another one nothing stops a run but what stops the program.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
     asked = 0
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -410,8 +420,25 @@ def stopping() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def agreed(signal_number: int) -> int:
-    """The signal that any process has been sent: all must stop after the same update."""
+def agreement() -> Callable[[int], int]:
+    """What turns the signal that this process has been sent into one that all agree on.
+
+    All must stop after the same update. With several processes a call starts an exchange, and
+    gives what the call before it has found: that one has ended with its update, so the host stays
+    ahead of the devices, and a signal is followed one update later.
+    """
     if not several_processes():
-        return signal_number
-    return int(multihost_utils.process_allgather(np.int32(signal_number)).max())
+        return lambda number: number
+    axis = "devices"
+    mesh = Mesh(np.array(jax.devices()), (axis,))
+    highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    before: jax.Array | None = None
+
+    def agreed(number: int) -> int:
+        nonlocal before
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        where = NamedSharding(mesh, PartitionSpec(axis))
+        found, before = before, highest(jax.make_array_from_process_local_data(where, mine))
+        return 0 if found is None else int(np.asarray(found))
+
+    return agreed

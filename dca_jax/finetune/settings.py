@@ -12,13 +12,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
+
 from dca_jax.config import LORA_TARGETS
 from dca_jax.errors import InputError
+from dca_jax.fields import LARGEST, shown
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
 BASES = ("dtype", "int8")
 REPORTS = ("tensorboard", "wandb")
+LARGEST_UPDATE = 2**27  # tokens, padding included: the host builds all rows of an update at once
+WEIGHTS = (1e-6, 1e3)  # of a file: beyond them an epoch is nothing, or has no end
 
 
 class DataFile(NamedTuple):
@@ -37,6 +42,32 @@ class DataFile(NamedTuple):
 Files = tuple[DataFile, ...]
 
 
+class Range(NamedTuple):
+    """What a number may be: from `least`, above `above`, below `below`; and always finite."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is in the range."""
+        return not (
+            (self.least is not None and value < self.least)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.above is not None:
+            return f"above {self.above:g}"
+        if self.below is not None:
+            return f"from {self.least:g} to below {self.below:g}"
+        return f"at least {self.least:g}"
+
+
+FROM_0, FROM_1, POSITIVE, SHARE = Range(0), Range(1), Range(above=0), Range(0, below=1)
+
+
 def _option(
     default: Any,
     help: str,
@@ -44,9 +75,10 @@ def _option(
     resumable: bool = False,
     choices: Any = None,
     tokens: bool = False,
+    within: Range | None = None,
 ) -> Any:
     metadata = {"help": help, "resumable": resumable, "choices": choices, "tokens": tokens}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"within": within})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +108,7 @@ class Settings:
         "Chat template of the dialogues: chat (the tokenizer's own), llama-2, chunkllama (the "
         "paper's code, slips included), or a .jinja file.",
     )
-    length: int = _option(16_384, "Row length in tokens.", tokens=True)
+    length: int = _option(16_384, "Row length in tokens.", tokens=True, within=Range(2))
     pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; otherwise one per row.")
     gpt4_only: bool = _option(False, "Keep only dialogues marked as answered by GPT-4.")
     # --- attention
@@ -86,24 +118,32 @@ class Settings:
         "a setting, as in dca:chunkllama or dca:3072,4095.",
     )
     # --- optimization (AdamW)
-    steps: int | None = _option(None, "Number of updates (default: from EPOCHS).")
-    epochs: float = _option(1.0, "Number of passes over the data.")
-    batch: int = _option(1, "Rows per batch, over all devices.")
+    steps: int | None = _option(None, "Number of updates (default: from EPOCHS).", within=FROM_1)
+    epochs: float = _option(1.0, "Number of passes over the data.", within=POSITIVE)
+    batch: int = _option(1, "Rows per batch, over all devices.", within=FROM_1)
     accumulate: int = _option(
-        1, "Batches per update; gradients are weighted by their number of tokens."
+        1,
+        "Batches per update; gradients are weighted by their number of tokens.",
+        within=FROM_1,
     )
-    learning_rate: float = _option(2e-5, "Peak learning rate; decays to zero along a cosine.")
+    learning_rate: float = _option(
+        2e-5, "Peak learning rate; decays to zero along a cosine.", within=POSITIVE
+    )
     warmup: float = _option(
-        0.03, "Fraction of the updates in which the learning rate rises from zero."
+        0.03,
+        "Fraction of the updates in which the learning rate rises from zero.",
+        within=SHARE,
     )
-    weight_decay: float = _option(0.0, "Weight decay of the matrices.")
-    beta1: float = _option(0.9, "AdamW's beta1.")
-    beta2: float = _option(0.999, "AdamW's beta2.")
-    clip: float = _option(1.0, "Maximum norm of the gradient.")
-    seed: int = _option(0, "Seed for data order and LoRA initialization.")
+    weight_decay: float = _option(0.0, "Weight decay of the matrices.", within=FROM_0)
+    beta1: float = _option(0.9, "AdamW's beta1.", within=SHARE)
+    beta2: float = _option(0.999, "AdamW's beta2.", within=SHARE)
+    clip: float = _option(1.0, "Maximum norm of the gradient.", within=POSITIVE)
+    seed: int = _option(0, "Seed for data order and LoRA initialization.", within=FROM_0)
     # --- LoRA
-    lora_rank: int = _option(0, "Train LoRA adapters of this rank; 0 trains all weights.")
-    lora_alpha: float = _option(32.0, "LoRA's scale is alpha / rank.")
+    lora_rank: int = _option(
+        0, "Train LoRA adapters of this rank; 0 trains all weights.", within=FROM_0
+    )
+    lora_alpha: float = _option(32.0, "LoRA's scale is alpha / rank.", within=POSITIVE)
     lora_targets: tuple[str, ...] = _option(
         LORA_TARGETS,
         "Projections that get adapters. May be given several times.",
@@ -129,9 +169,9 @@ class Settings:
         choices=tuple(REMAT),
     )
     # --- the run
-    save_every: int = _option(200, "Updates between checkpoints.", resumable=True)
-    keep: int = _option(2, "Number of checkpoints to keep.", resumable=True)
-    eval_every: int = _option(200, "Updates between evaluations.", resumable=True)
+    save_every: int = _option(200, "Updates between checkpoints.", resumable=True, within=FROM_1)
+    keep: int = _option(2, "Number of checkpoints to keep.", resumable=True, within=FROM_1)
+    eval_every: int = _option(200, "Updates between evaluations.", resumable=True, within=FROM_1)
     report: tuple[str, ...] = _option(
         (),
         "Where to report besides metrics.jsonl: tensorboard, wandb. May be given several times.",
@@ -143,45 +183,54 @@ class Settings:
         for name in ("model", "output", "data"):
             if not getattr(self, name):
                 raise InputError(f"{name} is not given; name it in the file, or as --{name}")
-        for name in "length batch accumulate save_every keep eval_every".split():
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.length < 2:
-            raise InputError("length must be at least 2: a token is predicted from those before it")
-        for name in "lora_rank weight_decay".split():
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in "epochs learning_rate clip lora_alpha".split():
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in "warmup beta1 beta2".split():
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
-        for file in (*self.data, *self.eval_data):
-            if not (math.isfinite(file.weight) and file.weight > 0 and file.min_tokens >= 0):
-                raise InputError(
-                    f"{file.path} must have a positive weight and min_tokens from 0, got "
-                    f"{file.weight} and {file.min_tokens}"
-                )
         for row in fields(self):
+            self._check_number(row)
             self._check_choice(row)
+        tokens = self.batch * self.accumulate * self.length
+        if tokens > LARGEST_UPDATE:
+            raise InputError(
+                f"an update of {self.accumulate} x {self.batch} rows of {self.length} tokens has "
+                f"{tokens:,}; at most {LARGEST_UPDATE:,} are made at once: lower accumulate, batch "
+                "or length"
+            )
+        for file in (*self.data, *self.eval_data):
+            least, most = WEIGHTS
+            if not (least <= file.weight <= most and 0 <= file.min_tokens <= LARGEST):
+                raise InputError(
+                    f"{file.path} must have a weight from {least:g} to {most:g} and min_tokens "
+                    f"from 0, got {file.weight} and {shown(file.min_tokens)}"
+                )
         if self.base == "int8" and not self.lora_rank:
             raise InputError("base int8 goes with LoRA: weights that are trained stay float32")
+
+    def _check_number(self, row: dataclasses.Field) -> None:
+        value, within = getattr(self, row.name), row.metadata["within"]
+        kinds = get_args(row.type) or (row.type,)
+        if within is None or (value is None and NoneType in kinds):
+            return
+        if isinstance(value, bool) or not isinstance(value, int if int in kinds else int | float):
+            raise InputError(f"{row.name} is {KINDS[kinds[0]]}, got {shown(value)}")
+        if int in kinds and value > LARGEST:
+            raise InputError(f"{row.name} must be at most {LARGEST}, got {shown(value)}")
+        # Floats as the devices have them: 1e39 is infinite there, and 0.99999999 is 1.
+        here = _float32(value) if float in kinds else value
+        if float in kinds and not math.isfinite(here):
+            raise InputError(f"{row.name} must be finite, in float32 too, got {shown(value)}")
+        if not within.holds(here):
+            raise InputError(f"{row.name} must be {within}, got {shown(value)}")
 
     def _check_choice(self, row: dataclasses.Field) -> None:
         value, choices = getattr(self, row.name), row.metadata["choices"]
         for one in value if isinstance(value, tuple) else (value,):
             if choices is not None and one not in choices:
-                raise InputError(f"{row.name} is one of {', '.join(choices)}; got {one!r}")
+                raise InputError(f"{row.name} is one of {', '.join(choices)}; got {shown(one)}")
 
     def as_yaml(self) -> dict[str, Any]:
         """What `read_settings` reads back, as plain values; fields at their default too."""
         values = dataclasses.asdict(self)
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data"):  # a list, for a file may be given more than once
             files = (file._asdict() for file in getattr(self, name))
-            values[name] = {file.pop("path"): file for file in files}
+            values[name] = [{file.pop("path"): file} for file in files]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def differing(self, other: "Settings") -> list[str]:
@@ -213,22 +262,14 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> Settings:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-            raise InputError(f"{path}: there is no setting {name!r}{hint}")
+            raise InputError(f"{path}: there is no setting {shown(name)}{hint}")
     return Settings(**{name: _value(known[name], value) for name, value in values.items()})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from dca_jax.finetune.yaml_files import read_yaml  # flags alone need no YAML
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no settings; expected lines like 'length: 16384'")
-    return values
+    return read_yaml(path)
 
 
 def _value(row: dataclasses.Field, value: Any) -> Any:
@@ -238,7 +279,7 @@ def _value(row: dataclasses.Field, value: Any) -> Any:
     if row.type == tuple[str, ...]:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-            raise InputError(f"{row.name} is a list of names, got {value!r}")
+            raise InputError(f"{row.name} is a list of names, got {shown(value)}")
         return tuple(values)
     kinds: tuple[Any, ...] = get_args(row.type) or (row.type,)
     if value is None:
@@ -251,22 +292,47 @@ def _value(row: dataclasses.Field, value: Any) -> Any:
     try:
         if isinstance(value, bool) != (kind is bool):
             raise ValueError
-        if kind is int and int(value) != float(value):
+        if kind is str and not isinstance(value, str):
+            raise ValueError
+        if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise InputError(f"{row.name} is {names[kind]}, got {value!r}") from None
+        raise InputError(f"{row.name} is {KINDS[kind]}, got {shown(value)}") from None
+
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text (a number needs quotes)",
+}
+
+
+def _float32(value: float) -> float:
+    """A number as float32 rounds it; infinite where it is too large."""
+    if abs(value) > 1e300:  # an integer may be too large for any float
+        return float("inf")
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def _files(name: str, value: Any) -> Files:
-    """From {file: weight}, {file: {weight, min_tokens}}, or texts "file" and "file=weight"."""
-    if isinstance(value, Mapping):
-        return tuple(_file(str(path), of_file) for path, of_file in value.items())
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-        raise InputError(f"{name} is a list of files, or lines 'file: weight'; got {value!r}")
-    return tuple(_file_with_weight(text) for text in values)
+    """From {file: weight}, {file: {weight, min_tokens}}, or texts "file" and "file=weight".
+
+    Or from a list of these.
+    """
+    values = [value] if isinstance(value, str | Mapping) else value
+    kinds = str | Mapping
+    if not isinstance(values, list | tuple) or not all(isinstance(v, kinds) for v in values):
+        raise InputError(f"{name} is a list of files, or lines 'file: weight'; got {shown(value)}")
+    files: list[DataFile] = []
+    for one in values:
+        if isinstance(one, Mapping):
+            files += [_file(str(path), of_file) for path, of_file in one.items()]
+        else:
+            files.append(_file_with_weight(one))
+    return tuple(files)
 
 
 def _file(path: str, value: Any) -> DataFile:
@@ -274,12 +340,16 @@ def _file(path: str, value: Any) -> DataFile:
     options: Any = value if isinstance(value, Mapping) else own
     try:
         found = DataFile(path, **options)
-        least = found.min_tokens
+        weight, least = found.weight, found.min_tokens
+        if isinstance(weight, bool) or isinstance(least, bool):
+            raise TypeError
         least = parse_tokens(least) if isinstance(least, str) else int(least)
-        return DataFile(path, float(found.weight), least)
-    except (TypeError, ValueError):
+        if least != found.min_tokens and not isinstance(found.min_tokens, str):
+            raise ValueError
+        return DataFile(path, float(weight), least)
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
-            f"{path} has a weight, or weight and min_tokens, each a number; got {value!r}"
+            f"{path} has a weight, or weight and min_tokens, each a number; got {shown(value)}"
         ) from None
 
 

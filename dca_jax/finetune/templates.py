@@ -12,7 +12,7 @@ end is too much to ask of those in use. So they are found by rendering beginning
     the answer too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from jaxtyping import Bool, Int
 
 from dca_jax.errors import InputError
 from dca_jax.finetune.dialogues import Dialogue
+from dca_jax.inference.chat_templates import ChatTemplates, own_template
+from dca_jax.inference.tokenizer import encode, encode_with_places
+from dca_jax.text_files import read_text_file
 
 BUILT_IN = ("chat", "llama-2", "chunkllama")
 
@@ -109,20 +112,25 @@ def renderer(tokenizer: Any, template: str = "chat") -> Callable[[Dialogue], Ren
             "tokenizer.json into the model's folder, from which a fast tokenizer is made"
         )
     source = template_source(tokenizer, template)
+    templates, variables = ChatTemplates(), tokenizer.special_tokens_map
+
+    def write(messages: Sequence[Mapping[str, str]], cuts: Sequence[tuple[int, bool]]) -> list[str]:
+        return templates.write(source, variables, messages, cuts, what="this dialogue")
+
     # What may be an end marker; tokens of spaces only, which some code models have added, are none.
     marks = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
-    return lambda dialogue: _from_template(dialogue, tokenizer, source, marks)
+    return lambda dialogue: _from_template(dialogue, tokenizer, write, marks)
 
 
-def template_source(tokenizer: Any, template: str) -> str | None:
-    """The template's text; None for the tokenizer's own."""
+def template_source(tokenizer: Any, template: str) -> str:
+    """The template's text."""
     if template == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 "this tokenizer has no chat template: the model was not made for chat. Choose the "
                 "template llama-2, or give the path of a .jinja file"
             )
-        return None
+        return own_template(tokenizer)
     if template == "llama-2":
         if tokenizer.bos_token is None or tokenizer.eos_token is None:
             raise InputError(
@@ -136,60 +144,33 @@ def template_source(tokenizer: Any, template: str) -> str | None:
             f"{template!r} is no template; expected one of {', '.join(BUILT_IN)}, or the path of a "
             ".jinja file"
         )
-    if not path.is_file():
-        raise InputError(f"the template {path} is not a file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return read_text_file(path)
 
 
 def _from_template(
-    dialogue: Dialogue, tokenizer: Any, template: str | None, marks: list[int]
+    dialogue: Dialogue, tokenizer: Any, write: Callable[..., list[str]], marks: list[int]
 ) -> Rendered:
     messages = [{"role": turn.role, "content": turn.text} for turn in dialogue.turns]
-    text = _written(messages, tokenizer, template)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens = np.asarray(encoding.input_ids, np.int32)
-    begins, ends = _characters(encoding.offset_mapping)
+    answers = [n for n, turn in enumerate(dialogue.turns) if turn.trained]
+    beginnings = [cut for n in answers for cut in ((n, True), (n + 1, False))]
+    text, *written = write(messages, [(len(messages), False), *beginnings])
+    tokens, begins, ends = encode_with_places(tokenizer, text)
     is_mark = np.isin(tokens, marks)
     trained = np.zeros(len(tokens), np.bool_)
-    for n, turn in enumerate(dialogue.turns):
-        if turn.trained:
-            prompt = _written(messages[:n], tokenizer, template, prompt=True)
-            answered = _written(messages[: n + 1], tokenizer, template)
-            _check_beginning(prompt, answered, n)
-            _check_beginning(answered, text, n)
-            start, end = len(prompt), len(answered)
-            # A token without characters (Llama-2's mark of a word's beginning) belongs to what
-            # follows it; one that reaches into the answer has to be written by the model.
-            inside = (begins < end) & ((ends > start) | (begins >= start))
-            # Templates write a line break after the end marker. Nobody waits for it.
-            (places,) = np.nonzero(inside & is_mark)
-            if len(places) and not text[ends[places[-1]] : end].strip():
-                inside[places[-1] + 1 :] = False
-            trained |= inside
+    for n, prompt, answered in zip(answers, written[::2], written[1::2], strict=True):
+        _check_beginning(prompt, answered, n)
+        _check_beginning(answered, text, n)
+        start, end = len(prompt), len(answered)
+        # A token without characters (Llama-2's mark of a word's beginning) belongs to what
+        # follows it; one that reaches into the answer has to be written by the model.
+        inside = (begins < end) & ((ends > start) | (begins >= start))
+        # Templates write a line break after the end marker. Nobody waits for it.
+        (places,) = np.nonzero(inside & is_mark)
+        if len(places) and not text[ends[places[-1]] : end].strip():
+            inside[places[-1] + 1 :] = False
+        trained |= inside
     trained[:1] = False
     return Rendered(tokens, trained)
-
-
-def _written(
-    messages: Sequence[dict[str, str]],
-    tokenizer: Any,
-    template: str | None,
-    *,
-    prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError  # slow to import, and needed here only
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, add_generation_prompt=prompt, tokenize=False
-        )
-    except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template refuses this dialogue: {error}") from None
 
 
 def _check_beginning(beginning: str, whole: str, turn: int) -> None:
@@ -202,18 +183,6 @@ def _check_beginning(beginning: str, whole: str, turn: int) -> None:
         f"{beginning[same:][:40]!r} where the whole has {whole[same:][:40]!r}. Choose the template "
         "llama-2, or give the path of a .jinja file that writes turn after turn"
     )
-
-
-def _characters(
-    offsets: Sequence[tuple[int, int]],
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """From which character to which each token goes.
-
-    Some tokenizers leave spaces out of the offsets: a token then begins where the one before ended.
-    """
-    begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    before = np.concatenate([[0], ends[:-1]])
-    return np.minimum(begins, before), ends
 
 
 def chunkllama(dialogue: Dialogue, tokenizer: Any) -> Rendered:
@@ -256,13 +225,13 @@ def chunkllama(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     for question, answer in rounds:
         system = "" if text else f"<<SYS>>\n {CHUNKLLAMA_SYSTEM} \n<</SYS>>\n\n "
         text += f"<s>[INST] {system}{question} [/INST] {answer} </s>"
-    tokens = np.asarray(tokenizer(text, verbose=False).input_ids, np.int32)
+    tokens = np.asarray(encode(tokenizer, text), np.int32)
     return Rendered(tokens, _chunkllama_mask(text, len(tokens), tokenizer))
 
 
 def _chunkllama_mask(text: str, length: int, tokenizer: Any) -> Bool[np.ndarray, " n"]:
     def count(part: str) -> int:
-        return len(tokenizer(part, verbose=False).input_ids)
+        return len(encode(tokenizer, part))
 
     trained = np.ones(length, np.bool_)
     done = 1  # the BOS that the tokenizer put first

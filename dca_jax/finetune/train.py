@@ -59,7 +59,8 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: nats a trained token. grad_norm: before clipping. tokens: that were trained on.
-        finite: whether loss and gradient are; where not, the update was not made.
+        finite: whether loss and gradient are; where not, the update was not made. What an update
+            makes of the parameters is not looked at here (`all_finite`).
     """
 
     loss: Float[Array, ""]
@@ -148,6 +149,13 @@ def make_update(
         return new, Metrics(loss, norm, tokens, finite)
 
     return update
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every number of a tree of arrays is finite: one pass over them, where they lie."""
+    leaves = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def summed_gradients(

@@ -91,11 +91,14 @@ def capacity_bucket(length: int, context: int = 1) -> int:
     return _multiple(max(length, 128), step)
 
 
-def cache_shape(model: Llama, batch: int, length: int, dtype: Any = None) -> tuple[int, int]:
+def cache_shape(
+    model: Llama, batch: int, length: int, dtype: Any = None, *, more_rows: bool = True
+) -> tuple[int, int]:
     """Rows and capacity of a cache for `batch` texts of up to `length` tokens.
 
     Args:
         dtype: of the cache; by default the model's.
+        more_rows: whether there may be more rows than the batch needs.
     """
     mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
     context = axis_size(mesh, "context")
@@ -105,20 +108,25 @@ def cache_shape(model: Llama, batch: int, length: int, dtype: Any = None) -> tup
         (power_of_two(batch), max(1024, power_of_two(length)), SEVERAL),
     )
     for rows, capacity, share in shapes:
-        rows, capacity = padded_batch(rows, mesh), _multiple(capacity, max(1, 32 * context))
+        rows = padded_batch(rows if more_rows else batch, mesh)
+        capacity = _multiple(capacity, max(1, 32 * context))
         if _cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
             return rows, capacity
     return padded_batch(batch, mesh), capacity_bucket(length, context)
 
 
-def new_cache(model: Llama, batch: int, length: int, dtype: Any = None) -> KVCache:
+def new_cache(
+    model: Llama, batch: int, length: int, dtype: Any = None, *, more_rows: bool = True
+) -> KVCache:
     """An empty cache for `batch` texts of up to `length` tokens, shaped as `cache_shape` says.
+
+    Arguments as there.
 
     Raises:
         InputError: it does not fit into memory, beside what is read at once.
     """
     mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
-    rows, capacity = _fitting(model, batch, length, dtype)
+    rows, capacity = _fitting(model, batch, length, dtype, more_rows)
     with _refused_if_too_large(rows, capacity):
         return KVCache.create(model.config, batch=rows, capacity=capacity, dtype=dtype, mesh=mesh)
 
@@ -169,10 +177,12 @@ def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
 # --- memory ------------------------------------------------------------------------------------
 
 
-def _fitting(model: Llama, batch: int, length: int, dtype: np.dtype) -> tuple[int, int]:
+def _fitting(
+    model: Llama, batch: int, length: int, dtype: np.dtype, more_rows: bool = True
+) -> tuple[int, int]:
     """`cache_shape`, or InputError where even what the texts need does not fit."""
     config, mesh = model.config, mesh_of(model)
-    rows, capacity = cache_shape(model, batch, length, dtype)
+    rows, capacity = cache_shape(model, batch, length, dtype, more_rows=more_rows)
     _, free = _memory(model)
     room = free - _reading_bytes(config, batch, length, model.dtype)
     needed = _cache_bytes(config, rows, capacity, dtype, mesh)

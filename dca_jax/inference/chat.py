@@ -1,16 +1,25 @@
 """A conversation that reads nothing twice."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator
+from dataclasses import replace
 from typing import Unpack
 
-from dca_jax.inference.llm import LLM, Message, Options
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.inference.buckets import new_cache
+from dca_jax.inference.llm import LLM, Message
+from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 
 ROOM = 2048  # tokens of the next turns for which the cache need not grow
 
 
 class Conversation:
-    """Turns of a chat; each reads only what the turns before it have not read.
+    """Turns of a chat; each reads only what the turns before it have neither read nor written.
+
+    An answer is not read again if the chat template writes it, in the next turn, as the tokens it
+    was drawn as; from the first token that differs on, it is.
 
     Args:
         llm: a chat model: its tokenizer must have a chat template.
@@ -26,6 +35,7 @@ class Conversation:
     def __init__(self, llm: LLM, *, system: str | None = None) -> None:
         self._llm, self._system = llm, system
         self._prefix: Prefix | None = None
+        self._answering = threading.Lock()
         self.messages: list[Message] = []
         self.reset()
         # Better now than after a long question: is there a template, and does it take these?
@@ -37,28 +47,41 @@ class Conversation:
             [] if self._system is None else [{"role": "system", "content": self._system}]
         )
 
-    def ask(self, text: str, **options: Unpack[Options]) -> Iterator[str]:
+    def ask(
+        self, text: str, options: Options | None = None, **changes: Unpack[OptionNames]
+    ) -> Generator[str]:
         """Yields the answer as it comes; an answer that is cut short stays as far as it came.
 
-        `options` are those of `LLM.generate`, `prefix` excepted.
+        Options are those of `LLM.generate`; `prefix` is the conversation's own.
 
         Raises:
-            InputError: the tokenizer has no chat template, or it refuses the messages.
+            InputError: at once, what `LLM.generate` refuses, or messages that the chat template
+                refuses.
         """
+        chosen = Options.of(options, changes)
+        if chosen.prefix is not None:
+            raise InputError("a conversation has a prefix of its own; give none")
+        if not isinstance(text, str):
+            raise InputError(f"what is asked must be a string, got {shown(text)}")
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        tokens = self._llm.apply_chat_template(messages)
-        known = self._prefix if self._prefix is not None and self._prefix.usable else None
-        self._prefix = self._llm.prefill(
-            tokens,
-            reuse=known,
-            room=options.get("max_new_tokens", 256) + ROOM,
-            progress=options.get("progress"),
-        )
-        options["prefix"] = self._prefix
+        if self._prefix is None or not self._prefix.usable:
+            cache = new_cache(self._llm.model, 1, 1, self._llm.cache_dtype)
+            self._prefix = Prefix(cache, (), None, room=ROOM)
+        chosen = replace(chosen, prefix=self._prefix)
+        return self._answer(messages, self._llm.stream_chat(messages, chosen), self._prefix)
+
+    def _answer(
+        self, messages: list[Message], pieces: Generator[str], prefix: Prefix
+    ) -> Generator[str]:
+        if not self._answering.acquire(blocking=False):
+            raise InputError("the last answer is still being given; finish it, or close it")
         answer = ""
         try:
-            for piece in self._llm.stream_chat(messages, **options):
+            for piece in pieces:
                 answer += piece
                 yield piece
         finally:
+            pieces.close()
+            prefix.keep()
             self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self._answering.release()

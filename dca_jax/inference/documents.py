@@ -1,14 +1,22 @@
 """Documents: their text, from text files of any kind and from PDF, and questions about it."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Unpack
 
+from dca_jax.bounded.workers import RaisedError, StoppedError, Workers
 from dca_jax.errors import InputError
-from dca_jax.fields import shown
-from dca_jax.inference.llm import LLM, Options
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 from dca_jax.text_files import read_text_file
+
+# Of a PDF, which is small or large beside what it unpacks to. Reading 300 pages of a book takes two
+# seconds, and a megabyte of file holds up to some thousands.
+SECONDS, SECONDS_PER_MB, MOST_SECONDS = 60, 60, 600
+MEMORY = 2 * 2**30  # bytes
+MOST_PAGES = 20_000
 
 
 def read_document(path: str | Path) -> str:
@@ -16,7 +24,8 @@ def read_document(path: str | Path) -> str:
 
     Raises:
         InputError: no such file, what `dca_jax.text_files.read_text_file` refuses, an empty file, a
-            PDF that is damaged, encrypted or without text (a scan).
+            PDF that is damaged, encrypted or without text (a scan), or that takes more pages, time
+            or memory than a document does (`MOST_PAGES`, `MOST_SECONDS`, `MEMORY`).
     """
     path = Path(path)
     if not path.is_file():
@@ -30,34 +39,39 @@ def read_document(path: str | Path) -> str:
 
 
 def _read_pdf(path: Path) -> str:
-    from pypdf import PdfReader  # text files are read without it
-    from pypdf.errors import DependencyError
-
+    size = path.stat().st_size
+    seconds = min(SECONDS + SECONDS_PER_MB * size / 1e6, MOST_SECONDS)
+    workers = Workers("dca_jax.bounded.pdf", seconds=round(seconds), memory=MEMORY)
     try:
-        with PdfReader(path) as reader:
-            if reader.is_encrypted and not reader.decrypt(""):
-                raise InputError(f"{path} is encrypted; save it without its password")
-            pages = [page.extract_text() for page in reader.pages]
-    except InputError:
-        raise
-    except DependencyError:
+        pages = workers.ask({"path": os.fsencode(path.absolute()).hex(), "pages": MOST_PAGES})
+    except RaisedError as error:
+        raise InputError(_why_not(path, error)) from None
+    except StoppedError as error:
         raise InputError(
-            f"{path} is encrypted with AES, which pypdf reads by another package: install "
-            "`cryptography`, or save the file without encryption"
+            f"{path} cannot be read as a PDF: {error}; save its text as a text file, or split it"
         ) from None
-    except Exception as error:  # damage reaches every corner of a PDF reader
-        raise InputError(
-            f"{path} cannot be read as a PDF ({type(error).__name__}: "
-            f"{shown(str(error), quote=False)})"
-        ) from None
-    # A font may map a glyph to half a surrogate pair, which no tokenizer takes.
-    pages = [page.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for page in pages]
+    finally:
+        workers.close()
     text = "\n\n".join(page for page in pages if page.strip())
     if not text:
         raise InputError(
             f"{path} holds no text on its {len(pages)} pages; if it is a scan, put it through OCR"
         )
     return text
+
+
+def _why_not(path: Path, error: RaisedError) -> str:
+    match error.kind:
+        case "Encrypted":
+            return f"{path} is encrypted; save it without its password"
+        case "DependencyError" if "AES" in str(error):
+            return (
+                f"{path} is encrypted with AES, which pypdf reads by another package: install "
+                "`cryptography`, or save the file without encryption"
+            )
+        case "TooManyPages":
+            return f"{path} has {error} pages, and at most {MOST_PAGES} are read; split it"
+    return f"{path} cannot be read as a PDF ({error.kind}: {error})"
 
 
 def read_once(llm: LLM, document: str, *, progress: bool | None = None) -> Prefix:
@@ -68,18 +82,25 @@ def read_once(llm: LLM, document: str, *, progress: bool | None = None) -> Prefi
     return llm.prefill(document, progress=progress)
 
 
-def ask(llm: LLM, document: str, question: str, **options: Unpack[Options]) -> Iterator[str]:
+def ask(
+    llm: LLM,
+    document: str,
+    question: str,
+    options: Options | None = None,
+    **changes: Unpack[OptionNames],
+) -> Generator[str]:
     """Asks about a document and yields the answer as it comes.
 
     A chat model gets document and question as one message; any other completes "Answer:" after
-    them. `options` are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
+    them. Options are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
     and changes nothing but the time.
     """
-    if options.get("prefix") is None:
-        return llm.stream(question_tokens(llm, document, question), **options)
+    chosen = Options.of(options, changes)
+    if chosen.prefix is None:
+        return llm.stream(question_tokens(llm, document, question), chosen)
     if llm.has_chat_template:
-        return llm.stream_chat([_message(document, question)], **options)
-    return llm.stream(_ending(question), **options)
+        return llm.stream_chat([_message(document, question)], chosen)
+    return llm.stream(_ending(question), chosen)
 
 
 def question_tokens(llm: LLM, document: str, question: str) -> list[int]:

@@ -522,11 +522,21 @@ class Run:
         return rows
 
 
+class NotFiniteError(InputError):
+    """Logits that are not finite, after which a text cannot go on."""
+
+    def __init__(self, model: Llama, row: int, position: int) -> None:
+        super().__init__(
+            f"prompt {row}: the logits after token {position} are not finite: the weights hold NaN "
+            f"or infinity, or overflow {model.dtype}; check the checkpoint, or compute in float32"
+        )
+
+
 def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
     """Each prompt's new tokens, a stop id included; `options` are those of `Run`.
 
     Raises:
-        InputError: as `Run`; and logits that are not finite, when the other rows have ended.
+        InputError: as `Run`; `NotFiniteError`, when the other rows have ended.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     run = Run(model, prompts, **options)
@@ -534,16 +544,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> 
         for text, new in zip(texts, segment, strict=True):
             text += new
     for row, position in run.failed.items():
-        raise InputError(f"prompt {row}: {not_finite(model, position)}")
+        raise NotFiniteError(model, row, position)
     return texts
-
-
-def not_finite(model: Llama, position: int) -> str:
-    """Why a text ends after `position` tokens, prompt included, in a sentence."""
-    return (
-        f"the logits after token {position} are not finite: the weights hold NaN or infinity, or "
-        f"overflow {model.dtype}; check the checkpoint, or compute in float32"
-    )
 
 
 def check_numbers(max_new_tokens: int, seed: int) -> None:

@@ -3,9 +3,9 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
@@ -15,41 +15,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.inference.buckets import new_cache
-from dca_jax.inference.generate import Run, check_numbers, check_prompts
+from dca_jax.inference.chat_templates import ChatTemplates, own_template
+from dca_jax.inference.generate import NotFiniteError, Run, check_prompts
+from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
-from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.prompts import (
+    Message,
+    Prompt,
+    Prompts,
+    check_messages,
+    each_prompt,
+    token_ids,
+)
 from dca_jax.inference.score import perplexity
 from dca_jax.inference.text_stream import FinishReason, TextStream
+from dca_jax.inference.tokenizer import encode
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
 LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
-
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-
-
-class Options(TypedDict, total=False):
-    """What every way of generating takes.
-
-    Attributes:
-        max_new_tokens: at most so many; 256 by default.
-        sampler: how tokens are drawn; greedy by default.
-        seed: of the draws; 0 by default.
-        stop: strings that end the text, which then ends before them.
-        stop_ids: token ids that end the text, besides the model's own.
-        prefix: what has been read already (`LLM.prefill`).
-        progress: a bar on stderr while the prompt is read; by default where stderr is a terminal
-            and the prompt is long.
-    """
-
-    max_new_tokens: int
-    sampler: Sampler
-    seed: int
-    stop: Sequence[str]
-    stop_ids: Sequence[int]
-    prefix: "Prefix | None"
-    progress: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +45,18 @@ class Generation:
     Attributes:
         text: the new text, without the stop string or the stop id that ended it.
         tokens: the new ids, a stop id included.
-        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`.
+        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`; "error"
+            where `error` says why the text cannot go on.
         prompt_tokens: number of tokens in the prompt, prefix included.
+        error: for one of several prompts, whose logits are not finite; the others go on. None
+            otherwise.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["error"]
     prompt_tokens: int
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +69,14 @@ class LLM:
         stop_ids: ids that end a text: those of the config, of its generation config and of the
             tokenizer.
         cache_dtype: of the KV cache.
+        chat_templates: what writes conversations.
     """
 
     model: Llama
     tokenizer: Any
     stop_ids: frozenset[int]
     cache_dtype: Any
+    chat_templates: ChatTemplates = field(default_factory=ChatTemplates, repr=False, compare=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -92,10 +84,14 @@ class LLM:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS)."""
+        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS).
+
+        Raises:
+            InputError: an empty text, or what `dca_jax.inference.tokenizer.encode` refuses.
+        """
         if not text:
             raise InputError("the text is empty; give at least one character")
-        return self._tokenizer()(text, verbose=False).input_ids
+        return encode(self._tokenizer(), text)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins.
@@ -105,67 +101,81 @@ class LLM:
                 template's affair.
 
         Raises:
-            InputError: no messages, a tokenizer without a template, or messages it refuses.
+            InputError: no messages, or what `ChatTemplates.write` and `encode` refuse: such as a
+                tokenizer without a template, messages it refuses, or a template that loops.
         """
         tokenizer = self._tokenizer()
-        if not messages:
-            raise InputError("there is no message; give at least one")
-        if not self.has_chat_template:
-            raise InputError(
-                "this tokenizer has no chat template: the model was not made for chat. Give a "
-                "plain prompt, or use the model's chat version"
-            )
-        from jinja2 import TemplateError  # slow to import, and needed here only
-
-        try:
-            return tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template refuses these messages: {error}") from None
+        check_messages(messages)
+        (text,) = self.chat_templates.write(
+            own_template(tokenizer),
+            tokenizer.special_tokens_map,
+            messages,
+            [(len(messages), True)],
+        )
+        return encode(tokenizer, text, add_special_tokens=False)
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], **options: Unpack[Options]
+        self,
+        prompts: Prompts,
+        options: Options | None = None,
+        **changes: Unpack[OptionNames],
     ) -> list[Generation]:
         """Continues each prompt; the rows of a batch are read and continued together.
 
         Args:
-            prompts: one text, or several, or several lists of token ids. With a prefix, what
+            prompts: one prompt or several, each a text or a list of token ids. With a prefix, what
                 follows it; the result is that of the whole text, prefix and prompt.
-            **options: see `Options`.
+            options: how to generate; default: `Options()`.
+            **changes: fields of `Options`, which replace those of `options`.
 
         Raises:
-            InputError: an empty prompt, an id outside the vocabulary, a setting that makes no
-                sense, or a prompt whose cache does not fit into memory.
+            InputError: an empty prompt, an id outside the vocabulary, an option that does not exist
+                or makes no sense, or a prompt whose cache does not fit into memory.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        prefix = options.get("prefix")
-        return self._generate([self._continued(prompt, prefix) for prompt in prompts], options)
+        chosen = Options.of(options, changes)
+        rows = [self._continued(prompt, chosen.prefix) for prompt in each_prompt(prompts)]
+        return self._generate(rows, chosen)
 
-    def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        options: Options | None = None,
+        **changes: Unpack[OptionNames],
+    ) -> Generator[str]:
         """Continues one prompt and yields the text as it comes; joined, it is that of `generate`.
 
-        Arguments are checked at once. Close the iterator (or let it go) to stop early.
+        Arguments, those of `generate`, are checked at once. Close the iterator (or let it go) to
+        stop early.
         """
-        return self._stream(self._continued(prompt, options.get("prefix")), options)
+        chosen = Options.of(options, changes)
+        return self._stream(self._continued(prompt, chosen.prefix), chosen)
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generation:
-        """The model's answer to a conversation.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        **changes: Unpack[OptionNames],
+    ) -> Generation:
+        """The model's answer to a conversation; options as in `generate`.
 
         With a prefix, what the conversation shares with it is not read again.
         """
-        return self._generate([self.apply_chat_template(messages)], options)[0]
+        chosen = Options.of(options, changes)
+        return self._generate([self.apply_chat_template(messages)], chosen)[0]
 
-    def stream_chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        **changes: Unpack[OptionNames],
+    ) -> Generator[str]:
         """`chat`, yielding the text as it comes."""
-        return self._stream(self.apply_chat_template(messages), options)
+        chosen = Options.of(options, changes)
+        return self._stream(self.apply_chat_template(messages), chosen)
 
     def prefill(
         self,
-        text: str | Sequence[int],
+        text: Prompt,
         *,
         reuse: Prefix | None = None,
         room: int = 2048,
@@ -184,10 +194,16 @@ class LLM:
             room: tokens of question and answer that will fit without the cache being copied into a
                 larger one.
             progress: as in `Options`.
+
+        Raises:
+            InputError: an empty text, an id outside the vocabulary, an earlier prefix that is in
+                use, or a text that does not fit into memory.
         """
         tokens = self._continued(text, None)
         check_prompts([tokens], self.model.config.vocab_size)
-        cache, to_read = self._cache([tokens], room, reuse)
+        if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+            raise InputError(f"room must be a number of tokens, at least 0, got {shown(room)}")
+        cache, to_read = self._cache([tokens], max(room, 1), reuse)
         run = Run(self.model, [tokens], max_new_tokens=1, cache=cache)
         with _progress_bar(to_read, progress) as run.on_piece:
             jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
@@ -231,7 +247,7 @@ class LLM:
             )
         return self.tokenizer
 
-    def _continued(self, prompt: str | Sequence[int], prefix: Prefix | None) -> list[int]:
+    def _continued(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """The ids of prefix and prompt as one text.
 
         As a text it is tokenized whole: where the two meet, a token may belong to both.
@@ -240,12 +256,10 @@ class LLM:
             if prefix is not None and prefix.text is not None and prompt:
                 return self.tokenize(prefix.text + prompt)
             if prefix is not None and prompt:
-                ids = self._tokenizer()(prompt, verbose=False, add_special_tokens=False).input_ids
+                ids = encode(self._tokenizer(), prompt, add_special_tokens=False)
                 return [*prefix.tokens, *ids]
             return self.tokenize(prompt)
-        if len(prompt) == 0:
-            raise InputError("a prompt is empty; give at least one token")
-        return [*(() if prefix is None else prefix.tokens), *map(int, prompt)]
+        return [*(() if prefix is None else prefix.tokens), *token_ids(prompt)]
 
     def _cache(
         self, rows: list[list[int]], room: int, prefix: Prefix | None
@@ -259,71 +273,86 @@ class LLM:
         if prefix is None:
             return new_cache(self.model, len(rows), length, self.cache_dtype), to_read
         shared = [min(prefix.shared(row), len(row) - 1) for row in rows]
-        if len(rows) == 1:
-            cache = prefix.take(self.model, length)
-        else:
-            cache = prefix.copies(self.model, len(rows), length)
-        return cache.rollback(shared), to_read - sum(shared)
+        if len(rows) > 1:
+            return prefix.copies(self.model, shared, length), to_read - sum(shared)
+        return prefix.take(self.model, shared[0], length), to_read - shared[0]
 
     def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
         streams = self._text_streams(rows, options)
-        for _ in self._pieces(rows, streams, options):
+        failed: dict[int, NotFiniteError] = {}
+        for _ in self._pieces(rows, streams, options, failed):
             pass
+        if len(rows) == 1 and failed:
+            raise failed[0]
         return [
             Generation(
                 text=stream.text,
                 tokens=tuple(stream.tokens),
-                finish_reason=stream.finish_reason or "length",
+                finish_reason="error" if number in failed else stream.finish_reason or "length",
                 prompt_tokens=len(row),
+                error=str(failed[number]) if number in failed else None,
             )
-            for row, stream in zip(rows, streams, strict=True)
+            for number, (row, stream) in enumerate(zip(rows, streams, strict=True))
         ]
 
-    def _stream(self, row: list[int], options: Options) -> Iterator[str]:
+    def _stream(self, row: list[int], options: Options) -> Generator[str]:
         self._tokenizer()
         streams = self._text_streams([row], options)
-        return (piece for (piece,) in self._pieces([row], streams, options) if piece)
+        return self._texts(row, streams, options)
+
+    def _texts(self, row: list[int], streams: list[TextStream], options: Options) -> Generator[str]:
+        failed: dict[int, NotFiniteError] = {}
+        yield from (piece for (piece,) in self._pieces([row], streams, options, failed) if piece)
+        if failed:
+            raise failed[0]
 
     def _text_streams(self, rows: list[list[int]], options: Options) -> list[TextStream]:
         """Checks what a generator would check too late, and makes each row's text."""
         check_prompts(rows, self.model.config.vocab_size)
-        check_numbers(options.get("max_new_tokens", 256), options.get("seed", 0))
-        stop = options.get("stop", ())
-        if isinstance(stop, str) or not all(stop):
-            raise InputError(f"stop must be a list of strings, none of them empty, got {stop!r}")
-        if stop:
+        if options.stop:
             self._tokenizer()
-        stop_ids = self.stop_ids | set(options.get("stop_ids", ()))
-        return [TextStream(self.tokenizer, row, stop_ids=stop_ids, stop=stop) for row in rows]
+        stop_ids = self.stop_ids | set(options.stop_ids)
+        return [
+            TextStream(self.tokenizer, row, stop_ids=stop_ids, stop=options.stop) for row in rows
+        ]
 
     def _pieces(
-        self, rows: list[list[int]], streams: list[TextStream], options: Options
+        self,
+        rows: list[list[int]],
+        streams: list[TextStream],
+        options: Options,
+        failed: dict[int, NotFiniteError],
     ) -> Iterator[list[str]]:
-        """Runs the engine; yields each row's new text, and leaves the whole in `streams`."""
-        max_new_tokens = options.get("max_new_tokens", 256)
-        prefix = options.get("prefix")
-        held = 0 if prefix is None else prefix.shared(rows[0])
-        cache, to_read = self._cache(rows, max_new_tokens, prefix)
+        """Runs the engine; yields each row's new text, and leaves the whole in `streams`.
+
+        What ended a text that its stream did not is left in `failed`.
+        """
+        prefix, drawn = options.prefix, []
+        cache, to_read = self._cache(rows, options.max_new_tokens, prefix)
         run = Run(
             self.model,
             rows,
-            max_new_tokens=max_new_tokens,
-            sampler=options.get("sampler", Sampler()),
-            seed=options.get("seed", 0),
+            max_new_tokens=options.max_new_tokens,
+            sampler=options.sampler,
+            seed=options.seed,
             stop_ids=streams[0].stop_ids,
             cache=cache,
         )
         try:
             segments = iter(run)
-            with _progress_bar(to_read, options.get("progress")) as run.on_piece:
+            with _progress_bar(to_read, options.progress) as run.on_piece:
                 first = next(segments)  # reads the prompts
             for segment in itertools.chain([first], segments):
+                drawn += segment[0]
                 rows_of_segment = enumerate(zip(streams, segment, strict=True))
                 yield [_push(run, n, stream, new) for n, (stream, new) in rows_of_segment]
+            for row, position in run.failed.items():
+                if streams[row].finish_reason is None:
+                    failed[row] = NotFiniteError(self.model, row, position)
             yield [stream.close() for stream in streams]
         finally:
             if prefix is not None and len(rows) == 1:
-                prefix.give_back(run.cache, held)
+                prefix.give_back(run.cache, [*rows[0], *drawn])
 
 
 _logits = jax.jit(Llama.__call__)

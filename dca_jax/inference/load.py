@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +10,16 @@ from jax.typing import DTypeLike
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import check_implementation
-from dca_jax.config import LlamaConfig, choose_dca
+from dca_jax.config import choose_dca
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import several_processes
 from dca_jax.dtypes import parse_dtype
 from dca_jax.errors import InputError
 from dca_jax.inference.llm import LLM
+from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.files import read_json
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
@@ -86,39 +85,6 @@ def load(
         stop_ids=stop_ids,
         cache_dtype=_dtype(cache_dtype, dtype),
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, by `transformers`; None if there is none.
-
-    Raises:
-        InputError: one that cannot be read, or that would run code from the checkpoint.
-    """
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        return None
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # it raises whatever its many parsers raise
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-
-
-def find_stop_ids(folder: Path, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a text, by config.json, generation_config.json or the tokenizer.
-
-    Chat versions often name theirs in one of the three only.
-    """
-    ids: set[int | None] = set(config.eos_token_ids)
-    if (folder / "generation_config.json").is_file():
-        eos = read_json(folder, "generation_config.json").get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    ids.add(getattr(tokenizer, "eos_token_id", None))
-    return frozenset(i for i in ids if isinstance(i, int))
 
 
 def _dtype(dtype: DTypeLike | None, default: DTypeLike) -> jnp.dtype:

@@ -1,6 +1,5 @@
 """A text read once, for many prompts."""
 
-import itertools
 import threading
 from collections.abc import Sequence
 
@@ -16,19 +15,22 @@ class Prefix:
     """A text that has been read once, so that many prompts that begin with it need not read it.
 
     It owns a KV cache. One prompt at a time continues in that cache itself, which is then rolled
-    back; several at once continue in copies. Threads may share it: what one of them uses is refused
-    to the others.
+    back; several at once continue in copies. Threads may share it: what would take a cache that is
+    in use is refused.
 
     Attributes:
         tokens: of the text.
         text: None if the prefix was given as tokens.
+        room: tokens that a larger cache, when one is needed, has beyond the need.
     """
 
-    def __init__(self, cache: KVCache, tokens: tuple[int, ...], text: str | None) -> None:
-        self.tokens, self.text = tokens, text
-        self._lock = threading.Lock()
+    def __init__(
+        self, cache: KVCache, tokens: tuple[int, ...], text: str | None, room: int = 0
+    ) -> None:
+        self.tokens, self.text, self.room = tokens, text, room
         self._cache: KVCache | None = cache
-        self._held = len(tokens)  # how many of them the cache holds still
+        self._read, self._held = tokens, len(tokens)  # what the cache holds; of the text
+        self._lock = threading.Lock()
 
     @property
     def usable(self) -> bool:
@@ -36,52 +38,64 @@ class Prefix:
         cache = self._cache
         return cache is not None and not cache.key.is_deleted()
 
-    @property
-    def cache(self) -> KVCache:
-        """The cache, to be copied.
+    def take(self, model: Llama, shared: int, length: int) -> KVCache:
+        """The cache of the first `shared` tokens; the caller's until `give_back`.
 
-        Raises:
-            InputError: the prefix is not `usable`.
-        """
-        cache = self._cache
-        if cache is None or cache.key.is_deleted():
-            raise InputError(
-                "this prefix is in use by another generation, was handed on to `prefill`, or was "
-                "lost to an interruption; finish (or close) the other one, or prefill again"
-            )
-        return cache
-
-    def take(self, model: Llama, length: int) -> KVCache:
-        """The cache, enlarged if it holds less than `length`; the caller's until `give_back`.
+        Args:
+            length: tokens there must be room for. A cache with less is copied into one that has
+                `room` beyond them.
 
         Raises:
             InputError: the prefix is not `usable`, or a larger cache does not fit into memory.
         """
         with self._lock:
-            cache, self._cache = self.cache, None
-        if cache.capacity >= length:
-            return cache
-        try:
-            larger = copied(model, cache, 1, length)
-        except BaseException:
-            self.give_back(cache, self._held)
-            raise
-        return larger
+            cache = self._usable_cache()
+            if cache.capacity < length:
+                cache = copied(model, cache, 1, length + self.room)
+            self._cache = None
+        return cache.rollback([shared])
 
-    def copies(self, model: Llama, batch: int, length: int) -> KVCache:
-        """A cache for `batch` texts of `length` tokens, which begin with what the prefix holds."""
-        with self._lock:  # nobody takes the cache while it is copied
-            return copied(model, self.cache, batch, length)
+    def copies(self, model: Llama, shared: Sequence[int], length: int) -> KVCache:
+        """A cache for texts of `length` tokens, a row for each number of first tokens in `shared`.
 
-    def give_back(self, cache: KVCache, held: int) -> None:
-        """Returns a cache that has read the first `held` of the tokens, and others since."""
-        if not cache.key.is_deleted():
-            self._held = min(self._held, held, int(np.asarray(cache.lengths)[0]))
-            cache = cache.rollback([self._held])
+        Raises:
+            InputError: the prefix is not `usable`, or the copies do not fit into memory.
+        """
         with self._lock:
-            self._cache = cache
+            cache = copied(model, self._usable_cache(), len(shared), length)
+        return cache.rollback(shared)
+
+    def give_back(self, cache: KVCache, read: Sequence[int]) -> None:
+        """Returns the cache, which has read the beginning of `read`, if not all of it."""
+        if not cache.key.is_deleted():
+            held = min(int(np.asarray(cache.lengths)[0]), len(read))
+            self._read, cache = tuple(read[:held]), cache.rollback([held])
+            self._held = _common(self.tokens, self._read)
+        self._cache = cache
 
     def shared(self, tokens: Sequence[int]) -> int:
-        """How many tokens of a prompt need not be read again."""
-        pairs = zip(self.tokens[: self._held], tokens, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        """How many tokens of a prompt need not be read again.
+
+        Only tokens of the prefix itself count, so that a prompt's result does not depend on the
+        prompts before it.
+        """
+        return _common(tokens, self.tokens[: self._held])
+
+    def keep(self) -> None:
+        """Makes all that has been read the text of this prefix: a prompt and its answer, too."""
+        self.tokens, self.text, self._held = self._read, None, len(self._read)
+
+    def _usable_cache(self) -> KVCache:
+        if self._cache is None or not self.usable:
+            raise InputError(
+                "this prefix is in use by another generation, was handed on to `prefill`, or was "
+                "lost to an interruption; finish (or close) the other one, or prefill again"
+            )
+        return self._cache
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    length = min(len(a), len(b))
+    differs = np.asarray(a[:length]) != np.asarray(b[:length])
+    return int(differs.argmax()) if differs.any() else length

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import SHAPES, cut, new_cache, piece_widths
-from dca_jax.inference.generate import compiler_options, not_finite
+from dca_jax.inference.generate import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
@@ -61,14 +61,15 @@ class Reader:
         on_piece: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.batch, self.capacity, self.on_piece = model, batch, capacity, on_piece
-        self._cache: KVCache | None = new_cache(model, batch, capacity)
+        self._cache: KVCache | None = None
+        self._cache = self._empty()
 
     def read(self, texts: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> list[Scores]:
         """The scores of at most `batch` texts, each of 1 to `capacity` tokens.
 
         Raises:
-            InputError: plain attention over more than the model's window; logits that are not
-                finite, named by the first text and token that have them.
+            InputError: plain attention over more than the model's window; an NLL that is not
+                finite, named by the first text and token that have one.
         """
         cache = self._empty()
         rows = cache.lengths.shape[0]  # on a mesh, more than the batch
@@ -96,10 +97,13 @@ class Reader:
         nll, is_best = np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1)
         counts = num_inputs[: len(texts)].tolist()
         scores = [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
-        for number, (some, _) in enumerate(scores):
-            if not np.isfinite(some).all():  # and the cache goes: such numbers spread in it
-                position = int(np.argmin(np.isfinite(some))) + 1
-                raise InputError(f"text {number}: {not_finite(self.model, position)}")
+        for row, (values, _) in enumerate(scores):
+            if not np.isfinite(values).all():  # and the cache goes: such numbers spread in it
+                raise InputError(
+                    f"the NLL of token {int(np.argmin(np.isfinite(values))) + 1} of text {row} is "
+                    f"not finite: the weights overflow {self.model.dtype}, or the checkpoint is "
+                    "broken; compute in float32, or check the checkpoint"
+                )
         self._cache = cache.rollback([])
         return scores
 
@@ -110,7 +114,9 @@ class Reader:
     def _empty(self) -> KVCache:
         """The cache, given away to be updated in place: a reading that fails takes it along."""
         cache, self._cache = self._cache, None
-        return new_cache(self.model, self.batch, self.capacity) if cache is None else cache
+        if cache is None:  # every row is computed, so there is none that no text needs
+            cache = new_cache(self.model, self.batch, self.capacity, more_rows=False)
+        return cache
 
 
 def token_nll(
@@ -235,9 +241,11 @@ def read_piece(
         block -= 1
 
     def score(some: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = model.unembed(some[0])
-        nll, log_sum = model.nll(*some), jax.nn.logsumexp(logits, axis=-1)
-        return nll, nll <= log_sum - logits.max(axis=-1)
+        hidden, targets = some
+        logits = model.unembed(hidden)  # the compiler makes them once, here and for the NLL
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        target = jnp.where(ids == targets[..., None], logits, -jnp.inf).max(axis=-1)
+        return model.nll(hidden, targets), target >= logits.max(axis=-1)
 
     blocks = hidden.reshape(rows, -1, block, hidden.shape[-1]), targets.reshape(rows, -1, block)
     scores = jax.lax.map(score, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))

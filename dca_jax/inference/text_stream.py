@@ -3,8 +3,11 @@
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
+from dca_jax.inference.token_bytes import TokenBytes
+from dca_jax.inference.tokenizer import decode
+from dca_jax.text_files import check_characters
+
 CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most
-INCOMPLETE = "\ufffd"  # what decoders give for bytes that are not whole characters
 
 FinishReason = Literal["stop", "length"]
 
@@ -21,12 +24,16 @@ class TextStream:
         tokenizer: of `transformers`; with None there is no text, and stop ids still count.
         prompt: the row's prompt.
         stop_ids: ids that end the text; they are tokens of the row and no part of its text.
-        stop: strings that end the text, the first to be complete; the text ends before it.
+        stop: strings that end the text, the first to be complete; the text ends before it. One that
+            holds the name of a special token, such as "<|im_end|>", ends it at that token, too.
 
     Attributes:
         tokens: those pushed, up to and with the one that ended the text.
         text: all that has been given out.
         finish_reason: None while the text goes on.
+
+    Raises:
+        InputError: a stop string with half of a surrogate pair, or what `decode` refuses.
     """
 
     def __init__(
@@ -37,16 +44,23 @@ class TextStream:
         stop_ids: Collection[int] = (),
         stop: Sequence[str] = (),
     ) -> None:
+        for one in stop:
+            check_characters(one, "a stop string")
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_ids = stop_ids
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
+        names = self._bytes.special.values()
+        self._named_stop = [s for s in stop if any(name in s for name in names)]
+        self._stop = [s for s in stop if s not in self._named_stop]
         self._window = self._context(list(prompt))  # of these, the first `_read` are text already
         self._read = len(self._window)
-        while self._decode(self._window[: self._read]).endswith(INCOMPLETE):
+        while self._bytes.inside_character(self._window[: self._read]):
             self._read -= 1  # the prompt ends inside a character, which the first token completes
-        self._held = ""  # decoded, and perhaps the beginning of a stop string
+        # Decoded, and perhaps the beginning of a stop string; the names of special tokens, which
+        # are no part of the text, are False in `_shown`.
+        self._held, self._shown = "", []
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that has become certain."""
@@ -54,7 +68,8 @@ class TextStream:
         if token in self.stop_ids:
             return self._end("stop")
         self._window.append(token)
-        return self._release(self._decoded(complete_only=True))
+        name = self._bytes.special.get(token, "") if self._named_stop else ""
+        return self._release(self._decoded(complete_only=True), name)
 
     def close(self) -> str:
         """The tokens have reached their number; returns the text held back so far."""
@@ -64,18 +79,17 @@ class TextStream:
         text = self._release(self._decoded(complete_only=False))
         if self.finish_reason is None:  # no stop string in the last of it
             self.finish_reason = reason
-            self.text += self._held
-            text, self._held = text + self._held, ""
+            text += self._give_out(len(self._held))
         return text
 
     def _decoded(self, *, complete_only: bool) -> str:
         """The text of the window's new tokens; nothing while its last character is incomplete."""
         if self._read == len(self._window):
             return ""
+        if complete_only and self._bytes.inside_character(self._window):
+            return ""
         before = self._decode(self._window[: self._read])
         text = self._decode(self._window)[len(before) :]
-        if complete_only and text.endswith(INCOMPLETE):
-            return ""
         if text:  # else it was a special token, and what follows still needs the context before it
             self._window = self._window[self._read :]
         self._read = len(self._window)
@@ -84,27 +98,53 @@ class TextStream:
     def _context(self, prompt: list[int]) -> list[int]:
         """The end of the prompt, from where a character begins."""
         for start in range(max(len(prompt) - CONTEXT, 0), len(prompt)):
-            if not self._decode(prompt[start:]).startswith(INCOMPLETE):
+            if not self._bytes.continues_character(prompt[start]):
                 return prompt[start:]
         return prompt if len(prompt) <= CONTEXT else []
 
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self._tokenizer, tokens)
 
-    def _release(self, new: str) -> str:
-        """Adds decoded text to what is held back; gives out what no stop string can reach."""
-        text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.finish_reason, self._held = "stop", ""
-            out = text[: min(found)]
-        else:
-            keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-            out, self._held = text[: len(text) - keep], text[len(text) - keep :]
+    def _release(self, new: str, name: str = "") -> str:
+        """Adds decoded text, and then the name of a special token, to what is held back.
+
+        Gives out what no stop string can reach.
+        """
+        self._held += new + name
+        self._shown += [True] * len(new) + [False] * len(name)
+        at = [index for index, shown in enumerate(self._shown) if shown]
+        visible = "".join(self._held[index] for index in at)
+        matches = [  # (end, start) in `_held`
+            (at[start + len(stop) - 1], at[start])
+            for stop in self._stop
+            if (start := visible.find(stop)) >= 0
+        ] + [
+            (start + len(stop) - 1, start)
+            for stop in self._named_stop
+            if (start := self._held.find(stop)) >= 0
+        ]
+        if matches:
+            out = self._give_out(min(matches)[1])
+            self.finish_reason, self._held, self._shown = "stop", "", []
+            return out
+        certain = len(self._held)
+        for stop in self._stop:
+            if keep := _overlap(visible, stop):
+                certain = min(certain, at[-keep])
+        for stop in self._named_stop:
+            certain = min(certain, len(self._held) - _overlap(self._held, stop))
+        return self._give_out(certain)
+
+    def _give_out(self, length: int) -> str:
+        """Moves the beginning of what is held back into `text`."""
+        out = "".join(
+            letter
+            for letter, shown in zip(self._held[:length], self._shown[:length], strict=True)
+            if shown
+        )
+        self._held, self._shown = self._held[length:], self._shown[length:]
         self.text += out
         return out
 

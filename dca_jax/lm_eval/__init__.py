@@ -6,40 +6,63 @@
 is lm-eval's own command, which then knows this model; a program of one's own imports this module.
 (lm-eval finds its models by name in its own list only.)
 
-`max_length` has nothing to do with the length the model was trained on: it bounds what may be
-asked, and a request beyond it is refused. lm-eval's own models cut such a request from the left,
-and do not say so in their results. `loglikelihood_rolling` reads windows of `max_length` tokens,
-without one each document whole. Its tokens come without the BOS that the tokenizer would add, for
-lm-eval puts one before them (its own model for transformers, as of 0.4.13, so has two).
+Results equal those of lm-eval's own model for transformers, `HFLM`, but for this:
+
+- `max_length` has nothing to do with the length the model was trained on: it bounds what may be
+  asked. A request beyond it is refused before anything is read; `HFLM` cuts it from the left, and
+  so does `overlong=left`, which says how many were cut.
+- `loglikelihood_rolling` puts one BOS before a text, where `HFLM` (as of 0.4.13) has two.
+- A continuation that merges with its context into one token is scored from that token on; `HFLM`
+  ends the run. An empty one is refused.
+- Every draw has a seed of its own, made of `seed`, so repeats differ.
 """
 
+import inspect
+import logging
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation.texts import encode, joined, prefix_token
+from dca_jax.evaluation.texts import joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
+from dca_jax.fields import shown
+from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
 from dca_jax.inference.methods import method_by_name, reading
-from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.score import Reader, Scores
+from dca_jax.inference.tokenizer import encode, load_tokenizer
 from dca_jax.lengths import parse_tokens
+from dca_jax.lm_eval.arguments import (
+    Wanted,
+    check_arguments,
+    read_generation_kwargs,
+    take_mesh,
+    truth,
+)
+from dca_jax.weights.files import read_json
+from dca_jax.weights.hub import find_folder
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "dca_jax.lm_eval needs lm-evaluation-harness: pip install 'dca_jax[eval]'"
     ) from error
 
+eval_logger = logging.getLogger("lm_eval")
+
 MAX_NEW_TOKENS = 256  # where a task says nothing, as in lm-eval's own models
 TOGETHER = 16_384  # tokens of a batch, where its size is left open
+MOST_ROWS = 64  # requests of a batch, where its size is left open
 
 
 @register_model("dca_jax")
@@ -52,14 +75,25 @@ class DcaJaxLM(TemplateLM):
             length of a text is given that of the longest of a batch, in whole trained lengths.
         max_length: tokens of a request at most (32768, or "32k"), its answer included; None: what
             fits into memory.
+        overlong: what becomes of a longer request: "error", or "left" to cut it from the left.
+        truncation: True is `overlong="left"`.
         max_gen_toks: new tokens where the task does not say.
-        batch_size: requests read together; "auto" for as many as 16k tokens hold.
+        batch_size: requests read together; "auto" (or "auto:N") for as many as 16k tokens hold.
+        max_batch_size: bounds "auto".
+        seed: of the draws of tasks that sample.
+        tokenizer: another folder or name to take the tokenizer from.
+        add_bos_token: whether BOS is put before every text; None: as the tokenizer does by itself.
+        prefix_token_id: what a text without a context begins with; None: BOS, or else EOS.
+        chat_template_args: given to the chat template, as {"enable_thinking": False}.
+        enable_thinking: the same for this argument alone.
+        think_end_token: a string or id after which an answer begins.
         dtype, mesh: as in `dca_jax.load`.
-        max_batch_size, device: lm-eval gives them to every model; they change nothing here.
+        device: lm-eval gives it to every model; JAX has chosen its devices.
+        **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
 
     Raises:
-        InputError: what `dca_jax.load` and `dca_jax.inference.methods` refuse, or a model without
-            tokenizer.
+        InputError: what `dca_jax.load` and `dca_jax.inference.methods` refuse, a model without
+            tokenizer, or an argument that does not exist or makes no sense.
     """
 
     def __init__(
@@ -68,24 +102,54 @@ class DcaJaxLM(TemplateLM):
         *,
         method: str = "auto",
         max_length: int | str | None = None,
+        overlong: str = "error",
+        truncation: bool | str | None = False,
         max_gen_toks: int | str = MAX_NEW_TOKENS,
         batch_size: int | str | None = "auto",
+        max_batch_size: int | str | None = None,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        add_bos_token: bool | str | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        enable_thinking: bool | str | None = None,
+        think_end_token: str | int | None = None,
         dtype: str | None = None,
         mesh: str | None = None,
-        max_batch_size: int | None = None,
         device: str | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
-        del max_batch_size, device
+        del device
+        mesh = take_mesh(mesh, others)
+        check_arguments(others, _arguments())
+        if overlong not in ("error", "left"):
+            raise InputError(f"overlong must be error or left, got {shown(overlong)}")
+        self.batch_size = _batch_size(batch_size)
+        self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.llm = load(pretrained, dca=None, dtype=dtype, mesh=mesh)
+        if tokenizer is not None:
+            read = load_tokenizer(find_folder(tokenizer, weights=False))
+            self.llm = replace(self.llm, tokenizer=read)
         if self.llm.tokenizer is None:
-            raise InputError(f"{pretrained} has no tokenizer, which lm-eval needs")
-        self.method, self.pretrained = method, pretrained
+            raise InputError(f"{tokenizer or pretrained} has no tokenizer, which lm-eval needs")
+        self.method, self.pretrained, self.seed = method, pretrained, seed
         self.tokenizer = self.llm.tokenizer
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
         self.max_gen_toks = parse_tokens(str(max_gen_toks))
-        self.batch_size = None if batch_size in (None, "auto") else int(batch_size)
-        self._in_chat = False
+        self.cuts = overlong == "left" or bool(truth("truncation", truncation))
+        self._add_bos = truth("add_bos_token", add_bos_token)
+        self._prefix_token_id = None if prefix_token_id is None else int(prefix_token_id)
+        self._template_args = dict(chat_template_args or {})
+        thinks = truth("enable_thinking", enable_thinking)
+        if thinks is not None:
+            self._template_args["enable_thinking"] = thinks
+        self.think_end_token = think_end_token
+        if isinstance(think_end_token, str) and think_end_token.isdecimal():
+            self.think_end_token = int(think_end_token)
+        folder = find_folder(pretrained)
+        named = (folder / "generation_config.json").is_file()
+        self._generation_config = read_json(folder, "generation_config.json") if named else {}
         method_by_name(method, self.llm.model.config, self.max_length or 1)
 
     # --- what lm-eval's base class asks for ---
@@ -98,6 +162,8 @@ class DcaJaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context: BOS, or else EOS."""
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
         return prefix_token(self.llm)
 
     @property
@@ -106,31 +172,77 @@ class DcaJaxLM(TemplateLM):
         return self.pretrained.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
     ) -> list[int]:
-        """A text's ids; unless told, with the special tokens that it does not have yet.
-
-        A conversation has all that its template gives it, as everywhere in transformers: so after
-        `apply_chat_template` none are added. (lm-eval's own model adds a BOS that is not there.)
-        """
+        """A text's ids; unless told, with BOS where the tokenizer adds it and the text has none."""
         del kwargs
-        bos = getattr(self.tokenizer, "bos_token", None)
+        bos = self.tokenizer.decode([self.prefix_token_id])
         if add_special_tokens is None:
-            add_special_tokens = not self._in_chat and not (bos and string.startswith(bos))
-        ids = self.tokenizer(string, verbose=False, add_special_tokens=add_special_tokens)
-        return list(ids.input_ids)
+            add_special_tokens = self._add_bos is not False and not (bos and string.startswith(bos))
+            with_bos = bool(self._add_bos and add_special_tokens)
+        else:
+            with_bos = False
+        ids = encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
+        if with_bos and ids[:1] != [self.tokenizer.bos_token_id]:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's chat template writes it; from now on, prompts are such."""
-        self._in_chat = True
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """A conversation as the model's chat template writes it.
+
+        A system message is left out, with a warning, where the template takes none.
+        """
+        try:
+            return self._in_template(chat_history, add_generation_prompt)
+        except InputError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            eval_logger.warning("%s; the system message is left out", error)
+            return self._in_template(rest, add_generation_prompt)
+
+    def _in_template(self, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        templates, template = self.llm.chat_templates, own_template(self.tokenizer)
+        variables = {**self.tokenizer.special_tokens_map, **self._template_args}
+        if not add_generation_prompt:
+            return templates.write_open(template, variables, history)
+        (text,) = templates.write(template, variables, history, [(len(history), True)])
+        return text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As in lm-eval; a continuation that merges with its context begins where they differ."""
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if continuation_ids:
+            return context_ids, continuation_ids
+        whole = self.tok_encode(context + continuation)
+        pairs = zip(context_ids, whole, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(whole))
+        return whole[:same], whole[same:]
+
+    # --- the three requests ---
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """ln p(continuation | context) of each, and whether greedy decoding gives it.
+
+        Raises:
+            InputError: an empty continuation, before anything is read.
+        """
+        for request in requests:
+            context, continuation = request.args
+            if not continuation and not context[len(context.rstrip()) :]:
+                raise InputError(
+                    "a request has an empty continuation, which cannot be scored: context "
+                    f"{shown(context[-80:])}"
+                )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     # --- the three requests ---
 
@@ -142,13 +254,15 @@ class DcaJaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """ln p(continuation | context) of each, and whether it is what greedy decoding gives."""
         del kwargs
+        for pair, context, more in requests:
+            if not context or not more:
+                missing = "continuation" if context else "context to begin with"
+                raise InputError(f"a request has no {missing}: {shown(pair)}")
         texts = [np.asarray([*context, *more], np.int32) for _, context, more in requests]
+        texts = self._fitting(texts, [len(more) for _, _, more in requests], room=1)
+        scored = self._scores(texts, "loglikelihood", disable_tqdm)
         results = []
-        for (pair, _, more), scores in zip(
-            requests, self._scores(texts, "loglikelihood", disable_tqdm), strict=True
-        ):
-            if len(more) > len(scores.nll):
-                raise InputError(f"a request has no context to begin with: {pair!r:.200}")
+        for (pair, _, more), scores in zip(requests, scored, strict=True):
             last = slice(len(scores.nll) - len(more), None)
             found = -float(scores.nll[last].sum(dtype=np.float64)), bool(scores.is_best[last].all())
             self.cache_hook.add_partial("loglikelihood", pair, found)
@@ -162,13 +276,16 @@ class DcaJaxLM(TemplateLM):
         windows, texts = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
-            tokens = joined([self.prefix_token_id], np.asarray(encode(self.llm, text), np.int32))
+            tokens = joined(
+                [self.prefix_token_id],
+                np.asarray(self.tok_encode(text, add_special_tokens=False), np.int32),
+            )
             if len(tokens) > 1:
                 for window in make_windows("rolling", len(tokens), self.max_length or len(tokens)):
                     texts.append(tokens[window.start : window.stop])
                     windows.append((number, window.stop - window.first))
         totals = [0.0] * len(requests)
-        scored = self._scores(texts, "loglikelihood_rolling", disable_tqdm, room=1)
+        scored = self._scores(texts, "loglikelihood_rolling", disable_tqdm)
         for (number, counted), scores in zip(windows, scored, strict=True):
             totals[number] -= float(scores.nll[-counted:].sum(dtype=np.float64))
         for request, total in zip(requests, totals, strict=True):
@@ -177,68 +294,121 @@ class DcaJaxLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model says after each context, up to the first of the task's stop strings."""
-        jobs = []
-        for number, request in enumerate(requests):
-            context, options = request.args
-            wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-            jobs.append((self.tok_encode(context), wanted, number))
+        wanted, prompts = [], []
+        for request in requests:
+            context, kwargs = request.args
+            normal = normalize_gen_kwargs(kwargs, self.max_gen_toks)
+            wanted.append(read_generation_kwargs(normal, self._generation_config))
+            prompts.append(np.asarray(self.tok_encode(context), np.int32))
+        prompts = self._fitting(prompts, [one.max_new_tokens for one in wanted], answered=True)
         texts = [""] * len(requests)
         # Longest first, alike options together.
-        jobs.sort(key=lambda job: (repr(sorted(job[1].items(), key=str)), -len(job[0])))
-        with tqdm(total=len(jobs), desc="generate_until", disable=disable_tqdm) as bar:
-            while jobs:
-                prompt, options, _ = jobs[0]
-                length = len(prompt) + options["max_gen_toks"]
-                self._check_length(length)
-                size = self._batch_of(length)
-                batch = [job for job in jobs[:size] if job[1] == options]
-                jobs = jobs[len(batch) :]
+        order = sorted(range(len(requests)), key=lambda n: (repr(wanted[n]), -len(prompts[n])))
+        with tqdm(total=len(order), desc="generate_until", disable=disable_tqdm) as bar:
+            while order:
+                how = wanted[order[0]]
+                length = len(prompts[order[0]]) + how.max_new_tokens
+                batch = [n for n in order[: self._batch_of(length)] if wanted[n] == how]
                 said = self._reading(length).generate(
-                    [prompt for prompt, _, _ in batch],
-                    max_new_tokens=options["max_gen_toks"],
-                    stop=[stop for stop in options["until"] if stop],
-                    sampler=_sampler(options),
+                    [prompts[number] for number in batch],
+                    max_new_tokens=how.max_new_tokens,
+                    stop=how.until,
+                    sampler=how.sampler,
+                    # Another seed for each batch, and the engine makes one for each of its rows.
+                    seed=(self.seed + len(requests) - len(order)) % 2**31,
                     progress=False,
                 )
-                for (_, _, number), answer in zip(batch, said, strict=True):
-                    texts[number] = answer.text
+                order = order[len(batch) :]
+                for number, answer in zip(batch, said, strict=True):
+                    texts[number] = self._answer(answer.tokens, how)
                     self.cache_hook.add_partial(
-                        "generate_until", requests[number].args, answer.text
+                        "generate_until", requests[number].args, texts[number]
                     )
                 bar.update(len(batch))
         return texts
 
     # --- how ---
 
+    def _answer(self, tokens: Sequence[int], how: Wanted) -> str:
+        """The text of an answer's tokens, as lm-eval's own models make it."""
+        mark = self.think_end_token
+        thought = [n for n, token in enumerate(tokens) if token == mark]
+        text = self.tokenizer.decode(
+            list(tokens[thought[-1] + 1 :] if thought else tokens), skip_special_tokens=True
+        )
+        return postprocess_generated_text(
+            text.lstrip() if isinstance(mark, int) else text,
+            list(how.until),
+            mark if isinstance(mark, str) else None,
+        )
+
     def _reading(self, length: int) -> LLM:
         """The model, reading texts of so many tokens by the method."""
         return reading(self.llm, self.method, length)
 
     def _batch_of(self, length: int) -> int:
-        return self.batch_size or max(1, min(64, TOGETHER // length))
+        """Requests of `length` tokens to read together; few sizes, for each is compiled."""
+        if self.batch_size is not None:
+            return self.batch_size
+        fit = max(1, min(self._most_rows, TOGETHER // length))
+        return 1 << (fit.bit_length() - 1)
 
-    def _check_length(self, length: int, room: int = 0) -> None:
-        if self.max_length is not None and length > self.max_length + room:
-            raise InputError(
-                f"a request needs {length} tokens, and max_length is {self.max_length}; give a "
-                "larger one in --model_args, for nothing is cut in silence here"
-            )
-
-    def _scores(
-        self, texts: Sequence[np.ndarray], name: str, disable_tqdm: bool, room: int = 0
-    ) -> list[Scores]:
-        """The scores of texts of any length, read longest first and a batch at a time.
+    def _fitting(
+        self,
+        texts: list[np.ndarray],
+        needed: list[int],
+        *,
+        room: int = 0,
+        answered: bool = False,
+    ) -> list[np.ndarray]:
+        """The texts, cut from the left where `max_length` and `cuts` ask for it.
 
         Args:
+            needed: tokens that are never cut: a continuation at the end of its text, or those to be
+                drawn after it (`answered`).
             room: tokens beyond `max_length` that are only predicted, and not read.
+
+        Raises:
+            InputError: a text that is too long, if none is to be cut; or one of which nothing but
+                `needed` would be left.
         """
+        if self.max_length is None:
+            return texts
+        most, fitting, overlong = self.max_length + room, [], 0
+        for text, need in zip(texts, needed, strict=True):
+            length = len(text) + need * answered
+            kept = most - need * answered
+            if length <= most:
+                fitting.append(text)
+                continue
+            overlong += 1
+            if not self.cuts or kept <= need * (not answered):
+                worst = max(
+                    len(text) + need * answered for text, need in zip(texts, needed, strict=True)
+                )
+                raise InputError(
+                    f"a request needs {worst - room} tokens, and max_length is {self.max_length}; "
+                    "give a larger one in --model_args, or overlong=left to cut such requests "
+                    "from the left"
+                )
+            fitting.append(text[-kept:])
+        if overlong:
+            eval_logger.warning(
+                "%d of %d requests were longer than max_length=%d and have been cut from the left",
+                overlong,
+                len(texts),
+                self.max_length,
+            )
+        return fitting
+
+    def _scores(self, texts: Sequence[np.ndarray], name: str, disable_tqdm: bool) -> list[Scores]:
+        """The scores of texts of any length, read longest first and a batch at a time."""
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
         found: dict[int, Scores] = {}
         reader: Reader | None = None
         with tqdm(total=len(texts), desc=name, disable=disable_tqdm) as bar:
             while len(found) < len(texts):
                 length = len(texts[order[len(found)]])
-                self._check_length(length, room)
                 size = min(self._batch_of(length), len(texts))
                 batch = order[len(found) : len(found) + size]
                 if reader is None or reader.batch != size or 2 * length < reader.capacity:
@@ -249,13 +419,20 @@ class DcaJaxLM(TemplateLM):
         return [found[number] for number in range(len(texts))]
 
 
-def _sampler(options: dict[str, Any]) -> Sampler:
-    """Greedy unless the task asks to draw."""
-    if not options.get("do_sample"):
-        return Sampler()
-    return Sampler(
-        temperature=float(options.get("temperature") or 1.0),
-        top_k=options.get("top_k"),
-        top_p=options.get("top_p"),
-        min_p=options.get("min_p"),
-    )
+def _arguments() -> list[str]:
+    parameters = inspect.signature(DcaJaxLM.__init__).parameters
+    return [name for name in parameters if name not in ("self", "others", "device")]
+
+
+def _batch_size(given: int | str | None) -> int | None:
+    """None for what is left open.
+
+    Raises:
+        InputError: neither a positive number nor "auto", with or without a number of its own.
+    """
+    text = str(given)
+    if given is None or text == "auto" or re.fullmatch(r"auto:\d+(\.\d+)?", text):
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"batch_size must be a positive number, or auto, got {shown(given)}")
+    return int(text)

@@ -2,29 +2,29 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dca_jax.disk import writing
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import parse_json, read_text_file
 
-# Beside the weights and config.json: what a tokenizer and generation need.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+# Where transformers keeps all chat templates but the default one.
+TEMPLATES = "additional_chat_templates"
+
+# What is not copied from a checkpoint's folder: weights and a trainer's state, in any format, with
+# their indexes; code, which nothing here runs; what describes an adapter or an earlier conversion.
+WEIGHTS = frozenset(
+    ".bin .ckpt .gguf .ggml .h5 .incomplete .joblib .msgpack .npy .npz .onnx .onnx_data .ot "
+    ".pickle .pkl .pt .pth .safetensors .tflite".split()
 )
+INDEX = re.compile(r"\.index(\.\w+)?\.json")
+NOT_COPIED = frozenset({"adapter_config.json", "provenance.json"})
 
 
 def member(folder: Path, name: str) -> Path:
@@ -49,8 +49,9 @@ def member(folder: Path, name: str) -> Path:
         raise InputError(f"{folder}: file {shown(name, quote=False)} is missing")
     home, target = folder.resolve(), path.resolve()
     allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    snapshot = home.parent if home.name == TEMPLATES else home
+    if snapshot.parent.name == "snapshots":
+        allowed.append(snapshot.parent.parent / "blobs")
     if target.parent not in allowed:
         raise InputError(
             f"{path} is a link that leads out of its folder (to {target}); "
@@ -72,13 +73,55 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def template_files(folder: Path) -> list[Path]:
+    """The chat templates in `folder`'s `additional_chat_templates`, by name; often none.
+
+    Raises:
+        InputError: the folder or a file of it is a link that leads out.
+    """
+    inner = folder / TEMPLATES
+    if not inner.is_dir():
+        return []
+    if inner.resolve() != folder.resolve() / TEMPLATES:
+        raise InputError(
+            f"{inner} is a link that leads out of its folder (to {inner.resolve()}); put the "
+            "folder itself there"
+        )
+    return [member(inner, path.name) for path in sorted(inner.iterdir()) if path.suffix == ".jinja"]
+
+
 def copy_companions(source: Path, destination: Path) -> list[Path]:
-    """Copies a model's config.json and `COMPANIONS`, where there are any; returns the originals."""
-    names = [name for name in COMPANIONS if (source / name).exists()]
-    originals = [member(source, name) for name in ("config.json", *names)]
-    for original in originals:
-        shutil.copyfile(original, destination / original.name)
-    return originals
+    """Copies the files of a checkpoint's folder, but its weights; returns the originals.
+
+    All of them: config.json, the tokenizer's, chat templates, licence and whatever else lies there.
+    Left out are folders (but the one of chat templates), hidden files, and what `WEIGHTS` names.
+
+    Raises:
+        InputError: no config.json; a file that is a link out of the folder or cannot be read.
+    """
+    names = [path.name for path in sorted(source.iterdir()) if _is_companion(path)]
+    originals = [member(source, name) for name in dict.fromkeys(["config.json", *names])]
+    templates = template_files(source)
+    if templates:
+        (destination / TEMPLATES).mkdir()
+    for original in (*originals, *templates):
+        try:
+            file = original.open("rb")
+        except OSError as error:
+            raise InputError(f"{original} cannot be read: {error.strerror}") from None
+        with file, (destination / original.relative_to(source)).open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+    return [*originals, *templates]
+
+
+def _is_companion(path: Path) -> bool:
+    code_or_weights = path.suffix in WEIGHTS or path.suffix == ".py" or INDEX.search(path.name)
+    hidden = path.name.startswith(".")
+    return (
+        not (hidden or code_or_weights or path.name in NOT_COPIED)
+        and (path.is_file() or path.is_symlink())
+        and not path.is_dir()
+    )
 
 
 @contextmanager
@@ -90,39 +133,47 @@ def written_aside(destination: Path) -> Iterator[Path]:
     writers of one destination apart, and dies with its process.
 
     Raises:
-        InputError: `destination` exists, its parent does not, or another process is writing it.
+        InputError: `destination` exists, its parent does not, or another process is writing it;
+            or the disk refuses it (`dca_jax.disk.writing`).
     """
-    refuse_existing(destination)
-    if not destination.parent.is_dir():
-        raise InputError(f"{destination.parent} is no folder; create it first")
-    aside = destination.with_name(f".{destination.name}.partial")
-    aside.mkdir(exist_ok=True)
-    lock = os.open(aside, os.O_RDONLY)
-    try:
+    with writing(destination):
+        refuse_existing(destination)
+        parent = destination.parent
+        if parent.is_file():
+            raise InputError(f"{parent} is a file; expected a folder to write into")
+        if not parent.is_dir():
+            raise InputError(f"{parent} is no folder; create it first")
+        aside = destination.with_name(f".{destination.name}.partial")
+        aside.mkdir(exist_ok=True)
+        lock = os.open(aside, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another writer may have finished between our mkdir and our lock.
-            ours = aside.is_dir() and os.path.samestat(os.fstat(lock), aside.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise InputError(f"another process is writing {destination}; wait for it, then retry")
-        _clear(aside)
-        try:
-            yield aside
-            refuse_existing(destination)
-            aside.rename(destination)
-        except BaseException:
-            shutil.rmtree(aside)
-            raise
-    finally:
-        os.close(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another writer may have finished between our mkdir and our lock.
+                ours = aside.is_dir() and os.path.samestat(os.fstat(lock), aside.stat())
+            except BlockingIOError:
+                ours = False
+            if not ours:
+                raise InputError(
+                    f"another process is writing {destination}; wait for it, then retry"
+                )
+            _clear(aside)
+            try:
+                yield aside
+                refuse_existing(destination)
+                aside.rename(destination)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)  # what is left, the next writer clears
+                raise
+        finally:
+            os.close(lock)
 
 
 def refuse_existing(destination: Path) -> None:
     """Raises InputError if `destination` exists: nothing is ever overwritten."""
-    if destination.exists() or destination.is_symlink():
-        raise InputError(f"{destination} exists already; remove it or choose another name")
+    with writing(destination):
+        if destination.exists() or destination.is_symlink():
+            raise InputError(f"{destination} exists already; remove it or choose another name")
 
 
 def _clear(folder: Path) -> None:

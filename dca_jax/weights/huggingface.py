@@ -9,6 +9,7 @@ import numpy as np
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.weights.files import read_json
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
@@ -115,6 +116,11 @@ def match_tensors(
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
     """
+    if config.num_hidden_layers > len(stored):  # before that many names are made
+        raise InputError(
+            f"the weights in {folder} are not those of the model in its config.json: it asks for "
+            f"{config.num_hidden_layers} layers, and there are {len(stored)} tensors"
+        )
     stored, missing = dict(stored), []
     tensors: dict[str, list[StoredTensor]] = {}
     for row in rows:
@@ -152,6 +158,6 @@ def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
         )
 
 
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name, quote=False) for name in names[:most]) + more

@@ -7,7 +7,7 @@ A converted folder (`checkpoints_convert`) keeps one as `params/`, beside the mo
 `config.json` and tokenizer files.
 """
 
-import json
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +22,12 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
+from dca_jax import fields
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.text_files import decode, parse_json, read_text_file
 from dca_jax.weights.files import refuse_existing
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
@@ -35,9 +38,12 @@ from dca_jax.weights.parameters import (
     piece_shape,
     pieces,
 )
-from dca_jax.weights.tensor_files import cast_weights
+from dca_jax.weights.tensor_files import FLOATS, cast_weights
 
 PARAMS = "params"  # the checkpoint's name inside a converted folder
+
+ZARRAY = ".zarray"  # the description of an array
+ZARRAY_BYTES = 2**14  # of it, at most; those of weights have some 300
 
 # zstd at level 1, as Orbax's own arrays: a fifth smaller than bfloat16 weights are.
 _COMPRESSOR = {"id": "zstd", "level": 1}
@@ -133,17 +139,26 @@ def check_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, np.dtype]:
     """The dtype of every array of a checkpoint, by path, once names and shapes are those of `like`.
 
     Raises:
-        InputError: no checkpoint at `path`, a damaged one, or other names or shapes.
+        InputError: no checkpoint at `path`, a damaged one, other names or shapes, or a dtype that
+            is none of weights.
     """
-    wanted = {name: tuple(leaf.shape) for name, leaf in _leaves(like).items()}
-    found = saved_arrays(path)
+    wanted, found = _leaves(like), saved_arrays(path)
     for name in sorted(wanted.keys() ^ found.keys()):
         where = "is missing from" if name in wanted else "is not expected in"
-        raise InputError(f"parameter {name} {where} {path}: it belongs to another config.json")
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
+        raise InputError(
+            f"parameter {shown(name, quote=False)} {where} {path}: it belongs to another "
+            "config.json"
+        )
+    for name, leaf in wanted.items():
+        if found[name].shape != tuple(leaf.shape):
             raise InputError(
-                f"parameter {name} in {path} has shape {found[name].shape}, expected {shape}"
+                f"parameter {name} in {path} has shape {shown(found[name].shape)}, expected "
+                f"{tuple(leaf.shape)}"
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and found[name].dtype not in FLOATS.values():
+            raise InputError(
+                f"parameter {name} in {path} has dtype {found[name].dtype}; expected one of "
+                f"{', '.join(map(str, FLOATS.values()))}"
             )
     return {name: leaf.dtype for name, leaf in found.items()}
 
@@ -152,24 +167,38 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a checkpoint, by dotted path; no data is read.
 
     Raises:
-        InputError: no checkpoint at `path`, or one whose description is damaged.
+        InputError: no checkpoint at `path`, one whose description is damaged, or one with a link
+            that leads out of it.
     """
     path = Path(path).absolute()
     if not (path / "_METADATA").is_file():
         raise InputError(f"{path} is no Orbax checkpoint (it has no _METADATA)")
+    _refuse_links(path)
     # Orbax's own reader opens all arrays at once, and if one is damaged says neither which nor why.
+    described = parse_json(read_text_file(path / "_METADATA"), f"{path / '_METADATA'}")
     with _damage_reported(path):
-        described = json.loads((path / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"]
-        names = [".".join(k["key"] for k in leaf["key_metadata"]) for leaf in described.values()]
-    if any("/" in name for name in names):
+        leaves = described["tree_metadata"].values()
+        names = [".".join(k["key"] for k in leaf["key_metadata"]) for leaf in leaves]
+    if any("/" in name or name in ("", ".", "..") for name in names):
         raise InputError(f"{path / '_METADATA'} names an array outside its folder")
-    arrays = {name: _open_array(path, name) for name in names}
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype.numpy_dtype) for k, v in arrays.items()}
+    return {name: _described_array(path, name) for name in names}
 
 
 def is_converted(folder: str | Path) -> bool:
-    """Whether `folder` is a converted one (Orbax weights) and not a Hugging Face one."""
-    return (Path(folder) / PARAMS).is_dir()
+    """Whether `folder` is a converted one (Orbax weights) and not a Hugging Face one.
+
+    Raises:
+        InputError: its `params` is a link that leads elsewhere.
+    """
+    folder = Path(folder)
+    if not (folder / PARAMS).is_dir():
+        return False
+    if (folder / PARAMS).resolve() != folder.resolve() / PARAMS:
+        raise InputError(
+            f"{folder / PARAMS} is a link that leads out of its folder (to "
+            f"{(folder / PARAMS).resolve()}); put the folder itself there"
+        )
+    return True
 
 
 def open_converted(
@@ -205,13 +234,62 @@ def read_piece(path: str | Path, name: str, index: tuple[slice, ...]) -> np.ndar
 
 
 def _open_array(path: Path, name: str) -> ts.TensorStore:
-    if (path / "manifest.ocdbt").exists():  # what Orbax writes when left to its defaults
-        store: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
-    else:
-        store = {"driver": "file", "path": f"{path / name}/"}
-    spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+    spec = {"driver": "zarr", "kvstore": _store(path, name), "fill_missing_data_reads": False}
     with _damage_reported(path):
         return ts.open(spec, open=True, read=True).result()
+
+
+def _store(path: Path, name: str) -> dict[str, Any]:
+    if (path / "manifest.ocdbt").exists():  # what Orbax writes when left to its defaults
+        return {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+    return {"driver": "file", "path": f"{path / name}/"}
+
+
+def _described_array(path: Path, name: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, from its `.zarray`, which is judged before TensorStore sees it.
+
+    TensorStore allocates whole chunks, however large they are said to be, and its parser follows
+    any depth; either ends the process.
+    """
+    where = f"{path / name / ZARRAY}"
+    with _damage_reported(path):
+        found = ts.KvStore.open(_store(path, name)).result().read(ZARRAY).result()
+    if found.state != "value":
+        raise InputError(f"{path} is damaged ({where} is missing); convert or save it again")
+    if len(found.value) > ZARRAY_BYTES:
+        raise InputError(f"{where} has {len(found.value)} bytes, expected at most {ZARRAY_BYTES}")
+    described = parse_json(decode(found.value, where), where)
+    if not isinstance(described, dict):
+        raise InputError(f"{where} holds a JSON {type(described).__name__}, expected an object")
+    shape, chunks = (_axes(described, key, where) for key in ("shape", "chunks"))
+    if len(chunks) != len(shape) or min(chunks, default=1) < 1:
+        raise InputError(
+            f"{where}: chunks must have a positive size for each of {len(shape)} axes, got "
+            f"{shown(list(chunks))}"
+        )
+    if math.prod(chunks) > max(math.prod(shape), PIECE_SIZE):
+        raise InputError(f"{where}: chunks of {shown(list(chunks))} are larger than the array")
+    dtype = fields.text(described, "dtype", where)
+    with _damage_reported(path):
+        known = FLOATS["BF16"] if dtype == "bfloat16" else np.dtype(dtype or "no dtype")
+    return jax.ShapeDtypeStruct(shape, known)
+
+
+def _axes(described: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    sizes = described.get(key)
+    if not isinstance(sizes, list) or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+        raise InputError(f"{where}: {key} must be a list of sizes, got {shown(sizes)}")
+    return tuple(sizes)
+
+
+def _refuse_links(path: Path) -> None:
+    home = path.resolve()
+    for inner in path.rglob("*"):
+        if inner.is_symlink() and not inner.resolve().is_relative_to(home):
+            raise InputError(
+                f"{inner} is a link that leads out of its folder (to {inner.resolve()}); put the "
+                "file itself there"
+            )
 
 
 @contextmanager
@@ -223,6 +301,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = str(cause).partition("\n")[0].partition(" [tensorstore_spec")[0]
+        reason = shown(reason or type(cause).__name__, quote=False)
         raise InputError(f"{path} is damaged ({reason}); convert or save it again") from error
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.errors import InputError, is_out_of_memory
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 
@@ -250,12 +251,34 @@ def load_tree(
         progress: told of every piece.
         rows: of the tree; None for those of `parameters`.
         then: what becomes of an array once it is filled, by path; it is not kept till the end.
+
+    Raises:
+        InputError: they do not fit into the devices' memory.
     """
     leaves: dict[str, jax.Array] = {}
-    for row in parameters(config) if rows is None else rows:
-        leaf = _load_leaf(row, config, like[row.path], read, progress)
-        leaves |= {row.path: leaf} if then is None else then(row, leaf)
+    try:
+        for row in parameters(config) if rows is None else rows:
+            leaf = _load_leaf(row, config, like[row.path], read, progress)
+            leaves |= {row.path: leaf} if then is None else then(row, leaf)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
+            raise
+        raise InputError(_too_large(like)) from error
     return unflatten_dict(leaves, sep=".")
+
+
+def _too_large(like: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    leaves = list(like.values())
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    own = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    return (
+        f"the weights take {whole / 2**30:.1f} GiB in {dtypes}, {own / 2**30:.1f} GiB of them on "
+        "each device, which is more than it has free; choose bfloat16, a mesh of more devices, or "
+        "a smaller model"
+    )
 
 
 def _load_leaf(

@@ -1,12 +1,15 @@
 """The tensors of a Hugging Face folder: listed without reading them, read piece by piece.
 
 safetensors or PyTorch `.bin`, one file or many with an index. A file is mapped into memory anew
-for every piece, so what stays resident is a piece and not a file.
+for every piece, so what stays resident is a piece and not a file. The exception is a `.bin` file as
+PyTorch wrote it before version 1.6, which is no zip file and cannot be mapped: it is read whole.
 """
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,14 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from dca_jax.errors import InputError
+from dca_jax import fields
+from dca_jax.config import CONFIG
+from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.weights.files import member, read_json
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
+INDEX = ".index.json"
 
 FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -31,12 +37,17 @@ FLOATS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file: what its header says. `read` is the only thing that touches the data."""
+    """A tensor in a file: what its header says. `read` is the only thing that touches the data.
+
+    Attributes:
+        loaded: the PyTorch tensor, of a file that cannot be mapped.
+    """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    loaded: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -44,32 +55,59 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The piece `tensor[index]`, in memory of its own; one slice with both ends per axis."""
-        if self.path.suffix == ".bin":
-            return _numpy(_load_bin(self.path)[self.name][index])
-        with safetensors.safe_open(self.path, framework="numpy") as file:
-            return file.get_slice(self.name)[index]
+        """The piece `tensor[index]`, in memory of its own; one slice with both ends per axis.
+
+        Raises:
+            InputError: the file is no longer what it was when it was listed.
+        """
+        if self.loaded is not None:
+            return _numpy(self.loaded[index])
+        with _damage_reported(self.path):
+            if self.path.suffix == ".bin":
+                return _numpy(_load_bin(self.path)[self.name][index])
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                return file.get_slice(self.name)[index]
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name, from the files' headers alone.
 
-    Looks for `model.safetensors.index.json`, `model.safetensors`, `pytorch_model.bin.index.json`
-    and `pytorch_model.bin`, in this order.
+    Of several checkpoints in one folder it takes that which transformers takes: what config.json
+    names as `transformers_weights`, else `model.safetensors`, `model.safetensors.index.json`,
+    `pytorch_model.bin` or `pytorch_model.bin.index.json`, the first there is.
 
     Raises:
         InputError: no checkpoint there; a file that is truncated, corrupt, missing or outside the
             folder; an index that does not match its files; a tensor that is not floating-point.
     """
-    for name in (SAFETENSORS, PYTORCH):
-        if (folder / f"{name}.index.json").exists():
-            return _list_sharded(folder, f"{name}.index.json")
-        if (folder / name).exists() or (folder / name).is_symlink():
-            return {tensor.name: tensor for tensor in list_file(member(folder, name))}
-    raise InputError(
-        f"{folder} holds no weights: expected {SAFETENSORS} or {PYTORCH}, or one of them in shards "
-        "with its .index.json"
-    )
+    candidates = [name for base in (SAFETENSORS, PYTORCH) for name in (base, f"{base}{INDEX}")]
+    named = _named_weights(folder)
+    present = [name for name in candidates if (folder / name).is_file()]
+    chosen = named or next(iter(present), None)
+    if chosen is None:
+        for name in candidates:
+            if (folder / name).is_symlink():
+                member(folder, name)  # says that what it leads to is missing
+        raise InputError(
+            f"{folder} holds no weights: expected {SAFETENSORS} or {PYTORCH}, or one of them in "
+            f"shards with its {INDEX}"
+        )
+    if chosen.endswith(INDEX):
+        return _list_sharded(folder, chosen)
+    return {tensor.name: tensor for tensor in list_file(member(folder, chosen))}
+
+
+def _named_weights(folder: Path) -> str:
+    """The file of weights that config.json names itself, as transformers writes some; or none."""
+    if not (folder / CONFIG).is_file():
+        return ""
+    name = fields.text(read_json(folder, CONFIG), "transformers_weights", CONFIG)
+    if name and not name.endswith((".safetensors", f".safetensors{INDEX}")):
+        raise InputError(
+            f"config.json: transformers_weights must name a .safetensors file or its index, got "
+            f"{fields.shown(name)}"
+        )
+    return name
 
 
 def cast_weights(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -150,38 +188,62 @@ def list_file(path: Path) -> Iterator[StoredTensor]:
         InputError: as `list_tensors` does for a file.
     """
     if path.suffix == ".bin":
+        mapped = zipfile.is_zipfile(path)
         for name, tensor in _load_bin(path).items():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            yield _stored(path, name, tuple(tensor.shape), _TORCH_FLOATS.get(dtype, dtype))
+            dtype, loaded = _TORCH_FLOATS.get(dtype, dtype), None if mapped else tensor
+            yield _stored(path, name, tuple(tensor.shape), dtype, loaded)
         return
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a .safetensors or .bin file")
+    with _damage_reported(path), safetensors.safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 -- safe_open is no dict
+            header = file.get_slice(name)
+            yield _stored(path, name, tuple(header.get_shape()), header.get_dtype())
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 -- safe_open is no dict
-                header = file.get_slice(name)
-                yield _stored(path, name, tuple(header.get_shape()), header.get_dtype())
+        yield
     except safetensors.SafetensorError as error:
         raise InputError(
-            f"{path} is truncated or corrupt ({error}; {path.stat().st_size} bytes); "
-            "download or write it again"
+            f"{path} is truncated or corrupt ({fields.shown(str(error), quote=False)}; "
+            f"{path.stat().st_size} bytes); download or write it again"
         ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise InputError(_unmapped(path)) from None
 
 
-def _stored(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+def _unmapped(path: Path) -> str:
+    size = path.stat().st_size / 2**30
+    return (
+        f"{path} ({size:.1f} GiB) cannot be mapped into memory; free memory, or raise `ulimit -v`"
+    )
+
+
+def _stored(
+    path: Path, name: str, shape: tuple[int, ...], dtype: str, loaded: Any = None
+) -> StoredTensor:
     if dtype not in FLOATS:
         raise InputError(
-            f"tensor {name} in {path.name} has dtype {dtype}; expected one of {', '.join(FLOATS)} "
-            "(quantized weights are not supported: use the unquantized checkpoint)"
+            f"tensor {fields.shown(name, quote=False)} in {path.name} has dtype {dtype}; expected "
+            f"one of {', '.join(FLOATS)} (quantized weights are not supported: use the unquantized "
+            "checkpoint)"
         )
-    return StoredTensor(path=path, name=name, shape=shape, dtype=FLOATS[dtype])
+    return StoredTensor(path=path, name=name, shape=shape, dtype=FLOATS[dtype], loaded=loaded)
 
 
 _TORCH_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 def _load_bin(path: Path) -> dict[str, Any]:
-    """The tensors of a PyTorch file, mapped and not read; `weights_only` runs no code from it."""
+    """The tensors of a PyTorch file, by name; `weights_only` runs no code from it.
+
+    They are mapped and not read, unless the file is of the old kind that is no zip file.
+    """
     try:
         import torch
     except ImportError:
@@ -190,19 +252,31 @@ def _load_bin(path: Path) -> dict[str, Any]:
             "model's safetensors files"
         ) from None
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ... by kind of damage
-        reason = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            raise InputError(_unmapped(path)) from None
+        reason = fields.shown(str(error).partition("\n")[0], quote=False)
         raise InputError(f"{path} is not a PyTorch weights file, or damaged: {reason}") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise InputError(f"{path} holds something other than a dict of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: a tensor's name must be text, got {fields.shown(name)}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = tensor.layout if tensor.layout != torch.strided else tensor.device
+            raise InputError(
+                f"tensor {fields.shown(name, quote=False)} in {path.name} has no plain data "
+                f"({kind}); save the dense weights"
+            )
     return tensors
 
 
 def _numpy(tensor: Any) -> np.ndarray:
     import torch
 
-    tensor = tensor.clone()  # out of the mapping
+    tensor = tensor.detach().clone()  # out of the mapping; a Parameter's data
     if tensor.dtype == torch.bfloat16:  # unknown to NumPy: the same bits, named by ml_dtypes
         return tensor.view(torch.int16).numpy().view(FLOATS["BF16"])
     return tensor.numpy()

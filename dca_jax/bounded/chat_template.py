@@ -1,0 +1,176 @@
+"""The process that writes conversations by chat templates, exactly as transformers does.
+
+The environment is that of `transformers.utils.chat_template_utils`, without importing it, which
+would take seconds: sandboxed, with what templates in use call. `tests/test_chat_templates.py`
+compares the two.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, Template, TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from dca_jax.bounded.child import serve
+
+# A conversation is written once or twice, with a template's own words around it: what is much
+# longer is a template gone wrong, and would only be stopped later, in the tokenizer.
+LEAST, TIMES = 2**20, 16  # characters; characters for each byte of the request
+
+
+class Refused(Exception):
+    """The template refuses these messages, or is none."""
+
+
+class TooLong(Exception):
+    """The template writes on and on."""
+
+
+class Writer:
+    """Writes conversations; the template of the last request is kept compiled."""
+
+    def __init__(self) -> None:
+        self._environment = make_environment()
+        self._source, self._template = "", self._environment.from_string("")
+
+    def __call__(self, line: bytes) -> list[str]:
+        """What `dca_jax.inference.chat_templates.ChatTemplates` asks for.
+
+        Raises:
+            Refused: by the template. TooLong: more text than a conversation has.
+        """
+        request = json.loads(line)
+        messages = [_as_transformers_has_it(message) for message in request["messages"]]
+        most = LEAST + TIMES * len(line)
+        try:
+            template = self._compiled(request["template"])
+            return [
+                _written(template, messages[:count], prompt, request["variables"], most)
+                for count, prompt in request["cuts"]
+            ]
+        except TemplateError as error:
+            raise Refused(str(error)) from None
+
+    def _compiled(self, source: str) -> Template:
+        if source != self._source:
+            self._template = self._environment.from_string(source)
+            self._source = source
+        return self._template
+
+
+def _written(
+    template: Template,
+    messages: list[dict[str, Any]],
+    prompt: bool,
+    variables: Mapping[str, Any],
+    most: int,
+) -> str:
+    pieces, length = [], 0
+    for piece in template.generate(
+        messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **variables
+    ):
+        pieces.append(piece)
+        length += len(piece)
+        if length > most:
+            raise TooLong(f"more than {most} characters of so few messages")
+    return "".join(pieces)
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _as_transformers_has_it(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, and with a reply's reasoning under the names that templates read."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in REASONING if key in given), None)
+    if reasoning is None:
+        return given
+    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+class _Generation(Extension):
+    """{% generation %}, which marks what the assistant says: here its content as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own annotation
+
+    def parse(self, parser: Parser) -> CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+    def _said(self, caller: Any) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict`, without what its class could be reached for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """`namespace`, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `namespace(self=...)` is a template's right
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace holds no name that begins with an underscore: {name!r}")
+
+
+def make_environment() -> Environment:
+    """Jinja's sandbox as transformers sets it up."""
+
+    def raise_exception(message: Any) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        x: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+if __name__ == "__main__":
+    serve(Writer())

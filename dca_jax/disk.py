@@ -1,0 +1,77 @@
+"""Writing to a disk that may be full, read-only or not ours."""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dca_jax.errors import InputError
+
+_ADVICE = {
+    errno.ENOSPC: "make room on the disk, then run the same command again",
+    errno.EDQUOT: "make room in your quota, then run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (`ulimit -f`), or choose another disk",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "create its folder first",
+    errno.ENOTDIR: "choose a path that leads through folders only",
+    errno.EEXIST: "choose another name, or remove what is there",
+    errno.EISDIR: "choose another name, or remove what is there",
+}
+_CODE = re.compile(r"os_error_code='(\d+)'")  # how TensorStore passes on an error of the system
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Around a block that writes `path`: what the system refuses becomes an `InputError`.
+
+    Libraries that raise a `ValueError` or `RuntimeError` for it (TensorStore, Orbax) count too;
+    every other error passes as it is.
+
+    Raises:
+        InputError: the disk is full or read-only, a folder is missing or not ours, a name is too
+            long; it says which path, why, and what to do.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        code = _system_code(error)
+        if code is None:
+            raise
+        advice = _ADVICE.get(code, "check the disk, then run the same command again")
+        raise InputError(f"{path} cannot be written: {os.strerror(code)}; {advice}") from error
+
+
+def written(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` make a file aside, and renames it to `path`: it is whole or not there.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            write(aside)
+            aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def _system_code(error: BaseException) -> int | None:
+    """The system's error number behind an exception, or behind what it was raised from."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = _CODE.search(str(error))
+    if told is not None:
+        return int(told[1])
+    cause = error.__cause__
+    return None if cause is None else _system_code(cause)

@@ -1,0 +1,99 @@
+"""Which model a result is of: checksums of every file that decides what the model says.
+
+All bytes count. Headers, sizes and blocks here and there would be read in no time, and would take
+two checkpoints for one that differ in a few weights: a training of one layer, or of a few steps
+with a small rate. Times of change are those of the last copy. So the weights are read once more,
+by several threads: 1.5 GB/s on one core with SHA instructions, as fast as most disks give them, and
+they have just been loaded, so that a file that fits into memory is still there.
+
+The same weights in other files (sharded anew, converted) are another model here: refused or read
+again, never mixed up.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dca_jax.errors import InputError
+from dca_jax.weights.orbax import PARAMS, is_converted
+from dca_jax.weights.tensor_files import list_tensors
+
+# Beside the weights: what the model is, its tokenizer, its end of text and its chat templates.
+OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates"
+PIECE = 64 * 2**20  # bytes of a file that one thread reads
+BLOCK = 2**20  # of them, at once
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Checksums (SHA-256, hexadecimal) of a model's weights, and of each of its other files.
+
+    Args:
+        folder: of a checkpoint that has been loaded.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    found = {"weights": checksum(folder, _weight_files(folder))}
+    for name in OTHERS:
+        if (folder / name).is_file():
+            found[name] = checksum(folder, [folder / name])
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    return found | ({TEMPLATES: checksum(folder, templates)} if templates else {})
+
+
+def short_name(fingerprint: dict[str, str]) -> str:
+    """Eight digits of a fingerprint, for the name of a folder."""
+    parts = "".join(f"{name} {value}\n" for name, value in sorted(fingerprint.items()))
+    return hashlib.sha256(parts.encode()).hexdigest()[:8]
+
+
+def checksum(folder: Path, files: Sequence[Path]) -> str:
+    """A checksum of the names and contents of files in a folder or below it."""
+    try:
+        pieces = [
+            (path, start)
+            for path in files
+            for start in range(0, max(path.stat().st_size, 1), PIECE)
+        ]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(_digest, pieces))
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
+    whole = hashlib.sha256()
+    for (path, start), digest in zip(pieces, digests, strict=True):
+        whole.update(f"{path.relative_to(folder).as_posix()} {start}\0".encode() + digest)
+    return whole.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if is_converted(folder):
+        return sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return sorted({tensor.path for tensor in list_tensors(folder).values()})
+
+
+def _digest(piece: tuple[Path, int]) -> bytes:
+    path, start = piece
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        for at in range(0, PIECE, BLOCK):
+            block = file.read(min(BLOCK, PIECE - at))
+            if not block:
+                break
+            found.update(block)
+    return found.digest()

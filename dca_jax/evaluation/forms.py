@@ -1,0 +1,75 @@
+"""What the records of each task hold, checked before a table is made of them.
+
+The lines of a run are a file as any other: a disk, a merge or an editor may have damaged it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dca_jax.errors import InputError
+from dca_jax.evaluation.results import LINES, RUN, Run, damage
+from dca_jax.fields import shown
+
+FILLED = re.compile(r"\S")  # a string that is not blank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the records of a task hold, and which settings its tables need: the type of each.
+
+    A type is one of Python's (float: a finite number; int: from 0 on), `FILLED`, or the strings
+    that a text may be. The fields of `optional` need not be there.
+    """
+
+    key: Mapping[str, Any]
+    value: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+
+    def check(self, run: Run) -> None:
+        """Raises InputError, with the file and the field, for a record or setting of other types.
+
+        What failed has no value; its key is checked all the same.
+        """
+        with damage(f"{run.folder / RUN}"):
+            self._check(run.settings, self.settings)
+        for record in run.records:
+            with damage(f"{run.folder / LINES}: the line with the key {shown(record.key)}"):
+                self._check(record.key, self.key)
+                if record.value is not None:
+                    value = self.value
+                    self._check(
+                        record.value, value if isinstance(value, Mapping) else value(record.key)
+                    )
+
+    def _check(self, found: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+        for name, kind in types.items():
+            value = found.get(name)
+            if value is None and name in self.optional:
+                continue
+            if not _is_a(kind, value):
+                expected = EXPECTED[kind] if kind in EXPECTED else f"one of {', '.join(kind)}"
+                raise InputError(f"its {name} is {shown(value)}, expected {expected}")
+
+
+EXPECTED: dict[Any, str] = {
+    str: "a string",
+    FILLED: "a string that is not blank",
+    int: "an integer from 0 on",
+    float: "a finite number",
+    bool: "true or false",
+}
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if kind is FILLED:
+        return isinstance(value, str) and FILLED.search(value) is not None
+    if not isinstance(kind, type):
+        return isinstance(value, str) and value in kind
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < 1e300
+    return isinstance(value, kind) and (kind is not int or value >= 0)

@@ -1,0 +1,281 @@
+"""A folder's tokenizer: its tokenizer.json as it is, its chat templates, the ids that end a text.
+
+`transformers` makes the object, for its chat templates and decoding; but where there is a
+tokenizer.json, that file alone says which ids a text has. (`AutoTokenizer` of transformers 5 builds
+Llama's and others' anew from its vocabulary, and loses normalizers and unknown tokens on the way.)
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dca_jax import fields
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.text_files import check_characters, read_text_file
+from dca_jax.weights.files import member, read_json, template_files
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+GENERATION = "generation_config.json"
+
+# What a tokenizer is read from. Without any of `VOCABULARIES` a folder has none.
+VOCABULARIES = (FILE, "tokenizer.model", "vocab.json", SETTINGS)
+FILES = (*VOCABULARIES, SPECIAL, ADDED, "merges.txt", "chat_template.jinja", "chat_template.json")
+
+log = logging.getLogger(__name__)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, an object of `transformers`; None if there is none.
+
+    A text's ids are those of tokenizer.json, except that nothing is put behind a text: what a
+    tokenizer appends (EOS) would stand between a prompt and its continuation.
+
+    Raises:
+        InputError: a file that cannot be read, is damaged or lies outside the folder, or a
+            tokenizer that would run code from the checkpoint.
+    """
+    present = [name for name in FILES if (folder / name).is_symlink() or (folder / name).exists()]
+    for name in present:
+        member(folder, name)
+    if not any(name in VOCABULARIES for name in present):
+        return None
+    settings = read_json(folder, SETTINGS) if SETTINGS in present else {}
+    where = f"{folder / SETTINGS}"
+    fields.number(settings, "model_max_length", where, above=0)
+    templates = _chat_templates(folder, settings)
+    with _refusing(f"the tokenizer in {folder} cannot be read"):
+        if FILE in present:
+            tokenizer = _from_file(folder, settings)
+        else:
+            from transformers import AutoTokenizer  # takes seconds to import
+
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+            _put_nothing_behind(backend)
+    only = next(iter(templates.values()), None)
+    tokenizer.chat_template = templates if len(templates) > 1 else only
+    return tokenizer
+
+
+def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer that tokenizer.json holds, with the special tokens that the others name."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    where, named = f"{folder / SETTINGS}", dict(settings)
+    described = fields.mapping(settings, "added_tokens_decoder", where)
+    if described is None and (folder / SPECIAL).exists():  # as transformers, which wrote both
+        named |= read_json(folder, SPECIAL)
+    special = {
+        name: _content(value, name, where)
+        for name, value in named.items()
+        if name.endswith("_token") and value is not None and not isinstance(value, bool)
+    }
+    extra = named.get("extra_special_tokens") or named.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, Mapping) else extra
+    if not isinstance(extra, list):
+        raise InputError(f"{where}: extra_special_tokens must be a list, got {shown(extra)}")
+    wanted = [*special.values(), *(_content(v, "extra_special_tokens", where) for v in extra)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(member(folder, FILE)))
+    # Tokens that only the older files name. What tokenizer.json knows stays as it has it.
+    older = read_json(folder, ADDED) if (folder / ADDED).exists() else {}
+    by_id = {fields.integer(older, text, ADDED, default=0, least=0): text for text in older}
+    by_id |= {int(number): token for number, token in (described or {}).items()}
+    for _, token in sorted(by_id.items()):
+        text = _content(token, "added_tokens_decoder", where)
+        if tokenizer.backend_tokenizer.token_to_id(text) is None:
+            flags = token if isinstance(token, Mapping) else {"special": text in wanted}
+            read = {n: fields.boolean(flags, n, where) for n in ("lstrip", "rstrip", "special")}
+            tokenizer.add_tokens([AddedToken(text, **read)])
+    known = tokenizer.added_tokens_encoder
+    tokenizer.add_tokens([text for text in wanted if text not in known], special_tokens=True)
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        setattr(tokenizer, name, special.get(name))
+    return tokenizer
+
+
+def _content(value: Any, name: str, where: str) -> str:
+    """The text of a special token, which stands there alone or with its flags."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(text, str):
+        raise InputError(f"{where}: {name} must be a token's text, got {shown(value)}")
+    return text
+
+
+def _put_nothing_behind(backend: Any) -> None:
+    """Takes what the post-processor appends to a text out of it; what it puts before stays."""
+    from tokenizers import Tokenizer, models
+
+    if backend.post_processor is None:
+        return
+    shell = Tokenizer(models.BPE())
+    shell.post_processor = backend.post_processor
+    described = json.loads(shell.to_str())
+    changed = _without_ending(described["post_processor"])
+    if changed != described["post_processor"]:
+        described["post_processor"] = changed
+        backend.post_processor = Tokenizer.from_str(json.dumps(described)).post_processor
+
+
+def _without_ending(processor: dict[str, Any]) -> dict[str, Any]:
+    if processor["type"] == "Sequence":
+        return processor | {"processors": [_without_ending(p) for p in processor["processors"]]}
+    if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        token, number = processor["cls"]
+        before, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"id": "A", "type_id": 0}
+        return {
+            "type": "TemplateProcessing",
+            "single": [before, {"Sequence": text}],
+            "pair": [before, {"Sequence": text}, {"Sequence": text | {"id": "B"}}],
+            "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+        }
+    if processor["type"] == "TemplateProcessing":
+        parts = processor["single"]
+        last = max(n for n, part in enumerate(parts) if "Sequence" in part)
+        return processor | {"single": parts[: last + 1]}
+    return processor
+
+
+# --- text to ids and back ----------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
+            token for a part of it, or fails in another way.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
+
+
+def encode_with_places(
+    tokenizer: Any, text: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The ids of a text, none put around it, and from which character to which each goes.
+
+    Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
+
+    Args:
+        tokenizer: a fast one.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    check_characters(text, "the text")
+    with _refusing("the tokenizer cannot read this text"):
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    begins, ends = np.asarray(found.offset_mapping, np.int64).reshape(-1, 2).T
+    before = np.concatenate([[0], ends[:-1]])
+    return np.asarray(found.input_ids, np.int32), np.minimum(begins, before), ends
+
+
+def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of ids.
+
+    Raises:
+        InputError: the tokenizer fails on them.
+    """
+    with _refusing("the tokenizer cannot write these ids"):
+        return tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns whatever a tokenizer raises into an InputError."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in its Rust code is no Exception
+        reason = shown(str(error), quote=False) or type(error).__name__
+        raise InputError(f"{what}: {reason}") from error
+
+
+# --- chat templates ----------------------------------------------------------------------------
+
+
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Every chat template of a folder, by name; later places win over earlier ones."""
+    found = _named_templates(settings, f"{folder / SETTINGS}")
+    if not found and (folder / "chat_template.json").exists():
+        found = _named_templates(
+            read_json(folder, "chat_template.json"), f"{folder / 'chat_template.json'}"
+        )
+    if (folder / "chat_template.jinja").exists():
+        found["default"] = read_text_file(member(folder, "chat_template.jinja"))
+    for path in template_files(folder):
+        found[path.stem] = read_text_file(path)
+    return found
+
+
+def _named_templates(settings: Mapping[str, Any], where: str) -> dict[str, str]:
+    """What `chat_template` holds: a text, a list of names and texts, or an object of them."""
+    value = settings.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        pairs: Sequence[tuple[Any, Any]] = [(e.get("name"), e.get("template")) for e in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in pairs):
+        raise InputError(
+            f"{where}: chat_template must be a text, or a list of objects with name and template, "
+            f"got {shown(value)}"
+        )
+    return dict(pairs)
+
+
+# --- ends of texts -----------------------------------------------------------------------------
+
+
+def find_stop_ids(folder: Path, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a text, by config.json, generation_config.json or the tokenizer.
+
+    Chat versions often name theirs in one of the three only. An id outside the model's vocabulary
+    is never drawn, so it ends nothing: it is left out, and that is logged.
+
+    Raises:
+        InputError: generation_config.json names what is no token id.
+    """
+    ids = dict.fromkeys(config.eos_token_ids, "config.json")
+    if (folder / GENERATION).exists():
+        where = f"{folder / GENERATION}"
+        named = fields.token_ids(read_json(folder, GENERATION), "eos_token_id", where)
+        ids |= dict.fromkeys(named, GENERATION)
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is not None:
+        ids[own] = "the tokenizer"
+    for number, where in ids.items():
+        if number >= config.vocab_size:
+            log.warning(
+                "the end-of-text id %d of %s is outside the model's vocabulary (%d ids) and is "
+                "ignored",
+                *(number, where, config.vocab_size),
+            )
+    return frozenset(number for number in ids if number < config.vocab_size)

@@ -1,0 +1,152 @@
+"""What lm-eval hands over by name: `--model_args`, and the `generation_kwargs` of tasks.
+
+Those of lm-eval's own model for transformers, `HFLM`, are what its users know. Each is taken in its
+meaning there, or refused by name; none is dropped in silence.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.inference.sampling import Sampler
+from dca_jax.sharding import AXES
+
+OFF = (None, False, "", "False", "false", "None", "none")  # as --model_args writes them
+
+# Arguments of HFLM that mean nothing here, and what to do instead.
+_INSTEAD = {
+    "backend": "",
+    "revision": "download the revision you want, and give its folder",
+    "subfolder": "give the folder itself",
+    "use_fast_tokenizer": "",
+    "trust_remote_code": "code from a checkpoint is never run; leave it out",
+    "logits_cache": "",
+    "softmax_dtype": "log-likelihoods are always computed in float32",
+    "mixed_precision_dtype": "give dtype",
+    "parallelize": "give a mesh, as mesh=tensor=4",
+    "tp_plan": "give a mesh, as mesh=tensor=4",
+    "max_memory_per_gpu": "",
+    "max_cpu_memory": "",
+    "offload_folder": "",
+    "peft": "merge the adapter into its model first",
+    "delta": "add the delta to its model first",
+    "autogptq": "",
+    "gptqmodel": "",
+    "gguf_file": "",
+}
+_HARMLESS = {"revision": "main", "backend": "causal", "logits_cache": "True", "subfolder": ""}
+
+
+def check_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises InputError for an argument of `--model_args` that is not `known` and not off."""
+    for name, value in given.items():
+        if value in OFF or str(value) == _HARMLESS.get(name):
+            continue
+        if name in _INSTEAD:
+            reason = _INSTEAD[name] or "it does not exist for this model; leave it out"
+            raise InputError(f"{name}={shown(value, quote=False)} is not supported: {reason}")
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(known)}"
+        raise InputError(
+            f"there is no model argument {shown(name, quote=False)!r}; {meant} (a value that holds "
+            'commas is given as JSON: --model_args \'{"method": "dca:192k,256k"}\')'
+        )
+
+
+def take_mesh(mesh: str | None, given: dict[str, Any]) -> str | None:
+    """The mesh, with the axes that --model_args has cut off at commas: "context=2,tensor=4"."""
+    axes = [f"{axis}={given.pop(axis)}" for axis in AXES if axis in given]
+    return ",".join([*([mesh] if mesh else []), *axes]) or None
+
+
+def truth(name: str, value: Any) -> bool | None:
+    """True, False or None of an argument, which a command line gives as text.
+
+    Raises:
+        InputError: anything else.
+    """
+    if value in (None, "None", "none"):
+        return None
+    if value in (True, "True", "true"):
+        return True
+    if value in (False, "False", "false"):
+        return False
+    raise InputError(f"{name} must be True or False, got {shown(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How a request is to be answered; requests that are equal in this may be answered together.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        until: strings that end the answer.
+        sampler: how tokens are drawn.
+    """
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+    sampler: Sampler
+
+
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def read_generation_kwargs(
+    kwargs: Mapping[str, Any], checkpoint: Mapping[str, Any] | None = None
+) -> Wanted:
+    """What a task asks for, with the defaults of transformers' `generate`.
+
+    Args:
+        kwargs: as lm-eval's `normalize_gen_kwargs` returns them.
+        checkpoint: its generation_config.json, whose values stand where the task has none, as in
+            transformers. Without either a draw is among the 50 likeliest tokens.
+
+    Raises:
+        InputError: an option that does not exist here, or a value that makes no sense.
+    """
+    known = ("until", "max_gen_toks", "do_sample", *_DRAWING)
+    for name, value in kwargs.items():
+        off = value in (None, False) or (name in ("num_beams", "num_return_sequences", "use_cache"))
+        if name in known or (off and value in (None, False, 1, True)):
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"generation option {shown(name, quote=False)}={shown(value)} is not supported{meant} "
+            f"(supported: {', '.join(known)})"
+        )
+    until = kwargs["until"] or []
+    if not all(isinstance(stop, str) for stop in until):
+        raise InputError(f"until must hold strings, got {shown(until)}")
+    fixed = dict(checkpoint or {})
+    chosen = {
+        name: kwargs.get(name) if kwargs.get(name) is not None else fixed.get(name)
+        for name in _DRAWING
+    }
+    penalty = 1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"]
+    if not kwargs.get("do_sample") or kwargs.get("temperature") == 0:
+        sampler = Sampler(repetition_penalty=penalty)
+    else:
+        sampler = Sampler(
+            temperature=1.0 if chosen["temperature"] is None else chosen["temperature"],
+            top_k=_top_k(chosen["top_k"]),
+            top_p=chosen["top_p"],
+            min_p=chosen["min_p"],
+            repetition_penalty=penalty,
+        )
+    return Wanted(
+        max_new_tokens=kwargs["max_gen_toks"],
+        until=tuple(stop for stop in until if stop),
+        sampler=sampler,
+    )
+
+
+def _top_k(given: Any) -> int | None:
+    """transformers draws among 50 unless told, and among all with 0."""
+    if given is None:
+        return 50
+    return given or None
