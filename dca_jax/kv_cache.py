@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.sharding import axis_size, mesh_of, partition, replicated
+from dca_jax.sharding import axis_size, partition, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -103,4 +103,4 @@ class KVCache:
         # On the host, where nothing is compiled for it.
         rest = self.lengths.shape[0] - len(lengths)
         kept = np.minimum(np.asarray([*lengths, *[0] * rest], np.int32), np.asarray(self.lengths))
-        return replace(self, lengths=replicated(kept, mesh_of(self.key)))
+        return replace(self, lengths=jax.device_put(kept, self.lengths.sharding))

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from dca_jax.attention.parallel.zigzag import natural_order, zigzag_order
 from dca_jax.config import LlamaConfig
-from dca_jax.errors import InputError
+from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.fields import LARGEST
 from dca_jax.kv_cache import KVCache
 from dca_jax.memory import free_bytes, total_bytes
@@ -128,7 +128,18 @@ def new_cache(
     mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
     rows, capacity = _fitting(model, batch, length, dtype, more_rows)
     with _refused_if_too_large(rows, capacity):
-        return KVCache.create(model.config, batch=rows, capacity=capacity, dtype=dtype, mesh=mesh)
+        cache = KVCache.create(model.config, batch=rows, capacity=capacity, dtype=dtype, mesh=mesh)
+    return on_device(model, cache)
+
+
+def on_device(model: Llama, tree: Any) -> Any:
+    """Arrays bound to the model's device, as programs leave them: else each compiles once more.
+
+    On a mesh they are bound already.
+    """
+    if mesh_of(model) is not None:
+        return tree
+    return jax.device_put(tree, SingleDeviceSharding(_device(model)))
 
 
 def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
@@ -208,8 +219,8 @@ def _refused_if_too_large(rows: int, capacity: int) -> Iterator[None]:
     """Where memory was free by the count, but in pieces, or was taken meanwhile."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not is_out_of_memory(error):
             raise
         raise InputError(
             f"a KV cache for {rows} x {capacity} tokens does not fit into what memory the device "
@@ -239,14 +250,19 @@ def _memory(model: Llama) -> tuple[float, float]:
     """Bytes of the memory of a model's device, and those that are free; inf where nobody knows."""
     if jax.process_count() > 1:
         return OF_MANY, math.inf
-    devices = jax.tree.leaves(model)[0].devices()
-    device = next(iter(devices))
-    shared = len(devices) if device.platform == "cpu" else 1  # all are one machine
+    device, mesh = _device(model), mesh_of(model)
+    # The devices of a CPU are one machine.
+    shared = mesh.size if mesh is not None and device.platform == "cpu" else 1
     total, free = total_bytes(device), free_bytes(device)
     return (
         OF_MANY if total is None else total / shared,
         math.inf if free is None else free / shared,
     )
+
+
+def _device(model: Llama) -> Any:
+    """The model's device; one of a mesh."""
+    return next(iter(jax.tree.leaves(model)[0].devices()))
 
 
 def power_of_two(n: int) -> int:

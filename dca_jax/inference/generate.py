@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.inference.buckets import SHAPES, SMALLEST, cut, new_cache, piece_widths
+from dca_jax.inference.buckets import SHAPES, SMALLEST, cut, new_cache, on_device, piece_widths
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
@@ -129,7 +129,7 @@ def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
     shape, mesh = (batch, model.config.hidden_size), mesh_of(model)
     zeros = np.zeros(shape, model.dtype)
     if mesh is None:
-        return jnp.asarray(zeros)
+        return on_device(model, zeros)
     return jax.device_put(zeros, NamedSharding(mesh, partition("BD", shape, mesh.shape)))
 
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, widest_piece
+from dca_jax.memory import GPU_SHARE
 from dca_jax.sharding import partition
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
@@ -29,9 +30,9 @@ GIB = 2**30
 F32 = 4  # bytes
 LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
 LONGEST = 2**27  # tokens; no text is longer
-# Of a GPU's memory: what is counted on, the rest being for CUDA, its libraries and NCCL; and what
-# JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise.
-GPU_SHARE, JAX_SHARE = 0.95, 0.75
+# Of a GPU's memory, what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise. Commands say
+# `dca_jax.memory.GPU_SHARE`, which is what is counted on here.
+JAX_SHARE = 0.75
 
 
 @dataclass(frozen=True)
