@@ -56,6 +56,7 @@ from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, piece_length, widest_piece
 from dca_jax.inference.generate import Run
+from dca_jax.memory import GPU_SHARE
 from dca_jax.sharding import make_mesh, mesh_of
 from dca_jax.weights.placement import parameter_shardings
 
@@ -193,7 +194,7 @@ def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[s
     command = [sys.executable, __file__, "measure", "--child", engine, *options]
     # One engine at a time has the device, and its memory in one piece: a cache that takes most of
     # it would not fit between others' pieces.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": str(GPU_SHARE)}
     say(f"{row['model']}, {row['engine']}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():

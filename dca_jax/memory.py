@@ -93,10 +93,10 @@ def _lines(path: str | Path) -> list[str]:
 
 
 def _first_number(path: str | Path) -> int | None:
-    try:
-        return int(Path(path).read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None  # no such file, or "max": no limit
+    for line in _lines(path):
+        first = line.split()[0]
+        return int(first) if first.isdecimal() else None  # "max": no limit
+    return None
 
 
 def _address_space() -> int | None:

@@ -25,7 +25,9 @@ from dca_jax.inference.chat import Conversation
 from dca_jax.inference.generate import generate
 from dca_jax.inference.options import OptionNames
 from dca_jax.inference.prompts import check_messages, each_prompt, token_ids
+from dca_jax.inference.requests import Request, answers
 from dca_jax.inference.tokenizer import find_stop_ids
+from dca_jax.model import Llama
 
 # Short enough that every cache has 128 places, and beyond the chunk of 48: few programs to compile.
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, " * 2
@@ -579,3 +581,47 @@ def test_threads_share_a_model_and_a_prefix_or_are_refused(llm):
     assert expected in answers
     assert all(a == expected or "in use by another generation" in a for a in answers)
     assert llm.generate(" me", max_new_tokens=4, prefix=prefix) == expected
+
+
+def test_numbers_that_are_not_finite_end_a_text_and_no_other(llm):
+    """The embedding of one token, which one prompt holds, is infinite."""
+    sound, broken = "Call me", "Call me #"
+    bad = llm.tokenize(broken)[-1]
+    assert bad not in llm.tokenize(sound)
+    params = llm.model.params()
+    table = params["embed_tokens"]["embedding"].at[bad].set(jnp.inf)
+    params["embed_tokens"] = {"embedding": table}
+    model = llm.model
+    model = Llama.from_params(model.config, params, dca=model.dca, dtype=model.dtype)
+    bent = replace(llm, model=model)
+    first, second = bent.generate([broken, sound], max_new_tokens=4)
+    position = len(llm.tokenize(broken))
+    assert (first.text, first.tokens, first.finish_reason) == ("", (), "error")
+    assert first.error is not None
+    assert f"prompt 0: the logits after token {position} are not finite" in first.error
+    (expected,) = llm.generate([sound], max_new_tokens=4)
+    assert second == expected
+    assert second.error is None
+    for call in (bent.generate, lambda *a, **o: list(bent.stream(*a, **o))):
+        with pytest.raises(InputError, match="are not finite"):
+            call(broken, max_new_tokens=4)
+    prefix = bent.prefill("Call me")
+    with pytest.raises(InputError, match="are not finite"):
+        bent.generate(" #", max_new_tokens=4, prefix=prefix)
+    assert not prefix.usable  # what was written to its cache would spread
+    lines = [Request({"n": n}, llm.tokenize(text)) for n, text in enumerate([sound, broken])]
+    settings = options.Options(max_new_tokens=4)
+    answered = [
+        line
+        for some in answers(bent, lines, method="auto", batch=1, options=settings)
+        for line in some
+    ]
+    assert [line["finish_reason"] for line in answered] == [expected.finish_reason, "error"]
+    assert answered[1] | {"error": ""} == {
+        "n": 1,
+        "text": "",
+        "finish_reason": "error",
+        "prompt_tokens": position,
+        "completion_tokens": 0,
+        "error": "",
+    }
