@@ -625,3 +625,36 @@ def test_numbers_that_are_not_finite_end_a_text_and_no_other(llm):
         "completion_tokens": 0,
         "error": "",
     }
+
+
+def test_a_process_settles_on_few_programs(llm):
+    """Every program counts, those of operations outside `jax.jit` too."""
+    compiled = 0
+
+    def listen(event, _, **__):
+        nonlocal compiled
+        compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    def ask(lengths, before, room, new_tokens, sampler, seed):
+        more = {"stop_ids": range(3, 3 + seed), "seed": seed, "sampler": sampler}
+        if before:
+            more["prefix"] = llm.prefill([7] * before, room=room)
+        prompts = [[5 + seed] * length for length in lengths]
+        llm.generate(prompts, max_new_tokens=new_tokens, **more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        ask([300], 0, 0, 3, Sampler(), 0)
+        ask([300, 2], 0, 0, 3, Sampler(), 0)
+        ask([5], 10, 9, 3, Sampler(), 1)
+        ask([5, 300, 7], 10, 9, 3, Sampler(), 1)
+        assert compiled <= 15
+        compiled = 0
+        ask([1], 0, 0, 1, Sampler(temperature=0.7), 2)
+        ask([511], 0, 0, 20, Sampler(temperature=1.0, top_k=3, repetition_penalty=1.3), 3)
+        ask([1, 2, 3, 4, 5, 6, 7, 450], 0, 0, 9, Sampler(temperature=1.0, min_p=0.1), 4)
+        ask([9], 301, 77, 9, Sampler(temperature=2.0, top_p=0.5), 5)
+        ask([9] * 5, 3, 700, 2, Sampler(repetition_penalty=0.8), 90)
+        assert compiled == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
