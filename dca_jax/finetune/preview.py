@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from dca_jax.finetune.templates import Rendered
-from dca_jax.inference.text_stream import INCOMPLETE
 from dca_jax.inference.tokenizer import decode
 
 TRAINED, MASKED = "bold green", "dim"
+INCOMPLETE = "\ufffd"  # what decoders give for bytes that are not whole characters
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour
 
 
