@@ -145,8 +145,8 @@ def generate(
             advance(len(lines))
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(requests)} prompts have no answer, or a part of one; the first: "
-            f"{failed[0]}"
+            f"{len(failed)} of {len(requests)} prompts have no answer, or a part of one; "
+            f"the first: {failed[0]}"
         )
 
 
