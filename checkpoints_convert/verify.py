@@ -63,7 +63,7 @@ def compare(
     if read_config(source) != config:
         raise InputError(f"the config.json of {source} and of {converted} are of different models")
     params = load_weights(converted, config, dtype=jnp.float32)
-    length = min(length, config.max_position_embeddings, config.sliding_window or length)
+    length = min(length, config.trained_length, config.sliding_window or length)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
     model = Llama.from_params(config, params, dca=None, dtype=jnp.float32)
     ours = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, tokens.astype(np.int32)))

@@ -24,6 +24,10 @@ class LlamaConfig:
         qkv_bias, o_bias, mlp_bias: which projections have a bias (Qwen2: q, k and v only).
         sliding_window: keys a token may look back at in the model's own plain attention (Mistral
             v0.1), None for all. DCA takes its place; plain attention refuses longer texts.
+        max_position_embeddings: tokens that the model is to read: what it was trained on
+            (`trained_length`), or more where its rope or DCA takes it further.
+        max_sequence_length: the trained length of models finetuned by FastChat (Vicuna 16k), which
+            leave `max_position_embeddings` as it was; None for all others.
         dca: what the checkpoint itself asks for (`dual_chunk_attention_config`), or None.
         eos_token_ids: every id that ends a text (Llama 3 has several).
     """
@@ -48,6 +52,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         sizes = (
@@ -56,8 +61,12 @@ class LlamaConfig:
         ).split()
         for name in sizes:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
+            if type(value) is not int or not 1 <= value <= fields.LARGEST:
+                raise InputError(
+                    f"{name} must be a positive integer of at most {fields.LARGEST}, got "
+                    f"{fields.shown(value)}"
+                )
+        fields.integer(vars(self), "max_sequence_length", "a model's config")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -78,6 +87,31 @@ class LlamaConfig:
     def untied(self) -> bool:
         """Whether the unembedding is a matrix of its own."""
         return not self.tie_word_embeddings
+
+    @property
+    def trained_length(self) -> int:
+        """c, the tokens that the model was trained to read at their true positions.
+
+        `max_position_embeddings` may be more than that: what DCA or YaRN takes a model to without
+        training. So the first of these that config.json has says it:
+
+        1. `original_max_position_embeddings` of its DCA setting (Qwen2.5-1M). If that has none,
+           and `max_position_embeddings` is twice its `chunk_size` or more: that `chunk_size`,
+           beyond which it places no query.
+        2. `original_max_position_embeddings` of YaRN, unless the model was finetuned with it.
+           (Llama 3.1's rope names the length of an earlier stage of training: the model was
+           trained on all that it reads.)
+        3. `max_sequence_length`.
+        4. `max_position_embeddings`.
+        """
+        most = self.max_position_embeddings
+        if self.dca is not None and self.dca.trained_length is not None:
+            return self.dca.trained_length
+        if self.dca is not None and most >= 2 * self.dca.max_query_position:
+            return self.dca.max_query_position
+        if self.rope.rope_type == "yarn" and not self.rope.finetuned:
+            return self.rope.original_max_position_embeddings or most
+        return self.max_sequence_length or most
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -119,6 +153,8 @@ class LlamaConfig:
         kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
         own: dict[str, Any] = {"num_key_value_heads": kv_heads or heads}
         own |= FAMILIES[model_type].read(config)
+        if kv_heads is None and heads % own["num_key_value_heads"]:
+            own["num_key_value_heads"] = heads  # the family's default fits no model of these heads
         dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
             **sizes,
@@ -132,6 +168,7 @@ class LlamaConfig:
             bos_token_id=fields.integer(config, "bos_token_id", CONFIG, least=0),
             eos_token_ids=fields.token_ids(config, "eos_token_id", CONFIG),
             pad_token_id=fields.integer(config, "pad_token_id", CONFIG, least=-1),
+            max_sequence_length=fields.integer(config, "max_sequence_length", CONFIG),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -148,6 +185,8 @@ class LlamaConfig:
         eos = list(self.eos_token_ids)
         config["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else eos
         config |= family.write(self)
+        if self.max_sequence_length is not None:
+            config["max_sequence_length"] = self.max_sequence_length
         if self.dca is not None:
             config["dual_chunk_attention_config"] = self.dca.to_hf()
         return config
@@ -281,9 +320,9 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
     """The DCA setting for a model.
 
     Args:
-        choice: a DCAConfig; a name of `PRESETS`, taken for the model's trained length
-            (`max_position_embeddings`); "auto" for what the checkpoint itself asks for, or else
-            "paper"; None or "none" for plain attention.
+        choice: a DCAConfig; a name of `PRESETS`, taken for the model's `trained_length`; "auto" for
+            what the checkpoint itself asks for, or else "paper"; None or "none" for plain
+            attention.
         config: the model's.
 
     Raises:
@@ -295,7 +334,7 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
         return None
     if choice == "auto" and config.dca is not None:
         return config.dca
-    return preset_dca("paper" if choice == "auto" else choice, config.max_position_embeddings)
+    return preset_dca("paper" if choice == "auto" else choice, config.trained_length)
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:

@@ -154,8 +154,9 @@ class DCAConfig:
         `chunk_size` there is the largest query position and `local_size` the window, so
         s = chunk_size - local_size. With `original_max_position_embeddings` c, the servers that
         read this key also apply the temperature with a = 0.1, and so does this (it is 1 up to c
-        tokens). Sparse attention, where asked for, is an approximation of the dense attention
-        computed here; that is logged once.
+        tokens). `trained_length` is c without a temperature, as `to_hf` writes it. Sparse
+        attention, where asked for, is an approximation of the dense attention computed here; that
+        is logged once.
         """
         missing = [key for key in ("chunk_size", "local_size") if config.get(key) is None]
         if missing:
@@ -177,12 +178,15 @@ class DCAConfig:
         return cls(
             chunk_len=chunk_size - local_size,
             max_query_position=chunk_size,
-            trained_length=trained,
+            trained_length=trained or fields.integer(config, "trained_length", where),
             temperature_slope=0.0 if trained is None else 0.1,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The `dual_chunk_attention_config` that `from_hf` reads back.
+
+        Without a temperature the trained length has a key of our own: from
+        `original_max_position_embeddings` other programs would conclude that there is one.
 
         Raises:
             InputError: a temperature slope but 0 and 0.1, which it cannot say.
@@ -196,8 +200,10 @@ class DCAConfig:
                 f"dual_chunk_attention_config knows the temperature slopes 0 and 0.1, got "
                 f"{self.temperature_slope}"
             )
-        if self.temperature_slope and self.trained_length is not None:
-            config["original_max_position_embeddings"] = self.trained_length
+        if self.trained_length is not None:
+            slope = self.temperature_slope > 0
+            key = "original_max_position_embeddings" if slope else "trained_length"
+            config[key] = self.trained_length
         return config
 
 

@@ -20,8 +20,7 @@ from dca_jax.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
-# Keys of `rope_scaling` and `rope_parameters`: those of every type (of which "finetuned" changes
-# nothing), and those of one.
+# Keys of `rope_scaling` and `rope_parameters`: those of every type, and those of one.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 KNOWN |= {"factor", "original_max_position_embeddings"}
 YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -46,6 +45,8 @@ class RopeConfig:
             what the type prescribes ("yarn": 0.1 ln(factor) + 1; others: 1).
         beta_fast, beta_slow, mscale, mscale_all_dim, truncate: "yarn" only.
         low_freq_factor, high_freq_factor: "llama3" only.
+        finetuned: whether the model was trained on at the extended length ("yarn" only); the
+            frequencies are the same.
     """
 
     rope_type: str = "default"
@@ -60,6 +61,7 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    finetuned: bool = False
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -74,7 +76,8 @@ class RopeConfig:
         for name in ("attention_factor", *YARN, "low_freq_factor", "high_freq_factor"):
             fields.number(values, name, where, above=0)
         fields.integer(values, "original_max_position_embeddings", where)
-        fields.boolean(values, "truncate", where)
+        for name in ("truncate", "finetuned"):
+            fields.boolean(values, name, where)
         if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
             raise InputError(
                 f"rope_type 'yarn' needs beta_fast >= beta_slow, got {self.beta_fast} and "
@@ -151,6 +154,9 @@ class RopeConfig:
             original = trained  # transformers' dynamic NTK knows max_position_embeddings only
         if rope_type in ("dynamic", "yarn", "llama3"):
             kwargs["original_max_position_embeddings"] = original
+        finetuned = fields.boolean(params, "finetuned", where)
+        if rope_type == "yarn":
+            kwargs["finetuned"] = finetuned
         if rope_type != "default":
             factor = fields.number(params, "factor", where, least=1)
             if factor is None and rope_type == "yarn" and trained and original:
@@ -177,6 +183,7 @@ class RopeConfig:
             params |= {n: getattr(self, n) for n in ("low_freq_factor", "high_freq_factor")}
         if self.rope_type == "yarn":
             params |= {n: getattr(self, n) for n in OWN["yarn"] if getattr(self, n) is not None}
+            params |= {"finetuned": True} if self.finetuned else {}
         return params
 
 

@@ -15,7 +15,7 @@ def main(model: str, document: Path, question: str, max_new_tokens: int = 256) -
     """Prints MODEL's answer to QUESTION about DOCUMENT (text or PDF) as it comes."""
     llm = dca_jax.load(model)
     text = read_document(document)
-    trained = llm.model.config.max_position_embeddings
+    trained = llm.model.config.trained_length
     print(f"{len(llm.tokenize(text))} tokens; the model was trained on {trained}")
     for piece in ask(llm, text, question, max_new_tokens=max_new_tokens):
         print(piece, end="", flush=True)

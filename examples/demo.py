@@ -74,7 +74,7 @@ def with_method(llm: LLM, method: str, length: int) -> LLM:
     is plain RoPE.
     """
     config = llm.model.config
-    trained = config.max_position_embeddings
+    trained = config.trained_length
     if method in SCALINGS and length > trained:
         rope = RopeConfig(
             rope_type=SCALINGS[method],
@@ -351,7 +351,7 @@ def main(
         with timed(seconds, "conversion"), tempfile.TemporaryDirectory() as scratch:
             hf_to_orbax.convert(source, Path(scratch) / source.name)
             llm = dca_jax.load(Path(scratch) / source.name, dca=None, dtype="float32")
-        trained = llm.model.config.max_position_embeddings
+        trained = llm.model.config.trained_length
         lengths = [times * trained for times in TIMES]
         # What would fail fails now, not after minutes of work.
         tokens, document = held_out_tokens(llm, lengths[-1]), long_document(llm, lengths[-1])

@@ -167,7 +167,7 @@ def compare(out: Path, folder: Path, plan: Plan, held_out_text: str) -> dict[str
         print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
     llm = dca_jax.load(folder, dca="paper", dtype="float32")
-    trained, vocab_size = llm.model.config.max_position_embeddings, llm.model.config.vocab_size
+    trained, vocab_size = llm.model.config.trained_length, llm.model.config.vocab_size
     # Bound to no device, as what `start` makes: else the first update is compiled for itself.
     params = jax.tree.map(jnp.array, jax.device_get(llm.model.params()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

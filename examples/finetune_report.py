@@ -57,7 +57,7 @@ def evaluate(
     tokens is the likeliest: then greedy decoding says it.
     """
     model = Llama.from_params(llm.model.config, params, dca=llm.model.dca, dtype=llm.model.dtype)
-    window, longest = model.config.max_position_embeddings, max(passkeys.prompts)
+    window, longest = model.config.trained_length, max(passkeys.prompts)
     reader = Reader(model, batch, longest + ANSWER)
     loss, nll = {}, np.zeros((0, 0))
     while window <= longest:

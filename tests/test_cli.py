@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it refuses."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from tiny_llm import make_llm
 
 import dca_jax
 from dca_jax import Sampler
+from dca_jax.cli import measure
 from dca_jax.inference.methods import METHODS, reading
 
 PROMPT = "Call me Ishmael. Some years ago"
@@ -406,3 +408,9 @@ def test_as_a_user_runs_it(folder, llm, tmp_path):
     refused = run("generate", folder, PROMPT, "--temperature", -1, **environment)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "error: temperature must be 0 (greedy) or at least 0.0001, got -1.0\n"
+
+
+@pytest.mark.parametrize("command", [measure.few_shot_command, measure.l_eval_command])
+def test_questions_are_read_as_by_the_papers_scripts(command):
+    """ChunkLlama's scripts behind Tables 3 and 4 call `replace_with_chunkllama(4096)`."""
+    assert inspect.signature(command).parameters["method"].default == ["dca:chunkllama"]

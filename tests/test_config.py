@@ -2,7 +2,7 @@
 
 import pytest
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
@@ -51,6 +51,9 @@ QWEN_2_5_7B_1M = {
 }
 
 
+DCA_ALONE = {"chunk_size": 262144, "local_size": 8192}
+
+
 def test_llama_2_7b() -> None:
     config = LlamaConfig.from_hf(LLAMA_2_7B)
     assert (config.head_dim, config.num_key_value_heads, config.rope.theta) == (128, 32, 10_000.0)
@@ -84,6 +87,47 @@ def test_mistral_sliding_window() -> None:
     assert config.sliding_window == 4096
     assert LlamaConfig.from_hf(config.to_hf()) == config
     assert LlamaConfig.from_hf(mistral | {"sliding_window": None}).sliding_window is None
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [
+        ({}, 4096),
+        ({"max_sequence_length": 16384, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 4096),
+        ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 8192),
+        ({"max_position_embeddings": 8192, "rope_scaling": YARN}, 8192),
+        ({"max_position_embeddings": 32768, "rope_scaling": YARN | {"finetuned": True}}, 32768),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA_3}, 131072),
+        # DCA: the length it names; or its largest position, where positions go far beyond it.
+        (QWEN_2_5_7B_1M, 262144),
+        (QWEN_2_5_7B_1M | {"dual_chunk_attention_config": DCA_ALONE}, 262144),
+        ({"dual_chunk_attention_config": {"chunk_size": 3072, "local_size": 512}}, 4096),
+        (QWEN_2_5_7B_1M | {"rope_scaling": YARN}, 262144),
+    ],
+)
+def test_trained_length(change: dict, length: int) -> None:
+    config = LlamaConfig.from_hf(LLAMA_2_7B | change)
+    assert config.trained_length == length
+    again = LlamaConfig.from_hf(config.to_hf())
+    assert (again, again.trained_length) == (config, length)
+    assert choose_dca("chunkllama", config) == DCAConfig.chunkllama(length)
+
+
+@pytest.mark.parametrize("wrong", [0, True, "16384", 2**31, 1.5])
+def test_max_sequence_length_that_is_none(wrong: object) -> None:
+    with pytest.raises(InputError, match="max_sequence_length must be an integer from 1"):
+        LlamaConfig.from_hf(LLAMA_2_7B | {"max_sequence_length": wrong})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +201,12 @@ def test_what_a_file_leaves_out_is_as_in_transformers(name: str) -> None:
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     if name == "MistralConfig":
         assert ours.sliding_window == theirs.sliding_window
+
+
+def test_kv_heads_that_neither_a_file_nor_its_family_gives() -> None:
+    few = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 4}
+    sizes = {key: value for key, value in LLAMA_2_7B.items() if key != "num_key_value_heads"}
+    assert LlamaConfig.from_hf(sizes | few).num_key_value_heads == 4
 
 
 def test_a_window_of_no_layer_is_none() -> None:

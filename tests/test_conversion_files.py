@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conversion_helpers import make_tiny
@@ -156,7 +157,7 @@ def test_a_source_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     source = make_tiny(tmp_path / "source")
     opened = Path.open
 
-    def refuse(path: Path, *arguments: str, **named: str) -> object:
+    def refuse(path: Path, *arguments: Any, **named: Any) -> object:
         if path.name == "tokenizer.json" and arguments == ("rb",) and path.parent == source:
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, *arguments, **named)

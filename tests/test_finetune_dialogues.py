@@ -229,9 +229,7 @@ def test_replies_of_weight_0_are_not_trained_on(tmp_path: Path) -> None:
     assert read_dialogues(write(tmp_path, [entry])) == ([], {"dropped: no reply to train on": 1})
     for weight in ("0", False, 0.5, [], float("nan")):  # none of which says what it means
         entry["messages"][3]["weight"] = weight
-        with pytest.raises(
-            InputError, match=r"has a turn 4 of weight .*, where 0 .* or 1 should be"
-        ):
+        with pytest.raises(InputError, match=r"has a turn 4 of weight .*, where 0 "):
             read_dialogues(write(tmp_path, [entry]))
 
 

@@ -368,6 +368,15 @@ def test_a_run_may_be_called_from_any_thread() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_processes_agree_on_a_signal_one_update_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the host need not wait for the devices' exchange; one process alone needs none."""
+    alone = run.agreement()
+    assert [alone(number) for number in (0, 15, 0)] == [0, 15, 0]
+    monkeypatch.setattr(run, "several_processes", lambda: True)
+    agreed = run.agreement()
+    assert [agreed(number) for number in (0, 15, 0, 0)] == [0, 0, 15, 0]
+
+
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Lets no file grow beyond 20 kB from when it is called: as on a full disk, writes fail.

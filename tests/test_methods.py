@@ -27,7 +27,13 @@ from dca_jax.inference.baselines import (
     ShiftedRoPE,
     StreamingLLM,
 )
-from dca_jax.inference.methods import METHODS, describe_methods, method_by_name, with_method
+from dca_jax.inference.methods import (
+    METHODS,
+    describe_methods,
+    method_by_name,
+    whole_length,
+    with_method,
+)
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies
@@ -637,6 +643,21 @@ def test_auto_is_what_the_checkpoint_asks_for_or_else_the_papers() -> None:
     assert method_by_name("none", LLAMA_2, 9000) == method_by_name("rope", LLAMA_2, 9000)
     with pytest.raises(InputError, match="takes no arguments"):
         method_by_name("auto:paper", LLAMA_2, 9000)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_made_for_the_trained_length(name: str) -> None:
+    """4,096 tokens, though the config has positions for 16 times as many: as Qwen2.5-1M's."""
+    own = DCAConfig(chunk_len=3072, max_query_position=4000, trained_length=4096)
+    capable = replace(LLAMA_2, max_position_embeddings=65536, dca=own)
+    asked = replace(LLAMA_2, dca=own)
+    assert method_by_name(name, capable, 20_000) == method_by_name(name, asked, 20_000)
+    if name in ("auto", "dca"):
+        assert method_by_name(name, capable, 20_000).dca == own
+    if name == "dca":
+        assert method_by_name("dca:paper", capable, 20_000).dca == DCAConfig.paper(4096)
+        assert method_by_name("dca+ntk:2", capable, 20_000).dca == DCAConfig.paper(8192)
+    assert whole_length(capable, 5000) == 8192
 
 
 def test_arguments_are_lengths() -> None:

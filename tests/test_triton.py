@@ -172,7 +172,7 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in (hopper, Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "L40", (8, 9))):
         assert [why_not(device, dim) for dim in (64, 128, 256)] == [None] * 3
     assert "got cpu (cpu)" in (why_not(Device("cpu", "cpu", None)) or "")
-    assert "capability (7, 5)" in (why_not(Device("gpu", "Tesla T4", (7, 5))) or "")
+    assert "capability 7.5" in (why_not(Device("gpu", "Tesla T4", (7, 5))) or "")
     assert "got float32" in (why_not(hopper, dtype=jnp.float32) or "")
     assert "got 96" in (why_not(hopper, head_dim=96) or "")
     monkeypatch.setattr(tiles, "AMPERE", tiles.HOPPER)

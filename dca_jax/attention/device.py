@@ -1,32 +1,79 @@
 """Which device a computation is being compiled for: what a backend asks before it runs."""
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import jax
 
-# Compute capability of the GPUs one compiles for without having one (an AbstractDevice).
-CAPABILITIES = {"A100": (8, 0), "L40": (8, 9), "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0)}
+# Compute capability of GPUs by a word of their name: for compiling where there is none of them.
+CAPABILITIES = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    **dict.fromkeys(("A100", "A800", "A30"), (8, 0)),
+    **dict.fromkeys(("A10", "A10G", "A40", "A5000", "A6000", "3080", "3090"), (8, 6)),
+    **dict.fromkeys(("L4", "L20", "L40", "L40S", "4080", "4090", "Ada"), (8, 9)),
+    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), (9, 0)),
+    **dict.fromkeys(("B200", "GB200"), (10, 0)),
+    **dict.fromkeys(("B300", "GB300"), (10, 3)),
+    **dict.fromkeys(("5080", "5090", "Blackwell"), (12, 0)),
+}
 
 
 class Device(NamedTuple):
     """A platform, its model, and what it can do."""
 
-    platform: str  # "cpu", "gpu", "tpu"
+    platform: str  # "cpu", "gpu" (NVIDIA's), "rocm", "tpu"
     kind: str  # as JAX names it: "NVIDIA H200", "TPU v5e"
-    capability: tuple[int, int] | None  # CUDA compute capability, None off NVIDIA
+    capability: tuple[int, int] | None  # CUDA compute capability; None if not NVIDIA's, or unknown
 
 
 def current_device() -> Device:
-    """The device of the mesh in use, if it names one (compiling ahead of time), else JAX's own."""
+    """The device of the mesh in use, if it names one, else that of `jax.default_device`, or JAX's.
+
+    A mesh names its devices' kind: of one that is here the device itself is asked; of another
+    (compiling ahead of time) `CAPABILITIES`.
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        words = abstract.device_kind.replace("-", " ").split()
-        capability = next((CAPABILITIES[word] for word in words if word in CAPABILITIES), None)
-        platform = "gpu" if abstract.platform == "cuda" else abstract.platform
-        return Device(platform, abstract.device_kind, capability)
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability is not None:
-        major, minor = str(capability).split(".")
-        return Device(device.platform, device.device_kind, (int(major), int(minor)))
-    return Device(device.platform, device.device_kind, None)
+    if abstract is None:
+        return _described(_default_device())
+    for device in _local_devices(abstract.platform):
+        if device.device_kind == abstract.device_kind:
+            return _described(device)
+    words = re.split(r"[\s-]+", abstract.device_kind)
+    capability = next((CAPABILITIES[word] for word in words if word in CAPABILITIES), None)
+    platform = "gpu" if abstract.platform == "cuda" else abstract.platform
+    return Device(platform, abstract.device_kind, capability)
+
+
+def describe(device: Device) -> str:
+    """A device in the words of a refusal."""
+    if device.platform == "gpu" and device.capability is None:
+        return f"{device.kind}, an unknown GPU (its compute capability is known where one is)"
+    have = (
+        "" if device.capability is None else ", compute capability {}.{}".format(*device.capability)
+    )
+    return f"{device.kind} ({device.platform}{have})"
+
+
+def _described(device: Any) -> Device:
+    found = str(getattr(device, "compute_capability", None))
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", found)
+    if numbers is not None:
+        return Device("gpu", device.device_kind, (int(numbers[1]), int(numbers[2])))
+    # On AMD's GPUs, which JAX's platform "gpu" has too, it is a name such as gfx942.
+    platform = "rocm" if found.startswith("gfx") else device.platform
+    return Device(platform, device.device_kind, None)
+
+
+def _default_device() -> Any:
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def _local_devices(platform: str) -> list[Any]:
+    try:
+        return jax.local_devices(backend=platform)
+    except RuntimeError:  # this machine has none
+        return []

@@ -281,7 +281,7 @@ def few_shot_command(
             help="Tasks: " + ", ".join(few_shot.TASKS) + "; files: ChunkLlama's or L-Eval's.",
         ),
     ],
-    method: MethodsOption = ["dca"],  # noqa: B006
+    method: MethodsOption = ["dca:chunkllama"],  # noqa: B006
     max_length: Annotated[
         str,
         typer.Option(
@@ -323,7 +323,7 @@ def l_eval_command(
             metavar="TASK=FILE", help="Tasks: " + ", ".join(l_eval.TASKS) + "; files: L-Eval's."
         ),
     ],
-    method: MethodsOption = ["dca"],  # noqa: B006
+    method: MethodsOption = ["dca:chunkllama"],  # noqa: B006
     max_length: Annotated[
         str,
         typer.Option(

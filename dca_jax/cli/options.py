@@ -142,7 +142,7 @@ def load_model(model: str, methods: Sequence[str], dtype: Dtype | None, mesh: st
 
 def check_method(method: str, config: LlamaConfig) -> None:
     """Raises InputError for a name that is unknown or not for this model."""
-    method_by_name(method, config, config.max_position_embeddings)
+    method_by_name(method, config, config.trained_length)
 
 
 def refuse_several_processes(command: str) -> None:

@@ -222,7 +222,7 @@ def explain_command(
     else:
         raise InputError("give a MODEL, or --trained-length, or a --method such as dca:6,9")
     if tokens is None:
-        tokens = 4 * config.max_position_embeddings
+        tokens = 4 * config.trained_length
         if model is None and trained is None:
             setting = method_by_name(method, config, 1).dca
             setting = getattr(setting, "dca", setting)  # of an ablation

@@ -64,7 +64,7 @@ def run(
         FINGERPRINT: checksums,
         "config": config.to_hf(),
         "dtype": llm.model.dtype.name,
-        "trained_length": config.max_position_embeddings,
+        "trained_length": config.trained_length,
     }
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "-")
     folder = output or Path("outputs") / f"{task}-{name}-{short_name(checksums)}"

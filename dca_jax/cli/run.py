@@ -175,7 +175,7 @@ def chat(
     length = None if context_length is None else parse_tokens(context_length)
     llm = load_model(model, [method], dtype, mesh)
     if length is None:
-        length = CONTEXT * llm.model.config.max_position_embeddings
+        length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
     console = Console(highlight=False)
     console.print("[dim]/reset starts again, /quit ends, Ctrl-C cuts an answer short[/dim]")

@@ -1,6 +1,7 @@
 """Every way of reading a long text, by name: what `--method` takes.
 
-`auto` is what the checkpoint asks for, else the paper's DCA; `none` and `rope` are plain attention.
+`auto` and `dca` are the DCA that the checkpoint asks for, or else the paper's for its trained
+length; `dca:paper` and others name a setting. `none` and `rope` are plain attention.
 Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
 (`dca_jax.attention.bands`): DCA, and those of `dca_jax.inference.baselines`. All are
 training-free, and take the same weights (`with_method`).
@@ -18,8 +19,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dca_jax.attention.bands import PositionMethod
-from dca_jax.config import LlamaConfig, choose_dca
-from dca_jax.dca import PRESETS, DCAConfig
+from dca_jax.config import LlamaConfig
+from dca_jax.dca import PRESETS, DCAConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.inference.baselines import (
     DCAAblation,
@@ -110,7 +111,7 @@ def _plain(wanted: _Wanted) -> Method:
 
 def _auto(wanted: _Wanted) -> Method:
     _refuse_arguments(wanted)
-    return Method(_dca_setting(wanted._replace(arguments="auto")), wanted.rope)
+    return Method(_dca_setting(wanted), wanted.rope)
 
 
 def _scaled(kind: str) -> Callable[[_Wanted], Method]:
@@ -177,15 +178,19 @@ def _dca_setting(wanted: _Wanted) -> DCAConfig:
     if "," in wanted.arguments:
         chunk_len, largest = wanted.integers("dca:S,Q", 0, 0)
         return DCAConfig(chunk_len=chunk_len, max_query_position=largest)
-    setting = wanted.arguments or "paper"
+    setting = wanted.arguments or "auto"
     if setting not in (*PRESETS, "auto"):
         raise InputError(
             f"DCA setting {setting!r} is not known; expected one of {', '.join(PRESETS)}, auto "
             "(the checkpoint's own), or S,Q (chunk length and largest query position, in tokens)"
         )
-    dca = choose_dca(setting, replace(wanted.config, max_position_embeddings=wanted.trained))
-    assert isinstance(dca, DCAConfig)
-    return dca
+    if setting == "auto":
+        # The checkpoint's own is for the window it was trained on, and for no other.
+        own = wanted.config.dca
+        if own is not None and wanted.trained == wanted.config.trained_length:
+            return own
+        setting = "paper"
+    return preset_dca(setting, wanted.trained)
 
 
 def _refuse_arguments(wanted: _Wanted) -> None:
@@ -197,7 +202,7 @@ def _refuse_arguments(wanted: _Wanted) -> None:
 
 
 _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
-    "auto": ("what the checkpoint asks for, else the paper's DCA", _auto),
+    "auto": ("the same as dca", _auto),
     "none": ("plain attention: the same as rope", _plain),
     "rope": ("the model's own RoPE, all keys at their true distance", _plain),
     "pi": ("Position Interpolation by ceil(L / c), for L tokens read and c trained", _scaled("pi")),
@@ -211,7 +216,7 @@ _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
     "streaming-llm": ("[:N,R] the first N tokens and the last R only (4, c - 4)", _streaming_llm),
     "lm-infinite": ("[:N] the first N tokens (10) and the last c only", _lm_infinite),
     "string": ("[:S,W] beyond S tokens (0.33 L), positions shifted to begin at W (128)", _string),
-    "dca": ("[:SETTING] Dual Chunk Attention (the paper's setting)", _dca),
+    "dca": ("[:SETTING] Dual Chunk Attention (the checkpoint's own setting, else paper)", _dca),
     "dca-intra": ("[:SETTING] ablation: DCA's own chunk only", _ablation(inter=False)),
     "dca-intra-inter": ("[:SETTING] ablation: DCA without the successive pass", _ablation(True)),
 }
@@ -228,7 +233,7 @@ def method_by_name(
         name: as the module's docstring says; `METHODS` and `describe_methods` list them.
         config: the model's own, with the rope it was trained with.
         context_length: L, tokens to be read: pi, ntk, yarn, self-extend and string depend on it.
-        trained_length: c, tokens; default `max_position_embeddings`.
+        trained_length: c, tokens; default the config's.
 
     Returns:
         What to give a `Llama`, and the rope in place of its config's.
@@ -237,7 +242,7 @@ def method_by_name(
         InputError: an unknown name (the known ones are listed), arguments that do not fit it, or a
             scaling that the model's rope does not take.
     """
-    trained = config.max_position_embeddings if trained_length is None else trained_length
+    trained = config.trained_length if trained_length is None else trained_length
     if trained < 1 or context_length < 1:
         raise InputError(
             f"lengths must be positive (tokens), got {context_length} to read and {trained} trained"
@@ -311,5 +316,5 @@ def reading(llm: LLM, name: str, length: int) -> LLM:
 
 def whole_length(config: LlamaConfig, length: int) -> int:
     """A length in tokens, rounded up to whole trained lengths."""
-    trained = config.max_position_embeddings
+    trained = config.trained_length
     return -(-length // trained) * trained

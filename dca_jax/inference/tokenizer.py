@@ -80,8 +80,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     """The tokenizer that tokenizer.json holds, with the special tokens that the others name."""
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+    from transformers import AddedToken, PreTrainedTokenizerFast  # takes seconds to import
 
     where, named = f"{folder / SETTINGS}", dict(settings)
     described = fields.mapping(settings, "added_tokens_decoder", where)
@@ -251,20 +250,20 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
 def _named_templates(settings: Mapping[str, Any], where: str) -> dict[str, str]:
     """What `chat_template` holds: a text, a list of names and texts, or an object of them."""
     value = settings.get("chat_template")
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
-        pairs: Sequence[tuple[Any, Any]] = [(e.get("name"), e.get("template")) for e in value]
-    else:
-        pairs = list(value.items()) if isinstance(value, Mapping) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(text, str) for name, text in pairs):
+    if value is None or isinstance(value, str):
+        return {} if value is None else {"default": value}
+    pairs: list[tuple[Any, Any]] = [(None, None)]
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    found = {n: text for n, text in pairs if isinstance(n, str) and isinstance(text, str)}
+    if len(found) < len(pairs):
         raise InputError(
-            f"{where}: chat_template must be a text, or a list of objects with name and template, "
-            f"got {shown(value)}"
+            f"{where}: chat_template must be a text, or a list of objects with name and template "
+            f"(each name once), got {shown(value)}"
         )
-    return dict(pairs)
+    return found
 
 
 # --- ends of texts -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def checkpoint_facts(folder: Path, config: LlamaConfig) -> dict[str, str]:
         "heads": f"{config.num_attention_heads} of {config.head_dim}, "
         f"{config.num_key_value_heads} for keys and values",
         "vocabulary": f"{config.vocab_size} ({'tied' if config.tie_word_embeddings else 'untied'})",
-        "trained length": f"{config.max_position_embeddings} tokens",
+        "trained length": f"{config.trained_length} tokens",
         "rope": f"{rope.rope_type}, theta {rope.theta:g}{scaling}",
         "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else "none",
         "DCA (auto)": setting,

@@ -6,7 +6,7 @@ from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import Device
+from dca_jax.attention.device import Device, describe
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
@@ -21,7 +21,7 @@ def unsupported(
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
     if device.capability != (9, 0):
-        return f"it needs a Hopper GPU (compute capability 9.0), and this is {device.kind}"
+        return f"it needs a Hopper GPU (compute capability 9.0), got {describe(device)}"
     if miscompiling_cuda():
         return (
             "CUDA 12.8.0 to 12.9.0 compiles the masks of these kernels wrongly; install 12.9.1 or "

@@ -12,7 +12,7 @@ meet it in each phase, all query heads of the kv head in turn: no atomics, so bi
 import jax
 import jax.numpy as jnp
 
-from dca_jax.attention.device import Device
+from dca_jax.attention.device import Device, describe
 from dca_jax.attention.triton import common
 from dca_jax.attention.triton.backward import backward
 from dca_jax.attention.triton.forward import forward
@@ -32,10 +32,9 @@ def unsupported(
     if common.INTERPRET:
         return None
     if device.platform != "gpu" or device.capability is None or device.capability < (8, 0):
-        have = "" if device.capability is None else f", compute capability {device.capability}"
         return (
             "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, got "
-            f"{device.kind} ({device.platform}{have})"
+            f"{describe(device)}"
         )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return (

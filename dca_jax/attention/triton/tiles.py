@@ -80,7 +80,15 @@ AMPERE = {
 }
 
 # KiB of shared memory a program may have, by compute capability (CUDA C++ Programming Guide).
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}
+SHARED_KIB = {
+    (8, 0): 163,
+    (8, 6): 99,
+    (8, 7): 163,
+    (8, 9): 99,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+}
 
 
 def choose_tiles(device: Device, head_dim: int) -> Tiles:
