@@ -54,8 +54,9 @@ from dca_jax.attention.op import choose_implementation
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import new_cache, padded_length, piece_length
+from dca_jax.inference.buckets import new_cache, piece_length, widest_piece
 from dca_jax.inference.generate import Run
+from dca_jax.memory import GPU_SHARE
 from dca_jax.sharding import make_mesh, mesh_of
 from dca_jax.weights.placement import parameter_shardings
 
@@ -193,7 +194,7 @@ def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[s
     command = [sys.executable, __file__, "measure", "--child", engine, *options]
     # One engine at a time has the device, and its memory in one piece: a cache that takes most of
     # it would not fit between others' pieces.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": str(GPU_SHARE)}
     say(f"{row['model']}, {row['engine']}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
@@ -315,7 +316,7 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
     weights = _device_bytes(model.params()) - _device_bytes(model.embed_tokens.embedding[...])
     token_bytes = _device_bytes((cache.key, cache.value)) // cache.capacity
     width = piece_length(1)
-    piece = min(width, padded_length(length))
+    piece = widest_piece(1, length)
     query = (1, piece, model.config.num_attention_heads, model.config.head_dim)
     attention = choose_implementation(
         model.implementation,

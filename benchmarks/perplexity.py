@@ -24,7 +24,7 @@ from dca_jax import Llama
 from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.op import attend, choose_implementation, make_rows
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.inference.buckets import cache_capacity, padded_length, piece_length
+from dca_jax.inference.buckets import cache_shape, cut, piece_length, piece_widths
 from dca_jax.inference.score import Reader
 from dca_jax.planning.shapes import SHAPES, find_shape
 
@@ -83,7 +83,7 @@ def measured(model: Llama, length: int) -> dict[str, Any]:
 def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
     """Of all layers and pieces of a text; and the attention's implementation."""
     config, width = model.config, piece_length(1)
-    keys = (1, cache_capacity(model, length), config.num_key_value_heads, config.head_dim)
+    keys = (*cache_shape(model, 1, length), config.num_key_value_heads, config.head_dim)
     key, value = (jax.random.normal(jax.random.key(n), keys, model.dtype) for n in range(2))
 
     @jax.jit
@@ -98,12 +98,12 @@ def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
         return attend(query, key, value, dca=model.dca, rows=rows)
 
     milliseconds = 0.0
-    shape = (1, width, config.num_attention_heads, config.head_dim)
-    for start in range(0, length - 1, width):
-        shape = (1, padded_length(min(width, length - 1 - start)), *shape[2:])
-        query = jax.random.normal(jax.random.key(2), shape, model.dtype)
+    heads, start = (config.num_attention_heads, config.head_dim), 0
+    for count, padded in cut(length - 1, piece_widths(1)):
+        query = jax.random.normal(jax.random.key(2), (1, padded, *heads), model.dtype)
         milliseconds += timed(piece, query, key, value, jnp.int32(start)).median
-    query_like = jax.ShapeDtypeStruct((1, width, *shape[2:]), model.dtype)
+        start += count
+    query_like = jax.ShapeDtypeStruct((1, width, *heads), model.dtype)
     key_like = jax.ShapeDtypeStruct((1, *keys), model.dtype)
     name = choose_implementation(None, query_like, key_like, model.dca or PLAIN)
     return name, config.num_hidden_layers * milliseconds / 1e3

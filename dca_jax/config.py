@@ -69,6 +69,8 @@ class LlamaConfig:
         fields.integer(vars(self), "max_sequence_length", "a model's config")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+        if self.head_dim == 2 and self.rope.rope_type == "dynamic":
+            raise InputError("rope_type 'dynamic' needs a head_dim of at least 4, got 2")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

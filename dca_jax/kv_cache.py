@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.sharding import axis_size, mesh_of, partition, replicated
+from dca_jax.sharding import axis_size, partition, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -96,10 +96,11 @@ class KVCache:
     def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
         """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
 
-        Rows beyond the `lengths` given, which fill up a mesh, are emptied.
+        Rows beyond the `lengths` given, which fill the cache up, are emptied.
         """
-        if not isinstance(lengths, jax.Array):
-            rest = self.lengths.shape[0] - len(lengths)
-            rows = np.asarray([*lengths, *[0] * rest], np.int32)
-            lengths = replicated(rows, mesh_of(self.key))
-        return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
+        if isinstance(lengths, jax.Array) or isinstance(self.lengths, jax.core.Tracer):
+            return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
+        # On the host, where nothing is compiled for it.
+        rest = self.lengths.shape[0] - len(lengths)
+        kept = np.minimum(np.asarray([*lengths, *[0] * rest], np.int32), np.asarray(self.lengths))
+        return replace(self, lengths=jax.device_put(kept, self.lengths.sharding))

@@ -249,6 +249,7 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         context_lengths: Int[Array, " B"] | None = None,
         new_cache: DTypeLike | None = None,
+        cache_layers: Int[Array, " L"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Normed hidden states of `tokens`, and the cache with them appended.
 
@@ -266,17 +267,22 @@ class Llama(nnx.Module):
                 (default: the row's length after this call).
             new_cache: of whole texts, a dtype: makes a cache of it out of their keys and values,
                 with a capacity of T. It is how a cache shared along `context` is filled.
+            cache_layers: which entry of the cache's first axis belongs to each layer (default: the
+                layer's own number); for a cache in which the rows of a batch stand as layers.
 
         Raises:
-            InputError: plain attention over more keys than the model's sliding window; a batch, or
-                the capacity of a new cache, that the mesh does not divide.
+            InputError: plain attention over whole texts longer than the model's sliding window
+                (how much of a cache is read is not known before it runs: `check_window` says
+                whether it may be); a batch, or the capacity of a new cache, that the mesh does not
+                divide.
         """
-        self._check_window(tokens.shape[1] if cache is None else cache.capacity)
+        if cache is None:
+            self.check_window(tokens.shape[1])
         rows, frequency_lengths = self._place_rows(tokens, lengths, cache, context_lengths)
         if cache is None:
             x, kept = self._read_text(tokens, rows, new_cache)
         else:
-            x, kept = self._read_after_cache(tokens, rows, cache)
+            x, kept = self._read_after_cache(tokens, rows, cache, cache_layers)
         if kept is None:
             return x, None
         keys, values = kept
@@ -358,11 +364,16 @@ class Llama(nnx.Module):
         return (x if context == 1 else unpad_from_zigzag(x, num_new, shards)), kept
 
     def _read_after_cache(
-        self, tokens: Int[Array, "B T"], rows: Rows, cache: KVCache
+        self,
+        tokens: Int[Array, "B T"],
+        rows: Rows,
+        cache: KVCache,
+        numbers: Int[Array, " L"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Tokens that follow a cache: hidden states, and its keys and values with theirs."""
         shards = Shards.of(self.norm.scale[...])
-        numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        if numbers is None:
+            numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
             carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
@@ -496,11 +507,12 @@ class Llama(nnx.Module):
             raise InputError(f"unexpected parameters: {extra}")
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
-    def _check_window(self, num_keys: int) -> None:
+    def check_window(self, length: int) -> None:
+        """Raises InputError if plain attention over `length` tokens would leave its window."""
         window = self.config.sliding_window
-        if self.dca is None and window is not None and num_keys > window:
+        if self.dca is None and window is not None and length > window:
             raise InputError(
-                f"this model's plain attention slides over {window} tokens, and {num_keys} were "
+                f"this model's plain attention slides over {window} tokens, and {length} were "
                 "asked for; use DCA (dca=...), which reads texts of any length"
             )
 

@@ -23,6 +23,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Keys of `rope_scaling` and `rope_parameters`: those of every type, and those of one.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 KNOWN |= {"factor", "original_max_position_embeddings"}
+SMALLEST, LARGEST_FACTOR = 1e-30, 1e6  # beyond them float32 has no frequencies
 YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 OWN = {
     "yarn": ("attention_factor", *YARN, "truncate"),
@@ -74,7 +75,11 @@ class RopeConfig:
         fields.number(values, "theta", where, above=1)
         fields.number(values, "factor", where, least=1)
         for name in ("attention_factor", *YARN, "low_freq_factor", "high_freq_factor"):
-            fields.number(values, name, where, above=0)
+            fields.number(values, name, where, above=SMALLEST)
+        if self.factor > LARGEST_FACTOR:
+            raise InputError(
+                f"{where}: factor must be at most {LARGEST_FACTOR:g}, got {self.factor}"
+            )
         fields.integer(values, "original_max_position_embeddings", where)
         for name in ("truncate", "finetuned"):
             fields.boolean(values, name, where)

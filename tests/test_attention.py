@@ -3,6 +3,7 @@
 The tiles of the blockwise backend are made small here, so that short texts cross many of them.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,30 @@ def test_mixed_dtypes_are_refused() -> None:
     q, k, v = draw(0, 1, 8, 8, 2, 2, 8)
     with pytest.raises(InputError, match="one dtype"):
         dual_chunk_attention(q.astype(jnp.bfloat16), k, v, dca=None, rope=ROPE)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset", "fits"),
+    [(8, 8, 0, True), (8, 5, 0, False), (2, 8, 6, True), (2, 8, 7, False), (2, 8, -1, False)],
+)
+def test_every_query_needs_its_own_key(queries, keys, offset, fits):
+    q, k = (jnp.ones((1, n, 2, 8), jnp.float32) for n in (queries, keys))
+    dca = DCAConfig(chunk_len=4, max_query_position=7)
+    if fits:
+        assert attention(q, k, k, dca=dca, rope=ROPE, query_offset=offset).shape == q.shape
+        return
+    for call in (dual_chunk_attention, functools.partial(attention_pass, phase=PHASES[0])):
+        with pytest.raises(InputError, match=f"^{queries} queries from text index {offset} on"):
+            call(q, k, k, dca=dca, rope=ROPE, query_offset=offset)
+
+
+@pytest.mark.parametrize("implementation", EXACT)
+def test_a_chunk_as_long_as_int32_allows_is_plain_attention(implementation):
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 8), jnp.float32)
+    longest = DCAConfig(chunk_len=2**31 - 1, max_query_position=2**31 - 1)
+    options = {"rope": ROPE, "implementation": implementation}
+    expected = attention(x, x, x, dca=None, **options)
+    np.testing.assert_allclose(attention(x, x, x, dca=longest, **options), expected, atol=1e-6)

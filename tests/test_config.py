@@ -5,6 +5,7 @@ import pytest
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.inference.methods import method_by_name
 from dca_jax.rope import RopeConfig
 
 LLAMA_2_7B = {
@@ -173,6 +174,15 @@ def test_max_sequence_length_that_is_none(wrong: object) -> None:
 def test_refused(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         LlamaConfig.from_hf(LLAMA_2_7B | change)
+
+
+def test_heads_of_one_plane_cannot_be_scaled_apart() -> None:
+    dynamic = {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    with pytest.raises(InputError, match="needs a head_dim of at least 4, got 2"):
+        LlamaConfig.from_hf(LLAMA_2_7B | dynamic)
+    plain = LlamaConfig.from_hf(LLAMA_2_7B | {"head_dim": 2})
+    with pytest.raises(InputError, match="a head_dim of 2 has only one"):
+        method_by_name("ntk", plain, 9000)
 
 
 def test_qwen2_with_sliding_layers_is_refused() -> None:

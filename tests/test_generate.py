@@ -1,5 +1,6 @@
 """The engine: what it generates does not depend on how the work is cut."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ from golden_llama import CAPACITY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dca_jax import memory
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference import buckets
@@ -73,17 +75,19 @@ def test_a_ragged_batch_equals_each_row_alone(model, golden, lengths):
     assert together == [continued(model, [row], max_new_tokens=50)[0] for row in rows]
 
 
-@pytest.mark.parametrize("width", [7, 40, 64])
-def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, monkeypatch):
+@pytest.mark.parametrize(("width", "count"), [(7, 11), (40, 3)])
+def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, count, monkeypatch):
     expected = continued(model, ragged, max_new_tokens=4)
     whole = jax.jit(Llama.__call__)(model, jnp.asarray(ragged[:1], jnp.int32))[:, -1]
-    monkeypatch.setattr(engine, "piece_length", lambda batch: width)
+    monkeypatch.setattr(engine, "SMALLEST", width)
+    monkeypatch.setattr(engine, "piece_widths", lambda batch: (3 * width, width))
     pieces = []
     cache = empty_cache(model, 2)
     run = Run(model, ragged, max_new_tokens=4, cache=cache, on_piece=pieces.append)
     logits = model.unembed(run.read_prompts())
     np.testing.assert_allclose(logits[:1], whole, atol=2e-4)
-    assert len(pieces) == -(-200 // width)
+    # The long row's wide pieces, which are all it has; then one of both rows, for the short one.
+    assert len(pieces) == count
     assert sum(pieces) == sum(map(len, ragged))
     assert continued(model, ragged, max_new_tokens=4) == expected
 
@@ -124,7 +128,7 @@ def test_a_row_ends_at_a_stop_id_and_grows_no_more(model, golden, ends, monkeypa
             row += new
     assert rows == [free[0][:ends], free[1]]
     # The last token drawn is never fed back, so never in the cache.
-    assert run.cache.lengths.tolist() == [300 + ends - 1, 300 + 24 - 1]
+    assert run.cache.lengths.tolist()[:2] == [300 + ends - 1, 300 + 24 - 1]
 
 
 def test_all_rows_ended_means_no_more_segments(model, golden):
@@ -164,15 +168,14 @@ def test_the_cache_is_updated_in_place(model, golden):
 def test_copies_continue_as_the_original_does(model, golden):
     prompt = golden["input_ids"][0, :200].tolist()
     expected = continued(model, [prompt], max_new_tokens=10)
-    run = Run(model, [prompt[:190]], max_new_tokens=2)
+    run = Run(model, [prompt[:190]], max_new_tokens=2, cache=empty_cache(model, 1))
     run.read_prompts()
-    assert run.cache.capacity < CAPACITY
-    cache = buckets.copied(run.cache, 2, CAPACITY)
+    cache = buckets.copied(model, run.cache, 2, 2 * CAPACITY)
     assert not run.cache.key.is_deleted()
-    assert cache.key.shape[1:3] == (2, CAPACITY)
+    assert cache.key.shape[1:3] == (8, 1024)
     assert generate(model, [prompt] * 2, max_new_tokens=10, cache=cache) == expected * 2
     with pytest.raises(InputError, match="one row to copy, got 2"):
-        buckets.copied(empty_cache(model, 2), 2, 256)
+        buckets.copied(model, empty_cache(model, 2), 2, 256)
 
 
 def test_an_overflow_is_refused_before_it_happens(model, golden):
@@ -187,10 +190,41 @@ def test_an_overflow_is_refused_before_it_happens(model, golden):
 
 
 def test_a_cache_beyond_memory_is_refused(model):
-    with pytest.raises(InputError, match=r"1 x \d+ tokens takes .* GiB, which the device does not"):
-        Run(model, [[1]], max_new_tokens=10**12)
-    with pytest.raises(InputError, match=r"2 x 1000000000000 tokens takes .* GiB, which the dev"):
-        buckets.copied(empty_cache(model, 1), 2, 10**12)
+    fits = r"1 x 2000000001 tokens takes .* GiB, which the device .*: 1 x (\d+) tokens fit"
+    with pytest.raises(InputError, match=fits) as refused:
+        Run(model, [[1]], max_new_tokens=2 * 10**9)
+    found = re.search(fits, str(refused.value))
+    assert found is not None
+    # The figure is one that is not refused, and not much less than what would be.
+    free = memory.free_bytes(jax.devices()[0])
+    token = empty_cache(model, 1).num_bytes // CAPACITY
+    assert 0.5 < int(found[1]) * token / free < 1
+    with pytest.raises(InputError, match=r"2 x 1000000000 tokens takes .* GiB, which the dev"):
+        buckets.copied(model, empty_cache(model, 1), 2, 10**9)
+
+
+@pytest.mark.parametrize("new_tokens", [2**31 - 1, 2**31, 10**15])
+def test_positions_beyond_int32_are_refused(model, new_tokens):
+    with pytest.raises(InputError, match=r"2,?147,?483,?647"):
+        Run(model, [[1]], max_new_tokens=new_tokens)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes."),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_went_meanwhile_is_refused_too(model, monkeypatch, error):
+    def create(*_, **__):
+        raise error
+
+    monkeypatch.setattr(KVCache, "create", create)
+    with pytest.raises(InputError, match="1 x 1024 tokens does not fit"):
+        Run(model, [[1]], max_new_tokens=2)
 
 
 # --- shapes ------------------------------------------------------------------------------------
@@ -200,7 +234,8 @@ def test_another_prompt_length_in_the_bucket_does_not_compile(model, golden):
     ids = golden["input_ids"].tolist()
 
     def compiled():
-        functions = (engine._read(), engine._begin, engine._segment())
+        of_shape = engine.programs(8, 1024)
+        functions = (of_shape.read, of_shape.read_row, engine._begin, of_shape.decode)
         return [function._cache_size() for function in functions]
 
     generate(model, ids, max_new_tokens=24, sampler=Sampler(temperature=0.5), stop_ids=[1])
@@ -223,9 +258,18 @@ def test_buckets_are_few_and_waste_little(length):
     assert capacity >= length
     assert capacity == 128 or capacity - length < length / 8
     assert buckets.capacity_bucket(capacity) == capacity
-    width = buckets.padded_length(length)
-    assert width >= length
-    assert width == 16 or width < 2 * length
+
+
+@given(st.integers(1, 10**5), st.sampled_from([1, 2, 3, 8, 33, 100]))
+def test_a_text_is_cut_into_pieces_of_few_widths(length, batch):
+    widths = buckets.piece_widths(batch)
+    pieces = buckets.cut(length, widths)
+    assert sum(count for count, _ in pieces) == length
+    assert all(count <= width for count, width in pieces)
+    assert {width for _, width in pieces} <= set(widths)
+    assert all(2 * count > width for count, width in pieces if width != widths[-1])
+    assert len(widths) <= 3
+    assert widths[0] == buckets.widest_piece(batch, 10**5)
 
 
 def test_an_octave_has_eight_capacities():
@@ -236,7 +280,7 @@ def test_a_piece_is_smaller_for_more_rows():
     assert [buckets.piece_length(n) for n in (1, 2, 3, 8, 64)] == [4096, 2048, 1024, 512, 128]
 
 
-def test_a_capacity_stays_within_the_window_of_plain_attention():
+def test_plain_attention_is_asked_for_what_the_text_needs():
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=8,
@@ -250,10 +294,11 @@ def test_a_capacity_stays_within_the_window_of_plain_attention():
         model_type="mistral",
     )
     plain = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    assert buckets.cache_capacity(plain, 150) == 150
-    assert buckets.cache_capacity(plain, 151) == 160
-    with pytest.raises(InputError, match="slides over 150 tokens"):
-        generate(plain, [[1] * 141], max_new_tokens=10)
+    prompt = [1] * 141
+    # The last token drawn is never read. The cache is larger, which is nobody's need.
+    assert len(generate(plain, [prompt], max_new_tokens=10)[0]) == 10
+    with pytest.raises(InputError, match="slides over 150 tokens, and 151 were asked for"):
+        generate(plain, [prompt], max_new_tokens=11)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -279,9 +324,11 @@ def test_bad_prompts_are_refused_at_once(model, prompts, options, message):
 
 def test_a_cache_that_does_not_fit_the_prompts_is_refused(model):
     cache = KVCache.create(model.config, batch=2, capacity=16, dtype=jnp.float32)
-    with pytest.raises(InputError, match="the cache has 2 rows, but there are 1 prompts"):
-        Run(model, [[1]], max_new_tokens=1, cache=cache)
+    with pytest.raises(InputError, match="the cache has 2 rows, but there are 3 prompts"):
+        Run(model, [[1]] * 3, max_new_tokens=1, cache=cache)
     full = replace(cache, lengths=jnp.asarray([1, 3], jnp.int32))
+    with pytest.raises(InputError, match="any others must be empty"):
+        Run(model, [[1, 2]], max_new_tokens=1, cache=full)
     with pytest.raises(InputError, match="row 1 of the cache holds 3 tokens and prompt 1 has 3"):
         Run(model, [[1, 2], [1, 2, 3]], max_new_tokens=1, cache=full)
 
@@ -290,5 +337,35 @@ def test_weights_that_are_nan_are_noticed(model):
     params = model.params()
     params["norm"] = {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}
     broken = Llama.from_params(model.config, params, dca=model.dca, dtype=jnp.float32)
-    with pytest.raises(InputError, match="logits after prompt 0 are not finite"):
+    with pytest.raises(InputError, match="prompt 0: the logits after token 3 are not finite"):
         generate(broken, [[1, 2, 3]], max_new_tokens=4)
+
+
+def test_a_row_that_fails_ends_alone(model, golden):
+    """A token whose embedding is infinite: in a prompt, and drawn in the middle of an answer."""
+    first, second = (row[:60].tolist() for row in golden["input_ids"])
+    free = generate(model, [first, second], max_new_tokens=12)
+    bad = free[0][6]
+    assert bad not in first + second + free[0][:6] + free[1]
+    params = model.params()
+    table = params["embed_tokens"]["embedding"].at[bad].set(jnp.inf)
+    params["embed_tokens"] = {"embedding": table}
+    broken = Llama.from_params(model.config, params, dca=model.dca, dtype=jnp.float32)
+
+    def texts(prompts):
+        run = Run(broken, prompts, max_new_tokens=12)
+        rows = [[] for _ in prompts]
+        for segment in run:
+            for row, new in zip(rows, segment, strict=True):
+                row += new
+        return rows, run
+
+    rows, run = texts([first, second, [bad, *second]])
+    assert rows == [free[0][:7], free[1], []]
+    assert run.failed == {0: 67, 2: 61}
+    assert run.cache.key.is_deleted()
+    rows, run = texts([second])
+    assert (rows, run.failed) == ([free[1]], {})
+    assert not run.cache.key.is_deleted()
+    with pytest.raises(InputError, match="prompt 1: the logits after token 67 are not finite"):
+        generate(broken, [second, first], max_new_tokens=12)

@@ -25,7 +25,9 @@ from dca_jax.inference.chat import Conversation
 from dca_jax.inference.generate import generate
 from dca_jax.inference.options import OptionNames
 from dca_jax.inference.prompts import check_messages, each_prompt, token_ids
+from dca_jax.inference.requests import Request, answers
 from dca_jax.inference.tokenizer import find_stop_ids
+from dca_jax.model import Llama
 
 # Short enough that every cache has 128 places, and beyond the chunk of 48: few programs to compile.
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, " * 2
@@ -390,16 +392,19 @@ def test_a_conversation_survives_an_interruption_that_takes_its_cache(llm, monke
     """Ctrl-C while the device holds the donated cache: what was read is lost, and read again."""
     monkeypatch.setattr("dca_jax.inference.chat.ROOM", ROOM)
     conversation = Conversation(llm)
-    segment = engine._segment
+    programs = engine.programs
 
-    def interrupted(*args):
-        segment()(*args)
-        raise KeyboardInterrupt
+    def interrupted(*shape):
+        def decode(*args):
+            programs(*shape).decode(*args)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_segment", lambda: interrupted)
+        return programs(*shape)._replace(decode=decode)
+
+    monkeypatch.setattr(engine, "programs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.ask("Call me", max_new_tokens=40))
-    monkeypatch.setattr(engine, "_segment", segment)
+    monkeypatch.setattr(engine, "programs", programs)
     begun = conversation.messages[-1]["content"]
     assert conversation.messages == [USER, {"role": "assistant", "content": begun}]
     expected = llm.chat([*conversation.messages, USER], max_new_tokens=6).text
@@ -576,3 +581,80 @@ def test_threads_share_a_model_and_a_prefix_or_are_refused(llm):
     assert expected in answers
     assert all(a == expected or "in use by another generation" in a for a in answers)
     assert llm.generate(" me", max_new_tokens=4, prefix=prefix) == expected
+
+
+def test_numbers_that_are_not_finite_end_a_text_and_no_other(llm):
+    """The embedding of one token, which one prompt holds, is infinite."""
+    sound, broken = "Call me", "Call me #"
+    bad = llm.tokenize(broken)[-1]
+    assert bad not in llm.tokenize(sound)
+    params = llm.model.params()
+    table = params["embed_tokens"]["embedding"].at[bad].set(jnp.inf)
+    params["embed_tokens"] = {"embedding": table}
+    model = llm.model
+    model = Llama.from_params(model.config, params, dca=model.dca, dtype=model.dtype)
+    bent = replace(llm, model=model)
+    first, second = bent.generate([broken, sound], max_new_tokens=4)
+    position = len(llm.tokenize(broken))
+    assert (first.text, first.tokens, first.finish_reason) == ("", (), "error")
+    assert first.error is not None
+    assert f"prompt 0: the logits after token {position} are not finite" in first.error
+    (expected,) = llm.generate([sound], max_new_tokens=4)
+    assert second == expected
+    assert second.error is None
+    for call in (bent.generate, lambda *a, **o: list(bent.stream(*a, **o))):
+        with pytest.raises(InputError, match="are not finite"):
+            call(broken, max_new_tokens=4)
+    prefix = bent.prefill("Call me")
+    with pytest.raises(InputError, match="are not finite"):
+        bent.generate(" #", max_new_tokens=4, prefix=prefix)
+    assert not prefix.usable  # what was written to its cache would spread
+    lines = [Request({"n": n}, llm.tokenize(text)) for n, text in enumerate([sound, broken])]
+    settings = options.Options(max_new_tokens=4)
+    answered = [
+        line
+        for some in answers(bent, lines, method="auto", batch=1, options=settings)
+        for line in some
+    ]
+    assert [line["finish_reason"] for line in answered] == [expected.finish_reason, "error"]
+    assert answered[1] | {"error": ""} == {
+        "n": 1,
+        "text": "",
+        "finish_reason": "error",
+        "prompt_tokens": position,
+        "completion_tokens": 0,
+        "error": "",
+    }
+
+
+def test_a_process_settles_on_few_programs(llm):
+    """Every program counts, those of operations outside `jax.jit` too."""
+    compiled = 0
+
+    def listen(event, _, **__):
+        nonlocal compiled
+        compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    def ask(lengths, before, room, new_tokens, sampler, seed):
+        more = {"stop_ids": range(3, 3 + seed), "seed": seed, "sampler": sampler}
+        if before:
+            more["prefix"] = llm.prefill([7] * before, room=room)
+        prompts = [[5 + seed] * length for length in lengths]
+        llm.generate(prompts, max_new_tokens=new_tokens, **more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        ask([300], 0, 0, 3, Sampler(), 0)
+        ask([300, 2], 0, 0, 3, Sampler(), 0)
+        ask([5], 10, 9, 3, Sampler(), 1)
+        ask([5, 300, 7], 10, 9, 3, Sampler(), 1)
+        assert compiled <= 15
+        compiled = 0
+        ask([1], 0, 0, 1, Sampler(temperature=0.7), 2)
+        ask([511], 0, 0, 20, Sampler(temperature=1.0, top_k=3, repetition_penalty=1.3), 3)
+        ask([1, 2, 3, 4, 5, 6, 7, 450], 0, 0, 9, Sampler(temperature=1.0, min_p=0.1), 4)
+        ask([9], 301, 77, 9, Sampler(temperature=2.0, top_p=0.5), 5)
+        ask([9] * 5, 3, 700, 2, Sampler(repetition_penalty=0.8), 90)
+        assert compiled == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -35,6 +35,7 @@ from dca_jax.inference.methods import (
     with_method,
 )
 from dca_jax.kv_cache import KVCache
+from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies
 from dca_jax.sharding import make_mesh
@@ -609,6 +610,9 @@ def test_self_extend_stays_within_two_thirds_of_the_trained_length() -> None:
         ("dca+ntk", r"expected \+pi:F"),
         ("dca+flash:2", r"expected \+pi:F"),
         ("dca+pi:0", r"expected \+pi:F"),
+        ("dca+pi:1" + "0" * 6, "window of 4096000000 tokens; a text has at most 2147483647"),
+        ("dca+pi:1" + "0" * 5000, r"expected \+pi:F"),
+        ("rerope:9999999999", "in tokens of at most 2147483647"),
     ],
 )
 def test_names_refused(name: str, message: str) -> None:
@@ -663,3 +667,10 @@ def test_every_method_is_made_for_the_trained_length(name: str) -> None:
 def test_arguments_are_lengths() -> None:
     setting = DCAConfig(chunk_len=3072, max_query_position=4000)
     assert method_by_name("dca:3k,4000", LLAMA_2, 9000).dca == setting
+
+
+@pytest.mark.parametrize("tokens", ["2147483648", "2048M", "9" * 5000])
+def test_more_tokens_than_a_text_can_have(tokens: str) -> None:
+    with pytest.raises(InputError, match="tokens are too many; a text has at most 2147483647"):
+        parse_tokens(tokens)
+    assert parse_tokens("2147483647") == 2**31 - 1

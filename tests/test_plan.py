@@ -22,6 +22,7 @@ from dca_jax.errors import InputError
 from dca_jax.finetune.settings import BASES
 from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.kv_cache import KVCache
+from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT, Llama
 from dca_jax.planning.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.planning.plan import Plan, plan, recommend, written
@@ -219,6 +220,7 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
     assert found.fraction is not None
     assert 0.75 < found.fraction < 0.95
     assert f"XLA_CLIENT_MEM_FRACTION={found.fraction}" in found.facts()["fits"]
+    assert found.usage.total <= GPU_SHARE * 79.2 * 2**30  # what a command takes
     assert plan_for("llama-2-70b", "tensor=2", "h200", context_length=16384).fraction is None
 
 

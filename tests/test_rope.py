@@ -144,3 +144,16 @@ def test_rotation_back_is_the_identity() -> None:
 def test_refused(config: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         RopeConfig.from_hf({"max_position_embeddings": 128, **config})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"type": "dynamic", "factor": 2.0**31}, r"factor must be at most 1e\+06"),
+        ({"type": "yarn", "factor": 2.0, "beta_slow": 1e-320}, "beta_slow must be a finite number"),
+        ({"type": "yarn", "factor": 2.0, "finetuned": "yes"}, "finetuned must be true or false"),
+    ],
+)
+def test_numbers_without_a_frequency_in_float32(scaling: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RopeConfig.from_hf({"max_position_embeddings": 128, "rope_scaling": scaling})

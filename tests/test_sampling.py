@@ -125,6 +125,30 @@ def test_jit_computes_what_is_computed_without():
     np.testing.assert_array_equal(jax.jit(Sampler.sample)(sampler, logits, key, seen), expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 0.9},
+    ],
+    ids=str,
+)
+def test_one_program_serves_every_sampler_and_draws_what_each_draws(settings):
+    logits, key = random_logits(), keys(3)
+    seen = logits > 1
+    expected = Sampler(**settings).sample(logits, key, seen)
+    np.testing.assert_array_equal(
+        _draw_traced(Sampler(**settings).traced(), logits, key, seen), expected
+    )
+    assert _draw_traced._cache_size() == 1
+
+
+_draw_traced = jax.jit(lambda *args: Sampler.sample(*args))  # with a cache of its own
+
+
 def test_is_a_pytree_that_comes_back_whole():
     for sampler in (Sampler(), Sampler(temperature=0.5, top_k=3, repetition_penalty=2)):
         leaves, treedef = jax.tree.flatten(sampler)

@@ -30,6 +30,7 @@ from dca_jax.dca import (
     temperature,
 )
 from dca_jax.errors import InputError
+from dca_jax.fields import LARGEST
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ def dual_chunk_attention(
 
     Source: arXiv 2402.17463, section 3; see `dca_jax.dca`.
     """
+    _check_ranks(query, key, value)
     num_keys = key.shape[1]
+    _check_reach(query.shape[1], num_keys, query_offset)
     rows = make_rows(
         query.shape,
         dca=dca,
@@ -123,7 +126,7 @@ def make_rows(
         is_method = isinstance(dca, PositionMethod)
         largest = dca.max_position if is_method else dca.max_query_position
     if largest is not None:
-        frequency_lengths = jnp.minimum(frequency_lengths, largest + 1)
+        frequency_lengths = jnp.minimum(frequency_lengths, min(largest + 1, LARGEST))
     tau = temperature(context_lengths, dca if isinstance(dca, DCAConfig) else PLAIN)
     return Rows(
         inv_freq=inverse_frequencies(rope, head_dim, frequency_lengths),
@@ -209,7 +212,9 @@ def attention_pass(
             "implementation 'reference' has no separate passes; expected one of "
             + ", ".join(BACKENDS)
         )
+    _check_ranks(query, key, value)
     _check_shapes(query, key[None], value[None])
+    _check_reach(query.shape[1], key.shape[1], query_offset)
     name = choose_implementation(implementation, _like(query), _like(key[None]), dca)
     rows = make_rows(query.shape, dca=dca, rope=rope, lengths=lengths, query_offset=query_offset)
     positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
@@ -274,6 +279,27 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 @functools.cache
 def _log_once(message: str) -> None:
     log.warning(message)
+
+
+def _check_ranks(query: Array, key: Array, value: Array) -> None:
+    for name, array, letters in (
+        ("query", query, "batch, tokens, query heads, head_dim"),
+        ("key", key, "batch, keys, kv heads, head_dim"),
+        ("value", value, "batch, keys, kv heads, head_dim"),
+    ):
+        if array.ndim != 4:
+            raise InputError(f"{name} must have four axes ({letters}), got shape {array.shape}")
+
+
+def _check_reach(num_queries: int, num_keys: int, offset: int | Array) -> None:
+    """Every query's own key must be there; known of an offset that is a Python number."""
+    if max(num_queries, num_keys) > LARGEST:
+        raise InputError(f"a text has at most {LARGEST} tokens, got {max(num_queries, num_keys)}")
+    if isinstance(offset, int) and not 0 <= offset <= num_keys - num_queries:
+        raise InputError(
+            f"{num_queries} queries from text index {offset} on need at least "
+            f"{num_queries + offset} keys and an offset of at least 0, got {num_keys} keys"
+        )
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

@@ -18,6 +18,7 @@ from dca_jax.rope import rotate
 
 TILE = 512  # queries a tile
 LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
+LONGEST_BLOCK = 1024  # keys: those of a block that a short text does not have are computed too
 
 
 def unsupported(
@@ -177,7 +178,7 @@ def backward(
 
 def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
     tile = min(TILE, num_queries)
-    return tile, min(num_keys, LOGITS // tile)
+    return tile, min(num_keys, LONGEST_BLOCK, LOGITS // tile)
 
 
 def _rotated_query(

@@ -20,7 +20,11 @@ from dca_jax.distributed import (
     print_once,
 )
 from dca_jax.errors import InputError
+from dca_jax.memory import GPU_SHARE
 from dca_jax.text_files import check_characters
+
+CACHE_BYTES = 2**32  # of compiled programs on disk; those longest unused go
+FRACTIONS = (\"XLA_CLIENT_MEM_FRACTION\", \"XLA_PYTHON_CLIENT_MEM_FRACTION\")
 
 PROCESSES = "Several processes (before COMMAND, the same on each host)"
 
@@ -110,7 +114,8 @@ def launch(
     """Run Llama-family models on texts far beyond their training context, without finetuning.
 
     `dca-jax COMMAND --help` explains a command, with examples. Compiled programs are kept between
-    runs (in JAX_COMPILATION_CACHE_DIR, if it is set).
+    runs (in JAX_COMPILATION_CACHE_DIR, if it is set). Of a GPU's memory commands take 95 %, unless
+    XLA_CLIENT_MEM_FRACTION is set.
     """
     del version
     # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
@@ -120,6 +125,10 @@ def launch(
         jax.config.update("jax_compilation_cache_dir", str(home / "dca_jax" / "xla"))
         # By default only what took a second is kept, and a command compiles several such things.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        if jax.config.jax_compilation_cache_max_size == -1:  # it has no bound, unless one is given
+            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    if not any(name in os.environ for name in FRACTIONS):
+        os.environ[FRACTIONS[0]] = str(GPU_SHARE)  # read when JAX first meets its devices
     if coordinator is not None or distributed:
         initialize(
             coordinator,

@@ -136,12 +136,19 @@ def generate(
         return
     if len(requests) > 1:
         options = replace(options, progress=False)
+    failed: list[str] = []
     with _lines(output) as write, progress("generate", len(requests)) as advance:
         for lines in answers(llm, requests, method=method, batch=batch, options=options):
             for line in lines:
                 plain = output is None and not as_json
                 write(line["text"] if plain else json.dumps(line, ensure_ascii=False))
+                failed += [line["error"]] if line["finish_reason"] == "error" else []
             advance(len(lines))
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(requests)} prompts have no answer, or a part of one; "
+            f"the first: {failed[0]}"
+        )
 
 
 @exit_on_input_error()

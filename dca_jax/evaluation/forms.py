@@ -72,4 +72,4 @@ def _is_a(kind: Any, value: Any) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind is float:
         return isinstance(value, int | float) and abs(value) < 1e300
-    return isinstance(value, kind) and (kind is not int or value >= 0)
+    return isinstance(value, kind) and (kind is not int or 0 <= value < 2**63)

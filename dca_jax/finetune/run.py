@@ -60,7 +60,7 @@ from dca_jax.finetune.train import (
     place,
     start,
 )
-from dca_jax.inference.buckets import padded_length
+from dca_jax.inference.buckets import power_of_two
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
@@ -233,7 +233,7 @@ def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
     if not held_out:
         return data, []
     longest = max(len(dialogue.tokens) for dialogue in held_out)
-    length = min(settings.length, max(2, padded_length(longest)))
+    length = min(settings.length, max(16, power_of_two(longest)))
     batches = evaluation_rows(held_out, length=length, batch=settings.batch, pad_id=setup.pad_id)
     return data, batches
 

@@ -1,106 +1,168 @@
-"""Shapes in buckets, so that another prompt length seldom compiles anything; and caches of them."""
+"""Shapes in buckets, so that a process compiles few programs whatever it is asked; and caches.
+
+A program is compiled for the rows and the capacity of a KV cache, and for the tokens it reads at
+once. Where a cache is small beside the device's memory, its shapes are few: 1, 8, 16, 32 ... rows
+of 1024, 4096, 16384 ... tokens. Where it is large they are powers of two, and where memory is short
+it is made as the texts need it. Slots that no text needs take memory; nothing reads them.
+"""
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from dca_jax.attention.parallel.zigzag import natural_order, zigzag_order
-from dca_jax.errors import InputError
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError, is_out_of_memory
+from dca_jax.fields import LARGEST
 from dca_jax.kv_cache import KVCache
+from dca_jax.memory import free_bytes, total_bytes
 from dca_jax.model import Llama
-from dca_jax.sharding import Shards, axis_size, mesh_of
+from dca_jax.sharding import Shards, axis_size, mesh_of, partition
+
+PIECE = 4096  # tokens read at once, of all rows together
+SMALLEST = 64  # tokens of the smallest piece: fewer cost a GPU, which reads all weights, no less
+# Of a device's memory: a cache up to the first share has one of few shapes, up to the second one of
+# several.
+FEW, SEVERAL = 1 / 32, 1 / 16
+OF_MANY = 2**34  # bytes taken for a device's memory by each of several processes, which must agree
+SHAPES = 8  # of caches whose programs are kept; those used last
+
+# --- pieces of texts ---------------------------------------------------------------------------
 
 
 def piece_length(batch: int) -> int:
-    """Tokens of each row that are read at once: 4096 in all, and at least 128 of each row.
+    """Tokens of each row that are read at once: `PIECE` in all, and at least 128 of each row.
 
     It bounds the memory of the activations, whatever the length of the prompt.
     """
-    return max(128, 4096 // _power_of_two(batch))
+    return max(128, PIECE // power_of_two(batch))
+
+
+def piece_widths(batch: int) -> tuple[int, ...]:
+    """The widths that pieces of a batch are padded to, the widest first."""
+    width = piece_length(batch)
+    return tuple(w for w in (width, width // 8, width // 64) if w >= min(16, width))
+
+
+def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Pieces that make up `length` tokens, in order: the tokens of each, and its width.
+
+    A piece is padded to a width only where its tokens are more than half of it.
+    """
+    pieces = []
+    for width in widths:
+        least = 0 if width == widths[-1] else width // 2
+        while length > least:
+            pieces.append((min(length, width), width))
+            length -= pieces[-1][0]
+    return pieces
+
+
+def widest_piece(batch: int, length: int) -> int:
+    """The width of the first piece of texts of `length` tokens: no other is wider."""
+    return cut(length, piece_widths(batch))[0][1]
+
+
+# --- caches ------------------------------------------------------------------------------------
 
 
 def padded_batch(batch: int, mesh: Mesh | None) -> int:
-    """Rows of a cache for so many texts: the next multiple of the mesh's `data` times `fsdp`."""
-    devices = axis_size(mesh, "data", "fsdp")
-    return -(-batch // devices) * devices
-
-
-def padded_length(length: int) -> int:
-    """The width that a prompt's last piece is padded to: a power of two, at least 16."""
-    return max(16, _power_of_two(length))
+    """Rows that so many texts need: the next multiple of the mesh's `data` times `fsdp`."""
+    return _multiple(batch, axis_size(mesh, "data", "fsdp"))
 
 
 def capacity_bucket(length: int, context: int = 1) -> int:
-    """The capacity of a cache for `length` tokens: a multiple of 1/8 of a power of two.
+    """The capacity that `length` tokens need at least: a multiple of 1/8 of a power of two.
 
     So at most an eighth is wasted, and an octave of lengths has 8 shapes. At least 128; and 16
     tokens or a multiple in each of the two blocks that a device has of a text shared by `context`.
     """
-    step = max(16, _power_of_two(length) // 16)
+    step = max(16, power_of_two(length) // 16)
     if context > 1:
-        step = -(-step // (32 * context)) * 32 * context
-    return -(-max(length, 128) // step) * step
+        step = _multiple(step, 32 * context)
+    return _multiple(max(length, 128), step)
 
 
-def cache_capacity(model: Llama, length: int) -> int:
-    """`capacity_bucket`, kept within the sliding window of a model whose attention has one."""
-    window = model.config.sliding_window if model.dca is None else None
-    context = axis_size(mesh_of(model), "context")
-    capacity = capacity_bucket(length, context)
-    if window is None or length > window:
-        return capacity
-    return min(capacity, window // (2 * context) * 2 * context if context > 1 else window)
+def cache_shape(
+    model: Llama, batch: int, length: int, dtype: Any = None, *, more_rows: bool = True
+) -> tuple[int, int]:
+    """Rows and capacity of a cache for `batch` texts of up to `length` tokens.
+
+    Args:
+        dtype: of the cache; by default the model's.
+        more_rows: whether there may be more rows than the batch needs.
+    """
+    mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
+    context = axis_size(mesh, "context")
+    total, free = _memory(model)
+    shapes = (
+        (1 if batch == 1 else max(8, power_of_two(batch)), _power_of_four(length), FEW),
+        (power_of_two(batch), max(1024, power_of_two(length)), SEVERAL),
+    )
+    for rows, capacity, share in shapes:
+        rows = padded_batch(rows if more_rows else batch, mesh)
+        capacity = _multiple(capacity, max(1, 32 * context))
+        if _cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
+            return rows, capacity
+    return padded_batch(batch, mesh), capacity_bucket(length, context)
 
 
-def new_cache(model: Llama, batch: int, length: int, dtype: Any = None) -> KVCache:
-    """An empty cache with room for `length` tokens in each row; `dtype` is by default the model's.
+def new_cache(
+    model: Llama, batch: int, length: int, dtype: Any = None, *, more_rows: bool = True
+) -> KVCache:
+    """An empty cache for `batch` texts of up to `length` tokens, shaped as `cache_shape` says.
 
-    On a mesh it has `padded_batch` rows.
+    Arguments as there.
 
     Raises:
-        InputError: it does not fit into memory.
+        InputError: it does not fit into memory, beside what is read at once.
     """
-    config, capacity, mesh = model.config, cache_capacity(model, length), mesh_of(model)
-    dtype, batch = jnp.dtype(model.dtype if dtype is None else dtype), padded_batch(batch, mesh)
-    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
-    with _refused_if_too_large(batch, capacity, heads * config.head_dim * dtype.itemsize):
-        return KVCache.create(config, batch=batch, capacity=capacity, dtype=dtype, mesh=mesh)
+    mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
+    rows, capacity = _fitting(model, batch, length, dtype, more_rows)
+    with _refused_if_too_large(rows, capacity):
+        cache = KVCache.create(model.config, batch=rows, capacity=capacity, dtype=dtype, mesh=mesh)
+    return on_device(model, cache)
 
 
-def copied(cache: KVCache, batch: int, capacity: int) -> KVCache:
-    """A cache of `batch` rows, each the one row of `cache`, with room for `capacity` tokens.
+def on_device(model: Llama, tree: Any) -> Any:
+    """Arrays bound to the model's device, as programs leave them: else each compiles once more.
+
+    On a mesh they are bound already.
+    """
+    if mesh_of(model) is not None:
+        return tree
+    return jax.device_put(tree, SingleDeviceSharding(_device(model)))
+
+
+def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
+    """A cache as `new_cache` makes it, `batch` of its rows the one row of `cache`.
 
     Raises:
         InputError: `cache` has more than one row, or the copies do not fit into memory.
     """
-    mesh, rows = mesh_of(cache), cache.key.shape[1]
-    if rows != padded_batch(1, mesh):
+    rows = cache.lengths.shape[0]
+    if rows != padded_batch(1, mesh_of(cache)):
         raise InputError(f"expected a cache of one row to copy, got {rows} rows")
-    batch = padded_batch(batch, mesh)
-    with _refused_if_too_large(batch, capacity, cache.num_bytes // cache.capacity):
-        return _copied(cache, batch, capacity)
+    shape = _fitting(model, batch, length, cache.key.dtype)
+    with _refused_if_too_large(*shape):
+        copies = jax.block_until_ready(_copier(*shape)(cache))
+    return copies.rollback([copies.capacity] * batch)
 
 
-@contextlib.contextmanager
-def _refused_if_too_large(batch: int, capacity: int, token_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            f"a KV cache for {batch} x {capacity} tokens takes "
-            f"{batch * capacity * token_bytes / 2**30:.1f} GiB, which the device does not have; "
-            "give shorter prompts, fewer rows, or fewer new tokens"
-        ) from None
+@functools.lru_cache(maxsize=SHAPES)
+def _copier(batch: int, capacity: int) -> Any:
+    return jax.jit(functools.partial(_copy_rows, batch=batch, capacity=capacity))
 
 
-def _copy_rows(cache: KVCache, batch: int, capacity: int) -> KVCache:
+def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
     kept = min(cache.capacity, capacity)
     shards = Shards.of(cache.key)
     context = shards.size("context")
@@ -123,9 +185,97 @@ def _copy_rows(cache: KVCache, batch: int, capacity: int) -> KVCache:
     )
 
 
-_copied = jax.jit(_copy_rows, static_argnames=("batch", "capacity"))
+# --- memory ------------------------------------------------------------------------------------
 
 
-def _power_of_two(n: int) -> int:
+def _fitting(
+    model: Llama, batch: int, length: int, dtype: np.dtype, more_rows: bool = True
+) -> tuple[int, int]:
+    """`cache_shape`, or InputError where even what the texts need does not fit."""
+    config, mesh = model.config, mesh_of(model)
+    rows, capacity = cache_shape(model, batch, length, dtype, more_rows=more_rows)
+    _, free = _memory(model)
+    room = free - _reading_bytes(config, batch, length, model.dtype)
+    needed = _cache_bytes(config, rows, capacity, dtype, mesh)
+    if needed > room:
+        token = needed / capacity
+        longest = min(LARGEST, max(0, int(room / token) // 128 * 128))
+        raise InputError(
+            f"a KV cache for {batch} x {length} tokens takes {needed / 2**30:.1f} GiB, which the "
+            f"device does not have ({max(0, room) / 2**30:.1f} GiB are left for it): "
+            f"{batch} x {longest} tokens fit, new ones included; give shorter prompts, fewer rows, "
+            "or fewer new tokens"
+        )
+    if length > LARGEST:
+        raise InputError(
+            f"prompt and new tokens are {length} together, and a text has at most {LARGEST}; give "
+            "fewer"
+        )
+    return rows, capacity
+
+
+@contextlib.contextmanager
+def _refused_if_too_large(rows: int, capacity: int) -> Iterator[None]:
+    """Where memory was free by the count, but in pieces, or was taken meanwhile."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"a KV cache for {rows} x {capacity} tokens does not fit into what memory the device "
+            "has left; give shorter prompts, fewer rows, or fewer new tokens"
+        ) from None
+
+
+def _cache_bytes(
+    config: LlamaConfig, rows: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
+) -> int:
+    """Bytes of keys and values that one device holds."""
+    heads = max(config.num_key_value_heads, axis_size(mesh, "tensor"))
+    shape = (config.num_hidden_layers, rows, capacity, heads * config.head_dim)
+    if mesh is not None:
+        shape = NamedSharding(mesh, partition("LBSK", shape, mesh.shape)).shard_shape(shape)
+    return 2 * math.prod(shape) * dtype.itemsize
+
+
+def _reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
+    """About what reading a piece of the prompts takes beside the cache: a layer's activations."""
+    tokens = min(PIECE, batch * length)
+    layer = 2 * config.hidden_size + 3 * config.intermediate_size
+    return tokens * layer * jnp.dtype(dtype).itemsize + 8 * batch * config.vocab_size
+
+
+def _memory(model: Llama) -> tuple[float, float]:
+    """Bytes of the memory of a model's device, and those that are free; inf where nobody knows."""
+    if jax.process_count() > 1:
+        return OF_MANY, math.inf
+    device, mesh = _device(model), mesh_of(model)
+    # The devices of a CPU are one machine.
+    shared = mesh.size if mesh is not None and device.platform == "cpu" else 1
+    total, free = total_bytes(device), free_bytes(device)
+    return (
+        OF_MANY if total is None else total / shared,
+        math.inf if free is None else free / shared,
+    )
+
+
+def _device(model: Llama) -> Any:
+    """The model's device; one of a mesh."""
+    return next(iter(jax.tree.leaves(model)[0].devices()))
+
+
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def _power_of_four(n: int) -> int:
+    """The smallest of 1024, 4096, 16384 ... that is at least n."""
+    power = max(1024, power_of_two(n))
+    return power if power.bit_length() % 2 else 2 * power
+
+
+def _multiple(n: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least n."""
+    return -(-n // step) * step

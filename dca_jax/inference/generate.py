@@ -1,8 +1,9 @@
 """The engine: prompts of token ids in, tokens out. It knows nothing of text.
 
-A batch goes through three pure functions, usable under `jax.jit` in a script of your own:
+A batch goes through pure functions, usable under `jax.jit` in a script of your own:
 
     read         appends a piece of each row's prompt to the cache: the prefill, piece by piece
+    read_row     the same for one row of a batch
     first_token  draws each row's first new token from what `read` leaves
     decode       feeds each row its last token and draws the next, many times, on the device
 
@@ -14,7 +15,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import new_cache, padded_batch, padded_length, piece_length
+from dca_jax.fields import shown
+from dca_jax.inference.buckets import SHAPES, SMALLEST, cut, new_cache, on_device, piece_widths
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards, axis_size, mesh_of, partition
 
 PAD = -1  # what `decode` gives for a row that has ended: no token has this id
+FAILED = -2  # what it gives in place of a token where the logits are not finite; the row has ended
 SEGMENT = 64  # tokens that `Run` lets the device draw before it looks at them, at most
 SEGMENT_SECONDS = 0.05  # a segment that took longer is not made longer: text streams smoothly
 
@@ -41,9 +44,9 @@ class State:
 
     Attributes:
         cache: everything read so far, the last token drawn not included.
-        token: the last token drawn for each row.
-        finished: rows that have drawn a stop id (or were stopped by the caller); they stay as
-            they are.
+        token: the last token drawn for each row; `FAILED` where there was none to draw.
+        finished: rows that have drawn a stop id, have failed, or were stopped by the caller; they
+            stay as they are.
         key: one for each row. With the position of the token it makes the key of its draw: so a
             draw depends neither on the other rows nor on where the segments are cut.
         seen: the tokens each row holds, for a repetition penalty; None without one.
@@ -82,13 +85,52 @@ def read(
     return jnp.where((lengths > 0)[:, None], _at_last(piece, lengths), hidden), cache_after
 
 
+def read_row(
+    model: Llama,
+    cache: KVCache,
+    hidden: Float[Array, "B D"],
+    row: int | Int[Array, ""],
+    tokens: Int[Array, "1 T"],
+    lengths: Int[Array, " 1"],
+    context_lengths: Int[Array, " 1"],
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """`read` of one row only: nothing is computed for the others. Not on a mesh.
+
+    Args:
+        row: its number. tokens, lengths, context_lengths: of this row.
+    """
+    layers, batch = cache.key.shape[:2]
+    row = jnp.asarray(row, jnp.int32)
+    one = KVCache(  # the rows as layers: the same memory
+        key=cache.key.reshape(layers * batch, 1, *cache.key.shape[2:]),
+        value=cache.value.reshape(layers * batch, 1, *cache.value.shape[2:]),
+        lengths=cache.lengths[row][None],
+        frequency_lengths=cache.frequency_lengths[row][None],
+    )
+    piece, after = model.hidden_states(
+        tokens,
+        lengths=lengths,
+        cache=one,
+        context_lengths=context_lengths,
+        cache_layers=jnp.arange(layers, dtype=jnp.int32) * batch + row,
+    )
+    assert after is not None
+    cache_after = KVCache(
+        key=after.key.reshape(cache.key.shape),
+        value=after.value.reshape(cache.value.shape),
+        lengths=cache.lengths.at[row].set(after.lengths[0]),
+        frequency_lengths=cache.frequency_lengths.at[row].set(after.frequency_lengths[0]),
+    )
+    return hidden.at[row].set(_at_last(piece, lengths)[0]), cache_after
+
+
 def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
     """What `read` takes as `hidden` before the first piece."""
     shape, mesh = (batch, model.config.hidden_size), mesh_of(model)
-    place = None
-    if mesh is not None:
-        place = NamedSharding(mesh, partition("BD", shape, mesh.shape))
-    return jnp.zeros(shape, model.dtype, device=place)
+    zeros = np.zeros(shape, model.dtype)
+    if mesh is None:
+        return on_device(model, zeros)
+    return jax.device_put(zeros, NamedSharding(mesh, partition("BD", shape, mesh.shape)))
 
 
 def read_whole(
@@ -143,6 +185,8 @@ def decode(
 ) -> tuple[State, Int[Array, "B max_tokens"]]:
     """Draws up to `limit` more tokens for each row, until all rows have finished.
 
+    A row whose logits are not all finite gets `FAILED` in place of a token, and has finished.
+
     The cache must have room for them: what does not fit would be lost (`Run` checks).
 
     Args:
@@ -161,7 +205,8 @@ def decode(
     def step_once(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, state, tokens = carry
         grows = (~state.finished).astype(jnp.int32)
-        hidden, cache = model.hidden_states(state.token[:, None], lengths=grows, cache=state.cache)
+        last = jnp.maximum(state.token, 0)[:, None]  # a row that failed has none
+        hidden, cache = model.hidden_states(last, lengths=grows, cache=state.cache)
         assert cache is not None
         logits = _whole(model, model.unembed(hidden[:, 0]))
         token, ends, seen = _draw(
@@ -189,14 +234,17 @@ def _draw(
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, "B V"] | None]:
     """The token that follows `lengths` others in each row, whether it ends the row, and `seen`.
 
-    Rows that have finished in `state` keep their token.
+    It is `FAILED`, and ends the row, where the logits are not all finite. Rows that have finished
+    in `state` keep their token.
     """
     token = sampler.sample(logits, jax.vmap(jax.random.fold_in)(key, lengths), seen)
+    token = jnp.where(jnp.isfinite(logits).all(axis=1), token, FAILED)
     if state is not None:
         token = jnp.where(state.finished, state.token, token)
     if seen is not None:
-        seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
-    return token, jnp.any(token[:, None] == stop_ids[None, :], axis=1), seen
+        seen = seen.at[jnp.arange(seen.shape[0]), jnp.maximum(token, 0)].set(True)
+    ends = jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (token == FAILED)
+    return token, ends, seen
 
 
 def _whole(model: Llama, x: Any) -> Any:
@@ -219,19 +267,32 @@ def compiler_options() -> dict[str, Any] | None:
     return GPU_OPTIONS if jax.default_backend() == "gpu" else None
 
 
-# Compiled once for each shape, with options that are known when a first call has found the device.
-# The cache is donated: it is updated where it lies, never copied.
+class Programs(NamedTuple):
+    """What is compiled for caches of one shape, each once for each width of a piece."""
+
+    read: Any
+    read_row: Any
+    read_whole: Any
+    decode: Any
 
 
-@functools.cache
-def _read() -> Any:
-    return jax.jit(read, donate_argnames="cache", compiler_options=compiler_options())
+@functools.lru_cache(maxsize=SHAPES)
+def programs(rows: int, capacity: int) -> Programs:
+    """Those for caches of so many rows of `capacity` tokens; the ones longest unused are dropped.
 
+    The cache is donated: it is updated where it lies, never copied.
+    """
 
-@functools.cache
-def _read_whole() -> Any:
-    return jax.jit(
-        read_whole, donate_argnames="cache", keep_unused=True, compiler_options=compiler_options()
+    def compiled(function: Callable[..., Any], **options: Any) -> Any:
+        # A function of its own: what is compiled for it goes when it goes.
+        whole = functools.partial(function)
+        return jax.jit(whole, compiler_options=compiler_options(), **options)
+
+    return Programs(
+        read=compiled(read, donate_argnames="cache"),
+        read_row=compiled(read_row, donate_argnames="cache"),
+        read_whole=compiled(read_whole, donate_argnames="cache", keep_unused=True),
+        decode=compiled(_stop_and_decode, donate_argnames="state"),
     )
 
 
@@ -244,14 +305,13 @@ def _begin(
     sampler: Sampler,
     stop_ids: Int[Array, " n"],
     seen: Bool[Array, "B V"] | None,
-) -> tuple[dict[str, Any], Bool[Array, " B"]]:
-    """A `State` but for its cache, which need not pass; and which rows' logits are all finite."""
+) -> dict[str, Any]:
+    """A `State` but for its cache, which need not pass."""
     logits = _whole(model, model.unembed(hidden))
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
     key = _whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
     token, ends, seen = _draw(logits, key, lengths, _whole(model, seen), sampler, stop_ids)
-    state = {"token": token, "finished": ends, "key": key, "seen": seen}
-    return state, jnp.isfinite(logits).all(axis=1)
+    return {"token": token, "finished": ends, "key": key, "seen": seen}
 
 
 def _stop_and_decode(
@@ -267,11 +327,6 @@ def _stop_and_decode(
     return decode(model, state, sampler, stop_ids, limit)
 
 
-@functools.cache
-def _segment() -> Any:
-    return jax.jit(_stop_and_decode, donate_argnames="state", compiler_options=compiler_options())
-
-
 # --- the host's side ---------------------------------------------------------------------------
 
 
@@ -283,24 +338,30 @@ class Run:
     segments of one token at first, and of up to `SEGMENT` once that is quick enough to look
     smooth. What a row gets does not depend on the segments, and when greedy not on the other rows.
 
+    A row whose logits are not all finite ends there, and the others go on: `failed` says so.
+
     Args:
         prompts: token ids; rows may differ in length, and none is empty.
         max_new_tokens: of each row, at least 1.
         seed: of the draws. Row r draws with a key of its own: equal prompts give different samples.
         stop_ids: ids that end a row.
         cache: what has been read before: row b of it must hold the first `lengths[b]` tokens of
-            prompts[b], and not all of them. It is used up, its memory being updated in place, and
-            the attribute `cache` takes its place. Default: a new one, as large as needed.
+            prompts[b], and not all of them; rows beyond the prompts hold nothing. It is used up,
+            its memory being updated in place, and the attribute `cache` takes its place. Default:
+            a new one, as large as needed.
         cache_dtype: of a new cache; default: the model's.
         on_piece: called after each piece of the prompts with the number of tokens read, all rows
             together; may be set later, as an attribute.
 
     Attributes:
-        cache: what the rows have read, their last token drawn not included.
+        cache: what the rows have read, their last token drawn not included. After a row has failed
+            it is deleted when the iteration ends, for numbers that are not finite spread.
+        failed: for each row that has failed, how many tokens of its text, those drawn included,
+            stand before the one that could not be drawn.
 
     Raises:
         InputError: no prompts, an empty prompt, an id outside the vocabulary, or a prompt and its
-            new tokens beyond the capacity of `cache`; while iterating: logits that are not finite.
+            new tokens beyond the capacity of `cache` or the window of plain attention.
     """
 
     def __init__(
@@ -318,34 +379,48 @@ class Run:
     ) -> None:
         check_numbers(max_new_tokens, seed)
         check_prompts(prompts, model.config.vocab_size)
+        longest = max(map(len, prompts))
+        model.check_window(longest + max_new_tokens - 1)  # the last one drawn is never read
         if cache is None:
-            length = max(map(len, prompts)) + max_new_tokens
-            cache = new_cache(model, len(prompts), length, cache_dtype)
+            cache = new_cache(model, len(prompts), longest + max_new_tokens, cache_dtype)
         self._start = _check_cache(cache, prompts, max_new_tokens)
-        # Rows that fill up the cache's, where a mesh wants more: one token, and finished.
-        self._num_rows, fill = len(prompts), len(self._start) - len(prompts)
+        # Rows that fill up the cache's: one token that is not read, and finished.
+        self._num_rows, fill = len(prompts), cache.lengths.shape[0] - len(prompts)
         self._prompts = [*prompts, *[[0]] * fill]
-        self._model, self._sampler = model, sampler
+        self._start += [1] * fill
+        self._model, self._sampler = model, sampler.traced()
         self._max_new_tokens, self._seed = max_new_tokens, seed
-        self._stop_ids = frozenset(stop_ids)
+        # Of those that can be drawn; filled up, so that another number of them does not recompile.
+        ids = sorted({int(n) for n in stop_ids if 0 <= n < model.config.vocab_size})
+        self._stop_ids = np.asarray(ids + [-1] * (-len(ids) % 64 or 64 * (not ids)), np.int32)
         self._finished = np.arange(len(self._prompts)) >= self._num_rows
         self.cache, self.on_piece = cache, on_piece
+        self.failed: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         """Reads the prompts, then draws."""
-        # Ids of -1 fill up to a multiple of 8, so that a few more stop ids do not recompile.
-        ids = sorted(self._stop_ids)
-        stop_ids = np.asarray(ids + [-1] * (-len(ids) % 8 or 8 * (not ids)), np.int32)
-        state = self._draw_first(self.read_prompts(), stop_ids)
-        yield self._rows(np.asarray(state.token)[:, None])
+        try:
+            yield from self._segments()
+        finally:
+            if self.failed:
+                self.cache.key.delete()
+                self.cache.value.delete()
+
+    def _segments(self) -> Iterator[list[list[int]]]:
+        state = self._draw_first(self.read_prompts())
+        decode = self._programs.decode
+        lengths = [len(prompt) for prompt in self._prompts]
+        yield self._rows(np.asarray(state.token)[:, None], lengths)
         drawn, segment = 1, 1
         while drawn < self._max_new_tokens and not self._finished.all():
             limit = min(segment, self._max_new_tokens - drawn)
             begin = time.perf_counter()
             stopped = self._finished.copy()
-            state, tokens = _segment()(self._model, state, stopped, self._sampler, stop_ids, limit)
+            state, tokens = decode(
+                self._model, state, stopped, self._sampler, self._stop_ids, limit
+            )
             self.cache = state.cache
-            rows = self._rows(np.asarray(tokens))
+            rows = self._rows(np.asarray(tokens), lengths)
             # Several processes must ask for the same, and their clocks differ.
             if jax.process_count() > 1 or time.perf_counter() - begin < SEGMENT_SECONDS:
                 segment = min(2 * segment, SEGMENT)
@@ -359,66 +434,117 @@ class Run:
     def read_prompts(self) -> Float[Array, "B D"]:
         """Reads the prompts into `cache`; returns the hidden state of each one's last token."""
         context_lengths = np.asarray([len(p) for p in self._prompts], np.int32)
-        if axis_size(mesh_of(self._model), "context") > 1 and not any(self._start):
-            tokens = np.zeros((len(self._prompts), self.cache.capacity), np.int32)
-            for row, prompt in enumerate(self._prompts):
-                tokens[row, : len(prompt)] = prompt
-            hidden, self.cache = _read_whole()(self._model, self.cache, tokens, context_lengths)
-            self._tell(hidden, int(context_lengths.sum()))
-            return hidden
-        rest = [p[start:] for p, start in zip(self._prompts, self._start, strict=True)]
-        remaining = np.array([len(p) for p in rest], np.int32)
+        mesh = mesh_of(self._model)
+        if axis_size(mesh, "context") > 1 and not any(self._start[: self._num_rows]):
+            return self._read_whole(context_lengths)
         # Placed as `read` leaves it, or a second piece would compile once more.
-        hidden = empty_hidden(self._model, len(rest))
-        width = piece_length(len(rest))
-        for at in range(0, int(remaining.max()), width):
-            lengths = np.clip(remaining - at, 0, width)
-            tokens = np.zeros((len(rest), padded_length(int(lengths.max()))), np.int32)
+        hidden, at = empty_hidden(self._model, len(self._prompts)), np.asarray(self._start)
+        *wide, smallest = piece_widths(1 if mesh is None else len(self._prompts))
+        if mesh is None and len(self._prompts) > 1:
+            # Long pieces row by row, for rows differ in length; what is left, all rows together.
+            for row in range(self._num_rows):
+                hidden = self._read_row(row, at, hidden, wide)
+            wide, smallest = [], SMALLEST
+        for count, width in cut(int((context_lengths - at).max()), (*wide, smallest)):
+            lengths = np.clip(context_lengths - at, 0, count).astype(np.int32)
+            tokens = np.zeros((len(at), width), np.int32)
             for row, length in enumerate(lengths):
-                tokens[row, :length] = rest[row][at : at + length]
-            hidden, self.cache = _read()(
+                tokens[row, :length] = self._prompts[row][at[row] : at[row] + length]
+            hidden, self.cache = self._programs.read(
                 self._model, self.cache, hidden, tokens, lengths, context_lengths
             )
+            at = at + lengths
             self._tell(hidden, int(lengths.sum()))
         return hidden
+
+    def _read_row(
+        self,
+        row: int,
+        at: Int[np.ndarray, " B"],
+        hidden: Float[Array, "B D"],
+        widths: Sequence[int],
+    ) -> Float[Array, "B D"]:
+        """Reads what fills pieces of these widths of one row; moves `at`, where each row stands."""
+        prompt = self._prompts[row]
+        for count, width in cut(len(prompt) - int(at[row]), (*widths, SMALLEST)):
+            if width == SMALLEST:
+                break
+            tokens = np.zeros((1, width), np.int32)
+            tokens[0, :count] = prompt[at[row] : at[row] + count]
+            lengths, whole = np.asarray([count], np.int32), np.asarray([len(prompt)], np.int32)
+            hidden, self.cache = self._programs.read_row(
+                self._model, self.cache, hidden, row, tokens, lengths, whole
+            )
+            at[row] += count
+            self._tell(hidden, count)
+        return hidden
+
+    def _read_whole(self, lengths: Int[np.ndarray, " B"]) -> Float[Array, "B D"]:
+        tokens = np.zeros((len(self._prompts), self.cache.capacity), np.int32)
+        for row, prompt in enumerate(self._prompts):
+            tokens[row, : len(prompt)] = prompt
+        hidden, self.cache = self._programs.read_whole(self._model, self.cache, tokens, lengths)
+        self._tell(hidden, int(lengths.sum()))
+        return hidden
+
+    @property
+    def _programs(self) -> Programs:
+        return programs(len(self._prompts), self.cache.capacity)
 
     def _tell(self, hidden: Float[Array, "B D"], tokens: int) -> None:
         if self.on_piece is not None:
             jax.block_until_ready(hidden)  # or the bar would run ahead of the device
             self.on_piece(tokens)
 
-    def _draw_first(self, hidden: Float[Array, "B D"], stop_ids: Int[np.ndarray, " n"]) -> State:
-        seen = None
-        if self._sampler.penalizes:
-            seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
+    def _draw_first(self, hidden: Float[Array, "B D"]) -> State:
+        seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
+        if self._sampler.repetition_penalty != 1:
             for row, prompt in enumerate(self._prompts):
                 seen[row, np.asarray(prompt)] = True
         lengths = self.cache.lengths
-        state, is_finite = _begin(
-            self._model, lengths, hidden, self._seed, self._sampler, stop_ids, seen
+        state = _begin(
+            self._model, lengths, hidden, self._seed, self._sampler, self._stop_ids, seen
         )
-        finite = np.asarray(is_finite)
-        if not finite.all():
-            raise InputError(
-                f"the logits after prompt {int(np.argmin(finite))} are not finite: the weights "
-                f"hold NaN or infinity, or overflow {self._model.dtype}; check the checkpoint, or "
-                "compute in float32"
-            )
         return State(cache=self.cache, **state)
 
-    def _rows(self, tokens: Int[np.ndarray, "B n"]) -> list[list[int]]:
-        rows = [[int(t) for t in row if t != PAD] for row in tokens[: self._num_rows]]
-        for number, row in enumerate(rows):
-            self._finished[number] |= bool(row) and row[-1] in self._stop_ids
+    def _rows(self, tokens: Int[np.ndarray, "B n"], lengths: list[int]) -> list[list[int]]:
+        """Each row's new tokens; notes what has ended, and the `lengths` of the texts."""
+        rows = []
+        for number, row in enumerate(tokens[: self._num_rows].tolist()):
+            new = [token for token in row if token >= 0]
+            if new and not self._finished[number]:
+                self._finished[number] = new[-1] in self._stop_ids
+            if FAILED in row and number not in self.failed:
+                self.failed[number] = lengths[number] + len(new)
+                self._finished[number] = True
+            lengths[number] += len(new)
+            rows.append(new)
         return rows
 
 
+class NotFiniteError(InputError):
+    """Logits that are not finite, after which a text cannot go on."""
+
+    def __init__(self, model: Llama, row: int, position: int) -> None:
+        super().__init__(
+            f"prompt {row}: the logits after token {position} are not finite: the weights hold NaN "
+            f"or infinity, or overflow {model.dtype}; check the checkpoint, or compute in float32"
+        )
+
+
 def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-    """Each prompt's new tokens, a stop id included; `options` are those of `Run`."""
+    """Each prompt's new tokens, a stop id included; `options` are those of `Run`.
+
+    Raises:
+        InputError: as `Run`; `NotFiniteError`, when the other rows have ended.
+    """
     texts: list[list[int]] = [[] for _ in prompts]
-    for segment in Run(model, prompts, **options):
+    run = Run(model, prompts, **options)
+    for segment in run:
         for text, new in zip(texts, segment, strict=True):
             text += new
+    for row, position in run.failed.items():
+        raise NotFiniteError(model, row, position)
     return texts
 
 
@@ -427,7 +553,7 @@ def check_numbers(max_new_tokens: int, seed: int) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not -(2**31) <= seed < 2**31:
-        raise InputError(f"seed must fit into 32 bits, got {seed}")
+        raise InputError(f"seed must fit into 32 bits, got {shown(seed)}")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -448,11 +574,13 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 def _check_cache(
     cache: KVCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """How many tokens of each prompt the cache holds already; 0 for rows that fill a mesh up."""
+    """How many tokens of each prompt the cache holds already."""
     start = [int(n) for n in np.asarray(cache.lengths)]
-    rows = padded_batch(len(prompts), mesh_of(cache))
-    if len(start) != rows:
-        raise InputError(f"the cache has {len(start)} rows, but there are {len(prompts)} prompts")
+    if len(start) < len(prompts) or any(start[len(prompts) :]):
+        raise InputError(
+            f"the cache has {len(start)} rows, but there are {len(prompts)} prompts; it must have "
+            "a row for each, and any others must be empty"
+        )
     for number, (prompt, held) in enumerate(zip(prompts, start, strict=False)):
         if held >= len(prompt):
             raise InputError(
@@ -465,4 +593,4 @@ def _check_cache(
                 f"{len(prompt) + max_new_tokens}, and the cache holds {cache.capacity}; "
                 "give fewer, or a larger cache"
             )
-    return start
+    return start[: len(prompts)]

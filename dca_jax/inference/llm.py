@@ -5,7 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.inference.buckets import cache_capacity, new_cache
+from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.chat_templates import ChatTemplates, own_template
-from dca_jax.inference.generate import Run, check_prompts
+from dca_jax.inference.generate import NotFiniteError, Run, check_prompts
 from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.prompts import (
@@ -45,14 +45,18 @@ class Generation:
     Attributes:
         text: the new text, without the stop string or the stop id that ended it.
         tokens: the new ids, a stop id included.
-        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`.
+        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`; "error"
+            where `error` says why the text cannot go on.
         prompt_tokens: number of tokens in the prompt, prefix included.
+        error: for one of several prompts, whose logits are not finite; the others go on. None
+            otherwise.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["error"]
     prompt_tokens: int
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,31 +273,38 @@ class LLM:
         if prefix is None:
             return new_cache(self.model, len(rows), length, self.cache_dtype), to_read
         shared = [min(prefix.shared(row), len(row) - 1) for row in rows]
-        capacity = cache_capacity(self.model, length)
         if len(rows) > 1:
-            return prefix.copies(shared, capacity), to_read - sum(shared)
-        if capacity > prefix.capacity:
-            capacity = cache_capacity(self.model, length + prefix.room)
-        return prefix.take(shared[0], capacity), to_read - shared[0]
+            return prefix.copies(self.model, shared, length), to_read - sum(shared)
+        return prefix.take(self.model, shared[0], length), to_read - shared[0]
 
     def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
         streams = self._text_streams(rows, options)
-        for _ in self._pieces(rows, streams, options):
+        failed: dict[int, NotFiniteError] = {}
+        for _ in self._pieces(rows, streams, options, failed):
             pass
+        if len(rows) == 1 and failed:
+            raise failed[0]
         return [
             Generation(
                 text=stream.text,
                 tokens=tuple(stream.tokens),
-                finish_reason=stream.finish_reason or "length",
+                finish_reason="error" if number in failed else stream.finish_reason or "length",
                 prompt_tokens=len(row),
+                error=str(failed[number]) if number in failed else None,
             )
-            for row, stream in zip(rows, streams, strict=True)
+            for number, (row, stream) in enumerate(zip(rows, streams, strict=True))
         ]
 
     def _stream(self, row: list[int], options: Options) -> Generator[str]:
         self._tokenizer()
         streams = self._text_streams([row], options)
-        return (piece for (piece,) in self._pieces([row], streams, options) if piece)
+        return self._texts(row, streams, options)
+
+    def _texts(self, row: list[int], streams: list[TextStream], options: Options) -> Generator[str]:
+        failed: dict[int, NotFiniteError] = {}
+        yield from (piece for (piece,) in self._pieces([row], streams, options, failed) if piece)
+        if failed:
+            raise failed[0]
 
     def _text_streams(self, rows: list[list[int]], options: Options) -> list[TextStream]:
         """Checks what a generator would check too late, and makes each row's text."""
@@ -306,9 +317,16 @@ class LLM:
         ]
 
     def _pieces(
-        self, rows: list[list[int]], streams: list[TextStream], options: Options
+        self,
+        rows: list[list[int]],
+        streams: list[TextStream],
+        options: Options,
+        failed: dict[int, NotFiniteError],
     ) -> Iterator[list[str]]:
-        """Runs the engine; yields each row's new text, and leaves the whole in `streams`."""
+        """Runs the engine; yields each row's new text, and leaves the whole in `streams`.
+
+        What ended a text that its stream did not is left in `failed`.
+        """
         prefix, drawn = options.prefix, []
         cache, to_read = self._cache(rows, options.max_new_tokens, prefix)
         run = Run(
@@ -328,6 +346,9 @@ class LLM:
                 drawn += segment[0]
                 rows_of_segment = enumerate(zip(streams, segment, strict=True))
                 yield [_push(run, n, stream, new) for n, (stream, new) in rows_of_segment]
+            for row, position in run.failed.items():
+                if streams[row].finish_reason is None:
+                    failed[row] = NotFiniteError(self.model, row, position)
             yield [stream.close() for stream in streams]
         finally:
             if prefix is not None and len(rows) == 1:

@@ -22,6 +22,7 @@ from dca_jax.attention.bands import PositionMethod
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import PRESETS, DCAConfig, preset_dca
 from dca_jax.errors import InputError
+from dca_jax.fields import LARGEST, shown
 from dca_jax.inference.baselines import (
     DCAAblation,
     LMInfinite,
@@ -62,6 +63,8 @@ def scaled_rope(
         )
     if kind == "pi":
         return replace(rope, rope_type="linear", factor=rope.factor * factor)
+    if kind == "ntk" and head_dim == 2:
+        raise InputError("ntk scales the planes of a head apart, and a head_dim of 2 has only one")
     if kind == "ntk":
         return replace(rope, theta=rope.theta * factor ** (head_dim / (head_dim - 2)))
     return replace(
@@ -101,7 +104,10 @@ class _Wanted(NamedTuple):
                 return tuple(parse_tokens(part.strip()) for part in parts)
         except InputError:
             pass
-        raise InputError(f"method argument {self.arguments!r} is not {usage!r}, in tokens")
+        raise InputError(
+            f"method argument {shown(self.arguments)} is not {usage!r}, in tokens of at most "
+            f"{LARGEST}"
+        )
 
 
 def _plain(wanted: _Wanted) -> Method:
@@ -181,8 +187,8 @@ def _dca_setting(wanted: _Wanted) -> DCAConfig:
     setting = wanted.arguments or "auto"
     if setting not in (*PRESETS, "auto"):
         raise InputError(
-            f"DCA setting {setting!r} is not known; expected one of {', '.join(PRESETS)}, auto "
-            "(the checkpoint's own), or S,Q (chunk length and largest query position, in tokens)"
+            f"DCA setting {shown(setting)} is not known; expected one of {', '.join(PRESETS)}, "
+            "auto (the checkpoint's own), or S,Q (chunk length and largest query position, in tokens)"
         )
     if setting == "auto":
         # The checkpoint's own is for the window it was trained on, and for no other.
@@ -250,19 +256,26 @@ def method_by_name(
     base, plus, scaling = name.partition("+")
     rope = config.rope
     if plus:
-        kind, _, factor = scaling.partition(":")
-        if kind not in _SCALINGS or not factor.isdecimal() or int(factor) < 1:
+        kind, _, digits = scaling.partition(":")
+        is_number = digits.isascii() and digits.isdecimal() and len(digits) < 20
+        factor = int(digits) if is_number else 0
+        if kind not in _SCALINGS or factor < 1:
             raise InputError(
-                f"method {name!r} ends in {'+' + scaling!r}; expected +pi:F, +ntk:F or +yarn:F "
-                "with a whole number F, as in dca+ntk:2"
+                f"method {shown(name)} ends in {shown('+' + scaling)}; expected +pi:F, +ntk:F or "
+                "+yarn:F with a whole number F, as in dca+ntk:2"
+            )
+        if trained * factor > LARGEST:
+            raise InputError(
+                f"method {shown(name)} makes a window of {trained * factor} tokens; a text has at "
+                f"most {LARGEST}"
             )
         rope = scaled_rope(
-            kind, rope, factor=int(factor), trained_length=trained, head_dim=config.head_dim
+            kind, rope, factor=factor, trained_length=trained, head_dim=config.head_dim
         )
-        trained *= int(factor)
+        trained *= factor
     key, _, arguments = base.partition(":")
     if key not in _METHODS:
-        raise InputError(f"method {key!r} is not known; expected one of\n{describe_methods()}")
+        raise InputError(f"method {shown(key)} is not known; expected one of\n{describe_methods()}")
     _, build = _METHODS[key]
     return build(_Wanted(config, rope, trained, context_length, arguments))
 

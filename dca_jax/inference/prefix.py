@@ -8,6 +8,7 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied
 from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
 
 
 class Prefix:
@@ -37,39 +38,31 @@ class Prefix:
         cache = self._cache
         return cache is not None and not cache.key.is_deleted()
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the cache can hold.
-
-        Raises:
-            InputError: the prefix is not `usable`.
-        """
-        return self._usable_cache().capacity
-
-    def take(self, shared: int, capacity: int) -> KVCache:
+    def take(self, model: Llama, shared: int, length: int) -> KVCache:
         """The cache of the first `shared` tokens; the caller's until `give_back`.
 
         Args:
-            capacity: a cache with less is copied into a larger one.
+            length: tokens there must be room for. A cache with less is copied into one that has
+                `room` beyond them.
 
         Raises:
-            InputError: the prefix is not `usable`.
+            InputError: the prefix is not `usable`, or a larger cache does not fit into memory.
         """
         with self._lock:
             cache = self._usable_cache()
-            if cache.capacity < capacity:
-                cache = copied(cache, 1, capacity)
+            if cache.capacity < length:
+                cache = copied(model, cache, 1, length + self.room)
             self._cache = None
         return cache.rollback([shared])
 
-    def copies(self, shared: Sequence[int], capacity: int) -> KVCache:
-        """A cache with a row for each number of first tokens in `shared`.
+    def copies(self, model: Llama, shared: Sequence[int], length: int) -> KVCache:
+        """A cache for texts of `length` tokens, a row for each number of first tokens in `shared`.
 
         Raises:
-            InputError: the prefix is not `usable`.
+            InputError: the prefix is not `usable`, or the copies do not fit into memory.
         """
         with self._lock:
-            cache = copied(self._usable_cache(), len(shared), capacity)
+            cache = copied(model, self._usable_cache(), len(shared), length)
         return cache.rollback(shared)
 
     def give_back(self, cache: KVCache, read: Sequence[int]) -> None:

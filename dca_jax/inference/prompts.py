@@ -10,8 +10,8 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Prompt = str | Sequence[int] | Int[np.ndarray | Array, " T"]
-Prompts = Prompt | Sequence[Prompt] | Int[np.ndarray | Array, "B T"]
+Prompt = str | Sequence[int] | Int[np.ndarray | Array, " _"]
+Prompts = Prompt | Sequence[Prompt] | Int[np.ndarray | Array, "_ _"]
 
 
 def each_prompt(prompts: Any) -> list[Any]:

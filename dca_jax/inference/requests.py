@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from dca_jax.errors import InputError
-from dca_jax.inference.generate import check_prompts
+from dca_jax.inference.generate import NotFiniteError, check_prompts
 from dca_jax.inference.llm import LLM, Generation
 from dca_jax.inference.methods import method_by_name, reading, whole_length
 from dca_jax.inference.options import Options
@@ -85,7 +85,8 @@ def answers(
         options: of `LLM.generate`; each batch draws by a seed of its own, made of this one.
 
     Yields:
-        For each request its fields, and those of `ANSWER`.
+        For each request its fields, and those of `ANSWER`; "error" too where the finish_reason is
+        that, because the model's logits were not finite.
     """
     config = llm.model.config
     new = options.max_new_tokens
@@ -104,10 +105,12 @@ def answers(
             reader, current = reading(llm, method, length), wanted
         begun = len(requests) - len(rest)
         drawn = replace(options, seed=_nth_seed(options.seed, begun))
-        said = reader.generate([request.tokens for request in together], drawn)
-        yield [
-            {**request.fields, **_answer(one)} for request, one in zip(together, said, strict=True)
-        ]
+        prompts = [request.tokens for request in together]
+        try:
+            said = [_answer(one) for one in reader.generate(prompts, drawn)]
+        except NotFiniteError as error:  # of a batch of one; of several, `Generation` has it
+            said = [_failure(len(prompts[0]), error)]
+        yield [{**request.fields, **answer} for request, answer in zip(together, said, strict=True)]
         rest = rest[len(together) :]
 
 
@@ -123,7 +126,13 @@ def _answer(generation: Generation) -> dict[str, Any]:
         generation.prompt_tokens,
         len(generation.tokens),
     )
-    return dict(zip(ANSWER, values, strict=True))
+    failed = {} if generation.error is None else {"error": generation.error}
+    return dict(zip(ANSWER, values, strict=True)) | failed
+
+
+def _failure(prompt_tokens: int, error: Exception) -> dict[str, Any]:
+    """The answer to a prompt that cannot be continued."""
+    return dict(zip(ANSWER, ("", "error", prompt_tokens, 0), strict=True)) | {"error": str(error)}
 
 
 def _checked(line: str, where: str) -> dict[str, Any]:

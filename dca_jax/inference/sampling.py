@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
+
+OFF = 2**31 - 1  # as `top_k`: more tokens than a vocabulary has, so all are kept
 
 
 @jax.tree_util.register_pytree_node_class
@@ -19,7 +22,7 @@ class Sampler:
 
     A pytree, for `jax.jit`: which filters are on is its structure, and their numbers are leaves.
     So another temperature runs the compiled program as it is, and a filter that is off costs
-    nothing.
+    nothing. `traced` makes leaves of all of them: then one program serves every sampler.
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy: the most likely token, and `top_k`,
@@ -48,6 +51,7 @@ class Sampler:
         k = self.top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise InputError(f"top_k must be a positive integer, or None, got {k!r}")
+        object.__setattr__(self, "top_k", None if k is None else min(k, OFF))
 
     def _check(self, name: str, allowed: str, holds: Callable[[float], bool]) -> None:
         value = getattr(self, name)
@@ -56,9 +60,27 @@ class Sampler:
             raise InputError(f"{name} must be {allowed}, got {value!r}")
         object.__setattr__(self, name, float(value))  # an integer would compile once more
 
+    def traced(self) -> "Sampler":
+        """The same with NumPy numbers for every setting: what is off is a number that says so.
+
+        Under `jax.jit` all such samplers have one structure, and run one program, which skips what
+        is off when it runs. `sample` then needs `seen`.
+        """
+        numbers = (
+            np.float32(self.temperature),
+            np.int32(OFF if self.top_k is None else self.top_k),
+            np.float32(1 if self.top_p is None else self.top_p),
+            np.float32(0 if self.min_p is None else self.min_p),
+            np.float32(self.repetition_penalty),
+        )
+        return self.tree_unflatten(None, numbers)
+
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken, and no key is needed. Static under jit."""
+        """Whether the most likely token is taken, and no key is needed. Static under jit.
+
+        False of a number that is traced, whatever it is.
+        """
         return isinstance(self.temperature, (int, float)) and self.temperature == 0
 
     @property
@@ -84,14 +106,23 @@ class Sampler:
             assert seen is not None, "a repetition penalty needs the tokens seen so far"
             logits = penalized(logits, seen, self.repetition_penalty)
         if self.is_greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.vmap(jax.random.categorical)(key, self.filtered(logits)).astype(jnp.int32)
+            return _most_likely(logits)
+
+        def draw(logits: Array) -> Array:
+            filtered = self.filtered(logits)
+            return jax.vmap(jax.random.categorical)(key, filtered).astype(jnp.int32)
+
+        is_greedy = jnp.asarray(self.temperature, jnp.float32) == 0
+        return jax.lax.cond(is_greedy, _most_likely, draw, logits)
 
     def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The logits that are drawn from: tempered, and -inf where a filter removes the token."""
         logits = logits / jnp.asarray(self.temperature, logits.dtype)
         if self.top_k is not None or self.top_p is not None:
-            logits = _keep_top(logits, self.top_k, self.top_p)
+            top_k = jnp.asarray(OFF if self.top_k is None else self.top_k, jnp.int32)
+            top_p = jnp.asarray(1 if self.top_p is None else self.top_p, logits.dtype)
+            off = (top_k >= logits.shape[-1]) & (top_p >= 1)
+            logits = jax.lax.cond(off, lambda *x: x[0], _keep_top, logits, top_k, top_p)
         if self.min_p is not None:
             # p / p_max = exp(logit - logit_max): no softmax is needed to compare with it.
             relative = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -122,20 +153,20 @@ def penalized(
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def _most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def _keep_top(
-    logits: Float[Array, "B V"],
-    top_k: int | Int[Array, ""] | None,
-    top_p: float | Float[Array, ""] | None,
+    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "B V"]:
-    """top-k, then top-p among what is left, from one sort."""
+    """top-k, then top-p among what is left, from one sort; a `top_p` of 1 removes nothing."""
     vocab = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1)  # ascending
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if top_k is not None:
-        kth = jnp.take(ranked, vocab - jnp.clip(jnp.asarray(top_k, jnp.int32), 1, vocab), axis=-1)
-        ranked = jnp.where(ranked < kth[:, None], -jnp.inf, ranked)
-    if top_p is not None:
-        below = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-        rare = (below <= 1.0 - jnp.asarray(top_p, logits.dtype)).at[:, -1].set(False)
-        ranked = jnp.where(rare, -jnp.inf, ranked)
+    kth = jnp.take(ranked, vocab - jnp.clip(top_k, 1, vocab), axis=-1)
+    ranked = jnp.where(ranked < kth[:, None], -jnp.inf, ranked)
+    below = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+    rare = ((below <= 1.0 - top_p) & (top_p < 1)).at[:, -1].set(False)
+    ranked = jnp.where(rare, -jnp.inf, ranked)
     return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import new_cache, padded_length, piece_length
+from dca_jax.inference.buckets import SHAPES, cut, new_cache, piece_widths
 from dca_jax.inference.generate import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
@@ -61,13 +61,15 @@ class Reader:
         on_piece: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.batch, self.capacity, self.on_piece = model, batch, capacity, on_piece
-        self._cache: KVCache | None = new_cache(model, batch, capacity)
+        self._cache: KVCache | None = None
+        self._cache = self._empty()
 
     def read(self, texts: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> list[Scores]:
         """The scores of at most `batch` texts, each of 1 to `capacity` tokens.
 
         Raises:
-            InputError: an NLL that is not finite.
+            InputError: plain attention over more than the model's window; an NLL that is not
+                finite, named by the first text and token that have one.
         """
         cache = self._empty()
         rows = cache.lengths.shape[0]  # on a mesh, more than the batch
@@ -76,31 +78,33 @@ class Reader:
         inputs = np.zeros((2, rows, int(num_inputs.max())), np.int32)
         for row, (text, count) in enumerate(zip(texts, num_inputs, strict=False)):
             inputs[:, row, :count] = text[:-1], text[1:]
+        self.model.check_window(int(num_inputs.max()))
         nlls, bests = [], []
-        width, total = piece_length(rows), inputs.shape[2]
-        for start in range(0, total, width):
-            lengths = np.clip(num_inputs - start, 0, width)
-            count = min(width, total - start)
-            piece = np.zeros((2, rows, padded_length(count)), np.int32)
+        start, read = 0, _read_piece(rows, cache.capacity)
+        for count, width in cut(inputs.shape[2], piece_widths(rows)):
+            lengths = np.clip(num_inputs - start, 0, count)
+            piece = np.zeros((2, rows, width), np.int32)
             piece[:, :, :count] = inputs[:, :, start : start + count]
-            nll, is_best, cache = _read_piece()(self.model, cache, *piece, lengths, num_inputs + 1)
+            nll, is_best, cache = read(self.model, cache, *piece, lengths, num_inputs + 1)
             nlls.append(np.asarray(nll)[:, :count])
             bests.append(np.asarray(is_best)[:, :count])
+            start += count
             if self.on_piece is not None:
                 self.on_piece(int(lengths.sum()))
-        self._cache = cache.rollback([])
         if not nlls:
+            self._cache = cache
             return [Scores(np.zeros((0,), np.float32), np.zeros((0,), bool)) for _ in texts]
         nll, is_best = np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1)
         counts = num_inputs[: len(texts)].tolist()
         scores = [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
         for row, (values, _) in enumerate(scores):
-            if not np.isfinite(values).all():
+            if not np.isfinite(values).all():  # and the cache goes: such numbers spread in it
                 raise InputError(
                     f"the NLL of token {int(np.argmin(np.isfinite(values))) + 1} of text {row} is "
                     f"not finite: the weights overflow {self.model.dtype}, or the checkpoint is "
                     "broken; compute in float32, or check the checkpoint"
                 )
+        self._cache = cache.rollback([])
         return scores
 
     def nll(self, tokens: Int[np.ndarray, "b T"]) -> Float[np.ndarray, "b T-1"]:
@@ -110,7 +114,9 @@ class Reader:
     def _empty(self) -> KVCache:
         """The cache, given away to be updated in place: a reading that fails takes it along."""
         cache, self._cache = self._cache, None
-        return new_cache(self.model, self.batch, self.capacity) if cache is None else cache
+        if cache is None:  # every row is computed, so there is none that no text needs
+            cache = new_cache(self.model, self.batch, self.capacity, more_rows=False)
+        return cache
 
 
 def token_nll(
@@ -248,10 +254,11 @@ def read_piece(
     return shards.put(nll, None), shards.put(is_best, None), cache_after
 
 
-@functools.cache
-def _read_piece() -> Any:
-    """`read_piece` compiled; made when first called, for then the device is known."""
-    return jax.jit(read_piece, donate_argnames="cache", compiler_options=compiler_options())
+@functools.lru_cache(maxsize=SHAPES)
+def _read_piece(rows: int, capacity: int) -> Any:
+    """`read_piece` compiled for caches of this shape; those longest unused are dropped."""
+    read = functools.partial(read_piece)  # what is compiled for it goes when it goes
+    return jax.jit(read, donate_argnames="cache", compiler_options=compiler_options())
 
 
 def _capacity(length: int, capacity: int | None) -> int:

@@ -82,7 +82,7 @@ class DcaJaxLM(TemplateLM):
         max_batch_size: bounds "auto".
         seed: of the draws of tasks that sample.
         tokenizer: another folder or name to take the tokenizer from.
-        add_bos_token: whether BOS is put before every text; None: as the tokenizer does by itself.
+        add_bos_token: False leaves out the special tokens that the tokenizer puts before a text.
         prefix_token_id: what a text without a context begins with; None: BOS, or else EOS.
         chat_template_args: given to the chat template, as {"enable_thinking": False}.
         enable_thinking: the same for this argument alone.
@@ -180,15 +180,10 @@ class DcaJaxLM(TemplateLM):
     ) -> list[int]:
         """A text's ids; unless told, with BOS where the tokenizer adds it and the text has none."""
         del kwargs
-        bos = self.tokenizer.decode([self.prefix_token_id])
         if add_special_tokens is None:
-            add_special_tokens = self._add_bos is not False and not (bos and string.startswith(bos))
-            with_bos = bool(self._add_bos and add_special_tokens)
-        else:
-            with_bos = False
+            begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            add_special_tokens = self._add_bos is not False and not begun
         ids = encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
-        if with_bos and ids[:1] != [self.tokenizer.bos_token_id]:
-            ids = [self.tokenizer.bos_token_id, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(
@@ -223,7 +218,7 @@ class DcaJaxLM(TemplateLM):
         whole = self.tok_encode(context + continuation)
         pairs = zip(context_ids, whole, strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(whole))
-        return whole[:same], whole[same:]
+        return whole[:same] or [self.prefix_token_id], whole[same:]
 
     # --- the three requests ---
 

@@ -119,7 +119,7 @@ def read_generation_kwargs(
             f"generation option {shown(name, quote=False)}={shown(value)} is not supported{meant} "
             f"(supported: {', '.join(known)})"
         )
-    until = kwargs["until"] or []
+    until = [stop for stop in kwargs["until"] if stop is not None]
     if not all(isinstance(stop, str) for stop in until):
         raise InputError(f"until must hold strings, got {shown(until)}")
     fixed = dict(checkpoint or {})

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
-from dca_jax.inference.buckets import capacity_bucket, padded_length, piece_length
+from dca_jax.inference.buckets import SMALLEST, capacity_bucket, widest_piece
+from dca_jax.memory import GPU_SHARE
 from dca_jax.sharding import partition
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
@@ -29,9 +30,9 @@ GIB = 2**30
 F32 = 4  # bytes
 LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
 LONGEST = 2**27  # tokens; no text is longer
-# Of a GPU's memory: what is counted on, the rest being for CUDA, its libraries and NCCL; and what
-# JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise.
-GPU_SHARE, JAX_SHARE = 0.95, 0.75
+# Of a GPU's memory, what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise. Commands say
+# `dca_jax.memory.GPU_SHARE`, which is what is counted on here.
+JAX_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,10 @@ def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Keys and values as `KVCache.create` lays them out, in the sizes of `inference.buckets`."""
+    """Keys and values as `KVCache.create` lays them out, with no more slots than the texts need.
+
+    Where memory is free, `inference.buckets` may round them up to 1/16 of it.
+    """
     config = job.config
     heads = max(config.num_key_value_heads, sizes["tensor"])
     capacity = capacity_bucket(job.context_length, sizes["context"])
@@ -204,9 +208,11 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     rows, context = _rows(job, sizes), sizes["context"]
     if context > 1:
         tokens = rows * capacity_bucket(job.context_length, context) // context
-    else:
+    elif math.prod(sizes.values()) > 1:
         batch = rows * sizes["data"] * sizes["fsdp"]
-        tokens = rows * min(piece_length(batch), padded_length(job.context_length))
+        tokens = rows * widest_piece(batch, job.context_length)
+    else:  # a row at a time, and the ends of all rows
+        tokens = max(widest_piece(1, job.context_length), rows * SMALLEST)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
     logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
     return max(layer, logits)

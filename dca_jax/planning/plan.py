@@ -14,8 +14,9 @@ from rich.filesize import decimal
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
+from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
-from dca_jax.planning.memory import DEVICES, GPU_SHARE, DeviceKind, Job, Usage
+from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage
 from dca_jax.sharding import AXES, describe
 from dca_jax.weights.placement import check_mesh
 
@@ -51,7 +52,10 @@ class Plan:
 
     @property
     def fraction(self) -> float | None:
-        """What `XLA_CLIENT_MEM_FRACTION` must be, if JAX's default is too little for what fits."""
+        """What `XLA_CLIENT_MEM_FRACTION` must be, if JAX's default is too little for what fits.
+
+        Commands set it to `dca_jax.memory.GPU_SHARE` themselves; a script of one's own must.
+        """
         device, total = self.device, self.usage.total
         if not self.fits or total <= device.share * device.memory:
             return None
@@ -60,7 +64,11 @@ class Plan:
     def facts(self) -> dict[str, str]:
         """For people: what there is to say, by name, in order."""
         device, usage, count = self.device, self.usage, math.prod(self.sizes.values())
-        told = "" if self.fraction is None else f", with XLA_CLIENT_MEM_FRACTION={self.fraction}"
+        told = (
+            ""
+            if self.fraction is None
+            else f" (in a script, with XLA_CLIENT_MEM_FRACTION={self.fraction})"
+        )
         verdict = f"yes{told}" if self.fits else "no"
         if self.recommended is None:
             advice = f"none: {self.why}"

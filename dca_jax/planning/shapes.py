@@ -5,6 +5,7 @@ from typing import Any
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.rope import RopeConfig
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
@@ -18,12 +19,16 @@ def find_shape(model: str) -> LlamaConfig:
     Raises:
         InputError: neither is there.
     """
-    if not Path(model).exists() and "/" not in model:
+    try:
+        is_there = Path(model).exists()
+    except OSError:  # a name that the file system refuses
+        is_there = False
+    if not is_there and "/" not in model:
         if model.lower() in SHAPES:
             return SHAPES[model.lower()]
         raise InputError(
-            f"{model} is no folder, no name on the Hugging Face Hub ('owner/name'), and none of "
-            + ", ".join(SHAPES)
+            f"{shown(model, quote=False)} is no folder, no name on the Hugging Face Hub "
+            f"('owner/name'), and none of {', '.join(SHAPES)}"
         )
     return read_config(find_folder(model, weights=False))
 

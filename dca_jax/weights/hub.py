@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 
-# What is fetched from the Hub, of a repository's top folder: weights; and configs, tokenizers and
-# chat templates.
-WEIGHTS = ("*.safetensors",)
-COMPANIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
+# What is fetched of a repository: configs, tokenizers and chat templates; and weights of the first
+# kind that it has. Many have the same weights under other names too (consolidated.safetensors).
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken", "LICENSE*")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# A pattern's * goes through folders. Of those only chat templates are wanted.
+INNER = ("*/*.json", "*/*.txt", "*/*.tiktoken", "*/LICENSE*", "*/*.safetensors", "*/*.bin")
 
 
 def find_folder(path: str | Path, *, weights: bool = True) -> Path:
@@ -22,21 +25,33 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
         InputError: neither a folder nor a model that can be downloaded.
     """
     folder = Path(path)
-    if folder.is_dir():
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError:  # a name that the file system refuses
+        is_folder, is_there = False, False
+    if is_folder:
         return folder
-    if folder.exists():
+    if is_there:
         raise InputError(f"{path} is a file; give the folder that holds config.json and weights")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise InputError(
-            f"{path} is no folder, and no name of a model on the Hugging Face Hub ('owner/name')"
+            f"{shown(str(path), quote=False)} is no folder, and no name of a model on the Hugging "
+            "Face Hub ('owner/name')"
         )
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
+    def download(*patterns: str) -> Path:
+        wanted = [*COMPANIONS, *patterns]
+        return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=[*INNER]))
+
     try:
-        wanted = [*COMPANIONS, *(WEIGHTS if weights else ())]
-        return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns="*/*"))
+        if not weights:
+            return download()
+        folder = download(WEIGHTS[0])
+        return folder if any(folder.glob(WEIGHTS[0])) else download(WEIGHTS[1])
     except Exception as error:  # whatever stops a download, it is outside this program
         raise InputError(
             f"there is no folder {path}, and it could not be downloaded from the Hugging Face Hub "
-            f"either (offline, misspelled, or not yours to read): {error}"
+            "either (offline, misspelled, or not yours to read): "
+            f"{shown(str(error), quote=False)}"
         ) from error

@@ -9,6 +9,7 @@ about `PIECE_SIZE` elements, so that the host needs little memory however large 
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError, is_out_of_memory
+from dca_jax.memory import free_bytes
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 
@@ -253,8 +255,11 @@ def load_tree(
         then: what becomes of an array once it is filled, by path; it is not kept till the end.
 
     Raises:
-        InputError: they do not fit into the devices' memory.
+        InputError: they do not fit into the devices' memory; before any is read, where `then` does
+            not make them smaller.
     """
+    if then is None and not _fits(like):
+        raise InputError(_too_large(like))
     leaves: dict[str, jax.Array] = {}
     try:
         for row in parameters(config) if rows is None else rows:
@@ -265,6 +270,20 @@ def load_tree(
             raise
         raise InputError(_too_large(like)) from error
     return unflatten_dict(leaves, sep=".")
+
+
+def _fits(like: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
+    """Whether the devices of this process have room for their parts, as far as one knows."""
+    needed: Counter[jax.Device] = Counter()
+    for leaf in like.values():
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        needed.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
+    for device, size in needed.items():
+        free = free_bytes(device)
+        # The devices of a CPU are one machine.
+        if free is not None and (needed.total() if device.platform == "cpu" else size) > free:
+            return False
+    return True
 
 
 def _too_large(like: Mapping[str, jax.ShapeDtypeStruct]) -> str:
