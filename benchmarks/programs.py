@@ -103,7 +103,7 @@ def _count_programs() -> list[int]:
     """A list whose one number grows with every program that is compiled."""
     compiled = [0]
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         compiled[0] += event == COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(listen)

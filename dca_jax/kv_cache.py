@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -98,7 +99,7 @@ class KVCache:
 
         Rows beyond the `lengths` given, which fill the cache up, are emptied.
         """
-        if isinstance(lengths, jax.Array) or isinstance(self.lengths, jax.core.Tracer):
+        if isinstance(lengths, jax.Array) or isinstance(self.lengths, Tracer):
             return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
         # On the host, where nothing is compiled for it.
         rest = self.lengths.shape[0] - len(lengths)

@@ -24,7 +24,7 @@ from dca_jax.memory import GPU_SHARE
 from dca_jax.text_files import check_characters
 
 CACHE_BYTES = 2**32  # of compiled programs on disk; those longest unused go
-FRACTIONS = (\"XLA_CLIENT_MEM_FRACTION\", \"XLA_PYTHON_CLIENT_MEM_FRACTION\")
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 PROCESSES = "Several processes (before COMMAND, the same on each host)"
 

@@ -188,7 +188,8 @@ def _dca_setting(wanted: _Wanted) -> DCAConfig:
     if setting not in (*PRESETS, "auto"):
         raise InputError(
             f"DCA setting {shown(setting)} is not known; expected one of {', '.join(PRESETS)}, "
-            "auto (the checkpoint's own), or S,Q (chunk length and largest query position, in tokens)"
+            "auto (the checkpoint's own), or S,Q (chunk length and largest query position, in "
+            "tokens)"
         )
     if setting == "auto":
         # The checkpoint's own is for the window it was trained on, and for no other.

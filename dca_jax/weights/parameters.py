@@ -274,7 +274,7 @@ def load_tree(
 
 def _fits(like: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
     """Whether the devices of this process have room for their parts, as far as one knows."""
-    needed: Counter[jax.Device] = Counter()
+    needed: Counter[Any] = Counter()
     for leaf in like.values():
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         needed.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
