@@ -205,7 +205,7 @@ def test_a_cache_beyond_memory_is_refused(model):
 
 @pytest.mark.parametrize("new_tokens", [2**31 - 1, 2**31, 10**15])
 def test_positions_beyond_int32_are_refused(model, new_tokens):
-    with pytest.raises(InputError, match=r"2,?147,?483,?647"):
+    with pytest.raises(InputError, match=r"tokens fit|at most 2147483647"):
         Run(model, [[1]], max_new_tokens=new_tokens)
 
 

@@ -33,6 +33,7 @@ from dca_jax.sharding import Shards, axis_size, mesh_of, partition
 
 PAD = -1  # what `decode` gives for a row that has ended: no token has this id
 FAILED = -2  # what it gives in place of a token where the logits are not finite; the row has ended
+STOP_IDS = 64  # for which a program has room; if there are more, it has room for all ids
 SEGMENT = 64  # tokens that `Run` lets the device draw before it looks at them, at most
 SEGMENT_SECONDS = 0.05  # a segment that took longer is not made longer: text streams smoothly
 
@@ -392,7 +393,8 @@ class Run:
         self._max_new_tokens, self._seed = max_new_tokens, seed
         # Of those that can be drawn; filled up, so that another number of them does not recompile.
         ids = sorted({int(n) for n in stop_ids if 0 <= n < model.config.vocab_size})
-        self._stop_ids = np.asarray(ids + [-1] * (-len(ids) % 64 or 64 * (not ids)), np.int32)
+        width = STOP_IDS if len(ids) <= STOP_IDS else model.config.vocab_size
+        self._stop_ids = np.asarray(ids + [-1] * (width - len(ids)), np.int32)
         self._finished = np.arange(len(self._prompts)) >= self._num_rows
         self.cache, self.on_piece = cache, on_piece
         self.failed: dict[int, int] = {}
