@@ -25,7 +25,7 @@ class TextStream:
         prompt: the row's prompt.
         stop_ids: ids that end the text; they are tokens of the row and no part of its text.
         stop: strings that end the text, the first to be complete; the text ends before it. One that
-            holds the name of a special token, such as "<|im_end|>", ends it at that token, too.
+            holds the name of a special token, such as `</s>`, ends it at that token, too.
 
     Attributes:
         tokens: those pushed, up to and with the one that ended the text.
