@@ -12,7 +12,9 @@ drawn from forty even ones in any haystack; RULER does so in essays, and takes a
     multi-query   four keys are asked for together                     (niah_multiquery)
     variables     VAR A = 12345, VAR B = VAR A ...: all five are asked (vt)
 
-Before "variables" stands a worked example in noise, of about 500 tokens. RULER's *effective length* of a model is the greatest length at which its mean over the tasks
+Before "variables" stands a worked example in noise, of about 500 tokens.
+
+RULER's *effective length* of a model is the greatest length at which its mean over the tasks
 exceeds 85.6, what Llama2-7B-Chat has at 4k. RULER has 13 tasks: a mean over some of these five is
 another figure, if on the same scale.
 """
