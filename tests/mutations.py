@@ -247,7 +247,7 @@ FAULTS = [
     ),
     Fault(
         "adapters are merged unscaled",
-        "finetune/lora.py",
+        "weights/adapters.py",
         "np.float32(lora.scale) * delta",
         "delta",
         "tests/test_lora.py::test_logits_are_those_of_the_merged_model",

@@ -33,11 +33,11 @@ from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune import run
 from dca_jax.finetune.checkpoints import Checkpoints
-from dca_jax.finetune.lora import ADAPTERS, load_adapter
 from dca_jax.finetune.run import finetune, stopping
 from dca_jax.finetune.settings import DataFile, Settings, read_settings
 from dca_jax.finetune.train import Metrics, State
 from dca_jax.finetune.train import start as begin
+from dca_jax.weights.adapters import ADAPTERS, load_adapter
 
 CLI = "import sys; from dca_jax.cli import main; sys.argv[0] = 'dca-jax'; main()"
 STEPS = 10

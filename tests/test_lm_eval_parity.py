@@ -237,7 +237,8 @@ def test_arguments(pair: tuple) -> None:
     _, _, folder = pair
     for given, message in (
         ({"trust_remote_code": True}, "code from a checkpoint is never run"),
-        ({"peft": "x"}, "peft=x is not supported: merge"),
+        ({"delta": "x"}, "delta=x is not supported: add"),
+        ({"peft": "/nowhere"}, "/nowhere is no folder"),
         ({"parallelize": "True"}, "mesh=tensor=4"),
         ({"revision": "v2"}, "give its folder"),
         ({"max_lenght": 5}, "did you mean max_length"),
@@ -248,7 +249,7 @@ def test_arguments(pair: tuple) -> None:
     ):
         with pytest.raises(InputError, match=message):
             DcaJaxLM(str(folder), **given)
-    off = {"trust_remote_code": False, "peft": None, "revision": "main", "parallelize": "False"}
+    off = {"trust_remote_code": False, "delta": None, "revision": "main", "parallelize": "False"}
     check_arguments(off, ["method"])
     others = {"tensor": 4, "data": "2"}
     assert take_mesh("context=2", others) == "context=2,data=2,tensor=4"

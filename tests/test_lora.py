@@ -17,22 +17,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+import dca_jax
 from checkpoints_convert import orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune.lora import (
-    init_lora,
-    join,
-    load_adapter,
-    merge_lora,
-    quantizer,
-    save_adapter,
-    split,
-)
+from dca_jax.finetune.lora import init_lora, join, quantizer, split
 from dca_jax.inference.methods import with_method
 from dca_jax.model import Llama
 from dca_jax.sharding import make_mesh
+from dca_jax.weights.adapters import load_adapter, merge_lora, save_adapter
 from dca_jax.weights.folder import load_weights, open_weights
 from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.orbax import PARAMS, StreamedArray, restore, save
@@ -441,6 +435,30 @@ def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
     orbax_to_hf.convert(converted, tmp_path / "back")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     close(torch_logits(theirs, tokens), ours)
+
+
+def test_peft_opens_ours_and_we_open_pefts(tmp_path: Path) -> None:
+    torch, transformers = _torch()
+    peft = pytest.importorskip("peft")
+    config, adapters = tiny_adapters(tmp_path / "hf", LORA)
+    save_adapter(tmp_path / "ours", adapters, config, LORA)
+
+    def base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+    targets = ["v_proj", "gate_proj", "o_proj"]
+    asked = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.get_peft_model(base(), asked).save_pretrained(tmp_path / "theirs")
+    tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
+    plain = torch_logits(base().eval(), tokens)
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        theirs = torch_logits(peft.PeftModel.from_pretrained(base(), folder).eval(), tokens)
+        ours = dca_jax.load(tmp_path / "hf", dca=None, dtype="float32", adapter=folder)
+        close(theirs, logits(ours.model, tokens))
+        assert np.abs(theirs - plain).max() > 1e-2
+    with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
+        dca_jax.load(tmp_path / "hf", adapter=tmp_path / "nowhere")
 
 
 def test_an_adapter_means_to_peft_what_it_means_here(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dca_jax.cli.options import (
+    AdapterOption,
     DtypeOption,
     MeshOption,
     MethodOption,
@@ -112,6 +113,7 @@ def perplexity(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -127,7 +129,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh, adapter)
     if tokens is not None:
         source = texts.read_token_file(tokens, llm.model.config.vocab_size)
     else:
@@ -140,7 +142,7 @@ def perplexity(
         prefix = texts.special_prefix(llm)
     stride = windows.STRIDES.get(form.value) if stride is None else stride
     settings = {"form": form.value, "stride": stride, "prefix": prefix, **source.facts}
-    with run(output, "perplexity", model, llm, settings, paper) as log:
+    with run(output, "perplexity", model, llm, settings, paper, adapter=adapter) as log:
         windows.evaluate(
             llm.model,
             texts.joined(prefix, source.tokens),
@@ -176,6 +178,7 @@ def passkey_command(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
@@ -188,9 +191,9 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh, adapter)
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
-    with run(output, "passkey", model, llm, {"form": form.value}, paper) as log:
+    with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(
             llm,
             log,
@@ -232,6 +235,7 @@ def needle_command(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
     batch: BatchOption = None,
 ) -> None:
     """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
@@ -250,8 +254,8 @@ def needle_command(
         "chat": chat,
     }
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh)
-    with run(output, "needle", model, llm, settings, None) as log:
+    llm = load_model(model, method, dtype, mesh, adapter)
+    with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
             llm,
             hay,
@@ -292,6 +296,7 @@ def few_shot_command(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -306,9 +311,11 @@ def few_shot_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     few_shot.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh, adapter)
     settings = {"max_length": length}
-    with run(output, "few-shot", model, llm, settings, paper, contents(files)) as log:
+    with run(
+        output, "few-shot", model, llm, settings, paper, contents(files), adapter=adapter
+    ) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         few_shot.evaluate(llm, log, files=files, **options)
 
@@ -340,6 +347,7 @@ def l_eval_command(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -354,9 +362,11 @@ def l_eval_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh)
+    llm = load_model(model, method, dtype, mesh, adapter)
     settings = {"max_length": length, "chat": chat}
-    with run(output, "l-eval", model, llm, settings, paper, contents(files)) as log:
+    with run(
+        output, "l-eval", model, llm, settings, paper, contents(files), adapter=adapter
+    ) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         l_eval.evaluate(llm, log, files=files, chat=chat, **options)
 
@@ -376,14 +386,15 @@ def speed_command(
     output: OutputOption = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Time and memory of reading a prompt with dense, flash and Dual Chunk Attention (Fig. 3).
 
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, [method], dtype, mesh)
-    with run(output, "speed", model, llm, {"method": method}, None) as log:
+    llm = load_model(model, [method], dtype, mesh, adapter)
+    with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
         speed.evaluate(llm.model, log, trials=trials, **options)
 
@@ -417,6 +428,7 @@ def lm_eval(
     ] = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
@@ -436,6 +448,8 @@ def lm_eval(
         arguments["dtype"] = dtype.value
     if mesh is not None:
         arguments["mesh"] = mesh
+    if adapter is not None:
+        arguments["peft"] = str(adapter)
     # Before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -80,6 +81,10 @@ MeshOption = Annotated[
         "(default: one device).",
     ),
 ]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's folder) to merge into the weights."),
+]
 SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
 NewTokensOption = Annotated[
     str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
@@ -125,7 +130,13 @@ def with_signature(
     return call
 
 
-def load_model(model: str, methods: Sequence[str], dtype: Dtype | None, mesh: str | None) -> LLM:
+def load_model(
+    model: str,
+    methods: Sequence[str],
+    dtype: Dtype | None,
+    mesh: str | None,
+    adapter: Path | None,
+) -> LLM:
     """The one place where a command loads its model: with its own rope, and no method yet.
 
     Every method is made of it (`dca_jax.inference.methods`); nothing is loaded or copied again.
@@ -137,7 +148,8 @@ def load_model(model: str, methods: Sequence[str], dtype: Dtype | None, mesh: st
     for method in methods:
         check_method(method, config)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
-        return load(model, dca=None, dtype=None if dtype is None else dtype.value, mesh=mesh)
+        wanted = None if dtype is None else dtype.value
+        return load(model, dca=None, dtype=wanted, mesh=mesh, adapter=adapter)
 
 
 def check_method(method: str, config: LlamaConfig) -> None:

@@ -51,6 +51,8 @@ def run(
     settings: Mapping[str, Any],
     paper: str | None,
     files: Files | None = None,
+    *,
+    adapter: Path | None = None,
 ) -> Iterator[ResultLog]:
     """The log of a command; when the block ends, the report is written and its tables printed.
 
@@ -58,7 +60,8 @@ def run(
     """
     if paper is not None and paper not in MODELS:
         raise InputError(f"--paper takes one of {', '.join(MODELS)}; got {paper}")
-    config, checksums = llm.model.config, from_primary(lambda: fingerprint(find_folder(model)))
+    config = llm.model.config
+    checksums = from_primary(lambda: fingerprint(find_folder(model), adapter))
     identity = {
         "model": model,
         FINGERPRINT: checksums,

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dca_jax.cli.options import (
+    AdapterOption,
     DtypeOption,
     MeshOption,
     MethodOption,
@@ -94,6 +95,7 @@ def generate(
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     r"""Continue a prompt, a file or many prompts, or answer a question about a document.
 
@@ -125,7 +127,7 @@ def generate(
     if output is not None:
         _check_output(output)
     make = _requests(prompt, file, document, question, input)
-    llm = load_model(model, [method], dtype, mesh)
+    llm = load_model(model, [method], dtype, mesh, adapter)
     requests = make(llm)
     if input is None and output is None and not as_json:
         (request,) = requests
@@ -170,6 +172,7 @@ def chat(
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -180,7 +183,7 @@ def chat(
     refuse_several_processes("chat")
     options = Options(max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed)
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(model, [method], dtype, mesh)
+    llm = load_model(model, [method], dtype, mesh, adapter)
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)

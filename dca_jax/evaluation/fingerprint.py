@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dca_jax.errors import InputError
+from dca_jax.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
 from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.tensor_files import list_tensors
 
@@ -40,11 +41,12 @@ PIECE = 64 * 2**20  # bytes of a file that one thread reads
 BLOCK = 2**20  # of them, at once
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
+def fingerprint(folder: Path, adapter: Path | None = None) -> dict[str, str]:
     """Checksums (SHA-256, hexadecimal) of a model's weights, and of each of its other files.
 
     Args:
         folder: of a checkpoint that has been loaded.
+        adapter: of the LoRA adapter that has been merged into it.
 
     Raises:
         InputError: a file that cannot be read.
@@ -54,7 +56,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
         if (folder / name).is_file():
             found[name] = checksum(folder, [folder / name])
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
-    return found | ({TEMPLATES: checksum(folder, templates)} if templates else {})
+    if templates:
+        found[TEMPLATES] = checksum(folder, templates)
+    if adapter is not None:
+        files = [adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        found["adapter"] = checksum(adapter, files)
+    return found
 
 
 def short_name(fingerprint: dict[str, str]) -> str:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from dca_jax.config import LlamaConfig
 from dca_jax.disk import writing
 from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
-from dca_jax.finetune.lora import merge_lora, save_adapter
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.train import all_finite
+from dca_jax.weights.adapters import merge_lora, save_adapter
 from dca_jax.weights.files import copy_companions, read_json
 from dca_jax.weights.folder import open_weights
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
@@ -93,6 +94,9 @@ def _write_config(setup: Setup, folder: Path) -> None:
     config.pop("dual_chunk_attention_config", None)
     if setup.dca is not None:
         config["dual_chunk_attention_config"] = setup.dca.to_hf()
+    elif LlamaConfig.from_hf(config).trained_length != setup.config.trained_length:
+        # Only its DCA said what the base was trained on.
+        config["max_position_embeddings"] = setup.config.trained_length
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if setup.chat_template is not None:
         (folder / "chat_template.jinja").write_text(setup.chat_template, encoding="utf-8")

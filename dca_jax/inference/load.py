@@ -35,6 +35,7 @@ def load(
     cache_dtype: DTypeLike | None = None,
     implementation: str | None = None,
     mesh: Mesh | str | None = None,
+    adapter: str | Path | None = None,
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -52,6 +53,8 @@ def load(
         mesh: what `dca_jax.sharding.make_mesh` makes, or takes: "context=2,tensor=4". Every device
             gets its own part of the weights, and every process reads those of its devices only.
             None is the first device.
+        adapter: folder of a LoRA adapter, PEFT's or of `dca-jax finetune`, which is merged into the
+            weights as they are read.
 
     Raises:
         InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
@@ -75,7 +78,7 @@ def load(
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, config, tokenizer)
-    params = load_weights(folder, config, dtype=dtype, sharding=sharding)
+    params = load_weights(folder, config, dtype=dtype, sharding=sharding, adapter=adapter)
     model = Llama.from_params(
         config, params, dca=chosen, dtype=dtype, implementation=implementation
     )

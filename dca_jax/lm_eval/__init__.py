@@ -88,6 +88,7 @@ class DcaJaxLM(TemplateLM):
         enable_thinking: the same for this argument alone.
         think_end_token: a string or id after which an answer begins.
         dtype, mesh: as in `dca_jax.load`.
+        peft: folder of a LoRA adapter to merge into the weights.
         device: lm-eval gives it to every model; JAX has chosen its devices.
         **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
 
@@ -116,6 +117,7 @@ class DcaJaxLM(TemplateLM):
         think_end_token: str | int | None = None,
         dtype: str | None = None,
         mesh: str | None = None,
+        peft: str | None = None,
         device: str | None = None,
         **others: Any,
     ) -> None:
@@ -127,7 +129,7 @@ class DcaJaxLM(TemplateLM):
             raise InputError(f"overlong must be error or left, got {shown(overlong)}")
         self.batch_size = _batch_size(batch_size)
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
-        self.llm = load(pretrained, dca=None, dtype=dtype, mesh=mesh)
+        self.llm = load(pretrained, dca=None, dtype=dtype, mesh=mesh, adapter=peft)
         if tokenizer is not None:
             read = load_tokenizer(find_folder(tokenizer, weights=False))
             self.llm = replace(self.llm, tokenizer=read)

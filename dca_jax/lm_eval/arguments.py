@@ -31,7 +31,6 @@ _INSTEAD = {
     "max_memory_per_gpu": "",
     "max_cpu_memory": "",
     "offload_folder": "",
-    "peft": "merge the adapter into its model first",
     "delta": "add the delta to its model first",
     "autogptq": "",
     "gptqmodel": "",

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig
+from dca_jax.weights.adapters import load_adapter, merge_lora
 from dca_jax.weights.huggingface import open_checkpoint
 from dca_jax.weights.orbax import is_converted, open_converted
 from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
@@ -21,6 +22,7 @@ def load_weights(
     *,
     dtype: DTypeLike | None = None,
     sharding: Shardings = None,
+    adapter: str | Path | None = None,
     then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def load_weights(
         folder: of the checkpoint. config: its own (`read_config(folder)`).
         dtype: of the arrays as they are read; None for each as it is stored.
         sharding: one for all, or a function of the path; None is the first local device.
+        adapter: folder of a LoRA adapter (PEFT's) to merge into the weights; the sums are float32.
         then: as in `dca_jax.weights.parameters.load_tree`.
         progress: told the path and the bytes placed, after each piece.
 
@@ -40,10 +43,13 @@ def load_weights(
         The parameter tree: nested dicts of arrays, layers stacked on a leading axis.
 
     Raises:
-        InputError: what `open_weights` refuses, before anything is allocated; a damaged array, or a
-            weight that is NaN or infinite, when it is met.
+        InputError: what `open_weights` and `load_adapter` refuse, before the weights are read; a
+            damaged array, or a weight that is NaN or infinite, when it is met.
     """
     dtypes, read = open_weights(folder, config, dtype=dtype)
+    if adapter is not None:
+        lora, adapters = load_adapter(adapter, config)
+        read = merge_lora(read, adapters, lora)
     like = {
         row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
     }
