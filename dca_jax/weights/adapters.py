@@ -22,7 +22,13 @@ from dca_jax.errors import InputError
 from dca_jax.sharding import mesh_of
 from dca_jax.weights.files import member, read_json, refuse_existing, written_aside
 from dca_jax.weights.huggingface import Checkpoint, match_tensors
-from dca_jax.weights.parameters import Read, Shardings, load_tree, lora_parameters
+from dca_jax.weights.parameters import (
+    Parameter,
+    Read,
+    Shardings,
+    load_tree,
+    lora_parameters,
+)
 from dca_jax.weights.tensor_files import list_file, write_safetensors
 
 ADAPTERS = ("lora_a", "lora_b")  # names of trainable leaves
