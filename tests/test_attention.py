@@ -342,7 +342,8 @@ def test_every_query_needs_its_own_key(queries, keys, offset, fits):
     q, k = (jnp.ones((1, n, 2, 8), jnp.float32) for n in (queries, keys))
     dca = DCAConfig(chunk_len=4, max_query_position=7)
     if fits:
-        assert attention(q, k, k, dca=dca, rope=ROPE, query_offset=offset).shape == q.shape
+        out = dual_chunk_attention(q, k, k, dca=dca, rope=ROPE, query_offset=offset)
+        assert out.shape == q.shape
         return
     for call in (dual_chunk_attention, functools.partial(attention_pass, phase=PHASES[0])):
         with pytest.raises(InputError, match=f"^{queries} queries from text index {offset} on"):

@@ -353,7 +353,7 @@ def test_info_says_what_a_checkpoint_is(folder, llm):
         (["generate", "{folder}", "x", "--method", "dca:40,x"], "is not 'dca:S,Q', in tokens"),
         (["generate", "{folder}", "x", "--method", "dca:60,40"], "chunk_len (60) must not exceed"),
         (["generate", "{folder}", "x", "--method", "dca:huge"], "DCA setting 'huge' is not known"),
-        (["generate", "{folder}", "x", "--stop", ""], "stop must be a list of strings"),
+        (["generate", "{folder}", "x", "--stop", ""], "stop must hold strings, none of them empty"),
         (["generate", "{folder}", "x", "--max-new-tokens", "0"], "'0' is no number of tokens"),
         (["generate", "{folder}/absent", "x"], "is no folder"),
         (["generate", "{folder}", "x", "--input", "{latin}"], "got 2 of them"),

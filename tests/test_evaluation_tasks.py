@@ -322,8 +322,8 @@ def test_few_shot_runs_scores_and_goes_on(folder, tmp_path):
     assert all(r.value["references"] == ["Ahab"] for r in records)
     score = 100 * sum(r.value["f1"] for r in records) / 3
     assert "| method | qasper | paper | average | paper |" in more.stdout
-    assert f"| dca | {score:.2f} | 28.20 | {score:.2f} | 28.20 |" in more.stdout
-    assert "Questions: 3 of qasper (dca)." in more.stdout
+    assert f"| dca:chunkllama | {score:.2f} | 28.20 | {score:.2f} | 28.20 |" in more.stdout
+    assert "Questions: 3 of qasper (dca:chunkllama)." in more.stdout
     assert all(150 < r.value["tokens"] <= 464 - 64 for r in records)
 
 
@@ -339,7 +339,7 @@ def test_l_eval_on_the_real_files(shared, tmp_path):
     records = read_run(tmp_path / "out").records
     parts = [(r.key["task"], r.key["part"]) for r in records]
     assert parts == [("sci_fi", "document"), ("sci_fi", "world"), ("tpo", "document")]
-    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca"]
+    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca:chunkllama"]
     assert set(scores["sci_fi"]) == {"exact_match", "loyalty", "fact"}
     assert "| 57.62 |" in done.stdout  # the paper's
     assert "Questions: 1 of tpo, 1 of sci_fi (dca)." in done.stdout
@@ -361,7 +361,7 @@ def test_few_shot_on_the_real_files(shared, tmp_path):
     assert done.exit_code == 0, done.output
     values = {r.key["task"]: r.value for r in read_run(tmp_path / "out").records}
     assert {name for value in values.values() for name in value} >= {"f1", "rougeL"}
-    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca"]
+    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca:chunkllama"]
     assert all(math.isfinite(score) for score in scores.values())
 
 

@@ -272,6 +272,8 @@ def test_a_signal_says_where_it_stopped_and_how_to_go_on(
     folder, tmp_path, no_model, monkeypatch, number
 ):
     nll = perplexity.Reader.nll
+    # A shell that starts its jobs in the background has them ignore Ctrl-C.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stopped(self, rows):
         if sum(no_model) == 2:
@@ -287,6 +289,7 @@ def test_a_signal_says_where_it_stopped_and_how_to_go_on(
     assert done.exit_code == 128 + number
     assert f"stopped: {tmp_path / 'out'} has 2 samples; repeat the command" in done.stderr
     assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, heard)
     no_model.clear()
     monkeypatch.setattr(perplexity.Reader, "nll", nll)
     assert invoke(*ask).exit_code == 0
@@ -387,7 +390,7 @@ def test_texts_and_what_stands_before_them(tmp_path, plain_llm):
 def test_numbers_of_tokens():
     assert [parse_tokens(n) for n in ("512", "4k", "1M")] == [512, 4096, 2**20]
     for bad in ("", "k", "0", "-4k", "4.5k", "many", "9" * 5000, "٤"):
-        with pytest.raises(InputError, match="no number of tokens"):
+        with pytest.raises(InputError, match=r"no number of tokens|too many"):
             parse_tokens(bad)
 
 

@@ -550,7 +550,7 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
         ("batch: 100000000", "at most 134,217,728 are made at once"),
         ("accumulate: 100000000", "at most 134,217,728 are made at once"),
         ("length: 1000000000", "at most 134,217,728 are made at once"),
-        ("length: 9000M", "length must be at most 2147483647"),
+        ("length: 9000M", "a text has at most 2147483647"),
         ("seed: -1", "seed must be at least 0"),
         ("seed: 4294967296", "seed must be at most"),
         ("steps: 10000000000", "steps must be at most"),

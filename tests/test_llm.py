@@ -87,7 +87,7 @@ def test_a_setting_may_be_named(llm, choice, setting):
 
 
 def test_a_checkpoint_that_asks_for_dca_gets_its_own(llm):
-    own = DCAConfig(chunk_len=7, max_query_position=11)
+    own = DCAConfig(chunk_len=40, max_query_position=60)
     config = replace(llm.model.config, dca=own)
     assert choose_dca("auto", config) == own
     assert choose_dca("paper", config) == DCAConfig.paper(64)

@@ -157,7 +157,7 @@ def test_a_text_goes_on_in_a_cache_cut_along_context():
     cache = new_cache(model, 1, len(first) + 1)
     run = Run(model, [first], max_new_tokens=1, cache=cache)
     run.read_prompts()
-    cache = copied(run.cache.rollback([len(first)]), 1, 256)
+    cache = copied(model, run.cache.rollback([len(first)]), 1, 256)
     assert cache.key.sharding.spec[2] in ("context", ("context",))
     again = Run(model, [both], max_new_tokens=12, cache=cache)
     assert [t for (new,) in again for t in new] == generate(
@@ -199,7 +199,7 @@ def test_no_collective_moves_the_cache_or_the_weights(sizes):
         cache = KVCache(key=key, value=value, lengths=held, frequency_lengths=held)
         return read(model, cache, jnp.zeros((2, 32), jnp.float32), *inputs)
 
-    cache = new_cache(model, 2, 1024)
+    cache = new_cache(model, 2, 1024, more_rows=False)
     arrays = cache.key, cache.value, cache.lengths, tokens, lengths, lengths
     program = piece.lower(model, *arrays).compile()
     moved = collective_sizes(program.as_text())
