@@ -515,7 +515,7 @@ def adapter(tmp_path: Path) -> Path:
         ({"target_modules": ["q_proj", "lm_head"]}, "targets of LoRA .* got q_proj, lm_head"),
         ({"target_modules": ["q_proj"]}, "24 have no place in it"),
         ({"r": 4}, r"has shape \(3, 24\); config.json asks for \(4, 24\)"),
-        ({"r": "three"}, "r 'three' and lora_alpha 5.0; expected numbers"),
+        ({"r": "three"}, "r 'three' and lora_alpha 5; expected numbers"),
     ],
 )
 def test_adapters_that_are_refused(adapter: Path, changes: Tree, message: str) -> None:
