@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny_llm import CHAT_TEMPLATE, fast_tokenizer
+from transformers import AutoTokenizer
 
 from dca_jax.bounded import workers
 from dca_jax.errors import InputError
@@ -220,13 +220,7 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return fast_tokenizer()
 
 
 @pytest.fixture(scope="module")

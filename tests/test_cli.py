@@ -249,7 +249,7 @@ def test_an_interrupted_run_keeps_what_it_has(folder, tmp_path, monkeypatch):
         ('{"prompt": "a", "text": "b"}', ":2 has a field 'text'"),
         ('{"prompt": "\\ud800"}', ":2 holds half of a surrogate pair"),
         (b'{"prompt": "caf\xe9"}', " is not UTF-8 text (byte 31)"),
-        ('{"prompt": "a", "prompt": "b"}', ":2 is not JSON: 'prompt' is there twice; keep one"),
+        ('{"prompt": "a", "prompt": "b"}', ":2 is not JSON: 'prompt' appears twice; keep one"),
         ('{"prompt": ' + "[" * 100_000, ":2 is not JSON: it is nested too deeply"),
         ('{"prompt": "a", "n": ' + "1" * 5000 + "}", ":2 is not JSON: "),
         ('{"messages": [{"role": "nobody", "content": "a"}]}', ":2: the chat template refuses"),

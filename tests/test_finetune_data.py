@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny_llm import byte_level_tokenizer
-from transformers import PreTrainedTokenizerFast
+from tiny_llm import fast_tokenizer
 
 from dca_jax.errors import InputError
 from dca_jax.finetune.data import (
@@ -224,13 +223,7 @@ def test_what_makes_no_sense(sources: list[Source], settings: dict[str, Any], me
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return fast_tokenizer()
 
 
 def said(question: str, answer: str) -> Dialogue:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conversion_helpers import TINY
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_llm import make_llm
@@ -29,10 +30,12 @@ from typer.testing import CliRunner
 import dca_jax
 from checkpoints_convert import orbax_to_hf
 from dca_jax.cli import app
+from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune import run
 from dca_jax.finetune.checkpoints import Checkpoints
+from dca_jax.finetune.export import exported_config
 from dca_jax.finetune.run import finetune, stopping
 from dca_jax.finetune.settings import DataFile, Settings, read_settings
 from dca_jax.finetune.train import Metrics, State
@@ -435,6 +438,19 @@ def test_a_full_disk_under_the_model_is_said_and_the_same_command_writes_it_late
     finetune(chosen)
     ours, theirs = (dca_jax.load(folder / "model").model.params() for folder in (output, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_model_trained_without_dca_keeps_the_length_it_was_trained_on() -> None:
+    """Qwen2.5-1M's config.json has 262,144 nowhere but in its DCA setting."""
+    asked = {"original_max_position_embeddings": 64, "chunk_size": 48, "local_size": 8}
+    config = TINY | {"max_position_embeddings": 256, "dual_chunk_attention_config": asked}
+    base = LlamaConfig.from_hf(config)
+    assert base.trained_length == 64
+    for dca in (None, base.dca, DCAConfig.paper(64)):
+        written = exported_config(config, dtype="float32", dca=dca, trained_length=64)
+        found = LlamaConfig.from_hf(written)
+        assert (found.trained_length, found.dca, written["dtype"]) == (64, dca, "float32")
+    assert config["max_position_embeddings"] == 256  # what was given is left as it was
 
 
 # --- what is refused, before any work ----------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conversion_helpers import make_tiny
+from conversion_helpers import TINY, make_tiny
 from test_chat_templates import CONVERSATIONS, TEMPLATES
 from test_documents import damaged_pdf, write_pdf
 from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
@@ -37,22 +37,7 @@ NUMBER = int(os.environ.get("DCA_JAX_FUZZ", "12"))
 SLOW = max(NUMBER // 10, 3)  # of those that take a process each, or seconds
 SECONDS = 20  # for one input, on a busy machine
 
-TRAINED = {
-    "model_type": "llama",
-    "vocab_size": 24,
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "eos_token_id": [2, 3],
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-}
+TRAINED = TINY | {"eos_token_id": [2, 3], "torch_dtype": "bfloat16"}
 CONFIGS = [
     TRAINED,
     TRAINED | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32}},

@@ -11,9 +11,9 @@ from flax import nnx
 from golden_llama import CAPACITY
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_llm import LEAST
 
 from dca_jax import memory
-from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference import buckets
 from dca_jax.inference import generate as engine
@@ -281,18 +281,7 @@ def test_a_piece_is_smaller_for_more_rows():
 
 
 def test_plain_attention_is_asked_for_what_the_text_needs():
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=300,
-        sliding_window=150,
-        model_type="mistral",
-    )
+    config = replace(LEAST, max_position_embeddings=300, sliding_window=150, model_type="mistral")
     plain = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     prompt = [1] * 141
     # The last token drawn is never read. The cache is larger, which is nobody's need.

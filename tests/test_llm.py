@@ -370,8 +370,9 @@ def test_a_conversation_gives_one_answer_at_a_time(llm):
     conversation = Conversation(llm)
     first, second = conversation.ask("Call me"), conversation.ask("Some years ago")
     next(first)
-    with pytest.raises(InputError, match="the last answer is still being given"):
-        next(second)
+    for again in (lambda: next(second), lambda: conversation.ask("never mind")):
+        with pytest.raises(InputError, match="the last answer is still being given"):
+            again()
     first.close()
     with pytest.raises(InputError, match="a prefix of its own"):
         conversation.ask("Call me", prefix=llm.prefill("Call me"))

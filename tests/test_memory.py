@@ -8,10 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_llm import LEAST
 
 from dca_jax import memory
 from dca_jax.cli.launch import FRACTIONS
-from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.weights import parameters as weights
 
@@ -80,16 +80,7 @@ def test_a_limit_of_address_space_counts(machine, monkeypatch):
 
 
 def test_weights_that_cannot_fit_are_refused_before_any_is_read(monkeypatch):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
+    config = LEAST
     like = {row.path: row.abstract(config, jnp.float32, None) for row in weights.parameters(config)}
     monkeypatch.setattr(weights, "free_bytes", lambda device: 100)
     with pytest.raises(InputError, match=r"the weights take .* which is more than it has free"):

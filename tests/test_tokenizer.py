@@ -2,30 +2,20 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
+from tiny_llm import CHAT_TEMPLATE, LEAST, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.tokenizer import encode, find_stop_ids, load_tokenizer
 
 TEXTS = ("a b", " a  b", "x </s>y", "a#é\n", "<s> hi</s> ", "<|user|>hi")
-CONFIG = LlamaConfig(
-    vocab_size=300,
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=8,
-    max_position_embeddings=64,
-    eos_token_ids=(2,),
-)
+CONFIG = replace(LEAST, vocab_size=300, eos_token_ids=(2,))
 
 
 def token(content: str, **flags: Any) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from conversion_helpers import make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dca_jax.config import LlamaConfig
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -14,6 +17,17 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# One layer, one head of 8: for what needs a model's config, and hardly a model.
+LEAST = LlamaConfig(
+    vocab_size=64,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=64,
 )
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CORPUS = [
@@ -62,6 +76,17 @@ def metaspace_tokenizer(vocab_size: int = 400) -> Tokenizer:
     vocab |= {f"<0x{n:02X}>": len(vocab) + n for n in range(256)}
     tokenizer.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True)
     return tokenizer
+
+
+def fast_tokenizer() -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer as `transformers` has it."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> None:

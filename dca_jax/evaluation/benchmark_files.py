@@ -8,7 +8,7 @@ from typing import Any
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.text_files import json_lines, read_text_file
+from dca_jax.text_files import check_characters, json_lines, read_text_file
 
 CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
 
@@ -47,12 +47,7 @@ def check_text(value: Any, where: str) -> None:
     """Raises InputError unless a value is a string that a tokenizer can read."""
     if not isinstance(value, str):
         raise InputError(f"{where} is {shown(value)}, expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise InputError(
-            f"{where} has half a character (a lone surrogate, at {error.start}); write it whole"
-        ) from None
+    check_characters(value, where)
 
 
 def _check_answer(value: Any, where: str) -> None:

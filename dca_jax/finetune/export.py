@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from dca_jax.config import LlamaConfig
+from dca_jax.dca import DCAConfig
 from dca_jax.disk import writing
 from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
@@ -86,17 +87,35 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
         ) from error
 
 
-def _write_config(setup: Setup, folder: Path) -> None:
-    """config.json with the run's dtype and DCA, and the chat template it was trained with."""
-    config = read_json(folder, "config.json")
-    config |= {"dtype": setup.settings.dtype}
+def exported_config(
+    config: dict[str, Any], *, dtype: str, dca: DCAConfig | None, trained_length: int
+) -> dict[str, Any]:
+    """A base's config.json with the dtype and the DCA of a run.
+
+    Without DCA, what only the base's DCA setting said, the length it was trained on, becomes its
+    `max_position_embeddings`.
+
+    Args:
+        config: as read. trained_length: the base's (`LlamaConfig.trained_length`), in tokens.
+    """
+    config = config | {"dtype": dtype}
     config.pop("torch_dtype", None)  # the same, as older files have it
     config.pop("dual_chunk_attention_config", None)
-    if setup.dca is not None:
-        config["dual_chunk_attention_config"] = setup.dca.to_hf()
-    elif LlamaConfig.from_hf(config).trained_length != setup.config.trained_length:
-        # Only its DCA said what the base was trained on.
-        config["max_position_embeddings"] = setup.config.trained_length
+    if dca is not None:
+        config["dual_chunk_attention_config"] = dca.to_hf()
+    elif LlamaConfig.from_hf(config).trained_length != trained_length:
+        config["max_position_embeddings"] = trained_length
+    return config
+
+
+def _write_config(setup: Setup, folder: Path) -> None:
+    """config.json as `exported_config`, and the chat template it was trained with."""
+    config = exported_config(
+        read_json(folder, "config.json"),
+        dtype=setup.settings.dtype,
+        dca=setup.dca,
+        trained_length=setup.config.trained_length,
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if setup.chat_template is not None:
         (folder / "chat_template.jinja").write_text(setup.chat_template, encoding="utf-8")

@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file: names, and texts, numbers, lists and mappings.
 
     What a file can name with an anchor and repeat with an alias grows without bounds, and of a name
-    that is there twice YAML's parser takes the last: here both are refused.
+    that appears twice YAML's parser takes the last: here both are refused.
 
     Raises:
         InputError: no such file, not text, or not such a mapping; with the line.
@@ -97,4 +97,4 @@ def _check_names(node: yaml.MappingNode, where: str) -> None:
     names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{where}: {shown(twice[1])} is there twice; keep one")
+        raise InputError(f"{where}: {shown(twice[1])} appears twice; keep one")

@@ -13,6 +13,7 @@ from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 
 ROOM = 2048  # tokens of the next turns for which the cache need not grow
+BUSY = "the last answer is still being given; finish it, or close it"
 
 
 class Conversation:
@@ -59,6 +60,8 @@ class Conversation:
                 refuses.
         """
         chosen = Options.of(options, changes)
+        if self._answering.locked():
+            raise InputError(BUSY)
         if chosen.prefix is not None:
             raise InputError("a conversation has a prefix of its own; give none")
         if not isinstance(text, str):
@@ -74,7 +77,7 @@ class Conversation:
         self, messages: list[Message], pieces: Generator[str], prefix: Prefix
     ) -> Generator[str]:
         if not self._answering.acquire(blocking=False):
-            raise InputError("the last answer is still being given; finish it, or close it")
+            raise InputError(BUSY)
         answer = ""
         try:
             for piece in pieces:

@@ -2,7 +2,7 @@
 
 A template is a program of whoever made the model, in Jinja's language. Jinja's sandbox keeps it
 from the machine, but neither from looping for ever nor from taking all memory, and it may raise
-anything. So it runs in a process apart (`dca_jax.bounded`).
+anything. So it runs in a separate process (`dca_jax.bounded`).
 """
 
 from collections.abc import Mapping, Sequence

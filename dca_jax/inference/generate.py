@@ -545,8 +545,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> 
     for segment in run:
         for text, new in zip(texts, segment, strict=True):
             text += new
-    for row, position in run.failed.items():
-        raise NotFiniteError(model, row, position)
+    if run.failed:
+        raise NotFiniteError(model, *next(iter(run.failed.items())))
     return texts
 
 
