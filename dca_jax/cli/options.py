@@ -54,7 +54,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face folder, a converted folder, or a name on the Hugging Face Hub.",
+        help="A Hugging Face or converted folder, a GGUF file, or a name on the Hugging Face Hub.",
     ),
 ]
 MethodOption = Annotated[

@@ -46,7 +46,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="The folder to convert, or a name on the Hugging Face Hub."
+            metavar="SRC",
+            help="The folder or GGUF file to convert, or a name on the Hugging Face Hub.",
         ),
     ],
     destination: Annotated[
@@ -56,7 +57,7 @@ def convert(
         Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face folder to Orbax, or a converted one back.
+    """Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.
 
     Orbax checkpoints open on any mesh of devices, each reading its own part. DST appears only when
     it is complete: after an interruption, repeat the command.
@@ -68,6 +69,8 @@ def convert(
     - `dca-jax convert Qwen/Qwen2.5-7B-Instruct-1M ./qwen-1m`
 
     - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
+
+    - `dca-jax convert ./Llama-3.1-8B-Q4_K_M.gguf ./llama3-8b --dtype bfloat16`
     """
     refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.

@@ -17,8 +17,8 @@ from dca_jax.errors import InputError
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.train import all_finite
 from dca_jax.weights.adapters import merge_lora, save_adapter
-from dca_jax.weights.files import copy_companions, read_json
-from dca_jax.weights.folder import open_weights
+from dca_jax.weights.files import read_json
+from dca_jax.weights.folder import copy_description, open_weights
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
 from dca_jax.weights.parameters import parameters
 
@@ -64,7 +64,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
         with writing(output / "model"):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            copy_companions(setup.folder, aside)
+            copy_description(setup.folder, aside)
             _write_config(setup, aside)
 
     def end() -> None:

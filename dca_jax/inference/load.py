@@ -1,4 +1,4 @@
-"""From a checkpoint's folder, or its name on the Hugging Face Hub, to an `LLM`."""
+"""From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +40,9 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-        path: a Hugging Face folder, a folder converted by `checkpoints_convert`, or, where there is
-            no such folder, a model's name on the Hugging Face Hub ("owner/name"), which is then
-            downloaded into its cache.
+        path: a Hugging Face folder, a folder converted by `checkpoints_convert`, a GGUF file, or,
+            where there is none of them, a model's name on the Hugging Face Hub ("owner/name"),
+            which is then downloaded into its cache.
         dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
             setting for its trained length. None is plain attention. Or another way of giving
             positions (`dca_jax.inference.baselines`).

@@ -7,6 +7,8 @@ from rich.filesize import decimal
 
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.errors import InputError
+from dca_jax.weights.gguf_file import gguf_files, is_gguf
+from dca_jax.weights.huggingface import open_checkpoint
 from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.parameters import parameters
 
@@ -17,6 +19,9 @@ def checkpoint_facts(folder: Path, config: LlamaConfig) -> dict[str, str]:
     converted = is_converted(folder)
     kind = "Orbax" if converted else "safetensors" if any(folder.glob("*.safetensors")) else "bin"
     files = (folder / PARAMS).rglob("*") if converted else folder.glob(f"*.{kind}")
+    if is_gguf(folder):
+        packed = open_checkpoint(folder, config).packed
+        kind, files = ", ".join(["GGUF", *packed]), gguf_files(folder)
     stored = sum(file.stat().st_size for file in files if file.is_file())
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     rope = config.rope

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config and weights, checked first, then streamed into device arrays."""
+"""Hugging Face folders, and GGUF files: config and weights, checked, then streamed to devices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,8 @@ from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.weights.files import read_json
+from dca_jax.weights.gguf import list_gguf_tensors, read_gguf_config
+from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
@@ -24,12 +26,14 @@ IGNORED = ".rotary_emb.inv_freq"
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The model's shape, from the folder's `config.json`.
+    """The model's shape, from the folder's `config.json`, or the metadata of a GGUF file.
 
     Raises:
         InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return read_gguf_config(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
     return LlamaConfig.from_hf(read_json(folder, "config.json"))
@@ -37,7 +41,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder known to fit its config, with no weight read yet.
+    """A Hugging Face folder, or a GGUF file, known to fit its config, with no weight read yet.
 
     Attributes:
         config: the model's shape.
@@ -47,8 +51,13 @@ class Checkpoint:
     config: LlamaConfig
     tensors: Mapping[str, list[StoredTensor]]
 
+    @property
+    def packed(self) -> list[str]:
+        """The names of the forms in which weights of it are packed."""
+        return sorted({t.packed for each in self.tensors.values() for t in each if t.packed})
+
     def dtype(self, row: Parameter) -> np.dtype:
-        """The dtype in which this parameter is stored.
+        """The dtype in which this parameter is stored; of packed weights that of their values.
 
         Raises:
             InputError: its layers differ, so that no stacked array can keep it.
@@ -86,7 +95,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
-    """Opens the weights in `folder` and checks names, shapes and dtypes against `config`.
+    """Opens the weights of a folder or GGUF file; checks names, shapes and dtypes by `config`.
 
     Tied embeddings may be stored under either name, or under both if they are equal.
 
@@ -95,7 +104,8 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
             embeddings that differ.
     """
     folder = Path(folder)
-    stored = {k: v for k, v in list_tensors(folder).items() if not k.endswith(IGNORED)}
+    found = list_gguf_tensors(folder, config) if is_gguf(folder) else list_tensors(folder)
+    stored: dict[str, StoredTensor] = {k: v for k, v in found.items() if not k.endswith(IGNORED)}
     head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if head is not None:
         stored.setdefault("model.embed_tokens.weight", head)
@@ -116,9 +126,10 @@ def match_tensors(
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
     """
+    described = "metadata" if is_gguf(folder) else "config.json"
     if config.num_hidden_layers > len(stored):  # before that many names are made
         raise InputError(
-            f"the weights in {folder} are not those of the model in its config.json: it asks for "
+            f"the weights in {folder} are not those of the model in its {described}: it asks for "
             f"{config.num_hidden_layers} layers, and there are {len(stored)} tensors"
         )
     stored, missing = dict(stored), []
@@ -131,13 +142,13 @@ def match_tensors(
             if tensor.shape != row.their_shape(config):
                 raise InputError(
                     f"tensor {tensor.name} in {tensor.path.name} has shape {tensor.shape}; "
-                    f"config.json asks for {row.their_shape(config)}"
+                    f"{described} asks for {row.their_shape(config)}"
                 )
     problems = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
     problems += [f"{len(stored)} have no place in it ({_some(list(stored))})"] if stored else []
     if problems:
         raise InputError(
-            f"the weights in {folder} are not those of the model in its config.json: "
+            f"the weights in {folder} are not those of the model in its {described}: "
             + "; ".join(problems)
         )
     return tensors

@@ -40,7 +40,9 @@ class StoredTensor:
     """A tensor in a file: what its header says. `read` is the only thing that touches the data.
 
     Attributes:
+        dtype: of what `read` gives.
         loaded: the PyTorch tensor, of a file that cannot be mapped.
+        packed: the name of the form in which fewer bits stand for its values; none if it is empty.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     loaded: Any = None
+    packed: str = ""
 
     @property
     def nbytes(self) -> int:
