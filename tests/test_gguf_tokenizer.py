@@ -1,5 +1,6 @@
-"""Tokenizers of GGUF files: the ids of transformers, or of the formats' rules where those differ."""
+"""Tokenizers of GGUF files: transformers' ids, or those of the format's rules where they differ."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -20,7 +21,7 @@ from dca_jax.weights.huggingface import read_config
 
 WORDS = (
     "Call me Ishmael. money in my purse,\tparticular watery PART don't WE'LL 12345 1 22 ½² naïve "
-    "e\u0301 海は広い мир ﬁ 🙂 \n\n {x:=3} snake_case <|user|> </s> <s> ... -- \u00a0 ١٢٣ ǅ ʰ C++ 3.14"
+    "e\u0301 海は広い мир ﬁ 🙂 \n\n {x:=3} snake_case <|user|> </s> <s> ... -- \u00a0 ١٢٣ ǅ ʰ 3.14"
 ).split(" ")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -86,11 +87,8 @@ def greedy_ids(text: str, scores: dict[str, float], vocab: dict[str, int]) -> li
     """SentencePiece's algorithm: of all neighbours join the best, the leftmost of equals."""
     pieces = list(text)
     while True:
-        joined = [
-            (scores.get(a + b), -n)
-            for n, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
-        ]
-        known = [each for each in joined if each[0] is not None]
+        pairs = enumerate(itertools.pairwise(pieces))
+        known = [(scores[a + b], -n) for n, (a, b) in pairs if a + b in scores]
         if not known:
             break
         at = -max(known)[1]

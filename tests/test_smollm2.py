@@ -1,6 +1,6 @@
 """A real chat model from a GGUF file: SmolLM2-135M-Instruct in Q4_1, against transformers.
 
-Skipped where the file is absent: `make demo-chat` fetches it, or `DCA_JAX_SMOLLM2` says where it is.
+Skipped where the file is absent: `make demo-chat` fetches it, or `DCA_JAX_SMOLLM2` names it.
 """
 
 import os
@@ -20,9 +20,7 @@ from dca_jax.inference.tokenizer import decode, encode
 FILE = Path(os.environ.get("DCA_JAX_SMOLLM2") or "outputs/models/SmolLM2-135M-Instruct.Q4_1.gguf")
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is absent (make demo-chat)")
 
-QUESTION = [
-    {"role": "user", "content": "Name three large cities in France, and why people go there."}
-]
+QUESTION = [{"role": "user", "content": "Name three cities in France, and what they are for."}]
 # transformers has no rule for "smollm" and takes GPT-2's, which reads these in another way than the
 # model's own tokenizer: that one splits off every digit first, so that two spaces are one piece.
 SPACES_AND_DIGIT = re.compile(r"\s[^\S\n]*[\s]\d|\s\s\d")
