@@ -22,6 +22,7 @@ class LlamaConfig:
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections have a bias (Qwen2: q, k and v only).
+        qk_norm: each head's query and key are RMS-normed before they are rotated (Qwen3).
         sliding_window: keys a token may look back at in the model's own plain attention (Mistral
             v0.1), None for all. DCA takes its place; plain attention refuses longer texts.
         max_position_embeddings: tokens that the model is to read: what it was trained on
@@ -46,6 +47,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     sliding_window: int | None = None
     dca: DCAConfig | None = None
     model_type: str = "llama"
@@ -129,6 +131,7 @@ class LlamaConfig:
             raise InputError(
                 f"hidden_act {activation!r} is not supported: this model's MLP is SwiGLU ('silu')"
             )
+        _refuse_elsewhere(config)
         quantization = fields.mapping(config, "quantization_config", CONFIG)
         if quantization:
             method = fields.shown(quantization.get("quant_method", "unknown"), quote=False)
@@ -144,23 +147,24 @@ class LlamaConfig:
             raise InputError(f"config.json lacks {', '.join(missing)}")
         sizes = {name: cast(int, fields.integer(config, name, CONFIG)) for name in required}
         heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim = fields.integer(config, "head_dim", CONFIG)
-        if head_dim is None:
+        kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
+        own: dict[str, Any] = {
+            "num_key_value_heads": kv_heads or heads,
+            "head_dim": fields.integer(config, "head_dim", CONFIG),
+        }
+        own |= FAMILIES[model_type].read(config)
+        if own["head_dim"] is None:
             if width % heads:
                 raise InputError(
                     f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and "
                     "config.json gives no head_dim"
                 )
-            head_dim = width // heads
-        kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
-        own: dict[str, Any] = {"num_key_value_heads": kv_heads or heads}
-        own |= FAMILIES[model_type].read(config)
+            own["head_dim"] = width // heads
         if kv_heads is None and heads % own["num_key_value_heads"]:
             own["num_key_value_heads"] = heads  # the family's default fits no model of these heads
         dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
             **sizes,
-            head_dim=head_dim,
             rms_norm_eps=fields.number(config, "rms_norm_eps", CONFIG, default=1e-6, above=0),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=fields.boolean(config, "tie_word_embeddings", CONFIG),
@@ -263,15 +267,51 @@ def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_sliding_layers(config)
+    read: dict[str, Any] = {"qkv_bias": True}
+    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 32}
+
+
+def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_sliding_layers(config)
+    attention_bias = fields.boolean(config, "attention_bias", CONFIG)  # of q, k, v and o
+    read: dict[str, Any] = {"qk_norm": True, "qkv_bias": attention_bias, "o_bias": attention_bias}
+    left_out = {"num_key_value_heads": 32, "head_dim": 128}
+    return read | {name: value for name, value in left_out.items() if name not in config}
+
+
+def _refuse_sliding_layers(config: Mapping[str, Any]) -> None:
     layers = fields.integer(config, "num_hidden_layers", CONFIG) or 1
     first = fields.integer(config, "max_window_layers", CONFIG, default=28, least=0)
     if fields.boolean(config, "use_sliding_window", CONFIG) and first < layers:
         raise InputError(
-            "use_sliding_window is true: a Qwen2 whose upper layers slide is not supported; "
+            "use_sliding_window is true: a Qwen whose upper layers slide is not supported; "
             "set it to false in config.json to attend to everything"
         )
-    read: dict[str, Any] = {"qkv_bias": True}
-    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 32}
+
+
+# Keys by which relatives of these families compute something else. Unless they are null, false,
+# zero or empty, they are refused; whatever else a file says is about other things.
+_ELSEWHERE = (
+    "attention_chunk_size attn_logit_softcapping attn_temperature_tuning clip_qkv "
+    "embedding_multiplier final_logit_softcapping logit_scale logits_scaling no_rope_layers "
+    "query_pre_attn_scalar residual_multiplier"
+).split()
+
+
+def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
+    for name in _ELSEWHERE:
+        if config.get(name):
+            raise InputError(
+                f"config.json sets {name} ({fields.shown(config[name])}), which changes what a "
+                "model computes and is not supported"
+            )
+    layer_types = config.get("layer_types")
+    if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:
+        raise InputError(
+            f"config.json has layer_types {fields.shown(layer_types)}: only layers of "
+            "full_attention are supported"
+        )
 
 
 # By model_type. A family whose layers have other modules also adds them to
@@ -288,6 +328,9 @@ FAMILIES = {
         lambda config: {"sliding_window": config.sliding_window},
     ),
     "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, lambda config: {}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", _read_qwen3, lambda config: {"attention_bias": config.qkv_bias}
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Llama, from top to bottom: Llama 2 and 3, CodeLlama, Vicuna, Mistral, Qwen2.
+"""Llama, from top to bottom: Llama 2 and 3, CodeLlama, Vicuna, Mistral, Qwen2, Qwen3.
 
 Shapes: B batch, T query, S key, N query heads, K kv heads, H head_dim, D model, F ffw, V vocab,
 L layers. The layers are stacked on a leading axis and run by one `lax.scan`.
@@ -104,34 +104,44 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale; the mean of squares in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale, over the last axis; the mean of squares in float32 (arXiv 1910.07467)."""
 
     def __init__(self, shape: tuple[int, ...], epsilon: float, *, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones(shape, dtype))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
         full = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
         normed = (full * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * self.scale[...].astype(x.dtype)[None, None, :]
+        scale = self.scale[...].astype(x.dtype)
+        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 class Attention(nnx.Module):
-    """Projections around attention; what is attended to is the caller's affair."""
+    """Projections around attention; what is attended to is the caller's affair.
 
-    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
+    Queries and keys are normed here, where a family does so, before whoever attends rotates them.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, linear: Callable[..., Linear], norm: Callable[..., RMSNorm]
+    ) -> None:
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = linear("q_proj", (D,), (N, H), bias=config.qkv_bias)
         self.k_proj = linear("k_proj", (D,), (K, H), bias=config.qkv_bias)
         self.v_proj = linear("v_proj", (D,), (K, H), bias=config.qkv_bias)
         self.o_proj = linear("o_proj", (N, H), (D,), bias=config.o_bias)
+        self.q_norm = norm(H) if config.qk_norm else None
+        self.k_norm = norm(H) if config.qk_norm else None
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         query = self.q_proj(x, "D", "NH")
         key = self.k_proj(x, "D", "KH")
         value = self.v_proj(x, "D", "KH")
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         return self.o_proj(attend(query, key, value), "NH", "D")
 
 
@@ -161,16 +171,19 @@ class Layer(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        L, D, epsilon = config.num_hidden_layers, config.hidden_size, config.rms_norm_eps
+        L, D = config.num_hidden_layers, config.hidden_size
 
         def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], **options: Any):
             adapter = lora if lora is not None and name in lora.targets else None
             options |= {"lora": adapter, "quantized": quantized, "dtype": dtype, "rngs": rngs}
             return Linear((L,), inputs, outputs, **options)
 
-        self.input_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
-        self.self_attn = Attention(config, linear)
-        self.post_attention_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm((L, width), config.rms_norm_eps, dtype=dtype)
+
+        self.input_layernorm = norm(D)
+        self.self_attn = Attention(config, linear, norm)
+        self.post_attention_layernorm = norm(D)
         self.mlp = MLP(config, linear)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:

@@ -141,6 +141,8 @@ TABLE = (
     _layer("self_attn.v_proj", "bias", "bias", "(K H)", "K H", when="qkv_bias"),
     _layer("self_attn.o_proj", "kernel", "weight", "D (N H)", "N H D"),
     _layer("self_attn.o_proj", "bias", "bias", "D", "D", when="o_bias"),
+    _layer("self_attn.q_norm", "scale", "weight", "H", "H", when="qk_norm"),
+    _layer("self_attn.k_norm", "scale", "weight", "H", "H", when="qk_norm"),
     _layer("post_attention_layernorm", "scale", "weight", "D", "D"),
     _layer("mlp.gate_proj", "kernel", "weight", "F D", "D F"),
     _layer("mlp.gate_proj", "bias", "bias", "F", "F", when="mlp_bias"),
