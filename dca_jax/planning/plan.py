@@ -18,7 +18,7 @@ from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
 from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage
 from dca_jax.sharding import AXES, describe
-from dca_jax.weights.placement import check_mesh
+from dca_jax.weights.placement import check_mesh, cut_by_fsdp, cut_by_tensor
 
 MOST_DEVICES = 1024  # of a mesh that is recommended
 
@@ -241,14 +241,14 @@ def _meshes(job: Job, count: int) -> Iterator[dict[str, int]]:
     """Every mesh of so many devices that divides the model and the batch."""
     found = axis_sizes(job.config)
     for tensor in _divisors(count):
-        if any(found[letter] % tensor for letter in "NFV"):
+        if any(found[letter] % tensor for letter in cut_by_tensor(job.config)):
             continue
         if found["K"] % tensor and tensor % found["K"]:
             continue
         for rows in _divisors(math.gcd(count // tensor, job.batch)):
             context = count // tensor // rows
             for fsdp in _divisors(rows) if job.train else [1]:
-                if found["D"] % fsdp == 0:
+                if all(found[letter] % fsdp == 0 for letter in cut_by_fsdp(job.config)):
                     sizes = (rows // fsdp, fsdp, context, tensor)
                     yield dict(zip(AXES, sizes, strict=True))
 

@@ -41,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         config: the model's shape.
-        tensors: for each path of our tree, the stored tensors it is made of, layer by layer.
+        tensors: for each path of our tree, the stored tensors it is made of, in their order.
     """
 
     config: LlamaConfig
@@ -60,14 +60,13 @@ class Checkpoint:
         return dtypes.pop()
 
     def read(self, row: Parameter, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The piece `[index]` of our array, within one layer; contiguous, in `dtype`.
+        """The piece `[index]` of our array, within one stored tensor; contiguous, in `dtype`.
 
         Raises:
             InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
         """
-        layer = index[0].start if row.stacked else 0
-        tensor = self.tensors[row.path][layer]
-        axes = row.ours.split()
+        tensor = self.tensors[row.path][row.tensor_at(self.config, index)]
+        axes = row.axes
         sizes = row.sizes(self.config)
         wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
         # Of flattened axes only the first is cut in the file; the others are cut afterwards.
@@ -82,7 +81,7 @@ class Checkpoint:
         inner_axes = {axis for group in row.groups for axis in group[1:]}
         cut = tuple(wanted[axis] if axis in inner_axes else slice(None) for axis in axes)
         ours = row.to_ours(piece, piece_sizes)[cut]
-        return np.ascontiguousarray(ours[None] if row.stacked else ours)
+        return np.ascontiguousarray(ours[(None,) * row.leading])
 
 
 def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
@@ -111,7 +110,7 @@ def match_tensors(
     rows: Sequence[Parameter],
     stored: dict[str, StoredTensor],
 ) -> dict[str, list[StoredTensor]]:
-    """For each path of `rows`, the tensors of `folder` it is made of, layer by layer.
+    """For each path of `rows`, the tensors of `folder` it is made of, in their order.
 
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
