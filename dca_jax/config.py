@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dca_jax import fields
-from dca_jax.dca import DCAConfig, preset_dca
+from dca_jax.dca import DCAConfig, SparseConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
@@ -62,6 +62,7 @@ class LlamaConfig:
         max_sequence_length: the trained length of models finetuned by FastChat (Vicuna 16k), which
             leave `max_position_embeddings` as it was; None for all others.
         dca: what the checkpoint itself asks for (`dual_chunk_attention_config`), or None.
+        sparse_attention: what that asks of sparse attention, which is not computed; or None.
         eos_token_ids: every id that ends a text (Llama 3 has several).
     """
 
@@ -83,6 +84,7 @@ class LlamaConfig:
     mixture: MixtureConfig | None = None
     sliding_window: int | None = None
     dca: DCAConfig | None = None
+    sparse_attention: SparseConfig | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -237,6 +239,7 @@ class LlamaConfig:
             tie_word_embeddings=fields.boolean(config, "tie_word_embeddings", CONFIG),
             **own,
             dca=None if dca is None else DCAConfig.from_hf(dca),
+            sparse_attention=None if dca is None else SparseConfig.from_hf(dca),
             model_type=model_type,
             bos_token_id=fields.integer(config, "bos_token_id", CONFIG, least=0),
             eos_token_ids=fields.token_ids(config, "eos_token_id", CONFIG),
@@ -261,7 +264,8 @@ class LlamaConfig:
         if self.max_sequence_length is not None:
             config["max_sequence_length"] = self.max_sequence_length
         if self.dca is not None:
-            config["dual_chunk_attention_config"] = self.dca.to_hf()
+            sparse = {} if self.sparse_attention is None else self.sparse_attention.to_hf()
+            config["dual_chunk_attention_config"] = self.dca.to_hf() | sparse
         return config
 
 
@@ -296,6 +300,12 @@ class LoraConfig:
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
+
+
+def lora_targets(config: LlamaConfig) -> tuple[str, ...]:
+    """The projections of a model that LoRA can adapt: not those of experts."""
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    return tuple(name for name in LORA_TARGETS if config.has_mlp or name not in mlp)
 
 
 # --- families ----------------------------------------------------------------------------------

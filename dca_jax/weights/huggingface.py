@@ -1,16 +1,19 @@
 """Hugging Face folders: config and weights, checked first, then streamed into device arrays."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import CONFIG, LlamaConfig
+from dca_jax.dca import SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.weights.files import read_json
+from dca_jax.text_files import parse_json, read_text_file
+from dca_jax.weights.files import member, read_json
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
@@ -19,20 +22,64 @@ from dca_jax.weights.parameters import (
 )
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
+LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
+SPARSE_TABLE = "sparse_attention_config.json"
 # Old checkpoints carry the rotary frequencies, which the config says already.
 IGNORED = ".rotary_emb.inv_freq"
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The model's shape, from the folder's `config.json`.
+def read_config(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> LlamaConfig:
+    """The model's shape, from the folder's `config.json`, or another of its configs.
+
+    The table of sparse attention that some folders have beside it is read too.
+
+    Args:
+        folder: of the checkpoint.
+        context, file: as in `config_file`.
 
     Raises:
         InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
     """
     folder = Path(folder)
+    path = config_file(folder, context=context, file=file)
+    config = LlamaConfig.from_hf(read_json(path.parent, path.name))
+    if config.dca is None or not (folder / SPARSE_TABLE).is_file():
+        return config
+    # Others write a file of this name about something else: an object, where this is a list.
+    path = member(folder, SPARSE_TABLE)
+    table = parse_json(read_text_file(path), f"{path}")
+    if not isinstance(table, list):
+        return config
+    sparse = config.sparse_attention or SparseConfig()
+    return replace(config, sparse_attention=replace(sparse, patterns=json.dumps(table)))
+
+
+def config_file(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> Path:
+    """The config of a folder that a text asks for.
+
+    Args:
+        folder: of the checkpoint.
+        context: tokens of the text. Beyond the `max_position_embeddings` of `config.json` it is
+            `config_1m.json`, where the folder has one.
+        file: a config to take in any case.
+
+    Raises:
+        InputError: no such folder or file.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
-    return LlamaConfig.from_hf(read_json(folder, "config.json"))
+    if file is not None:
+        return member(Path(file).parent, Path(file).name)
+    if context is not None and (folder / LONG_CONFIG).is_file():
+        most = read_json(folder, CONFIG).get("max_position_embeddings")
+        if isinstance(most, int) and context > most:
+            return member(folder, LONG_CONFIG)
+    return member(folder, CONFIG)
 
 
 @dataclass(frozen=True)

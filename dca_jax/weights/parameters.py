@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes, lora_targets
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.memory import free_bytes
 
@@ -214,6 +214,20 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
     return [row for row in TABLE if row.when is None or getattr(config, row.when)]
 
 
+def count_parameters(config: LlamaConfig, *, active: bool = False) -> int:
+    """How many numbers the parameters are; `active`: those that one token is computed with.
+
+    Of a mixture of experts these are the chosen experts' alone.
+    """
+    total = 0
+    for row in parameters(config):
+        count = math.prod(row.shape(config))
+        if active and config.mixture is not None and "{expert}" in row.name:
+            count = count // config.mixture.num_experts * config.mixture.num_experts_per_tok
+        total += count
+    return total
+
+
 def projections(config: LlamaConfig) -> list[Parameter]:
     """A layer's kernels but those of experts: what can be quantized, and what LoRA can adapt."""
     dense = ("layers.self_attn.", "layers.mlp.")
@@ -230,12 +244,12 @@ def lora_parameters(config: LlamaConfig, lora: LoraConfig) -> list[Parameter]:
         InputError: a target that no layer of this model has.
     """
     rows: list[Parameter] = []
-    found = {row.path.split(".")[-2] for row in projections(config)}
-    absent = [name for name in lora.targets if name not in found]
+    possible = lora_targets(config)
+    absent = [name for name in lora.targets if name not in possible]
     if absent:
         raise InputError(
             f"LoRA cannot adapt {', '.join(absent)} of this model, whose layers have experts in "
-            f"their place; its targets can be {', '.join(n for n in LORA_TARGETS if n in found)}"
+            f"their place; choose its targets of {', '.join(possible)}"
         )
     for row in projections(config):
         module = row.path.removesuffix(".kernel")
