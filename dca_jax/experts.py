@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import compute_dtype
-from dca_jax.grouped import chosen_product, grouped_product
+from dca_jax.grouped import are_few, chosen_product, grouped_product
 from dca_jax.sharding import Shards, partition
 
 PIECE = 2**14  # tokens that are sorted at once: k copies of each are in memory
@@ -181,7 +181,7 @@ def mix(
     tokens, k = own.shape
     experts = gate.shape[1]
     here = (own >= 0) & (own < experts)
-    if 2 * tokens * k <= experts:
+    if are_few(tokens * k, experts):
         groups = jnp.where(here, own, 0).reshape(-1)
         product = partial(chosen_product, layer=layer, groups=groups)
         rows = jnp.repeat(x, k, axis=0)

@@ -216,6 +216,11 @@ PRODUCTS: dict[str, Product] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blo
 # --- few rows ------------------------------------------------------------------------------------
 
 
+def are_few(rows: int, groups: int) -> bool:
+    """Whether `chosen_product` is the way to take: a loop over blocks is faster on a CPU."""
+    return 2 * rows <= groups and current_device().platform != "cpu"
+
+
 def chosen_product(
     x: Float[Array, "rows inputs"],
     kernels: Float[Array, "L E inputs outputs"],
