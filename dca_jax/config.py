@@ -484,7 +484,7 @@ def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
 
 
 # By model_type. A family whose layers have other modules also adds them to
-# `dca_jax.weights.parameters.TABLE` and to `dca_jax.model`.
+# `dca_jax.weights.parameters.TABLE` and to `dca_jax.layers`.
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
