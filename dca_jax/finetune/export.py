@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from dca_jax.config import LlamaConfig
-from dca_jax.dca import DCAConfig
+from dca_jax.dca import SPARSE, DCAConfig
 from dca_jax.disk import writing
 from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
@@ -100,9 +100,10 @@ def exported_config(
     """
     config = config | {"dtype": dtype}
     config.pop("torch_dtype", None)  # the same, as older files have it
-    config.pop("dual_chunk_attention_config", None)
+    before = config.pop("dual_chunk_attention_config", None) or {}
     if dca is not None:
-        config["dual_chunk_attention_config"] = dca.to_hf()
+        sparse = {key: value for key, value in before.items() if key.startswith(SPARSE)}
+        config["dual_chunk_attention_config"] = dca.to_hf() | sparse
     elif LlamaConfig.from_hf(config).trained_length != trained_length:
         config["max_position_embeddings"] = trained_length
     return config

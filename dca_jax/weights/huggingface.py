@@ -1,16 +1,19 @@
 """Hugging Face folders, and GGUF files: config and weights, checked, then streamed to devices."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import CONFIG, LlamaConfig
+from dca_jax.dca import SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.weights.files import read_json
+from dca_jax.text_files import parse_json, read_text_file
+from dca_jax.weights.files import member, read_json
 from dca_jax.weights.gguf import list_gguf_tensors, read_gguf_config
 from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.parameters import (
@@ -21,22 +24,66 @@ from dca_jax.weights.parameters import (
 )
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
+LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
+SPARSE_TABLE = "sparse_attention_config.json"
 # Old checkpoints carry the rotary frequencies, which the config says already.
 IGNORED = ".rotary_emb.inv_freq"
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The model's shape, from the folder's `config.json`, or the metadata of a GGUF file.
+def read_config(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> LlamaConfig:
+    """The model's shape, from a folder's `config.json` or another of its configs, or a GGUF file.
+
+    The table of sparse attention that some folders have beside it is read too.
+
+    Args:
+        folder: of the checkpoint, or its GGUF file.
+        context, file: as in `config_file`.
 
     Raises:
         InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
     """
     folder = Path(folder)
-    if is_gguf(folder):
+    if is_gguf(folder) and file is None:
         return read_gguf_config(folder)
-    if not folder.is_dir():
+    path = config_file(folder, context=context, file=file)
+    config = LlamaConfig.from_hf(read_json(path.parent, path.name))
+    if config.dca is None or not (folder / SPARSE_TABLE).is_file():
+        return config
+    # Others write a file of this name about something else: an object, where this is a list.
+    path = member(folder, SPARSE_TABLE)
+    table = parse_json(read_text_file(path), f"{path}")
+    if not isinstance(table, list):
+        return config
+    sparse = config.sparse_attention or SparseConfig()
+    return replace(config, sparse_attention=replace(sparse, patterns=json.dumps(table)))
+
+
+def config_file(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> Path:
+    """The config of a folder that a text asks for.
+
+    Args:
+        folder: of the checkpoint.
+        context: tokens of the text. Beyond the `max_position_embeddings` of `config.json` it is
+            `config_1m.json`, where the folder has one.
+        file: a config to take in any case.
+
+    Raises:
+        InputError: no such folder or file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() and not is_gguf(folder):
         raise InputError(f"{folder} is no folder")
-    return LlamaConfig.from_hf(read_json(folder, "config.json"))
+    if file is not None:
+        return member(Path(file).parent, Path(file).name)
+    if context is not None and (folder / LONG_CONFIG).is_file():
+        most = read_json(folder, CONFIG).get("max_position_embeddings")
+        if isinstance(most, int) and context > most:
+            return member(folder, LONG_CONFIG)
+    return member(folder, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -45,7 +92,7 @@ class Checkpoint:
 
     Attributes:
         config: the model's shape.
-        tensors: for each path of our tree, the stored tensors it is made of, layer by layer.
+        tensors: for each path of our tree, the stored tensors it is made of, in their order.
     """
 
     config: LlamaConfig
@@ -69,14 +116,13 @@ class Checkpoint:
         return dtypes.pop()
 
     def read(self, row: Parameter, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The piece `[index]` of our array, within one layer; contiguous, in `dtype`.
+        """The piece `[index]` of our array, within one stored tensor; contiguous, in `dtype`.
 
         Raises:
             InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
         """
-        layer = index[0].start if row.stacked else 0
-        tensor = self.tensors[row.path][layer]
-        axes = row.ours.split()
+        tensor = self.tensors[row.path][row.tensor_at(self.config, index)]
+        axes = row.axes
         sizes = row.sizes(self.config)
         wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
         # Of flattened axes only the first is cut in the file; the others are cut afterwards.
@@ -91,7 +137,7 @@ class Checkpoint:
         inner_axes = {axis for group in row.groups for axis in group[1:]}
         cut = tuple(wanted[axis] if axis in inner_axes else slice(None) for axis in axes)
         ours = row.to_ours(piece, piece_sizes)[cut]
-        return np.ascontiguousarray(ours[None] if row.stacked else ours)
+        return np.ascontiguousarray(ours[(None,) * row.leading])
 
 
 def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
@@ -121,7 +167,7 @@ def match_tensors(
     rows: Sequence[Parameter],
     stored: dict[str, StoredTensor],
 ) -> dict[str, list[StoredTensor]]:
-    """For each path of `rows`, the tensors of `folder` it is made of, layer by layer.
+    """For each path of `rows`, the tensors of `folder` it is made of, in their order.
 
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
