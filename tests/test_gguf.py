@@ -110,6 +110,28 @@ def test_biases_and_tied_embeddings(tmp_path, tied):
             np.testing.assert_array_equal(np.asarray(ours).reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_qwen3_is_that_of_transformers(tmp_path, kind):
+    """Norms of heads; a mixture's experts, stacked in the file. The logits are compared too."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    config = wide(model_type=kind, **(experts if kind == "qwen3_moe" else {}))
+    more = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 256}
+    path = tmp_path / "m.gguf"
+    more = more if kind == "qwen3_moe" else {}
+    tokenizer = byte_level(byte_level_tokenizer(), "qwen2")
+    write_gguf(path, config, ["Q8_0", "Q6_K"], more=more, tokenizer=tokenizer)
+    found = read_config(path)
+    assert found.qk_norm
+    assert kind == "qwen3" or found.mixture.norm_topk_prob
+    hf_to_orbax.convert(path, tmp_path / "orbax")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    ours, expected = read_safetensors(tmp_path / "hf"), theirs(path).state_dict()
+    for name, tensor in expected.items():
+        if "experts" not in name:
+            np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
+    assert verify.compare(path, tmp_path / "orbax", length=20, batch=1).max_difference < 1e-4
+
+
 def test_each_device_gets_its_part(model):
     config = read_config(model)
     mesh = make_mesh("fsdp=2,tensor=2")

@@ -1,6 +1,7 @@
 """GGUF files written from the format's description, by the package `gguf`, for tests to read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_exps": "ffn_gate_exps",
+    "mlp.up_exps": "ffn_up_exps",
+    "mlp.down_exps": "ffn_down_exps",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -60,6 +66,8 @@ def packed(values: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarra
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of a Hugging Face tensor."""
+    if match := re.fullmatch(r"model.layers.(\d+).mlp.gate.weight", name):
+        return f"blk.{match[1]}.ffn_gate_inp.weight"
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     module, _, part = name.rpartition(".")
     if module in outer:
@@ -72,6 +80,14 @@ def permuted(values: np.ndarray, heads: int) -> np.ndarray:
     """The rows of q or k as llama.cpp has them: halves of a head next to one another."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors with those of a layer's experts as one, as llama.cpp has them."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, value in tensors.items():
+        found.setdefault(re.sub(r"experts\.\d+\.(\w+)_proj", r"\1_exps", name), []).append(value)
+    return {n: np.stack(each) if "_exps" in n else each[0] for n, each in found.items()}
 
 
 def write_gguf(
@@ -89,7 +105,7 @@ def write_gguf(
         tokenizer: values by name, "tokenizer." and all. more: values of the architecture by name.
         tensors: more of them, by llama.cpp's name, in float32.
     """
-    rng, arch = np.random.default_rng(1), config["model_type"]
+    rng, arch = np.random.default_rng(1), config["model_type"].replace("_", "")
     writer = GGUFWriter(path, arch)
     values = {f"{arch}.{name}": config[key] for key, name in OURS.items()}
     values[f"{arch}.attention.key_length"] = config["head_dim"]
@@ -100,7 +116,7 @@ def write_gguf(
         add_value(writer, name, value)
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     numbers = iter(range(10_000))
-    for name, value in random_tensors(config, dtype=np.dtype(np.float32)).items():
+    for name, value in stacked(random_tensors(config, dtype=np.dtype(np.float32))).items():
         data = value if value.ndim == 1 else value * 0.1
         module = name.split(".")[-2]
         if arch == "llama" and module in heads:

@@ -1,5 +1,6 @@
 """A checkpoint, Hugging Face's folder, a converted one or a GGUF file: weights onto the devices."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import CONFIG, LlamaConfig
 from dca_jax.weights.adapters import load_adapter, merge_lora
-from dca_jax.weights.files import copy_companions
+from dca_jax.weights.files import copy_companions, read_json
 from dca_jax.weights.gguf import write_companions
 from dca_jax.weights.gguf_file import is_gguf
-from dca_jax.weights.huggingface import open_checkpoint
+from dca_jax.weights.huggingface import LONG_CONFIG, QUANTIZATION, open_checkpoint
 from dca_jax.weights.orbax import is_converted, open_converted
 from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
 
@@ -65,6 +66,8 @@ def load_weights(
 def copy_description(source: Path, destination: Path) -> list[Path]:
     """Copies what stands beside a checkpoint's weights, or writes it of a GGUF file.
 
+    The copy's configs do not say that weights are packed: what is written beside them is not.
+
     Returns:
         The originals.
 
@@ -74,7 +77,14 @@ def copy_description(source: Path, destination: Path) -> list[Path]:
     if is_gguf(source):
         write_companions(source, destination)
         return []
-    return copy_companions(source, destination)
+    originals = copy_companions(source, destination)
+    for name in (CONFIG, LONG_CONFIG):
+        if (destination / name).is_file():
+            config = read_json(destination, name)
+            if config.pop(QUANTIZATION, None):
+                text = json.dumps(config, indent=2) + "\n"
+                (destination / name).write_text(text, encoding="utf-8")
+    return originals
 
 
 def open_weights(

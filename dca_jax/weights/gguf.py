@@ -6,6 +6,7 @@ One file has all: what `config.json` says stands in its metadata, the tokenizer 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,12 @@ from dca_jax.weights.parameters import parameters
 
 # By `general.architecture`: Hugging Face's model_type, and whether llama.cpp turns planes of
 # neighbours, for which it orders the rows of q and k anew.
-ARCHITECTURES = {"llama": ("llama", True), "qwen2": ("qwen2", False)}
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "qwen3moe": ("qwen3_moe", False),
+}
 
 # What of a model's shape is read, and what says nothing more. Any other name may change what the
 # model computes, so it is not passed over.
@@ -43,7 +49,13 @@ READ = {
     *"rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned".split(),
     *"rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow".split(),
 }
-OFF = {"expert_count", "expert_used_count"}  # of a model without experts, 0
+# Of a mixture of experts, whose chosen ones' weights llama.cpp always makes add up to 1.
+MIXTURE = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 ROPE_FACTORS = "rope_freqs.weight"
 # The one setting of every published Llama 3.1 to 3.3 but the factor, which is 8 or 32.
@@ -85,7 +97,8 @@ def hf_config(file: GGUF) -> dict[str, Any]:
             f"{', '.join(ARCHITECTURES)}"
         )
     own = {k.removeprefix(f"{name}."): v for k, v in metadata.items() if k.startswith(f"{name}.")}
-    unknown = sorted(k for k in own.keys() - READ if not (k in OFF and own[k] == 0))
+    known = READ | MIXTURE.keys() if name == "qwen3moe" else READ
+    unknown = sorted(k for k in own.keys() - known if not (k in MIXTURE and own[k] == 0))
     if unknown:
         raise InputError(
             f"{where}: {name}.{shown(unknown[0], quote=False)} = {shown(own[unknown[0]])} is not "
@@ -127,7 +140,8 @@ def hf_config(file: GGUF) -> dict[str, Any]:
         "head_dim": head_dim,
         "rms_norm_eps": epsilon,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **(biases if model_type == "llama" else {}),
+        **({} if model_type == "qwen2" else biases),
+        **(_mixture(file, own, where, name) if name == "qwen3moe" else {}),
         "rope_theta": fields.number(own, "rope.freq_base", where, default=10_000.0, above=1),
         "rope_scaling": _rope_scaling(own, where),
         **{key: value for key, value in ids.items() if value not in (None, [])},
@@ -137,6 +151,17 @@ def hf_config(file: GGUF) -> dict[str, Any]:
     if config["max_position_embeddings"] == QWEN_1M and model_type == "qwen2":
         config["dual_chunk_attention_config"] = QWEN_1M_DCA
     return config
+
+
+def _mixture(file: GGUF, own: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    sizes = {theirs: _integer(own, ours, where, name) for ours, theirs in MIXTURE.items()}
+    for tensor in file.tensors.values():  # before names of so many experts are made
+        if "_exps." in tensor.name and tensor.shape[0] != sizes["num_experts"]:
+            raise InputError(
+                f"tensor {shown(tensor.name)} in {tensor.path} has {tensor.shape[0]} experts; "
+                f"{name}.expert_count says {sizes['num_experts']}"
+            )
+    return {**sizes, "norm_topk_prob": True}
 
 
 def _integer(
@@ -229,13 +254,19 @@ def list_gguf_tensors(path: str | Path, config: LlamaConfig) -> dict[str, GGUFTe
         )
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     found: dict[str, GGUFTensor] = {}
+    used: set[str] = set()
     for theirs in _hf_names(config):
-        own = names.get_name(theirs, (".weight", ".bias"))
-        if own in tensors:
-            tensor = tensors.pop(own)
-            rotated = permuted and (".attn_q." in own or ".attn_k." in own)
-            found[theirs] = replace(tensor, head_dim=config.head_dim) if rotated else tensor
-    return {**found, **tensors}
+        own = names.get_name(EXPERT.sub(".experts.", theirs), (".weight", ".bias"))
+        if own not in tensors:
+            continue
+        tensor, expert = tensors[own], EXPERT.search(theirs)
+        used.add(own)
+        if expert is not None:
+            tensor = tensor.part(int(expert[1]))
+        elif permuted and (".attn_q." in own or ".attn_k." in own):
+            tensor = replace(tensor, head_dim=config.head_dim)
+        found[theirs] = tensor
+    return {**found, **{name: tensor for name, tensor in tensors.items() if name not in used}}
 
 
 def _hf_names(config: LlamaConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ package `gguf` unpacks the data. Its reader of the rest is not used: it makes an
 element of every array (14 seconds for a vocabulary of 49,152), and trusts what the file says.
 """
 
+import math
 import mmap
 import re
 import struct
@@ -61,20 +62,48 @@ class GGUFTensor(StoredTensor):
     offset: int
     head_dim: int = 0
 
+    def part(self, number: int) -> "GGUFTensor":
+        """One of the tensors that are stacked in this one, along its first axis.
+
+        Raises:
+            InputError: it has no axis to spare, or fewer.
+        """
+        count, *shape = self.shape
+        if not shape or number >= count:
+            raise InputError(
+                f"tensor {shown(self.name)} in {self.path.name} has shape {shown(self.shape)}; "
+                f"expected that of at least {number + 1} experts"
+            )
+        offset = self.offset + number * (self.stored_bytes // count)
+        return replace(self, shape=tuple(shape), offset=offset)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its data in the file."""
+        values_of_block, block_bytes = self._block
+        return math.prod(self.shape) // values_of_block * block_bytes
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """How many values are stored together, and in how many bytes."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if not self.packed:
+            return 1, self.dtype.itemsize
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.packed]]
+
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The piece `tensor[index]`, unpacked; one slice with both ends per axis.
 
         Raises:
             InputError: the file is no longer what it was when it was listed.
         """
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize  # imported when needed
+        from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
 
         if self.head_dim and len(index) == 1:  # a bias: its rows are its values
             whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
             return whole[self._rows(index)]
-        values_of_block, block_bytes = 1, self.dtype.itemsize
-        if self.packed:
-            values_of_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.packed]]
+        values_of_block, block_bytes = self._block
         *outer, width = self.shape
         *rows, columns = index
         first, last = columns.start // values_of_block, -(-columns.stop // values_of_block)
@@ -295,15 +324,15 @@ class _Header:
                     "expected one of "
                     f"{', '.join([n for n, _ in PLAIN.values()] + list(PACKED.values()))}"
                 )
-            values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+            values, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
             if shape[-1] % values or 0 in shape:
                 raise InputError(
                     f"{self.path}: tensor {shown(name)} has shape {shown(shape)}, and {kind} packs "
                     f"rows in blocks of {values}; the file is damaged"
                 )
-            size = block_bytes
-            for axis in (*shape[:-1], shape[-1] // values):
-                size *= axis
+            packed, where = PACKED.get(number, ""), {"path": self.path, "offset": start + offset}
+            tensor = GGUFTensor(name=name, shape=shape, dtype=dtype, packed=packed, **where)
+            size = tensor.stored_bytes
             if start + offset + size > self.size or offset % alignment:
                 raise InputError(
                     f"{self.path} is truncated or damaged: tensor {shown(name)} is said to be "
@@ -311,9 +340,7 @@ class _Header:
                 )
             if name in found:
                 raise InputError(f"{self.path} is damaged: it has tensor {shown(name)} twice")
-            packed = PACKED.get(number, "")
-            where = {"path": self.path, "offset": start + offset}
-            found[name] = GGUFTensor(name=name, shape=shape, dtype=dtype, packed=packed, **where)
+            found[name] = tensor
         return found
 
 

@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dca_jax import fields
 from dca_jax.config import CONFIG, LlamaConfig
 from dca_jax.dca import SparseConfig
 from dca_jax.errors import InputError
@@ -22,8 +24,10 @@ from dca_jax.weights.parameters import (
     contiguous,
     parameters,
 )
+from dca_jax.weights.quantized import read_scheme, unpack
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
+QUANTIZATION = "quantization_config"  # in config.json: how weights are packed
 LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
 SPARSE_TABLE = "sparse_attention_config.json"
 # Old checkpoints carry the rotary frequencies, which the config says already.
@@ -45,10 +49,13 @@ def read_config(
         InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
     """
     folder = Path(folder)
-    if is_gguf(folder) and file is None:
-        return read_gguf_config(folder)
     path = config_file(folder, context=context, file=file)
-    config = LlamaConfig.from_hf(read_json(path.parent, path.name))
+    if is_gguf(path):
+        return read_gguf_config(path)
+    found = read_json(path.parent, path.name)
+    if _quantization(found):
+        read_scheme(found.pop(QUANTIZATION))
+    config = LlamaConfig.from_hf(found)
     if config.dca is None or not (folder / SPARSE_TABLE).is_file():
         return config
     # Others write a file of this name about something else: an object, where this is a list.
@@ -60,10 +67,14 @@ def read_config(
     return replace(config, sparse_attention=replace(sparse, patterns=json.dumps(table)))
 
 
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return fields.mapping(config, QUANTIZATION, CONFIG) or {}
+
+
 def config_file(
     folder: str | Path, *, context: int | None = None, file: str | Path | None = None
 ) -> Path:
-    """The config of a folder that a text asks for.
+    """The config of a folder that a text asks for; a GGUF file is its own.
 
     Args:
         folder: of the checkpoint.
@@ -75,10 +86,12 @@ def config_file(
         InputError: no such folder or file.
     """
     folder = Path(folder)
-    if not folder.is_dir() and not is_gguf(folder):
-        raise InputError(f"{folder} is no folder")
     if file is not None:
         return member(Path(file).parent, Path(file).name)
+    if is_gguf(folder):
+        return folder
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder")
     if context is not None and (folder / LONG_CONFIG).is_file():
         most = read_json(folder, CONFIG).get("max_position_embeddings")
         if isinstance(most, int) and context > most:
@@ -150,7 +163,7 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
             embeddings that differ.
     """
     folder = Path(folder)
-    found = list_gguf_tensors(folder, config) if is_gguf(folder) else list_tensors(folder)
+    found = list_gguf_tensors(folder, config) if is_gguf(folder) else _list_folder(folder)
     stored: dict[str, StoredTensor] = {k: v for k, v in found.items() if not k.endswith(IGNORED)}
     head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if head is not None:
@@ -159,6 +172,13 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
     if head is not None:
         _check_tied(tensors["embed_tokens.embedding"][0], head)
     return Checkpoint(config, tensors)
+
+
+def _list_folder(folder: Path) -> dict[str, StoredTensor]:
+    quantization = _quantization(read_json(folder, CONFIG))
+    if not quantization:
+        return list_tensors(folder)
+    return unpack(list_tensors(folder, packed=True), read_scheme(quantization))
 
 
 def match_tensors(
