@@ -4,16 +4,17 @@
     python benchmarks/generate.py measure --presets llama-2-70b --lengths 16k --engines dca \
         --mesh tensor=2
 
-Llama-2 and Llama-3 in shape, with random bfloat16 weights made on the device: no checkpoint is
-read, and the text means nothing. Ours goes through `dca_jax.inference.generate.Run`, as every
-caller does: prompts in pieces (on a mesh with `context`, at once), tokens in segments. The peer is
-`LlamaForCausalLM` of transformers on PyTorch as it comes, on one GPU: plain attention by SDPA, its
-default KV cache, the logits of the last token only.
+Llama-2, Llama-3 and Qwen3's mixture of experts in shape, with random bfloat16 weights made on the
+device: no checkpoint is read, and the text means nothing. Ours goes through
+`dca_jax.inference.generate.Run`, as every caller does: prompts in pieces (on a mesh with `context`,
+at once), tokens in segments. The peer is the same model of transformers on PyTorch as it comes, on
+one GPU: plain attention by SDPA, its default KV cache, the logits of the last token only.
 
 Each engine has a process of its own, one after the other, so that they do not share memory. `share`
 is the time that moving a device's weights and cache once would take, at the rate it copies
 (measured in the same run), over the time a token took. `TFLOP/s` are those of the prefill, for each
-device: two for every weight and token, and causal attention's. Speeds are over transformers'.
+device: two for every weight that a token is multiplied with, and causal attention's. Speeds are
+over transformers'.
 """
 
 import itertools
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,13 +53,15 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, Llama, RopeConfig
 from dca_jax.attention.backend import PLAIN as PLAIN_CONFIG
 from dca_jax.attention.op import choose_implementation
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, piece_length, widest_piece
 from dca_jax.inference.generate import Run
 from dca_jax.memory import GPU_SHARE
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, mesh_of
+from dca_jax.weights.parameters import count_parameters
 from dca_jax.weights.placement import parameter_shardings
 
 PRESETS = {
@@ -95,6 +99,7 @@ PRESETS = {
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
     ),
+    "qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"],
     "tiny": LlamaConfig(
         vocab_size=256,
         hidden_size=64,
@@ -106,6 +111,12 @@ PRESETS = {
         max_position_embeddings=256,
     ),
 }
+PRESETS["tiny-experts"] = replace(
+    PRESETS["tiny"],
+    model_type="qwen3_moe",
+    qk_norm=True,
+    mixture=MixtureConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
+)
 OURS, PLAIN, PEER = "dca_jax", "dca_jax, plain", "transformers"
 ENGINES = {"dca": OURS, "plain": PLAIN, "transformers": PEER}
 PREFILLS, PREFILL_SECONDS = 3, 5.0  # prefills timed, as long as they take less than this together
@@ -303,7 +314,8 @@ def _device_bytes(tree: Any) -> int:
 def _prefill_flops(model: Llama, length: int) -> float:
     """Two for every weight that a token is multiplied by, and causal attention's two products."""
     config = model.config
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params()["layers"]))
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    weights = count_parameters(config, active=True) - tables
     inner = config.num_attention_heads * config.head_dim
     return 2 * weights * length + 2 * config.num_hidden_layers * inner * length**2
 
@@ -312,8 +324,15 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
     """Compiles on a short prompt in a cache of the full size, then times on the long one."""
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
     cache, mesh = new_cache(model, 1, length + new_tokens), mesh_of(model)
-    # Of the table of tokens one row is read.
+    # Of the table of tokens one row is read, and of experts those that are chosen.
     weights = _device_bytes(model.params()) - _device_bytes(model.embed_tokens.embedding[...])
+    mixture = model.config.mixture
+    if mixture is not None:
+        idle = 1 - mixture.num_experts_per_tok / mixture.num_experts
+        experts = model.params()["layers"]["experts"]
+        weights -= idle * _device_bytes(
+            [leaf for name, leaf in experts.items() if name != "router"]
+        )
     token_bytes = _device_bytes((cache.key, cache.value)) // cache.capacity
     width = piece_length(1)
     piece = widest_piece(1, length)
@@ -395,14 +414,15 @@ def measure_transformers(
     import transformers
 
     on_gpu = torch.cuda.is_available()
-    hf = transformers.LlamaConfig(**config.to_hf())
+    hf = transformers.AutoConfig.for_model(**config.to_hf())
     start = time.perf_counter()
     with torch.device("cuda" if on_gpu else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(
             hf, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
     weights = sum(p.nbytes for p in model.parameters())
-    moved = weights - model.get_input_embeddings().weight.nbytes
+    idle = 2 * (count_parameters(config) - count_parameters(config, active=True))
+    moved = weights - model.get_input_embeddings().weight.nbytes - idle
     progress(f"{weights / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
     for length in lengths:
         try:

@@ -48,10 +48,11 @@ def write_provenance(
     path: Path, source: Path, files: Iterable[Path], dtypes: Iterable[np.dtype]
 ) -> None:
     """Writes what was converted (names, sizes, SHA-256), into which dtype, by what and when."""
+    folder = source if source.is_dir() else source.parent
     provenance = {
         "source": source.resolve().name,
         "files": {
-            str(file.relative_to(source)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in files
         },
         "dtype": sorted({str(dtype) for dtype in dtypes}),

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
+"""Hugging Face or GGUF -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
 
 import math
 from functools import partial
@@ -19,7 +19,8 @@ from checkpoints_convert.common import (
 )
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.weights.files import copy_companions, written_aside
+from dca_jax.weights.files import written_aside
+from dca_jax.weights.folder import copy_description
 from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
 from dca_jax.weights.parameters import Parameter, parameters
@@ -28,16 +29,18 @@ from dca_jax.weights.parameters import Parameter, parameters
 def convert(
     source: Path, destination: Path, *, dtype: np.dtype | None = None, show: bool = False
 ) -> None:
-    """Converts a Hugging Face folder into one with Orbax weights.
+    """Converts a Hugging Face folder, or a GGUF file, into a folder with Orbax weights.
 
-    `destination` gets `config.json` and the tokenizer's files as they are, `params/` (Orbax) and
-    `provenance.json`. It appears when everything is written; whatever happens before, it does not.
-    The weights stream through in pieces: no tensor is ever whole in memory.
+    `destination` gets `config.json` and the tokenizer's files as they are, or as a GGUF file's
+    metadata says them, `params/` (Orbax) and `provenance.json`. It appears when everything is
+    written; whatever happens before, it does not. The weights stream through in pieces: no tensor
+    is ever whole in memory.
 
     Args:
-        source: folder with config.json and safetensors or `.bin` weights.
+        source: folder with config.json and safetensors or `.bin` weights, or a `.gguf` file.
         destination: folder to make.
-        dtype: of the converted weights; None keeps each as it is stored.
+        dtype: of the converted weights; None keeps each as it is stored, and packed ones in the
+            dtype of their values.
         show: a progress bar on stderr.
 
     Raises:
@@ -49,7 +52,7 @@ def convert(
     dtypes = {row.path: _own_dtype(checkpoint, row) if dtype is None else dtype for row in rows}
     total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows)
     with written_aside(destination) as aside:
-        companions = copy_companions(source, aside)
+        companions = copy_description(source, aside)
         with progress_bar(total, show) as progress:
             tree = {}
             for row in rows:
@@ -57,9 +60,8 @@ def convert(
                 tree[row.path] = StreamedArray.of(row, config, read, dtypes[row.path], progress)
             save(aside / PARAMS, unflatten_dict(tree, sep="."))
         weights = {t.path for tensors in checkpoint.tensors.values() for t in tensors}
-        write_provenance(
-            aside / "provenance.json", source, [*companions, *sorted(weights)], dtypes.values()
-        )
+        files = [*companions, *sorted(weights)]
+        write_provenance(aside / "provenance.json", source, files, dtypes.values())
 
 
 def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
@@ -78,7 +80,8 @@ def main(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="Hugging Face folder: config.json and safetensors or .bin weights."
+            metavar="SRC",
+            help="Hugging Face folder (config.json, safetensors or .bin weights), or a GGUF file.",
         ),
     ],
     destination: Annotated[
@@ -86,7 +89,7 @@ def main(
     ],
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of the converted weights; **keep** leaves each bit as it is."),
+        typer.Option(help="Dtype of the converted weights; **keep** leaves each value as it is."),
     ] = Dtype.keep,
 ) -> None:
     """Convert a Hugging Face Llama-family checkpoint to Orbax.

@@ -32,10 +32,15 @@ from dca_jax.weights.tensor_files import SAFETENSORS, cast_weights, write_safete
 
 @dataclass(frozen=True)
 class Tensor:
-    """A Hugging Face tensor to write: one layer of a parameter."""
+    """A Hugging Face tensor to write: one layer of a parameter, or one expert of a layer.
+
+    Attributes:
+        place: where it lies in our array. layer: its number in the model, -1 without one.
+    """
 
     name: str
     row: Parameter
+    place: tuple[slice, ...]
     layer: int
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -79,10 +84,12 @@ def convert(
     tensors = []
     for row in parameters(config):
         written = found[row.path] if dtype is None else dtype
-        tensors += [
-            Tensor(name, row, layer, row.their_shape(config), written)
-            for layer, name in enumerate(row.their_names(config))
-        ]
+        layers = row.layers(config) if row.stacked else (-1,)
+        names = row.their_names(config)
+        for number, name in enumerate(names):
+            layer = layers[number * len(layers) // len(names)]
+            place = row.place_of(config, number)
+            tensors.append(Tensor(name, row, place, layer, row.their_shape(config), written))
     shards = _shards(tensors, shard_bytes)
     with written_aside(destination) as aside:
         copy_companions(source, aside)
@@ -103,7 +110,7 @@ def convert(
 
 def _shards(tensors: list[Tensor], shard_bytes: int) -> dict[str, list[Tensor]]:
     # Layer by layer, as Hugging Face writes them; what has no layer comes before.
-    tensors = sorted(tensors, key=lambda tensor: tensor.layer if tensor.row.stacked else -1)
+    tensors = sorted(tensors, key=lambda tensor: tensor.layer)
     shards: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -125,12 +132,9 @@ def _read(
     params: Path, config: LlamaConfig, shard: list[Tensor], progress: Progress
 ) -> Iterator[bytes]:
     for tensor in shard:
-        bounds = [slice(0, size) for size in tensor.row.shape(config)]
-        if tensor.row.stacked:
-            bounds[0] = slice(tensor.layer, tensor.layer + 1)
-        for index in pieces(tensor.row, config, tuple(bounds)):
+        for index in pieces(tensor.row, config, tensor.place):
             ours = read_piece(params, tensor.row.path, index)
-            theirs = tensor.row.to_theirs(ours[0] if tensor.row.stacked else ours)
+            theirs = tensor.row.to_theirs(ours[(0,) * tensor.row.leading])
             if tensor.row.transposed:
                 theirs = contiguous(theirs)
             yield cast_weights(theirs, tensor.dtype, tensor.row.path).tobytes()

@@ -16,6 +16,7 @@ from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.model import Llama
 from dca_jax.weights.folder import load_weights
+from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.huggingface import read_config
 
 
@@ -42,7 +43,7 @@ def compare(
     Both compute in float32 with plain attention, so the difference is that of the weights.
 
     Args:
-        source: the Hugging Face folder.
+        source: the Hugging Face folder or GGUF file.
         converted: the folder made from it.
         batch, length: size of the token array [batch, length]; the length is cut to what the
             model was trained for.
@@ -61,7 +62,7 @@ def compare(
         ) from None
     config = read_config(converted)
     if read_config(source) != config:
-        raise InputError(f"the config.json of {source} and of {converted} are of different models")
+        raise InputError(f"the configs of {source} and of {converted} are of different models")
     params = load_weights(converted, config, dtype=jnp.float32)
     length = min(length, config.trained_length, config.sliding_window or length)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
@@ -69,8 +70,12 @@ def compare(
     ours = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, tokens.astype(np.int32)))
     del model, params
     disable_progress_bar()
+    single = is_gguf(source)
     reference = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True
+        source.parent if single else source,
+        gguf_file=source.name if single else None,
+        dtype=torch.float32,
+        local_files_only=True,
     )
     with torch.no_grad():
         theirs = reference(torch.from_numpy(tokens)).logits.numpy()
@@ -97,7 +102,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 @app.command()
 @exit_on_input_error()
 def main(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="The Hugging Face folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="The Hugging Face folder or GGUF file.")
+    ],
     converted: Annotated[
         Path, typer.Argument(metavar="CONVERTED", help="The Orbax folder made from it.")
     ],

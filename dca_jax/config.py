@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dca_jax import fields
-from dca_jax.dca import DCAConfig, preset_dca
+from dca_jax.dca import DCAConfig, SparseConfig, preset_dca
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
@@ -17,11 +17,44 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Experts in place of a layer's MLP, of which a router chooses some for each token.
+
+    Attributes:
+        num_experts: of each layer. num_experts_per_tok: those that read a token.
+        moe_intermediate_size: inner width of an expert, in elements.
+        norm_topk_prob: whether the weights of the chosen ones are made to add up to 1.
+        dense_layers: numbers of the layers that have an MLP instead, ascending.
+        router_aux_loss_coef: by how much finetuning minds that experts are chosen unevenly.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            if fields.integer(vars(self), name, "a mixture of experts") is None:
+                raise InputError(f"a mixture of experts needs {name}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts "
+                f"({self.num_experts})"
+            )
+        fields.number(vars(self), "router_aux_loss_coef", "a mixture of experts", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """Shape of a Llama-family decoder. Names are Hugging Face's; sizes are counts of elements.
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections have a bias (Qwen2: q, k and v only).
+        qk_norm: each head's query and key are RMS-normed before they are rotated (Qwen3).
+        mixture: of experts, in some or all of the layers; None for an MLP in each.
         sliding_window: keys a token may look back at in the model's own plain attention (Mistral
             v0.1), None for all. DCA takes its place; plain attention refuses longer texts.
         max_position_embeddings: tokens that the model is to read: what it was trained on
@@ -29,6 +62,7 @@ class LlamaConfig:
         max_sequence_length: the trained length of models finetuned by FastChat (Vicuna 16k), which
             leave `max_position_embeddings` as it was; None for all others.
         dca: what the checkpoint itself asks for (`dual_chunk_attention_config`), or None.
+        sparse_attention: what that asks of sparse attention, which is not computed; or None.
         eos_token_ids: every id that ends a text (Llama 3 has several).
     """
 
@@ -46,8 +80,11 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    mixture: MixtureConfig | None = None
     sliding_window: int | None = None
     dca: DCAConfig | None = None
+    sparse_attention: SparseConfig | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -84,11 +121,45 @@ class LlamaConfig:
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window must be positive or null, got {self.sliding_window}")
+        dense = self.dense_layers
+        if list(dense) != sorted(set(dense) & set(range(self.num_hidden_layers))):
+            raise InputError(
+                f"dense_layers must be ascending numbers of the {self.num_hidden_layers} layers, "
+                f"got {fields.shown(list(dense))}"
+            )
+        if self.mixture is not None and not self.sparse_layers:
+            raise InputError("a mixture of experts needs a layer that is not in dense_layers")
 
     @property
     def untied(self) -> bool:
         """Whether the unembedding is a matrix of its own."""
         return not self.tie_word_embeddings
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have an MLP, ascending."""
+        layers = range(self.num_hidden_layers)
+        return tuple(layers) if self.mixture is None else self.mixture.dense_layers
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a mixture of experts, ascending."""
+        return tuple(sorted(set(range(self.num_hidden_layers)) - set(self.dense_layers)))
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether any layer has an MLP."""
+        return bool(self.dense_layers)
+
+    @property
+    def qwen_experts(self) -> bool:
+        """Whether experts have the names that Qwen gives them."""
+        return self.mixture is not None and self.model_type != "mixtral"
+
+    @property
+    def mixtral_experts(self) -> bool:
+        """Whether experts have the names that Mixtral gives them."""
+        return self.mixture is not None and self.model_type == "mixtral"
 
     @property
     def trained_length(self) -> int:
@@ -129,6 +200,7 @@ class LlamaConfig:
             raise InputError(
                 f"hidden_act {activation!r} is not supported: this model's MLP is SwiGLU ('silu')"
             )
+        _refuse_elsewhere(config)
         quantization = fields.mapping(config, "quantization_config", CONFIG)
         if quantization:
             method = fields.shown(quantization.get("quant_method", "unknown"), quote=False)
@@ -144,28 +216,30 @@ class LlamaConfig:
             raise InputError(f"config.json lacks {', '.join(missing)}")
         sizes = {name: cast(int, fields.integer(config, name, CONFIG)) for name in required}
         heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim = fields.integer(config, "head_dim", CONFIG)
-        if head_dim is None:
+        kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
+        own: dict[str, Any] = {
+            "num_key_value_heads": kv_heads or heads,
+            "head_dim": fields.integer(config, "head_dim", CONFIG),
+            "rope": RopeConfig.from_hf(config),
+        }
+        own |= FAMILIES[model_type].read(config)
+        if own["head_dim"] is None:
             if width % heads:
                 raise InputError(
                     f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and "
                     "config.json gives no head_dim"
                 )
-            head_dim = width // heads
-        kv_heads = fields.integer(config, "num_key_value_heads", CONFIG)
-        own: dict[str, Any] = {"num_key_value_heads": kv_heads or heads}
-        own |= FAMILIES[model_type].read(config)
+            own["head_dim"] = width // heads
         if kv_heads is None and heads % own["num_key_value_heads"]:
             own["num_key_value_heads"] = heads  # the family's default fits no model of these heads
         dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
             **sizes,
-            head_dim=head_dim,
             rms_norm_eps=fields.number(config, "rms_norm_eps", CONFIG, default=1e-6, above=0),
-            rope=RopeConfig.from_hf(config),
             tie_word_embeddings=fields.boolean(config, "tie_word_embeddings", CONFIG),
             **own,
             dca=None if dca is None else DCAConfig.from_hf(dca),
+            sparse_attention=None if dca is None else SparseConfig.from_hf(dca),
             model_type=model_type,
             bos_token_id=fields.integer(config, "bos_token_id", CONFIG, least=0),
             eos_token_ids=fields.token_ids(config, "eos_token_id", CONFIG),
@@ -190,7 +264,8 @@ class LlamaConfig:
         if self.max_sequence_length is not None:
             config["max_sequence_length"] = self.max_sequence_length
         if self.dca is not None:
-            config["dual_chunk_attention_config"] = self.dca.to_hf()
+            sparse = {} if self.sparse_attention is None else self.sparse_attention.to_hf()
+            config["dual_chunk_attention_config"] = self.dca.to_hf() | sparse
         return config
 
 
@@ -225,6 +300,12 @@ class LoraConfig:
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
+
+
+def lora_targets(config: LlamaConfig) -> tuple[str, ...]:
+    """The projections of a model that LoRA can adapt: not those of experts."""
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    return tuple(name for name in LORA_TARGETS if config.has_mlp or name not in mlp)
 
 
 # --- families ----------------------------------------------------------------------------------
@@ -263,19 +344,147 @@ def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    layers = fields.integer(config, "num_hidden_layers", CONFIG) or 1
-    first = fields.integer(config, "max_window_layers", CONFIG, default=28, least=0)
-    if fields.boolean(config, "use_sliding_window", CONFIG) and first < layers:
-        raise InputError(
-            "use_sliding_window is true: a Qwen2 whose upper layers slide is not supported; "
-            "set it to false in config.json to attend to everything"
-        )
+    _refuse_sliding_layers(config)
     read: dict[str, Any] = {"qkv_bias": True}
     return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 32}
 
 
+def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_sliding_layers(config)
+    attention_bias = fields.boolean(config, "attention_bias", CONFIG)  # of q, k, v and o
+    read: dict[str, Any] = {"qk_norm": True, "qkv_bias": attention_bias, "o_bias": attention_bias}
+    left_out = {"num_key_value_heads": 32, "head_dim": 128}
+    return read | {name: value for name, value in left_out.items() if name not in config}
+
+
+def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    attention_bias = fields.boolean(config, "attention_bias", CONFIG)
+    window = None
+    if fields.boolean(config, "use_sliding_window", CONFIG):  # of all layers
+        window = fields.integer(config, "sliding_window", CONFIG, default=4096)
+    read: dict[str, Any] = {
+        "qk_norm": True,
+        "qkv_bias": attention_bias,
+        "o_bias": attention_bias,
+        "sliding_window": window,
+        "mixture": _read_qwen_mixture(config),
+    }
+    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 4}
+
+
+def _read_qwen_mixture(config: Mapping[str, Any]) -> MixtureConfig | None:
+    # transformers 5 writes `num_local_experts`; all files before it, `num_experts`.
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    experts = fields.integer(config, name, CONFIG, default=128, least=0)
+    layers = range(fields.integer(config, "num_hidden_layers", CONFIG) or 1)
+    step = fields.integer(config, "decoder_sparse_step", CONFIG, default=1)
+    only = config.get("mlp_only_layers") or []
+    if not isinstance(only, list) or not all(type(n) is int for n in only):
+        raise InputError(
+            f"config.json: mlp_only_layers must be a list of layers, got {fields.shown(only)}"
+        )
+    dense = tuple(n for n in layers if n in only or (n + 1) % step)
+    if not experts or len(dense) == len(layers):
+        return None
+    return MixtureConfig(
+        num_experts=experts,
+        num_experts_per_tok=fields.integer(config, "num_experts_per_tok", CONFIG, default=8),
+        moe_intermediate_size=fields.integer(config, "moe_intermediate_size", CONFIG, default=768),
+        norm_topk_prob=fields.boolean(config, "norm_topk_prob", CONFIG),
+        dense_layers=dense,
+        router_aux_loss_coef=_read_aux_loss(config),
+    )
+
+
+def _write_qwen3_moe(config: LlamaConfig) -> dict[str, Any]:
+    window = config.sliding_window
+    written: dict[str, Any] = {
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "mlp_only_layers": list(config.dense_layers),
+        "decoder_sparse_step": 1,
+    }
+    if config.mixture is None:
+        return written | {"num_experts": 0}
+    names = "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob".split()
+    names.append("router_aux_loss_coef")
+    return written | {name: getattr(config.mixture, name) for name in names}
+
+
+def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    width = fields.integer(config, "intermediate_size", CONFIG)
+    if width is None:
+        raise InputError("config.json lacks intermediate_size")
+    # Its weights are a softmax over the chosen experts alone: the same as these.
+    mixture = MixtureConfig(
+        num_experts=fields.integer(config, "num_local_experts", CONFIG, default=8),
+        num_experts_per_tok=fields.integer(config, "num_experts_per_tok", CONFIG, default=2),
+        moe_intermediate_size=width,
+        norm_topk_prob=True,
+        router_aux_loss_coef=_read_aux_loss(config),
+    )
+    read: dict[str, Any] = {
+        "mixture": mixture,
+        "sliding_window": fields.integer(config, "sliding_window", CONFIG),
+        "rope": RopeConfig.from_hf({"rope_theta": 1_000_000.0} | dict(config)),
+    }
+    return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 8}
+
+
+def _write_mixtral(config: LlamaConfig) -> dict[str, Any]:
+    mixture = config.mixture
+    assert mixture is not None
+    return {
+        "num_local_experts": mixture.num_experts,
+        "num_experts_per_tok": mixture.num_experts_per_tok,
+        "router_aux_loss_coef": mixture.router_aux_loss_coef,
+        "sliding_window": config.sliding_window,
+    }
+
+
+def _read_aux_loss(config: Mapping[str, Any]) -> float:
+    return fields.number(config, "router_aux_loss_coef", CONFIG, default=0.001, least=0)
+
+
+def _refuse_sliding_layers(config: Mapping[str, Any]) -> None:
+    layers = fields.integer(config, "num_hidden_layers", CONFIG) or 1
+    first = fields.integer(config, "max_window_layers", CONFIG, default=28, least=0)
+    if fields.boolean(config, "use_sliding_window", CONFIG) and first < layers:
+        raise InputError(
+            "use_sliding_window is true: a Qwen whose upper layers slide is not supported; "
+            "set it to false in config.json to attend to everything"
+        )
+
+
+# Keys by which relatives of these families compute something else. Unless they are null, false,
+# zero or empty, they are refused; whatever else a file says is about other things.
+_ELSEWHERE = (
+    "attention_chunk_size attn_logit_softcapping attn_temperature_tuning clip_qkv "
+    "embedding_multiplier final_logit_softcapping logit_scale logits_scaling no_rope_layers "
+    "first_k_dense_replace moe_layer_freq n_group n_shared_experts num_shared_experts "
+    "query_pre_attn_scalar residual_multiplier routed_scaling_factor router_jitter_noise "
+    "scoring_func shared_expert_intermediate_size topk_group"
+).split()
+
+
+def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
+    for name in _ELSEWHERE:
+        if config.get(name):
+            raise InputError(
+                f"config.json sets {name} ({fields.shown(config[name])}), which changes what a "
+                "model computes and is not supported"
+            )
+    layer_types = config.get("layer_types")
+    if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:
+        raise InputError(
+            f"config.json has layer_types {fields.shown(layer_types)}: only layers of "
+            "full_attention are supported"
+        )
+
+
 # By model_type. A family whose layers have other modules also adds them to
-# `dca_jax.weights.parameters.TABLE` and to `dca_jax.model`.
+# `dca_jax.weights.parameters.TABLE` and to `dca_jax.layers`.
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -288,6 +497,11 @@ FAMILIES = {
         lambda config: {"sliding_window": config.sliding_window},
     ),
     "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, lambda config: {}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", _read_qwen3, lambda config: {"attention_bias": config.qkv_bias}
+    ),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe),
+    "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
 }
 
 
@@ -341,7 +555,11 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
     """What each letter of a shape stands for in this model."""
-    return {
+    mixture = config.mixture
+    experts = {}
+    if mixture is not None:
+        experts = {"E": mixture.num_experts, "M": mixture.moe_intermediate_size}
+    return experts | {
         "V": config.vocab_size,
         "D": config.hidden_size,
         "F": config.intermediate_size,

@@ -32,7 +32,7 @@ Figure 2 of the paper (s = 6, Q = 9, 12 tokens), the matrix P_q(i) - P_k(j):
 Everything fast (`dca_jax.attention`) computes what `dense_attention` here computes.
 """
 
-import logging
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -50,8 +50,6 @@ from dca_jax.rope import rotate
 
 Phase = Literal["inter", "succ", "intra"]
 PHASES: tuple[Phase, ...] = ("inter", "succ", "intra")  # in the order of their keys
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +152,8 @@ class DCAConfig:
         `chunk_size` there is the largest query position and `local_size` the window, so
         s = chunk_size - local_size. With `original_max_position_embeddings` c, the servers that
         read this key also apply the temperature with a = 0.1, and so does this (it is 1 up to c
-        tokens). `trained_length` is c without a temperature, as `to_hf` writes it. Sparse
-        attention, where asked for, is an approximation of the dense attention computed here; that
-        is logged once.
+        tokens). `trained_length` is c without a temperature, as `to_hf` writes it. Of its keys for
+        sparse attention, see `SparseConfig`.
         """
         missing = [key for key in ("chunk_size", "local_size") if config.get(key) is None]
         if missing:
@@ -168,11 +165,6 @@ class DCAConfig:
             raise InputError(
                 "dual_chunk_attention_config needs integers 0 <= local_size < chunk_size, got "
                 f"local_size {local_size!r} and chunk_size {chunk_size!r}"
-            )
-        if config.get("sparse_attention_enabled") or config.get("sparse_attention_config"):
-            log.warning(
-                "This checkpoint asks for sparse attention; dense attention, which it "
-                "approximates, is used instead."
             )
         trained = fields.integer(config, "original_max_position_embeddings", where, least=0) or None
         return cls(
@@ -205,6 +197,59 @@ class DCAConfig:
             key = "original_max_position_embeddings" if slope else "trained_length"
             config[key] = self.trained_length
         return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """What a `dual_chunk_attention_config` asks of sparse attention while a prompt is read.
+
+    It approximates dense attention, which is computed here: the keys are kept, for who asks.
+
+    Attributes:
+        enabled: whether the checkpoint asks for it. None: it does not say; servers then take a
+            table (`patterns`) for a yes.
+        threshold: tokens up to which a text is read densely all the same.
+        last_q: queries from which the pattern of a piece is estimated.
+        patterns: the table of each layer's heads, as JSON; None without one.
+    """
+
+    enabled: bool | None = None
+    threshold: int = 32768
+    last_q: int = 64
+    patterns: str | None = None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "SparseConfig | None":
+        """Reads a `dual_chunk_attention_config`; None if it has no such key."""
+        if not any(key.startswith(SPARSE) and value is not None for key, value in config.items()):
+            return None
+        where, table = "dual_chunk_attention_config", config.get("sparse_attention_config")
+        said = config.get("sparse_attention_enabled") is not None
+        return cls(
+            enabled=fields.boolean(config, "sparse_attention_enabled", where) if said else None,
+            threshold=fields.integer(config, "sparse_attention_threshold", where, default=32768),
+            last_q=fields.integer(config, "sparse_attention_last_q", where, default=64),
+            patterns=None if table is None else json.dumps(table),
+        )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a server of this checkpoint would use it."""
+        return self.patterns is not None if self.enabled is None else self.enabled
+
+    def to_hf(self) -> dict[str, Any]:
+        """The keys of `dual_chunk_attention_config` that `from_hf` reads back."""
+        table = None if self.patterns is None else json.loads(self.patterns)
+        written = {
+            "sparse_attention_enabled": self.enabled,
+            "sparse_attention_config": table,
+            "sparse_attention_threshold": self.threshold,
+            "sparse_attention_last_q": self.last_q,
+        }
+        return {key: value for key, value in written.items() if value is not None}
+
+
+SPARSE = "sparse_attention_"  # what its keys begin with
 
 
 # --- published settings ------------------------------------------------------------------------

@@ -1,17 +1,17 @@
-"""Llama, from top to bottom: Llama 2 and 3, CodeLlama, Vicuna, Mistral, Qwen2.
+"""The decoder: Llama 2 and 3, CodeLlama, Vicuna, Mistral, Qwen2 and 3, and mixtures of experts.
 
 Shapes: B batch, T query, S key, N query heads, K kv heads, H head_dim, D model, F ffw, V vocab,
-L layers. The layers are stacked on a leading axis and run by one `lax.scan`.
+L layers. The layers are stacked on a leading axis and run by one `lax.scan`, or, where some have an
+MLP and some a mixture of experts, by one for each run of layers that are alike.
 """
 
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -24,160 +24,17 @@ from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.experts import Balance, Experts, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache
+from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm
 from dca_jax.sharding import Shards
 
-# Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
-Attend = Callable[[Array, Array, Array], Array]
-
 # What is kept of a layer for the backward pass, by name; the rest is computed again from it.
-PRODUCT = "product"  # the name of what a `Linear` gives
 REMAT: dict[str, Callable[..., Any]] = {
     "layer": jax.checkpoint_policies.nothing_saveable,  # its input only
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # and what attention gave
     "products": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),  # and projections
 }
-
-
-class Linear(nnx.Module):
-    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x.
-
-    Called with the letters of the input's and the output's axes after batch and tokens: ("D", "NH")
-    takes [B, T, D] to [B, T, N, H].
-
-    A quantized kernel is int8, with a scale for each output. With LoRA (arXiv 2106.09685), low-rank
-    and float32, y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not
-    trained takes no gradient.
-    """
-
-    def __init__(
-        self,
-        layers: tuple[int, ...],
-        inputs: tuple[int, ...],
-        outputs: tuple[int, ...],
-        *,
-        bias: bool = False,
-        lora: LoraConfig | None = None,
-        quantized: bool = False,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        kernel = layers + inputs + outputs
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel, dtype))
-        self.bias = nnx.Param(jnp.zeros(layers + outputs, dtype)) if bias else None
-        scale = layers + (1,) * len(inputs) + outputs
-        self.kernel_scale = nnx.Param(jnp.ones(scale, jnp.float32)) if quantized else None
-        a: Any = None
-        b: Any = None
-        if lora is not None:
-            # The authors' code and PEFT draw A from this range too; with B = 0, y is the base's.
-            shape, bound = (*layers, *inputs, lora.rank), math.prod(inputs) ** -0.5
-            a = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-            b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
-        self.lora, self.lora_a, self.lora_b = lora, a, b
-
-    def __call__(self, x: Array, inputs: str, outputs: str) -> Array:
-        kernel = self.kernel[...]
-        shards = Shards.of(kernel)
-
-        def product(subscripts: str, x: Array, kernel: Array) -> Array:
-            # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
-            precision = "highest" if x.dtype == jnp.float32 else None
-            kernel = kernel.astype(x.dtype)
-            place = shards.product(subscripts, x, kernel)
-            return jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
-
-        if self.kernel_scale is None:
-            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
-        else:
-            kernel = shards.gathered(kernel).astype(jnp.float32)
-            kernel *= shards.gathered(self.kernel_scale[...])
-        y = product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
-        if self.lora is not None:
-            low = product(f"BT{inputs},{inputs}R->BTR", x, shards.gathered(self.lora_a[...]))
-            low = checkpoint_name(low * self.lora.scale, PRODUCT)
-            y += product(f"BTR,R{outputs}->BT{outputs}", low, shards.gathered(self.lora_b[...]))
-        if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return checkpoint_name(y, PRODUCT)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale; the mean of squares in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, shape: tuple[int, ...], epsilon: float, *, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        full = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
-        normed = (full * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * self.scale[...].astype(x.dtype)[None, None, :]
-
-
-class Attention(nnx.Module):
-    """Projections around attention; what is attended to is the caller's affair."""
-
-    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
-        D, H = config.hidden_size, config.head_dim
-        N, K = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = linear("q_proj", (D,), (N, H), bias=config.qkv_bias)
-        self.k_proj = linear("k_proj", (D,), (K, H), bias=config.qkv_bias)
-        self.v_proj = linear("v_proj", (D,), (K, H), bias=config.qkv_bias)
-        self.o_proj = linear("o_proj", (N, H), (D,), bias=config.o_bias)
-
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
-        query = self.q_proj(x, "D", "NH")
-        key = self.k_proj(x, "D", "KH")
-        value = self.v_proj(x, "D", "KH")
-        return self.o_proj(attend(query, key, value), "NH", "D")
-
-
-class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
-        D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear("gate_proj", (D,), (F,), bias=config.mlp_bias)
-        self.up_proj = linear("up_proj", (D,), (F,), bias=config.mlp_bias)
-        self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = jax.nn.silu(self.gate_proj(x, "D", "F"))
-        return self.down_proj(gate * self.up_proj(x, "D", "F"), "F", "D")
-
-
-class Layer(nnx.Module):
-    """All layers, stacked; one slice of it, inside the scan, is one pre-norm decoder layer."""
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        lora: LoraConfig | None,
-        quantized: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        L, D, epsilon = config.num_hidden_layers, config.hidden_size, config.rms_norm_eps
-
-        def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], **options: Any):
-            adapter = lora if lora is not None and name in lora.targets else None
-            options |= {"lora": adapter, "quantized": quantized, "dtype": dtype, "rngs": rngs}
-            return Linear((L,), inputs, outputs, **options)
-
-        self.input_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
-        self.self_attn = Attention(config, linear)
-        self.post_attention_layernorm = RMSNorm((L, D), epsilon, dtype=dtype)
-        self.mlp = MLP(config, linear)
-
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
-        with jax.named_scope("self_attn"):
-            x = x + self.self_attn(self.input_layernorm(x), attend)
-        with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Embed(nnx.Module):
@@ -224,7 +81,7 @@ class Llama(nnx.Module):
         self.dtype, self.remat, self.implementation = jnp.dtype(dtype), remat, implementation
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
         self.lora, self.quantized = lora, quantized
-        self.layers = Layer(config, lora=lora, quantized=quantized, dtype=param_dtype, rngs=rngs)
+        self.layers = Layers(config, lora=lora, quantized=quantized, dtype=param_dtype, rngs=rngs)
         self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype=param_dtype)
         D, V, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = None if tied else Linear((), (D,), (V,), dtype=param_dtype, rngs=rngs)
@@ -240,6 +97,19 @@ class Llama(nnx.Module):
         """
         hidden, _ = self.hidden_states(tokens, lengths=lengths)
         return self.unembed(hidden)
+
+    def balanced_hidden_states(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Normed hidden states of whole texts, and how unevenly experts were chosen for them.
+
+        The second is `dca_jax.experts.load_balancing_loss` over all real tokens and layers,
+        float32; 0 for a model without experts.
+        """
+        self.check_window(tokens.shape[1])
+        rows, _ = self._place_rows(tokens, lengths, None, None)
+        x, _, balance = self._read_text(tokens, rows, None)
+        return x, jnp.float32(0) if balance is None else load_balancing_loss(balance)
 
     def hidden_states(
         self,
@@ -280,7 +150,7 @@ class Llama(nnx.Module):
             self.check_window(tokens.shape[1])
         rows, frequency_lengths = self._place_rows(tokens, lengths, cache, context_lengths)
         if cache is None:
-            x, kept = self._read_text(tokens, rows, new_cache)
+            x, kept, _ = self._read_text(tokens, rows, new_cache)
         else:
             x, kept = self._read_after_cache(tokens, rows, cache, cache_layers)
         if kept is None:
@@ -326,8 +196,11 @@ class Llama(nnx.Module):
 
     def _read_text(
         self, tokens: Int[Array, "B T"], rows: Rows, new_cache: DTypeLike | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """Whole texts: hidden states; and, with `new_cache`, keys and values [L, B, T, KH]."""
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Balance | None]:
+        """Whole texts: hidden states; with `new_cache`, keys and values [L, B, T, KH].
+
+        And, of a mixture of experts, how they were chosen.
+        """
         num_new, shards = tokens.shape[1], Shards.of(self.norm.scale[...])
         context = shards.size("context")
         if context > 1 and new_cache is not None and num_new % (2 * context):
@@ -335,10 +208,13 @@ class Llama(nnx.Module):
                 f"a cache shared by {context} devices needs a capacity that is a multiple of "
                 f"{2 * context}, got {num_new} tokens; pad them"
             )
+        real = jnp.arange(num_new, dtype=jnp.int32)[None, :] < rows.lengths[:, None]
         if context > 1:
-            tokens = pad_to_zigzag(tokens, context)
+            tokens, real = pad_to_zigzag(tokens, context), pad_to_zigzag(real, context)
 
-        def run_layer(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
+        def run_layer(
+            x: Array, block: Block
+        ) -> tuple[Array, tuple[tuple[Array, Array] | None, Balance | None]]:
             kept: tuple[Array, Array] | None = None
 
             def attend(query: Array, key: Array, value: Array) -> Array:
@@ -354,14 +230,21 @@ class Llama(nnx.Module):
                     kept = key.astype(new_cache), value.astype(new_cache)
                 return out
 
-            x = layer(x, attend)
-            return x, kept
+            x, routing = block(x, attend)
+            return x, (kept, None if routing is None else balance_of(routing, real))
 
         if self.remat is not None:
             run_layer = jax.checkpoint(run_layer, policy=REMAT[self.remat])
-        x, kept = jax.lax.scan(run_layer, self._embed(tokens, shards.out("BTD")), self.layers)
+        x, of_layers = self._embed(tokens, shards.out("BTD")), []
+        for run in self.layers.runs():
+            x, of_run = jax.lax.scan(run_layer, x, run.block)
+            of_layers.append(of_run)
+        kept, balance = (
+            _joined([part for part in parts if part is not None])
+            for parts in zip(*of_layers, strict=True)
+        )
         x = self.norm(x)
-        return (x if context == 1 else unpad_from_zigzag(x, num_new, shards)), kept
+        return (x if context == 1 else unpad_from_zigzag(x, num_new, shards)), kept, balance
 
     def _read_after_cache(
         self,
@@ -376,10 +259,14 @@ class Llama(nnx.Module):
             numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
-            carry: tuple[Array, Array, Array], xs: tuple[Layer, Array]
+            experts: Experts | None,
+            carry: tuple[Array, Array, Array],
+            xs: tuple[Block, Array, Array],
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            layer, number = xs
+            block, number, own = xs
+            if experts is not None:
+                block = block._replace(feed_forward=experts)
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal keys, values
@@ -392,12 +279,17 @@ class Llama(nnx.Module):
                 )
                 return out
 
-            x = layer(x, attend)
+            x, _ = block(x, attend, own)
             return (x, keys, values), None
 
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
         carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
-        (x, keys, values), _ = jax.lax.scan(run_layer, carry, (self.layers, numbers))
+        for run in self.layers.runs():
+            last = run.whole.feed_forward
+            experts = last if isinstance(last, Experts) else None  # nor are experts, to be copied
+            xs = run.around_experts, numbers[run.start : run.stop], run.numbers
+            carry, _ = jax.lax.scan(partial(run_layer, experts), carry, xs)
+        x, keys, values = carry
         return self.norm(x), (keys, values)
 
     def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
@@ -515,6 +407,13 @@ class Llama(nnx.Module):
                 f"this model's plain attention slides over {window} tokens, and {length} were "
                 "asked for; use DCA (dca=...), which reads texts of any length"
             )
+
+
+def _joined(parts: list[Any]) -> Any:
+    """What runs of layers gave, as of all layers; None if none gave anything."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 A mesh has four axes, any of them of size 1; on one device there is no mesh, and the same code runs:
 
     data      rows of a batch; each device has all parameters
-    fsdp      rows of a batch too, and parameters cut along D; a layer's are gathered when it is run
+    fsdp      rows of a batch too, and parameters cut along D; a layer's are gathered when it is
+              run. Experts are cut by their number, and tokens go to them (`dca_jax.experts`)
     context   tokens of each text (`dca_jax.attention.parallel.context`), and of its KV cache
-    tensor    heads, the MLP's inner dimension and the vocabulary
+    tensor    heads, the inner dimension of MLP and experts, and the vocabulary
 
 Arrays are sharded explicitly: their types say how, and JAX refuses what does not fit together
 instead of moving data in silence. `make_mesh` makes a mesh, `parameter_shardings` says where a
@@ -39,6 +40,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
+    "E": ("fsdp",),
+    "M": ("tensor",),
     "V": ("tensor",),
 }
 STORED = RULES | {"D": ("fsdp",)}
@@ -111,10 +114,16 @@ def partition(
     sizes: Mapping[str, int],
     rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
-    """How an array with these axes lies on a mesh; kv heads that do not divide are left whole."""
+    """How an array with these axes lies on a mesh; kv heads that do not divide are left whole.
+
+    A mesh axis cuts an array once: the first of its axes that the rules cut by it (experts E, then
+    not D).
+    """
     entries: list[tuple[str, ...] | None] = []
     for letter, size in zip(letters, shape, strict=True):
         axes = rules.get(letter)
+        if axes is not None and any(axes == taken for taken in entries):
+            axes = None
         if letter == "K" and axes is not None and size % math.prod(sizes[axis] for axis in axes):
             axes = None
         entries.append(axes)

@@ -41,16 +41,23 @@ def random_tensors(
     vocab, width, ffw = (config[k] for k in ("vocab_size", "hidden_size", "intermediate_size"))
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
+    kind = config["model_type"]
     linears = {
         "self_attn.q_proj": (query, width),
         "self_attn.k_proj": (key, width),
         "self_attn.v_proj": (key, width),
         "self_attn.o_proj": (width, query),
-        "mlp.gate_proj": (ffw, width),
-        "mlp.up_proj": (ffw, width),
-        "mlp.down_proj": (width, ffw),
     }
-    qwen = config["model_type"] == "qwen2"
+    mlp = {"gate_proj": (ffw, width), "up_proj": (ffw, width), "down_proj": (width, ffw)}
+    inner = ffw if kind == "mixtral" else config.get("moe_intermediate_size")
+    experts = {
+        "mixtral": ("block_sparse_moe", {"w1": (inner, width), "w2": (width, inner)}, "w3"),
+        "qwen3_moe": (
+            "mlp",
+            {"gate_proj": (inner, width), "down_proj": (width, inner)},
+            "up_proj",
+        ),
+    }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -58,10 +65,24 @@ def random_tensors(
             shapes[f"{prefix}{name}.weight"] = (width,)
         for name, shape in linears.items():
             shapes[f"{prefix}{name}.weight"] = shape
-            attention = name.startswith("self_attn")
-            biased = config.get("attention_bias" if attention else "mlp_bias", False)
-            if biased or (qwen and name[-6] in "qkv" and attention):
+            biased = config.get("attention_bias", False)
+            if biased or (kind == "qwen2" and name[-6] in "qkv"):
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
+        if kind.startswith("qwen3"):
+            for name in ("q_norm", "k_norm"):
+                shapes[f"{prefix}self_attn.{name}.weight"] = (config["head_dim"],)
+        if kind in experts and layer not in config.get("mlp_only_layers", ()):
+            block, matrices, up = experts[kind]
+            count = config.get("num_experts", config.get("num_local_experts"))
+            shapes[f"{prefix}{block}.gate.weight"] = (count, width)
+            for number in range(count):
+                for name, shape in (matrices | {up: (inner, width)}).items():
+                    shapes[f"{prefix}{block}.experts.{number}.{name}.weight"] = shape
+            continue
+        for name, shape in mlp.items():
+            shapes[f"{prefix}mlp.{name}.weight"] = shape
+            if config.get("mlp_bias", False):
+                shapes[f"{prefix}mlp.{name}.bias"] = shape[:1]
     shapes["model.norm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, width)

@@ -310,6 +310,24 @@ def test_ids_are_those_of_transformers(llm: Any) -> None:
     assert llm.apply_chat_template(TALK) == wanted
 
 
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_thinking_is_what_transformers_calls_enable_thinking(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, thinking: bool | None
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "chat_template", TEMPLATES["qwen-3"])
+    asked = {} if thinking is None else {"enable_thinking": thinking}
+    for messages in (TALK, CONVERSATIONS["tools"]):
+        wanted = llm.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **asked
+        )
+        assert llm.apply_chat_template(messages, thinking=thinking) == wanted
+    prompt = llm.apply_chat_template(TALK, thinking=thinking)
+    answer = llm.chat(TALK, max_new_tokens=1, thinking=thinking)
+    assert answer.prompt_tokens == len(prompt)
+    unasked = llm.apply_chat_template(TALK)
+    assert (prompt != unasked) == (thinking is False)
+
+
 def test_what_json_has_under_another_name_is_taken(templates: ChatTemplates) -> None:
     message = {"role": np.str_("user"), "content": ("a", np.int64(3)), "n": np.float32(0.5)}
     text = write(templates, "{{ messages[0] | tojson }}", (message,))

@@ -1,12 +1,19 @@
 """config.json, old and new, of every family; and what is refused, by name."""
 
-import pytest
+import json
+import math
+from pathlib import Path
 
-from dca_jax.config import LlamaConfig, choose_dca
-from dca_jax.dca import DCAConfig
+import pytest
+from shared_fixtures import invoke
+
+from dca_jax.config import LlamaConfig, MixtureConfig, choose_dca
+from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.methods import method_by_name
+from dca_jax.planning.shapes import SHAPES
 from dca_jax.rope import RopeConfig
+from dca_jax.weights.parameters import count_parameters
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,6 +59,60 @@ QWEN_2_5_7B_1M = {
 }
 
 
+QWEN_3_30B_A3B_2507 = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+# What its config_1m.json says besides.
+LONG = {
+    "dual_chunk_attention_config": {
+        "chunk_size": 131072,
+        "local_size": 4096,
+        "original_max_position_embeddings": 131072,
+        "sparse_attention_enabled": True,
+    },
+    "max_position_embeddings": 1010000,
+}
+QWEN_3_235B_A22B_2507 = QWEN_3_30B_A3B_2507 | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+}
+QWEN_2_5_14B_1M = QWEN_2_5_7B_1M | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "max_window_layers": 48,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+}
 DCA_ALONE = {"chunk_size": 262144, "local_size": 8192}
 
 
@@ -75,6 +136,123 @@ def test_qwen_2_5_7b_1m() -> None:
         trained_length=262144,
         temperature_slope=0.1,
     )
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_qwen_3_30b_a3b_and_its_second_config() -> None:
+    config = LlamaConfig.from_hf(QWEN_3_30B_A3B_2507)
+    assert (config.head_dim, config.qk_norm, config.qkv_bias, config.dca) == (
+        128,
+        True,
+        False,
+        None,
+    )
+    assert config.mixture == MixtureConfig(
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+    )
+    assert (config.has_mlp, len(config.sparse_layers)) == (False, 48)
+    # The card: 30.5 billion, 3.3 billion of them active.
+    assert count_parameters(config) == pytest.approx(30.5e9, rel=0.002)
+    assert count_parameters(config, active=True) == pytest.approx(3.3e9, rel=0.02)
+    assert config == SHAPES["qwen3-30b-a3b"]
+    long = LlamaConfig.from_hf(QWEN_3_30B_A3B_2507 | LONG)
+    assert long.dca == DCAConfig(
+        chunk_len=126976,
+        max_query_position=131072,
+        trained_length=131072,
+        temperature_slope=0.1,
+    )
+    assert long.sparse_attention == SparseConfig(enabled=True)
+    for one in (config, long):
+        assert LlamaConfig.from_hf(one.to_hf()) == one
+
+
+def test_qwen_3_235b_a22b() -> None:
+    config = LlamaConfig.from_hf(QWEN_3_235B_A22B_2507)
+    assert count_parameters(config) == pytest.approx(235e9, rel=0.002)
+    assert count_parameters(config, active=True) == pytest.approx(22e9, rel=0.02)
+    assert config == SHAPES["qwen3-235b-a22b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({"decoder_sparse_step": 2}, (0, 2, 4)),
+        ({"mlp_only_layers": [1, 4, 9]}, (1, 4)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2, 3, 4)),
+        ({"num_experts": 0}, None),
+    ],
+)
+def test_which_layers_are_dense(change: dict, dense: tuple[int, ...] | None) -> None:
+    """transformers: an MLP where mlp_only_layers says so, and where the step does not fall."""
+    config = LlamaConfig.from_hf(QWEN_3_30B_A3B_2507 | {"num_hidden_layers": 6} | change)
+    assert config.dense_layers == (tuple(range(6)) if dense is None else dense)
+    assert (config.mixture is None) == (dense is None)
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("table", [None, [{"0": ["vertical_and_slash", 1000, 6096, 0.9]}]])
+def test_keys_of_sparse_attention_are_kept(table: object) -> None:
+    dca = LONG["dual_chunk_attention_config"] | {
+        "sparse_attention_threshold": 4096,
+        "sparse_attention_last_q": 32,
+        "sparse_attention_config": table,
+    }
+    config = LlamaConfig.from_hf(QWEN_3_30B_A3B_2507 | LONG | {"dual_chunk_attention_config": dca})
+    assert config.sparse_attention is not None
+    assert (config.sparse_attention.threshold, config.sparse_attention.wanted) == (4096, True)
+    written = config.to_hf()["dual_chunk_attention_config"]
+    assert written == {key: value for key, value in dca.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [QWEN_2_5_7B_1M, QWEN_2_5_14B_1M, QWEN_3_30B_A3B_2507, QWEN_3_235B_A22B_2507],
+    ids=["7b", "14b", "30b", "235b"],
+)
+def test_the_checkpoints_that_ask_for_dca_through_the_commands(
+    checkpoint: dict, tmp_path: Path
+) -> None:
+    """From config files alone, written from the keys that are known."""
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint))
+    is_new = checkpoint["model_type"] == "qwen3_moe"
+    if is_new:
+        (tmp_path / "config_1m.json").write_text(json.dumps(checkpoint | LONG))
+    s, largest = (126976, 131072) if is_new else (253952, 262144)
+    info = " ".join(invoke("info", tmp_path).stdout.split())
+    assert f"s = {s}, Q = {largest}, temperature from {largest} tokens" in info
+    assert "up to 1010000 tokens" in info
+    assert ("up to 262144 tokens" in info) == is_new
+    shown = invoke("explain", tmp_path, "--length", "1M").stdout
+    tau = (1 + 0.1 * math.log(2**20 / largest)) ** 2  # m^2, as those servers have it
+    assert f"chunk length s            {s} tokens" in shown
+    assert f"logits x {tau:.4f} (slope 0.1)" in shown
+    options = ("--device", "h200", "--context-length", "1M", "--json")
+    found = json.loads(invoke("plan", tmp_path, *options).stdout)
+    assert found["fits"]
+    assert (found["active_weights"] is not None) == is_new
+    short = invoke("explain", tmp_path, "--length", "64k").stdout
+    assert ("196608 tokens" if is_new else f"{s} tokens") in short  # 3/4 of 262,144
+
+
+def test_mixtral() -> None:
+    """Also what its first config.json left out."""
+    raw = LLAMA_2_7B | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 8,
+        "router_aux_loss_coef": 0.02,
+        "max_position_embeddings": 32768,
+    }
+    config = LlamaConfig.from_hf(raw)
+    assert count_parameters(config) == pytest.approx(46.7e9, rel=0.001)
+    assert count_parameters(config, active=True) == pytest.approx(12.9e9, rel=0.002)
+    assert config.rope.theta == 1_000_000.0
+    assert config.mixture is not None
+    assert config.mixture.router_aux_loss_coef == 0.02
     assert LlamaConfig.from_hf(config.to_hf()) == config
 
 
@@ -169,6 +347,9 @@ def test_max_sequence_length_that_is_none(wrong: object) -> None:
         ({"head_dim": 65}, "even"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "lacks local_size"),
+        ({"n_shared_experts": 1}, r"sets n_shared_experts \(1\), which changes what"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types"),
+        ({"final_logit_softcapping": 30.0}, "sets final_logit_softcapping"),
     ],
 )
 def test_refused(change: dict, message: str) -> None:
@@ -194,7 +375,13 @@ def test_rope_default_is_shared_safely() -> None:
     assert LlamaConfig.from_hf(LLAMA_2_7B).rope == RopeConfig()
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig"),
+        "MixtralConfig",
+    ],
+)
 def test_what_a_file_leaves_out_is_as_in_transformers(name: str) -> None:
     import transformers
 
@@ -206,6 +393,13 @@ def test_what_a_file_leaves_out_is_as_in_transformers(name: str) -> None:
     ).split()
     ours = LlamaConfig.from_hf({key: written[key] for key in sizes})
     assert ours.num_key_value_heads == theirs.num_key_value_heads
+    if name == "Qwen3Config":
+        assert ours.head_dim == theirs.head_dim
+    if ours.mixture is not None:
+        assert ours.mixture.num_experts == theirs.num_local_experts
+        assert ours.mixture.num_experts_per_tok == theirs.num_experts_per_tok
+        assert ours.mixture.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
+        assert ours.mixture.router_aux_loss_coef == theirs.router_aux_loss_coef
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]

@@ -81,6 +81,40 @@ def test_round_trip_is_bit_identical(tmp_path, monkeypatch, dtype, piece_size):
     assert_same_bits(read_safetensors(tmp_path / "back"), read_safetensors(source))
 
 
+QWEN_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+    "mlp_only_layers": [1],
+}
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+}
+
+
+@pytest.mark.parametrize("family", [QWEN_EXPERTS, MIXTRAL], ids=["qwen3_moe", "mixtral"])
+def test_experts_there_and_back(tmp_path, monkeypatch, family):
+    """One tensor for each expert there, one array here; in pieces; loaded alike from both."""
+    monkeypatch.setattr(parameters_module, "PIECE_SIZE", 50)
+    source, orbax = converted(tmp_path, shards=3, **family)
+    orbax_to_hf.convert(orbax, tmp_path / "back", shard_bytes=4000)
+    assert_same_bits(read_safetensors(tmp_path / "back"), read_safetensors(source))
+    config = read_config(source)
+    found = [load_weights(path, config, dtype=jnp.float32) for path in (source, orbax)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    up = found[0]["layers"]["experts"]["up_proj"]["kernel"]
+    names = "mlp.experts.3.up_proj", "block_sparse_moe.experts.3.w3"
+    theirs = read_safetensors(source)
+    name = next(n for n in names if f"model.layers.2.{n}.weight" in theirs)
+    np.testing.assert_array_equal(
+        up[-1, 3], theirs[f"model.layers.2.{name}.weight"].T.astype(np.float32)
+    )
+
+
 def test_round_trip_of_a_checkpoint_with_two_dtypes(tmp_path):
     config = tiny_config()
     tensors = random_tensors(config)

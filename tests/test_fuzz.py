@@ -19,6 +19,7 @@ import pytest
 from conversion_helpers import TINY, make_tiny
 from test_chat_templates import CONVERSATIONS, TEMPLATES
 from test_documents import damaged_pdf, write_pdf
+from tiny_gguf import byte_level, wide_config, write_gguf
 from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
 
 from dca_jax.config import LlamaConfig, choose_dca
@@ -31,7 +32,9 @@ from dca_jax.inference.chat_templates import ChatTemplates
 from dca_jax.inference.requests import read_lines
 from dca_jax.inference.tokenizer import decode, encode, find_stop_ids, load_tokenizer
 from dca_jax.weights.folder import load_weights
-from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.gguf_file import read_gguf
+from dca_jax.weights.gguf_tokenizer import tokenizer_files
+from dca_jax.weights.huggingface import open_checkpoint, read_config
 
 NUMBER = int(os.environ.get("DCA_JAX_FUZZ", "12"))
 SLOW = max(NUMBER // 10, 3)  # of those that take a process each, or seconds
@@ -189,6 +192,10 @@ class Kinds:
                 filters=b"/Filter /FlateDecode",
             ).read_bytes(),
         ]
+        tokenizer = byte_level(byte_level_tokenizer(), "gpt-2")
+        gguf = folder / "good.gguf"
+        write_gguf(gguf, wide_config(num_hidden_layers=1), ["Q4_0"], tokenizer=tokenizer)
+        self.gguf_bytes = gguf.read_bytes()
         self.templates = ChatTemplates()
 
     def config(self, rng: random.Random) -> None:
@@ -224,6 +231,21 @@ class Kinds:
         ids = encode(tokenizer, "Call me <s>Ishmaël 海")
         assert all(isinstance(number, int) for number in ids)
         decode(tokenizer, ids).encode()
+
+    def gguf(self, rng: random.Random) -> None:
+        header = self.gguf_bytes.rindex(b"blk.0.") + 80  # all but the weights
+        begin, rest = bytearray(self.gguf_bytes[:header]), self.gguf_bytes[header:]
+        for _ in range(rng.choice((0, 1, 1, 2, 9))):
+            begin[rng.randrange(header)] = rng.choice((0, 1, 3, 0xFF, rng.randrange(256)))
+        content = (damaged_bytes(begin, rng) if rng.random() < 0.3 else bytes(begin)) + rest
+        path = self.folder / "damaged.gguf"
+        path.write_bytes(content)
+        config = read_config(path)
+        checkpoint = open_checkpoint(path, config)
+        assert sum(map(len, checkpoint.tensors.values())) == 12
+        files = tokenizer_files(read_gguf(path))
+        json.dumps(files, ensure_ascii=False).encode()
+        find_stop_ids(path, config, None)
 
     def requests(self, rng: random.Random) -> None:
         for fields in read_lines(damaged_lines(REQUESTS, rng), "in.jsonl").values():
@@ -274,7 +296,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     return Kinds(tmp_path_factory.mktemp("fuzz"))
 
 
-FAST = "config safetensors tokenizer requests dialogues rows settings template".split()
+FAST = "config safetensors gguf tokenizer requests dialogues rows settings template".split()
 
 
 @pytest.mark.timeout(0 if NUMBER > 100 else 600)

@@ -32,6 +32,7 @@ FAMILIES = {
     "llama biased": tiny_config(attention_bias=True, mlp_bias=True),
     "mistral": tiny_config(architectures=["MistralForCausalLM"], model_type="mistral"),
     "qwen2": tiny_config(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+    "qwen3": tiny_config(architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
     "tied": tiny_config(tie_word_embeddings=True),
 }
 
@@ -55,6 +56,9 @@ def expected_params(config: dict, tensors: dict[str, np.ndarray]) -> dict:
             leaf["bias"] = stack(f"{name}.bias", *bias)
         return leaf
 
+    norms = {}
+    if config["model_type"] == "qwen3":
+        norms = {n: {"scale": stack(f"self_attn.{n}.weight")} for n in ("q_norm", "k_norm")}
     tree = {
         "embed_tokens": {"embedding": tensors["model.embed_tokens.weight"]},
         "layers": {
@@ -65,6 +69,7 @@ def expected_params(config: dict, tensors: dict[str, np.ndarray]) -> dict:
                 "k_proj": linear("self_attn.k_proj", D, 2, H, bias=(2, H)),
                 "v_proj": linear("self_attn.v_proj", D, 2, H, bias=(2, H)),
                 "o_proj": linear("self_attn.o_proj", 4, H, D),
+                **norms,
             },
             "mlp": {n: linear(f"mlp.{n}") for n in ("gate_proj", "up_proj", "down_proj")},
         },
@@ -106,12 +111,14 @@ def test_names_and_shapes_are_those_of_transformers(family):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.path)
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.path} {row.when}")
 def test_the_mapping_and_its_inverse(row):
-    config = LlamaConfig.from_hf(tiny_config())
+    mixture = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+    raw = tiny_config(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **mixture)
+    config = LlamaConfig.from_hf(raw)
     theirs = np.arange(np.prod(row.their_shape(config))).reshape(row.their_shape(config))
     ours = row.to_ours(theirs, axis_sizes(config))
-    assert ours.shape == row.shape(config)[row.stacked :]
+    assert ours.shape == row.shape(config)[row.leading :]
     np.testing.assert_array_equal(row.to_theirs(ours), theirs)
 
 

@@ -64,6 +64,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"rope_theta": 1_000_000.0}),
     "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "qwen2.5-yarn": ("Qwen2Config", {"rope_scaling": YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "rope_theta": 1_000_000.0, "attention_bias": True}),
 }
 
 

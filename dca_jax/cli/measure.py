@@ -129,7 +129,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter)
+    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, llm.model.config.vocab_size)
     else:
@@ -191,7 +191,7 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter)
+    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(
@@ -254,7 +254,7 @@ def needle_command(
         "chat": chat,
     }
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter)
+    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
             llm,
@@ -311,7 +311,7 @@ def few_shot_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     few_shot.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh, adapter)
+    llm = load_model(model, method, dtype, mesh, adapter, context=length)
     settings = {"max_length": length}
     with run(
         output, "few-shot", model, llm, settings, paper, contents(files), adapter=adapter
@@ -362,7 +362,7 @@ def l_eval_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh, adapter)
+    llm = load_model(model, method, dtype, mesh, adapter, context=length)
     settings = {"max_length": length, "chat": chat}
     with run(
         output, "l-eval", model, llm, settings, paper, contents(files), adapter=adapter
@@ -393,7 +393,7 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, [method], dtype, mesh, adapter)
+    llm = load_model(model, [method], dtype, mesh, adapter, context=max(lengths))
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
         speed.evaluate(llm.model, log, trials=trials, **options)

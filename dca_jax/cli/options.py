@@ -54,7 +54,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face folder, a converted folder, or a name on the Hugging Face Hub.",
+        help="A Hugging Face or converted folder, a GGUF file, or a name on the Hugging Face Hub.",
     ),
 ]
 MethodOption = Annotated[
@@ -84,6 +84,25 @@ MeshOption = Annotated[
 AdapterOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's folder) to merge into the weights."),
+]
+ContextOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Length of the longest text, as in 1M: a model with a second config for longer texts "
+        "(**config_1m.json**) is read by that if needed.",
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Another config of the model than its **config.json**."),
+]
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Whether the model thinks before it answers, where its chat template asks (Qwen3).",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
 NewTokensOption = Annotated[
@@ -136,6 +155,9 @@ def load_model(
     dtype: Dtype | None,
     mesh: str | None,
     adapter: Path | None,
+    *,
+    context: int | None = None,
+    config: Path | None = None,
 ) -> LLM:
     """The one place where a command loads its model: with its own rope, and no method yet.
 
@@ -144,12 +166,13 @@ def load_model(
     Raises:
         InputError: an unknown method, before the weights are read; and as `dca_jax.load`.
     """
-    config = read_config(find_folder(model, weights=False))
+    shape = read_config(find_folder(model, weights=False), context=context, file=config)
     for method in methods:
-        check_method(method, config)
+        check_method(method, shape)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         wanted = None if dtype is None else dtype.value
-        return load(model, dca=None, dtype=wanted, mesh=mesh, adapter=adapter)
+        options = {"dtype": wanted, "mesh": mesh, "adapter": adapter}
+        return load(model, dca=None, context=context, config=config, **options)
 
 
 def check_method(method: str, config: LlamaConfig) -> None:

@@ -13,13 +13,14 @@ from rich.table import Table
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.cli.options import (
     Base,
+    ConfigOption,
     Dtype,
     MethodOption,
     ModelArgument,
     Remat,
     refuse_several_processes,
 )
-from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.config import LlamaConfig, LoraConfig, lora_targets
 from dca_jax.dca import DCAConfig
 from dca_jax.disk import writing
 from dca_jax.distributed import exit_on_input_error
@@ -46,7 +47,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="The folder to convert, or a name on the Hugging Face Hub."
+            metavar="SRC",
+            help="The folder or GGUF file to convert, or a name on the Hugging Face Hub.",
         ),
     ],
     destination: Annotated[
@@ -56,7 +58,7 @@ def convert(
         Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face folder to Orbax, or a converted one back.
+    """Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.
 
     Orbax checkpoints open on any mesh of devices, each reading its own part. DST appears only when
     it is complete: after an interruption, repeat the command.
@@ -68,6 +70,8 @@ def convert(
     - `dca-jax convert Qwen/Qwen2.5-7B-Instruct-1M ./qwen-1m`
 
     - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
+
+    - `dca-jax convert ./Llama-3.1-8B-Q4_K_M.gguf ./llama3-8b --dtype bfloat16`
     """
     refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.
@@ -85,14 +89,14 @@ def convert(
 
 
 @exit_on_input_error()
-def info(model: ModelArgument) -> None:
+def info(model: ModelArgument, config: ConfigOption = None) -> None:
     """Describe a checkpoint without reading its weights.
 
     For example: `dca-jax info ./Qwen2.5-7B-Instruct-1M`
     """
     folder = find_folder(model, weights=False)
     table = Table(title=model, show_header=False)
-    for name, value in checkpoint_facts(folder, read_config(folder)).items():
+    for name, value in checkpoint_facts(folder, config).items():
         table.add_row(name, value)
     Console().print(table)
 
@@ -140,6 +144,7 @@ def plan_command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print bytes, tokens and meshes as JSON, for scripts.")
     ] = False,
+    config: ConfigOption = None,
 ) -> None:
     """Estimate memory per device before loading anything.
 
@@ -151,16 +156,18 @@ def plan_command(
 
     - `dca-jax plan llama-2-70b --device h200 --context-length 16k --train --lora-rank 16`
     """
+    tokens = parse_tokens(context_length)
+    shape = find_shape(model, context=tokens, file=config)
     found = plan(
         model,
-        find_shape(model),
+        shape,
         device=device,
         mesh=None if mesh is None else parse_mesh(mesh),
-        context_length=parse_tokens(context_length),
+        context_length=tokens,
         batch=batch,
         train=train,
         dtype=dtype.value,
-        lora=LoraConfig(rank=lora_rank) if lora_rank else None,
+        lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
         quantized=base is Base.int8,
         remat=remat.value,
     )
@@ -193,6 +200,7 @@ def explain_command(
     plot: Annotated[
         Path | None, typer.Option(help="Save a picture of the relative positions (PNG, PDF).")
     ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Show the positions that a method gives to a text: chunks, distances, temperature.
 
@@ -214,21 +222,21 @@ def explain_command(
     trained = None if trained_length is None else parse_tokens(trained_length)
     tokens = None if length is None else parse_tokens(length)
     if model is not None:
-        config = read_config(find_folder(model, weights=False))
+        shape = read_config(find_folder(model, weights=False), context=tokens, file=config)
     elif trained is not None:
-        config = _some_model(trained)
+        shape = _some_model(trained)
     elif method.startswith("dca") and "," in method:
-        config = _some_model(1)  # S and Q say all
+        shape = _some_model(1)  # S and Q say all
     else:
         raise InputError("give a MODEL, or --trained-length, or a --method such as dca:6,9")
     if tokens is None:
-        tokens = 4 * config.trained_length
+        tokens = 4 * shape.trained_length
         if model is None and trained is None:
-            setting = method_by_name(method, config, 1).dca
+            setting = method_by_name(method, shape, 1).dca
             setting = getattr(setting, "dca", setting)  # of an ablation
             assert isinstance(setting, DCAConfig)
             tokens = 4 * setting.chunk_len
-    dca, rope = method_by_name(method, config, tokens)
+    dca, rope = method_by_name(method, shape, tokens)
     if plot is not None:
         _save_plot(plot, tokens, dca)
     print(explain(dca, tokens, rope))

@@ -14,12 +14,15 @@ from rich.console import Console
 
 from dca_jax.cli.options import (
     AdapterOption,
+    ConfigOption,
+    ContextOption,
     DtypeOption,
     MeshOption,
     MethodOption,
     ModelArgument,
     NewTokensOption,
     SeedOption,
+    ThinkingOption,
     load_model,
     refuse_several_processes,
     with_sampler,
@@ -96,6 +99,9 @@ def generate(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    context: ContextOption = None,
+    config: ConfigOption = None,
+    thinking: ThinkingOption = None,
 ) -> None:
     r"""Continue a prompt, a file or many prompts, or answer a question about a document.
 
@@ -118,7 +124,11 @@ def generate(
     - `dca-jax generate ./Llama-2-70b-hf --file book.txt --mesh context=2,tensor=4`
     """
     options = Options(
-        max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, stop=stop or ()
+        max_new_tokens=parse_tokens(max_new_tokens),
+        sampler=sampler,
+        seed=seed,
+        stop=stop or (),
+        thinking=thinking,
     )
     if (document is None) != (question is None):
         raise InputError("--document and --question go together")
@@ -126,8 +136,9 @@ def generate(
         raise InputError("give either --json (to print) or --output (to write a file)")
     if output is not None:
         _check_output(output)
-    make = _requests(prompt, file, document, question, input)
-    llm = load_model(model, [method], dtype, mesh, adapter)
+    make = _requests(prompt, file, document, question, input, thinking)
+    longest = None if context is None else parse_tokens(context)
+    llm = load_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
     requests = make(llm)
     if input is None and output is None and not as_json:
         (request,) = requests
@@ -162,11 +173,16 @@ def chat(
     context_length: Annotated[
         str | None,
         typer.Option(
+            "--context-length",
+            "--context",
             metavar="TOKENS",
             help="Longest conversation to expect, for methods that depend on the length (pi, ntk, "
-            "yarn, self-extend, string; default: 4 times the trained length).",
+            "yarn, self-extend, string; default: 4 times the trained length), and for models with "
+            "a second config for longer texts (**config_1m.json**).",
         ),
     ] = None,
+    config: ConfigOption = None,
+    thinking: ThinkingOption = None,
     max_new_tokens: NewTokensOption = "1024",
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
@@ -181,9 +197,11 @@ def chat(
     For example: `dca-jax chat ./Llama-2-7b-chat-hf --temperature 0.7 --top-p 0.9`
     """
     refuse_several_processes("chat")
-    options = Options(max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed)
+    options = Options(
+        max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
+    )
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(model, [method], dtype, mesh, adapter)
+    llm = load_model(model, [method], dtype, mesh, adapter, context=length, config=config)
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
@@ -220,6 +238,7 @@ def _requests(
     document: Path | None,
     question: str | None,
     input: Path | None,
+    thinking: bool | None,
 ) -> Requests:
     """Reads the one source of prompts that is given; what it returns makes tokens of them."""
     given = [source for source in (prompt, file, document, input) if source is not None]
@@ -232,11 +251,15 @@ def _requests(
         from_stdin = str(input) == STDIN
         data = _standard_input().encode() if from_stdin else _read(input)
         lines = read_lines(data, "standard input" if from_stdin else str(input))
-        return lambda llm: make_requests(llm, lines)
+        return lambda llm: make_requests(llm, lines, thinking=thinking)
     if document is not None and question is not None:
         about = {"document": str(document), "question": question}
         text = read_document(document)
-        return lambda llm: [Request(about, question_tokens(llm, text, question))]
+        return lambda llm: [Request(about, question_tokens(llm, text, question, thinking=thinking))]
+    if thinking is not None:
+        raise InputError(
+            "--thinking is for conversations: --document with --question, or --input with messages"
+        )
     if file is not None:
         whole, named = read_document(file), {"file": str(file)}
         return lambda llm: [Request(named, llm.tokenize(whole))]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dca_jax.errors import InputError
 from dca_jax.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
+from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.tensor_files import list_tensors
 
@@ -45,13 +46,16 @@ def fingerprint(folder: Path, adapter: Path | None = None) -> dict[str, str]:
     """Checksums (SHA-256, hexadecimal) of a model's weights, and of each of its other files.
 
     Args:
-        folder: of a checkpoint that has been loaded.
+        folder: of a checkpoint that has been loaded, or its GGUF file.
         adapter: of the LoRA adapter that has been merged into it.
 
     Raises:
         InputError: a file that cannot be read.
     """
-    found = {"weights": checksum(folder, _weight_files(folder))}
+    if is_gguf(folder):  # which has all the others too
+        found = {"weights": checksum(folder.parent, gguf_files(folder))}
+    else:
+        found = {"weights": checksum(folder, _weight_files(folder))}
     for name in OTHERS:
         if (folder / name).is_file():
             found[name] = checksum(folder, [folder / name])

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from dca_jax.config import LlamaConfig
-from dca_jax.dca import DCAConfig
+from dca_jax.dca import SPARSE, DCAConfig
 from dca_jax.disk import writing
 from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.train import all_finite
 from dca_jax.weights.adapters import merge_lora, save_adapter
-from dca_jax.weights.files import copy_companions, read_json
-from dca_jax.weights.folder import open_weights
+from dca_jax.weights.files import read_json
+from dca_jax.weights.folder import copy_description, open_weights
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
 from dca_jax.weights.parameters import parameters
 
@@ -64,7 +64,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
         with writing(output / "model"):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            copy_companions(setup.folder, aside)
+            copy_description(setup.folder, aside)
             _write_config(setup, aside)
 
     def end() -> None:
@@ -100,9 +100,10 @@ def exported_config(
     """
     config = config | {"dtype": dtype}
     config.pop("torch_dtype", None)  # the same, as older files have it
-    config.pop("dual_chunk_attention_config", None)
+    before = config.pop("dual_chunk_attention_config", None) or {}
     if dca is not None:
-        config["dual_chunk_attention_config"] = dca.to_hf()
+        sparse = {key: value for key, value in before.items() if key.startswith(SPARSE)}
+        config["dual_chunk_attention_config"] = dca.to_hf() | sparse
     elif LlamaConfig.from_hf(config).trained_length != trained_length:
         config["max_position_embeddings"] = trained_length
     return config

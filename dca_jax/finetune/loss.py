@@ -1,5 +1,7 @@
 """The loss on the assistant's tokens, without ever holding the logits of a whole row."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -9,13 +11,38 @@ from dca_jax.planning.memory import LOSS_TOKENS
 from dca_jax.sharding import Shards
 
 
+class Sums(NamedTuple):
+    """Of rows; float32.
+
+    Attributes:
+        nll: over the trained tokens, of -ln p(token | those before it). tokens: their number.
+        balance: how unevenly experts were chosen (`Llama.balanced_hidden_states`).
+    """
+
+    nll: Float[Array, ""]
+    tokens: Float[Array, ""]
+    balance: Float[Array, ""]
+
+
+def objective(model: Llama, sums: Sums) -> Float[Array, ""]:
+    """What training minimizes, summed over the trained tokens.
+
+    The loss, and of a mixture of experts `router_aux_loss_coef` times the loss of uneven choices,
+    which counts once a batch: so it is given the batch's weight in the mean, its trained tokens.
+    """
+    mixture = model.config.mixture
+    if mixture is None:
+        return sums.nll
+    return sums.nll + mixture.router_aux_loss_coef * sums.balance * sums.tokens
+
+
 def summed_nll(
     model: Llama,
     tokens: Int[Array, "B T"],
     trained: Bool[Array, "B T"],
     lengths: Int[Array, " B"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The sum over trained tokens of -ln p(token | those before it), and their number; float32.
+) -> Sums:
+    """The sum over trained tokens of -ln p(token | those before it), and their number.
 
     A step's loss is the sum over all its rows divided by the number in all of them: a mean of
     means would give a token of a short answer more weight than one of a long one.
@@ -28,7 +55,7 @@ def summed_nll(
         trained: which tokens count; a row's first has nothing to be predicted from, and does not.
         lengths: real tokens of each row.
     """
-    hidden, _ = model.hidden_states(tokens, lengths=lengths)
+    hidden, balance = model.balanced_hidden_states(tokens, lengths)
     next_token = ((0, 0, 0), (-1, 1, 0))  # the last token of a row has none
     targets = jax.lax.pad(tokens, jnp.int32(0), next_token)
     counts = jax.lax.pad(trained, jnp.bool_(False), next_token)
@@ -42,7 +69,7 @@ def summed_nll(
     shards = Shards.of(kernel)
     _, nll = jax.lax.scan(of_piece, None, (_pieces(hidden, shards), _pieces(targets, shards)))
     counts = _pieces(counts, shards)
-    return jnp.where(counts, nll, 0).sum(), counts.astype(jnp.float32).sum()
+    return Sums(jnp.where(counts, nll, 0).sum(), counts.astype(jnp.float32).sum(), balance)
 
 
 def _pieces(x: Array, shards: Shards) -> Array:

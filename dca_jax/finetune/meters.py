@@ -21,7 +21,7 @@ from dca_jax.disk import writing, written
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Settings
-from dca_jax.weights.parameters import lora_parameters, parameters
+from dca_jax.weights.parameters import count_parameters, lora_parameters
 
 METRICS = "metrics.jsonl"
 AVERAGED = 20  # updates that the bar's speed is taken over
@@ -57,10 +57,9 @@ def update_flops(
     pass, of which LoRA's frozen weights need 2. Causal attention reads half the row on average: 4
     operations for each key, query head and element, thrice. What is computed again is not counted.
     """
-    table = [row for row in parameters(config) if "embed_tokens" not in row.path]
-    weights = sum(math.prod(row.shape(config)) for row in table)
-    if config.tie_word_embeddings:
-        weights += config.vocab_size * config.hidden_size
+    weights = count_parameters(config, active=True)
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # the table of tokens
     adapters = 0
     if lora is not None:
         adapters = sum(math.prod(row.shape(config)) for row in lora_parameters(config, lora))

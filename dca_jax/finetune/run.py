@@ -373,7 +373,8 @@ def make_evaluation(build: Build) -> Callable[..., float]:
 
     @jax.jit
     def sums(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_nll(build(joined(params, frozen)), *(x[0] for x in batch))
+        found = summed_nll(build(joined(params, frozen)), *(x[0] for x in batch))
+        return found.nll, found.tokens
 
     def evaluate(params: Params, frozen: Params, rows: Sequence[Rows], mesh: Mesh | None) -> float:
         found = [sums(params, frozen, place(batch, 1, mesh)) for batch in rows]

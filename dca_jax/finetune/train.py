@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.loss import objective, summed_nll
 from dca_jax.finetune.settings import Settings
 from dca_jax.model import Llama
 from dca_jax.sharding import mesh_of
@@ -161,21 +161,23 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 def summed_gradients(
     build: Build, params: Params, frozen: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""], Params]:
-    """The summed loss of all batches, the number of trained tokens, and the sum's gradient.
+    """The summed loss of all batches, the number of trained tokens, and the objective's gradient.
 
     Sums, so that each token counts alike, in whichever batch it stands.
     """
 
-    def loss(params: Params, tokens: Array, trained: Array, lengths: Array) -> tuple:
-        return summed_nll(build(joined(params, frozen)), tokens, trained, lengths)
+    def loss(params: Params, *rows: Array) -> tuple[Array, tuple[Array, Array]]:
+        model = build(joined(params, frozen))
+        sums = summed_nll(model, *rows)
+        return objective(model, sums), (sums.nll, sums.tokens)
 
-    gradient_of = jax.value_and_grad(loss, has_aux=True)
-    (nll, tokens), gradients = gradient_of(params, *(x[0] for x in batch))
+    gradient_of = jax.grad(loss, has_aux=True)
+    gradients, (nll, tokens) = gradient_of(params, *(x[0] for x in batch))
     if len(batch.tokens) == 1:
         return nll, tokens, gradients
 
     def add(sums: tuple, batch: Batch) -> tuple[tuple, None]:
-        (nll, tokens), gradients = gradient_of(params, *batch)
+        gradients, (nll, tokens) = gradient_of(params, *batch)
         return jax.tree.map(jnp.add, sums, (nll, tokens, gradients)), None
 
     rest = jax.tree.map(lambda x: x[1:], batch)

@@ -55,7 +55,7 @@ class ChatTemplates:
     def write(
         self,
         template: str,
-        variables: Mapping[str, str],
+        variables: Mapping[str, str | bool],
         messages: Sequence[Any],
         cuts: Sequence[tuple[int, bool]],
         *,
@@ -65,7 +65,8 @@ class ChatTemplates:
 
         Args:
             template: in Jinja's language.
-            variables: the special tokens by name, as in `tokenizer.special_tokens_map`.
+            variables: the special tokens by name, as in `tokenizer.special_tokens_map`; and what
+                else the template is told, such as `enable_thinking`.
             messages: `{"role": ..., "content": ...}` and whatever else the template knows.
             cuts: of each text, how many messages it has, and whether it ends in the template's
                 generation prompt.

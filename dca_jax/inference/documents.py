@@ -97,16 +97,19 @@ def ask(
     """
     chosen = Options.of(options, changes)
     if chosen.prefix is None:
-        return llm.stream(question_tokens(llm, document, question), chosen)
+        tokens = question_tokens(llm, document, question, thinking=chosen.thinking)
+        return llm.stream(tokens, chosen)
     if llm.has_chat_template:
         return llm.stream_chat([_message(document, question)], chosen)
     return llm.stream(_ending(question), chosen)
 
 
-def question_tokens(llm: LLM, document: str, question: str) -> list[int]:
-    """The prompt of `ask`, as token ids."""
+def question_tokens(
+    llm: LLM, document: str, question: str, *, thinking: bool | None = None
+) -> list[int]:
+    """The prompt of `ask`, as token ids; `thinking` as in `Options`."""
     if llm.has_chat_template:
-        return llm.apply_chat_template([_message(document, question)])
+        return llm.apply_chat_template([_message(document, question)], thinking=thinking)
     return llm.tokenize(document + _ending(question))
 
 

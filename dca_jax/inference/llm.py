@@ -93,12 +93,15 @@ class LLM:
             raise InputError("the text is empty; give at least one character")
         return encode(self._tokenizer(), text)
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, thinking: bool | None = None
+    ) -> list[int]:
         """The ids of a conversation, up to where the model's answer begins.
 
         Args:
-            messages: `{"role": ..., "content": ...}`, in order; which roles there are is the
-                template's affair.
+            messages: `{"role": ..., "content": ...}`, in order; which roles there are (tools, say),
+                and which other keys, is the template's affair.
+            thinking: as in `Options`.
 
         Raises:
             InputError: no messages, or what `ChatTemplates.write` and `encode` refuse: such as a
@@ -106,9 +109,10 @@ class LLM:
         """
         tokenizer = self._tokenizer()
         check_messages(messages)
+        asked = {} if thinking is None else {"enable_thinking": thinking}
         (text,) = self.chat_templates.write(
             own_template(tokenizer),
-            tokenizer.special_tokens_map,
+            tokenizer.special_tokens_map | asked,
             messages,
             [(len(messages), True)],
         )
@@ -161,7 +165,8 @@ class LLM:
         With a prefix, what the conversation shares with it is not read again.
         """
         chosen = Options.of(options, changes)
-        return self._generate([self.apply_chat_template(messages)], chosen)[0]
+        tokens = self.apply_chat_template(messages, thinking=chosen.thinking)
+        return self._generate([tokens], chosen)[0]
 
     def stream_chat(
         self,
@@ -171,7 +176,7 @@ class LLM:
     ) -> Generator[str]:
         """`chat`, yielding the text as it comes."""
         chosen = Options.of(options, changes)
-        return self._stream(self.apply_chat_template(messages), chosen)
+        return self._stream(self.apply_chat_template(messages, thinking=chosen.thinking), chosen)
 
     def prefill(
         self,

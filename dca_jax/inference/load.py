@@ -1,5 +1,6 @@
-"""From a checkpoint's folder, or its name on the Hugging Face Hub, to an `LLM`."""
+"""From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +11,23 @@ from jax.typing import DTypeLike
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import check_implementation
-from dca_jax.config import choose_dca
+from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import several_processes
 from dca_jax.dtypes import parse_dtype
 from dca_jax.errors import InputError
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
+from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
-from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
 from dca_jax.weights.placement import parameter_shardings
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -36,13 +40,15 @@ def load(
     implementation: str | None = None,
     mesh: Mesh | str | None = None,
     adapter: str | Path | None = None,
+    context: int | str | None = None,
+    config: str | Path | None = None,
 ) -> LLM:
     """Loads a model and its tokenizer.
 
     Args:
-        path: a Hugging Face folder, a folder converted by `checkpoints_convert`, or, where there is
-            no such folder, a model's name on the Hugging Face Hub ("owner/name"), which is then
-            downloaded into its cache.
+        path: a Hugging Face folder, a folder converted by `checkpoints_convert`, a GGUF file, or,
+            where there is none of them, a model's name on the Hugging Face Hub ("owner/name"),
+            which is then downloaded into its cache.
         dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
             setting for its trained length. None is plain attention. Or another way of giving
             positions (`dca_jax.inference.baselines`).
@@ -55,6 +61,10 @@ def load(
             None is the first device.
         adapter: folder of a LoRA adapter, PEFT's or of `dca-jax finetune`, which is merged into the
             weights as they are read.
+        context: tokens of the longest text to be read, as 1048576 or "1M". A checkpoint with a
+            second config for longer texts (Qwen's `config_1m.json`) is read by that if they need
+            it, which is logged. It limits nothing.
+        config: another file than the folder's `config.json`.
 
     Raises:
         InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
@@ -63,31 +73,44 @@ def load(
     """
     check_implementation(implementation)
     folder = find_folder(path)
-    config = read_config(folder)
+    shape = _read_config(folder, context, config)
     if rope is not None:
-        config = replace(config, rope=rope)
-    chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, config)
+        shape = replace(shape, rope=rope)
+    chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, shape)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     if mesh is None and several_processes():
         raise InputError(
             f"{jax.process_count()} processes share one model: give a mesh of all their "
             f"{jax.device_count()} devices, such as tensor={jax.device_count()}"
         )
-    sharding = None if mesh is None else parameter_shardings(config, mesh)
+    sharding = None if mesh is None else parameter_shardings(shape, mesh)
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
     tokenizer = load_tokenizer(folder)
-    stop_ids = find_stop_ids(folder, config, tokenizer)
-    params = load_weights(folder, config, dtype=dtype, sharding=sharding, adapter=adapter)
-    model = Llama.from_params(
-        config, params, dca=chosen, dtype=dtype, implementation=implementation
-    )
+    stop_ids = find_stop_ids(folder, shape, tokenizer)
+    params = load_weights(folder, shape, dtype=dtype, sharding=sharding, adapter=adapter)
+    model = Llama.from_params(shape, params, dca=chosen, dtype=dtype, implementation=implementation)
     return LLM(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         cache_dtype=_dtype(cache_dtype, dtype),
     )
+
+
+def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:
+    """The checkpoint's shape; says which config it is of, if not the usual one."""
+    tokens = parse_tokens(context) if isinstance(context, str) else context
+    file = config_file(folder, context=tokens, file=config)
+    shape = read_config(folder, file=file)
+    if file.name == LONG_CONFIG and config is None:
+        log.warning("%s is read by its %s, for a text of %d tokens", folder, LONG_CONFIG, tokens)
+    if shape.sparse_attention is not None and shape.sparse_attention.wanted:
+        log.warning(
+            "%s asks for sparse attention; dense attention, which it approximates, is computed",
+            file.name,
+        )
+    return shape
 
 
 def _dtype(dtype: DTypeLike | None, default: DTypeLike) -> jnp.dtype:

@@ -23,6 +23,7 @@ _ELSEWHERE = {
     "seed": "random_seed rng key",
     "prefix": "past_key_values cache kv_cache",
     "progress": "use_tqdm verbose",
+    "thinking": "enable_thinking",
 }
 _OURS = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names.split()}
 
@@ -37,6 +38,7 @@ class OptionNames(TypedDict, total=False):
     stop_ids: Collection[int]
     prefix: Prefix | None
     progress: bool | None
+    thinking: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Options:
         prefix: what has been read already (`LLM.prefill`).
         progress: whether a bar on stderr shows the reading of the prompt; None for long prompts if
             stderr is a terminal.
+        thinking: whether a chat model is to think before it answers, for chat templates that ask
+            (`enable_thinking`, as Qwen3's); None leaves it to the template. Of conversations only.
 
     Raises:
         InputError: a value of another type, or out of range.
@@ -64,6 +68,7 @@ class Options:
     stop_ids: Collection[int] = ()
     prefix: Prefix | None = None
     progress: bool | None = None
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         self._set("max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, LARGEST))
@@ -74,8 +79,9 @@ class Options:
         _check_type("sampler", self.sampler, Sampler, "a dca_jax.Sampler, as Sampler(top_p=0.9)")
         if self.prefix is not None:
             _check_type("prefix", self.prefix, Prefix, "what LLM.prefill returns, or None")
-        if self.progress is not None:
-            _check_type("progress", self.progress, bool, "True, False or None")
+        for name in ("progress", "thinking"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), bool, "True, False or None")
 
     @classmethod
     def of(cls, options: "Options | None", changes: OptionNames) -> "Options":

@@ -1,6 +1,5 @@
 """A bar that knows how long is left, on standard error; in a file, a line a minute."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rich.progress import (
 
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary
-from dca_jax.weights.parameters import parameters
+from dca_jax.weights.parameters import count_parameters
 
 Advance = Callable[[float], None]
 
@@ -73,10 +72,11 @@ def _lines(console: Console, name: str, total: float) -> Advance:
 def reading_work(config: LlamaConfig, tokens: int) -> float:
     """What reading a text of `tokens` tokens costs, in floating point operations.
 
-    A token costs twice the parameters, and its attention four times the width of all query heads
-    for each of the tokens before it, half the text on average. So the estimate of the time left
-    holds for a run over lengths from 4k to 1M, of which the last takes most of the time.
+    A token costs twice the parameters (of experts, those it chooses), and its attention four times
+    the width of all query heads for each of the tokens before it, half the text on average. So the
+    estimate of the time left holds for a run over lengths from 4k to 1M, of which the last takes
+    most of the time.
     """
-    weights = sum(math.prod(row.shape(config)) for row in parameters(config))
+    weights = count_parameters(config, active=True)
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return tokens * (2.0 * weights + 2.0 * width * tokens)

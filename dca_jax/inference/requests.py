@@ -51,8 +51,10 @@ def read_lines(data: bytes, name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def make_requests(llm: LLM, lines: dict[str, dict[str, Any]]) -> list[Request]:
-    """The prompts of `read_lines`, in tokens.
+def make_requests(
+    llm: LLM, lines: dict[str, dict[str, Any]], *, thinking: bool | None = None
+) -> list[Request]:
+    """The prompts of `read_lines`, in tokens; `thinking` as in `Options`.
 
     Raises:
         InputError: a prompt that the model does not take, named by its line.
@@ -63,7 +65,7 @@ def make_requests(llm: LLM, lines: dict[str, dict[str, Any]]) -> list[Request]:
             tokens = (
                 llm.tokenize(fields["prompt"])
                 if "prompt" in fields
-                else llm.apply_chat_template(fields["messages"])
+                else llm.apply_chat_template(fields["messages"], thinking=thinking)
             )
             check_prompts([tokens], llm.model.config.vocab_size)
         except InputError as error:
@@ -144,7 +146,8 @@ def _checked(line: str, where: str) -> dict[str, Any]:
         raise InputError(f'{where}: "prompt" must be a text that is not empty')
     if "messages" in fields and not _is_conversation(fields["messages"]):
         raise InputError(
-            f'{where}: "messages" must be a list of objects with "role" and "content", not empty'
+            f'{where}: "messages" must be a list of objects with "role" and "content" (or '
+            '"tool_calls"), not empty'
         )
     taken = [name for name in ANSWER if name in fields]
     if taken:
@@ -161,7 +164,7 @@ def _is_conversation(messages: Any) -> bool:
         and all(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
-            and "content" in message
+            and ("content" in message or "tool_calls" in message)
             for message in messages
         )
     )

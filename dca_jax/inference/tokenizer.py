@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import check_characters, read_text_file
 from dca_jax.weights.files import member, read_json, template_files
+from dca_jax.weights.gguf import write_companions
+from dca_jax.weights.gguf_file import is_gguf
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -41,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, an object of `transformers`; None if there is none.
+    """The tokenizer in a folder or a GGUF file, an object of `transformers`; None if none is.
 
     A text's ids are those of tokenizer.json, except that nothing is put behind a text: what a
     tokenizer appends (EOS) would stand between a prompt and its continuation.
@@ -50,6 +53,10 @@ def load_tokenizer(folder: Path) -> Any:
         InputError: a file that cannot be read, is damaged or lies outside the folder, or a
             tokenizer that would run code from the checkpoint.
     """
+    if is_gguf(folder):
+        with TemporaryDirectory() as written:
+            write_companions(folder, Path(written))
+            return load_tokenizer(Path(written))
     present = [name for name in FILES if (folder / name).is_symlink() or (folder / name).exists()]
     for name in present:
         member(folder, name)

@@ -129,7 +129,9 @@ class DcaJaxLM(TemplateLM):
             raise InputError(f"overlong must be error or left, got {shown(overlong)}")
         self.batch_size = _batch_size(batch_size)
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
-        self.llm = load(pretrained, dca=None, dtype=dtype, mesh=mesh, adapter=peft)
+        self.max_length = None if max_length is None else parse_tokens(str(max_length))
+        options = {"dtype": dtype, "mesh": mesh, "adapter": peft, "context": self.max_length}
+        self.llm = load(pretrained, dca=None, **options)
         if tokenizer is not None:
             read = load_tokenizer(find_folder(tokenizer, weights=False))
             self.llm = replace(self.llm, tokenizer=read)
@@ -137,7 +139,6 @@ class DcaJaxLM(TemplateLM):
             raise InputError(f"{tokenizer or pretrained} has no tokenizer, which lm-eval needs")
         self.method, self.pretrained, self.seed = method, pretrained, seed
         self.tokenizer = self.llm.tokenizer
-        self.max_length = None if max_length is None else parse_tokens(str(max_length))
         self.max_gen_toks = parse_tokens(str(max_gen_toks))
         self.cuts = overlong == "left" or bool(truth("truncation", truncation))
         self._add_bos = truth("add_bos_token", add_bos_token)

@@ -34,7 +34,7 @@ _INSTEAD = {
     "delta": "add the delta to its model first",
     "autogptq": "",
     "gptqmodel": "",
-    "gguf_file": "",
+    "gguf_file": "give the file itself as pretrained",
 }
 _HARMLESS = {"revision": "main", "backend": "causal", "logits_cache": "True", "subfolder": ""}
 

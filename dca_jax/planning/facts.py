@@ -1,46 +1,95 @@
 """What a checkpoint is, in words and figures."""
 
-import math
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.errors import InputError
+from dca_jax.weights.gguf_file import gguf_files, is_gguf
+from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
 from dca_jax.weights.orbax import PARAMS, is_converted
-from dca_jax.weights.parameters import parameters
+from dca_jax.weights.parameters import count_parameters
 
 
-def checkpoint_facts(folder: Path, config: LlamaConfig) -> dict[str, str]:
-    """What there is to know of a checkpoint without reading its weights, by name, in order."""
-    count = sum(math.prod(row.shape(config)) for row in parameters(config))
+def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
+    """What there is to know of a checkpoint without reading its weights, by name, in order.
+
+    By its `config.json`, and by `config_1m.json` where it has one; or by `file` alone.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    config = read_config(folder, file=file)
     converted = is_converted(folder)
     kind = "Orbax" if converted else "safetensors" if any(folder.glob("*.safetensors")) else "bin"
     files = (folder / PARAMS).rglob("*") if converted else folder.glob(f"*.{kind}")
+    if is_gguf(folder):
+        packed = open_checkpoint(folder, config).packed
+        kind, files = ", ".join(["GGUF", *packed]), gguf_files(folder)
     stored = sum(file.stat().st_size for file in files if file.is_file())
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     rope = config.rope
+    width = config.intermediate_size
+    if config.mixture is not None and not config.has_mlp:
+        width = config.mixture.moe_intermediate_size
     scaling = "" if rope.rope_type == "default" else f", factor {rope.factor:g}"
+    return {
+        "model": config.model_type,
+        "parameters": f"{count_parameters(config):,}",
+        **_of_experts(config),
+        "weights": f"{decimal(stored)} ({kind})" if stored else "not here",
+        "layers": str(config.num_hidden_layers),
+        "hidden, feed-forward": f"{config.hidden_size}, {width}",
+        "heads": f"{config.num_attention_heads} of {config.head_dim}, "
+        f"{config.num_key_value_heads} for keys and values",
+        "vocabulary": f"{config.vocab_size} ({'tied' if config.tie_word_embeddings else 'untied'})",
+        "rope": f"{rope.rope_type}, theta {rope.theta:g}{scaling}",
+        "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else "none",
+        **_of_length(config),
+        **_of_long_config(folder, file),
+        "KV cache": f"{decimal(2 * cached)} a token in bfloat16",
+    }
+
+
+def _of_experts(config: LlamaConfig) -> dict[str, str]:
+    mixture = config.mixture
+    if mixture is None:
+        return {}
+    dense = f", an MLP in {len(config.dense_layers)} layers" if config.has_mlp else ""
+    return {
+        "of them for a token": f"{count_parameters(config, active=True):,}",
+        "experts": f"{mixture.num_experts} of {mixture.moe_intermediate_size} in "
+        f"{len(config.sparse_layers)} layers, {mixture.num_experts_per_tok} for a token{dense}",
+    }
+
+
+def _of_length(config: LlamaConfig) -> dict[str, str]:
+    """How long its texts may be, and how it reads them."""
     try:
         chosen = choose_dca("auto", config)
         setting = (
             "" if chosen is None else f"s = {chosen.chunk_len}, Q = {chosen.max_query_position}"
         )
+        if chosen is not None and chosen.temperature_slope:
+            setting += f", temperature from {chosen.trained_length} tokens"
         setting += " (the checkpoint's own)" if config.dca else " (the paper's)"
     except InputError as error:
         setting = str(error)
-    return {
-        "model": config.model_type,
-        "parameters": f"{count:,}",
-        "weights": f"{decimal(stored)} ({kind})" if stored else "not here",
-        "layers": str(config.num_hidden_layers),
-        "hidden, feed-forward": f"{config.hidden_size}, {config.intermediate_size}",
-        "heads": f"{config.num_attention_heads} of {config.head_dim}, "
-        f"{config.num_key_value_heads} for keys and values",
-        "vocabulary": f"{config.vocab_size} ({'tied' if config.tie_word_embeddings else 'untied'})",
+    facts = {
+        "texts": f"up to {config.max_position_embeddings} tokens",
         "trained length": f"{config.trained_length} tokens",
-        "rope": f"{rope.rope_type}, theta {rope.theta:g}{scaling}",
-        "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else "none",
         "DCA (auto)": setting,
-        "KV cache": f"{decimal(2 * cached)} a token in bfloat16",
     }
+    sparse = config.sparse_attention
+    if sparse is not None and sparse.wanted:
+        facts["sparse attention"] = f"asked for beyond {sparse.threshold} tokens; dense here"
+    return facts
+
+
+def _of_long_config(folder: Path, file: Path | None) -> dict[str, str]:
+    """What the second config of a checkpoint says about long texts."""
+    if file is not None or not (folder / LONG_CONFIG).is_file():
+        return {}
+    facts = _of_length(read_config(folder, file=folder / LONG_CONFIG))
+    return {f"{fact}, {LONG_CONFIG}": value for fact, value in facts.items()}

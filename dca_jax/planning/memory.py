@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, widest_piece
 from dca_jax.memory import GPU_SHARE
 from dca_jax.sharding import partition
@@ -190,6 +191,20 @@ def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     return total
 
 
+def active_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Of weights that are not trained, what drawing one token of one text reads on this device."""
+    total, mixture = 0, job.config.mixture
+    for row, width in job.frozen:
+        share = width * _share(*_placed(row, job.config, sizes))
+        if row.path == "embed_tokens.embedding" and not job.config.tie_word_embeddings:
+            share //= job.config.vocab_size  # a row of it
+        if mixture is not None and "{expert}" in row.name:
+            most = mixture.num_experts_per_tok * sizes["fsdp"]  # all may lie on one device
+            share = share * min(most, mixture.num_experts) // mixture.num_experts
+        total += share
+    return total
+
+
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Keys and values as `KVCache.create` lays them out, with no more slots than the texts need.
 
@@ -214,6 +229,7 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     else:  # a row at a time, and the ends of all rows
         tokens = max(widest_piece(1, job.context_length), rows * SMALLEST)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
+    layer = max(layer, _experts(job, sizes, tokens, *EXPERTS_FORWARD))
     logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
     return max(layer, logits)
 
@@ -224,15 +240,21 @@ def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     length = -(-job.context_length // (2 * context)) * 2
     hidden = job.width * rows * length * config.hidden_size
     backward = job.width * rows * length * _backward(config, sizes)
+    if config.mixture is not None:
+        experts = _experts(job, sizes, rows * length, *EXPERTS_BACKWARD)
+        backward = max(backward, experts + F32 * _largest_expert_share(job, sizes))
     logits = 2 * F32 * rows * min(length, LOSS_TOKENS) * config.vocab_size // sizes["tensor"]
     query, key = _head_sizes(config, sizes)
     kept = hidden  # the stream it starts from
     if job.remat != "layer":  # what its attention gave, with the log-sum-exp
         kept += rows * length * (job.width * query + F32 * query // config.head_dim)
-    if job.remat == "products":  # what q, k, v and o_proj gave; gate and up
-        wide = query + 2 * key + 2 * config.intermediate_size // sizes["tensor"]
-        kept += hidden + job.width * rows * length * wide
-    return config.num_hidden_layers * kept + max(backward, logits + 2 * hidden)
+    if job.remat == "products":  # what q, k, v and o_proj gave
+        kept += hidden + job.width * rows * length * (query + 2 * key)
+    products = 0
+    if job.remat == "products" and config.has_mlp:  # and gate and up, but not those of experts
+        wide = 2 * config.intermediate_size // sizes["tensor"]
+        products = len(config.dense_layers) * job.width * rows * length * wide
+    return config.num_hidden_layers * kept + products + max(backward, logits + 2 * hidden)
 
 
 def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
@@ -249,10 +271,14 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         stacked = (row for row in job.trained if row.stacked)
         narrow = job.width * sum(_share(*_placed(row, job.config, sizes)) for row in stacked)
     for row, stored, multiplied in widths:
+        if "{expert}" in row.name:  # never gathered; a layer's are copied out of the stack
+            share = _share(*_placed(row, job.config, sizes))
+            layer += share * (multiplied or job.width) // len(row.layers(job.config))
+            continue
         share = _share(*_placed(row, job.config, whole))
         size = share * (multiplied + (stored if sizes["fsdp"] > 1 else 0))  # no longer cut
         if row.stacked:
-            layer += size // job.config.num_hidden_layers
+            layer += size // len(row.layers(job.config))
         else:
             tables.append(size)
         moved = "mlp" in row.path or "o_proj" in row.path
@@ -263,7 +289,33 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 def _mlp(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
     """Elements a token: the stream, its norm; gate, up and their product."""
-    return 2 * config.hidden_size + 3 * config.intermediate_size // sizes["tensor"]
+    wide = config.intermediate_size if config.has_mlp else 0
+    return 2 * config.hidden_size + 3 * wide // sizes["tensor"]
+
+
+# Of a choice, in D and in M: its row, its result, and the result in the order of tokens; gate, up
+# and their product. In the backward pass the gradients of these too.
+EXPERTS_FORWARD, EXPERTS_BACKWARD = (3, 3), (6, 8)
+
+
+def _experts(job: Job, sizes: Mapping[str, int], tokens: int, rows: int, inner: int) -> int:
+    """Bytes of a mixture: the stream and its norm; all choices of `PIECE` tokens at a time."""
+    config, mixture = job.config, job.config.mixture
+    if mixture is None:
+        return 0
+    tokens *= sizes["fsdp"]  # every device of it has the tokens of all
+    inner *= mixture.moe_intermediate_size // sizes["tensor"]
+    choices = mixture.num_experts_per_tok * min(tokens, PIECE)
+    stream = 3 * config.hidden_size * tokens
+    return job.width * (stream + choices * (rows * config.hidden_size + inner))
+
+
+def _largest_expert_share(job: Job, sizes: Mapping[str, int]) -> int:
+    """Elements of one projection of one layer's experts on a device."""
+    rows = (row for row in parameters(job.config) if "{expert}" in row.name)
+    return max(
+        _share(*_placed(row, job.config, sizes)) // len(row.layers(job.config)) for row in rows
+    )
 
 
 def _attention(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
@@ -278,7 +330,8 @@ def _backward(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
     """Elements a token of a layer's backward, in its MLP: what was recomputed, and gradients."""
     query, key = _head_sizes(config, sizes)
     # The stream twice, its norms, its gradient; gate, silu, up, their product, and four gradients.
-    stream, wide = 5 * config.hidden_size, 8 * config.intermediate_size // sizes["tensor"]
+    inner = config.intermediate_size if config.has_mlp else 0
+    stream, wide = 5 * config.hidden_size, 8 * inner // sizes["tensor"]
     return stream + 2 * query + 2 * key + wide
 
 

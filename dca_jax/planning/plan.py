@@ -16,9 +16,9 @@ from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
-from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage
+from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage, active_bytes
 from dca_jax.sharding import AXES, describe
-from dca_jax.weights.placement import check_mesh
+from dca_jax.weights.placement import check_mesh, cut_by_fsdp, cut_by_tensor
 
 MOST_DEVICES = 1024  # of a mesh that is recommended
 
@@ -29,6 +29,8 @@ class Plan:
 
     Attributes:
         sizes: of the mesh, by axis.
+        active: bytes of weights that drawing a token reads on each device, of a mixture of
+            experts; None of other models, and in training.
         fits: into the device's memory. longest: tokens of each text that do; 0 if none.
         recommended: a mesh for as many devices, and `why`; None if none is enough.
         fewest: the same for the fewest devices (a power of two); None beyond `MOST_DEVICES`.
@@ -44,6 +46,7 @@ class Plan:
     quantized: bool
     remat: str
     usage: Usage
+    active: int | None
     fits: bool
     longest: int
     recommended: dict[str, int] | None
@@ -89,6 +92,7 @@ class Plan:
             "texts": f"{self.batch} of {self.context_length:,} tokens, {purpose}",
             **kept,
             **parts,
+            **({} if self.active is None else {"weights read for a token": decimal(self.active)}),
             "a device's total": f"{decimal(usage.total)} of {decimal(device.memory)}",
             "fits": verdict,
             "longest that fits": f"{self.longest:,} tokens" if self.longest else "none",
@@ -110,6 +114,7 @@ class Plan:
             "quantized": self.quantized,
             "remat": self.remat if self.train else None,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
+            "active_weights": self.active,
             "memory": self.device.memory,
             "fits": self.fits,
             "mem_fraction": self.fraction,
@@ -198,6 +203,7 @@ def plan(
         quantized=quantized,
         remat=remat,
         usage=job.usage(sizes),
+        active=None if train or config.mixture is None else active_bytes(job, sizes),
         fits=job.fits(sizes),
         longest=job.longest(sizes),
         recommended=recommended,
@@ -241,14 +247,14 @@ def _meshes(job: Job, count: int) -> Iterator[dict[str, int]]:
     """Every mesh of so many devices that divides the model and the batch."""
     found = axis_sizes(job.config)
     for tensor in _divisors(count):
-        if any(found[letter] % tensor for letter in "NFV"):
+        if any(found[letter] % tensor for letter in cut_by_tensor(job.config)):
             continue
         if found["K"] % tensor and tensor % found["K"]:
             continue
         for rows in _divisors(math.gcd(count // tensor, job.batch)):
             context = count // tensor // rows
             for fsdp in _divisors(rows) if job.train else [1]:
-                if found["D"] % fsdp == 0:
+                if all(found[letter] % fsdp == 0 for letter in cut_by_fsdp(job.config)):
                     sizes = (rows // fsdp, fsdp, context, tensor)
                     yield dict(zip(AXES, sizes, strict=True))
 

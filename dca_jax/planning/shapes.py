@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.rope import RopeConfig
@@ -11,10 +11,11 @@ from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
 
 
-def find_shape(model: str) -> LlamaConfig:
+def find_shape(model: str, *, context: int | None = None, file: Path | None = None) -> LlamaConfig:
     """The shape of a checkpoint (a folder, or a name on the Hugging Face Hub), or one of `SHAPES`.
 
-    Of a checkpoint only the configuration is read.
+    Of a checkpoint only the configuration is read: that which a text of `context` tokens asks for,
+    or `file` (`dca_jax.weights.huggingface.config_file`).
 
     Raises:
         InputError: neither is there.
@@ -30,7 +31,7 @@ def find_shape(model: str) -> LlamaConfig:
             f"{shown(model, quote=False)} is no folder, no name on the Hugging Face Hub "
             f"('owner/name'), and none of {', '.join(SHAPES)}"
         )
-    return read_config(find_folder(model, weights=False))
+    return read_config(find_folder(model, weights=False), context=context, file=file)
 
 
 def _llama_2(**sizes: Any) -> LlamaConfig:
@@ -48,6 +49,16 @@ def _qwen_2_5(**sizes: Any) -> LlamaConfig:
     common = {"vocab_size": 152_064, "head_dim": 128, "max_position_embeddings": 32_768}
     rope = RopeConfig(theta=1_000_000.0)
     return LlamaConfig(**common, model_type="qwen2", qkv_bias=True, rope=rope, **sizes)
+
+
+def _qwen_3_moe(*, moe_intermediate_size: int, **sizes: Any) -> LlamaConfig:
+    common = {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 262_144}
+    mixture = MixtureConfig(
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=moe_intermediate_size
+    )
+    rope = RopeConfig(theta=10_000_000.0)
+    family = {"model_type": "qwen3_moe", "qk_norm": True, "mixture": mixture, "rope": rope}
+    return LlamaConfig(**common, **family, num_key_value_heads=4, **sizes)
 
 
 # As their `config.json` on the Hugging Face Hub says.
@@ -98,5 +109,34 @@ SHAPES: dict[str, LlamaConfig] = {
         num_hidden_layers=48,
         num_attention_heads=40,
         num_key_value_heads=8,
+    ),
+    # Those of July 2025 (2507).
+    "qwen3-30b-a3b": _qwen_3_moe(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        moe_intermediate_size=768,
+    ),
+    "qwen3-235b-a22b": _qwen_3_moe(
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=94,
+        num_attention_heads=64,
+        moe_intermediate_size=1536,
+    ),
+    "mixtral-8x7b": LlamaConfig(
+        vocab_size=32_000,
+        head_dim=128,
+        max_position_embeddings=32_768,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        model_type="mixtral",
+        rope=RopeConfig(theta=1_000_000.0),
+        mixture=MixtureConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=14_336),
     ),
 }

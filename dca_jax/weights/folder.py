@@ -1,5 +1,7 @@
-"""The weights of a checkpoint's folder, Hugging Face's or converted, onto the devices."""
+"""A checkpoint, Hugging Face's folder, a converted one or a GGUF file: weights onto the devices."""
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dca_jax.config import LlamaConfig
+from dca_jax.config import CONFIG, LlamaConfig
 from dca_jax.weights.adapters import load_adapter, merge_lora
-from dca_jax.weights.huggingface import open_checkpoint
+from dca_jax.weights.files import copy_companions, read_json
+from dca_jax.weights.gguf import write_companions
+from dca_jax.weights.gguf_file import is_gguf
+from dca_jax.weights.huggingface import LONG_CONFIG, QUANTIZATION, open_checkpoint
 from dca_jax.weights.orbax import is_converted, open_converted
 from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
+
+log = logging.getLogger(__name__)
 
 
 def load_weights(
@@ -26,13 +33,13 @@ def load_weights(
     then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a Hugging Face or a converted folder, streamed into device arrays.
+    """The parameters of a Hugging Face or converted folder or a GGUF file, streamed to devices.
 
     Each device is filled piece by piece with the part that its sharding gives it, so the host
     holds a piece or two and never a parameter, and a process reads its own shards only.
 
     Args:
-        folder: of the checkpoint. config: its own (`read_config(folder)`).
+        folder: of the checkpoint, or its GGUF file. config: its own (`read_config(folder)`).
         dtype: of the arrays as they are read; None for each as it is stored.
         sharding: one for all, or a function of the path; None is the first local device.
         adapter: folder of a LoRA adapter (PEFT's) to merge into the weights; the sums are float32.
@@ -56,10 +63,36 @@ def load_weights(
     return load_tree(config, like, read, progress, then=then)
 
 
+def copy_description(source: Path, destination: Path) -> list[Path]:
+    """Copies what stands beside a checkpoint's weights, or writes it of a GGUF file.
+
+    The copy's configs do not say that weights are packed: what is written beside them is not.
+
+    Returns:
+        The originals.
+
+    Raises:
+        InputError: as `copy_companions` and `write_companions`.
+    """
+    if is_gguf(source):
+        write_companions(source, destination)
+        return []
+    originals = copy_companions(source, destination)
+    for name in (CONFIG, LONG_CONFIG):
+        if (destination / name).is_file():
+            config = read_json(destination, name)
+            if config.pop(QUANTIZATION, None):
+                text = json.dumps(config, indent=2) + "\n"
+                (destination / name).write_text(text, encoding="utf-8")
+    return originals
+
+
 def open_weights(
     folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
 ) -> tuple[dict[str, np.dtype], Read]:
     """The dtype of each parameter, by path, and what reads pieces of them in it.
+
+    Packed weights are unpacked as they are read, which is logged.
 
     Raises:
         InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight
@@ -72,4 +105,10 @@ def open_weights(
         row.path: checkpoint.dtype(row) if dtype is None else jnp.dtype(dtype)
         for row in parameters(config)
     }
+    if checkpoint.packed:
+        names = ", ".join(sorted({f"{each}" for each in dtypes.values()}))
+        log.warning(
+            "the weights of %s are packed (%s); they are unpacked into %s as they are read",
+            *(folder, ", ".join(checkpoint.packed), names),
+        )
     return dtypes, lambda row, index: checkpoint.read(row, index, dtypes[row.path])

@@ -1,10 +1,12 @@
-"""A checkpoint's local folder, downloaded from the Hugging Face Hub where there is none."""
+"""A checkpoint's local folder or file, downloaded from the Hugging Face Hub if there is none."""
 
 import re
 from pathlib import Path
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
+from dca_jax.weights.gguf_file import SUFFIX, gguf_files, is_gguf
+from dca_jax.weights.orbax import is_converted
 
 # What is fetched of a repository: configs, tokenizers and chat templates; and weights of the first
 # kind that it has. Many have the same weights under other names too (consolidated.safetensors).
@@ -15,14 +17,17 @@ INNER = ("*/*.json", "*/*.txt", "*/*.tiktoken", "*/LICENSE*", "*/*.safetensors",
 
 
 def find_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; one on the Hugging Face Hub is downloaded.
+    """The local folder of a checkpoint, or its GGUF file; one on the Hub is downloaded.
+
+    A folder without other weights that holds one GGUF file, whole or split, stands for it.
 
     Args:
         path: as in `load`.
         weights: False downloads all but the weights.
 
     Raises:
-        InputError: neither a folder nor a model that can be downloaded.
+        InputError: neither of them nor a model that can be downloaded; a folder of several GGUF
+            files.
     """
     folder = Path(path)
     try:
@@ -30,9 +35,13 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
     except OSError:  # a name that the file system refuses
         is_folder, is_there = False, False
     if is_folder:
+        return _only_gguf(folder) or folder
+    if is_there and is_gguf(folder):
         return folder
     if is_there:
-        raise InputError(f"{path} is a file; give the folder that holds config.json and weights")
+        raise InputError(
+            f"{path} is a file; give the folder that holds config.json and weights, or a .gguf file"
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise InputError(
             f"{shown(str(path), quote=False)} is no folder, and no name of a model on the Hugging "
@@ -55,3 +64,19 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
             "either (offline, misspelled, or not yours to read): "
             f"{shown(str(error), quote=False)}"
         ) from error
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The one GGUF file, or the first of the one split, of a folder without other weights."""
+    if is_converted(folder) or any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return None
+    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if is_gguf(path))
+    if not files:
+        return None
+    if set(gguf_files(files[0])) != set(files):
+        names = ", ".join(path.name for path in files[:5])
+        raise InputError(
+            f"{folder} holds {len(files)} GGUF files ({shown(names, quote=False)}); name the one "
+            "that is meant"
+        )
+    return files[0]

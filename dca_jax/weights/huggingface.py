@@ -1,54 +1,123 @@
-"""Hugging Face folders: config and weights, checked first, then streamed into device arrays."""
+"""Hugging Face folders, and GGUF files: config and weights, checked, then streamed to devices."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dca_jax.config import LlamaConfig
+from dca_jax import fields
+from dca_jax.config import CONFIG, LlamaConfig
+from dca_jax.dca import SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.weights.files import read_json
+from dca_jax.text_files import parse_json, read_text_file
+from dca_jax.weights.files import member, read_json
+from dca_jax.weights.gguf import list_gguf_tensors, read_gguf_config
+from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     contiguous,
     parameters,
 )
+from dca_jax.weights.quantized import read_scheme, unpack
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
+QUANTIZATION = "quantization_config"  # in config.json: how weights are packed
+LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
+SPARSE_TABLE = "sparse_attention_config.json"
 # Old checkpoints carry the rotary frequencies, which the config says already.
 IGNORED = ".rotary_emb.inv_freq"
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The model's shape, from the folder's `config.json`.
+def read_config(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> LlamaConfig:
+    """The model's shape, from a folder's `config.json` or another of its configs, or a GGUF file.
+
+    The table of sparse attention that some folders have beside it is read too.
+
+    Args:
+        folder: of the checkpoint, or its GGUF file.
+        context, file: as in `config_file`.
 
     Raises:
         InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
     """
     folder = Path(folder)
+    path = config_file(folder, context=context, file=file)
+    if is_gguf(path):
+        return read_gguf_config(path)
+    found = read_json(path.parent, path.name)
+    if _quantization(found):
+        read_scheme(found.pop(QUANTIZATION))
+    config = LlamaConfig.from_hf(found)
+    if config.dca is None or not (folder / SPARSE_TABLE).is_file():
+        return config
+    # Others write a file of this name about something else: an object, where this is a list.
+    path = member(folder, SPARSE_TABLE)
+    table = parse_json(read_text_file(path), f"{path}")
+    if not isinstance(table, list):
+        return config
+    sparse = config.sparse_attention or SparseConfig()
+    return replace(config, sparse_attention=replace(sparse, patterns=json.dumps(table)))
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return fields.mapping(config, QUANTIZATION, CONFIG) or {}
+
+
+def config_file(
+    folder: str | Path, *, context: int | None = None, file: str | Path | None = None
+) -> Path:
+    """The config of a folder that a text asks for; a GGUF file is its own.
+
+    Args:
+        folder: of the checkpoint.
+        context: tokens of the text. Beyond the `max_position_embeddings` of `config.json` it is
+            `config_1m.json`, where the folder has one.
+        file: a config to take in any case.
+
+    Raises:
+        InputError: no such folder or file.
+    """
+    folder = Path(folder)
+    if file is not None:
+        return member(Path(file).parent, Path(file).name)
+    if is_gguf(folder):
+        return folder
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
-    return LlamaConfig.from_hf(read_json(folder, "config.json"))
+    if context is not None and (folder / LONG_CONFIG).is_file():
+        most = read_json(folder, CONFIG).get("max_position_embeddings")
+        if isinstance(most, int) and context > most:
+            return member(folder, LONG_CONFIG)
+    return member(folder, CONFIG)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder known to fit its config, with no weight read yet.
+    """A Hugging Face folder, or a GGUF file, known to fit its config, with no weight read yet.
 
     Attributes:
         config: the model's shape.
-        tensors: for each path of our tree, the stored tensors it is made of, layer by layer.
+        tensors: for each path of our tree, the stored tensors it is made of, in their order.
     """
 
     config: LlamaConfig
     tensors: Mapping[str, list[StoredTensor]]
 
+    @property
+    def packed(self) -> list[str]:
+        """The names of the forms in which weights of it are packed."""
+        return sorted({t.packed for each in self.tensors.values() for t in each if t.packed})
+
     def dtype(self, row: Parameter) -> np.dtype:
-        """The dtype in which this parameter is stored.
+        """The dtype in which this parameter is stored; of packed weights that of their values.
 
         Raises:
             InputError: its layers differ, so that no stacked array can keep it.
@@ -60,14 +129,13 @@ class Checkpoint:
         return dtypes.pop()
 
     def read(self, row: Parameter, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The piece `[index]` of our array, within one layer; contiguous, in `dtype`.
+        """The piece `[index]` of our array, within one stored tensor; contiguous, in `dtype`.
 
         Raises:
             InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
         """
-        layer = index[0].start if row.stacked else 0
-        tensor = self.tensors[row.path][layer]
-        axes = row.ours.split()
+        tensor = self.tensors[row.path][row.tensor_at(self.config, index)]
+        axes = row.axes
         sizes = row.sizes(self.config)
         wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
         # Of flattened axes only the first is cut in the file; the others are cut afterwards.
@@ -82,11 +150,11 @@ class Checkpoint:
         inner_axes = {axis for group in row.groups for axis in group[1:]}
         cut = tuple(wanted[axis] if axis in inner_axes else slice(None) for axis in axes)
         ours = row.to_ours(piece, piece_sizes)[cut]
-        return np.ascontiguousarray(ours[None] if row.stacked else ours)
+        return np.ascontiguousarray(ours[(None,) * row.leading])
 
 
 def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
-    """Opens the weights in `folder` and checks names, shapes and dtypes against `config`.
+    """Opens the weights of a folder or GGUF file; checks names, shapes and dtypes by `config`.
 
     Tied embeddings may be stored under either name, or under both if they are equal.
 
@@ -95,7 +163,8 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
             embeddings that differ.
     """
     folder = Path(folder)
-    stored = {k: v for k, v in list_tensors(folder).items() if not k.endswith(IGNORED)}
+    found = list_gguf_tensors(folder, config) if is_gguf(folder) else _list_folder(folder)
+    stored: dict[str, StoredTensor] = {k: v for k, v in found.items() if not k.endswith(IGNORED)}
     head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if head is not None:
         stored.setdefault("model.embed_tokens.weight", head)
@@ -105,20 +174,28 @@ def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
+def _list_folder(folder: Path) -> dict[str, StoredTensor]:
+    quantization = _quantization(read_json(folder, CONFIG))
+    if not quantization:
+        return list_tensors(folder)
+    return unpack(list_tensors(folder, packed=True), read_scheme(quantization))
+
+
 def match_tensors(
     folder: Path,
     config: LlamaConfig,
     rows: Sequence[Parameter],
     stored: dict[str, StoredTensor],
 ) -> dict[str, list[StoredTensor]]:
-    """For each path of `rows`, the tensors of `folder` it is made of, layer by layer.
+    """For each path of `rows`, the tensors of `folder` it is made of, in their order.
 
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
     """
+    described = "metadata" if is_gguf(folder) else "config.json"
     if config.num_hidden_layers > len(stored):  # before that many names are made
         raise InputError(
-            f"the weights in {folder} are not those of the model in its config.json: it asks for "
+            f"the weights in {folder} are not those of the model in its {described}: it asks for "
             f"{config.num_hidden_layers} layers, and there are {len(stored)} tensors"
         )
     stored, missing = dict(stored), []
@@ -131,13 +208,13 @@ def match_tensors(
             if tensor.shape != row.their_shape(config):
                 raise InputError(
                     f"tensor {tensor.name} in {tensor.path.name} has shape {tensor.shape}; "
-                    f"config.json asks for {row.their_shape(config)}"
+                    f"{described} asks for {row.their_shape(config)}"
                 )
     problems = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
     problems += [f"{len(stored)} have no place in it ({_some(list(stored))})"] if stored else []
     if problems:
         raise InputError(
-            f"the weights in {folder} are not those of the model in its config.json: "
+            f"the weights in {folder} are not those of the model in its {described}: "
             + "; ".join(problems)
         )
     return tensors

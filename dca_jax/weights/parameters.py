@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes, lora_targets
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.memory import free_bytes
 
@@ -40,9 +40,10 @@ class Parameter:
 
     Attributes:
         path: in our tree, dotted.
-        name: of the Hugging Face tensor; "{layer}" stands for the layer's number.
+        name: of the Hugging Face tensor; "{layer}" and "{expert}" stand for their numbers.
         theirs: axes of the Hugging Face tensor; in brackets, two of ours flattened into one.
-        ours: axes of our array, without the leading L of the layers.
+        ours: axes of our array, without the leading L of the layers; those of experts begin with
+            E, along which their tensors are stacked too.
         when: the config's flag without which the parameter does not exist.
         rank: of an adapter, its axis R.
     """
@@ -60,9 +61,19 @@ class Parameter:
         return "{layer}" in self.name
 
     @property
+    def leading(self) -> int:
+        """How many leading axes of our array count Hugging Face's tensors: L, or L and E."""
+        return self.stacked + ("{expert}" in self.name)
+
+    @property
+    def axes(self) -> list[str]:
+        """Axes of our array that a Hugging Face tensor has too."""
+        return self.ours.split()["{expert}" in self.name :]
+
+    @property
     def transposed(self) -> bool:
         """Whether ours is [in, out] where theirs is [out, in]."""
-        return self.ours.split()[0] != self.groups[0][0]
+        return self.axes[0] != self.groups[0][0]
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -77,8 +88,16 @@ class Parameter:
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of our array, with the leading axis of layers where there is one."""
         sizes = self.sizes(config)
-        layers = (config.num_hidden_layers,) if self.stacked else ()
+        layers = (len(self.layers(config)),) if self.stacked else ()
         return layers + tuple(sizes[axis] for axis in self.ours.split())
+
+    def layers(self, config: LlamaConfig) -> tuple[int, ...]:
+        """Numbers of the layers that have it, as they are stacked."""
+        if self.path.startswith("layers.mlp."):
+            return config.dense_layers
+        if self.path.startswith("layers.experts."):
+            return config.sparse_layers
+        return tuple(range(config.num_hidden_layers))
 
     def their_shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of one Hugging Face tensor."""
@@ -96,29 +115,47 @@ class Parameter:
         return jax.ShapeDtypeStruct(self.shape(config), jnp.dtype(dtype), sharding=sharding)
 
     def their_names(self, config: LlamaConfig) -> list[str]:
-        """The Hugging Face tensors that our array is made of, layer by layer."""
-        layers = range(config.num_hidden_layers) if self.stacked else range(1)
-        return [self.name.format(layer=layer) for layer in layers]
+        """The Hugging Face tensors that our array is made of: by layer, and by expert in each."""
+        layers = self.layers(config) if self.stacked else (0,)
+        experts = range(self.sizes(config)["E"] if "{expert}" in self.name else 1)
+        return [self.name.format(layer=n, expert=e) for n in layers for e in experts]
+
+    def tensor_at(self, config: LlamaConfig, index: tuple[slice, ...]) -> int:
+        """Which of `their_names` the piece at `index` of our array is a part of."""
+        counts = self.shape(config)[: self.leading]
+        number = 0
+        for part, count in zip(index[: self.leading], counts, strict=True):
+            number = number * count + part.start
+        return number
+
+    def place_of(self, config: LlamaConfig, number: int) -> tuple[slice, ...]:
+        """The inverse of `tensor_at`: where a whole tensor lies in our array."""
+        shape = self.shape(config)
+        corner = np.unravel_index(number, shape[: self.leading]) if self.leading else ()
+        return (
+            *(slice(int(at), int(at) + 1) for at in corner),
+            *(slice(0, size) for size in shape[self.leading :]),
+        )
 
     def to_ours(self, theirs: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """One layer of our array (a view), from a Hugging Face tensor or a piece of one.
+        """Our array without its leading axes (a view), from a tensor or a piece of one.
 
         `sizes` are those of the piece.
         """
         axes = [axis for group in self.groups for axis in group]
         apart = theirs.reshape([sizes[axis] for axis in axes])
-        return apart.transpose([axes.index(axis) for axis in self.ours.split()])
+        return apart.transpose([axes.index(axis) for axis in self.axes])
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`: our layer, or a piece of one, as Hugging Face has it."""
-        own = self.ours.split()
+        """The inverse of `to_ours`: what is ours without leading axes as Hugging Face has it."""
+        own = self.axes
         sizes = dict(zip(own, ours.shape, strict=True))
         flat = [math.prod(sizes[axis] for axis in group) for group in self.groups]
         axes = [axis for group in self.groups for axis in group]
         return ours.transpose([own.index(axis) for axis in axes]).reshape(flat)
 
 
-# Gives the piece of an array at an index that `pieces` made, within one layer.
+# Gives the piece of an array at an index that `pieces` made, within one Hugging Face tensor.
 Read = Callable[[Parameter, tuple[slice, ...]], np.ndarray]
 
 
@@ -127,6 +164,21 @@ def _layer(
 ) -> Parameter:
     path, name = f"layers.{module}.{ours}", f"model.layers.{{layer}}.{module}.{theirs}"
     return Parameter(path, name, their_axes, our_axes, when)
+
+
+def _experts(block: str, gate: str, up: str, down: str, when: str) -> tuple[Parameter, ...]:
+    """A family's rows of a mixture; `block` is its module, the others those of an expert."""
+
+    def row(module: str, theirs: str, their_axes: str, our_axes: str) -> Parameter:
+        name = f"model.layers.{{layer}}.{block}.{theirs}.weight"
+        return Parameter(f"layers.experts.{module}.kernel", name, their_axes, our_axes, when)
+
+    return (
+        row("router", "gate", "E D", "D E"),
+        row("gate_proj", f"experts.{{expert}}.{gate}", "M D", "E D M"),
+        row("up_proj", f"experts.{{expert}}.{up}", "M D", "E D M"),
+        row("down_proj", f"experts.{{expert}}.{down}", "D M", "E M D"),
+    )
 
 
 # Hugging Face's axes stand before ours.
@@ -141,13 +193,17 @@ TABLE = (
     _layer("self_attn.v_proj", "bias", "bias", "(K H)", "K H", when="qkv_bias"),
     _layer("self_attn.o_proj", "kernel", "weight", "D (N H)", "N H D"),
     _layer("self_attn.o_proj", "bias", "bias", "D", "D", when="o_bias"),
+    _layer("self_attn.q_norm", "scale", "weight", "H", "H", when="qk_norm"),
+    _layer("self_attn.k_norm", "scale", "weight", "H", "H", when="qk_norm"),
     _layer("post_attention_layernorm", "scale", "weight", "D", "D"),
-    _layer("mlp.gate_proj", "kernel", "weight", "F D", "D F"),
+    _layer("mlp.gate_proj", "kernel", "weight", "F D", "D F", when="has_mlp"),
     _layer("mlp.gate_proj", "bias", "bias", "F", "F", when="mlp_bias"),
-    _layer("mlp.up_proj", "kernel", "weight", "F D", "D F"),
+    _layer("mlp.up_proj", "kernel", "weight", "F D", "D F", when="has_mlp"),
     _layer("mlp.up_proj", "bias", "bias", "F", "F", when="mlp_bias"),
-    _layer("mlp.down_proj", "kernel", "weight", "D F", "F D"),
+    _layer("mlp.down_proj", "kernel", "weight", "D F", "F D", when="has_mlp"),
     _layer("mlp.down_proj", "bias", "bias", "D", "D", when="mlp_bias"),
+    *_experts("mlp", "gate_proj", "up_proj", "down_proj", when="qwen_experts"),
+    *_experts("block_sparse_moe", "w1", "w3", "w2", when="mixtral_experts"),
     Parameter("norm.scale", "model.norm.weight", "D", "D"),
     Parameter("lm_head.kernel", "lm_head.weight", "V D", "D V", when="untied"),
 )
@@ -158,17 +214,43 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
     return [row for row in TABLE if row.when is None or getattr(config, row.when)]
 
 
+def count_parameters(config: LlamaConfig, *, active: bool = False) -> int:
+    """How many numbers the parameters are; `active`: those that one token is computed with.
+
+    Of a mixture of experts these are the chosen experts' alone.
+    """
+    total = 0
+    for row in parameters(config):
+        count = math.prod(row.shape(config))
+        if active and config.mixture is not None and "{expert}" in row.name:
+            count = count // config.mixture.num_experts * config.mixture.num_experts_per_tok
+        total += count
+    return total
+
+
 def projections(config: LlamaConfig) -> list[Parameter]:
-    """The kernels of a layer: what can be quantized, and what LoRA can adapt."""
-    return [row for row in parameters(config) if row.stacked and row.path.endswith(".kernel")]
+    """A layer's kernels but those of experts: what can be quantized, and what LoRA can adapt."""
+    dense = ("layers.self_attn.", "layers.mlp.")
+    kernels = [row for row in parameters(config) if row.path.endswith(".kernel")]
+    return [row for row in kernels if row.path.startswith(dense)]
 
 
 def lora_parameters(config: LlamaConfig, lora: LoraConfig) -> list[Parameter]:
     """A and B of each projection that LoRA adapts, with the names that PEFT gives them.
 
     A stands for a kernel's inputs and R, B for R and its outputs, each cut as the kernel is.
+
+    Raises:
+        InputError: a target that no layer of this model has.
     """
     rows: list[Parameter] = []
+    possible = lora_targets(config)
+    absent = [name for name in lora.targets if name not in possible]
+    if absent:
+        raise InputError(
+            f"LoRA cannot adapt {', '.join(absent)} of this model, whose layers have experts in "
+            f"their place; choose its targets of {', '.join(possible)}"
+        )
     for row in projections(config):
         module = row.path.removesuffix(".kernel")
         if module.rpartition(".")[2] not in lora.targets:
@@ -188,7 +270,7 @@ def pieces(
 ) -> Iterator[tuple[slice, ...]]:
     """Cuts our array, or the part `index` of it, into pieces of about `PIECE_SIZE` elements.
 
-    Each lies within one layer and is a range of whole rows of the Hugging Face tensor, in order.
+    Each is a range of whole rows of one Hugging Face tensor, in order.
     """
     shape = row.shape(config)
     index = index or tuple(slice(0, size) for size in shape)
@@ -205,12 +287,12 @@ def pieces(
 
 
 def piece_shape(row: Parameter, config: LlamaConfig) -> tuple[int, ...]:
-    """Shape of a full piece: one layer, and of the Hugging Face tensor's rows as many as fit."""
+    """Shape of a full piece: of one Hugging Face tensor, and of its rows as many as fit."""
     sizes = row.sizes(config)
     rows = row.groups[0][0]
-    row_size = math.prod(sizes[axis] for axis in row.ours.split() if axis != rows)
+    row_size = math.prod(sizes[axis] for axis in row.axes if axis != rows)
     sizes[rows] = min(sizes[rows], max(1, PIECE_SIZE // row_size))
-    return (1,) * row.stacked + tuple(sizes[axis] for axis in row.ours.split())
+    return (1,) * row.leading + tuple(sizes[axis] for axis in row.axes)
 
 
 def abstract_params(

@@ -14,6 +14,26 @@ from dca_jax.weights.parameters import Parameter, lora_parameters, parameters
 log = logging.getLogger(__name__)
 
 
+_NAMES = {
+    "N": "query heads",
+    "F": "elements of the MLP",
+    "M": "elements of an expert",
+    "V": "ids of the vocabulary",
+    "D": "hidden size",
+    "E": "number of experts",
+}
+
+
+def cut_by_tensor(config: LlamaConfig) -> str:
+    """Letters of the axes that `tensor` must divide (kv heads may be fewer, or left whole)."""
+    return "N" + "F" * config.has_mlp + "M" * (config.mixture is not None) + "V"
+
+
+def cut_by_fsdp(config: LlamaConfig) -> str:
+    """Letters of the axes that `fsdp` must divide."""
+    return "D" + "E" * (config.mixture is not None)
+
+
 def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh that a model cannot be cut for.
 
@@ -21,13 +41,13 @@ def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
         InputError: an axis that does not divide what it cuts; it names the sizes that would.
     """
     tensor, found = sizes["tensor"], axis_sizes(config)
-    names = {"N": "query heads", "F": "elements of the MLP", "V": "ids of the vocabulary"}
-    fits = math.gcd(*(found[letter] for letter in names))
-    for letter, name in names.items():
+    letters = cut_by_tensor(config)
+    fits = math.gcd(*(found[letter] for letter in letters))
+    for letter in letters:
         if found[letter] % tensor:
             raise InputError(
-                f"tensor={tensor} does not divide the model's {found[letter]} {name}; sizes that "
-                f"do: {_divisors(fits)}"
+                f"tensor={tensor} does not divide the model's {found[letter]} {_NAMES[letter]}; "
+                f"sizes that do: {_divisors(fits)}"
             )
     kv_heads = found["K"]
     if kv_heads % tensor and tensor % kv_heads:
@@ -36,11 +56,13 @@ def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
             f"tensor={tensor} neither divides the model's {kv_heads} kv heads nor is a multiple of "
             f"them; sizes that are: {both}"
         )
-    if found["D"] % sizes["fsdp"]:
-        raise InputError(
-            f"fsdp={sizes['fsdp']} does not divide the hidden size {found['D']}; sizes that do: "
-            f"{_divisors(found['D'])}"
-        )
+    for letter in cut_by_fsdp(config):
+        if found[letter] % sizes["fsdp"]:
+            fits = math.gcd(*(found[letter] for letter in cut_by_fsdp(config)))
+            raise InputError(
+                f"fsdp={sizes['fsdp']} does not divide the {_NAMES[letter]} {found[letter]}; sizes "
+                f"that do: {_divisors(fits)}"
+            )
     if tensor > kv_heads:
         log.warning(
             "tensor=%d is more than the model's %d kv heads: each is kept %d times, and so is its "

@@ -35,12 +35,23 @@ FLOATS = {
 }
 
 
+# What packed weights are kept in, beside scales of `FLOATS`.
+PACKED = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """A tensor in a file: what its header says. `read` is the only thing that touches the data.
 
     Attributes:
+        dtype: of what `read` gives.
         loaded: the PyTorch tensor, of a file that cannot be mapped.
+        packed: the name of the form in which fewer bits stand for its values; none if it is empty.
     """
 
     path: Path
@@ -48,6 +59,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     loaded: Any = None
+    packed: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -65,12 +77,26 @@ class StoredTensor:
         with _damage_reported(self.path):
             if self.path.suffix == ".bin":
                 return _numpy(_load_bin(self.path)[self.name][index])
+            if self.dtype == PACKED["F8_E4M3"]:  # which the library has no NumPy dtype for
+                return _mapped(self)[index].copy()
             with safetensors.safe_open(self.path, framework="numpy") as file:
                 return file.get_slice(self.name)[index]
 
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _mapped(tensor: StoredTensor) -> np.ndarray:
+    """A tensor's data in a safetensors file that has been listed, mapped into memory."""
+    with tensor.path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(size))[tensor.name]["data_offsets"]
+    if end - begin != tensor.nbytes or 8 + size + end > tensor.path.stat().st_size:
+        raise safetensors.SafetensorError("its header is not what it was")
+    return np.memmap(tensor.path, tensor.dtype, "r", 8 + size + begin, tensor.shape)
+
+
+def list_tensors(folder: Path, *, packed: bool = False) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder`, by name, from the files' headers alone.
+
+    With `packed` they may be of the dtypes of `PACKED` too, in safetensors files.
 
     Of several checkpoints in one folder it takes that which transformers takes: what config.json
     names as `transformers_weights`, else `model.safetensors`, `model.safetensors.index.json`,
@@ -93,8 +119,8 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"shards with its {INDEX}"
         )
     if chosen.endswith(INDEX):
-        return _list_sharded(folder, chosen)
-    return {tensor.name: tensor for tensor in list_file(member(folder, chosen))}
+        return _list_sharded(folder, chosen, packed)
+    return {tensor.name: tensor for tensor in list_file(member(folder, chosen), packed=packed)}
 
 
 def _named_weights(folder: Path) -> str:
@@ -156,7 +182,7 @@ def write_safetensors(
         raise ValueError(f"{path}: {written} bytes of data were given for {end} in the header")
 
 
-def _list_sharded(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+def _list_sharded(folder: Path, index_name: str, packed: bool) -> dict[str, StoredTensor]:
     shard_of = read_json(folder, index_name).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{folder / index_name} has no weight_map from tensor names to files")
@@ -166,7 +192,7 @@ def _list_sharded(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     paths = {shard: member(folder, shard) for shard in dict.fromkeys(shard_of.values())}
     tensors: dict[str, StoredTensor] = {}
     for shard, path in paths.items():
-        for tensor in list_file(path):
+        for tensor in list_file(path, packed=packed):
             if shard_of.get(tensor.name, shard) != shard:
                 raise InputError(
                     f"tensor {tensor.name} is in {shard}, but {index_name} says "
@@ -181,8 +207,8 @@ def _list_sharded(folder: Path, index_name: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def list_file(path: Path) -> Iterator[StoredTensor]:
-    """Every tensor of one file, from its header.
+def list_file(path: Path, *, packed: bool = False) -> Iterator[StoredTensor]:
+    """Every tensor of one file, from its header; `packed` as in `list_tensors`.
 
     Raises:
         InputError: as `list_tensors` does for a file.
@@ -199,7 +225,11 @@ def list_file(path: Path) -> Iterator[StoredTensor]:
     with _damage_reported(path), safetensors.safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 -- safe_open is no dict
             header = file.get_slice(name)
-            yield _stored(path, name, tuple(header.get_shape()), header.get_dtype())
+            shape, dtype = tuple(header.get_shape()), header.get_dtype()
+            if packed and dtype in PACKED:
+                yield StoredTensor(path=path, name=name, shape=shape, dtype=PACKED[dtype])
+            else:
+                yield _stored(path, name, shape, dtype)
 
 
 @contextmanager
@@ -230,8 +260,8 @@ def _stored(
     if dtype not in FLOATS:
         raise InputError(
             f"tensor {fields.shown(name, quote=False)} in {path.name} has dtype {dtype}; expected "
-            f"one of {', '.join(FLOATS)} (quantized weights are not supported: use the unquantized "
-            "checkpoint)"
+            f"one of {', '.join(FLOATS)} (of quantized weights config.json must say how they are "
+            "packed, in its quantization_config)"
         )
     return StoredTensor(path=path, name=name, shape=shape, dtype=FLOATS[dtype], loaded=loaded)
 

@@ -1,0 +1,263 @@
+"""A decoder layer's modules, each with the parameters of all layers stacked on a leading axis.
+
+Shapes are those of `dca_jax.model`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.experts import Experts, Routing
+from dca_jax.sharding import Shards
+
+# Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
+Attend = Callable[[Array, Array, Array], Array]
+
+PRODUCT = "product"  # the name of what a `Linear` gives, for what is kept in training
+
+
+class Linear(nnx.Module):
+    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x.
+
+    Called with the letters of the input's and the output's axes after batch and tokens: ("D", "NH")
+    takes [B, T, D] to [B, T, N, H].
+
+    A quantized kernel is int8, with a scale for each output. With LoRA (arXiv 2106.09685), low-rank
+    and float32, y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not
+    trained takes no gradient.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+        quantized: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kernel = layers + inputs + outputs
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel, dtype))
+        self.bias = nnx.Param(jnp.zeros(layers + outputs, dtype)) if bias else None
+        scale = layers + (1,) * len(inputs) + outputs
+        self.kernel_scale = nnx.Param(jnp.ones(scale, jnp.float32)) if quantized else None
+        a: Any = None
+        b: Any = None
+        if lora is not None:
+            # The authors' code and PEFT draw A from this range too; with B = 0, y is the base's.
+            shape, bound = (*layers, *inputs, lora.rank), math.prod(inputs) ** -0.5
+            a = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+            b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
+        self.lora, self.lora_a, self.lora_b = lora, a, b
+
+    def __call__(self, x: Array, inputs: str, outputs: str) -> Array:
+        """[B, T, *inputs] to [B, T, *outputs]."""
+        kernel = self.kernel[...]
+        shards = Shards.of(kernel)
+
+        def product(subscripts: str, x: Array, kernel: Array) -> Array:
+            # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
+            precision = "highest" if x.dtype == jnp.float32 else None
+            kernel = kernel.astype(x.dtype)
+            place = shards.product(subscripts, x, kernel)
+            return jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+
+        if self.kernel_scale is None:
+            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+        else:
+            kernel = shards.gathered(kernel).astype(jnp.float32)
+            kernel *= shards.gathered(self.kernel_scale[...])
+        y = product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
+        if self.lora is not None:
+            low = product(f"BT{inputs},{inputs}R->BTR", x, shards.gathered(self.lora_a[...]))
+            low = checkpoint_name(low * self.lora.scale, PRODUCT)
+            y += product(f"BTR,R{outputs}->BT{outputs}", low, shards.gathered(self.lora_b[...]))
+        if self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)
+            y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return checkpoint_name(y, PRODUCT)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, over the last axis; the mean of squares in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, shape: tuple[int, ...], epsilon: float, *, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        """The same, normed; in the dtype of x."""
+        full = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
+        normed = (full * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        scale = self.scale[...].astype(x.dtype)
+        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class Attention(nnx.Module):
+    """Projections around attention; what is attended to is the caller's affair.
+
+    Queries and keys are normed here, where a family does so, before whoever attends rotates them.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, linear: Callable[..., Linear], norm: Callable[..., RMSNorm]
+    ) -> None:
+        D, H = config.hidden_size, config.head_dim
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = linear("q_proj", (D,), (N, H), bias=config.qkv_bias)
+        self.k_proj = linear("k_proj", (D,), (K, H), bias=config.qkv_bias)
+        self.v_proj = linear("v_proj", (D,), (K, H), bias=config.qkv_bias)
+        self.o_proj = linear("o_proj", (N, H), (D,), bias=config.o_bias)
+        self.q_norm = norm(H) if config.qk_norm else None
+        self.k_norm = norm(H) if config.qk_norm else None
+
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
+        """What the tokens read of one another."""
+        query = self.q_proj(x, "D", "NH")
+        key = self.k_proj(x, "D", "KH")
+        value = self.v_proj(x, "D", "KH")
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return self.o_proj(attend(query, key, value), "NH", "D")
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, linear: Callable[..., Linear]) -> None:
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear("gate_proj", (D,), (F,), bias=config.mlp_bias)
+        self.up_proj = linear("up_proj", (D,), (F,), bias=config.mlp_bias)
+        self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Of each token alone."""
+        gate = jax.nn.silu(self.gate_proj(x, "D", "F"))
+        return self.down_proj(gate * self.up_proj(x, "D", "F"), "F", "D")
+
+
+class Block(NamedTuple):
+    """Layers that are alike, stacked; one slice of it, inside the scan, is one decoder layer."""
+
+    input_layernorm: RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: RMSNorm
+    feed_forward: MLP | Experts | None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend, number: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """The layer's output; and what its router said, if it has one.
+
+        With `number` the experts are not this layer's slice but the whole stack, in which it has
+        that number.
+        """
+        with jax.named_scope("self_attn"):
+            x = x + self.self_attn(self.input_layernorm(x), attend)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.feed_forward, Experts):
+            with jax.named_scope("experts"):
+                y, routing = self.feed_forward(normed, number)
+                return x + y, routing
+        assert self.feed_forward is not None
+        with jax.named_scope("mlp"):
+            return x + self.feed_forward(normed), None
+
+
+class Run(NamedTuple):
+    """Layers [start, stop), which are alike.
+
+    Attributes:
+        whole: the stacks of all layers. start, stop: numbers of these.
+        first: the first one's number in the stack of MLPs, or of experts.
+    """
+
+    whole: Block
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def numbers(self) -> Int[Array, " run"]:
+        """Each one's number in the stack of MLPs, or of experts."""
+        return self.first + jnp.arange(self.stop - self.start, dtype=jnp.int32)
+
+    @property
+    def block(self) -> Block:
+        """The stacks of these layers alone."""
+        last = self.first + self.stop - self.start
+        return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
+
+    @property
+    def around_experts(self) -> Block:
+        """`block` without experts, which are read where they lie in their whole stack."""
+        if isinstance(self.whole.feed_forward, Experts):
+            return self._common
+        return self.block
+
+    @property
+    def _common(self) -> Block:
+        return _part(self.whole._replace(feed_forward=None), self.start, self.stop)
+
+
+class Layers(nnx.Module):
+    """All pre-norm decoder layers: attention, and an MLP or a mixture of experts."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        lora: LoraConfig | None,
+        quantized: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        L, D = config.num_hidden_layers, config.hidden_size
+
+        def linear(name: str, *shape: Any, layers: int = L, bias: bool = False) -> Linear:
+            adapter = lora if lora is not None and name in lora.targets else None
+            options = {"lora": adapter, "quantized": quantized, "dtype": dtype, "rngs": rngs}
+            return Linear((layers,), *shape, bias=bias, **options)
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm((L, width), config.rms_norm_eps, dtype=dtype)
+
+        self.sparse = config.sparse_layers
+        self.input_layernorm = norm(D)
+        self.self_attn = Attention(config, linear, norm)
+        self.post_attention_layernorm = norm(D)
+        dense = partial(linear, layers=len(config.dense_layers))
+        self.mlp = MLP(config, dense) if config.has_mlp else None
+        self.experts = Experts(config, dtype=dtype, rngs=rngs) if self.sparse else None
+
+    def runs(self) -> Iterator[Run]:
+        """The layers in their order, those that are alike together: mostly there is one run."""
+        count = self.input_layernorm.scale[...].shape[0]
+        common = self.input_layernorm, self.self_attn, self.post_attention_layernorm
+        for sparse, group in itertools.groupby(range(count), lambda n: n in self.sparse):
+            numbers = list(group)
+            start, stop = numbers[0], numbers[-1] + 1
+            before = sum(n < start for n in self.sparse)  # sparse layers; the others are dense
+            first = before if sparse else start - before
+            feed_forward = self.experts if sparse else self.mlp
+            assert feed_forward is not None
+            yield Run(Block(*common, feed_forward), start, stop, first)
+
+
+def _part(stack: Any, start: int, stop: int) -> Any:
+    """Layers [start, stop) of a stacked module; itself if these are all."""
+    return jax.tree.map(lambda w: w if stop - start == len(w) else w[start:stop], stack)

@@ -1,0 +1,356 @@
+"""GGUF files: metadata and tensors, listed without reading the tensors, unpacked piece by piece.
+
+The format is ggml's (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a magic number, a
+version, two counts, the metadata, a description of every tensor, and their data, aligned. The
+package `gguf` unpacks the data. Its reader of the rest is not used: it makes an object of every
+element of every array (14 seconds for a vocabulary of 49,152), and trusts what the file says.
+"""
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.weights.files import member
+from dca_jax.weights.tensor_files import StoredTensor
+
+SUFFIX = ".gguf"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
+SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+# Far beyond any model: what a damaged file says beyond them is not followed.
+MOST_ENTRIES = 2**16  # of metadata, and tensors
+MOST_STRINGS = 2**22  # of an array; vocabularies have up to a quarter of a million
+MOST_BYTES = 2**24  # of a string
+MOST_AXES = 4
+
+FLOAT32, STRING, ARRAY = 6, 8, 9
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+
+# What values are stored in, by ggml's number. Of packed ones a block of so many values shares its
+# scales; unpacked they are float32, as ggml computes them.
+PLAIN = {
+    0: ("F32", np.dtype(np.float32)),
+    1: ("F16", np.dtype(np.float16)),
+    30: ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
+PACKED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 20: "IQ4_NL", 23: "IQ4_XS"}
+PACKED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFTensor(StoredTensor):
+    """A tensor of a GGUF file; the shape is NumPy's, the last axis fastest.
+
+    Attributes:
+        offset: of its data in the file, in bytes.
+        head_dim: of q and k of a Llama, whose rows llama.cpp has in another order; else 0.
+    """
+
+    offset: int
+    head_dim: int = 0
+
+    def part(self, number: int) -> "GGUFTensor":
+        """One of the tensors that are stacked in this one, along its first axis.
+
+        Raises:
+            InputError: it has no axis to spare, or fewer.
+        """
+        count, *shape = self.shape
+        if not shape or number >= count:
+            raise InputError(
+                f"tensor {shown(self.name)} in {self.path.name} has shape {shown(self.shape)}; "
+                f"expected that of at least {number + 1} experts"
+            )
+        offset = self.offset + number * (self.stored_bytes // count)
+        return replace(self, shape=tuple(shape), offset=offset)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its data in the file."""
+        values_of_block, block_bytes = self._block
+        return math.prod(self.shape) // values_of_block * block_bytes
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """How many values are stored together, and in how many bytes."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if not self.packed:
+            return 1, self.dtype.itemsize
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.packed]]
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The piece `tensor[index]`, unpacked; one slice with both ends per axis.
+
+        Raises:
+            InputError: the file is no longer what it was when it was listed.
+        """
+        from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
+
+        if self.head_dim and len(index) == 1:  # a bias: its rows are its values
+            whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
+            return whole[self._rows(index)]
+        values_of_block, block_bytes = self._block
+        *outer, width = self.shape
+        *rows, columns = index
+        first, last = columns.start // values_of_block, -(-columns.stop // values_of_block)
+        shape = (*outer, width // values_of_block, block_bytes)
+        with _reading(self.path):
+            data = np.memmap(self.path, np.uint8, "r", self.offset, shape)
+        picked = self._rows(rows)
+        packed = np.array(data[(*picked, slice(first, last))])  # in memory of its own
+        packed = packed.reshape(*packed.shape[:-2], -1)
+        if not self.packed:
+            return packed.view(self.dtype)
+        cut = slice(columns.start - first * values_of_block, columns.stop - first * values_of_block)
+        with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
+            return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
+
+    def _rows(self, rows: Sequence[slice]) -> tuple[Any, ...]:
+        """Where Hugging Face's rows are in the file.
+
+        llama.cpp turns planes of neighbours: of a head's rows it has 0, h/2, 1, h/2 + 1, ... where
+        Hugging Face has 0, 1, ..., h - 1.
+        """
+        if not self.head_dim or not rows:
+            return tuple(rows)
+        row = np.arange(rows[0].start, rows[0].stop)
+        head, inner = np.divmod(row, self.head_dim)
+        half, plane = np.divmod(inner, self.head_dim // 2)
+        return (head * self.head_dim + 2 * plane + half, *rows[1:])
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """What a GGUF file says, but the data of its tensors.
+
+    Attributes:
+        path: of the file, or of the first of a split one.
+        metadata: by name; numbers, texts, lists of texts, and arrays of numbers.
+        tensors: by llama.cpp's name.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether `path` is meant as a GGUF file and not as a folder."""
+    return Path(path).suffix == SUFFIX and not Path(path).is_dir()
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The file, or all files of the split one that it is a part of, in order.
+
+    Raises:
+        InputError: a part that is missing, or a link that leads out of the folder.
+    """
+    match = SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise InputError(f"{path} calls itself part {int(match[2])} of {count}")
+    names = (f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    return [member(path.parent, name) for name in names]
+
+
+def read_gguf(path: str | Path) -> GGUF:
+    """Reads all but the tensors' data, which is only checked to be there.
+
+    Raises:
+        InputError: no such file, no GGUF file of a version that is read, a truncated or damaged
+            one, a tensor of a kind that is not read, or a part that is missing.
+    """
+    files = gguf_files(Path(path))
+    parts = [_read_file(file) for file in files]
+    count = parts[0].metadata.get("split.count", 1)
+    if count not in (0, len(parts)):
+        raise InputError(
+            f"{files[0]} is one of {shown(count)} parts, and {len(parts)} are named as its parts; "
+            "give all of them names such as model-00001-of-00002.gguf"
+        )
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        if part.metadata.get("split.no", number) != number:
+            raise InputError(
+                f"{part.path} is part {shown(part.metadata['split.no'])} by its metadata (counted "
+                f"from 0), and {number} by its name"
+            )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise InputError(f"tensor {shown(name)} is twice in {part.path}")
+            tensors[name] = tensor
+    return GGUF(files[0], parts[0].metadata, tensors)
+
+
+def _read_file(path: Path) -> GGUF:
+    with _reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        if size == 0:
+            raise InputError(f"{path} is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(path, data, size).read()
+
+
+class _Header:
+    """Walks through a file's metadata and descriptions, and never past its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self.path, self.data, self.size, self.at = path, data, size, 0
+
+    def read(self) -> GGUF:
+        if self.data[:4] != MAGIC:
+            raise InputError(f"{self.path} is no GGUF file: it begins with {self.data[:4]!r}")
+        self.at = 4
+        (version,) = self.numbers("I")
+        if version not in VERSIONS:
+            big = int.from_bytes(struct.pack("<I", version), "big") in VERSIONS
+            reason = "it is written for big-endian machines" if big else f"its version is {version}"
+            raise InputError(
+                f"{self.path} cannot be read: {reason}; expected version 2 or 3, little-endian"
+            )
+        tensor_count, entries = self.numbers("QQ")
+        for what, count in (("tensors", tensor_count), ("entries of metadata", entries)):
+            if count > MOST_ENTRIES:
+                raise InputError(
+                    f"{self.path} is damaged: it says that it has {count} {what}; expected at most "
+                    f"{MOST_ENTRIES}"
+                )
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            name = self.string("a name in the metadata")
+            if name in metadata:
+                raise InputError(f"{self.path} is damaged: {shown(name)} is twice in its metadata")
+            (kind,) = self.numbers("I")
+            metadata[name] = self.value(name, kind)
+        described = [self.tensor() for _ in range(tensor_count)]
+        return GGUF(self.path, metadata, self.placed(described, metadata))
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack_from(f"<{form}", self.data, self.take(struct.calcsize(f"<{form}")))
+
+    def take(self, size: int) -> int:
+        """Where the next `size` bytes begin."""
+        begin, self.at = self.at, self.at + size
+        if self.at > self.size:
+            raise InputError(
+                f"{self.path} is truncated or damaged: its description goes beyond its "
+                f"{self.size} bytes; download it again"
+            )
+        return begin
+
+    def string(self, what: str) -> str:
+        (size,) = self.numbers("Q")
+        if size > MOST_BYTES:
+            raise InputError(
+                f"{self.path} is damaged: {shown(what, quote=False)} has {size} bytes; expected at "
+                f"most {MOST_BYTES}"
+            )
+        begin = self.take(size)
+        try:
+            return self.data[begin : self.at].decode()
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{self.path} is damaged: {shown(what, quote=False)} is not UTF-8 text"
+            ) from None
+
+    def value(self, name: str, kind: int) -> Any:
+        if kind == FLOAT32:  # the shortest decimal that means it: 1e-5, not 9.999999747378752e-06
+            return float(str(np.float32(self.numbers("f")[0])))
+        if kind in SCALARS:
+            return self.numbers(SCALARS[kind])[0]
+        if kind == STRING:
+            return self.string(name)
+        if kind != ARRAY:
+            raise InputError(f"{self.path} is damaged: {shown(name)} is of no known type ({kind})")
+        inner, count = self.numbers("IQ")
+        if inner in SCALARS:
+            dtype = np.dtype(SCALARS[inner]).newbyteorder("<")
+            begin = self.take(count * dtype.itemsize)
+            return np.frombuffer(self.data[begin : self.at], dtype)
+        if inner != STRING or count > MOST_STRINGS:
+            what = "values of no known type" if inner != STRING else "texts"
+            raise InputError(f"{self.path} is damaged: {shown(name)} lists {count} {what}")
+        return [self.string(name) for _ in range(count)]
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, kind's number, and offset in the data."""
+        name = self.string("a tensor's name")
+        (axes,) = self.numbers("I")
+        if not 1 <= axes <= MOST_AXES:
+            raise InputError(
+                f"{self.path}: tensor {shown(name)} has {axes} axes; expected 1 to {MOST_AXES}"
+            )
+        sizes = self.numbers("Q" * axes)
+        kind, offset = self.numbers("IQ")
+        return name, tuple(reversed(sizes)), kind, offset
+
+    def placed(
+        self, described: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
+    ) -> dict[str, GGUFTensor]:
+        """The tensors, every one of which lies within the file."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        alignment = metadata.get(ALIGNMENT, 32)
+        if type(alignment) is not int or alignment not in (8 << n for n in range(16)):
+            raise InputError(
+                f"{self.path}: {ALIGNMENT} must be a power of two from 8 to 262144, got "
+                f"{shown(alignment)}"
+            )
+        start = -(-self.at // alignment) * alignment
+        found: dict[str, GGUFTensor] = {}
+        for name, shape, number, offset in described:
+            kind, dtype = PLAIN.get(number, (PACKED.get(number), np.dtype(np.float32)))
+            if kind is None:
+                known = {int(each): each.name for each in GGMLQuantizationType}
+                raise InputError(
+                    f"{self.path}: tensor {shown(name)} is stored in "
+                    f"{known.get(number, f'an unknown type ({number})')}, which is not read; "
+                    "expected one of "
+                    f"{', '.join([n for n, _ in PLAIN.values()] + list(PACKED.values()))}"
+                )
+            values, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+            if shape[-1] % values or 0 in shape:
+                raise InputError(
+                    f"{self.path}: tensor {shown(name)} has shape {shown(shape)}, and {kind} packs "
+                    f"rows in blocks of {values}; the file is damaged"
+                )
+            packed, where = PACKED.get(number, ""), {"path": self.path, "offset": start + offset}
+            tensor = GGUFTensor(name=name, shape=shape, dtype=dtype, packed=packed, **where)
+            size = tensor.stored_bytes
+            if start + offset + size > self.size or offset % alignment:
+                raise InputError(
+                    f"{self.path} is truncated or damaged: tensor {shown(name)} is said to be "
+                    f"{size} bytes at byte {start + offset} of {self.size}; download it again"
+                )
+            if name in found:
+                raise InputError(f"{self.path} is damaged: it has tensor {shown(name)} twice")
+            found[name] = tensor
+        return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a mapping longer than the file
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not what it was when it was listed; load it again") from None

@@ -1,0 +1,374 @@
+"""Mixtures of experts: beside transformers, a dense float64 computation, and one device."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from abstract import collective_sizes
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from lowering import lower
+
+from dca_jax import experts as experts_module
+from dca_jax.attention.device import Device
+from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.experts import Experts
+from dca_jax.grouped import PRODUCTS, choose, chosen_product
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.sharding import describe, make_mesh, parse_mesh
+from dca_jax.weights.folder import load_weights
+from dca_jax.weights.parameters import lora_parameters
+from dca_jax.weights.placement import check_mesh, parameter_shardings
+
+# --- beside transformers -----------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Every second layer, of which the last has an MLP: dense, sparse, dense, dense.
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        QWEN | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
+    "qwen3-moe-normed": (
+        "Qwen3MoeConfig",
+        QWEN | {"num_hidden_layers": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "mixtral": ("MixtralConfig", {"num_hidden_layers": 2, "num_local_experts": 4}),
+}
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 60)).astype(np.int32)
+
+
+def save_tiny(folder: Path, family: str) -> Any:
+    """A tiny random model of the family, saved as transformers saves it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config_class, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**(TINY | options))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def load(folder: Path, **options: Any) -> Llama:
+    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    params = load_weights(folder, config, dtype=jnp.float32)
+    return Llama.from_params(config, params, dtype=jnp.float32, **options)
+
+
+@jax.jit
+def step(model: Llama, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache | None]:
+    hidden, cache_after = model.hidden_states(tokens, cache=cache)
+    return model.unembed(hidden), cache_after
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "qwen3-moe-normed"])
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    """A whole text, and the same text as a long piece and single tokens after a cache."""
+    torch = pytest.importorskip("torch")
+    theirs = save_tiny(tmp_path, family)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    largest = np.abs(expected).max()
+    assert largest > 1
+    model = load(tmp_path)
+    got = jax.jit(Llama.__call__)(model, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(got, expected, atol=1e-5 * largest, rtol=0)
+    if family == "qwen3-moe-normed":
+        return  # a cache is read alike by all
+    cache: Any = KVCache.create(model.config, batch=2, capacity=64, dtype=jnp.float32)
+    pieces = []
+    for start, stop in ((0, 58), (58, 59), (59, 60)):
+        logits, cache = step(model, jnp.asarray(TOKENS[:, start:stop]), cache)
+        pieces.append(logits)
+    got = np.concatenate(pieces, axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * largest, rtol=0)
+
+
+def test_mixtral_and_the_loss_of_uneven_choices_are_those_of_transformers(tmp_path: Path) -> None:
+    """Logits; and with padding, over all layers together, the loss and the router's gradient."""
+    torch = pytest.importorskip("torch")
+    theirs = save_tiny(tmp_path, "mixtral")
+    mask = np.ones_like(TOKENS)
+    mask[1, 40:] = 0
+    out = theirs(torch.tensor(TOKENS), attention_mask=torch.tensor(mask), output_router_logits=True)
+    out.aux_loss.backward()
+    expected = np.stack([layer.mlp.gate.weight.grad.numpy().T for layer in theirs.model.layers])
+
+    def loss(model: Llama) -> tuple[jax.Array, jax.Array]:
+        lengths = jnp.asarray([60, 40], jnp.int32)
+        hidden, balance = model.balanced_hidden_states(jnp.asarray(TOKENS), lengths)
+        return balance, model.unembed(hidden)
+
+    (got, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(load(tmp_path))
+    np.testing.assert_allclose(float(got), float(out.aux_loss), rtol=1e-5)
+    router = gradient.params()["layers"]["experts"]["router"]["kernel"]
+    np.testing.assert_allclose(router, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
+    theirs_logits, is_text = out.logits.detach().numpy(), mask == 1
+    np.testing.assert_allclose(
+        np.asarray(logits)[is_text],
+        theirs_logits[is_text],
+        atol=1e-5 * np.abs(theirs_logits).max(),
+        rtol=0,
+    )
+
+
+# --- the products, and a layer -------------------------------------------------------------------
+
+SIZES = np.array([5, 0, 40, 1, 0, 17], np.int32)
+
+
+@pytest.mark.parametrize("name", ["ragged", "blocks"])
+@pytest.mark.parametrize("beyond", [0, 9])
+def test_products_of_groups(name: str, beyond: int) -> None:
+    """Empty groups, one of a row, ones of several blocks; rows that belong to none."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 3)
+        rows = int(SIZES.sum()) + beyond
+        x = jax.random.normal(keys[0], (rows, 7), jnp.float64)
+        kernels = jax.random.normal(keys[1], (2, 6, 7, 5), jnp.float64)
+        weights = jax.random.normal(keys[2], (rows, 5), jnp.float64)
+        belongs = (np.arange(rows) < SIZES.sum())[:, None]
+        group = np.repeat(np.arange(7), [*SIZES, beyond])
+
+        def ours(x: jax.Array, kernels: jax.Array) -> jax.Array:
+            product = PRODUCTS[name](x, kernels, jnp.int32(1), jnp.asarray(SIZES))
+            return jnp.where(belongs, product, 0)
+
+        def dense(x: jax.Array, kernels: jax.Array) -> jax.Array:
+            matrices = jnp.concatenate([kernels[1], jnp.zeros((1, 7, 5))])[group]
+            return jnp.einsum("ri,rio->ro", x, matrices)
+
+        np.testing.assert_allclose(ours(x, kernels), dense(x, kernels), atol=1e-13)
+        got, expected = (
+            jax.grad(lambda *a, f=f: (f(*a) * weights).sum(), argnums=(0, 1))(x, kernels)
+            for f in (ours, dense)
+        )
+        for ours_, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours_, theirs, atol=1e-12)
+
+
+def test_few_rows_times_their_own_matrices() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernels = jax.random.normal(keys[0], (4, 7)), jax.random.normal(keys[1], (2, 6, 7, 5))
+    groups = jnp.asarray([5, 0, 5, 2], jnp.int32)
+    got = chosen_product(x, kernels, jnp.int32(1), groups)
+    np.testing.assert_allclose(got, jnp.einsum("ri,rio->ro", x, kernels[1, groups]), atol=1e-5)
+
+
+def test_the_product_is_chosen_by_device_and_shape() -> None:
+    hopper = Device("gpu", "NVIDIA H200", (9, 0))
+    assert choose(Device("tpu", "TPU v5p", None), jnp.bfloat16, (2048, 768)) == "ragged"
+    assert choose(hopper, jnp.bfloat16, (2048, 768)) == "mosaic_gpu"
+    assert choose(hopper, jnp.float32, (2048, 768)) == "blocks"
+    assert choose(hopper, jnp.bfloat16, (2048, 96)) == "blocks"
+    assert choose(Device("gpu", "NVIDIA A100", (8, 0)), jnp.bfloat16, (2048, 768)) == "blocks"
+
+
+def test_the_kernel_for_hopper_compiles_as_far_as_its_own_compiler_goes() -> None:
+    x, kernels = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 2048), (48, 128, 2048, 768))
+    )
+    sizes, layer = jax.ShapeDtypeStruct((128,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def loss(x: jax.Array, kernels: jax.Array, layer: jax.Array, sizes: jax.Array) -> jax.Array:
+        return PRODUCTS["mosaic_gpu"](x, kernels, layer, sizes).astype(jnp.float32).sum()
+
+    text = lower(jax.grad(loss), x, kernels, layer, sizes)
+    assert text.count("mosaic_gpu") >= 1
+
+
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    qk_norm=True,
+    model_type="qwen3_moe",
+    mixture=MixtureConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24),
+)
+
+
+def layer_of(dtype: Any = jnp.float32) -> Experts:
+    """One layer's mixture, its weights large enough for experts to differ."""
+    stacked = Experts(CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
+    return jax.tree.map(lambda w: 20 * w[0], stacked)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_gradients_are_those_of_a_dense_computation(norm: bool) -> None:
+    """All experts for all tokens in float64, with the weights of those not chosen zero."""
+    with jax.enable_x64(True):
+        layer = layer_of(jnp.float64)
+        layer.mixture = replace(layer.mixture, norm_topk_prob=norm)
+        x = jax.random.normal(jax.random.key(1), (2, 30, 32), jnp.float64)
+
+        def dense(layer: Experts, x: jax.Array) -> jax.Array:
+            p = jax.nn.softmax(x @ layer.router.kernel[...], axis=-1)
+            least = jnp.sort(p, axis=-1)[..., -3:-2]
+            w = jnp.where(p >= least, p, 0)
+            w = w / w.sum(axis=-1, keepdims=True) if norm else w
+            gate = jnp.einsum("btd,edm->btem", x, layer.gate_proj.kernel[...])
+            up = jnp.einsum("btd,edm->btem", x, layer.up_proj.kernel[...])
+            inner = gate / (1 + jnp.exp(-gate)) * up
+            each = jnp.einsum("btem,emd->bted", inner, layer.down_proj.kernel[...])
+            return jnp.einsum("bted,bte->btd", each, w)
+
+        ways = (lambda layer, x: layer(x)[0]), dense
+        outs = [jax.jit(way)(layer, x) for way in ways]
+        np.testing.assert_allclose(outs[0], outs[1], atol=1e-11)
+        got, expected = (
+            jax.jit(jax.grad(lambda e, x, w=way: jnp.sin(w(e, x)).sum(), argnums=(0, 1)))(layer, x)
+            for way in ways
+        )
+        for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            scale = float(jnp.abs(theirs).max())
+            np.testing.assert_allclose(ours, theirs, atol=1e-10 * scale)
+
+
+def test_tokens_in_another_order_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    x = jax.random.normal(jax.random.key(1), (1, 41, 32))
+    order = np.random.default_rng(0).permutation(41)
+    y, routing = layer(x)
+    moved, _ = layer(x[:, order])
+    np.testing.assert_allclose(moved, y[:, order], atol=1e-5)
+    np.testing.assert_array_equal(layer(x)[0], y)  # the same twice
+    np.testing.assert_allclose(layer(x[:, :1])[0], y[:, :1], atol=1e-5)
+    assert routing.chosen.shape == (1, 41, 3)
+    monkeypatch.setattr(experts_module, "PIECE", 16)
+    np.testing.assert_allclose(layer(x)[0], y, atol=1e-5)
+    # As a GPU and a TPU do for few rows: only what is chosen is read.
+    monkeypatch.setattr(experts_module, "are_few", lambda rows, groups: True)
+    np.testing.assert_allclose(layer(x[:, :5])[0], y[:, :5], atol=1e-5)
+
+
+# --- on a mesh -----------------------------------------------------------------------------------
+
+MESHES = ["data=2,fsdp=4", "fsdp=2,context=2,tensor=2"]
+LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)
+BATCH = np.random.default_rng(1).integers(0, 96, (8, 37)).astype(np.int32)
+DCA = DCAConfig(chunk_len=10, max_query_position=14)
+
+
+@functools.cache
+def params() -> dict[str, np.ndarray]:
+    model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    leaves = flatten_dict(model.params(), sep=".")
+    return {k: np.asarray(v) * np.float32(10 if v.ndim > 2 else 1) for k, v in leaves.items()}
+
+
+def model_on(mesh: str | None) -> Llama:
+    place = None if mesh is None else parameter_shardings(CONFIG, make_mesh(mesh))
+    leaves = {
+        name: jnp.asarray(leaf) if place is None else jax.device_put(leaf, place(name))
+        for name, leaf in params().items()
+    }
+    return Llama.from_params(CONFIG, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
+
+
+def loss_and_logits(model: Llama, tokens: jax.Array, lengths: jax.Array) -> tuple[Any, Any]:
+    hidden, balance = model.balanced_hidden_states(tokens, lengths)
+    nll = model.nll(hidden, jnp.roll(tokens, -1, axis=1))
+    counts = jnp.arange(nll.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None] - 1
+    return jnp.where(counts, nll, 0).sum() / 100 + balance, model.unembed(hidden)
+
+
+@functools.cache
+def graded() -> Any:
+    return jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+
+
+@functools.cache
+def expected() -> Any:
+    (loss, logits), gradient = graded()(model_on(None), BATCH, LENGTHS)
+    return float(loss), np.asarray(logits), flatten_dict(gradient.params(), sep=".")
+
+
+def test_padding_changes_nothing() -> None:
+    """A row of a batch is that row alone, whatever its padding and its neighbour say."""
+    other = BATCH.copy()
+    other[np.arange(37)[None, :] >= LENGTHS[:, None]] = 5
+    (loss, logits), _ = graded()(model_on(None), other, LENGTHS)
+    is_text = np.arange(37)[None, :] < LENGTHS[:, None]
+    np.testing.assert_allclose(float(loss), expected()[0], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(logits)[is_text], expected()[1][is_text], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_gives_what_one_device_does(mesh: str) -> None:
+    loss, logits, gradient = expected()
+    (got_loss, got_logits), got = graded()(model_on(mesh), BATCH, LENGTHS)
+    is_text = np.arange(37)[None, :] < LENGTHS[:, None]
+    np.testing.assert_allclose(float(got_loss), loss, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(got_logits)[is_text], logits[is_text], atol=1e-5)
+    for name, leaf in flatten_dict(got.params(), sep=".").items():
+        scale = np.abs(gradient[name]).max()
+        np.testing.assert_allclose(leaf, gradient[name], atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2"])
+def test_no_device_gathers_the_experts(mesh: str) -> None:
+    """What moves while a text is read is smaller than one projection of one layer's experts."""
+    wide = replace(CONFIG, mixture=replace(CONFIG.mixture, moe_intermediate_size=512))
+    place = parameter_shardings(wide, make_mesh(mesh))
+    shapes = jax.eval_shape(lambda: Llama(wide, rngs=nnx.Rngs(0)).params())
+    leaves = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(name))
+        for name, leaf in flatten_dict(shapes, sep=".").items()
+    }
+    model = Llama.from_params(wide, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
+    lowered = jax.jit(Llama.__call__).lower(
+        model, jax.ShapeDtypeStruct((8, 16), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
+    )
+    moved = collective_sizes(lowered.compile().as_text())
+    assert 0 < max(moved) < leaves["layers.experts.up_proj.kernel"].size // 2 // 8
+
+
+def test_sizes_that_do_not_divide_name_those_that_would() -> None:
+    with pytest.raises(InputError, match=r"tensor=8 does not divide .* 12 elements of an expert"):
+        odd = replace(CONFIG, mixture=replace(CONFIG.mixture, moe_intermediate_size=12))
+        check_mesh(odd, parse_mesh("tensor=8"))
+    with pytest.raises(InputError, match=r"fsdp=16 does not divide the number of experts 8"):
+        check_mesh(CONFIG, parse_mesh("fsdp=16"))
+    assert describe(parse_mesh("fsdp=8")) == "fsdp=8"
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def test_lora_adapts_attention_and_says_so_of_experts() -> None:
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    rows = lora_parameters(CONFIG, LoraConfig(rank=4, targets=attention))
+    assert {row.path.split(".")[2] for row in rows} == set(attention)
+    with pytest.raises(InputError, match="cannot adapt gate_proj, up_proj, down_proj of this"):
+        lora_parameters(CONFIG, LoraConfig(rank=4))
