@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.cli.options import (
+    AdapterOption,
     Base,
     Dtype,
     MethodOption,
@@ -55,6 +56,7 @@ def convert(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
     ] = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or a converted one back.
 
@@ -68,6 +70,8 @@ def convert(
     - `dca-jax convert Qwen/Qwen2.5-7B-Instruct-1M ./qwen-1m`
 
     - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
+
+    - `dca-jax convert ./Llama-2-7b-hf ./merged --adapter ./run/adapter`
     """
     refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.
@@ -80,7 +84,7 @@ def convert(
     converter = orbax_to_hf if is_converted(folder) else hf_to_orbax
     wanted = None if dtype is None else np.dtype(dtype.value)
     with told_if_stopped(destination):
-        converter.convert(folder, destination, dtype=wanted, show=True)
+        converter.convert(folder, destination, dtype=wanted, adapter=adapter, show=True)
     print(f"wrote {destination}")
 
 

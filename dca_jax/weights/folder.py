@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig
-from dca_jax.weights.adapters import load_adapter, merge_lora
+from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.huggingface import open_checkpoint
 from dca_jax.weights.orbax import is_converted, open_converted
 from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
@@ -48,8 +48,7 @@ def load_weights(
     """
     dtypes, read = open_weights(folder, config, dtype=dtype)
     if adapter is not None:
-        lora, adapters = load_adapter(adapter, config)
-        read = merge_lora(read, adapters, lora)
+        read = with_adapter(read, adapter, config)
     like = {
         row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
     }
