@@ -250,10 +250,15 @@ def test_a_run_begins_with_an_adapter_of_peft(model: Path, dialogues: Path, tmp_
     folder = finetune(chosen)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, 300, (1, 40)))
     with torch.no_grad():
-        want = peft.PeftModel.from_pretrained(base(), tmp_path / "theirs")(tokens).logits
-        again = peft.PeftModel.from_pretrained(base(), tmp_path / "run/adapter")(tokens).logits
-        merged = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
-        plain = base()(tokens).logits
+        want, again, merged, plain = (
+            opened(tokens).logits.numpy()
+            for opened in (
+                peft.PeftModel.from_pretrained(base(), tmp_path / "theirs"),
+                peft.PeftModel.from_pretrained(base(), tmp_path / "run/adapter"),
+                AutoModelForCausalLM.from_pretrained(folder),
+                base(),
+            )
+        )
     np.testing.assert_allclose(merged, want, atol=1e-4)
     np.testing.assert_allclose(again, want, atol=1e-4)
     assert np.abs(want - plain).max() > 1e-2
