@@ -12,10 +12,12 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from dca_jax.dtypes import parse_dtype
+from dca_jax.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
 from dca_jax.weights.parameters import Progress
 
 
@@ -44,17 +47,28 @@ class Dtype(StrEnum):
         return None if self is Dtype.keep else jnp.dtype(parse_dtype(self.value))
 
 
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Folder of a LoRA adapter (PEFT's) to merge into the weights."
+    ),
+]
+
+
 def write_provenance(
-    path: Path, source: Path, files: Iterable[Path], dtypes: Iterable[np.dtype]
+    path: Path,
+    source: Path,
+    files: Iterable[Path],
+    dtypes: Iterable[np.dtype],
+    *,
+    adapter: Path | None = None,
 ) -> None:
     """Writes what was converted (names, sizes, SHA-256), into which dtype, by what and when."""
     folder = source if source.is_dir() else source.parent
     provenance = {
         "source": source.resolve().name,
-        "files": {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in files
-        },
+        "files": _checksums(folder, files),
+        **({} if adapter is None else {"adapter": _adapter_files(adapter)}),
         "dtype": sorted({str(dtype) for dtype in dtypes}),
         "dca_jax": version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,6 +130,18 @@ def told_if_stopped(destination: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _adapter_files(folder: Path) -> dict[str, Any]:
+    files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+    return {"source": folder.resolve().name, "files": _checksums(folder, files)}
+
+
+def _checksums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in files
+    }
 
 
 def _sha256(path: Path) -> str:

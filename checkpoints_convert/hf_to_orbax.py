@@ -1,7 +1,6 @@
 """Hugging Face or GGUF -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 from rich import print
 
 from checkpoints_convert.common import (
+    AdapterOption,
     Dtype,
     prepare_process,
     progress_bar,
@@ -19,15 +19,21 @@ from checkpoints_convert.common import (
 )
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
+from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import written_aside
 from dca_jax.weights.folder import copy_description
 from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
-from dca_jax.weights.parameters import Parameter, parameters
+from dca_jax.weights.parameters import Parameter, Read, parameters
 
 
 def convert(
-    source: Path, destination: Path, *, dtype: np.dtype | None = None, show: bool = False
+    source: Path,
+    destination: Path,
+    *,
+    dtype: np.dtype | None = None,
+    adapter: Path | None = None,
+    show: bool = False,
 ) -> None:
     """Converts a Hugging Face folder, or a GGUF file, into a folder with Orbax weights.
 
@@ -41,27 +47,37 @@ def convert(
         destination: folder to make.
         dtype: of the converted weights; None keeps each as it is stored, and packed ones in the
             dtype of their values.
+        adapter: folder of a LoRA adapter (PEFT's) to merge into the weights.
         show: a progress bar on stderr.
 
     Raises:
-        InputError: `destination` exists, or `source` is not a whole and sound checkpoint.
+        InputError: `destination` exists, or `source` is not a whole and sound checkpoint, or what
+            `dca_jax.weights.adapters.load_adapter` refuses.
     """
     config = read_config(source)
     checkpoint = open_checkpoint(source, config)
     rows = parameters(config)
     dtypes = {row.path: _own_dtype(checkpoint, row) if dtype is None else dtype for row in rows}
+    read: Read = lambda row, index: checkpoint.read(row, index, dtypes[row.path])  # noqa: E731
+    if adapter is not None:
+        read = with_adapter(read, adapter, config)
     total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows)
     with written_aside(destination) as aside:
         companions = copy_description(source, aside)
         with progress_bar(total, show) as progress:
-            tree = {}
-            for row in rows:
-                read = partial(checkpoint.read, dtype=dtypes[row.path])
-                tree[row.path] = StreamedArray.of(row, config, read, dtypes[row.path], progress)
+            tree = {
+                row.path: StreamedArray.of(row, config, read, dtypes[row.path], progress)
+                for row in rows
+            }
             save(aside / PARAMS, unflatten_dict(tree, sep="."))
         weights = {t.path for tensors in checkpoint.tensors.values() for t in tensors}
-        files = [*companions, *sorted(weights)]
-        write_provenance(aside / "provenance.json", source, files, dtypes.values())
+        write_provenance(
+            aside / "provenance.json",
+            source,
+            [*companions, *sorted(weights)],
+            dtypes.values(),
+            adapter=adapter,
+        )
 
 
 def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
@@ -91,6 +107,7 @@ def main(
         Dtype,
         typer.Option(help="Dtype of the converted weights; **keep** leaves each value as it is."),
     ] = Dtype.keep,
+    adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face Llama-family checkpoint to Orbax.
 
@@ -101,7 +118,7 @@ def main(
     """
     prepare_process()
     with told_if_stopped(destination):
-        convert(source, destination, dtype=dtype.wanted, show=True)
+        convert(source, destination, dtype=dtype.wanted, adapter=adapter, show=True)
     print(f"wrote {destination}")
 
 

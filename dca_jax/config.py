@@ -277,11 +277,13 @@ class LoraConfig:
         rank: columns of A, rows of B.
         alpha: their strength, as in the paper's section 4.1.
         targets: the projections that have adapters, in every layer; of `LORA_TARGETS`.
+        rslora: whether the strength is alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = LORA_TARGETS
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -298,8 +300,8 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """What x A B is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def lora_targets(config: LlamaConfig) -> tuple[str, ...]:

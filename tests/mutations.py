@@ -233,15 +233,22 @@ FAULTS = [
     Fault(
         "each token is asked to predict itself",
         "inference/score.py",
-        "inputs[:, row, :count] = text[:-1], text[1:]",
-        "inputs[:, row, :count] = text[:-1], text[:-1]",
+        "tokens[:, row, : len(given)] = given, wanted",
+        "tokens[:, row, : len(given)] = given, given",
         "tests/test_llm.py::test_perplexity_is_that_of_the_logits",
+    ),
+    Fault(
+        "a choice is read after the choice before it",
+        "inference/score.py",
+        "cache = cache.rollback(shared)",
+        "cache = cache.rollback(shared) if turn == 0 else cache",
+        "tests/test_lm_eval_parity.py::test_a_context_of_several_choices_is_read_once",
     ),
     # --- finetuning ---
     Fault(
         "LoRA is scaled by alpha",
         "config.py",
-        "return self.alpha / self.rank",
+        "return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)",
         "return self.alpha",
         "tests/test_lora.py::test_an_adapter_means_to_peft_what_it_means_here",
     ),

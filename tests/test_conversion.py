@@ -404,10 +404,10 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
-    from dca_jax.weights import huggingface
+    from dca_jax.weights import huggingface, orbax
 
     module, owner, name, source, destination = sys.argv[1:]
-    owner = {"Checkpoint": huggingface.Checkpoint, "orbax_to_hf": orbax_to_hf}[owner]
+    owner = {"Checkpoint": huggingface.Checkpoint, "orbax": orbax}[owner]
     original, calls = getattr(owner, name), []
 
     def then_die(*args, **kwargs):
@@ -426,7 +426,7 @@ KILLED = """
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("module", "owner", "name"),
-    [("hf_to_orbax", "Checkpoint", "read"), ("orbax_to_hf", "orbax_to_hf", "read_piece")],
+    [("hf_to_orbax", "Checkpoint", "read"), ("orbax_to_hf", "orbax", "read_piece")],
 )
 def test_a_killed_conversion_leaves_nothing_whole(tmp_path, module, owner, name):
     source, orbax = converted(tmp_path)

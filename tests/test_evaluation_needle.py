@@ -49,6 +49,24 @@ def test_needles_stand_between_sentences():
     assert noise.splitlines()[0] == noise.splitlines()[2]
 
 
+def test_places_are_drawn_as_ruler_draws_them():
+    """Of noise any lines, each alike, never after the last; of a text forty depths."""
+    noise = Haystack.noise()
+    seen = np.zeros(10, int)
+    for seed in range(400):
+        depths = noise.places(3, seed)
+        text = noise.with_needles(10, ["A", "B", "C"], depths(10)).split("\n")
+        at = [text.index(needle) - number for number, needle in enumerate("ABC")]
+        assert at == sorted(set(at))  # each before another line
+        seen[at] += 1
+        assert depths(10) == noise.places(3, seed)(10)
+    assert np.all(np.abs(seen - 120) < 45)  # 3 of 10 lines, 400 times; five deviations
+    assert noise.with_needles(0, ["A", "B"], noise.places(2, 0)(0)) == "A\nB"
+    depths = Haystack.of_text(STORY).places(3, 0)(1000)
+    assert depths == sorted(depths)
+    assert all(round(100 * depth) in np.linspace(0, 100, 40).round() for depth in depths)
+
+
 @pytest.mark.parametrize("first_guess", [0, 1, 90, 5000])
 @pytest.mark.parametrize("limit", [60, 70, 1000, 40_000])
 def test_as_much_as_fits(limit, first_guess):

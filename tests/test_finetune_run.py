@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conversion_helpers import TINY
+from conversion_helpers import TINY, read_safetensors
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_llm import make_llm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dca_jax
@@ -185,6 +185,29 @@ def test_its_model_is_read_by_dca_jax_and_by_transformers(
     np.testing.assert_allclose(llm.logits(tokens), want, atol=2e-4)
 
 
+def exported_again(run: Path, chosen: Settings, output: Path) -> Path:
+    """A run that has ended, whose same command with `export: hf` writes another model."""
+    shutil.copytree(run, output, ignore=lambda _, names: {"model", "adapter"} & set(names))
+    return finetune(replace(chosen, output=str(output), export="hf"))
+
+
+def test_a_run_may_leave_a_hugging_face_folder(
+    whole: Path, model: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    chosen = settings(model, dialogues, whole, report=("tensorboard",))
+    folder = exported_again(whole, chosen, tmp_path / "run")
+    orbax_to_hf.convert(whole / "model", tmp_path / "hf")
+    written, converted = read_safetensors(folder), read_safetensors(tmp_path / "hf")
+    assert list(written) == list(converted)
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(tensor, converted[name])
+    assert (folder / "config.json").read_bytes() == (tmp_path / "hf/config.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(folder)("Call me").input_ids
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.float32
+    assert losses(tmp_path / "run") == losses(whole)  # no update was made
+
+
 @pytest.mark.parametrize("base", ["dtype", "int8"])
 def test_lora_trains_adapters_and_exports_the_merged_model(
     model: Path, dialogues: Path, tmp_path: Path, base: str
@@ -206,6 +229,43 @@ def test_lora_trains_adapters_and_exports_the_merged_model(
             a, b = (low_rank[name.replace("kernel", part)] for part in ADAPTERS)
             want = want + lora.scale * jnp.einsum("lir,lr...->li...", a, b, precision="highest")
         np.testing.assert_allclose(leaf, want, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
+def test_a_run_begins_with_an_adapter_of_peft(model: Path, dialogues: Path, tmp_path: Path) -> None:
+    """At a rate of nothing it exports what PEFT merges; and PEFT opens what it leaves."""
+    peft = pytest.importorskip("peft")
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    torch.manual_seed(0)
+    targets = ["mlp.down_proj", "self_attn.q_proj"]
+    asked = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=True, init_lora_weights=False
+    )
+    peft.get_peft_model(base(), asked).save_pretrained(tmp_path / "theirs")
+    changes = {"adapter": str(tmp_path / "theirs"), "steps": 1, "learning_rate": 1e-12}
+    chosen = settings(model, dialogues, tmp_path / "run", export="hf", **changes)
+    folder = finetune(chosen)
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, 300, (1, 40)))
+    with torch.no_grad():
+        want, again, merged, plain = (
+            opened(tokens).logits.numpy()
+            for opened in (
+                peft.PeftModel.from_pretrained(base(), tmp_path / "theirs"),
+                peft.PeftModel.from_pretrained(base(), tmp_path / "run/adapter"),
+                AutoModelForCausalLM.from_pretrained(folder),
+                base(),
+            )
+        )
+    np.testing.assert_allclose(merged, want, atol=1e-4)
+    np.testing.assert_allclose(again, want, atol=1e-4)
+    assert np.abs(want - plain).max() > 1e-2
+    with pytest.raises(InputError, match="give adapter or lora_rank"):
+        replace(chosen, lora_rank=8)
+    with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
+        finetune(replace(chosen, output=str(tmp_path / "none"), adapter=str(tmp_path / "none")))
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -1,15 +1,26 @@
 """Our model for lm-evaluation-harness beside its own for transformers, on tiny checkpoints."""
 
 import logging
+import random
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conversion_helpers import make_tiny
 from tiny_llm import CHAT_TEMPLATE, make_llm, metaspace_tokenizer, save_tokenizer
 
 from dca_jax.errors import InputError
-from dca_jax.lm_eval.arguments import check_arguments, read_generation_kwargs, take_mesh, truth
+from dca_jax.inference import score
+from dca_jax.lm_eval import beginnings
+from dca_jax.lm_eval.arguments import (
+    check_arguments,
+    check_device,
+    read_generation_kwargs,
+    take_mesh,
+    truth,
+)
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `eval`)")
 pytestmark = pytest.mark.filterwarnings(
@@ -82,6 +93,68 @@ def test_loglikelihood(pair: tuple, monkeypatch: pytest.MonkeyPatch, batch: int 
     ours, theirs, _ = pair
     monkeypatch.setattr(ours, "batch_size", batch)
     agree(loglikelihoods(ours, PAIRS), loglikelihoods(theirs, PAIRS))
+
+
+DOCUMENT = "Some years ago, never mind how long precisely, I thought I would sail. " * 4
+QUESTIONS = ["Who sails?", "How long ago was it, and why?", "What is precise?"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_context_of_several_choices_is_read_once(
+    pair: tuple, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """QuALITY's form: a document, questions about it, choices of each; and another document."""
+    ours, theirs, _ = pair
+    monkeypatch.setattr(ours, "batch_size", batch)
+    monkeypatch.setattr(theirs, "_max_length", 4096)  # or it would cut
+    monkeypatch.setattr(beginnings, "LONG", 100)
+    choices = [" Ishmael", " I thought I would sail", "", " a", " a little money"]
+    pairs = [
+        (f"{document}\nQuestion: {question}\nAnswer:", choice or "\n")
+        for document in (DOCUMENT, DOCUMENT[::-1])
+        for question in QUESTIONS
+        for choice in choices
+    ]
+    pairs += [("Call me", " Ishmael"), (DOCUMENT, " a little")]
+    random.Random(0).shuffle(pairs)
+    read = []
+    once = score.Reader._append
+    monkeypatch.setattr(
+        score.Reader,
+        "_append",
+        lambda self, cache, inputs, *rest: (
+            read.append(sum(map(len, inputs))) or once(self, cache, inputs, *rest)
+        ),
+    )
+    agree(loglikelihoods(ours, pairs), loglikelihoods(theirs, pairs))
+    documents = sum(len(ours.tok_encode(text)) for text in (DOCUMENT, DOCUMENT[::-1]))
+    assert sum(read) < documents + 45 * len(pairs)  # and not 32 times a document
+
+
+def test_families_begin_alike() -> None:
+    """Of texts with all sorts of common beginnings; each is in one group, and shares no more."""
+    rng = np.random.default_rng(0)
+    stems = [rng.integers(0, 9, n).astype(np.int32) for n in (3, 70, 200, 2500, 3000)]
+    stems += [np.concatenate([stems[3][:2400], stem]) for stem in stems[:3]]
+    texts, contexts = [], []
+    for number in rng.integers(0, len(stems), 60):
+        middle, end = (rng.integers(0, 9, n).astype(np.int32) for n in rng.integers(1, 5, 2))
+        texts.append(np.concatenate([stems[number], middle, end]))
+        contexts.append(len(stems[number]) + len(middle))
+    groups = beginnings.families(texts, contexts)
+    assert sorted(n for group in groups for n in group.members) == list(range(60))
+    for shared, members in groups:
+        assert all(shared < contexts[n] for n in members)
+        assert len({texts[n][:shared].tobytes() for n in members}) == 1
+        assert len(members) > 1 or not shared
+    # Of the two long stems, and of the short one of 200, everything is shared.
+    assert sum(shared > 2300 for shared, _ in groups) == 2
+    assert sum(2300 > shared > 150 for shared, _ in groups) == 1
+    total = sum(map(len, texts))
+    read = sum(g.shared + sum(len(texts[n]) - g.shared for n in g.members) for g in groups)
+    assert read < total / 5
+    alone = beginnings.families(texts, contexts, share=False)
+    assert [group.shared for group in alone] == [0] * 60
 
 
 def test_too_long_requests_are_cut_as_theirs_or_refused_before_work(
@@ -231,10 +304,30 @@ def test_batches_have_few_sizes(pair: tuple, monkeypatch: pytest.MonkeyPatch) ->
     assert ours._batch_of(10) == 4
 
 
+def test_a_cache_belongs_to_one_model_and_method(
+    pair: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.model import CacheHook, CachingLM
+
+    ours, theirs, _ = pair
+    monkeypatch.setattr(ours, "cache_hook", ours.cache_hook)
+    cached = CachingLM(ours, str(tmp_path / "a.db"))
+    cached.dbdict["an answer"] = 1
+    CachingLM(ours, str(tmp_path / "a.db"))
+    CachingLM(theirs, str(tmp_path / "b.db")).dbdict["an answer"] = 1
+    theirs.set_cache_hook(CacheHook(None))
+    with pytest.raises(InputError, match=r"another model.*\(different: model, dtype, method, tok"):
+        CachingLM(ours, str(tmp_path / "b.db"))
+    monkeypatch.setattr(ours, "method", "dca")
+    with pytest.raises(InputError, match=r"in another way \(different: method\); give another"):
+        CachingLM(ours, str(tmp_path / "a.db"))
+
+
 def test_arguments(pair: tuple) -> None:
     from dca_jax.lm_eval import DcaJaxLM
 
     _, _, folder = pair
+    here = jax.default_backend()
     for given, message in (
         ({"trust_remote_code": True}, "code from a checkpoint is never run"),
         ({"delta": "x"}, "delta=x is not supported: add"),
@@ -246,9 +339,14 @@ def test_arguments(pair: tuple) -> None:
         ({"truncation": "maybe"}, "truncation must be True or False"),
         ({"batch_size": "automatic"}, "batch_size must be a positive number"),
         ({"batch_size": 0}, "batch_size must be a positive number"),
+        ({"device": "tpu:0"}, f"device=tpu:0 was asked for, and JAX computes on {here}"),
+        ({"device": "mps"}, "set JAX_PLATFORMS before the program starts"),
+        ({"device": f"{here}:1"}, "a model takes the first device"),
     ):
         with pytest.raises(InputError, match=message):
             DcaJaxLM(str(folder), **given)
+    for device in (None, here, f"{here}:0"):
+        check_device(device)
     off = {"trust_remote_code": False, "delta": None, "revision": "main", "parallelize": "False"}
     check_arguments(off, ["method"])
     others = {"tensor": 4, "data": "2"}

@@ -16,8 +16,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
+from shared_fixtures import invoke
 
-from checkpoints_convert import orbax_to_hf
+from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
@@ -438,27 +439,77 @@ def test_a_merged_model_goes_back_to_hugging_face(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 def test_peft_opens_ours_and_we_open_pefts(tmp_path: Path) -> None:
+    """Whatever PEFT's config may say of an adapter that is plain LoRA; and merged on disk, too."""
     torch, transformers = _torch()
     peft = pytest.importorskip("peft")
+    root_scaled = replace(LORA, rslora=True)
     config, adapters = tiny_adapters(tmp_path / "hf", LORA)
     save_adapter(tmp_path / "ours", adapters, config, LORA)
+    save_adapter(tmp_path / "ours with rslora", adapters, config, root_scaled)
 
     def base() -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
-    targets = ["v_proj", "gate_proj", "o_proj"]
-    asked = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
-    torch.manual_seed(0)
-    peft.get_peft_model(base(), asked).save_pretrained(tmp_path / "theirs")
+    for name, options in {
+        "theirs": {"target_modules": ["v_proj", "gate_proj", "o_proj"]},
+        "rslora": {"target_modules": ["mlp.up_proj", "q_proj"], "use_rslora": True},
+        "pattern": {"target_modules": r".*\.(k|down)_proj"},
+        "all but one": {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+    }.items():
+        asked = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **options)
+        torch.manual_seed(0)
+        peft.get_peft_model(base(), asked).save_pretrained(tmp_path / name)
     tokens = np.arange(20, dtype=np.int32)[None] % config.vocab_size
     plain = torch_logits(base().eval(), tokens)
-    for folder in (tmp_path / "ours", tmp_path / "theirs"):
-        theirs = torch_logits(peft.PeftModel.from_pretrained(base(), folder).eval(), tokens)
+    names = ("ours", "ours with rslora", "theirs", "rslora", "pattern", "all but one")
+    found = {}
+    for name in names:
+        folder = tmp_path / name
+        found[name] = torch_logits(peft.PeftModel.from_pretrained(base(), folder).eval(), tokens)
         merged = load_weights(tmp_path / "hf", config, dtype=jnp.float32, adapter=folder)
-        close(theirs, logits(Llama.from_params(config, merged, dtype=jnp.float32), tokens))
-        assert np.abs(theirs - plain).max() > 1e-2
+        ours = logits(Llama.from_params(config, merged, dtype=jnp.float32), tokens)
+        close(found[name], ours, 5e-5)
+        assert np.abs(found[name] - plain).max() > 1e-2
+    # Converted: merged on the way there, or on the way back.
+    done = invoke("convert", tmp_path / "hf", tmp_path / "m", "--adapter", tmp_path / "rslora")
+    assert done.exit_code == 0, done.stderr
+    files = json.loads((tmp_path / "m/provenance.json").read_text())["adapter"]["files"]
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    orbax_to_hf.convert(tmp_path / "m", tmp_path / "merged there")
+    hf_to_orbax.convert(tmp_path / "hf", tmp_path / "orbax")
+    adapter = tmp_path / "rslora"
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "merged back", adapter=adapter)
+    for folder in (tmp_path / "merged there", tmp_path / "merged back"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        close(torch_logits(theirs, tokens), found["rslora"], 5e-5)
     with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
         load_weights(tmp_path / "hf", config, adapter=tmp_path / "nowhere")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"layers_to_transform": [1]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_variants_of_peft_are_refused_by_name(tmp_path: Path, options: Tree) -> None:
+    _, transformers = _torch()
+    peft = pytest.importorskip("peft")
+    config = read_config(make_tiny(tmp_path / "hf", dtype=np.dtype(np.float32)))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    asked = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+    peft.get_peft_model(base, asked).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=f"sets {next(iter(options))} .*merge_and_unload"):
+        load_adapter(tmp_path / "adapter", config)
 
 
 def test_an_adapter_means_to_peft_what_it_means_here(tmp_path: Path) -> None:
@@ -508,10 +559,10 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "of peft_type 'LOHA'"),
-        ({"use_rslora": True}, "sets use_rslora; expected 'LORA'"),
-        ({"bias": "all"}, "with bias 'all'"),
-        ({"target_modules": "all-linear"}, "target_modules 'all-linear'; expected a list"),
+        ({"peft_type": "LOHA"}, "of peft_type 'LOHA'; expected 'LORA'"),
+        ({"bias": "all"}, "sets bias 'all', which is not computed here; merge"),
+        ({"no_such_thing": {"x": 1}}, "sets no_such_thing {'x': 1}, which is not computed"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules {'q_proj': 1}; expected a list"),
         ({"target_modules": ["q_proj", "lm_head"]}, "targets of LoRA .* got q_proj, lm_head"),
         ({"target_modules": ["q_proj"]}, "24 have no place in it"),
         ({"r": 4}, r"has shape \(3, 24\); config.json asks for \(4, 24\)"),

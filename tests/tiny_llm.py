@@ -1,6 +1,7 @@
 """A tiny random model with a real tokenizer, in a Hugging Face folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ CORPUS = [
 ]
 
 
-def byte_level_tokenizer(vocab_size: int = 300) -> Tokenizer:
+def byte_level_tokenizer(vocab_size: int = 300, corpus: Sequence[str] = CORPUS) -> Tokenizer:
     """Byte-level BPE, as Llama 3 and Qwen2 have: a character may take several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,7 +49,7 @@ def byte_level_tokenizer(vocab_size: int = 300) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )

@@ -33,6 +33,7 @@ from dca_jax.evaluation import (
     texts,
     windows,
 )
+from dca_jax.evaluation.examples import Choice
 from dca_jax.evaluation.haystacks import Haystack
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.inference.documents import read_document
@@ -252,6 +253,7 @@ def needle_command(
         "haystack": "noise" if haystack is None else haystack.name,
         "sha256": hashlib.sha256(text).hexdigest(),
         "chat": chat,
+        **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
     llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
@@ -285,6 +287,21 @@ def few_shot_command(
             help="Tasks: " + ", ".join(few_shot.TASKS) + "; files: ChunkLlama's or L-Eval's.",
         ),
     ],
+    pool: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TASK=FILE",
+            help="Choose the examples from this file, such as the task's training set: lines with "
+            "query and output, or L-Eval's.",
+        ),
+    ] = [],  # noqa: B006
+    examples: Annotated[
+        Choice | None,
+        typer.Option(
+            help="With --pool: at random (the default), or those most (best) or least (worst) like "
+            "the question by BM25 (Table 5)."
+        ),
+    ] = None,
     method: MethodsOption = ["dca:chunkllama"],  # noqa: B006
     max_length: Annotated[
         str,
@@ -301,23 +318,29 @@ def few_shot_command(
     limit: LimitOption = None,
     paper: PaperOption = None,
 ) -> None:
-    """Questions about long documents, with examples, for base models (Table 3).
+    """Questions about long documents, with examples, for base models (Tables 3 and 5).
 
     For example:
 
     - `dca-jax eval few-shot ./Llama-2-7b-hf --data qasper=few_shot_qasper.jsonl --paper llama2-7b`
 
     - `dca-jax eval few-shot ./Llama-2-7b-hf --data qmsum=meeting_summ.jsonl --limit 20`
+
+    - `dca-jax eval few-shot ./Llama-2-7b-hf --data qasper=test.jsonl --pool qasper=train.jsonl
+      --examples best --paper llama2-7b`
     """
-    files, length = task_files(data), parse_tokens(max_length)
-    few_shot.read_files(files, length)  # what is wrong with them is said before any weight is read
+    if examples is not None and not pool:
+        raise InputError("--examples chooses from a --pool TASK=FILE; give one")
+    files, pools, length = task_files(data), task_files(pool, "--pool"), parse_tokens(max_length)
+    choice = examples or Choice.random
+    chosen = {"max_length": length, "pools": pools, "choice": choice}
+    # What is wrong with the files is said before any weight is read.
+    few_shot.read_files(files, **chosen)
     llm = load_model(model, method, dtype, mesh, adapter, context=length)
-    settings = {"max_length": length}
-    with run(
-        output, "few-shot", model, llm, settings, paper, contents(files), adapter=adapter
-    ) as log:
-        options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
-        few_shot.evaluate(llm, log, files=files, **options)
+    settings = {"max_length": length} | ({"examples": choice.value} if pools else {})
+    data_files = contents(files | {f"{task} (pool)": path for task, path in pools.items()})
+    with run(output, "few-shot", model, llm, settings, paper, data_files, adapter=adapter) as log:
+        few_shot.evaluate(llm, log, files=files, methods=method, limit=limit, batch=batch, **chosen)
 
 
 @app.command(name="l-eval")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.cli.options import (
+    AdapterOption,
     Base,
     ConfigOption,
     Dtype,
@@ -57,6 +58,7 @@ def convert(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
     ] = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.
 
@@ -72,6 +74,8 @@ def convert(
     - `dca-jax convert ./llama2-7b ./Llama-2-7b-again`
 
     - `dca-jax convert ./Llama-3.1-8B-Q4_K_M.gguf ./llama3-8b --dtype bfloat16`
+
+    - `dca-jax convert ./Llama-2-7b-hf ./merged --adapter ./run/adapter`
     """
     refuse_several_processes("convert")
     # The converters build on this package, so they are imported only where they are needed.
@@ -84,7 +88,7 @@ def convert(
     converter = orbax_to_hf if is_converted(folder) else hf_to_orbax
     wanted = None if dtype is None else np.dtype(dtype.value)
     with told_if_stopped(destination):
-        converter.convert(folder, destination, dtype=wanted, show=True)
+        converter.convert(folder, destination, dtype=wanted, adapter=adapter, show=True)
     print(f"wrote {destination}")
 
 

@@ -21,16 +21,16 @@ from dca_jax.inference.llm import LLM
 from dca_jax.weights.hub import find_folder
 
 
-def task_files(data: Sequence[str]) -> dict[str, Path]:
-    """The files of `--data TASK=FILE`."""
+def task_files(data: Sequence[str], option: str = "--data") -> dict[str, Path]:
+    """The files of `--data TASK=FILE`, or of another option like it."""
     files: dict[str, Path] = {}
     for pair in data:
         task, equals, path = pair.partition("=")
         if not equals or task in files:
-            raise InputError(f"--data takes TASK=FILE, each task once; got {pair!r}")
+            raise InputError(f"{option} takes TASK=FILE, each task once; got {pair!r}")
         files[task] = Path(path)
         if not files[task].is_file():
-            raise InputError(f"--data {pair}: {path} is not a file")
+            raise InputError(f"{option} {pair}: {path} is not a file")
     return files
 
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dca_jax.dca import DCAConfig
 from dca_jax.evaluation.results import ResultLog, in_batches
 from dca_jax.inference import tokenizer
 from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.generate import check_prompts, generate
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.methods import method_by_name, reading
+from dca_jax.inference.prefix import common_beginning, depends_on_length
 from dca_jax.inference.progress import progress, reading_work
 
 TOGETHER = 32_768  # tokens of prompts that are read together by default, and at most 8 prompts
@@ -88,11 +86,8 @@ def answer_about(
     Not where what has been read depends on the length of a prompt (dynamic NTK, a temperature).
     """
     shared = _shared_tokens(prompts)
-    dca, rope = llm.model.dca, llm.model.config.rope
-    by_length = rope.rope_type == "dynamic" or (
-        isinstance(dca, DCAConfig) and dca.temperature_slope != 0
-    )
-    if len(prompts) == 1 or by_length or 2 * shared < max(map(len, prompts)):
+    alone = len(prompts) == 1 or depends_on_length(llm.model)
+    if alone or 2 * shared < max(map(len, prompts)):
         return answer(llm, prompts, max_new_tokens, on_tokens)
     prefix = llm.prefill(prompts[0][:shared], room=max_new_tokens, progress=False)
     said = llm.generate(
@@ -108,13 +103,8 @@ def answer_about(
 
 def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, at least the last of each not counted."""
-    first = np.asarray(prompts[0])
-    shared = len(first) - 1
-    for prompt in prompts[1:]:
-        shared = min(shared, len(prompt) - 1)
-        differs = np.flatnonzero(first[:shared] != np.asarray(prompt)[:shared])
-        shared = int(differs[0]) if differs.size else shared
-    return shared
+    common = min(common_beginning(prompts[0], prompt) for prompt in prompts)
+    return min(common, min(map(len, prompts)) - 1)
 
 
 def decode(llm: LLM, ids: Sequence[int]) -> str:

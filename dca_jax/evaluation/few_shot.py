@@ -8,8 +8,9 @@ answer, another "Question:", is cut off. Scores are SCROLLS' (`dca_jax.evaluatio
 
 A file is ChunkLlama's, whose lines have their examples (`query`, `output`, `query_examples`,
 `output_examples`, `id`), or L-Eval's, whose lines are documents with `instructions` and `outputs`;
-then examples are drawn from the other documents, for there is no training set. L-Eval's questions
-are a selection: their scores are not those of the paper's Table 3. In ChunkLlama's, lines with one
+then examples are drawn from the other documents. From a pool, such as the task's training set, they
+are chosen at random or by BM25 instead (`dca_jax.evaluation.examples`, Table 5). L-Eval's questions
+are a selection: their scores are not those of the paper's tables. In ChunkLlama's, lines with one
 id are one question with several answers; its script asks them all and keeps what was said to the
 last of them, so the last is asked here.
 """
@@ -25,6 +26,7 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import paper, scrolls
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
 from dca_jax.evaluation.benchmark_files import Document, cached_cut, read_json_lines
+from dca_jax.evaluation.examples import Choice, Pool, read_pool
 from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog
 from dca_jax.evaluation.tables import Outcome, task_table
@@ -57,13 +59,17 @@ FORM = Form(
 
 
 class Item(NamedTuple):
-    """A question about a document, its examples, and every answer that counts as right."""
+    """A question about a document, its examples, and every answer that counts as right.
+
+    `chosen` names the examples, where they did not come with the question.
+    """
 
     id: str
     document: str
     question: str
     examples: list[tuple[str, str]]
     references: list[str]
+    chosen: list[str] | None = None
 
 
 def read_items(path: Path, task: str) -> list[Item]:
@@ -91,37 +97,65 @@ def _l_eval_items(rows: Sequence[Mapping[str, Any]], shots: int) -> list[Item]:
     items = []
     for n, row in enumerate(rows):
         others = [
-            pair
+            (f"{m}-{k}", pair)
             for m, other in enumerate(rows)
             if m != n
-            for pair in zip(other["instructions"], other["outputs"], strict=True)
+            for k, pair in enumerate(zip(other["instructions"], other["outputs"], strict=True))
         ]
         if len(others) < shots:
             raise InputError(f"{shots} examples are drawn from other documents; give more of them")
         for q, pair in enumerate(zip(row["instructions"], row["outputs"], strict=True)):
             drawn = np.random.default_rng([n, q]).choice(len(others), shots, replace=False)
-            examples = [others[i] for i in drawn]
-            items.append(Item(f"{n}-{q}", row["input"], pair[0], examples, [pair[1]]))
+            chosen, examples = zip(*(others[i] for i in drawn), strict=True) if shots else ((), ())
+            item = Item(f"{n}-{q}", row["input"], pair[0], list(examples), [pair[1]])
+            items.append(item._replace(chosen=list(chosen)))
     return items
 
 
-def read_files(files: Mapping[str, Path], max_length: int = MAX_LENGTH) -> dict[str, list[Item]]:
+def read_files(
+    files: Mapping[str, Path],
+    max_length: int = MAX_LENGTH,
+    *,
+    pools: Mapping[str, Path] | None = None,
+    choice: Choice = Choice.random,
+) -> dict[str, list[Item]]:
     """The questions of each task, from its file.
 
+    Args:
+        pools: of some tasks, a file to choose the examples from. choice: how.
+
     Raises:
-        InputError: an unknown task, a bad file, or one without a question; or a length that has no
-            room for a document.
+        InputError: an unknown task, a bad file, or one without a question; a pool of too few
+            examples, or for a task that has none; or a length that has no room for a document.
     """
+    pools = pools or {}
     for task in files:
         if task not in TASKS:
             raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
         if max_length - TASKS[task].new_tokens <= MARGIN:
             raise InputError(f"--max-length must be more than {MARGIN + TASKS[task].new_tokens}")
+    for task in pools:
+        if task not in files or not TASKS[task].shots:
+            with_examples = ", ".join(t for t in files if TASKS[t].shots) or "none of those asked"
+            raise InputError(f"--pool {task}: a pool is for a task with examples: {with_examples}")
     items = {task: read_items(path, task) for task, path in files.items()}
     for task, some in items.items():
         if not some:
             raise InputError(f"{files[task]} has no question")
+    for task, path in pools.items():
+        pool = Pool(read_pool(path), choice)
+        items[task] = [
+            _with_examples(item, pool, TASKS[task].shots, seed)
+            for seed, item in enumerate(items[task])
+        ]
     return items
+
+
+def _with_examples(item: Item, pool: Pool, shots: int, seed: int) -> Item:
+    chosen = pool.choose(item.question, item.references, shots, seed)
+    return item._replace(
+        examples=[(one.query, one.output) for one in chosen], chosen=[one.id for one in chosen]
+    )
 
 
 def prompt_text(item: Item, document: str) -> str:
@@ -143,20 +177,23 @@ def evaluate(
     files: Mapping[str, Path],
     methods: Sequence[str],
     max_length: int = MAX_LENGTH,
+    pools: Mapping[str, Path] | None = None,
+    choice: Choice = Choice.random,
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
     """Asks the questions of some tasks, and notes answers and scores.
 
     Args:
-        files: of each task, a name of `TASKS`.
+        files: of each task, a name of `TASKS`. pools, choice: as in `read_files`.
         max_length: tokens of prompt and answer, about.
         limit: only so many questions of each.
 
     Raises:
         InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
     """
-    items = {task: some[:limit] for task, some in read_files(files, max_length).items()}
+    found = read_files(files, max_length, pools=pools, choice=choice)
+    items = {task: some[:limit] for task, some in found.items()}
     for nth, (task, some) in enumerate(items.items(), start=1):
         room = max_length - TASKS[task].new_tokens
         if TASKS[task].measure == "rouge":
@@ -186,7 +223,9 @@ def _question(llm: LLM, task: str, item: Item, document: Callable[[], str]) -> Q
 
     def judge(said: Answer) -> dict[str, Any]:
         given = first_answer(said.text)
-        return {"given": given, "references": item.references, **measure(given, item.references)}
+        noted = {} if item.chosen is None else {"examples": item.chosen}
+        scores = measure(given, item.references)
+        return {"given": given, "references": item.references, **noted, **scores}
 
     return Question(llm.tokenize(prompt_text(item, document())), judge)
 
@@ -194,8 +233,11 @@ def _question(llm: LLM, task: str, item: Item, document: Callable[[], str]) -> Q
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Scores by task and method, per cent, and their average."""
-    del settings
+    """Scores by task and method, per cent, and their average; beside them the paper's.
+
+    These are of Table 3, or, where examples were chosen from a pool, of Table 5.
+    """
+    choice = settings.get("examples")
     values: dict[str, dict[str, list[Any]]] = {}
     for record in records:
         methods = values.setdefault(record.key["method"], {})
@@ -204,7 +246,9 @@ def outcome(
         method: {task: scrolls.score(TASKS[task].measure, some) for task, some in row.items()}
         for method, row in values.items()
     }
-    theirs = {method: paper.row(paper.FEW_SHOT, paper_model, method) for method in scores}
+    published = paper.FEW_SHOT if choice is None else paper.IN_CONTEXT.get(choice, {})
+    theirs = {method: paper.row(published, paper_model, method) for method in scores}
     counts = {m: {task: len(some) for task, some in row.items()} for m, row in values.items()}
-    table = task_table("Few-shot scores", list(TASKS), scores, theirs, counts)
+    title = "Few-shot scores" + (f", examples: {choice}" if choice else "")
+    table = task_table(title, list(TASKS), scores, theirs, counts)
     return Outcome(scores=scores, tables=[table] if scores else [])

@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dca_jax.errors import InputError
 from dca_jax.evaluation.passkey import FILLER
 
 LONGEST = 60  # words of a unit: what has no full stops is cut after so many
+PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles in essays
 ROUNDS = 8  # prompts tokenized to find out how much fits; each comes closer
 
 
@@ -47,6 +50,22 @@ class Haystack:
     def noise(cls) -> "Haystack":
         """RULER's: one dull line, again and again."""
         return cls([" ".join(FILLER)], "\n")
+
+    def places(self, needles: int, seed: int) -> Callable[[int], list[float]]:
+        """Where needles go, by the number of units: depths that rise, each at another place.
+
+        As RULER draws them: of noise any lines, of a text some of forty even depths.
+        """
+
+        def depths(count: int) -> list[float]:
+            rng = np.random.default_rng(seed)
+            if self.joiner != "\n":
+                return np.sort(rng.choice(PLACES, needles, replace=False)).tolist()
+            count = max(count, needles)
+            before = np.sort(rng.choice(count, needles, replace=False))  # lines before each
+            return ((before + 0.5) / count).tolist()
+
+        return depths
 
     def with_needles(self, count: int, needles: Sequence[str], depths: Sequence[float]) -> str:
         """The first `count` units, with needles between them.

@@ -3,8 +3,8 @@
 Hsieh et al. (arXiv 2404.06654, github.com/NVIDIA/RULER). Its prompts, its number of new tokens,
 which count as part of the length, and its scoring: the share of the expected strings that stand
 anywhere in the answer, in either case. Different: words of our own make the keys, seeds are ours,
-sentences end at full stops, and the haystack is any text (without one, RULER's noise). Depths are
-drawn from forty even ones in any haystack; RULER does so in essays, and takes any line of noise.
+sentences end at full stops, and the haystack is any text (without one, RULER's noise). Places are
+drawn as RULER's: of forty even depths in a text, and any line of noise.
 
     single        one needle; at random depths, or on a grid of them   (niah_single_1, _2)
     multi-key     three more needles distract                          (niah_multikey_1)
@@ -39,7 +39,6 @@ from dca_jax.evaluation.texts import encode
 from dca_jax.inference.llm import LLM
 
 THRESHOLD = 85.6  # per cent
-PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles
 HOPS = 4
 EXAMPLE_TOKENS = 500  # of the worked example, or five lines of noise if they have more
 
@@ -235,14 +234,12 @@ def _question(
     place = -1 if depth is None else round(depth * 1_000_000)
     rng = np.random.default_rng([list(TASKS).index(task), length, place + 1, trial])
     hidden = hide(rng)
-    depths = np.sort(rng.choice(PLACES, len(hidden.needles), replace=False)).tolist()
-    if depth is not None:
-        depths = [depth]
-
+    depths = haystack.places(len(hidden.needles), int(rng.integers(2**32)))
     example = _worked(llm, hidden.example, rng)
 
     def prompt(units: int) -> list[int]:
-        text, beginning = _asked(hidden, haystack.with_needles(units, hidden.needles, depths))
+        at = depths(units) if depth is None else [depth]
+        text, beginning = _asked(hidden, haystack.with_needles(units, hidden.needles, at))
         text = example + text
         if not chat:
             return llm.tokenize(text + beginning)
@@ -270,11 +267,12 @@ def _worked(llm: LLM, example: Hidden | None, rng: np.random.Generator) -> str:
     """An example with its answer, in as much noise as RULER gives it; "" if there is none."""
     if example is None:
         return ""
-    depths = np.sort(rng.choice(PLACES, len(example.needles), replace=False)).tolist()
+    noise = Haystack.noise()
+    depths = noise.places(len(example.needles), int(rng.integers(2**32)))
 
     def text(lines: int) -> str:
-        noise = Haystack.noise().with_needles(lines, example.needles, depths)
-        return "".join(_asked(example, noise)) + " ".join(example.expected) + "\n\n"
+        noisy = noise.with_needles(lines, example.needles, depths(lines))
+        return "".join(_asked(example, noisy)) + " ".join(example.expected) + "\n\n"
 
     fitting = (n for n in range(20, 5, -5) if len(encode(llm, text(n))) <= EXAMPLE_TOKENS)
     return text(next(fitting, 5))

@@ -113,6 +113,26 @@ FEW_SHOT = _rows(
     },
 )
 
+# Table 5: examples from the training set, chosen at random (as in Table 3), or those most or least
+# like the question by BM25. {choice: {model: {method: {task: F1, EM or ROUGE}}}}
+IN_CONTEXT = {
+    choice: _rows(("qasper", "quality", "qmsum"), rows)
+    for choice, rows in {
+        "best": {
+            ("llama2-7b", "dca"): (27.3, 33.9, 15.0),
+            ("llama2-13b", "dca"): (28.5, 46.2, 15.6),
+        },
+        "random": {
+            ("llama2-7b", "dca"): (28.2, 35.6, 14.7),
+            ("llama2-13b", "dca"): (29.3, 47.9, 15.2),
+        },
+        "worst": {
+            ("llama2-7b", "dca"): (28.4, 35.9, 14.3),
+            ("llama2-13b", "dca"): (29.0, 47.5, 15.5),
+        },
+    }.items()
+}
+
 # Table 4 (Llama 3: the README). {model: {method: {task: exact match}}}
 L_EVAL = _rows(
     ("tpo", "quality", "coursera", "sci_fi"),

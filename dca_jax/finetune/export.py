@@ -1,13 +1,16 @@
-"""What came out of a run, as folders that others read: a converted model, and LoRA's adapter."""
+"""What came out of a run, as folders that others read: a model, and LoRA's adapter."""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import SPARSE, DCAConfig
@@ -16,20 +19,22 @@ from dca_jax.distributed import from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.train import all_finite
-from dca_jax.weights.adapters import merge_lora, save_adapter
+from dca_jax.weights.adapters import flat, merge_lora, on_host, save_adapter
 from dca_jax.weights.files import read_json
 from dca_jax.weights.folder import copy_description, open_weights
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
-from dca_jax.weights.parameters import parameters
+from dca_jax.weights.parameters import Parameter, Read, parameters
+from dca_jax.weights.safetensors_folder import write_weights
 
 
 def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     """Writes `output/model`, and `output/adapter` if adapters were trained.
 
-    The model is a converted folder: `dca_jax.load` reads it, and `dca-jax convert` makes it a
-    Hugging Face folder. Weights are in the dtype of the activations. Its config.json asks for the
-    DCA it was trained with, and its tokenizer has the template of its dialogues (but chunkllama's,
-    which is none). It appears when it is whole; after an interruption the same command writes it.
+    The model is a converted folder, which `dca_jax.load` reads, or (`export: hf`) a Hugging Face
+    folder, which `transformers` reads, too. Weights are in the dtype of the activations. Its
+    config.json asks for the DCA it was trained with, and its tokenizer has the template of its
+    dialogues (but chunkllama's, which is none). It appears when it is whole; after an interruption
+    the same command writes it.
 
     With LoRA it is the base with the adapters merged into it, read from its folder piece by piece.
 
@@ -47,17 +52,15 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
             f"the trained parameters are not all finite in {settings.dtype}: there is no model to "
             "write; begin again with a lower learning rate"
         )
-    if setup.lora is not None:
+    if setup.lora is None:
+        read = _layers_on_host(params)
+    else:
         if not (output / "adapter").exists():
             with writing(output / "adapter"):
                 base = settings.model
                 save_adapter(output / "adapter", params, config, setup.lora, base_model=base)
         _, read = open_weights(setup.folder, config, dtype=dtype)
         read = merge_lora(read, params, setup.lora)
-        leaves = {
-            row.path: StreamedArray.of(row, config, read, dtype) for row in parameters(config)
-        }
-        params = unflatten_dict(leaves, sep=".")
     aside = output / ".model.partial"
 
     def begin() -> None:
@@ -74,7 +77,15 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     try:
         from_primary(begin)
         with writing(output / "model"):
-            save(aside / PARAMS, params)
+            if settings.export == "hf":
+                dtypes = {row.path: dtype for row in parameters(config)}
+                write_weights(aside, config, read, dtypes)
+            elif setup.lora is None:
+                save(aside / PARAMS, params)
+            else:
+                rows = parameters(config)
+                leaves = {row.path: StreamedArray.of(row, config, read, dtype) for row in rows}
+                save(aside / PARAMS, unflatten_dict(leaves, sep="."))
         from_primary(end)
     except (OSError, ValueError, RuntimeError) as error:  # as Orbax says that a disk is full
         if is_primary():
@@ -85,6 +96,31 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
         raise InputError(
             f"{reason}. The training is in the last checkpoint: the same command goes on from it"
         ) from error
+
+
+def _layers_on_host(params: Mapping[str, Any]) -> Read:
+    """Reads pieces of arrays that may be cut, also between processes; all must ask for the same.
+
+    One layer of one array is on the host at a time.
+    """
+    leaves, held = flat(params), ("", -1)
+    layer = np.zeros(0)
+
+    def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        nonlocal held, layer
+        number = index[0].start if row.stacked else 0
+        if held != (row.path, number):
+            leaf = leaves[row.path]
+            layer = on_host(_layer(leaf, number) if row.stacked else leaf)
+            held = row.path, number
+        return layer[None][:, *index[1:]] if row.stacked else layer[index]
+
+    return read
+
+
+@jax.jit
+def _layer(leaf: Array, number: int) -> Array:
+    return leaf[number]
 
 
 def exported_config(

@@ -6,7 +6,7 @@ The folder of a run:
     metrics.jsonl    a line for each update, and for each evaluation
     checkpoints/     of the state (`dca_jax.finetune.checkpoints`)
     adapter/         LoRA's, as PEFT has them, when the run has ended
-    model/           what came out, as a converted folder, when the run has ended
+    model/           what came out, when the run has ended (`dca_jax.finetune.export`)
 """
 
 import math
@@ -64,6 +64,7 @@ from dca_jax.inference.buckets import power_of_two
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
+from dca_jax.weights.adapters import load_adapter, open_adapter
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
@@ -130,16 +131,6 @@ def open_setup(settings: Settings) -> Setup:
     chat_template = None
     if settings.template != "chunkllama":
         chat_template = template_source(tokenizer, settings.template)
-    lora = None
-    if settings.lora_rank:
-        if settings.lora_rank > config.hidden_size:
-            raise InputError(
-                f"lora_rank {settings.lora_rank} is more than the model's width of "
-                f"{config.hidden_size}: give a lower one, or 0 to train all weights"
-            )
-        lora = LoraConfig(
-            rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
-        )
     setup = Setup(
         settings=settings,
         folder=folder,
@@ -147,13 +138,29 @@ def open_setup(settings: Settings) -> Setup:
         tokenizer=tokenizer,
         chat_template=chat_template,
         dca=_trained_dca(settings, config),
-        lora=lora,
+        lora=_lora(settings, config),
         mesh=mesh,
     )
     _ = setup.sharding  # refuses a mesh that the model cannot be cut for
     if settings.base == "int8":
         quantizer(config)  # refuses where qwix is not installed
     return setup
+
+
+def _lora(settings: Settings, config: LlamaConfig) -> LoraConfig | None:
+    """The adapters to train; None for all weights."""
+    if settings.adapter:
+        return open_adapter(settings.adapter, config)[0]
+    if not settings.lora_rank:
+        return None
+    if settings.lora_rank > config.hidden_size:
+        raise InputError(
+            f"lora_rank {settings.lora_rank} is more than the model's width of "
+            f"{config.hidden_size}: give a lower one, or 0 to train all weights"
+        )
+    return LoraConfig(
+        rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
+    )
 
 
 def _trained_dca(settings: Settings, config: LlamaConfig) -> DCAConfig | None:
@@ -346,6 +353,8 @@ def load_state(
         return state, frozen, place_in_rows
     if lora is None:
         params = load_weights(setup.folder, config, dtype=jnp.float32, sharding=where)
+    elif settings.adapter:
+        _, params = load_adapter(settings.adapter, config, sharding=where)
     else:
         params = init_lora(config, lora, jax.random.key(settings.seed), where)
     return start(params), frozen, None

@@ -21,6 +21,7 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
 BASES = ("dtype", "int8")
+EXPORTS = ("orbax", "hf")
 REPORTS = ("tensorboard", "wandb")
 LARGEST_UPDATE = 2**27  # tokens, padding included: the host builds all rows of an update at once
 WEIGHTS = (1e-6, 1e3)  # of a file: beyond them an epoch is nothing, or has no end
@@ -148,10 +149,22 @@ class Settings:
         LORA_TARGETS,
         "Projections that get adapters. May be given several times.",
     )
+    adapter: str = _option(
+        "",
+        "Folder of a LoRA adapter to begin with, PEFT's or another run's; its rank, alpha and "
+        "targets are taken.",
+    )
     base: str = _option(
         "dtype",
         "Dtype of the frozen weights with LoRA: the run's dtype, or int8.",
         choices=BASES,
+    )
+    export: str = _option(
+        "orbax",
+        "What OUTPUT/model is: a converted folder (orbax), which every command here reads and any "
+        "mesh restores, or a Hugging Face folder (hf), which transformers reads too.",
+        choices=EXPORTS,
+        resumable=True,
     )
     # --- devices
     mesh: str = _option(
@@ -200,7 +213,9 @@ class Settings:
                     f"{file.path} must have a weight from {least:g} to {most:g} and min_tokens "
                     f"from 0, got {file.weight} and {shown(file.min_tokens)}"
                 )
-        if self.base == "int8" and not self.lora_rank:
+        if self.adapter and self.lora_rank:
+            raise InputError("give adapter or lora_rank: an adapter has a rank of its own")
+        if self.base == "int8" and not (self.lora_rank or self.adapter):
             raise InputError("base int8 goes with LoRA: weights that are trained stay float32")
 
     def _check_number(self, row: dataclasses.Field) -> None:

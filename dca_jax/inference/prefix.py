@@ -4,7 +4,9 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
+from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied
 from dca_jax.kv_cache import KVCache
@@ -70,7 +72,7 @@ class Prefix:
         if not cache.key.is_deleted():
             held = min(int(np.asarray(cache.lengths)[0]), len(read))
             self._read, cache = tuple(read[:held]), cache.rollback([held])
-            self._held = _common(self.tokens, self._read)
+            self._held = common_beginning(self.tokens, self._read)
         self._cache = cache
 
     def shared(self, tokens: Sequence[int]) -> int:
@@ -79,7 +81,7 @@ class Prefix:
         Only tokens of the prefix itself count, so that a prompt's result does not depend on the
         prompts before it.
         """
-        return _common(tokens, self.tokens[: self._held])
+        return common_beginning(tokens, self.tokens[: self._held])
 
     def keep(self) -> None:
         """Makes all that has been read the text of this prefix: a prompt and its answer, too."""
@@ -94,8 +96,20 @@ class Prefix:
         return self._cache
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+def depends_on_length(model: Llama) -> bool:
+    """Whether what is read of a text depends on how long the whole is.
+
+    So it is with dynamic NTK and a temperature, where a prefix is a text of its own.
+    """
+    slope = model.dca.temperature_slope if isinstance(model.dca, DCAConfig) else 0.0
+    return slope != 0 or model.config.rope.rope_type == "dynamic"
+
+
+Ids = Sequence[int] | Int[np.ndarray, " _"]
+
+
+def common_beginning(a: Ids, b: Ids) -> int:
+    """How many tokens two texts have in common before they differ."""
     length = min(len(a), len(b))
     differs = np.asarray(a[:length]) != np.asarray(b[:length])
     return int(differs.argmax()) if differs.any() else length

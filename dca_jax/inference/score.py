@@ -39,6 +39,18 @@ class Scores(NamedTuple):
     is_best: Bool[np.ndarray, " _"]
 
 
+class Branches(NamedTuple):
+    """Texts that begin alike.
+
+    Attributes:
+        prefix: what all begin with; may be empty.
+        ends: what follows in each, at least one token; its first token is given, too.
+    """
+
+    prefix: Sequence[int] | Int[np.ndarray, " _"]
+    ends: Sequence[Sequence[int] | Int[np.ndarray, " _"]]
+
+
 class Reader:
     """Reads texts through one KV cache, which is emptied and used again.
 
@@ -68,44 +80,87 @@ class Reader:
         """The scores of at most `batch` texts, each of 1 to `capacity` tokens.
 
         Raises:
+            InputError: as `read_branches`.
+        """
+        found = self.read_branches([Branches((), [text]) for text in texts])
+        return [scores for (scores,) in found]
+
+    def read_branches(self, texts: Sequence[Branches]) -> list[list[Scores]]:
+        """The scores of texts that begin alike, at most `batch` such groups, each prefix read once.
+
+        Not for a model whose reading depends on the length of a text
+        (`dca_jax.inference.prefix.depends_on_length`), unless the prefixes are empty.
+
+        Returns:
+            Of each end its tokens' scores, but its first token's.
+
+        Raises:
             InputError: plain attention over more than the model's window; an NLL that is not
                 finite, named by the first text and token that have one.
         """
-        cache = self._empty()
+        cache, shared = self._empty(), [len(one.prefix) for one in texts]
+        longest = max(len(one.prefix) + len(end) for one in texts for end in one.ends)
+        self.model.check_window(longest - 1)
+        if any(shared):
+            prefixes = [one.prefix for one in texts]
+            _, _, cache = self._append(cache, prefixes, prefixes, shared)
+        found: list[list[Scores]] = [[] for _ in texts]
+        for turn in range(max(len(one.ends) for one in texts)):
+            cache = cache.rollback(shared)
+            ends = [one.ends[turn] if turn < len(one.ends) else () for one in texts]
+            whole = [n + len(end) for n, end in zip(shared, ends, strict=True)]
+            inputs, targets = [end[:-1] for end in ends], [end[1:] for end in ends]
+            nll, is_best, cache = self._append(cache, inputs, targets, whole)
+            for row, end in enumerate(ends):
+                if len(end):
+                    last = len(end) - 1
+                    found[row].append(Scores(nll[row, :last], is_best[row, :last]))
+                    self._check(nll[row, :last], row, shared[row])
+        self._cache = cache.rollback([])
+        return found
+
+    def _append(
+        self,
+        cache: KVCache,
+        inputs: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+        targets: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+        whole: Sequence[int],
+    ) -> tuple[Float[np.ndarray, "B T"], Bool[np.ndarray, "B T"], KVCache]:
+        """Reads on in each row: NLL of the targets after the inputs, and whether each is best.
+
+        Args:
+            whole: tokens of each row's text.
+        """
         rows = cache.lengths.shape[0]  # on a mesh, more than the batch
-        num_inputs = np.zeros((rows,), np.int32)
-        num_inputs[: len(texts)] = [len(text) - 1 for text in texts]  # the last predicts nothing
-        inputs = np.zeros((2, rows, int(num_inputs.max())), np.int32)
-        for row, (text, count) in enumerate(zip(texts, num_inputs, strict=False)):
-            inputs[:, row, :count] = text[:-1], text[1:]
-        self.model.check_window(int(num_inputs.max()))
-        nlls, bests = [], []
+        counts, context_lengths = np.zeros((rows,), np.int32), np.ones((rows,), np.int32)
+        counts[: len(inputs)] = [len(one) for one in inputs]
+        context_lengths[: len(whole)] = np.maximum(whole, 1)
+        tokens = np.zeros((2, rows, int(counts.max())), np.int32)
+        for row, (given, wanted) in enumerate(zip(inputs, targets, strict=True)):
+            tokens[:, row, : len(given)] = given, wanted
+        nlls = [np.zeros((rows, 0), np.float32)]
+        bests = [np.zeros((rows, 0), bool)]
         start, read = 0, _read_piece(rows, cache.capacity)
-        for count, width in cut(inputs.shape[2], scoring_widths(rows)):
-            lengths = np.clip(num_inputs - start, 0, count)
+        for count, width in cut(tokens.shape[2], scoring_widths(rows)):
+            lengths = np.clip(counts - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
-            piece[:, :, :count] = inputs[:, :, start : start + count]
-            nll, is_best, cache = read(self.model, cache, *piece, lengths, num_inputs + 1)
+            piece[:, :, :count] = tokens[:, :, start : start + count]
+            nll, is_best, cache = read(self.model, cache, *piece, lengths, context_lengths)
             nlls.append(np.asarray(nll)[:, :count])
             bests.append(np.asarray(is_best)[:, :count])
             start += count
             if self.on_piece is not None:
                 self.on_piece(int(lengths.sum()))
-        if not nlls:
-            self._cache = cache
-            return [Scores(np.zeros((0,), np.float32), np.zeros((0,), bool)) for _ in texts]
-        nll, is_best = np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1)
-        counts = num_inputs[: len(texts)].tolist()
-        scores = [Scores(nll[row, :n], is_best[row, :n]) for row, n in enumerate(counts)]
-        for row, (values, _) in enumerate(scores):
-            if not np.isfinite(values).all():  # and the cache goes: such numbers spread in it
-                raise InputError(
-                    f"the NLL of token {int(np.argmin(np.isfinite(values))) + 1} of text {row} is "
-                    f"not finite: the weights overflow {self.model.dtype}, or the checkpoint is "
-                    "broken; compute in float32, or check the checkpoint"
-                )
-        self._cache = cache.rollback([])
-        return scores
+        return np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1), cache
+
+    def _check(self, nll: Float[np.ndarray, " _"], row: int, start: int) -> None:
+        """Refuses what is not finite; the cache has gone then, for such numbers spread in it."""
+        if not np.isfinite(nll).all():
+            raise InputError(
+                f"the NLL of token {start + int(np.argmin(np.isfinite(nll))) + 1} of text {row} is "
+                f"not finite: the weights overflow {self.model.dtype}, or the checkpoint is "
+                "broken; compute in float32, or check the checkpoint"
+            )
 
     def nll(self, tokens: Int[np.ndarray, "b T"]) -> Float[np.ndarray, "b T-1"]:
         """The negative log-likelihoods of at most `batch` texts of one length."""

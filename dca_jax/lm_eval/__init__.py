@@ -22,12 +22,14 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dca_jax.errors import InputError
+from dca_jax.evaluation.fingerprint import fingerprint
 from dca_jax.evaluation.texts import joined, prefix_token
 from dca_jax.evaluation.windows import make_windows
 from dca_jax.fields import shown
@@ -35,16 +37,20 @@ from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import load
 from dca_jax.inference.methods import method_by_name, reading
-from dca_jax.inference.score import Reader, Scores
+from dca_jax.inference.prefix import depends_on_length
+from dca_jax.inference.score import Branches, Reader, Scores
 from dca_jax.inference.tokenizer import encode, load_tokenizer
 from dca_jax.lengths import parse_tokens
 from dca_jax.lm_eval.arguments import (
     Wanted,
     check_arguments,
+    check_device,
+    claim_cache,
     read_generation_kwargs,
     take_mesh,
     truth,
 )
+from dca_jax.lm_eval.beginnings import Family, families
 from dca_jax.weights.files import read_json
 from dca_jax.weights.hub import find_folder
 
@@ -89,7 +95,7 @@ class DcaJaxLM(TemplateLM):
         think_end_token: a string or id after which an answer begins.
         dtype, mesh: as in `dca_jax.load`.
         peft: folder of a LoRA adapter to merge into the weights.
-        device: lm-eval gives it to every model; JAX has chosen its devices.
+        device: as lm-eval's --device; any but the one that JAX computes on is refused.
         **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
 
     Raises:
@@ -122,7 +128,7 @@ class DcaJaxLM(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
-        del device
+        check_device(device)
         mesh = take_mesh(mesh, others)
         check_arguments(others, _arguments())
         if overlong not in ("error", "left"):
@@ -150,12 +156,36 @@ class DcaJaxLM(TemplateLM):
         self.think_end_token = think_end_token
         if isinstance(think_end_token, str) and think_end_token.isdecimal():
             self.think_end_token = int(think_end_token)
-        folder = find_folder(pretrained)
+        folder = self._folder = find_folder(pretrained)
         named = (folder / "generation_config.json").is_file()
         self._generation_config = read_json(folder, "generation_config.json") if named else {}
+        self._adapter, self._own_tokenizer = peft, tokenizer
         method_by_name(method, self.llm.model.config, self.max_length or 1)
 
     # --- what lm-eval's base class asks for ---
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes the cache of `--use_cache`, whose keys tell nothing of who has answered.
+
+        Raises:
+            InputError: it has answers of another model, or of this one read in another way.
+        """
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            adapter = None if self._adapter is None else Path(self._adapter)
+            claim_cache(
+                cache_hook.dbdict,
+                {
+                    "model": fingerprint(self._folder, adapter),
+                    "dtype": str(self.llm.model.dtype),
+                    "method": self.method,
+                    "tokenizer": self._own_tokenizer,
+                    "max_length": [self.max_length, self.cuts],
+                    "add_bos_token": self._add_bos,
+                    "prefix_token_id": self._prefix_token_id,
+                    "think_end_token": self.think_end_token,
+                },
+            )
 
     @property
     def eot_token_id(self) -> int:
@@ -223,8 +253,6 @@ class DcaJaxLM(TemplateLM):
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(whole))
         return whole[:same] or [self.prefix_token_id], whole[same:]
 
-    # --- the three requests ---
-
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
@@ -258,7 +286,11 @@ class DcaJaxLM(TemplateLM):
                 raise InputError(f"a request has no {missing}: {shown(pair)}")
         texts = [np.asarray([*context, *more], np.int32) for _, context, more in requests]
         texts = self._fitting(texts, [len(more) for _, _, more in requests], room=1)
-        scored = self._scores(texts, "loglikelihood", disable_tqdm)
+        contexts = [len(t) - len(more) for t, (_, _, more) in zip(texts, requests, strict=True)]
+        longest = max(map(len, texts), default=1)
+        share = not depends_on_length(self._reading(longest).model)
+        groups = families(texts, contexts, share=share)
+        scored = self._scores(texts, groups, "loglikelihood", disable_tqdm)
         results = []
         for (pair, _, more), scores in zip(requests, scored, strict=True):
             last = slice(len(scores.nll) - len(more), None)
@@ -283,7 +315,8 @@ class DcaJaxLM(TemplateLM):
                     texts.append(tokens[window.start : window.stop])
                     windows.append((number, window.stop - window.first))
         totals = [0.0] * len(requests)
-        scored = self._scores(texts, "loglikelihood_rolling", disable_tqdm)
+        groups = [Family(0, [number]) for number in range(len(texts))]
+        scored = self._scores(texts, groups, "loglikelihood_rolling", disable_tqdm)
         for (number, counted), scores in zip(windows, scored, strict=True):
             totals[number] -= float(scores.nll[-counted:].sum(dtype=np.float64))
         for request, total in zip(requests, totals, strict=True):
@@ -399,22 +432,45 @@ class DcaJaxLM(TemplateLM):
             )
         return fitting
 
-    def _scores(self, texts: Sequence[np.ndarray], name: str, disable_tqdm: bool) -> list[Scores]:
-        """The scores of texts of any length, read longest first and a batch at a time."""
-        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+    def _scores(
+        self,
+        texts: Sequence[np.ndarray],
+        groups: Sequence[Family],
+        name: str,
+        disable_tqdm: bool,
+    ) -> list[Scores]:
+        """The scores of each text after what it shares with its group.
+
+        Groups are read longest first and a batch at a time; those of one text by themselves.
+        """
+
+        def length_of(group: Family) -> int:
+            return max(len(texts[number]) for number in group.members)
+
         found: dict[int, Scores] = {}
         reader: Reader | None = None
         with tqdm(total=len(texts), desc=name, disable=disable_tqdm) as bar:
-            while len(found) < len(texts):
-                length = len(texts[order[len(found)]])
-                size = min(self._batch_of(length), len(texts))
-                batch = order[len(found) : len(found) + size]
-                if reader is None or reader.batch != size or 2 * length < reader.capacity:
-                    reader = Reader(self._reading(length).model, size, length)
-                scored = reader.read([texts[number] for number in batch])
-                found |= dict(zip(batch, scored, strict=True))
-                bar.update(len(batch))
+            for alone in (False, True):
+                some = [group for group in groups if (len(group.members) == 1) == alone]
+                some.sort(key=length_of, reverse=True)
+                while some:
+                    length = length_of(some[0])
+                    size = min(self._batch_of(length), len(groups))
+                    batch, some = some[:size], some[size:]
+                    fits = reader is not None and length <= reader.capacity < 2 * length
+                    if reader is None or not fits or reader.batch != size:
+                        reader = Reader(self._reading(length).model, size, length)
+                    scored = reader.read_branches([_branches(texts, group) for group in batch])
+                    for group, scores in zip(batch, scored, strict=True):
+                        found |= dict(zip(group.members, scores, strict=True))
+                        bar.update(len(scores))
         return [found[number] for number in range(len(texts))]
+
+
+def _branches(texts: Sequence[np.ndarray], group: Family) -> Branches:
+    shared = group.shared
+    first = texts[group.members[0]][:shared]
+    return Branches(first, [texts[number][shared:] for number in group.members])
 
 
 def _arguments() -> list[str]:

@@ -5,15 +5,18 @@ meaning there, or refused by name; none is dropped in silence.
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.inference.sampling import Sampler
 from dca_jax.sharding import AXES
 
+OWNER = "dca_jax"  # the key of a cache that tells whose it is; lm-eval's own are checksums
 OFF = (None, False, "", "False", "false", "None", "none")  # as --model_args writes them
 
 # Arguments of HFLM that mean nothing here, and what to do instead.
@@ -59,6 +62,47 @@ def take_mesh(mesh: str | None, given: dict[str, Any]) -> str | None:
     """The mesh, with the axes that --model_args has cut off at commas: "context=2,tensor=4"."""
     axes = [f"{axis}={given.pop(axis)}" for axis in AXES if axis in given]
     return ",".join([*([mesh] if mesh else []), *axes]) or None
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for another device than the one that JAX computes on.
+
+    lm-eval passes its `--device` to every model, in PyTorch's words. JAX chooses its devices when
+    it starts, so another one cannot be had here, and must not be promised.
+    """
+    if device is None:
+        return
+    kind, _, number = str(device).partition(":")
+    platform = jax.default_backend()
+    if {"cuda": "gpu"}.get(kind, kind) != platform:
+        raise InputError(
+            f"device={shown(device, quote=False)} was asked for, and JAX computes on {platform}; "
+            "leave it out, or set JAX_PLATFORMS before the program starts (an NVIDIA GPU needs "
+            "dca_jax[cuda13])"
+        )
+    if number not in ("", "0"):
+        raise InputError(
+            f"device={shown(device, quote=False)} was asked for, and a model takes the first "
+            "device or those of its mesh; choose others with CUDA_VISIBLE_DEVICES, or give a mesh"
+        )
+
+
+def claim_cache(answers: MutableMapping[str, Any], owner: Mapping[str, Any]) -> None:
+    """Notes whose answers an empty cache is to have, or compares with what has been noted.
+
+    Raises:
+        InputError: another owner, or answers of nobody known.
+    """
+    if len(answers) == 0:
+        answers[OWNER] = dict(owner)
+    noted = answers.get(OWNER)
+    if noted != dict(owner):
+        theirs = noted if isinstance(noted, Mapping) else {}
+        different = ", ".join(name for name in owner if theirs.get(name) != owner[name])
+        raise InputError(
+            "the file of --use_cache has answers of another model, or of this one read in another "
+            f"way (different: {different}); give another file"
+        )
 
 
 def truth(name: str, value: Any) -> bool | None:

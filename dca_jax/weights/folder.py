@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import CONFIG, LlamaConfig
-from dca_jax.weights.adapters import load_adapter, merge_lora
+from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import copy_companions, read_json
 from dca_jax.weights.gguf import write_companions
 from dca_jax.weights.gguf_file import is_gguf
@@ -55,8 +55,7 @@ def load_weights(
     """
     dtypes, read = open_weights(folder, config, dtype=dtype)
     if adapter is not None:
-        lora, adapters = load_adapter(adapter, config)
-        read = merge_lora(read, adapters, lora)
+        read = with_adapter(read, adapter, config)
     like = {
         row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
     }
