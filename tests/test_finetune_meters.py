@@ -26,17 +26,17 @@ def test_a_full_disk_under_the_metrics_is_said_and_leaves_them_whole(tmp_path: P
     for step in (0, 1):
         with (
             pytest.raises(InputError, match=r"metrics\.jsonl cannot be written: File too large"),
-            Meters(tmp_path, chosen, step=step, steps=9, flops=1.0) as meters,
+            Meters(tmp_path, chosen, step=step, steps=9) as meters,
         ):
-            meters.update(step + 1, line, 8)
+            meters.update(step + 1, line, 8, 1.0)
             size = (tmp_path / "metrics.jsonl").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
             try:
-                meters.update(step + 2, line, 8)
+                meters.update(step + 2, line, 8, 1.0)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with Meters(tmp_path, chosen, step=2, steps=9, flops=1.0) as meters:
-        meters.update(3, line, 8)
+    with Meters(tmp_path, chosen, step=2, steps=9) as meters:
+        meters.update(3, line, 8, 1.0)
     noted = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in noted] == [1, 2, 3]
 
@@ -70,9 +70,9 @@ def test_wandb_has_one_run_for_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
         output = tmp_path / folder
         output.mkdir(parents=True, exist_ok=True)
         chosen = settings(output, report=("wandb",))
-        with Meters(output, chosen, step=begin, steps=9, flops=1.0) as meters:
+        with Meters(output, chosen, step=begin, steps=9) as meters:
             for step in range(begin + 1, end + 1):
-                meters.update(step, {"loss": 1.0 / step, "grad_norm": 1.0}, 8)
+                meters.update(step, {"loss": 1.0 / step, "grad_norm": 1.0}, 8, 1.0)
                 if step == 5:
                     meters.evaluation(step, 2.0)
     assert asked[0]["id"] == asked[2]["id"] != asked[1]["id"]
@@ -83,4 +83,4 @@ def test_wandb_has_one_run_for_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert rows[5]["eval_loss"] == 2.0
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
     with pytest.raises(InputError, match="report wandb does not start"):
-        Meters(output, chosen, step=0, steps=9, flops=1.0)
+        Meters(output, chosen, step=0, steps=9)

@@ -510,13 +510,13 @@ def test_bad_input(model: Path, dialogues: Path, tmp_path: Path, changes: Any, m
 def test_a_file_of_settings_and_flags_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: ./m\noutput: out\nlearning_rate: 1e-5\npack: false\n"
+        "model: ./m\noutput: out\nlearning_rate: 1e-5\npack: none\n"
         "data:\n  a.json: 2\n  b.json: {min_tokens: 9}\nlora_targets: [q_proj]\n"
     )
     found = read_settings(path, {"steps": "7", "seed": None, "eval_data": ["c=d.json=0.5"]})
     assert found.data == (DataFile("a.json", 2.0), DataFile("b.json", 1.0, min_tokens=9))
     assert found.eval_data == (DataFile("c=d.json", 0.5),)
-    assert (found.learning_rate, found.steps, found.pack, found.seed) == (1e-5, 7, False, 0)
+    assert (found.learning_rate, found.steps, found.pack, found.seed) == (1e-5, 7, "none", 0)
     again = tmp_path / "again.yaml"
     again.write_text(json.dumps(found.as_yaml()))  # JSON is YAML
     assert read_settings(again, {}) == found
@@ -548,7 +548,9 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
     [
         ("lenght: 5", "no setting 'lenght'; did you mean length"),
         ("length: 5.5", "length is a whole number, got 5.5"),
-        ("pack: 1", "pack is true or false, got 1"),
+        ("pack: bfd", "pack is one of cut, whole, segments, none; got 'bfd'"),
+        ("pack: true", "pack is a text"),
+        ("gpt4_only: 1", "gpt4_only is true or false, got 1"),
         ("batch: true", "batch is a whole number"),
         ("warmup: 1.5", "warmup must be from 0 to below 1"),
         ("remat: all", "remat is one of layer, attention, products; got 'all'"),

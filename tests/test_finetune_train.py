@@ -16,7 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.finetune.data import Source, training_rows
 from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.rendered import Rendered
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import (
     Metrics,
@@ -137,10 +140,29 @@ def test_loss_and_gradient_on_meshes(sizes: str, accumulate: int) -> None:
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
 
 
+def test_packed_dialogues_are_trained_as_each_alone() -> None:
+    """Of the rows above, end to end in packed ones: loss and gradient of each dialogue alone."""
+    texts = [
+        Rendered(TOKENS[n, :size], TRAINED[n, :size]) for n, size in enumerate(LENGTHS.tolist())
+    ]
+    stream = training_rows(
+        [Source("a", texts)], length=64, batch=2, seed=0, pack="segments", pad_id=7
+    )
+    rows = next(iter(stream))
+    assert rows["lengths"].sum() == LENGTHS.sum()  # two rows hold all four
+    batch = place(rows, 1, None)
+    assert_expected(*jax.jit(functools.partial(summed_gradients, build))(tree(), {}, batch))
+    batch = place(rows, 1, make_mesh("fsdp=2,tensor=2"))
+    sums = jax.jit(functools.partial(summed_gradients, build))
+    assert_expected(*sums(tree("fsdp=2,tensor=2"), {}, batch))
+    with pytest.raises(InputError, match="this mesh shares rows among 2 along `context`"):
+        summed_gradients(build, tree("context=2"), {}, place(rows, 1, make_mesh("context=2")))
+
+
 def test_what_is_padding_or_not_trained_has_no_effect() -> None:
     other = TOKENS.copy()
     other[1, 5:] = 3
-    sums = jax.jit(lambda p, b: summed_nll(build(p), *(x[0] for x in b)))
+    sums = jax.jit(lambda p, b: summed_nll(build(p), *b.first()))
     here = sums(tree(), place(ROWS, 1, None))
     np.testing.assert_array_equal(here, sums(tree(), place(ROWS | {"tokens": other}, 1, None)))
     nothing = np.zeros_like(TRAINED)

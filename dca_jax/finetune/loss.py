@@ -14,6 +14,7 @@ def summed_nll(
     tokens: Int[Array, "B T"],
     trained: Bool[Array, "B T"],
     lengths: Int[Array, " B"],
+    text_index: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The sum over trained tokens of -ln p(token | those before it), and their number; float32.
 
@@ -27,8 +28,9 @@ def summed_nll(
         tokens: whole texts, right-padded, every device holding all tokens of its rows.
         trained: which tokens count; a row's first has nothing to be predicted from, and does not.
         lengths: real tokens of each row.
+        text_index: of rows whose texts do not see each other (`Llama.hidden_states`).
     """
-    hidden, _ = model.hidden_states(tokens, lengths=lengths)
+    hidden, _ = model.hidden_states(tokens, lengths=lengths, text_index=text_index)
     next_token = ((0, 0, 0), (-1, 1, 0))  # the last token of a row has none
     targets = jax.lax.pad(tokens, jnp.int32(0), next_token)
     counts = jax.lax.pad(trained, jnp.bool_(False), next_token)

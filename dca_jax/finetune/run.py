@@ -37,7 +37,7 @@ from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST
 from dca_jax.finetune.checkpoints import ADVICE, Checkpoints
-from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row, rows_per_epoch
+from dca_jax.finetune.data import Rows, Source, evaluation_rows, row, rows_per_epoch, text_lengths
 from dca_jax.finetune.data import training_rows as rows_of
 from dca_jax.finetune.dialogues import read_dialogues
 from dca_jax.finetune.export import export
@@ -45,6 +45,7 @@ from dca_jax.finetune.lora import init_lora, quantizer
 from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
+from dca_jax.finetune.rendering import render_all
 from dca_jax.finetune.settings import Files, Settings, read_settings
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.templates import template_source
@@ -60,7 +61,6 @@ from dca_jax.finetune.train import (
     place,
     start,
 )
-from dca_jax.inference.buckets import power_of_two
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
@@ -90,7 +90,7 @@ def finetune(settings: Settings) -> Path:
     rows = training_rows(setup, data)
     steps = settings.steps
     if steps is None:
-        epoch = rows_per_epoch(data, length=settings.length, pack=settings.pack)
+        epoch = rows_per_epoch(data, length=settings.length, pack=settings.pack, seed=settings.seed)
         steps = math.ceil(settings.epochs * epoch / (settings.batch * settings.accumulate))
         if steps > LARGEST:
             raise InputError(
@@ -118,6 +118,11 @@ def open_setup(settings: Settings) -> Setup:
     folder = find_folder(settings.model)
     config = read_config(folder)
     mesh = make_mesh(settings.mesh) if settings.mesh or several_processes() else None
+    if settings.pack == "segments" and axis_size(mesh, "context") > 1:
+        raise InputError(
+            "pack segments reads each dialogue on one device, and this mesh shares rows along "
+            "context; use fsdp or tensor, or pack whole"
+        )
     rows = axis_size(mesh, "data", "fsdp")
     if settings.batch % rows:
         raise InputError(
@@ -225,17 +230,15 @@ def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
             )
         return sources
 
-    data = read(settings.data, None if settings.pack else settings.length)
+    data = read(settings.data, None if settings.pack == "cut" else settings.length)
     held_out = [d for s in read(settings.eval_data, settings.length) for d in s.dialogues]
     from_primary(lambda: print("\n".join(told)))
     for source in data:
         _check_ids(source, setup.config.vocab_size)
     if not held_out:
         return data, []
-    longest = max(len(dialogue.tokens) for dialogue in held_out)
-    length = min(settings.length, max(16, power_of_two(longest)))
-    batches = evaluation_rows(held_out, length=length, batch=settings.batch, pad_id=setup.pad_id)
-    return data, batches
+    options = {"length": settings.length, "batch": settings.batch, "pad_id": setup.pad_id}
+    return data, evaluation_rows(held_out, **options)
 
 
 def _check_ids(source: Source, vocab_size: int) -> None:
@@ -290,10 +293,8 @@ def train(
         stream.set_state(place_in_rows)
     update = jax.jit(make_update(setup.build, settings, steps), donate_argnums=0)
     evaluate = make_evaluation(setup.build)
-    batch = settings.batch * settings.accumulate
-    flops = update_flops(setup.config, length=settings.length, rows=batch, lora=setup.lora)
-    meters = Meters(Path(settings.output), settings, step=done, steps=steps, flops=flops)
-    pending: tuple[int, Metrics, int] | None = None
+    meters = Meters(Path(settings.output), settings, step=done, steps=steps)
+    pending: tuple[int, Metrics, int, float] | None = None
     agreed = agreement()
     with meters, stopping() as stop:
         if held_out and done == 0:
@@ -301,10 +302,11 @@ def train(
         for step in range(done + 1, steps + 1):
             batch = next(stream)
             tokens = int(batch["lengths"].sum())
+            flops = update_flops(setup.config, text_lengths(batch), lora=setup.lora)
             state, metrics = update(state, frozen, place(batch, settings.accumulate, setup.mesh))
             if pending is not None:  # the one before: so the devices never wait for the host
                 tell(meters, *pending, checkpoints)
-            pending = step, metrics, tokens
+            pending = step, metrics, tokens, flops
             stopped = agreed(stop())
             last = stopped or step == steps
             if last or step % settings.save_every == 0 or step % settings.eval_every == 0:
@@ -352,7 +354,12 @@ def load_state(
 
 
 def tell(
-    meters: Meters, step: int, metrics: Metrics, tokens: int, checkpoints: Checkpoints
+    meters: Meters,
+    step: int,
+    metrics: Metrics,
+    tokens: int,
+    flops: float,
+    checkpoints: Checkpoints,
 ) -> None:
     """Waits for an update, and notes how it went.
 
@@ -365,7 +372,7 @@ def tell(
             f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; "
             f"{checkpoints.kept()}. {ADVICE}"
         )
-    meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens)
+    meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens, flops)
 
 
 def make_evaluation(build: Build) -> Callable[..., float]:
@@ -373,7 +380,7 @@ def make_evaluation(build: Build) -> Callable[..., float]:
 
     @jax.jit
     def sums(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_nll(build(joined(params, frozen)), *(x[0] for x in batch))
+        return summed_nll(build(joined(params, frozen)), *batch.first())
 
     def evaluate(params: Params, frozen: Params, rows: Sequence[Rows], mesh: Mesh | None) -> float:
         found = [sums(params, frozen, place(batch, 1, mesh)) for batch in rows]

@@ -17,6 +17,7 @@ import numpy as np
 from dca_jax.config import LORA_TARGETS
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST, shown
+from dca_jax.finetune.packing import PACKS
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
@@ -109,7 +110,12 @@ class Settings:
         "paper's code, slips included), or a .jinja file.",
     )
     length: int = _option(16_384, "Row length in tokens.", tokens=True, within=Range(2))
-    pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; otherwise one per row.")
+    pack: str = _option(
+        "cut",
+        "How dialogues share rows: cut (joined, and cut every LENGTH tokens), whole (as many whole "
+        "ones as fit), segments (the same, but none sees another) or none (one a row).",
+        choices=PACKS,
+    )
     gpt4_only: bool = _option(False, "Keep only dialogues marked as answered by GPT-4.")
     # --- attention
     method: str = _option(

@@ -47,11 +47,17 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: right-padded. trained: which are targets. lengths: real tokens of each row.
+        text_index: where texts of a row do not see each other, each token's index in its own.
     """
 
     tokens: Int[Array, "A B T"]
     trained: Bool[Array, "A B T"]
     lengths: Int[Array, "A B"]
+    text_index: Int[Array, "A B T"] | None = None
+
+    def first(self) -> "Batch":
+        """The first of the batches, [B, T]."""
+        return jax.tree.map(lambda x: x[0], self)
 
 
 class Metrics(NamedTuple):
@@ -166,16 +172,16 @@ def summed_gradients(
     Sums, so that each token counts alike, in whichever batch it stands.
     """
 
-    def loss(params: Params, tokens: Array, trained: Array, lengths: Array) -> tuple:
-        return summed_nll(build(joined(params, frozen)), tokens, trained, lengths)
+    def loss(params: Params, batch: Batch) -> tuple:
+        return summed_nll(build(joined(params, frozen)), *batch)
 
     gradient_of = jax.value_and_grad(loss, has_aux=True)
-    (nll, tokens), gradients = gradient_of(params, *(x[0] for x in batch))
+    (nll, tokens), gradients = gradient_of(params, batch.first())
     if len(batch.tokens) == 1:
         return nll, tokens, gradients
 
     def add(sums: tuple, batch: Batch) -> tuple[tuple, None]:
-        (nll, tokens), gradients = gradient_of(params, *batch)
+        (nll, tokens), gradients = gradient_of(params, batch)
         return jax.tree.map(jnp.add, sums, (nll, tokens, gradients)), None
 
     rest = jax.tree.map(lambda x: x[1:], batch)
@@ -191,7 +197,7 @@ def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Ba
     """Rows of the host as a batch of the devices; each process has all rows, and gives its own.
 
     Args:
-        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B].
+        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B], perhaps "text_index" [A * B, T].
         accumulate: A.
     """
 
@@ -202,4 +208,4 @@ def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Ba
         spec = PartitionSpec(None, ("data", "fsdp"))
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
 
-    return Batch(*(put(rows[name]) for name in Batch._fields))
+    return Batch(**{name: put(values) for name, values in rows.items()})
