@@ -23,7 +23,7 @@ import torch
 from conversion_helpers import TINY
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_llm import make_llm
+from tiny_llm import fast_tokenizer, make_llm
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -33,9 +33,10 @@ from dca_jax.cli import app
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune import run
+from dca_jax.finetune import inputs, rendered_files, run
 from dca_jax.finetune.checkpoints import Checkpoints
 from dca_jax.finetune.export import exported_config
+from dca_jax.finetune.rendered import Rendered
 from dca_jax.finetune.run import finetune, stopping
 from dca_jax.finetune.settings import DataFile, Settings, read_settings
 from dca_jax.finetune.train import Metrics, State
@@ -206,6 +207,59 @@ def test_lora_trains_adapters_and_exports_the_merged_model(
             a, b = (low_rank[name.replace("kernel", part)] for part in ADAPTERS)
             want = want + lora.scale * jnp.einsum("lir,lr...->li...", a, b, precision="highest")
         np.testing.assert_allclose(leaf, want, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_run_is_lengthened(
+    whole: Path,
+    model: Path,
+    dialogues: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From its last checkpoint, by the cosine of all updates; and nothing is rendered again."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("tensorboard"))
+    monkeypatch.setattr(inputs, "render_all", None)
+    with pytest.raises(InputError, match="can be lengthened and not shortened"):
+        finetune(settings(model, dialogues, output, steps=9))
+    longer = settings(model, dialogues, output, steps=12)
+    finetune(longer)
+    rate = 3e-3 * (1 + np.cos(np.pi * 9 / 11)) / 2  # 1 of the 12 warms up
+    said = "lengthened from 10 to 12 updates: from here the learning rate follows the cosine of 12"
+    assert f"{said}, so after 10 it is {rate:.3g} where it would have been 0" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    found = losses(output)
+    assert {n: found[n] for n in range(1, STEPS + 1)} == losses(whole)
+    assert list(found) == list(range(1, 13))
+    assert (output / "model-after-10").is_dir()
+    assert read_settings(output / "finetune.yaml", {}) == longer
+    ended, longest = (dca_jax.load(output / n).model.params() for n in ("model-after-10", "model"))
+    ours, theirs = (flatten_dict(x, sep=".")["norm.scale"] for x in (longest, ended))
+    assert not np.array_equal(ours, theirs)
+
+
+def test_rendered_dialogues_are_kept_by_what_decides_them(whole: Path, tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "a.txt", fast_tokenizer()
+    file.write_text("Call me")
+    keys = [rendered_files.key_of(file, tokenizer, "t", {"cut": 8})]
+    keys += [rendered_files.key_of(file, tokenizer, *rest) for rest in (("u", {}), ("t", {}))]
+    file.write_text("Call him")
+    keys.append(rendered_files.key_of(file, tokenizer, "t", {"cut": 8}))
+    assert len(set(keys)) == 4
+    some = [Rendered(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1) for n in (5, 1, 12)]
+    rendered_files.keep(tmp_path / "kept", keys[0], (some, {"dropped: why": 2}))
+    found = rendered_files.kept(tmp_path / "kept", keys[0])
+    assert found is not None
+    assert found[1] == {"dropped: why": 2}
+    for one, want in zip(found[0], some, strict=True):
+        np.testing.assert_array_equal(one.tokens, want.tokens)
+        np.testing.assert_array_equal(one.trained, want.trained)
+    assert rendered_files.kept(tmp_path / "kept", keys[1]) is None
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert rendered_files.kept(tmp_path / "kept", keys[0]) is None
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -243,6 +243,7 @@ def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
         id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
         config=settings.as_yaml(),
+        allow_val_change=True,  # of a run that is lengthened
     )
 
     def report(step: int, metrics: dict[str, float]) -> None:

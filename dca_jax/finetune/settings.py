@@ -124,8 +124,13 @@ class Settings:
         "a setting, as in dca:chunkllama or dca:3072,4095.",
     )
     # --- optimization (AdamW)
-    steps: int | None = _option(None, "Number of updates (default: from EPOCHS).", within=FROM_1)
-    epochs: float = _option(1.0, "Number of passes over the data.", within=POSITIVE)
+    steps: int | None = _option(
+        None,
+        "Number of updates (default: from EPOCHS). More than a run had lengthen it.",
+        resumable=True,
+        within=FROM_1,
+    )
+    epochs: float = _option(1.0, "Number of passes over the data.", resumable=True, within=POSITIVE)
     batch: int = _option(1, "Rows per batch, over all devices.", within=FROM_1)
     accumulate: int = _option(
         1,
@@ -238,6 +243,11 @@ class Settings:
             files = (file._asdict() for file in getattr(self, name))
             values[name] = [{file.pop("path"): file} for file in files]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def lasts_as_long_as(self, other: "Settings") -> bool:
+        """Whether both have the same `steps`, or from the same `epochs`."""
+        ours, theirs = ((s.steps, s.epochs if s.steps is None else 0) for s in (self, other))
+        return ours == theirs
 
     def differing(self, other: "Settings") -> list[str]:
         """Names of the fields that differ and may not, if one run is to go on as the other."""
