@@ -314,11 +314,12 @@ def load_state(
         dtype = jnp.dtype(settings.dtype)
         frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
     if checkpoints.latest is not None:
-        like = {row.path: row.abstract(config, jnp.float32, where) for row in rows}
+        like = {row.path: row.abstract(config, jnp.dtype(settings.state), where) for row in rows}
         state, place_in_rows = checkpoints.restore(abstract_state(unflatten_dict(like, sep=".")))
         return state, frozen, place_in_rows
     if lora is None:
-        params = load_weights(setup.folder, config, dtype=jnp.float32, sharding=where)
+        dtype = jnp.dtype(settings.state)
+        params = load_weights(setup.folder, config, dtype=dtype, sharding=where)
     else:
         params = init_lora(config, lora, jax.random.key(settings.seed), where)
     return start(params), frozen, None

@@ -22,6 +22,7 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
 BASES = ("dtype", "int8")
+DTYPES = ("bfloat16", "float32")
 REPORTS = ("tensorboard", "wandb")
 LARGEST_UPDATE = 2**27  # tokens, padding included: the host builds all rows of an update at once
 WEIGHTS = (1e-6, 1e3)  # of a file: beyond them an epoch is nothing, or has no end
@@ -168,10 +169,13 @@ class Settings:
     mesh: str = _option(
         "", "Device mesh: fsdp=4, or context=2,fsdp=2 (default: one device).", resumable=True
     )
-    dtype: str = _option(
-        "bfloat16", "Dtype of activations; trained weights stay float32.",
-        choices=("bfloat16", "float32"),
-    )  # fmt: skip
+    dtype: str = _option("bfloat16", "Dtype of activations.", choices=DTYPES)
+    state: str = _option(
+        "float32",
+        "Dtype of trained weights, their gradients and AdamW's moments; bfloat16 takes half the "
+        "memory, and is rounded stochastically.",
+        choices=DTYPES,
+    )
     remat: str = _option(
         "attention",
         "What to keep for the backward pass: each layer's input (layer), also attention's output "
@@ -212,7 +216,12 @@ class Settings:
                     f"from 0, got {file.weight} and {shown(file.min_tokens)}"
                 )
         if self.base == "int8" and not self.lora_rank:
-            raise InputError("base int8 goes with LoRA: weights that are trained stay float32")
+            raise InputError("base int8 goes with LoRA: weights that are trained are no integers")
+        if self.state != "float32" and self.lora_rank:
+            raise InputError(
+                "state bfloat16 is for training all weights; LoRA's adapters are small, and stay "
+                "float32"
+            )
 
     def _check_number(self, row: dataclasses.Field) -> None:
         value, within = getattr(self, row.name), row.metadata["within"]

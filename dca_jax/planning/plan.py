@@ -43,6 +43,7 @@ class Plan:
     lora: LoraConfig | None
     quantized: bool
     remat: str
+    state: str
     usage: Usage
     fits: bool
     longest: int
@@ -82,7 +83,7 @@ class Plan:
         if self.lora is not None:
             purpose = f"to train adapters of rank {self.lora.rank} on"
             purpose += ", over int8 weights" if self.quantized else ""
-        kept = {"kept of each layer": self.remat} if self.train else {}
+        kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
@@ -109,6 +110,7 @@ class Plan:
             "lora_rank": self.lora and self.lora.rank,
             "quantized": self.quantized,
             "remat": self.remat if self.train else None,
+            "state": self.state if self.train else None,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "memory": self.device.memory,
             "fits": self.fits,
@@ -132,6 +134,7 @@ def plan(
     lora: LoraConfig | None = None,
     quantized: bool = False,
     remat: str = "attention",
+    state: DTypeLike = jnp.float32,
 ) -> Plan:
     """Works out a plan.
 
@@ -144,6 +147,7 @@ def plan(
         dtype: of activations, cache and weights that are not trained.
         lora: train these adapters only. quantized: over a base whose layers' kernels are int8.
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
+        state: dtype of trained weights, gradients and moments.
 
     Raises:
         InputError: an unknown device or `remat`, a mesh that does not divide the model or the
@@ -170,6 +174,7 @@ def plan(
         lora=lora,
         quantized=quantized,
         remat=remat,
+        state=jnp.dtype(state),
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -197,6 +202,7 @@ def plan(
         lora=lora,
         quantized=quantized,
         remat=remat,
+        state=jnp.dtype(state).name,
         usage=job.usage(sizes),
         fits=job.fits(sizes),
         longest=job.longest(sizes),
