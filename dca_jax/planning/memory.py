@@ -6,9 +6,9 @@ arrays that are alive at once in one layer; tests hold it beside the compiler's 
 
 Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters and cache in one
 dtype, the prompt read in pieces, or at once where `context` shares it. Training: parameters,
-gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype, what is not kept of a layer
-(`remat`) computed again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at
-a time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels
+gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype, what
+is not kept of a layer (`remat`) computed again in the backward pass, the loss taken over
+`LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels
 are int8.
 """
 
@@ -28,6 +28,7 @@ from dca_jax.weights.placement import parameter_partition
 
 GIB = 2**30
 F32 = 4  # bytes
+FLOAT32 = jnp.dtype(jnp.float32)
 LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
 LONGEST = 2**27  # tokens; no text is longer
 # Of a GPU's memory, what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise. Commands say
@@ -92,7 +93,7 @@ class Usage:
 
     Attributes:
         weights: the parameters. copies: of those that are not computed with as they are stored.
-        cache: keys and values. activations: of the largest program. gradients, optimizer: in `Job.state`.
+        cache: keys and values. activations: of the largest program. gradients, optimizer: AdamW's.
         runtime: the device's (`DeviceKind`).
     """
 
@@ -123,7 +124,7 @@ class Job:
     lora: LoraConfig | None = None
     quantized: bool = False
     remat: str = "attention"
-    state: jnp.dtype = jnp.dtype(jnp.float32)
+    state: jnp.dtype = FLOAT32
 
     @property
     def width(self) -> int:
