@@ -8,8 +8,8 @@ Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters a
 dtype, the prompt read in pieces, or at once where `context` shares it. Training: parameters,
 gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype, what
 is not kept of a layer (`remat`) computed again in the backward pass, the loss taken over
-`LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels
-are int8.
+`LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are trained; the base is in
+the dtype, or its layers' kernels are int8.
 """
 
 import math
