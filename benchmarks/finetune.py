@@ -140,7 +140,7 @@ def figures(
     count, rows = int(np.prod(list(sizes.values()))), variant.batch * variant.accumulate
     speed = rows * variant.length / seconds / count
     kind = jax.devices()[0].device_kind
-    flops = update_flops(config, length=variant.length, rows=rows, lora=lora)
+    flops = update_flops(config, [variant.length] * rows, lora=lora)
     stats = jax.local_devices()[0].memory_stats() or {}
     planned = plan(
         variant.preset,

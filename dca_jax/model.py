@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import SAVED, Rows
 from dca_jax.attention.bands import PositionMethod
-from dca_jax.attention.layer import attend_to_cache, attend_to_text
+from dca_jax.attention.layer import attend_to_cache, attend_to_text, attend_to_texts
 from dca_jax.attention.op import make_rows
 from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
 from dca_jax.config import LlamaConfig, LoraConfig
@@ -99,7 +99,10 @@ class Llama(nnx.Module):
         return self.unembed(hidden)
 
     def balanced_hidden_states(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+        self,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        text_index: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """Normed hidden states of whole texts, and how unevenly experts were chosen for them.
 
@@ -108,7 +111,7 @@ class Llama(nnx.Module):
         """
         self.check_window(tokens.shape[1])
         rows, _ = self._place_rows(tokens, lengths, None, None)
-        x, _, balance = self._read_text(tokens, rows, None)
+        x, _, balance = self._read_text(tokens, rows, text_index, None)
         return x, jnp.float32(0) if balance is None else load_balancing_loss(balance)
 
     def hidden_states(
@@ -116,6 +119,7 @@ class Llama(nnx.Module):
         tokens: Int[Array, "B T"],
         *,
         lengths: Int[Array, " B"] | None = None,
+        text_index: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         context_lengths: Int[Array, " B"] | None = None,
         new_cache: DTypeLike | None = None,
@@ -130,6 +134,8 @@ class Llama(nnx.Module):
             tokens: new tokens of each row, right-padded; without a cache, whole texts.
             lengths: how many of the T tokens are real in each row (default: all). Padding is not
                 written to the cache.
+            text_index: of rows that hold several texts which do not see each other: each token's
+                index in its own text, -1 for padding (`dca_jax.attention.packed`); without a cache.
             cache: what the rows have read so far; `tokens` follow it, at cache.lengths[b]. Tokens
                 beyond the capacity would be lost: check before calling
                 (`dca_jax.inference.generate` does).
@@ -150,7 +156,7 @@ class Llama(nnx.Module):
             self.check_window(tokens.shape[1])
         rows, frequency_lengths = self._place_rows(tokens, lengths, cache, context_lengths)
         if cache is None:
-            x, kept, _ = self._read_text(tokens, rows, new_cache)
+            x, kept, _ = self._read_text(tokens, rows, text_index, new_cache)
         else:
             x, kept = self._read_after_cache(tokens, rows, cache, cache_layers)
         if kept is None:
@@ -195,7 +201,11 @@ class Llama(nnx.Module):
         return rows, frequency_lengths
 
     def _read_text(
-        self, tokens: Int[Array, "B T"], rows: Rows, new_cache: DTypeLike | None
+        self,
+        tokens: Int[Array, "B T"],
+        rows: Rows,
+        text_index: Int[Array, "B T"] | None,
+        new_cache: DTypeLike | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Balance | None]:
         """Whole texts: hidden states; with `new_cache`, keys and values [L, B, T, KH].
 
@@ -219,13 +229,15 @@ class Llama(nnx.Module):
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal kept
-                out, (key, value) = attend_to_text(
-                    *(query, key, value),
-                    dca=self.dca,
-                    rows=rows,
-                    implementation=self.implementation,
-                    shards=shards,
-                )
+                options = {
+                    "dca": self.dca,
+                    "implementation": self.implementation,
+                    "shards": shards,
+                }
+                if text_index is not None:
+                    rope = self.config.rope
+                    return attend_to_texts(query, key, value, text_index, rope=rope, **options)
+                out, (key, value) = attend_to_text(query, key, value, rows=rows, **options)
                 if new_cache is not None:
                     kept = key.astype(new_cache), value.astype(new_cache)
                 return out

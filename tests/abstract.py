@@ -76,10 +76,11 @@ def lower_update(
     length: int,
     remat: str,
     dtype: Any = jnp.bfloat16,
+    state: str = "float32",
 ) -> Any:
     """An update of finetuning all weights, for the devices of a mesh."""
     where = parameter_shardings(config, mesh)
-    state = abstract_state_of_training(abstract_params(config, dtype=jnp.float32, sharding=where))
+    trained = abstract_params(config, dtype=jnp.dtype(state), sharding=where)
 
     def build(params: Any) -> Llama:
         dca = DCAConfig.paper(config.max_position_embeddings)
@@ -91,10 +92,10 @@ def lower_update(
 
     shape = 1, rows, length
     batch = Batch(array(jnp.int32, *shape), array(jnp.bool_, *shape), array(jnp.int32, *shape[:2]))
-    settings = Settings(model="m", output="o", data=(DataFile("d"),))
+    settings = Settings(model="m", output="o", data=(DataFile("d"),), state=state)
     update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return _lowered(update, mesh, state, {}, batch)
+        return _lowered(update, mesh, abstract_state_of_training(trained), {}, batch)
 
 
 def collective_sizes(hlo: str) -> list[int]:

@@ -28,7 +28,7 @@ def test_ids_are_those_of_tokenizers(make: Any) -> None:
     for special in (True, False):
         wanted = theirs.encode(TEXT, add_special_tokens=special)
         assert encode(tokenizer, TEXT, add_special_tokens=special) == wanted.ids
-    ids, begins, ends = encode_with_places(tokenizer, TEXT)
+    _, (ids, begins, ends) = encode_with_places(tokenizer, ["more", TEXT])
     assert ids.tolist() == wanted.ids
     assert all(begins <= ends)
     assert (begins[0], ends[-1]) == (0, len(TEXT))
@@ -77,7 +77,7 @@ def test_half_a_character_is_refused_wherever_text_enters(
 ) -> None:
     for call in (
         lambda: encode(llm.tokenizer, text),
-        lambda: encode_with_places(llm.tokenizer, text),
+        lambda: encode_with_places(llm.tokenizer, ["a", text]),
         lambda: llm.tokenize(text),
         lambda: llm.generate(text, max_new_tokens=1),
         lambda: llm.stream(text, max_new_tokens=1),

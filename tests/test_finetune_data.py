@@ -19,14 +19,16 @@ from dca_jax.errors import InputError
 from dca_jax.finetune.data import (
     Source,
     evaluation_rows,
-    render_all,
     row,
     rows_per_epoch,
+    text_lengths,
     training_rows,
 )
-from dca_jax.finetune.dialogues import Dialogue, Turn
 from dca_jax.finetune.preview import preview
-from dca_jax.finetune.templates import Rendered, render
+from dca_jax.finetune.rendered import Rendered
+from dca_jax.finetune.rendering import render_all
+from dca_jax.finetune.templates import render
+from dca_jax.finetune.turns import Dialogue, Text, Turn
 
 PAD = -1
 MANY = 1000  # tokens of dialogue d are MANY * d, MANY * d + 1, ...
@@ -46,7 +48,7 @@ def numbered(sizes: Sequence[int], *, first: int = 0) -> list[Rendered]:
 
 def rows(sources: Sequence[Source], count: int, **settings: Any) -> dict[str, np.ndarray]:
     """The first rows of the stream, batches joined."""
-    defaults = {"length": 8, "batch": 1, "seed": 0, "pack": True, "pad_id": PAD}
+    defaults = {"length": 8, "batch": 1, "seed": 0, "pack": "cut", "pad_id": PAD}
     stream = training_rows(sources, **(defaults | settings))
     found = list(itertools.islice(stream, count))
     return {key: np.concatenate([batch[key] for batch in found]) for key in found[0]}
@@ -88,7 +90,8 @@ def test_packed_rows_are_all_dialogues_one_after_the_other(
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8), length=st.integers(2, 10))
 def test_padded_rows_hold_one_dialogue(sizes: list[int], length: int) -> None:
     dialogues = numbered(sizes)
-    found = rows([Source("a", dialogues)], 2 * len(sizes), length=length, pack=False)
+    dialogues = [Rendered(d.tokens[:length], d.trained[:length]) for d in dialogues]
+    found = rows([Source("a", dialogues)], 2 * len(sizes), length=length, pack="none")
     order = (found["tokens"][:, 0] // MANY).tolist()
     assert sorted(order) == sorted([*range(len(sizes))] * 2)
     for n, number in enumerate(order):
@@ -100,11 +103,11 @@ def test_padded_rows_hold_one_dialogue(sizes: list[int], length: int) -> None:
         assert not found["trained"][n, size:].any()
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("pack", ["cut", "segments", "none"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_stream_goes_on_from_every_point(pack: bool, batch: int) -> None:
+def test_a_stream_goes_on_from_every_point(pack: str, batch: int) -> None:
     sources = [
-        Source("a", numbered([3, 8, 40, 1, 16])),
+        Source("a", numbered([3, 8, 40 if pack == "cut" else 6, 1, 2])),
         Source("b", numbered([7, 5], first=5), 1.5),
     ]
     stream = training_rows(sources, length=8, batch=batch, seed=5, pack=pack, pad_id=PAD)
@@ -113,7 +116,7 @@ def test_a_stream_goes_on_from_every_point(pack: bool, batch: int) -> None:
         states.append(json.dumps(iterator.get_state()))
         wanted.append(next(iterator))
     assert max(map(len, states)) < 100
-    if pack:
+    if pack == "cut":
         assert any(json.loads(state)["token"] > 0 for state in states)
     assert json.loads(states[-1])["epoch"] > 2
     used = iter(stream)  # one that stands elsewhere, as well as a new one
@@ -129,25 +132,77 @@ def test_a_stream_goes_on_from_every_point(pack: bool, batch: int) -> None:
                     np.testing.assert_array_equal(found[key], batch_[key])
 
 
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    length=st.integers(12, 30),
+    seed=st.integers(0, 2**40),
+)
+def test_whole_rows_hold_every_dialogue_uncut(sizes: list[int], length: int, seed: int) -> None:
+    dialogues = numbered(sizes)
+    sources = [Source("a", dialogues)]
+    count = rows_per_epoch(sources, length=length, pack="whole", seed=seed)
+    found = rows(sources, count, length=length, seed=seed, pack="segments")
+    whole = rows(sources, count, length=length, seed=seed, pack="whole")
+    seen = []
+    for number in range(count):
+        one = row(found, number)
+        order = dialogues_of(one.tokens)
+        seen += order
+        index = found["text_index"][number]
+        starts = np.cumsum([0, *(sizes[n] for n in order)])
+        np.testing.assert_array_equal(
+            index[: starts[-1]], np.concatenate([np.arange(sizes[n]) for n in order])
+        )
+        assert (index[starts[-1] :] == -1).all()
+        for n, start in zip(order, starts, strict=False):
+            want = dialogues[n].trained.copy()
+            want[0] &= start > 0
+            np.testing.assert_array_equal(one.trained[start : start + sizes[n]], want)
+    assert sorted(seen) == list(range(len(sizes)))
+    if count > 1:  # what does not fit into any row before it begins a new one
+        assert np.sort(found["lengths"])[:2].sum() > length
+    lengths = text_lengths(found)
+    assert sorted(lengths.tolist()) == sorted(sizes)
+    for key in ("tokens", "trained", "lengths"):
+        np.testing.assert_array_equal(found[key], whole[key])
+    assert text_lengths(whole).tolist() == whole["lengths"].tolist()
+
+
+def test_rows_of_one_dialogue_come_in_batches_of_like_lengths() -> None:
+    """Padded to a power of two; so short dialogues do not cost what long ones do."""
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(np.log(20), np.log(16_000), 200)).astype(int)
+    sources = [Source("a", [Rendered(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in sizes])]
+    options: dict[str, Any] = {"length": 16_384, "batch": 8, "seed": 0, "pad_id": PAD}
+    batches = list(itertools.islice(training_rows(sources, pack="none", **options), 50))
+    widths = {batch["tokens"].shape[1] for batch in batches}
+    assert widths <= {2**n for n in range(8, 15)}
+    assert len(widths) > 3
+    padded = sum(batch["tokens"].size for batch in batches)
+    assert padded < 2 * 2 * sizes.sum()  # of two epochs
+    assert sorted(np.concatenate([batch["lengths"] for batch in batches])) == sorted([*sizes] * 2)
+
+
 def test_a_state_of_other_data_is_refused() -> None:
     dialogues = numbered([3, 8, 4])
     settings: dict[str, Any] = {"length": 8, "batch": 1, "pad_id": PAD}
-    state = iter(training_rows([Source("a", dialogues)], seed=0, pack=True, **settings)).get_state()
+    stream = training_rows([Source("a", dialogues)], seed=0, pack="cut", **settings)
+    state = iter(stream).get_state()
     other = Rendered(dialogues[2].tokens, ~dialogues[2].trained)
     for changed in (
-        training_rows([Source("a", [*dialogues[:2], other])], seed=0, pack=True, **settings),
-        training_rows([Source("a", dialogues[:2])], seed=0, pack=True, **settings),
-        training_rows([Source("a", dialogues, 2.0)], seed=0, pack=True, **settings),
-        training_rows([Source("a", dialogues)], seed=1, pack=True, **settings),
-        training_rows([Source("a", dialogues)], seed=0, pack=False, **settings),
+        training_rows([Source("a", [*dialogues[:2], other])], seed=0, pack="cut", **settings),
+        training_rows([Source("a", dialogues[:2])], seed=0, pack="cut", **settings),
+        training_rows([Source("a", dialogues, 2.0)], seed=0, pack="cut", **settings),
+        training_rows([Source("a", dialogues)], seed=1, pack="cut", **settings),
+        training_rows([Source("a", dialogues)], seed=0, pack="none", **settings),
     ):
         with pytest.raises(InputError, match="the data is not what this run began with"):
             iter(changed).set_state(state)
 
 
 def test_batches_are_of_the_same_rows_and_types() -> None:
-    sources = [Source("a", numbered([5, 9, 2, 30]))]
-    for pack in (True, False):
+    sources = [Source("a", numbered([5, 8, 2, 7]))]
+    for pack in ("cut", "whole"):
         single, joined = rows(sources, 24, pack=pack), rows(sources, 6, pack=pack, batch=4)
         for key, dtype in {"tokens": np.int32, "trained": np.bool_, "lengths": np.int32}.items():
             np.testing.assert_array_equal(single[key], joined[key])
@@ -156,9 +211,9 @@ def test_batches_are_of_the_same_rows_and_types() -> None:
 
 def test_the_seed_decides_and_every_epoch_differs() -> None:
     sources = [Source("a", numbered([1] * 20), 1.0)]
-    order = rows(sources, 60, pack=False)["tokens"][:, 0].tolist()
-    assert order == rows(sources, 60, pack=False)["tokens"][:, 0].tolist()
-    assert order != rows(sources, 60, pack=False, seed=1)["tokens"][:, 0].tolist()
+    order = rows(sources, 60, pack="none")["tokens"][:, 0].tolist()
+    assert order == rows(sources, 60, pack="none")["tokens"][:, 0].tolist()
+    assert order != rows(sources, 60, pack="none", seed=1)["tokens"][:, 0].tolist()
     epochs = [order[:20], order[20:40], order[40:]]
     assert all(one != other for one, other in itertools.combinations(epochs, 2))
 
@@ -168,9 +223,9 @@ def test_a_weight_is_how_often_a_dialogue_is_seen(weight: float) -> None:
     plain, weighted = numbered([1] * 7), numbered([1] * 13, first=7)
     sources = [Source("a", plain), Source("b", weighted, weight)]
     per_epoch = 7 + 13 * weight
-    assert rows_per_epoch(sources, length=8, pack=False) == -(-per_epoch // 1)
+    assert rows_per_epoch(sources, length=8, pack="none") == -(-per_epoch // 1)
     seen: Counter[int] = Counter()
-    tokens = rows(sources, round(20 * per_epoch), pack=False)["tokens"][:, 0] // MANY
+    tokens = rows(sources, round(20 * per_epoch), pack="none")["tokens"][:, 0] // MANY
     seen.update(tokens.tolist())
     assert [seen[number] for number in range(7)] == [20] * 7
     assert [seen[number] for number in range(7, 20)] == [20 * weight] * 13
@@ -181,17 +236,18 @@ def test_a_weight_is_how_often_a_dialogue_is_seen(weight: float) -> None:
 
 def test_rows_of_an_epoch() -> None:
     sources = [Source("a", numbered([10, 6])), Source("b", numbered([5]), 0.2)]
-    assert rows_per_epoch(sources, length=8, pack=True) == 3  # 17 tokens
-    assert rows_per_epoch(sources, length=17, pack=True) == 1
-    assert rows_per_epoch(sources, length=8, pack=False) == 3  # 2.2
+    assert rows_per_epoch(sources, length=8, pack="cut") == 3  # 17 tokens
+    assert rows_per_epoch(sources, length=17, pack="cut") == 1
+    assert rows_per_epoch(sources, length=10, pack="none") == 3  # 2.2
 
 
 def test_rows_to_evaluate_on() -> None:
     dialogues = numbered([3, 8, 12, 1, 5])
     batches = evaluation_rows(dialogues, length=8, batch=2, pad_id=PAD)
-    assert [batch["lengths"].tolist() for batch in batches] == [[3, 8], [8, 1], [5, 1]]
+    assert [batch["lengths"].tolist() for batch in batches] == [[8, 8], [5, 3], [1, 1]]
     assert all(batch["tokens"].shape == batch["trained"].shape == (2, 8) for batch in batches)
-    for number, dialogue in enumerate(dialogues):
+    longest_first = [dialogues[n] for n in (2, 1, 4, 0, 3)]
+    for number, dialogue in enumerate(longest_first):
         one = row(batches[number // 2], number % 2)
         np.testing.assert_array_equal(one.tokens, dialogue.tokens[:8])
         np.testing.assert_array_equal(one.trained[1:], dialogue.trained[1:8])
@@ -208,6 +264,7 @@ def test_rows_to_evaluate_on() -> None:
         ([Source("a", numbered([3]), 0.0)], {}, "weight must be above 0, got 0"),
         ([Source("a", numbered([3]), float("nan"))], {}, "weight must be above 0, got nan"),
         ([Source("a", numbered([3, 0]))], {}, "has no tokens"),
+        ([Source("a", numbered([9]))], {"pack": "whole"}, "is longer than a row of 8"),
         ([Source("a", numbered([3]))], {"length": 1}, "at least 2 tokens"),
         ([Source("a", numbered([3]))], {"batch": 0}, "a batch of at least 1"),
         ([Source("a", numbered([3]))], {"seed": -1}, "a seed from 0"),
@@ -262,14 +319,32 @@ def test_all_are_rendered_and_what_is_dropped_is_counted(
     }
 
 
-def test_an_error_says_which_dialogue(tokenizer: Any) -> None:
-    wrong = Dialogue(
-        (Turn("user", "And so?", False), Turn("user", "Hm?", False), *said("", "").turns)
-    )
-    with pytest.raises(
-        InputError, match=r"x\.json: the dialogue 'And so\?'\.\.\.: the chat template"
-    ):
-        render_all("x.json", [said("a", "b"), wrong], tokenizer, template="llama-2")
+WRONG = Dialogue((Turn("user", "And so?", False), Turn("user", "Hm?", False), *said("", "").turns))
+
+
+def test_what_a_template_refuses_is_dropped_and_counted(tokenizer: Any) -> None:
+    dialogues = [said("a", "b"), WRONG, said("c", "d"), WRONG]
+    kept, counts = render_all("x.json", dialogues, tokenizer, template="llama-2")
+    assert len(kept) == 2
+    reason = "the chat template refuses it: user and assistant must alternate"
+    assert counts == {f"dropped: {reason}": 2}
+    with pytest.raises(InputError, match=r"x\.json: none of its 2 dialogues can be written"):
+        render_all("x.json", [WRONG, WRONG], tokenizer, template="llama-2")
+
+
+def test_a_text_is_split_where_a_dialogue_is_cut(tokenizer: Any) -> None:
+    """Between what the tokenizer puts before texts, and EOS; no token of it is lost."""
+    whole = render(Text("x" * 30), tokenizer, "llama-2")
+    assert whole.tokens[-1] == tokenizer.eos_token_id
+    assert whole.trained.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+    kept, counts = render_all("x.txt", [Text("x" * 30)], tokenizer, template="llama-2", cut=8)
+    assert counts == {"split: into pieces of 8 tokens": 1}
+    np.testing.assert_array_equal(np.concatenate([one.tokens for one in kept]), whole.tokens)
+    asked = render(Text(" are", prompt="they"), tokenizer, "llama-2")
+    bare = render(Text("they are"), tokenizer, "llama-2")
+    np.testing.assert_array_equal(asked.tokens, bare.tokens)
+    trained = [int(n) for n in asked.tokens[asked.trained]]
+    assert tokenizer.decode(trained).strip() == "are</s>"
 
 
 def previewed(rendered: Rendered, tokenizer: Any, **options: Any) -> str:

@@ -16,8 +16,11 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dca_jax.errors import InputError
-from dca_jax.finetune.dialogues import Dialogue, Turn, read_dialogues
-from dca_jax.finetune.templates import CHUNKLLAMA_SYSTEM, Rendered, render, renderer
+from dca_jax.finetune.chunkllama import CHUNKLLAMA_SYSTEM
+from dca_jax.finetune.dialogues import read_dialogues
+from dca_jax.finetune.rendered import Rendered
+from dca_jax.finetune.templates import render, renderer
+from dca_jax.finetune.turns import Dialogue, Turn
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 MARKS += ["<start_of_turn>", "<end_of_turn>"]
@@ -167,7 +170,8 @@ SAID = {"human": "q", "gpt": "a", "system": "s"}
         ("gpt gpt human gpt", None, "dropped: roles that do not alternate"),
         ("human human gpt", None, "dropped: roles that do not alternate"),
         ("human gpt system human gpt", None, "dropped: roles that do not alternate"),
-        ("human gpt function human gpt", None, "dropped: a turn of neither"),
+        ("human gpt function human gpt", None, "dropped: roles that do not alternate"),
+        ("human gpt narrator human gpt", None, "dropped: a turn of neither"),
     ],
 )
 def test_turns_that_do_not_fit(
@@ -255,12 +259,13 @@ def test_lists_of_different_lengths_keep_their_first_round(
         (b'{"instruction": "q", "output": "a"}\n{oops', "line 2 is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "entry 1 is a JSON int"),
-        (b'[{"text": "a"}]', r"entry 1 has the keys \['text'\]; expected one of"),
+        (b'[{"body": "a"}]', r"entry 1 has the keys \['body'\]; expected one of"),
         (b'[{"instruction": "q", "output": "a"}, {"conversations": []}]', "entry 2 lacks"),
         (b'[{"messages": []}, {"a": 1}]', "entry 2 has no list of turns; expected"),
         (b'[{"messages": [{"role": "user"}]}]', "turn 1 that is not an object with role and"),
         (b'[{"messages": ["Hi"]}]', "turn 1 that is not an object"),
-        (b'[{"items": [{"from": "human", "value": [1]}]}]', "entry 1 has a JSON list where"),
+        (b'[{"items": [{"from": "human", "value": [1]}]}]', "entry 1 has a part 1 in turn 1"),
+        (b'[{"items": [{"from": "human", "value": 1}]}]', "entry 1 has a JSON int where"),
         (b'[{"inputs": [1], "outputs": [2]}]', "entry 1 has a JSON int where"),
         (b'[{"conversation": "Hello"}]', 'without "USER:"'),
     ],
@@ -607,8 +612,8 @@ def test_masks_of_whole_files(
         template, shape = str(tmp_path / "t.jinja"), "{}<|im_end|>"
     write = renderer(tokenizer, template)
     for dialogues in files.values():
-        for one in dialogues[:: max(len(dialogues) // 60, 1)]:
-            rendered = write(one)
+        some = dialogues[:: max(len(dialogues) // 60, 1)]
+        for one, rendered in zip(some, write(some), strict=True):
             wanted = [shape.format(turn.text.strip()) for turn in one.turns if turn.trained]
             assert spans(rendered, tokenizer) == wanted
 
@@ -624,7 +629,7 @@ def test_the_demo_models_tokenizer(files: dict[str, list[Dialogue]]) -> None:
     with pytest.raises(InputError, match="no chat template"):
         renderer(tokenizer)
     write = renderer(tokenizer, "llama-2")
-    for one in next(x for name, x in files.items() if name.startswith("longchat")):
-        rendered = write(one)
+    some = next(x for name, x in files.items() if name.startswith("longchat"))
+    for one, rendered in zip(some, write(some), strict=True):
         wanted = [f" {turn.text} <|endoftext|>" for turn in one.turns if turn.trained]
         assert spans(rendered, tokenizer) == wanted

@@ -23,7 +23,7 @@ import torch
 from conversion_helpers import TINY, read_safetensors
 from flax.traverse_util import flatten_dict
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_llm import make_llm
+from tiny_llm import fast_tokenizer, make_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -33,9 +33,10 @@ from dca_jax.cli import app
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune import run
+from dca_jax.finetune import inputs, rendered_files, run
 from dca_jax.finetune.checkpoints import Checkpoints
 from dca_jax.finetune.export import exported_config
+from dca_jax.finetune.rendered import Rendered
 from dca_jax.finetune.run import finetune, stopping
 from dca_jax.finetune.settings import DataFile, Settings, read_settings
 from dca_jax.finetune.train import Metrics, State
@@ -266,6 +267,59 @@ def test_a_run_begins_with_an_adapter_of_peft(model: Path, dialogues: Path, tmp_
         replace(chosen, lora_rank=8)
     with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
         finetune(replace(chosen, output=str(tmp_path / "none"), adapter=str(tmp_path / "none")))
+
+
+def test_a_run_is_lengthened(
+    whole: Path,
+    model: Path,
+    dialogues: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From its last checkpoint, by the cosine of all updates; and nothing is rendered again."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("tensorboard"))
+    monkeypatch.setattr(inputs, "render_all", None)
+    with pytest.raises(InputError, match="can be lengthened and not shortened"):
+        finetune(settings(model, dialogues, output, steps=9))
+    longer = settings(model, dialogues, output, steps=12)
+    finetune(longer)
+    rate = 3e-3 * (1 + np.cos(np.pi * 9 / 11)) / 2  # 1 of the 12 warms up
+    said = "lengthened from 10 to 12 updates: from here the learning rate follows the cosine of 12"
+    assert f"{said}, so after 10 it is {rate:.3g} where it would have been 0" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    found = losses(output)
+    assert {n: found[n] for n in range(1, STEPS + 1)} == losses(whole)
+    assert list(found) == list(range(1, 13))
+    assert (output / "model-after-10").is_dir()
+    assert read_settings(output / "finetune.yaml", {}) == longer
+    ended, longest = (dca_jax.load(output / n).model.params() for n in ("model-after-10", "model"))
+    ours, theirs = (flatten_dict(x, sep=".")["norm.scale"] for x in (longest, ended))
+    assert not np.array_equal(ours, theirs)
+
+
+def test_rendered_dialogues_are_kept_by_what_decides_them(whole: Path, tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "a.txt", fast_tokenizer()
+    file.write_text("Call me")
+    keys = [rendered_files.key_of(file, tokenizer, "t", {"cut": 8})]
+    keys += [rendered_files.key_of(file, tokenizer, *rest) for rest in (("u", {}), ("t", {}))]
+    file.write_text("Call him")
+    keys.append(rendered_files.key_of(file, tokenizer, "t", {"cut": 8}))
+    assert len(set(keys)) == 4
+    some = [Rendered(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1) for n in (5, 1, 12)]
+    rendered_files.keep(tmp_path / "kept", keys[0], (some, {"dropped: why": 2}))
+    found = rendered_files.kept(tmp_path / "kept", keys[0])
+    assert found is not None
+    assert found[1] == {"dropped: why": 2}
+    for one, want in zip(found[0], some, strict=True):
+        np.testing.assert_array_equal(one.tokens, want.tokens)
+        np.testing.assert_array_equal(one.trained, want.trained)
+    assert rendered_files.kept(tmp_path / "kept", keys[1]) is None
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert rendered_files.kept(tmp_path / "kept", keys[0]) is None
 
 
 # --- interruptions -----------------------------------------------------------------------------
@@ -570,13 +624,13 @@ def test_bad_input(model: Path, dialogues: Path, tmp_path: Path, changes: Any, m
 def test_a_file_of_settings_and_flags_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: ./m\noutput: out\nlearning_rate: 1e-5\npack: false\n"
+        "model: ./m\noutput: out\nlearning_rate: 1e-5\npack: none\n"
         "data:\n  a.json: 2\n  b.json: {min_tokens: 9}\nlora_targets: [q_proj]\n"
     )
     found = read_settings(path, {"steps": "7", "seed": None, "eval_data": ["c=d.json=0.5"]})
     assert found.data == (DataFile("a.json", 2.0), DataFile("b.json", 1.0, min_tokens=9))
     assert found.eval_data == (DataFile("c=d.json", 0.5),)
-    assert (found.learning_rate, found.steps, found.pack, found.seed) == (1e-5, 7, False, 0)
+    assert (found.learning_rate, found.steps, found.pack, found.seed) == (1e-5, 7, "none", 0)
     again = tmp_path / "again.yaml"
     again.write_text(json.dumps(found.as_yaml()))  # JSON is YAML
     assert read_settings(again, {}) == found
@@ -608,7 +662,9 @@ def test_the_papers_recipe_is_a_file_of_settings() -> None:
     [
         ("lenght: 5", "no setting 'lenght'; did you mean length"),
         ("length: 5.5", "length is a whole number, got 5.5"),
-        ("pack: 1", "pack is true or false, got 1"),
+        ("pack: bfd", "pack is one of cut, whole, segments, none; got 'bfd'"),
+        ("pack: true", "pack is a text"),
+        ("gpt4_only: 1", "gpt4_only is true or false, got 1"),
         ("batch: true", "batch is a whole number"),
         ("warmup: 1.5", "warmup must be from 0 to below 1"),
         ("remat: all", "remat is one of layer, attention, products; got 'all'"),

@@ -16,7 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.finetune.data import Source, training_rows
 from dca_jax.finetune.loss import summed_nll
+from dca_jax.finetune.rendered import Rendered
+from dca_jax.finetune.rounding import stochastically_rounded
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import (
     Metrics,
@@ -137,10 +141,29 @@ def test_loss_and_gradient_on_meshes(sizes: str, accumulate: int) -> None:
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
 
 
+def test_packed_dialogues_are_trained_as_each_alone() -> None:
+    """Of the rows above, end to end in packed ones: loss and gradient of each dialogue alone."""
+    texts = [
+        Rendered(TOKENS[n, :size], TRAINED[n, :size]) for n, size in enumerate(LENGTHS.tolist())
+    ]
+    stream = training_rows(
+        [Source("a", texts)], length=64, batch=2, seed=0, pack="segments", pad_id=7
+    )
+    rows = next(iter(stream))
+    assert rows["lengths"].sum() == LENGTHS.sum()  # two rows hold all four
+    batch = place(rows, 1, None)
+    assert_expected(*jax.jit(functools.partial(summed_gradients, build))(tree(), {}, batch))
+    batch = place(rows, 1, make_mesh("fsdp=2,tensor=2"))
+    sums = jax.jit(functools.partial(summed_gradients, build))
+    assert_expected(*sums(tree("fsdp=2,tensor=2"), {}, batch))
+    with pytest.raises(InputError, match="this mesh shares rows among 2 along `context`"):
+        summed_gradients(build, tree("context=2"), {}, place(rows, 1, make_mesh("context=2")))
+
+
 def test_what_is_padding_or_not_trained_has_no_effect() -> None:
     other = TOKENS.copy()
     other[1, 5:] = 3
-    sums = jax.jit(lambda p, b: summed_nll(build(p), *(x[0] for x in b))[:2])
+    sums = jax.jit(lambda p, b: summed_nll(build(p), *b.first())[:2])
     here = sums(tree(), place(ROWS, 1, None))
     np.testing.assert_array_equal(here, sums(tree(), place(ROWS | {"tokens": other}, 1, None)))
     nothing = np.zeros_like(TRAINED)
@@ -268,3 +291,52 @@ def test_the_state_is_a_tree_of_plain_arrays() -> None:
     assert isinstance(state, State)
     assert Metrics._fields == ("loss", "grad_norm", "tokens", "finite")
     assert optax.tree.size(state.mean) == optax.tree.size(state.params)
+
+
+# --- a state of half the memory ----------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_right_on_average_and_never_far() -> None:
+    """Of numbers between two of bfloat16's: one of the two, and their mean is the number."""
+    low, high = np.float32(1.0), np.float32(1.0078125)  # bfloat16's next one
+    for share in (0.0, 0.1, 0.5, 0.97):
+        x = jnp.full((40_000,), low + share * (high - low), jnp.float32)
+        a, b = stochastically_rounded(({"x": x}, {"x": -x}), jax.random.key(3))
+        for found in (np.asarray(a["x"], np.float32), -np.asarray(b["x"], np.float32)):
+            assert set(np.unique(found)) <= {low, high}
+            assert abs((found == high).mean() - share) < 4 * np.sqrt(0.25 / x.size)
+    far = jnp.array([np.inf, -np.inf, np.nan, 0.0, 1e-30], jnp.float32)
+    (found, _) = stochastically_rounded((far, far), jax.random.key(0))
+    np.testing.assert_allclose(np.asarray(found, np.float32), far, rtol=2**-7)
+
+
+@pytest.mark.parametrize("sizes", [None, "fsdp=2"])
+def test_updates_of_a_narrow_state_are_adamw_rounded(sizes: str | None) -> None:
+    """Every number is one of the two of bfloat16 around what float32 arithmetic gives."""
+    chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, state="bfloat16")
+    narrow = {k: np.asarray(jnp.asarray(v, jnp.bfloat16), np.float32) for k, v in params().items()}
+    leaves = {k: jnp.asarray(v, jnp.bfloat16) for k, v in narrow.items()}
+    mesh = None if sizes is None else make_mesh(sizes)
+    before, batch = start(tree(sizes, leaves)), place(ROWS, 1, mesh)
+    wide = make_update(build, settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1), 10)
+    wanted, _ = jax.jit(wide)(start(tree(sizes, narrow)), {}, batch)
+    found, metrics = jax.jit(make_update(build, chosen, 10))(before, {}, batch)
+    assert bool(metrics.finite)
+    for part, want, like in zip(found[:3], wanted[:3], ("params", "mean", "square"), strict=True):
+        ours, theirs = flatten_dict(part, sep="."), flatten_dict(want, sep=".")
+        for name, leaf in ours.items():
+            assert leaf.dtype == jnp.bfloat16
+            x, y = np.asarray(leaf, np.float32), np.asarray(theirs[name])
+            # The gradient itself is of bfloat16: 2^-7 of the largest is what it may be off by.
+            scale = np.abs(y).max() if like != "params" else 0.0
+            assert (np.abs(x - y) <= 2**-7 * np.abs(y) + 2**-5 * scale + 1e-12).all(), (like, name)
+
+
+def test_small_steps_are_not_lost_in_a_narrow_state() -> None:
+    """A hundred of 1e-3 of a last place each: rounded to nearest, none of them would be seen."""
+    x = jnp.full((20_000,), 1.0, jnp.bfloat16)
+    for step in range(100):
+        wide = x.astype(jnp.float32) + np.float32(1e-3 * 2**-7)
+        x, _ = stochastically_rounded((wide, wide), jax.random.key(step))
+    gained = float(x.astype(jnp.float32).mean()) - 1
+    np.testing.assert_allclose(gained, 0.1 * 2**-7, rtol=0.1)

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import attend, rotate_keys
+from dca_jax.attention.packed import attend_to_packed
 from dca_jax.attention.parallel.context import decode_attention
 from dca_jax.attention.parallel.ring import ring_attention
 from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.rope import RopeConfig
 from dca_jax.sharding import Shards
 
 
@@ -55,6 +57,35 @@ def attend_to_text(
     q, k, kept = shards.spec("BTNH"), shards.spec("BTKH"), shards.spec("BTK")
     mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, (kept, kept)))
     return mapped(query, key, value, rows)
+
+
+def attend_to_texts(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    text_index: Int[Array, "B T"],
+    *,
+    dca: DCAConfig | PositionMethod | None,
+    rope: RopeConfig,
+    implementation: str | None,
+    shards: Shards,
+) -> Float[Array, "B T N H"]:
+    """Packed texts, each on its own (`dca_jax.attention.packed`); query and key are raw."""
+    if shards.size("context") > 1:
+        raise InputError(
+            f"packed texts that do not attend to each other are read on one device, and this mesh "
+            f"shares rows among {shards.size('context')} along `context`; use fsdp or tensor, or "
+            "another way of packing"
+        )
+    key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+
+    def local(query: Array, key: Array, value: Array, text_index: Array) -> Array:
+        options = {"dca": dca, "rope": rope, "implementation": implementation}
+        with jax.named_scope("attention"):
+            return attend_to_packed(query, key, value, text_index, **options)
+
+    q, k = shards.spec("BTNH"), shards.spec("BTKH")
+    return shards.local(local, (q, k, k, shards.spec("BT")), q)(query, key, value, text_index)
 
 
 def attend_to_cache(

@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from dca_jax.bounded.child import serve
+from dca_jax.bounded.child import MESSAGE, serve
 
 # A conversation is written once or twice, with a template's own words around it: what is much
 # longer is a template gone wrong, and would only be stopped later, in the tokenizer.
@@ -40,23 +40,42 @@ class Writer:
         self._environment = make_environment()
         self._source, self._template = "", self._environment.from_string("")
 
-    def __call__(self, line: bytes) -> list[str]:
+    def __call__(self, line: bytes) -> list[dict[str, Any]]:
         """What `dca_jax.inference.chat_templates.ChatTemplates` asks for.
 
+        Returns:
+            For each conversation its "texts", or the "error" that it alone has raised: the name of
+            the class and the message. `Refused` is the template's own, `TooLong` is more text than
+            a conversation has.
+
         Raises:
-            Refused: by the template. TooLong: more text than a conversation has.
+            MemoryError: from which nothing can be gone on with.
         """
         request = json.loads(line)
-        messages = [_as_transformers_has_it(message) for message in request["messages"]]
         most = LEAST + TIMES * len(line)
+        return [
+            self._one(request["template"], request["variables"], conversation, most)
+            for conversation in request["conversations"]
+        ]
+
+    def _one(
+        self, source: str, variables: Mapping[str, Any], conversation: Mapping[str, Any], most: int
+    ) -> dict[str, Any]:
+        messages = [_as_transformers_has_it(message) for message in conversation["messages"]]
+        given = {**variables, "tools": conversation["tools"]}
         try:
-            template = self._compiled(request["template"])
-            return [
-                _written(template, messages[:count], prompt, request["variables"], most)
-                for count, prompt in request["cuts"]
+            template = self._compiled(source)
+            texts = [
+                _written(template, messages[:count], prompt, given, most)
+                for count, prompt in conversation["cuts"]
             ]
+        except MemoryError:
+            raise
         except TemplateError as error:
-            raise Refused(str(error)) from None
+            return {"error": [Refused.__name__, str(error)[:MESSAGE]]}
+        except Exception as error:  # of a template's own making: it may be any
+            return {"error": [type(error).__name__, str(error)[:MESSAGE]]}
+        return {"texts": texts}
 
     def _compiled(self, source: str) -> Template:
         if source != self._source:
@@ -74,7 +93,7 @@ def _written(
 ) -> str:
     pieces, length = [], 0
     for piece in template.generate(
-        messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **variables
+        messages=messages, documents=None, add_generation_prompt=prompt, **variables
     ):
         pieces.append(piece)
         length += len(piece)

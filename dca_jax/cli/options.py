@@ -44,6 +44,13 @@ class Base(StrEnum):
     int8 = "int8"
 
 
+class State(StrEnum):
+    """The choices of `--state`; `dca_jax.finetune.settings.DTYPES`."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 _NAMES = ", ".join(METHODS)
 _METHOD_HELP = (
     f"{_NAMES}; with a setting as in **dca:chunkllama** or **dca:3072,4095**, or over a scaled "

@@ -19,6 +19,7 @@ from dca_jax.cli.options import (
     MethodOption,
     ModelArgument,
     Remat,
+    State,
     refuse_several_processes,
 )
 from dca_jax.config import LlamaConfig, LoraConfig, lora_targets
@@ -133,8 +134,12 @@ def plan_command(
     ] = False,
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of weights and activations; training keeps float32 weights."),
+        typer.Option(help="Dtype of activations, and of weights that are not trained."),
     ] = Dtype.bfloat16,
+    state: Annotated[
+        State,
+        typer.Option(help="With --train: dtype of trained weights, gradients and moments."),
+    ] = State.float32,
     lora_rank: Annotated[
         int, typer.Option(help="With --train: train LoRA adapters of this rank.")
     ] = 0,
@@ -158,6 +163,8 @@ def plan_command(
 
     - `dca-jax plan ./Llama-2-7b-hf --device v5e --context-length 16k --batch 8 --train`
 
+    - `dca-jax plan llama-2-7b --device a100-80g --context-length 16k --train --state bfloat16`
+
     - `dca-jax plan llama-2-70b --device h200 --context-length 16k --train --lora-rank 16`
     """
     tokens = parse_tokens(context_length)
@@ -174,6 +181,7 @@ def plan_command(
         lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
         quantized=base is Base.int8,
         remat=remat.value,
+        state=state.value,
     )
     if as_json:
         print(json.dumps(found.as_json(), indent=2))

@@ -6,7 +6,6 @@ neither of the mesh nor of the number of processes. Every process builds the sam
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,13 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from dca_jax.errors import InputError
-from dca_jax.finetune.dialogues import Dialogue
-from dca_jax.finetune.templates import Rendered, renderer
-from dca_jax.inference.progress import progress
+from dca_jax.finetune.packing import alike, best_fit, bucket, packed
+from dca_jax.finetune.rendered import Rendered
 
 Rows = dict[str, np.ndarray]
-"""`tokens` int32 and `trained` bool [batch, length], and `lengths` int32 [batch]: tokens of a row
-without its padding. `trained[b, p]` says that token p of row b is a target; never at p = 0."""
+"""`tokens` int32 and `trained` bool [batch, width], and `lengths` int32 [batch]: tokens of a row
+without its padding. `trained[b, p]` says that token p of row b is a target; never at p = 0. Where
+texts of a row do not see each other, also `text_index` int32 [batch, width]: each token's index in
+its own text, -1 for padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,56 +43,8 @@ class Source:
     weight: float = 1.0
 
 
-def render_all(
-    name: str,
-    dialogues: Sequence[Dialogue],
-    tokenizer: Any,
-    *,
-    template: str = "chat",
-    min_tokens: int = 0,
-    cut: int | None = None,
-) -> tuple[list[Rendered], dict[str, int]]:
-    """Renders the dialogues of a file, with a bar on stderr.
-
-    Args:
-        name: for the bar and messages.
-        template: as for `templates.renderer`.
-        min_tokens: dialogues with fewer are dropped; LongChat's data had none that were short.
-        cut: the length of a row, if each row holds one dialogue: what is longer loses its end.
-
-    Returns:
-        Those kept; and how many were "dropped: ..." and "cut: ...", by reason.
-
-    Raises:
-        InputError: as `templates.renderer` does, with the beginning of the dialogue in question.
-    """
-    write = renderer(tokenizer, template)
-    kept, counts = [], Counter[str]()
-    with progress(f"rendering {name}", len(dialogues)) as advance:
-        for dialogue in dialogues:
-            try:
-                rendered = write(dialogue)
-            except InputError as error:
-                start = dialogue.turns[0].text[:60] if dialogue.turns else ""
-                raise InputError(f"{name}: the dialogue {start!r}...: {error}") from None
-            advance(1)
-            length = len(rendered.tokens)
-            if length < min_tokens:
-                counts[f"dropped: fewer than {min_tokens} tokens"] += 1
-                continue
-            if cut is not None and length > cut:
-                rendered = Rendered(rendered.tokens[:cut].copy(), rendered.trained[:cut].copy())
-            if not rendered.trained[1:].any():
-                counts["dropped: no token to train on"] += 1
-                continue
-            if len(rendered.tokens) < length:
-                counts[f"cut: the end, beyond {cut} tokens"] += 1
-            kept.append(rendered)
-    return kept, dict(counts)
-
-
 def training_rows(
-    sources: Sequence[Source], *, length: int, batch: int, seed: int, pack: bool, pad_id: int
+    sources: Sequence[Source], *, length: int, batch: int, seed: int, pack: str, pad_id: int
 ) -> grain.IterDataset:
     """Batches of rows (`Rows`), for ever.
 
@@ -103,28 +55,43 @@ def training_rows(
     Args:
         length: tokens of a row.
         batch: rows of a batch, of all devices and processes together.
-        pack: dialogues one after the other, cut every `length` tokens wherever that is, as in the
-            paper; across epochs too, so no token is lost or seen twice. A row's first token
-            cannot be a target. If False a row is one dialogue: longer ones lose their end.
-        pad_id: what fills rows up, if not packed.
+        pack: what a row is, one of `packing.PACKS`.
+            "cut": dialogues one after the other, cut every `length` tokens wherever that is, as in
+            the paper; across epochs too, so no token is lost or seen twice. A row's first token
+            cannot be a target.
+            "whole": whole dialogues, as many as fit (`packing.best_fit`), of one epoch. A token
+            reads what stands before it in its row.
+            "segments": the same rows, with the `text_index` by which each dialogue is read alone.
+            "none": one dialogue. Batches are of about one length, and padded to the least power of
+            two (at most `length`) that holds them.
+        pad_id: what fills rows up.
 
     Raises:
-        InputError: a length, batch, seed or weight that makes no sense; no dialogues, or empty
-            ones.
+        InputError: a length, batch, seed or weight that makes no sense; no dialogues, empty ones,
+            or, unless they are cut, ones beyond `length` tokens.
     """
-    _check(sources, length)
+    _check(sources, length, pack)
     if batch < 1 or seed < 0:
         raise InputError(f"expected a batch of at least 1 and a seed from 0, got {batch}, {seed}")
-    return _Rows(sources, length=length, seed=seed, pack=pack, pad_id=pad_id).batch(batch)
+
+    def stacked(rows: Sequence[dict[str, np.ndarray]]) -> Rows:
+        longest = max(len(row["tokens"]) for row in rows)
+        return _stacked(rows, bucket(longest, length) if pack == "none" else length, pad_id)
+
+    found = _Rows(sources, length=length, batch=batch, seed=seed, pack=pack)
+    return found.batch(batch, batch_fn=stacked)
 
 
-def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: bool) -> int:
-    """Rows of an epoch, on average; rounded up."""
-    _check(sources, length)
+def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: str, seed: int = 0) -> int:
+    """Rows of an epoch: on average, rounded up; of whole dialogues, those of the first epoch."""
+    _check(sources, length, pack)
+    if pack in ("whole", "segments"):
+        order = _order(sources, seed, 0)
+        return len(best_fit(_sizes(sources, order), length))
     total = Fraction(0)
     for source in sources:
         sizes = (len(dialogue.tokens) for dialogue in source.dialogues)
-        rows = Fraction(sum(sizes), length) if pack else Fraction(len(source.dialogues))
+        rows = Fraction(sum(sizes), length) if pack == "cut" else Fraction(len(source.dialogues))
         total += _exact(source.weight) * rows
     return math.ceil(total)
 
@@ -132,16 +99,20 @@ def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: bool) -> int
 def evaluation_rows(
     dialogues: Sequence[Rendered], *, length: int, batch: int, pad_id: int
 ) -> list[Rows]:
-    """Every dialogue once, in order, one a row, cut at `length`.
+    """Every dialogue once, one a row, cut at `length`; the longest first, so batches are alike.
 
     The last batch is filled up with rows of one token, on which nothing is trained.
     """
-    _check([Source("evaluation", list(dialogues))], length)
+    _check([Source("evaluation", list(dialogues))], length, "cut")
     nothing = Rendered(np.full(1, pad_id, np.int32), np.zeros(1, np.bool_))
-    whole = [*dialogues, *[nothing] * (-len(dialogues) % batch)]
-    rows = [_padded(dialogue, length, pad_id) for dialogue in whole]
+    longest_first = sorted(dialogues, key=lambda dialogue: -len(dialogue.tokens))
+    whole = [*longest_first, *[nothing] * (-len(dialogues) % batch)]
+    rows = [_joined([Rendered(d.tokens[:length], d.trained[:length])]) for d in whole]
     groups = (rows[first : first + batch] for first in range(0, len(rows), batch))
-    return [{key: np.stack([row[key] for row in group]) for key in group[0]} for group in groups]
+    return [
+        _stacked(group, bucket(len(group[0]["tokens"]), length), pad_id)  # its first is the longest
+        for group in groups
+    ]
 
 
 def row(rows: Mapping[str, np.ndarray], index: int) -> Rendered:
@@ -150,62 +121,50 @@ def row(rows: Mapping[str, np.ndarray], index: int) -> Rendered:
     return Rendered(rows["tokens"][index, :size], rows["trained"][index, :size])
 
 
-class _Rows(grain.IterDataset):
-    """Single rows, packed or not.
+def text_lengths(rows: Rows) -> Int[np.ndarray, " texts"]:
+    """Tokens of each text of a batch: of its rows, or of what does not see each other in them."""
+    if "text_index" not in rows:
+        return rows["lengths"]
+    index = rows["text_index"].reshape(-1)
+    ends = (index >= 0) & (np.append(index[1:], 0) != index + 1)
+    return index[ends] + 1
 
-    grain's ConcatThenSplitIterDataset packs alike, but its state does not survive JSON: it compares
+
+class _Rows(grain.IterDataset):
+    """Single rows, not padded.
+
+    grain's ConcatThenSplitIterDataset cuts alike, but its state does not survive JSON: it compares
     tuples, and JSON returns lists.
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, length: int, seed: int, pack: bool, pad_id: int
+        self, sources: Sequence[Source], *, length: int, batch: int, seed: int, pack: str
     ) -> None:
         super().__init__()
         self.sources, self.length, self.shuffle_seed = tuple(sources), length, seed
-        self.pack, self.pad_id = pack, pad_id
+        self.rows_of_batch, self.pack = batch, pack
         self.checksum = _checksum(sources, f"{seed} {pack}")
 
-    def __iter__(self) -> "_RowIterator":
-        return _RowIterator(self)
+    def __iter__(self) -> grain.DatasetIterator:
+        return _CutRows(self) if self.pack == "cut" else _WholeRows(self)
 
     def __str__(self) -> str:
         return f"rows of {self.length} tokens from {', '.join(s.name for s in self.sources)}"
 
 
-class _RowIterator(grain.DatasetIterator):
-    """Where the stream is: in which epoch, at which of its dialogues, at which token of that."""
+class _Place(grain.DatasetIterator):
+    """Where the stream is: in which epoch, at which of its dialogues or rows, at which token."""
 
     def __init__(self, rows: _Rows) -> None:
         super().__init__()
         self._rows = rows
         self._go_to(epoch=0, place=0, token=0)
 
-    def __next__(self) -> dict[str, Any]:
-        if not self._rows.pack:
-            row = _padded(self._dialogue(), self._rows.length, self._rows.pad_id)
-            self._place += 1
-            return row
-        length = self._rows.length
-        tokens, trained = np.zeros(length, np.int32), np.zeros(length, np.bool_)
-        filled = 0
-        while filled < length:
-            dialogue = self._dialogue()
-            taken = min(length - filled, len(dialogue.tokens) - self._token)
-            piece = slice(self._token, self._token + taken)
-            tokens[filled : filled + taken] = dialogue.tokens[piece]
-            trained[filled : filled + taken] = dialogue.trained[piece]
-            filled += taken
-            self._token += taken
-            if self._token == len(dialogue.tokens):
-                self._place, self._token = self._place + 1, 0
-        trained[0] = False
-        return {"tokens": tokens, "trained": trained, "lengths": np.int32(length)}
-
     def get_state(self) -> dict[str, Any]:
         """A place in the stream, and a checksum of what the stream is of."""
         return {
             "epoch": self._epoch,
-            "dialogue": self._place,
+            "place": self._place,
             "token": self._token,
             "checksum": self._rows.checksum,
         }
@@ -221,18 +180,78 @@ class _RowIterator(grain.DatasetIterator):
                 "the data is not what this run began with: its dialogues, template, weights, seed "
                 "or packing have changed since. Go on with the old ones, or begin a new run"
             )
-        self._go_to(epoch=state["epoch"], place=state["dialogue"], token=state["token"])
-
-    def _dialogue(self) -> Rendered:
-        """The one whose turn it is, in the next epoch if this one is over."""
-        while self._place == len(self._order):
-            self._go_to(epoch=self._epoch + 1, place=0, token=0)
-        source, index = self._order[self._place]
-        return self._rows.sources[source].dialogues[index]
+        self._go_to(epoch=state["epoch"], place=state["place"], token=state["token"])
 
     def _go_to(self, *, epoch: int, place: int, token: int) -> None:
         self._epoch, self._place, self._token = epoch, place, token
         self._order = _order(self._rows.sources, self._rows.shuffle_seed, epoch)
+
+    def _dialogue(self, number: int) -> Rendered:
+        """That of a place in the epoch's order."""
+        source, index = self._order[number]
+        return self._rows.sources[source].dialogues[index]
+
+
+class _CutRows(_Place):
+    """Dialogues one after the other; a place is a dialogue's, and a token's within it."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parts, missing = [], self._rows.length
+        while missing:
+            while self._place == len(self._order):
+                self._go_to(epoch=self._epoch + 1, place=0, token=0)
+            dialogue = self._dialogue(self._place)
+            piece = slice(self._token, self._token + missing)
+            parts.append(Rendered(dialogue.tokens[piece], dialogue.trained[piece]))
+            missing -= len(parts[-1].tokens)
+            self._token += len(parts[-1].tokens)
+            if self._token == len(dialogue.tokens):
+                self._place, self._token = self._place + 1, 0
+        return _joined(parts)
+
+
+class _WholeRows(_Place):
+    """Rows of whole dialogues; a place is a row's, in the epoch's list of rows."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while self._place == len(self._of_rows):
+            self._go_to(epoch=self._epoch + 1, place=0, token=0)
+        dialogues = [self._dialogue(number) for number in self._of_rows[self._place]]
+        self._place += 1
+        found = _joined(dialogues)
+        if self._rows.pack == "segments":
+            indices = [np.arange(len(dialogue.tokens), dtype=np.int32) for dialogue in dialogues]
+            found["text_index"] = np.concatenate(indices)
+        return found
+
+    def _go_to(self, *, epoch: int, place: int, token: int) -> None:
+        super()._go_to(epoch=epoch, place=place, token=token)
+        rows = self._rows
+        sizes = _sizes(rows.sources, self._order)
+        random = np.random.default_rng([rows.shuffle_seed, 0, epoch, 1])
+        if rows.pack == "none":
+            before = sum(_taken(source, epoch) for source in rows.sources)
+            self._of_rows = [[n] for n in alike(sizes, rows.rows_of_batch, before, random)]
+        else:
+            self._of_rows = packed(sizes, rows.length, random)
+
+
+def _joined(parts: Sequence[Rendered]) -> dict[str, np.ndarray]:
+    """A row of these, one after the other; its first token has nothing to be predicted from."""
+    tokens = np.concatenate([part.tokens for part in parts])
+    trained = np.concatenate([part.trained for part in parts])
+    trained[0] = False
+    return {"tokens": tokens, "trained": trained}
+
+
+def _stacked(rows: Sequence[dict[str, np.ndarray]], width: int, pad_id: int) -> Rows:
+    """Rows as a batch, padded to `width`."""
+    fill = {"tokens": pad_id, "trained": False, "text_index": -1}
+    batch = {name: np.full((len(rows), width), fill[name], rows[0][name].dtype) for name in rows[0]}
+    for number, row in enumerate(rows):
+        for name, values in row.items():
+            batch[name][number, : len(values)] = values
+    return batch | {"lengths": np.array([len(row["tokens"]) for row in rows], np.int32)}
 
 
 def _order(sources: Sequence[Source], seed: int, epoch: int) -> Int[np.ndarray, "dialogues 2"]:
@@ -244,7 +263,7 @@ def _order(sources: Sequence[Source], seed: int, epoch: int) -> Int[np.ndarray, 
     parts = []
     for number, source in enumerate(sources):
         size = len(source.dialogues)
-        first, last = (math.floor(_exact(source.weight) * size * n) for n in (epoch, epoch + 1))
+        first, last = _taken(source, epoch), _taken(source, epoch + 1)
         for turn in range(first // size, -(-last // size)):
             shuffled = np.random.default_rng([seed, number + 1, turn]).permutation(size)
             taken = shuffled[max(first - turn * size, 0) : last - turn * size]
@@ -253,12 +272,19 @@ def _order(sources: Sequence[Source], seed: int, epoch: int) -> Int[np.ndarray, 
     return np.random.default_rng([seed, 0, epoch]).permutation(everything)
 
 
-def _padded(dialogue: Rendered, length: int, pad_id: int) -> dict[str, Any]:
-    size = min(len(dialogue.tokens), length)
-    tokens, trained = np.full(length, pad_id, np.int32), np.zeros(length, np.bool_)
-    tokens[:size], trained[:size] = dialogue.tokens[:size], dialogue.trained[:size]
-    trained[0] = False
-    return {"tokens": tokens, "trained": trained, "lengths": np.int32(size)}
+def _taken(source: Source, epochs: int) -> int:
+    """How many dialogues of a source so many epochs have had."""
+    return math.floor(_exact(source.weight) * len(source.dialogues) * epochs)
+
+
+def _sizes(sources: Sequence[Source], order: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
+    """Tokens of the dialogue at each place."""
+    sizes = np.zeros(len(order), np.int64)
+    for number, source in enumerate(sources):
+        here = order[:, 0] == number
+        lengths = np.array([len(dialogue.tokens) for dialogue in source.dialogues], np.int64)
+        sizes[here] = lengths[order[here, 1]]
+    return sizes
 
 
 def _exact(weight: float) -> Fraction:
@@ -277,7 +303,7 @@ def _checksum(sources: Sequence[Source], settings: str) -> int:
     return value
 
 
-def _check(sources: Sequence[Source], length: int) -> None:
+def _check(sources: Sequence[Source], length: int, pack: str) -> None:
     if length < 2:
         raise InputError(f"a row needs at least 2 tokens, for one to predict; got {length}")
     if not sources:
@@ -291,3 +317,5 @@ def _check(sources: Sequence[Source], length: int) -> None:
             raise InputError(f"{source.name}: its weight must be above 0, got {source.weight}")
         if any(len(dialogue.tokens) == 0 for dialogue in source.dialogues):
             raise InputError(f"{source.name}: a dialogue has no tokens")
+        if pack != "cut" and any(len(dialogue.tokens) > length for dialogue in source.dialogues):
+            raise InputError(f"{source.name}: a dialogue is longer than a row of {length}")

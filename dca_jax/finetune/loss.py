@@ -41,6 +41,7 @@ def summed_nll(
     tokens: Int[Array, "B T"],
     trained: Bool[Array, "B T"],
     lengths: Int[Array, " B"],
+    text_index: Int[Array, "B T"] | None = None,
 ) -> Sums:
     """The sum over trained tokens of -ln p(token | those before it), and their number.
 
@@ -54,8 +55,9 @@ def summed_nll(
         tokens: whole texts, right-padded, every device holding all tokens of its rows.
         trained: which tokens count; a row's first has nothing to be predicted from, and does not.
         lengths: real tokens of each row.
+        text_index: of rows whose texts do not see each other (`Llama.hidden_states`).
     """
-    hidden, balance = model.balanced_hidden_states(tokens, lengths)
+    hidden, balance = model.balanced_hidden_states(tokens, lengths, text_index)
     next_token = ((0, 0, 0), (-1, 1, 0))  # the last token of a row has none
     targets = jax.lax.pad(tokens, jnp.int32(0), next_token)
     counts = jax.lax.pad(trained, jnp.bool_(False), next_token)

@@ -5,7 +5,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -49,13 +50,18 @@ class Reporter(NamedTuple):
 
 
 def update_flops(
-    config: LlamaConfig, *, length: int, rows: int, lora: LoraConfig | None = None
+    config: LlamaConfig, lengths: Sequence[int] | np.ndarray, *, lora: LoraConfig | None = None
 ) -> float:
     """Operations that an update must do: what MFU counts (arXiv 2204.02311, appendix B).
 
     Each weight that a token is multiplied with costs 2 in the forward pass and 4 in the backward
-    pass, of which LoRA's frozen weights need 2. Causal attention reads half the row on average: 4
-    operations for each key, query head and element, thrice. What is computed again is not counted.
+    pass, of which LoRA's frozen weights need 2. Causal attention reads half the text on average: 4
+    operations for each key, query head and element, thrice. Neither padding nor what is computed
+    again is counted.
+
+    Args:
+        lengths: tokens of each text of the update: of its rows, or of the dialogues in them where
+            they do not see each other.
     """
     weights = count_parameters(config, active=True)
     if not config.tie_word_embeddings:
@@ -65,7 +71,9 @@ def update_flops(
         adapters = sum(math.prod(row.shape(config)) for row in lora_parameters(config, lora))
     of_weights = (6 if lora is None else 4) * weights + 6 * adapters
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return rows * length * (of_weights + 3 * 4 * width * length / 2)
+    of_texts = np.asarray(lengths, np.float64)
+    pairs = float((of_texts**2).sum()) / 2
+    return float(of_texts.sum()) * of_weights + 3 * 4 * width * pairs
 
 
 class Meters:
@@ -78,16 +86,13 @@ class Meters:
         folder: of the run.
         settings: its own; `check_reports` has found the packages of its `report`.
         step: updates made already. steps: of the whole run.
-        flops: of an update, on all devices together.
 
     Raises:
         InputError: a reporter that does not start; while the run goes on, a disk that is full.
     """
 
-    def __init__(
-        self, folder: Path, settings: Settings, *, step: int, steps: int, flops: float
-    ) -> None:
-        self.folder, self._step, self._steps, self._flops = folder, step, steps, flops
+    def __init__(self, folder: Path, settings: Settings, *, step: int, steps: int) -> None:
+        self.folder, self._step, self._steps = folder, step, steps
         self._peak = PEAKS.get(jax.devices()[0].device_kind)
         chosen = settings.report if is_primary() else ()
         self._reporters = [_started(name, folder, settings, step) for name in chosen]
@@ -123,13 +128,13 @@ class Meters:
                 reporter.close()
         self._bar.stop()
 
-    def update(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """An update has been made, over so many tokens, padding excluded."""
+    def update(self, step: int, metrics: dict[str, float], tokens: int, flops: float) -> None:
+        """An update has been made, over so many tokens, padding excluded, by `update_flops`."""
         self._times = [*self._times[-AVERAGED:], time.perf_counter()]
         seconds = self._times[-1] - self._times[-2]
         speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
         if self._peak is not None:
-            speed["mfu"] = self._flops / seconds / self._peak / jax.device_count()
+            speed["mfu"] = flops / seconds / self._peak / jax.device_count()
         memory = _peak_memory()
         if memory is not None:
             speed["peak_memory_gb"] = memory / 1e9
@@ -137,7 +142,7 @@ class Meters:
         mean = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         told = [f"loss {metrics['loss']:.4f}", f"{tokens / mean:,.0f} tokens/s"]
         if self._peak is not None:
-            share = self._flops / mean / self._peak / jax.device_count()
+            share = flops / mean / self._peak / jax.device_count()
             told.append(f"MFU {share:.1%}")
         if memory is not None:
             told.append(f"{memory / 1e9:.1f} GB")
@@ -237,6 +242,7 @@ def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
         id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
         config=settings.as_yaml(),
+        allow_val_change=True,  # of a run that is lengthened
     )
 
     def report(step: int, metrics: dict[str, float]) -> None:

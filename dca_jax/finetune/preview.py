@@ -8,7 +8,7 @@ from unicodedata import category
 from rich.console import Console
 from rich.text import Text
 
-from dca_jax.finetune.templates import Rendered
+from dca_jax.finetune.rendered import Rendered
 from dca_jax.inference.tokenizer import decode
 
 TRAINED, MASKED = "bold green", "dim"

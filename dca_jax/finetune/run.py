@@ -3,6 +3,7 @@
 The folder of a run:
 
     finetune.yaml    its settings, all of them
+    rendered/        its dialogues as tokens (`dca_jax.finetune.rendered_files`)
     metrics.jsonl    a line for each update, and for each evaluation
     checkpoints/     of the state (`dca_jax.finetune.checkpoints`)
     adapter/         LoRA's, as PEFT has them, when the run has ended
@@ -35,17 +36,15 @@ from dca_jax.dca import DCAConfig
 from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
-from dca_jax.fields import LARGEST
 from dca_jax.finetune.checkpoints import ADVICE, Checkpoints
-from dca_jax.finetune.data import Rows, Source, evaluation_rows, render_all, row, rows_per_epoch
-from dca_jax.finetune.data import training_rows as rows_of
-from dca_jax.finetune.dialogues import read_dialogues
+from dca_jax.finetune.data import Rows, Source, row, text_lengths
 from dca_jax.finetune.export import export
+from dca_jax.finetune.inputs import number_of_updates, read_inputs, training_rows
 from dca_jax.finetune.lora import init_lora, quantizer
 from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
-from dca_jax.finetune.settings import Files, Settings, read_settings
+from dca_jax.finetune.settings import Settings, read_settings
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.templates import template_source
 from dca_jax.finetune.train import (
@@ -56,11 +55,11 @@ from dca_jax.finetune.train import (
     State,
     abstract_state,
     joined,
+    learning_rate,
     make_update,
     place,
     start,
 )
-from dca_jax.inference.buckets import power_of_two
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.sharding import axis_size, make_mesh
@@ -87,20 +86,14 @@ def finetune(settings: Settings) -> Path:
     setup = open_setup(settings)
     output = Path(settings.output)
     from_primary(lambda: check_output(output, settings))
-    data, held_out = read_data(setup)
-    rows = training_rows(setup, data)
-    steps = settings.steps
-    if steps is None:
-        epoch = rows_per_epoch(data, length=settings.length, pack=settings.pack)
-        steps = math.ceil(settings.epochs * epoch / (settings.batch * settings.accumulate))
-        if steps > LARGEST:
-            raise InputError(
-                f"{settings.epochs:g} epochs of {epoch:,} rows are {steps:,} updates; at most "
-                f"{LARGEST:,} are counted: give fewer epochs, or steps"
-            )
+    inputs = read_inputs(setup)
+    steps = number_of_updates(settings, inputs.data)
+    from_primary(lambda: lengthen(output, settings, inputs.data, steps))
     from_primary(lambda: write_settings(output, settings))
+    from_primary(lambda: inputs.keep(output))
+    rows = training_rows(setup, inputs.data)
     with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
-        state = train(setup, checkpoints, rows, held_out, steps)
+        state = train(setup, checkpoints, rows, inputs.held_out, steps)
     with _status(f"writing {output / MODEL}"):
         export(setup, output, state.params)
     return output / MODEL
@@ -119,6 +112,11 @@ def open_setup(settings: Settings) -> Setup:
     folder = find_folder(settings.model)
     config = read_config(folder)
     mesh = make_mesh(settings.mesh) if settings.mesh or several_processes() else None
+    if settings.pack == "segments" and axis_size(mesh, "context") > 1:
+        raise InputError(
+            "pack segments reads each dialogue on one device, and this mesh shares rows along "
+            "context; use fsdp or tensor, or pack whole"
+        )
     rows = axis_size(mesh, "data", "fsdp")
     if settings.batch % rows:
         raise InputError(
@@ -180,10 +178,14 @@ def check_output(output: Path, settings: Settings) -> None:
     Raises:
         InputError: a finished run, another run, or a folder of something else.
     """
-    if (output / MODEL).exists():
-        raise InputError(f"{output} holds a run that has ended: {output / MODEL} is its model")
-    if (output / SETTINGS).is_file():
-        differing = read_settings(output / SETTINGS, {}).differing(settings)
+    before = settings_before(output)
+    if before is not None:
+        differing = before.differing(settings)
+        if (output / MODEL).exists() and not differing and before.lasts_as_long_as(settings):
+            raise InputError(
+                f"{output} holds a run that has ended: {output / MODEL} is its model. To lengthen "
+                "it, give more steps or epochs"
+            )
         if differing:
             raise InputError(
                 f"{output} holds a run with another {', '.join(differing)}; go on with the "
@@ -191,6 +193,43 @@ def check_output(output: Path, settings: Settings) -> None:
             )
     elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and holds no finetuning run; choose another output")
+
+
+def settings_before(output: Path) -> Settings | None:
+    """The settings of the run that a folder holds; None if there is none."""
+    path = output / SETTINGS
+    return read_settings(path, {}) if path.is_file() else None
+
+
+def lengthen(output: Path, settings: Settings, data: Sequence[Source], steps: int) -> None:
+    """Makes a run that was to have fewer updates one of `steps`, and says what that changes.
+
+    The model of a run that has ended is kept under another name.
+
+    Raises:
+        InputError: the run was to have more.
+    """
+    before = settings_before(output)
+    if before is None or before.lasts_as_long_as(settings):
+        return
+    planned = number_of_updates(before, data)
+    if steps < planned:
+        raise InputError(
+            f"a run can be lengthened and not shortened: {output} has {planned:,} updates, and "
+            f"{steps:,} are asked for; choose another output"
+        )
+    for name in (MODEL, ADAPTER):
+        if (output / name).exists():
+            with writing(output):
+                (output / name).rename(output / f"{name}-after-{planned}")
+    saved = (path.name for path in (output / CHECKPOINTS).glob("*"))
+    done = max((int(name) for name in saved if name.isdigit()), default=0)
+    old, new = (float(learning_rate(settings, n)(done)) for n in (planned, steps))
+    print(
+        f"lengthened from {planned:,} to {steps:,} updates: from here the learning rate follows "
+        f"the cosine of {steps:,}, so after {done:,} it is {new:.3g} where it would have been "
+        f"{old:.3g}"
+    )
 
 
 def write_settings(output: Path, settings: Settings) -> None:
@@ -203,78 +242,13 @@ def write_settings(output: Path, settings: Settings) -> None:
     written(output / SETTINGS, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def read_data(setup: Setup) -> tuple[list[Source], list[Rows]]:
-    """The dialogues to train on, rendered; and those held out, in batches.
-
-    Says on the way what was left out, and why.
-    """
-    settings, told = setup.settings, []
-
-    def read(files: Files, cut: int | None) -> list[Source]:
-        sources = []
-        for file in files:
-            name = Path(file.path).name
-            dialogues, dropped = read_dialogues(Path(file.path), gpt4_only=settings.gpt4_only)
-            rendered, counts = render_all(
-                name,
-                dialogues,
-                setup.tokenizer,
-                template=settings.template,
-                min_tokens=file.min_tokens,
-                cut=cut,
-            )
-            sources.append(Source(name, rendered, file.weight))
-            tokens = sum(len(dialogue.tokens) for dialogue in rendered)
-            notes = [f"{count} {reason}" for reason, count in (dropped | counts).items()]
-            told.append(
-                f"{file.path}: {len(rendered):,} dialogues, {tokens:,} tokens"
-                + "".join(f"; {note}" for note in notes)
-            )
-        return sources
-
-    data = read(settings.data, None if settings.pack else settings.length)
-    held_out = [d for s in read(settings.eval_data, settings.length) for d in s.dialogues]
-    from_primary(lambda: print("\n".join(told)))
-    for source in data:
-        _check_ids(source, setup.config.vocab_size)
-    if not held_out:
-        return data, []
-    longest = max(len(dialogue.tokens) for dialogue in held_out)
-    length = min(settings.length, max(16, power_of_two(longest)))
-    batches = evaluation_rows(held_out, length=length, batch=settings.batch, pad_id=setup.pad_id)
-    return data, batches
-
-
-def _check_ids(source: Source, vocab_size: int) -> None:
-    largest = max((int(d.tokens.max()) for d in source.dialogues), default=0)
-    if largest >= vocab_size:
-        raise InputError(
-            f"{source.name}: the tokenizer gives the id {largest}, and the model knows ids below "
-            f"{vocab_size}; is this the model's own tokenizer?"
-        )
-
-
 def show_rows(settings: Settings, count: int, console: Console) -> None:
     """Prints the first rows of a run, coloured by what the loss counts; reads no weights."""
     setup = open_setup(replace(settings, mesh=""))
-    data, _ = read_data(setup)
-    stream = training_rows(setup, data)
+    stream = training_rows(setup, read_inputs(setup).data)
     for number, batch in zip(range(count), stream, strict=False):
         console.rule(f"row {number + 1}")
         preview(row(batch, 0), setup.tokenizer, console)
-
-
-def training_rows(setup: Setup, data: Sequence[Source]) -> grain.IterDataset:
-    """The rows of all updates, each update's as one batch."""
-    settings = setup.settings
-    return rows_of(
-        data,
-        length=settings.length,
-        batch=settings.batch * settings.accumulate,
-        seed=settings.seed,
-        pack=settings.pack,
-        pad_id=setup.pad_id,
-    )
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -297,10 +271,8 @@ def train(
         stream.set_state(place_in_rows)
     update = jax.jit(make_update(setup.build, settings, steps), donate_argnums=0)
     evaluate = make_evaluation(setup.build)
-    batch = settings.batch * settings.accumulate
-    flops = update_flops(setup.config, length=settings.length, rows=batch, lora=setup.lora)
-    meters = Meters(Path(settings.output), settings, step=done, steps=steps, flops=flops)
-    pending: tuple[int, Metrics, int] | None = None
+    meters = Meters(Path(settings.output), settings, step=done, steps=steps)
+    pending: tuple[int, Metrics, int, float] | None = None
     agreed = agreement()
     with meters, stopping() as stop:
         if held_out and done == 0:
@@ -308,10 +280,11 @@ def train(
         for step in range(done + 1, steps + 1):
             batch = next(stream)
             tokens = int(batch["lengths"].sum())
+            flops = update_flops(setup.config, text_lengths(batch), lora=setup.lora)
             state, metrics = update(state, frozen, place(batch, settings.accumulate, setup.mesh))
             if pending is not None:  # the one before: so the devices never wait for the host
                 tell(meters, *pending, checkpoints)
-            pending = step, metrics, tokens
+            pending = step, metrics, tokens, flops
             stopped = agreed(stop())
             last = stopped or step == steps
             if last or step % settings.save_every == 0 or step % settings.eval_every == 0:
@@ -348,11 +321,12 @@ def load_state(
         dtype = jnp.dtype(settings.dtype)
         frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
     if checkpoints.latest is not None:
-        like = {row.path: row.abstract(config, jnp.float32, where) for row in rows}
+        like = {row.path: row.abstract(config, jnp.dtype(settings.state), where) for row in rows}
         state, place_in_rows = checkpoints.restore(abstract_state(unflatten_dict(like, sep=".")))
         return state, frozen, place_in_rows
     if lora is None:
-        params = load_weights(setup.folder, config, dtype=jnp.float32, sharding=where)
+        dtype = jnp.dtype(settings.state)
+        params = load_weights(setup.folder, config, dtype=dtype, sharding=where)
     elif settings.adapter:
         _, params = load_adapter(settings.adapter, config, sharding=where)
     else:
@@ -361,7 +335,12 @@ def load_state(
 
 
 def tell(
-    meters: Meters, step: int, metrics: Metrics, tokens: int, checkpoints: Checkpoints
+    meters: Meters,
+    step: int,
+    metrics: Metrics,
+    tokens: int,
+    flops: float,
+    checkpoints: Checkpoints,
 ) -> None:
     """Waits for an update, and notes how it went.
 
@@ -374,7 +353,7 @@ def tell(
             f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; "
             f"{checkpoints.kept()}. {ADVICE}"
         )
-    meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens)
+    meters.update(step, {"loss": loss, "grad_norm": norm, "trained_tokens": trained}, tokens, flops)
 
 
 def make_evaluation(build: Build) -> Callable[..., float]:
@@ -382,7 +361,7 @@ def make_evaluation(build: Build) -> Callable[..., float]:
 
     @jax.jit
     def sums(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        found = summed_nll(build(joined(params, frozen)), *(x[0] for x in batch))
+        found = summed_nll(build(joined(params, frozen)), *batch.first())
         return found.nll, found.tokens
 
     def evaluate(params: Params, frozen: Params, rows: Sequence[Rows], mesh: Mesh | None) -> float:

@@ -17,11 +17,13 @@ import numpy as np
 from dca_jax.config import LORA_TARGETS
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST, shown
+from dca_jax.finetune.packing import PACKS
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
 BASES = ("dtype", "int8")
 EXPORTS = ("orbax", "hf")
+DTYPES = ("bfloat16", "float32")
 REPORTS = ("tensorboard", "wandb")
 LARGEST_UPDATE = 2**27  # tokens, padding included: the host builds all rows of an update at once
 WEIGHTS = (1e-6, 1e3)  # of a file: beyond them an epoch is nothing, or has no end
@@ -110,7 +112,12 @@ class Settings:
         "paper's code, slips included), or a .jinja file.",
     )
     length: int = _option(16_384, "Row length in tokens.", tokens=True, within=Range(2))
-    pack: bool = _option(True, "Join dialogues and cut every LENGTH tokens; otherwise one per row.")
+    pack: str = _option(
+        "cut",
+        "How dialogues share rows: cut (joined, and cut every LENGTH tokens), whole (as many whole "
+        "ones as fit), segments (the same, but none sees another) or none (one a row).",
+        choices=PACKS,
+    )
     gpt4_only: bool = _option(False, "Keep only dialogues marked as answered by GPT-4.")
     # --- attention
     method: str = _option(
@@ -119,8 +126,13 @@ class Settings:
         "a setting, as in dca:chunkllama or dca:3072,4095.",
     )
     # --- optimization (AdamW)
-    steps: int | None = _option(None, "Number of updates (default: from EPOCHS).", within=FROM_1)
-    epochs: float = _option(1.0, "Number of passes over the data.", within=POSITIVE)
+    steps: int | None = _option(
+        None,
+        "Number of updates (default: from EPOCHS). More than a run had lengthen it.",
+        resumable=True,
+        within=FROM_1,
+    )
+    epochs: float = _option(1.0, "Number of passes over the data.", resumable=True, within=POSITIVE)
     batch: int = _option(1, "Rows per batch, over all devices.", within=FROM_1)
     accumulate: int = _option(
         1,
@@ -170,10 +182,13 @@ class Settings:
     mesh: str = _option(
         "", "Device mesh: fsdp=4, or context=2,fsdp=2 (default: one device).", resumable=True
     )
-    dtype: str = _option(
-        "bfloat16", "Dtype of activations; trained weights stay float32.",
-        choices=("bfloat16", "float32"),
-    )  # fmt: skip
+    dtype: str = _option("bfloat16", "Dtype of activations.", choices=DTYPES)
+    state: str = _option(
+        "float32",
+        "Dtype of trained weights, their gradients and AdamW's moments; bfloat16 takes half the "
+        "memory, and is rounded stochastically.",
+        choices=DTYPES,
+    )
     remat: str = _option(
         "attention",
         "What to keep for the backward pass: each layer's input (layer), also attention's output "
@@ -215,8 +230,14 @@ class Settings:
                 )
         if self.adapter and self.lora_rank:
             raise InputError("give adapter or lora_rank: an adapter has a rank of its own")
-        if self.base == "int8" and not (self.lora_rank or self.adapter):
-            raise InputError("base int8 goes with LoRA: weights that are trained stay float32")
+        lora = self.lora_rank or self.adapter
+        if self.base == "int8" and not lora:
+            raise InputError("base int8 goes with LoRA: weights that are trained are no integers")
+        if self.state != "float32" and lora:
+            raise InputError(
+                "state bfloat16 is for training all weights; LoRA's adapters are small, and stay "
+                "float32"
+            )
 
     def _check_number(self, row: dataclasses.Field) -> None:
         value, within = getattr(self, row.name), row.metadata["within"]
@@ -247,6 +268,11 @@ class Settings:
             files = (file._asdict() for file in getattr(self, name))
             values[name] = [{file.pop("path"): file} for file in files]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def lasts_as_long_as(self, other: "Settings") -> bool:
+        """Whether both have the same `steps`, or from the same `epochs`."""
+        ours, theirs = ((s.steps, s.epochs if s.steps is None else 0) for s in (self, other))
+        return ours == theirs
 
     def differing(self, other: "Settings") -> list[str]:
         """Names of the fields that differ and may not, if one run is to go on as the other."""

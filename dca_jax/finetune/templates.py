@@ -12,8 +12,7 @@ end is too much to ask of those in use. So they are found by rendering beginning
     the answer too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dca_jax.errors import InputError
-from dca_jax.finetune.dialogues import Dialogue
-from dca_jax.inference.chat_templates import ChatTemplates, own_template
+from dca_jax.finetune.chunkllama import chunkllama
+from dca_jax.finetune.rendered import Rendered, UnwritableError
+from dca_jax.finetune.turns import Dialogue, Text
+from dca_jax.finetune.written import Chat, TurnWriter, Written
+from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.tokenizer import encode, encode_with_places
 from dca_jax.text_files import read_text_file
 
@@ -50,49 +52,35 @@ LLAMA_2 = """\
 {%- endfor -%}
 """
 
-# The system prompt of ChunkLlama's script: Llama-2's, as its first release had it.
-CHUNKLLAMA_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
-    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
-    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
-    "and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of "
-    "answering something not correct. If you don't know the answer to a question, please don't "
-    "share false information."
-)
+# From dialogues to the tokens of each, or why it cannot be written.
+Renderer = Callable[[Sequence[Dialogue | Text]], list[Rendered | UnwritableError]]
+Encoded = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
 
 
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A dialogue as tokens.
+def render(dialogue: Dialogue | Text, tokenizer: Any, template: str = "chat") -> Rendered:
+    """Writes a dialogue as a template has it; `renderer` for many of them.
 
-    Attributes:
-        tokens: the whole, special ones included.
-        trained: `trained[p]` says that token p is a target: predicted from those before it, and
-            counted by the loss. False at position 0, before which there is nothing.
+    Raises:
+        InputError: as `renderer` does; or why the dialogue cannot be written.
     """
-
-    tokens: Int[np.ndarray, " n"]
-    trained: Bool[np.ndarray, " n"]
-
-
-def render(dialogue: Dialogue, tokenizer: Any, template: str = "chat") -> Rendered:
-    """Writes a dialogue as a template has it; `renderer` for many of them."""
-    return renderer(tokenizer, template)(dialogue)
+    (found,) = renderer(tokenizer, template)([dialogue])
+    if isinstance(found, UnwritableError):
+        raise found
+    return found
 
 
-def renderer(tokenizer: Any, template: str = "chat") -> Callable[[Dialogue], Rendered]:
+def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
     """How dialogues are written.
 
     Args:
         tokenizer: of `transformers`, a fast one (of its `tokenizers` kind).
         template: "chat", the tokenizer's own chat template; "llama-2", Meta's format without a
             default system prompt; the path of a `.jinja` file, a chat template to use in place of
-            the tokenizer's; or "chunkllama", as `chunkllama` has it.
+            the tokenizer's; or "chunkllama", as `chunkllama` has it. Texts are written without.
 
     Returns:
-        A function from dialogue to tokens. It raises InputError for a dialogue that the template
-        refuses, or where the template writes a beginning otherwise than the whole.
+        A function from dialogues to the tokens of each. In place of one that the template refuses,
+        or of which it writes a beginning otherwise than the whole, it returns the error.
 
     Raises:
         InputError: no such template, or a tokenizer that has none, that gives no character
@@ -105,21 +93,37 @@ def renderer(tokenizer: Any, template: str = "chat") -> Callable[[Dialogue], Ren
                 f"this tokenizer ({tokenizer.bos_token!r}, {tokenizer.eos_token!r}); use it with "
                 "Llama-2's, or choose the template chat or llama-2"
             )
-        return lambda dialogue: chunkllama(dialogue, tokenizer)
+
+        def written(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | UnwritableError]:
+            return [_by_script(one, tokenizer) for one in dialogues]
+
+        return written
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for; put a "
             "tokenizer.json into the model's folder, from which a fast tokenizer is made"
         )
-    source = template_source(tokenizer, template)
-    templates, variables = ChatTemplates(), tokenizer.special_tokens_map
-
-    def write(messages: Sequence[Mapping[str, str]], cuts: Sequence[tuple[int, bool]]) -> list[str]:
-        return templates.write(source, variables, messages, cuts, what="this dialogue")
-
+    turns = TurnWriter(template_source(tokenizer, template), tokenizer.special_tokens_map)
     # What may be an end marker; tokens of spaces only, which some code models have added, are none.
     marks = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
-    return lambda dialogue: _from_template(dialogue, tokenizer, write, marks)
+
+    def render_all(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | UnwritableError]:
+        chats = iter(turns.write([_chat(one) for one in dialogues if isinstance(one, Dialogue)]))
+        written = [_as_written(d) if isinstance(d, Text) else next(chats) for d in dialogues]
+        texts = [one.text for one in written if isinstance(one, Written)]
+        encoded = iter(_encoded(tokenizer, texts))
+        found: list[Rendered | UnwritableError] = []
+        for dialogue, one in zip(dialogues, written, strict=True):
+            tokens = next(encoded) if isinstance(one, Written) else one
+            if isinstance(tokens, UnwritableError) or isinstance(one, UnwritableError):
+                found.append(tokens if isinstance(tokens, UnwritableError) else one)
+            elif isinstance(dialogue, Text):
+                found.append(_between_marks(tokens, one, tokenizer))
+            else:
+                found.append(_masked(*tokens, one, marks))
+        return found
+
+    return render_all
 
 
 def template_source(tokenizer: Any, template: str) -> str:
@@ -147,100 +151,77 @@ def template_source(tokenizer: Any, template: str) -> str:
     return read_text_file(path)
 
 
-def _from_template(
-    dialogue: Dialogue, tokenizer: Any, write: Callable[..., list[str]], marks: list[int]
-) -> Rendered:
-    messages = [{"role": turn.role, "content": turn.text} for turn in dialogue.turns]
+def _by_script(dialogue: Dialogue | Text, tokenizer: Any) -> Rendered | UnwritableError:
+    if isinstance(dialogue, Text):
+        return UnwritableError("the template chunkllama writes dialogues, and this is a text")
+    try:
+        return chunkllama(dialogue, tokenizer)
+    except UnwritableError as error:
+        return error
+
+
+def _chat(dialogue: Dialogue) -> Chat:
     answers = [n for n, turn in enumerate(dialogue.turns) if turn.trained]
-    beginnings = [cut for n in answers for cut in ((n, True), (n + 1, False))]
-    text, *written = write(messages, [(len(messages), False), *beginnings])
-    tokens, begins, ends = encode_with_places(tokenizer, text)
+    return Chat([turn.message() for turn in dialogue.turns], answers, dialogue.tools)
+
+
+def _as_written(text: Text) -> Written:
+    whole = text.prompt + text.text
+    return Written(whole, [(len(text.prompt), len(whole))])
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded | UnwritableError]:
+    """`encode_with_places` of all at once; one by one if there is one that cannot be encoded."""
+    try:
+        return list(encode_with_places(tokenizer, texts)) if texts else []
+    except InputError as error:
+        if len(texts) == 1:
+            return [UnwritableError(str(error))]
+    return [found for text in texts for found in _encoded(tokenizer, [text])]
+
+
+def _between_marks(encoded: Encoded, written: Written, tokenizer: Any) -> Rendered:
+    """A text's tokens behind what the tokenizer puts before texts (BOS), and an EOS behind it."""
+    tokens, begins, ends = encoded
+    before = np.asarray(encode(tokenizer, ""), np.int32)
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    whole = np.concatenate([before, tokens, np.asarray(after, np.int32)])
+    trained = np.ones(len(whole), np.bool_)
+    trained[: len(before)] = False
+    trained[len(before) : len(before) + len(tokens)] = _inside(begins, ends, *written.spans[0])
+    trained[:1] = False
+    return Rendered(whole, trained)
+
+
+def _masked(
+    tokens: Int[np.ndarray, " n"],
+    begins: Int[np.ndarray, " n"],
+    ends: Int[np.ndarray, " n"],
+    written: Written,
+    marks: list[int],
+) -> Rendered:
+    """A dialogue's tokens, its answers and their end markers trained on."""
     is_mark = np.isin(tokens, marks)
     trained = np.zeros(len(tokens), np.bool_)
-    for n, prompt, answered in zip(answers, written[::2], written[1::2], strict=True):
-        _check_beginning(prompt, answered, n)
-        _check_beginning(answered, text, n)
-        start, end = len(prompt), len(answered)
-        # A token without characters (Llama-2's mark of a word's beginning) belongs to what
-        # follows it; one that reaches into the answer has to be written by the model.
-        inside = (begins < end) & ((ends > start) | (begins >= start))
+    for start, end in written.spans:
+        # Only tokens about the span are looked at, so the work is that of one pass over the text.
+        near = slice(np.searchsorted(ends, start), np.searchsorted(begins, end))
+        inside = _inside(begins[near], ends[near], start, end)
         # Templates write a line break after the end marker. Nobody waits for it.
-        (places,) = np.nonzero(inside & is_mark)
-        if len(places) and not text[ends[places[-1]] : end].strip():
+        (places,) = np.nonzero(inside & is_mark[near])
+        if len(places) and not written.text[ends[near][places[-1]] : end].strip():
             inside[places[-1] + 1 :] = False
-        trained |= inside
+        trained[near] |= inside
     trained[:1] = False
     return Rendered(tokens, trained)
 
 
-def _check_beginning(beginning: str, whole: str, turn: int) -> None:
-    if whole.startswith(beginning):
-        return
-    same = next(n for n, char in enumerate(beginning) if whole[n : n + 1] != char)
-    raise InputError(
-        "this chat template writes the beginning of a dialogue otherwise than the whole, so which "
-        f"tokens of turn {turn + 1} are the assistant's cannot be told: up to there it ends in "
-        f"{beginning[same:][:40]!r} where the whole has {whole[same:][:40]!r}. Choose the template "
-        "llama-2, or give the path of a .jinja file that writes turn after turn"
-    )
+def _inside(
+    begins: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], start: int, end: int
+) -> Bool[np.ndarray, " n"]:
+    """Which tokens stand for characters from `start` to `end`.
 
-
-def chunkllama(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """A dialogue as ChunkLlama's `fine-tune/train_chunkllama_16k.py` has it, flaws included.
-
-    - The first question follows Llama-2's default system prompt, with spaces of its own around it.
-    - Rounds after the first are written only if there are as many questions as answers.
-    - The text begins with "<s>", and the tokenizer puts a BOS before it: two at the beginning.
-    - Of each round the tokens up to "[/INST]" are masked, less one: lengths are counted with the
-      BOS, and one more is taken off. So the last token of "[/INST]", a "]", is trained on.
-    - Where a round has not exactly one "[/INST]" (a user wrote it), masking ends: that round and
-      all after it are not trained on.
-    - The lengths of the rounds are those of each tokenized alone. Where that differs from their
-      tokens in the whole, the masks shift; the script prints a warning and trains on.
-
-    The script cuts at 16,384 tokens, from the right; here rows do so. It hides every <unk> from
-    attention, which serves as its padding; here nothing does. It loads the slow tokenizer; a fast
-    one gives the same ids where its files say the same.
-
-    Raises:
-        InputError: a dialogue with a system turn, or with an answer that is not to be trained on:
-            the script has neither.
+    A token without characters (Llama-2's mark of a word's beginning) belongs to what follows it;
+    one that reaches into the answer has to be written by the model.
     """
-    questions = [turn.text for turn in dialogue.turns if turn.role == "user"]
-    answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
-    if len(questions) + len(answers) < len(dialogue.turns):
-        raise InputError(
-            "the template chunkllama has its own system prompt and no place for a dialogue's; "
-            "choose the template llama-2, or chat"
-        )
-    if not questions or not answers or not all(turn.trained for turn in answers):
-        raise InputError(
-            "the template chunkllama trains on every answer, and this dialogue has none, or one "
-            "that is not to be trained on; choose the template llama-2, or chat"
-        )
-    rounds = list(zip(questions, (turn.text for turn in answers), strict=False))
-    if len(questions) != len(answers):
-        rounds = rounds[:1]
-    text = ""
-    for question, answer in rounds:
-        system = "" if text else f"<<SYS>>\n {CHUNKLLAMA_SYSTEM} \n<</SYS>>\n\n "
-        text += f"<s>[INST] {system}{question} [/INST] {answer} </s>"
-    tokens = np.asarray(encode(tokenizer, text), np.int32)
-    return Rendered(tokens, _chunkllama_mask(text, len(tokens), tokenizer))
-
-
-def _chunkllama_mask(text: str, length: int, tokenizer: Any) -> Bool[np.ndarray, " n"]:
-    def count(part: str) -> int:
-        return len(encode(tokenizer, part))
-
-    trained = np.ones(length, np.bool_)
-    done = 1  # the BOS that the tokenizer put first
-    for part in text.split("</s>"):
-        question, *answer = part.split("[/INST]")
-        if len(answer) != 1:  # and behind the last "</s>" there is nothing
-            break
-        trained[done : done + count(f"{question}[/INST]") - 2] = False
-        done += count(part)  # its BOS stands for the "</s>" that the part has lost
-    trained[done:] = False
-    trained[:1] = False
-    return trained
+    return (begins < end) & ((ends > start) | (begins >= start))

@@ -1,8 +1,8 @@
 """One update: gradients summed over batches and devices, clipped, AdamW; pure functions.
 
-Two trees of parameters: those that are trained, in float32 (all of them, or LoRA's adapters), and
-those that are frozen. Both are plain nested dicts, placed by `dca_jax.sharding`; gradients and
-AdamW's moments lie where their parameters do, so `fsdp` cuts all three.
+Two trees of parameters: those that are trained (all of them, in float32 or bfloat16, or LoRA's
+adapters), and those that are frozen. Both are plain nested dicts, placed by `dca_jax.sharding`;
+gradients and AdamW's moments lie where their parameters do, so `fsdp` cuts all three.
 """
 
 import math
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.finetune.loss import objective, summed_nll
+from dca_jax.finetune.rounding import stochastically_rounded, widened
 from dca_jax.finetune.settings import Settings
 from dca_jax.model import Llama
 from dca_jax.sharding import mesh_of
@@ -31,7 +32,7 @@ class State(NamedTuple):
     """What an update changes.
 
     Attributes:
-        params: what is trained, float32.
+        params: what is trained, float32; or, like the moments, bfloat16 (`Settings.state`).
         mean, square: AdamW's moments of the gradient, like `params`.
         step: updates made.
     """
@@ -47,11 +48,17 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: right-padded. trained: which are targets. lengths: real tokens of each row.
+        text_index: where texts of a row do not see each other, each token's index in its own.
     """
 
     tokens: Int[Array, "A B T"]
     trained: Bool[Array, "A B T"]
     lengths: Int[Array, "A B"]
+    text_index: Int[Array, "A B T"] | None = None
+
+    def first(self) -> "Batch":
+        """The first of the batches, [B, T]."""
+        return jax.tree.map(lambda x: x[0], self)
 
 
 class Metrics(NamedTuple):
@@ -125,30 +132,43 @@ def make_update(
     """The function that makes one of `steps` updates; for `jax.jit`, with the state donated.
 
     An update whose loss or gradient is not finite changes nothing but says so, so that the state
-    is always one from which a run can go on.
+    is always one from which a run can go on. Its arithmetic is float32, whatever the state is kept
+    in.
     """
-    rule = optimizer(settings, steps)
+    rule, seed = optimizer(settings, steps), settings.seed
 
     def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         nll, tokens, gradients = summed_gradients(build, state.params, frozen, batch)
         count = jnp.maximum(tokens, 1)  # a question may be longer than the rows: nothing is trained
-        gradients = jax.tree.map(lambda g: g / count, gradients)
+        gradients = jax.tree.map(lambda g: g / count, widened(gradients))
         loss, norm = nll / count, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax counts updates in integers
-            before = jax.eval_shape(rule.init, state.params)
-            before = optax.tree.set(before, mu=state.mean, nu=state.square, count=state.step)
-            changes, after = rule.update(gradients, before, state.params)
-        new = State(
-            jax.tree.map(jnp.add, state.params, changes),
-            optax.tree.get(after, "mu"),
-            optax.tree.get(after, "nu"),
-            state.step + 1,
-        )
+            params, mean, square = map(widened, state[:3])
+            before = jax.eval_shape(rule.init, params)
+            before = optax.tree.set(before, mu=mean, nu=square, count=state.step)
+            changes, after = rule.update(gradients, before, params)
+        params = jax.tree.map(jnp.add, params, changes)
+        moments = (optax.tree.get(after, name) for name in ("mu", "nu"))
+        new = State(params, *moments, state.step + 1)
+        if jax.tree.leaves(state.params)[0].dtype == jnp.bfloat16:
+            new = narrowed(new, jax.random.fold_in(jax.random.key(seed), state.step))
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         return new, Metrics(loss, norm, tokens, finite)
 
     return update
+
+
+def narrowed(state: State, key: Array) -> State:
+    """A float32 state in bfloat16.
+
+    What an update adds to a weight, or to the mean of squares (a thousandth of it), is often less
+    than half of bfloat16's last place, and would always be rounded away; stochastically it is not
+    lost on average. The mean of gradients changes by a tenth of itself: it is rounded to nearest.
+    """
+    params, square = stochastically_rounded((state.params, state.square), key)
+    mean = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.mean)
+    return State(params, mean, square, state.step)
 
 
 @jax.jit
@@ -166,18 +186,18 @@ def summed_gradients(
     Sums, so that each token counts alike, in whichever batch it stands.
     """
 
-    def loss(params: Params, *rows: Array) -> tuple[Array, tuple[Array, Array]]:
+    def loss(params: Params, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
         model = build(joined(params, frozen))
-        sums = summed_nll(model, *rows)
+        sums = summed_nll(model, *batch)
         return objective(model, sums), (sums.nll, sums.tokens)
 
     gradient_of = jax.grad(loss, has_aux=True)
-    gradients, (nll, tokens) = gradient_of(params, *(x[0] for x in batch))
+    gradients, (nll, tokens) = gradient_of(params, batch.first())
     if len(batch.tokens) == 1:
         return nll, tokens, gradients
 
     def add(sums: tuple, batch: Batch) -> tuple[tuple, None]:
-        gradients, (nll, tokens) = gradient_of(params, *batch)
+        gradients, (nll, tokens) = gradient_of(params, batch)
         return jax.tree.map(jnp.add, sums, (nll, tokens, gradients)), None
 
     rest = jax.tree.map(lambda x: x[1:], batch)
@@ -193,7 +213,7 @@ def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Ba
     """Rows of the host as a batch of the devices; each process has all rows, and gives its own.
 
     Args:
-        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B].
+        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B], perhaps "text_index" [A * B, T].
         accumulate: A.
     """
 
@@ -204,4 +224,4 @@ def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Ba
         spec = PartitionSpec(None, ("data", "fsdp"))
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
 
-    return Batch(*(put(rows[name]) for name in Batch._fields))
+    return Batch(**{name: put(values) for name, values in rows.items()})

@@ -6,6 +6,7 @@ anything. So it runs in a separate process (`dca_jax.bounded`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,44 @@ def own_template(tokenizer: Any) -> str:
     return found
 
 
+class RefusedError(InputError):
+    """A template refuses a conversation, or fails on it; it may write others."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template writes beginnings of.
+
+    Attributes:
+        messages: `{"role": ..., "content": ...}` and whatever else the template knows.
+        cuts: of each text, how many messages it has, and whether it ends in the template's
+            generation prompt.
+        tools: descriptions of the tools that the assistant may call.
+    """
+
+    messages: Sequence[Any]
+    cuts: Sequence[tuple[int, bool]]
+    tools: Sequence[Any] = ()
+
+    def request(self) -> dict[str, Any]:
+        """As JSON has it.
+
+        Raises:
+            InputError: a message that is no object.
+        """
+        messages = [_plain_message(one, number) for number, one in enumerate(self.messages, 1)]
+        cuts, tools = [list(cut) for cut in self.cuts], list(self.tools) or None
+        return {"messages": messages, "cuts": cuts, "tools": tools}
+
+
+def _refusal(kind: str, message: str, what: str) -> RefusedError:
+    message = shown(message, quote=False)
+    if kind == "Refused":
+        return RefusedError(f"the chat template refuses {what}: {message}")
+    reason = f"{kind}: {message}" if message else kind
+    return RefusedError(f"the chat template fails on {what} ({reason}); mend it, or use another")
+
+
 class ChatTemplates:
     """What writes conversations, by any template; its process is started with the first."""
 
@@ -80,24 +119,43 @@ class ChatTemplates:
                 template that is none, that refuses the messages, or that fails, loops or takes
                 too much memory.
         """
+        one = Conversation(messages, cuts)
+        (found,) = self.write_all(template, variables, [one], what=what)
+        if isinstance(found, RefusedError):
+            raise found
+        return found
+
+    def write_all(
+        self,
+        template: str,
+        variables: Mapping[str, str],
+        conversations: Sequence["Conversation"],
+        *,
+        what: str = "these messages",
+    ) -> list["list[str] | RefusedError"]:
+        """As `write` of each, in one request: the process is asked once for all of them.
+
+        Returns:
+            A conversation's texts, or why the template does not write it, in its place.
+
+        Raises:
+            InputError: what no template could write, or one that loops or takes too much memory.
+        """
         try:
             request = {
                 "template": template,
                 "variables": dict(variables),
-                "messages": [_plain_message(one, number) for number, one in enumerate(messages, 1)],
-                "cuts": [list(cut) for cut in cuts],
+                "conversations": [one.request() for one in conversations],
             }
-            return self._workers.ask(request)
+            replies = self._workers.ask(request)
         except InputError:
             raise
-        except RaisedError as error:
-            if error.kind == "Refused":
-                raise InputError(f"the chat template refuses {what}: {error}") from None
-            reason = f"{error.kind}: {error}" if str(error) else error.kind
-            raise InputError(
-                f"the chat template fails on {what} ({reason}); mend it, or use another"
-            ) from None
-        except StoppedError as error:
+        except (StoppedError, RaisedError) as error:
+            if len(conversations) > 1:  # together they may take more than one may
+                single = ([one] for one in conversations)
+                return [self.write_all(template, variables, one, what=what)[0] for one in single]
+            if isinstance(error, RaisedError):
+                return [_refusal(error.kind, str(error), what)]
             raise InputError(
                 f"the chat template is stopped on {what}: {error}; mend it, or use another"
             ) from None
@@ -110,6 +168,7 @@ class ChatTemplates:
                 f"{what} must be made of texts, numbers, lists and objects, as JSON has them "
                 f"({shown(str(error), quote=False)})"
             ) from None
+        return [r["texts"] if "texts" in r else _refusal(*r["error"], what) for r in replies]
 
     def write_open(
         self, template: str, variables: Mapping[str, str], messages: Sequence[Any]

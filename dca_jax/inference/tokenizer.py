@@ -191,9 +191,9 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> lis
 
 
 def encode_with_places(
-    tokenizer: Any, text: str
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The ids of a text, none put around it, and from which character to which each goes.
+    tokenizer: Any, texts: Sequence[str]
+) -> list[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+    """The ids of each text, none put around it, and from which character to which each id goes.
 
     Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
 
@@ -201,16 +201,20 @@ def encode_with_places(
         tokenizer: a fast one.
 
     Raises:
-        InputError: as `encode`.
+        InputError: as `encode`, of any of the texts.
     """
-    check_characters(text, "the text")
+    for text in texts:
+        check_characters(text, "the text")
     with _refusing("the tokenizer cannot read this text"):
         found = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-    begins, ends = np.asarray(found.offset_mapping, np.int64).reshape(-1, 2).T
-    before = np.concatenate([[0], ends[:-1]])
-    return np.asarray(found.input_ids, np.int32), np.minimum(begins, before), ends
+    encoded = []
+    for ids, places in zip(found.input_ids, found.offset_mapping, strict=True):
+        begins, ends = np.asarray(places, np.int64).reshape(-1, 2).T
+        before = np.concatenate([[0], ends[:-1]])
+        encoded.append((np.asarray(ids, np.int32), np.minimum(begins, before), ends))
+    return encoded
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -6,10 +6,10 @@ arrays that are alive at once in one layer; tests hold it beside the compiler's 
 
 Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters and cache in one
 dtype, the prompt read in pieces, or at once where `context` shares it. Training: parameters,
-gradients and AdamW's two moments in float32, activations in the dtype, what is not kept of a layer
-(`remat`) computed again in the backward pass, the loss taken over `LOSS_TOKENS` tokens of a text at
-a time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels
-are int8.
+gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype, what
+is not kept of a layer (`remat`) computed again in the backward pass, the loss taken over
+`LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are trained; the base is in
+the dtype, or its layers' kernels are int8.
 """
 
 import math
@@ -29,6 +29,7 @@ from dca_jax.weights.placement import parameter_partition
 
 GIB = 2**30
 F32 = 4  # bytes
+FLOAT32 = jnp.dtype(jnp.float32)
 LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
 LONGEST = 2**27  # tokens; no text is longer
 # Of a GPU's memory, what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise. Commands say
@@ -93,7 +94,7 @@ class Usage:
 
     Attributes:
         weights: the parameters. copies: of those that are not computed with as they are stored.
-        cache: keys and values. activations: of the largest program. gradients, optimizer: float32.
+        cache: keys and values. activations: of the largest program. gradients, optimizer: AdamW's.
         runtime: the device's (`DeviceKind`).
     """
 
@@ -124,6 +125,7 @@ class Job:
     lora: LoraConfig | None = None
     quantized: bool = False
     remat: str = "attention"
+    state: jnp.dtype = FLOAT32
 
     @property
     def width(self) -> int:
@@ -132,7 +134,7 @@ class Job:
 
     @property
     def trained(self) -> list[Parameter]:
-        """What has gradients and moments, in float32 like itself."""
+        """What has gradients and moments, in `state` like itself."""
         if not self.train:
             return []
         if self.lora is None:
@@ -149,7 +151,9 @@ class Job:
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:
         """Of one device of a mesh that the model can be cut for."""
-        trained = F32 * sum(_share(*_placed(row, self.config, sizes)) for row in self.trained)
+        trained = self.state.itemsize * sum(
+            _share(*_placed(row, self.config, sizes)) for row in self.trained
+        )
         links = self.device.links if math.prod(sizes.values()) > 1 else 0
         return Usage(
             weights=trained + frozen_bytes(self, sizes),
@@ -235,7 +239,10 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of a step: what is kept of each layer, one layer's backward, the loss."""
+    """Activations of a step: what is kept of each layer, one layer's backward, the loss.
+
+    Or, if they are more, the random bits that a narrow state's largest array is rounded with.
+    """
     config, rows, context = job.config, _rows(job, sizes), sizes["context"]
     length = -(-job.context_length // (2 * context)) * 2
     hidden = job.width * rows * length * config.hidden_size
@@ -254,7 +261,11 @@ def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     if job.remat == "products" and config.has_mlp:  # and gate and up, but not those of experts
         wide = 2 * config.intermediate_size // sizes["tensor"]
         products = len(config.dense_layers) * job.width * rows * length * wide
-    return config.num_hidden_layers * kept + products + max(backward, logits + 2 * hidden)
+    bits = 0
+    if job.state.itemsize < F32:
+        bits = F32 * max(_share(*_placed(row, config, sizes)) for row in job.trained)
+    layers = config.num_hidden_layers * kept + products
+    return max(layers + max(backward, logits + 2 * hidden), bits)
 
 
 def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
@@ -264,10 +275,12 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """
     layer, tables, tiled, narrow = 0, [0], 0, 0
     whole = dict(sizes) | {"fsdp": 1}
-    # As they are stored, and as they are multiplied; of the trained ones, with their gradients.
-    widths = [(row, F32, 2 * job.width) for row in job.trained]
+    # As they are stored, and as they are multiplied.
+    state = job.state.itemsize
+    multiplied = job.width if state == job.width else 2 * job.width  # with their gradients
+    widths = [(row, state, multiplied) for row in job.trained]
     widths += [(row, width, job.width if width == 1 else 0) for row, width in job.frozen]
-    if job.device.narrows and job.width < F32:
+    if job.device.narrows and job.width < state:
         stacked = (row for row in job.trained if row.stacked)
         narrow = job.width * sum(_share(*_placed(row, job.config, sizes)) for row in stacked)
     for row, stored, multiplied in widths:

@@ -45,6 +45,7 @@ class Plan:
     lora: LoraConfig | None
     quantized: bool
     remat: str
+    state: str
     usage: Usage
     active: int | None
     fits: bool
@@ -85,7 +86,7 @@ class Plan:
         if self.lora is not None:
             purpose = f"to train adapters of rank {self.lora.rank} on"
             purpose += ", over int8 weights" if self.quantized else ""
-        kept = {"kept of each layer": self.remat} if self.train else {}
+        kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
@@ -113,6 +114,7 @@ class Plan:
             "lora_rank": self.lora and self.lora.rank,
             "quantized": self.quantized,
             "remat": self.remat if self.train else None,
+            "state": self.state if self.train else None,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "active_weights": self.active,
             "memory": self.device.memory,
@@ -137,6 +139,7 @@ def plan(
     lora: LoraConfig | None = None,
     quantized: bool = False,
     remat: str = "attention",
+    state: DTypeLike = jnp.float32,
 ) -> Plan:
     """Works out a plan.
 
@@ -149,6 +152,7 @@ def plan(
         dtype: of activations, cache and weights that are not trained.
         lora: train these adapters only. quantized: over a base whose layers' kernels are int8.
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
+        state: dtype of trained weights, gradients and moments.
 
     Raises:
         InputError: an unknown device or `remat`, a mesh that does not divide the model or the
@@ -175,6 +179,7 @@ def plan(
         lora=lora,
         quantized=quantized,
         remat=remat,
+        state=jnp.dtype(state),
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -202,6 +207,7 @@ def plan(
         lora=lora,
         quantized=quantized,
         remat=remat,
+        state=jnp.dtype(state).name,
         usage=job.usage(sizes),
         active=None if train or config.mixture is None else active_bytes(job, sizes),
         fits=job.fits(sizes),

@@ -28,10 +28,12 @@ class Case(NamedTuple):
     rows: int
     remat: str
     kernels: int
+    state: str = "float32"
 
 
 CASES = [
     Case("tensor=1", 1, "attention", 2),
+    Case("tensor=1", 1, "attention", 2, "bfloat16"),
     Case("fsdp=4", 4, "layer", 3),
     Case("fsdp=4", 4, "attention", 2),
     Case("fsdp=4", 4, "products", 2),
@@ -43,7 +45,8 @@ def test_an_update_runs_each_kernel_once_and_fits_as_planned(case: Case) -> None
     sizes = parse_mesh(case.mesh)
     count = sizes["fsdp"]
     mesh = make_mesh(case.mesh, h200s(count))
-    lowered = lower_update(MODEL, mesh, rows=case.rows, length=LENGTH, remat=case.remat)
+    options = {"remat": case.remat, "state": case.state}
+    lowered = lower_update(MODEL, mesh, rows=case.rows, length=LENGTH, **options)
     program = lowered.compile(OPTIONS)
 
     hlo, found = program.as_text(), program.memory_analysis()
@@ -55,7 +58,7 @@ def test_an_update_runs_each_kernel_once_and_fits_as_planned(case: Case) -> None
         context_length=LENGTH,
         batch=case.rows,
         train=True,
-        remat=case.remat,
+        **options,
     ).usage
     held = usage.weights + usage.optimizer
     working = usage.gradients + usage.copies + usage.activations
