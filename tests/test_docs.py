@@ -8,6 +8,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_quickstart_runs(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     page = (REPOSITORY / "docs/quickstart.md").read_text()
