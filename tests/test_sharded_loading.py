@@ -106,6 +106,7 @@ def test_it_converts_and_opens_on_another_mesh(source, converted, whole):
     assert_same_bits(params, whole)
 
 
+@pytest.mark.slow
 def test_what_one_mesh_saved_is_restored_on_another(source, converted, whole, tmp_path):
     def restored(params: Path, mesh: str) -> dict[str, Any]:
         config = read_config(source)
