@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import SHAPES, cut, new_cache, scoring_widths
-from dca_jax.inference.generate import compiler_options
+from dca_jax.inference.steps import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
