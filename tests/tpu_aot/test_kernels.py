@@ -165,8 +165,7 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
     "part", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "backward")), "decode"]
 )
 def test_compiles_for_one_chip(part: str) -> None:
-    """A device's heads of Llama 2 70B on eight; the others below, `make test-tpu-aot`."""
-    check("v5e", part, 32768, Heads(query=8, kv=1, head_dim=128))
+    check("v5e", part, 32768, LLAMA)
 
 
 @pytest.mark.parametrize("heads", [ODD, Heads(query=32, kv=4, head_dim=64)])
