@@ -5,6 +5,7 @@ except for tests marked ``gpu``, which choose their own; ``JAX_PLATFORMS=cpu`` k
 """
 
 import gc
+import itertools
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -24,14 +25,18 @@ os.environ["XLA_FLAGS"] = (
 if not any(any(Path("/dev").glob(name)) for name in ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")):
     # libtpu is here to compile with; it need not look for a TPU, loudly.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Thousands of programs run once each: a third of the suite's time was LLVM making them fast.
+    # Thousands of programs run once each: to compile them is most of the suite's time. A third of
+    # it was LLVM making them fast, and two thirds of the rest MLIR, begun anew for each fusion.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 import hypothesis
 import jax
 import matplotlib as mpl
 import pytest
 from jaxtyping import install_import_hook
+
+gc.disable()  # Until the tests run: what imports and collection make is to stay.
 
 # Every annotation of these packages is checked at every call: shapes, dtypes and plain types; an
 # int may stand for a float, as it does to Pyright.
@@ -55,6 +60,7 @@ hypothesis.settings.load_profile("dca_jax")
 pytest_plugins = ["shared_fixtures"]  # "fixtures" is a plugin of pytest's own
 
 MOST_MAPS = 40_000
+TESTS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -71,12 +77,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     # Every compiled program maps pieces of memory, and Linux allows a process 65,530: beyond that
     # the compiler ends it ("Aborted"). A worker of the whole suite compiles thousands of programs.
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    maps = Path("/proc/self/maps")  # long ones take tens of milliseconds to read
+    if next(TESTS) % 16 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
 

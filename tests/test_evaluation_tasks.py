@@ -327,6 +327,7 @@ def test_few_shot_runs_scores_and_goes_on(folder, tmp_path):
     assert all(150 < r.value["tokens"] <= 464 - 64 for r in records)
 
 
+@pytest.mark.slow
 def test_l_eval_on_the_real_files(shared, tmp_path):
     """Scores of a model of 656k parameters are noise; the run, its files and resumption count."""
     data, model = shared / "data/l-eval", shared / "models/tinystories-656k"
@@ -365,6 +366,7 @@ def test_few_shot_on_the_real_files(shared, tmp_path):
     assert all(math.isfinite(score) for score in scores.values())
 
 
+@pytest.mark.slow
 def test_l_eval_by_a_chat_template(folder, tmp_path):
     rows = [{"input": "Text. " * 90, "instructions": ["A or B?\nA. a\nB. b"], "outputs": ["A"]}]
     path = write_lines(tmp_path / "a.jsonl", *rows)

@@ -527,6 +527,7 @@ def test_golden_nll_of_chunkllamas_logits_through_the_command(golden, tmp_path):
         assert ours == pytest.approx({n: nll[: n - 1].mean() for n in (300, 100)}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_golden_nll_of_moby_dick_through_the_command(shared, tmp_path):
     """What ChunkLlama itself computes of the windows [0, L) of a real book (nats a token)."""
     np.save(tmp_path / "moby.npy", read_tokens(shared))

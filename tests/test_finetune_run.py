@@ -209,7 +209,7 @@ def test_a_run_may_leave_a_hugging_face_folder(
     assert losses(tmp_path / "run") == losses(whole)  # no update was made
 
 
-@pytest.mark.parametrize("base", ["dtype", "int8"])
+@pytest.mark.parametrize("base", [pytest.param("dtype", marks=pytest.mark.slow), "int8"])
 def test_lora_trains_adapters_and_exports_the_merged_model(
     model: Path, dialogues: Path, tmp_path: Path, base: str
 ) -> None:
@@ -375,6 +375,7 @@ def losses_so_far(output: Path) -> set[int]:
     return {json.loads(x)["step"] for x in found.splitlines(keepends=True) if x.endswith("\n")}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_and_another_mesh_goes_on(
     whole: Path, model: Path, dialogues: Path, tmp_path: Path
 ):

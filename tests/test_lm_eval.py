@@ -191,6 +191,7 @@ def test_a_bad_method_is_refused_before_the_tasks_are_built(folder):
         DcaJaxLM(str(folder), method="alibi")
 
 
+@pytest.mark.processes
 def test_as_a_user_runs_it(folder, task_folder, tmp_path):
     """`python -m dca_jax.lm_eval`: lm-eval's own command, with this model in its list."""
     arguments = ["run", "--model", "dca_jax", "--tasks", "local_answer", "--batch_size", "2"]
@@ -209,6 +210,7 @@ def test_as_a_user_runs_it(folder, task_folder, tmp_path):
     assert "exact_match,none" in json.loads(results.read_text())["results"]["local_answer"]
 
 
+@pytest.mark.slow
 def test_by_our_own_command(folder, task_folder, tmp_path):
     """`dca-jax lm-eval`: our options, and lm-eval's for the rest."""
     arguments = ["lm-eval", folder, "--method", "dca:40,60", "--max-length", "4k"]

@@ -325,8 +325,8 @@ def on_one_device(int8: bool) -> tuple[float, dict[str, np.ndarray]]:
     ("mesh", "int8"),
     [
         ("tensor=4", True),  # more than kv heads
-        ("context=2,tensor=2", False),
-        ("fsdp=2,tensor=2", True),
+        pytest.param("context=2,tensor=2", False, marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_what_one_device_does(mesh: str, int8: bool) -> None:

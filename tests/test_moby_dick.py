@@ -68,6 +68,7 @@ def load(
     return Llama.from_params(config, params, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_golden_nll_at_every_length(shared, tokens, setting):
     # Attention is causal, so the window [0, L) is the beginning of the longest one.

@@ -227,6 +227,7 @@ def test_dynamic_ntk_keeps_its_frequencies_while_decoding() -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradient_with_and_without_remat(tiny: Llama) -> None:
     tokens = jax.random.randint(jax.random.key(4), (1, 40), 0, 64)
 

@@ -233,7 +233,11 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
         ({"mesh": parse_mesh("tensor=3")}, "tensor=3 does not divide the model's 32 query heads"),
         ({"mesh": parse_mesh("fsdp=3")}, "fsdp=3 does not divide the hidden size 4096"),
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
-        ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 1024 devices"),
+        pytest.param(
+            {"mesh": None, "context_length": 2**34},
+            "fits no mesh of up to 1024 devices",
+            marks=pytest.mark.slow,  # it tries them all
+        ),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:

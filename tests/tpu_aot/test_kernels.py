@@ -161,7 +161,9 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
         assert out < queries * (heads.head_dim * dtype.itemsize + 4) * 1.001
 
 
-@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
+@pytest.mark.parametrize(
+    "part", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "backward")), "decode"]
+)
 def test_compiles_for_one_chip(part: str) -> None:
     check("v5e", part, 32768, LLAMA)
 

@@ -186,7 +186,7 @@ def check(step: str, case: Case) -> None:
     check_keys_stay(program, copied, allowed, new=step == "read_whole")
 
 
-@pytest.mark.parametrize("step", ["read", "decode"])
+@pytest.mark.parametrize("step", [pytest.param("read", marks=pytest.mark.slow), "decode"])
 def test_quick(step: str) -> None:
     check(step, QUICK)
 
