@@ -128,7 +128,7 @@ class ChatTemplates:
     def write_all(
         self,
         template: str,
-        variables: Mapping[str, str],
+        variables: Mapping[str, str | bool],
         conversations: Sequence["Conversation"],
         *,
         what: str = "these messages",
