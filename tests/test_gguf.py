@@ -130,7 +130,9 @@ def test_qwen3_is_that_of_transformers(tmp_path, kind):
     for name, tensor in expected.items():
         if "experts" not in name:
             np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
-    assert verify.compare(path, tmp_path / "orbax", length=20, batch=1).max_difference < 1e-4
+    result = verify.compare(path, tmp_path / "orbax", length=20, batch=1)
+    assert result.kl < 1e-9  # the random experts' logits are large, so rounding differs by 2e-4
+    assert result.top1_agreement == 1
 
 
 def test_each_device_gets_its_part(model):
