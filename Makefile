@@ -14,13 +14,16 @@ export JAX_PLATFORMS ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz test-tpu-aot test-gpu-aot lint docs clean
+.PHONY: help demo demo-chat test test-all fuzz test-tpu-aot test-gpu-aot lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, print and plot the result
 	$(BIN)/python examples/demo.py
+
+demo-chat: $(VENV)/.core  ## Ask a real chat model about a long text (BOOK=file), with DCA and without
+	$(BIN)/python examples/demo_chat.py $(if $(BOOK),--book '$(BOOK)')
 
 test: lint docs  ## What every change must pass: lint, types, documentation, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

