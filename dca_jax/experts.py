@@ -113,7 +113,8 @@ class Experts(nnx.Module):
                 x, chosen, weights = gather(x), gather(chosen), gather(weights)
                 first = jax.lax.axis_index("fsdp").astype(jnp.int32) * gate.shape[1]
             own = chosen - first
-            y = _in_pieces(x, own, weights, gate, up, down, layer)
+            cut = shards.size("fsdp") > 1
+            y = _in_pieces(x, own, weights, gate, up, down, layer, cut=cut)
             if shards.size("tensor") > 1:
                 y = jax.lax.psum(y, "tensor")
             if shards.size("fsdp") > 1:
@@ -149,17 +150,19 @@ def _in_pieces(
     own: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     *kernels: Array,
+    cut: bool,
 ) -> Float[Array, "B T D"]:
     """`mix` of up to `PIECE` tokens at a time."""
+    once = partial(mix, cut=cut)
     k = own.shape[-1]
     flat = x.reshape(-1, x.shape[-1]), own.reshape(-1, k), weights.reshape(-1, k)
     count = -(-len(flat[0]) // PIECE)
     if count == 1:
-        return mix(*flat, *kernels).reshape(x.shape)
+        return once(*flat, *kernels).reshape(x.shape)
     size = -(-len(flat[0]) // count)
     padded = (jnp.pad(a, ((0, count * size - len(a)), (0, 0))) for a in flat)
     pieces = tuple(a.reshape(count, size, -1) for a in padded)
-    y = jax.lax.map(jax.checkpoint(lambda piece: mix(*piece, *kernels)), pieces)
+    y = jax.lax.map(jax.checkpoint(lambda piece: once(*piece, *kernels)), pieces)
     return y.reshape(count * size, -1)[: len(flat[0])].reshape(x.shape)
 
 
@@ -171,16 +174,23 @@ def mix(
     up: Float[Array, "L E D M"],
     down: Float[Array, "L E M D"],
     layer: Int[Array, ""],
+    *,
+    cut: bool = False,
 ) -> Float[Array, "T D"]:
     """The weighted sum of what the chosen ones of these experts make of each token.
 
     Args:
-        own: the chosen, counted from the first of these; a number that is none of theirs is an
-            expert of another device, and adds nothing.
+        own: the chosen, counted from the first of these.
+        cut: whether these are not all experts: then a number that is none of theirs is an expert
+            of another device, and adds nothing.
     """
     tokens, k = own.shape
     experts = gate.shape[1]
     here = (own >= 0) & (own < experts)
+
+    def masked(x: Array, mask: Array) -> Array:
+        return jnp.where(mask, x, 0) if cut else x
+
     if are_few(tokens * k, experts):
         groups = jnp.where(here, own, 0).reshape(-1)
         product = partial(chosen_product, layer=layer, groups=groups)
@@ -196,11 +206,11 @@ def mix(
         # What belongs to no group comes last, and may be anything: also not a number.
         belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < sizes.sum())[:, None]
         product = partial(grouped_product, layer=layer, sizes=sizes)
-        rows = jnp.where(belongs, _spread(x, order, back), 0)
-        inner = _swiglu(product(rows, gate), product(rows, up))
-        out = product(jnp.where(belongs, inner, 0), down)
-        out = _collect(jnp.where(belongs, out, 0), order, back).reshape(tokens, k, -1)
-    out = jnp.where(here[..., None], out.astype(weights.dtype), 0)
+        rows = masked(_spread(x, order, back), belongs)
+        inner = masked(_swiglu(product(rows, gate), product(rows, up)), belongs)
+        out = masked(product(inner, down), belongs)
+        out = _collect(out, order, back).reshape(tokens, k, -1)
+    out = masked(out.astype(weights.dtype), here[..., None])
     return jnp.einsum("TkD,Tk->TD", out, weights, precision="highest").astype(x.dtype)
 
 

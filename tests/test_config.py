@@ -219,7 +219,7 @@ def test_the_checkpoints_that_ask_for_dca_through_the_commands(
     if is_new:
         (tmp_path / "config_1m.json").write_text(json.dumps(checkpoint | LONG))
     s, largest = (126976, 131072) if is_new else (253952, 262144)
-    info = " ".join(invoke("info", tmp_path).stdout.split())
+    info = " ".join(invoke("info", tmp_path).stdout.replace("│", " ").split())
     assert f"s = {s}, Q = {largest}, temperature from {largest} tokens" in info
     assert "up to 1010000 tokens" in info
     assert ("up to 262144 tokens" in info) == is_new
