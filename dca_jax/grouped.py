@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.device import Device, current_device
+from dca_jax.dtypes import compute_dtype
 
 BLOCK = 128  # rows of the largest block
 HOPPER = (9, 0)
@@ -158,7 +159,7 @@ def _outer(x: Array, dy: Array, kernels: Array, layer: Array, sizes: Array) -> A
     groups = kernels.shape[1]
     size = _block_size(len(x), groups)
     wide_x, wide_dy = _padded(x, groups), _padded(dy, groups)
-    total = jnp.promote_types(jnp.float32, x.dtype)
+    total = compute_dtype(x.dtype)
 
     def body(group: Array, first: Array, left: Array, sums: Array) -> Array:
         row = jnp.arange(size, dtype=jnp.int32)[:, None]
@@ -235,7 +236,7 @@ def chosen_product(
     """
     if current_device().platform == "gpu":
         # One fusion that gathers, multiplies and sums: XLA would write down what a product reads.
-        wide = jnp.promote_types(jnp.float32, x.dtype)
+        wide = compute_dtype(x.dtype)
         matrices = kernels[layer, groups].astype(wide)
         return jnp.sum(x.astype(wide)[:, :, None] * matrices, axis=1).astype(x.dtype)
     product = partial(jnp.dot, precision=_precision(x))
