@@ -204,7 +204,8 @@ def mix(
         numbers = jnp.arange(experts, dtype=jnp.int32)
         sizes = (groups[:, None] == numbers[None]).sum(axis=0, dtype=jnp.int32)
         # What belongs to no group comes last, and may be anything: also not a number.
-        belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < sizes.sum())[:, None]
+        total = sizes.sum(dtype=jnp.int32)
+        belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < total)[:, None]
         product = partial(grouped_product, layer=layer, sizes=sizes)
         rows = masked(_spread(x, order, back), belongs)
         inner = masked(_swiglu(product(rows, gate), product(rows, up)), belongs)

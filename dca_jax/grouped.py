@@ -116,14 +116,14 @@ def _each_block(
     """
     size = _block_size(rows, sizes.shape[0])
     counts = -(-sizes // size)
-    ends, row_ends = jnp.cumsum(counts), jnp.cumsum(sizes)
+    ends, row_ends = (jnp.cumsum(n, dtype=jnp.int32) for n in (counts, sizes))
 
     def step(number: Array, value: Any) -> Any:
         group = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
         done = (number - (ends[group] - counts[group])) * size
         return body(group, row_ends[group] - sizes[group] + done, sizes[group] - done, value)
 
-    return jax.lax.fori_loop(0, ends[-1], step, start)
+    return jax.lax.fori_loop(jnp.int32(0), ends[-1], step, start)
 
 
 def _padded(x: Array, groups: int) -> Array:
