@@ -13,6 +13,7 @@ import pytest
 from abstract import collective_sizes
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from lowering import lower
 
 from dca_jax import experts as experts_module
@@ -294,10 +295,40 @@ def test_tokens_in_another_order_and_in_pieces(monkeypatch: pytest.MonkeyPatch) 
 
 # --- on a mesh -----------------------------------------------------------------------------------
 
-MESHES = ["data=2,fsdp=4", "fsdp=2,context=2,tensor=2"]
 LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)
 BATCH = np.random.default_rng(1).integers(0, 96, (8, 37)).astype(np.int32)
+IS_TEXT = np.arange(37)[None, :] < LENGTHS[:, None]
 DCA = DCAConfig(chunk_len=10, max_query_position=14)
+
+
+@functools.cache
+def graded_layer(mesh: str | None) -> Any:
+    """The second of two layers: its output, and the gradients of its parameters and its input."""
+    layer = jax.tree.map(lambda w: 20 * w, Experts(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (8, 12, 32))
+    if mesh is not None:
+        devices = make_mesh(mesh)
+        place = parameter_shardings(CONFIG, devices)
+
+        def put(path: Any, leaf: jax.Array) -> jax.Array:
+            return jax.device_put(leaf, place(f"layers.experts.{path[0].name}.kernel"))
+
+        layer = jax.tree_util.tree_map_with_path(put, layer)
+        spec = PartitionSpec(("data", "fsdp"), "context")
+        x = jax.device_put(x, NamedSharding(devices, spec))
+
+    def loss(layer: Experts, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, routing = layer(x, jnp.int32(1))
+        return jnp.sin(y).sum() + jnp.square(routing.probabilities).sum(), y
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(layer, x)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=2,context=2,tensor=2", "tensor=8"])
+def test_a_layer_on_a_mesh_is_that_of_one_device(mesh: str) -> None:
+    for ours, theirs in zip(*map(jax.tree.leaves, map(graded_layer, (mesh, None))), strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
 
 
 @functools.cache
@@ -316,51 +347,26 @@ def model_on(mesh: str | None) -> Llama:
     return Llama.from_params(CONFIG, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
 
 
-def loss_and_logits(model: Llama, tokens: jax.Array, lengths: jax.Array) -> tuple[Any, Any]:
-    hidden, balance = model.balanced_hidden_states(tokens, lengths)
-    nll = model.nll(hidden, jnp.roll(tokens, -1, axis=1))
-    counts = jnp.arange(nll.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None] - 1
-    return jnp.where(counts, nll, 0).sum() / 100 + balance, model.unembed(hidden)
+@jax.jit
+def balance_and_logits(model: Llama, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden, balance = model.balanced_hidden_states(tokens, jnp.asarray(LENGTHS))
+    return balance, model.unembed(hidden)
 
 
-@functools.cache
-def graded() -> Any:
-    return jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+def test_a_model_on_a_mesh_is_that_of_one_device_whatever_the_padding() -> None:
+    one, cut = model_on(None), model_on("fsdp=2,context=2,tensor=2")
+    balance, logits = balance_and_logits(one, BATCH)
+    for model, padding in ((one, 5), (cut, 7)):
+        padded = np.where(IS_TEXT, BATCH, padding).astype(np.int32)
+        got_balance, got = balance_and_logits(model, padded)
+        np.testing.assert_allclose(float(got_balance), float(balance), rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(got)[IS_TEXT], logits[IS_TEXT], atol=1e-5)
 
 
-@functools.cache
-def expected() -> Any:
-    (loss, logits), gradient = graded()(model_on(None), BATCH, LENGTHS)
-    return float(loss), np.asarray(logits), flatten_dict(gradient.params(), sep=".")
-
-
-def test_padding_changes_nothing() -> None:
-    """A row of a batch is that row alone, whatever its padding and its neighbour say."""
-    other = BATCH.copy()
-    other[np.arange(37)[None, :] >= LENGTHS[:, None]] = 5
-    (loss, logits), _ = graded()(model_on(None), other, LENGTHS)
-    is_text = np.arange(37)[None, :] < LENGTHS[:, None]
-    np.testing.assert_allclose(float(loss), expected()[0], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(logits)[is_text], expected()[1][is_text], atol=1e-5)
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_mesh_gives_what_one_device_does(mesh: str) -> None:
-    loss, logits, gradient = expected()
-    (got_loss, got_logits), got = graded()(model_on(mesh), BATCH, LENGTHS)
-    is_text = np.arange(37)[None, :] < LENGTHS[:, None]
-    np.testing.assert_allclose(float(got_loss), loss, rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(got_logits)[is_text], logits[is_text], atol=1e-5)
-    for name, leaf in flatten_dict(got.params(), sep=".").items():
-        scale = np.abs(gradient[name]).max()
-        np.testing.assert_allclose(leaf, gradient[name], atol=1e-5 * scale, err_msg=name)
-
-
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2"])
-def test_no_device_gathers_the_experts(mesh: str) -> None:
+def test_no_device_gathers_the_experts() -> None:
     """What moves while a text is read is smaller than one projection of one layer's experts."""
     wide = replace(CONFIG, mixture=replace(CONFIG.mixture, moe_intermediate_size=512))
-    place = parameter_shardings(wide, make_mesh(mesh))
+    place = parameter_shardings(wide, make_mesh("fsdp=4,tensor=2"))
     shapes = jax.eval_shape(lambda: Llama(wide, rngs=nnx.Rngs(0)).params())
     leaves = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(name))
