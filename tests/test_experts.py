@@ -396,5 +396,10 @@ def test_lora_adapts_attention_and_says_so_of_experts() -> None:
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     rows = lora_parameters(CONFIG, LoraConfig(rank=4, targets=attention))
     assert {row.path.split(".")[2] for row in rows} == set(attention)
+    lora = LoraConfig(rank=4, targets=attention)
+    tokens = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+    model = jax.eval_shape(lambda: Llama(CONFIG, lora=lora, rngs=nnx.Rngs(0)))
+    assert jax.eval_shape(Llama.__call__, model, tokens).shape == (2, 9, 96)
+    assert "lora_a" in model.params()["layers"]["self_attn"]["q_proj"]
     with pytest.raises(InputError, match="cannot adapt gate_proj, up_proj, down_proj of this"):
         lora_parameters(CONFIG, LoraConfig(rank=4))
