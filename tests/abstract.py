@@ -17,7 +17,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import Batch, make_update
 from dca_jax.finetune.train import abstract_state as abstract_state_of_training
-from dca_jax.inference import generate
+from dca_jax.inference import steps
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
@@ -51,12 +51,12 @@ def lower(
                 *(model, cache, whole(batch, config.hidden_size, dtype=dtype)),
                 *(whole(batch, tokens), whole(batch), whole(batch)),
             )
-            return _lowered(jax.jit(generate.read, donate_argnames="cache"), mesh, *arguments)
+            return _lowered(jax.jit(steps.read, donate_argnames="cache"), mesh, *arguments)
         if step == "read_whole":
-            jitted = jax.jit(generate.read_whole, donate_argnames="cache", keep_unused=True)
+            jitted = jax.jit(steps.read_whole, donate_argnames="cache", keep_unused=True)
             return _lowered(jitted, mesh, model, cache, whole(batch, capacity), whole(batch))
         assert step == "decode"
-        jitted = jax.jit(generate.decode, donate_argnames="state")
+        jitted = jax.jit(steps.decode, donate_argnames="state")
         arguments = model, abstract_state(cache, mesh), Sampler(), whole(8), whole()
         return _lowered(jitted, mesh, *arguments)
 
@@ -145,12 +145,12 @@ def abstract_cache(
     return placed(mesh, lambda: KVCache.create(config, **options))
 
 
-def abstract_state(cache: KVCache, mesh: Mesh) -> generate.State:
+def abstract_state(cache: KVCache, mesh: Mesh) -> steps.State:
     """A batch that has drawn its first tokens."""
     batch = cache.lengths.shape
 
-    def make(cache: KVCache) -> generate.State:
-        return generate.State(
+    def make(cache: KVCache) -> steps.State:
+        return steps.State(
             cache=cache,
             token=jnp.zeros(batch, jnp.int32),
             finished=jnp.zeros(batch, bool),

@@ -211,14 +211,14 @@ FAULTS = [
     ),
     Fault(
         "a stop id ends no row",
-        "inference/generate.py",
+        "inference/steps.py",
         "jnp.any(token[:, None] == stop_ids[None, :], axis=1)",
         "jnp.all(token[:, None] == stop_ids[None, :], axis=1)",
         "tests/test_generate.py::test_a_row_ends_at_a_stop_id_and_grows_no_more",
     ),
     Fault(
         "all rows draw alike",
-        "inference/generate.py",
+        "inference/steps.py",
         "(jax.random.key(seed), rows))",
         "(jax.random.key(seed), 0 * rows))",
         "tests/test_generate.py::test_a_seed_is_reproducible_and_rows_draw_apart",

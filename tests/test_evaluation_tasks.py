@@ -339,7 +339,7 @@ def test_l_eval_on_the_real_files(shared, tmp_path):
     records = read_run(tmp_path / "out").records
     parts = [(r.key["task"], r.key["part"]) for r in records]
     assert parts == [("sci_fi", "document"), ("sci_fi", "world"), ("tpo", "document")]
-    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca:chunkllama"]
+    scores = json.loads((tmp_path / "out/summary.json").read_text())["scores"]["dca"]
     assert set(scores["sci_fi"]) == {"exact_match", "loyalty", "fact"}
     assert "| 57.62 |" in done.stdout  # the paper's
     assert "Questions: 1 of tpo, 1 of sci_fi (dca)." in done.stdout

@@ -17,8 +17,9 @@ from dca_jax import memory
 from dca_jax.errors import InputError
 from dca_jax.inference import buckets
 from dca_jax.inference import generate as engine
-from dca_jax.inference.generate import Run, generate, read
+from dca_jax.inference.generate import Run, generate
 from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.steps import begin, read
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
@@ -235,7 +236,7 @@ def test_another_prompt_length_in_the_bucket_does_not_compile(model, golden):
 
     def compiled():
         of_shape = engine.programs(8, 1024)
-        functions = (of_shape.read, of_shape.read_row, engine._begin, of_shape.decode)
+        functions = (of_shape.read, of_shape.read_row, begin, of_shape.decode)
         return [function._cache_size() for function in functions]
 
     generate(model, ids, max_new_tokens=24, sampler=Sampler(temperature=0.5), stop_ids=[1])

@@ -13,6 +13,7 @@ import pytest
 from dca_jax.inference import generate as engine
 from dca_jax.inference.generate import Run, generate
 from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.steps import PAD
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
@@ -81,10 +82,10 @@ def test_a_users_own_jitted_loop_gives_the_same(model, golden):
         0,
         new_tokens=9,
     )
-    assert tokens[0].tolist() == _until(expected[0], stop) + [engine.PAD] * (
+    assert tokens[0].tolist() == _until(expected[0], stop) + [PAD] * (
         9 - len(_until(expected[0], stop))
     )
-    assert tokens[1].tolist() == expected[1][:4] + [engine.PAD] * 5
+    assert tokens[1].tolist() == expected[1][:4] + [PAD] * 5
 
 
 def _until(tokens, stop):

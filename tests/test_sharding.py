@@ -15,8 +15,9 @@ from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied, new_cache
-from dca_jax.inference.generate import Run, generate, read
+from dca_jax.inference.generate import Run, generate
 from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.steps import read
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import AXES, describe, make_mesh, mesh_of, parse_mesh

@@ -11,14 +11,16 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
-from dca_jax.attention.device import Device
+from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
 TILE = 512  # queries a tile
 LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
-LONGEST_BLOCK = 1024  # keys: those of a block that a short text does not have are computed too
+# Keys: those of a block that a short text does not have are computed too. A CPU's caches hold 256,
+# which it reads faster than more; to a GPU each block is several kernels to be launched.
+LONGEST_BLOCK, LONGEST_CPU_BLOCK = 1024, 256
 
 
 def unsupported(
@@ -178,7 +180,8 @@ def backward(
 
 def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
     tile = min(TILE, num_queries)
-    return tile, min(num_keys, LONGEST_BLOCK, LOGITS // tile)
+    longest = LONGEST_CPU_BLOCK if current_device().platform == "cpu" else LONGEST_BLOCK
+    return tile, min(num_keys, longest, LOGITS // tile)
 
 
 def _rotated_query(
@@ -255,11 +258,12 @@ def _slice(
     cache: Float[Array, "L B S K H"], layer: Int[Array, ""], at: Int[Array, ""], block: int
 ) -> Float[Array, "B block K H"]:
     """`block` keys or values of a layer, read where they lie."""
-    _, batch, _, kv_heads, head_dim = cache.shape
+    _, batch, num_keys, kv_heads, head_dim = cache.shape
     zero = jnp.zeros_like(at)
     layer = layer.astype(at.dtype)
-    start, size = (layer, zero, at, zero, zero), (1, batch, block, kv_heads, head_dim)
-    return jax.lax.dynamic_slice(cache, start, size)[0]
+    flat = cache.reshape(-1, batch, num_keys, kv_heads * head_dim)
+    start, size = (layer, zero, at, zero), (1, batch, block, kv_heads * head_dim)
+    return jax.lax.dynamic_slice(flat, start, size).reshape(batch, block, kv_heads, head_dim)
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

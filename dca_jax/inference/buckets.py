@@ -52,6 +52,12 @@ def piece_widths(batch: int) -> tuple[int, ...]:
     return tuple(w for w in (width, width // 8, width // 64) if w >= min(16, width))
 
 
+def scoring_widths(batch: int) -> tuple[int, ...]:
+    """As `piece_widths`, and every power of two between them: lengths to be scored are few."""
+    width = piece_length(batch)
+    return tuple(1 << n for n in range(width.bit_length() - 1, 3, -1))
+
+
 def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     """Pieces that make up `length` tokens, in order: the tokens of each, and its width.
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import SHAPES, cut, new_cache, piece_widths
-from dca_jax.inference.generate import compiler_options
+from dca_jax.inference.buckets import SHAPES, cut, new_cache, scoring_widths
+from dca_jax.inference.steps import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
@@ -81,7 +81,7 @@ class Reader:
         self.model.check_window(int(num_inputs.max()))
         nlls, bests = [], []
         start, read = 0, _read_piece(rows, cache.capacity)
-        for count, width in cut(inputs.shape[2], piece_widths(rows)):
+        for count, width in cut(inputs.shape[2], scoring_widths(rows)):
             lengths = np.clip(num_inputs - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
             piece[:, :, :count] = inputs[:, :, start : start + count]

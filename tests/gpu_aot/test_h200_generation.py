@@ -8,7 +8,7 @@ from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
 
 from dca_jax.inference.buckets import capacity_bucket
-from dca_jax.inference.generate import GPU_OPTIONS
+from dca_jax.inference.steps import GPU_OPTIONS
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
