@@ -96,16 +96,15 @@ class Experts(nnx.Module):
         )
         shards = Shards.of(gate)
         if layer is None:
-            gate, up, down, layer = gate[None], up[None], down[None], jnp.int32(0)
-        else:
-            router = jax.lax.dynamic_index_in_dim(router, layer, keepdims=False)
+            router, gate, up, down = (kernel[None] for kernel in (router, gate, up, down))
+            layer = jnp.int32(0)
         router = shards.gathered(router)
 
         def local(
             x: Array, router: Array, gate: Array, up: Array, down: Array, layer: Array
         ) -> tuple[Array, Routing]:
             with jax.named_scope("router"):
-                routing = self.route(x, router)
+                routing = self.route(x, jax.lax.dynamic_index_in_dim(router, layer, keepdims=False))
             chosen, weights = routing.chosen, routing.weights
             first = jnp.int32(0)
             if shards.size("fsdp") > 1:
