@@ -42,9 +42,9 @@ class Routing(NamedTuple):
         weights: theirs, float32.
     """
 
-    probabilities: Float[Array, "*batch E"]
-    chosen: Int[Array, "*batch k"]
-    weights: Float[Array, "*batch k"]
+    probabilities: Float[Array, "B T E"]
+    chosen: Int[Array, "B T k"]
+    weights: Float[Array, "B T k"]
 
 
 class Balance(NamedTuple):
@@ -55,9 +55,9 @@ class Balance(NamedTuple):
         tokens: how many there were.
     """
 
-    chosen: Float[Array, "*L E"]
-    probabilities: Float[Array, "*L E"]
-    tokens: Float[Array, "*L"]
+    chosen: Float[Array, "... E"]
+    probabilities: Float[Array, "... E"]
+    tokens: Float[Array, "..."]
 
 
 class Kernel(nnx.Module):
@@ -133,7 +133,7 @@ class Experts(nnx.Module):
         )
         return mapped(x, router, gate, up, down, layer)
 
-    def route(self, x: Float[Array, "*batch D"], router: Float[Array, "D E"]) -> Routing:
+    def route(self, x: Float[Array, "B T D"], router: Float[Array, "D E"]) -> Routing:
         """Which experts read each token: the k most likely, of equal ones those numbered lower."""
         wide = compute_dtype(x.dtype)
         logits = jnp.matmul(x.astype(wide), router.astype(wide), precision="highest")
