@@ -129,7 +129,7 @@ class Experts(nnx.Module):
         )
         whole = PartitionSpec()
         mapped = shards.local(
-            local, (tokens, whole, *stacks, whole), (tokens, Routing(tokens, tokens, tokens))
+            local, (tokens, whole, *stacks, whole), (tokens, Routing._make([tokens] * 3))
         )
         return mapped(x, router, gate, up, down, layer)
 
