@@ -220,6 +220,7 @@ class LlamaConfig:
         own: dict[str, Any] = {
             "num_key_value_heads": kv_heads or heads,
             "head_dim": fields.integer(config, "head_dim", CONFIG),
+            "rms_norm_eps": fields.number(config, "rms_norm_eps", CONFIG, default=1e-6, above=0),
             "rope": RopeConfig.from_hf(config),
         }
         own |= FAMILIES[model_type].read(config)
@@ -235,7 +236,6 @@ class LlamaConfig:
         dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
             **sizes,
-            rms_norm_eps=fields.number(config, "rms_norm_eps", CONFIG, default=1e-6, above=0),
             tie_word_embeddings=fields.boolean(config, "tie_word_embeddings", CONFIG),
             **own,
             dca=None if dca is None else DCAConfig.from_hf(dca),
@@ -429,6 +429,7 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
     read: dict[str, Any] = {
         "mixture": mixture,
         "sliding_window": fields.integer(config, "sliding_window", CONFIG),
+        "rms_norm_eps": fields.number(config, "rms_norm_eps", CONFIG, default=1e-5, above=0),
         "rope": RopeConfig.from_hf({"rope_theta": 1_000_000.0} | dict(config)),
     }
     return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 8}

@@ -42,9 +42,9 @@ class Routing(NamedTuple):
         weights: theirs, float32.
     """
 
-    probabilities: Float[Array, "*batch E"]
-    chosen: Int[Array, "*batch k"]
-    weights: Float[Array, "*batch k"]
+    probabilities: Float[Array, "B T E"]
+    chosen: Int[Array, "B T k"]
+    weights: Float[Array, "B T k"]
 
 
 class Balance(NamedTuple):
@@ -55,9 +55,9 @@ class Balance(NamedTuple):
         tokens: how many there were.
     """
 
-    chosen: Float[Array, "*L E"]
-    probabilities: Float[Array, "*L E"]
-    tokens: Float[Array, "*L"]
+    chosen: Float[Array, "... E"]
+    probabilities: Float[Array, "... E"]
+    tokens: Float[Array, "..."]
 
 
 class Kernel(nnx.Module):
@@ -96,16 +96,15 @@ class Experts(nnx.Module):
         )
         shards = Shards.of(gate)
         if layer is None:
-            gate, up, down, layer = gate[None], up[None], down[None], jnp.int32(0)
-        else:
-            router = jax.lax.dynamic_index_in_dim(router, layer, keepdims=False)
+            router, gate, up, down = (kernel[None] for kernel in (router, gate, up, down))
+            layer = jnp.int32(0)
         router = shards.gathered(router)
 
         def local(
             x: Array, router: Array, gate: Array, up: Array, down: Array, layer: Array
         ) -> tuple[Array, Routing]:
             with jax.named_scope("router"):
-                routing = self.route(x, router)
+                routing = self.route(x, jax.lax.dynamic_index_in_dim(router, layer, keepdims=False))
             chosen, weights = routing.chosen, routing.weights
             first = jnp.int32(0)
             if shards.size("fsdp") > 1:
@@ -113,7 +112,8 @@ class Experts(nnx.Module):
                 x, chosen, weights = gather(x), gather(chosen), gather(weights)
                 first = jax.lax.axis_index("fsdp").astype(jnp.int32) * gate.shape[1]
             own = chosen - first
-            y = _in_pieces(x, own, weights, gate, up, down, layer)
+            cut = shards.size("fsdp") > 1
+            y = _in_pieces(x, own, weights, gate, up, down, layer, cut=cut)
             if shards.size("tensor") > 1:
                 y = jax.lax.psum(y, "tensor")
             if shards.size("fsdp") > 1:
@@ -129,11 +129,11 @@ class Experts(nnx.Module):
         )
         whole = PartitionSpec()
         mapped = shards.local(
-            local, (tokens, whole, *stacks, whole), (tokens, Routing(tokens, tokens, tokens))
+            local, (tokens, whole, *stacks, whole), (tokens, Routing._make([tokens] * 3))
         )
         return mapped(x, router, gate, up, down, layer)
 
-    def route(self, x: Float[Array, "*batch D"], router: Float[Array, "D E"]) -> Routing:
+    def route(self, x: Float[Array, "B T D"], router: Float[Array, "D E"]) -> Routing:
         """Which experts read each token: the k most likely, of equal ones those numbered lower."""
         wide = compute_dtype(x.dtype)
         logits = jnp.matmul(x.astype(wide), router.astype(wide), precision="highest")
@@ -149,17 +149,19 @@ def _in_pieces(
     own: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     *kernels: Array,
+    cut: bool,
 ) -> Float[Array, "B T D"]:
     """`mix` of up to `PIECE` tokens at a time."""
+    once = partial(mix, cut=cut)
     k = own.shape[-1]
     flat = x.reshape(-1, x.shape[-1]), own.reshape(-1, k), weights.reshape(-1, k)
     count = -(-len(flat[0]) // PIECE)
     if count == 1:
-        return mix(*flat, *kernels).reshape(x.shape)
+        return once(*flat, *kernels).reshape(x.shape)
     size = -(-len(flat[0]) // count)
     padded = (jnp.pad(a, ((0, count * size - len(a)), (0, 0))) for a in flat)
     pieces = tuple(a.reshape(count, size, -1) for a in padded)
-    y = jax.lax.map(jax.checkpoint(lambda piece: mix(*piece, *kernels)), pieces)
+    y = jax.lax.map(jax.checkpoint(lambda piece: once(*piece, *kernels)), pieces)
     return y.reshape(count * size, -1)[: len(flat[0])].reshape(x.shape)
 
 
@@ -171,16 +173,23 @@ def mix(
     up: Float[Array, "L E D M"],
     down: Float[Array, "L E M D"],
     layer: Int[Array, ""],
+    *,
+    cut: bool = False,
 ) -> Float[Array, "T D"]:
     """The weighted sum of what the chosen ones of these experts make of each token.
 
     Args:
-        own: the chosen, counted from the first of these; a number that is none of theirs is an
-            expert of another device, and adds nothing.
+        own: the chosen, counted from the first of these.
+        cut: whether these are not all experts: then a number that is none of theirs is an expert
+            of another device, and adds nothing.
     """
     tokens, k = own.shape
     experts = gate.shape[1]
     here = (own >= 0) & (own < experts)
+
+    def masked(x: Array, mask: Array) -> Array:
+        return jnp.where(mask, x, 0) if cut else x
+
     if are_few(tokens * k, experts):
         groups = jnp.where(here, own, 0).reshape(-1)
         product = partial(chosen_product, layer=layer, groups=groups)
@@ -194,13 +203,14 @@ def mix(
         numbers = jnp.arange(experts, dtype=jnp.int32)
         sizes = (groups[:, None] == numbers[None]).sum(axis=0, dtype=jnp.int32)
         # What belongs to no group comes last, and may be anything: also not a number.
-        belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < sizes.sum())[:, None]
+        total = sizes.sum(dtype=jnp.int32)
+        belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < total)[:, None]
         product = partial(grouped_product, layer=layer, sizes=sizes)
-        rows = jnp.where(belongs, _spread(x, order, back), 0)
-        inner = _swiglu(product(rows, gate), product(rows, up))
-        out = product(jnp.where(belongs, inner, 0), down)
-        out = _collect(jnp.where(belongs, out, 0), order, back).reshape(tokens, k, -1)
-    out = jnp.where(here[..., None], out.astype(weights.dtype), 0)
+        rows = masked(_spread(x, order, back), belongs)
+        inner = masked(_swiglu(product(rows, gate), product(rows, up)), belongs)
+        out = masked(product(inner, down), belongs)
+        out = _collect(out, order, back).reshape(tokens, k, -1)
+    out = masked(out.astype(weights.dtype), here[..., None])
     return jnp.einsum("TkD,Tk->TD", out, weights, precision="highest").astype(x.dtype)
 
 

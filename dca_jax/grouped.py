@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.device import Device, current_device
+from dca_jax.dtypes import compute_dtype
 
 BLOCK = 128  # rows of the largest block
 HOPPER = (9, 0)
@@ -115,14 +116,14 @@ def _each_block(
     """
     size = _block_size(rows, sizes.shape[0])
     counts = -(-sizes // size)
-    ends, row_ends = jnp.cumsum(counts), jnp.cumsum(sizes)
+    ends, row_ends = (jnp.cumsum(n, dtype=jnp.int32) for n in (counts, sizes))
 
     def step(number: Array, value: Any) -> Any:
         group = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
         done = (number - (ends[group] - counts[group])) * size
         return body(group, row_ends[group] - sizes[group] + done, sizes[group] - done, value)
 
-    return jax.lax.fori_loop(0, ends[-1], step, start)
+    return jax.lax.fori_loop(jnp.int32(0), ends[-1], step, start)
 
 
 def _padded(x: Array, groups: int) -> Array:
@@ -158,7 +159,7 @@ def _outer(x: Array, dy: Array, kernels: Array, layer: Array, sizes: Array) -> A
     groups = kernels.shape[1]
     size = _block_size(len(x), groups)
     wide_x, wide_dy = _padded(x, groups), _padded(dy, groups)
-    total = jnp.promote_types(jnp.float32, x.dtype)
+    total = compute_dtype(x.dtype)
 
     def body(group: Array, first: Array, left: Array, sums: Array) -> Array:
         row = jnp.arange(size, dtype=jnp.int32)[:, None]
@@ -235,7 +236,7 @@ def chosen_product(
     """
     if current_device().platform == "gpu":
         # One fusion that gathers, multiplies and sums: XLA would write down what a product reads.
-        wide = jnp.promote_types(jnp.float32, x.dtype)
+        wide = compute_dtype(x.dtype)
         matrices = kernels[layer, groups].astype(wide)
         return jnp.sum(x.astype(wide)[:, :, None] * matrices, axis=1).astype(x.dtype)
     product = partial(jnp.dot, precision=_precision(x))

@@ -220,7 +220,8 @@ class Llama(nnx.Module):
             )
         real = jnp.arange(num_new, dtype=jnp.int32)[None, :] < rows.lengths[:, None]
         if context > 1:
-            tokens, real = pad_to_zigzag(tokens, context), pad_to_zigzag(real, context)
+            tokens = pad_to_zigzag(tokens, context)
+            real = pad_to_zigzag(real.astype(jnp.int32), context) > 0
 
         def run_layer(
             x: Array, block: Block

@@ -37,6 +37,28 @@ OFFSET = "tests/test_backends.py::test_offset_lengths_and_temperature"
 HUGGING_FACE = "tests/test_model.py::test_logits_equal_transformers[llama-2]"
 RING = "tests/test_context.py::test_equals_the_oracle[short_chunks]"
 FAULTS = [
+    # --- families ---
+    Fault(
+        "a query is not normed before it is rotated",
+        "layers.py",
+        "query, key = self.q_norm(query), self.k_norm(key)",
+        "key = self.k_norm(key)",
+        "tests/test_model.py::test_logits_equal_transformers[qwen3]",
+    ),
+    Fault(
+        "the weights of chosen experts do not add up to 1",
+        "experts.py",
+        "weights = weights / weights.sum(axis=-1, keepdims=True)",
+        "weights = weights",
+        "tests/test_experts.py::test_gradients_are_those_of_a_dense_computation[True]",
+    ),
+    Fault(
+        "a short text is read by the config for long ones",
+        "weights/huggingface.py",
+        "context > most",
+        "context < most",
+        "tests/test_config.py::test_the_checkpoints_that_ask_for_dca_through_the_commands[30b]",
+    ),
     # --- the mathematics ---
     Fault(
         "the succ position has the wrong sign",

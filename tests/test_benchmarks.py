@@ -6,6 +6,7 @@ from functools import partial
 import attention
 import common
 import decode
+import experts
 import finetune
 import generate
 import jax
@@ -249,3 +250,13 @@ def test_finetune_times_updates(monkeypatch, mesh, rank, base):
     assert row["loss"] == pytest.approx(np.log(64), rel=0.05)  # random tokens, before any learning
     devices = 2 if mesh == "fsdp=2" else 1
     assert row["tokens_per_second_device"] == pytest.approx(2 * 96 / row["seconds"] / devices)
+
+
+def test_products_of_experts_are_held_against_float32_and_timed():
+    config = generate.PRESETS["tiny-experts"]
+    rows = experts.measure_products(config, 24, 64, 32)
+    assert [row["way"].split(",")[0] for row in rows] == ["dense", "ragged", "blocks"] * 2
+    assert all(row["ms"] > 0 for row in rows)
+    assert [row["chosen"] for row in rows] == [False, False, True] * 2
+    assert all(row["error"] < 1e-5 for row in rows if row["error"] is not None)
+    assert [row["rows"] for row in experts.measure_few(config)] == [2, 2]
