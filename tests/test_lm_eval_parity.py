@@ -99,23 +99,23 @@ DOCUMENT = "Some years ago, never mind how long precisely, I thought I would sai
 QUESTIONS = ["Who sails?", "How long ago was it, and why?", "What is precise?"]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
 def test_a_context_of_several_choices_is_read_once(
-    pair: tuple, monkeypatch: pytest.MonkeyPatch, batch: int
+    pair: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QuALITY's form: a document, questions about it, choices of each; and another document."""
+    """QuALITY's form: two documents, questions about each, choices of each question."""
     ours, theirs, _ = pair
-    monkeypatch.setattr(ours, "batch_size", batch)
+    spm = "▁I" in ours.tokenizer.get_vocab()
+    monkeypatch.setattr(ours, "batch_size", 1 if spm else 2)
     monkeypatch.setattr(theirs, "_max_length", 4096)  # or it would cut
     monkeypatch.setattr(beginnings, "LONG", 100)
-    choices = [" Ishmael", " I thought I would sail", "", " a", " a little money"]
+    documents = (DOCUMENT, f"Never mind. {DOCUMENT}")
+    choices = [" Ishmael", " I thought I would sail", "\n", " a", " a little money"]
     pairs = [
-        (f"{document}\nQuestion: {question}\nAnswer:", choice or "\n")
-        for document in (DOCUMENT, DOCUMENT[::-1])
+        (f"{document}\nQuestion: {question}\nAnswer:", choice)
+        for document in documents
         for question in QUESTIONS
         for choice in choices
     ]
-    pairs += [("Call me", " Ishmael"), (DOCUMENT, " a little")]
     random.Random(0).shuffle(pairs)
     read = []
     once = score.Reader._append
@@ -127,8 +127,8 @@ def test_a_context_of_several_choices_is_read_once(
         ),
     )
     agree(loglikelihoods(ours, pairs), loglikelihoods(theirs, pairs))
-    documents = sum(len(ours.tok_encode(text)) for text in (DOCUMENT, DOCUMENT[::-1]))
-    assert sum(read) < documents + 45 * len(pairs)  # and not 32 times a document
+    once_each = sum(len(ours.tok_encode(document)) for document in documents)
+    assert sum(read) < once_each + 45 * len(pairs)  # and not 15 times each
 
 
 def test_families_begin_alike() -> None:
@@ -137,12 +137,12 @@ def test_families_begin_alike() -> None:
     stems = [rng.integers(0, 9, n).astype(np.int32) for n in (3, 70, 200, 2500, 3000)]
     stems += [np.concatenate([stems[3][:2400], stem]) for stem in stems[:3]]
     texts, contexts = [], []
-    for number in rng.integers(0, len(stems), 60):
+    for number in rng.permutation(np.resize(np.arange(len(stems)), 64)):
         middle, end = (rng.integers(0, 9, n).astype(np.int32) for n in rng.integers(1, 5, 2))
         texts.append(np.concatenate([stems[number], middle, end]))
         contexts.append(len(stems[number]) + len(middle))
     groups = beginnings.families(texts, contexts)
-    assert sorted(n for group in groups for n in group.members) == list(range(60))
+    assert sorted(n for group in groups for n in group.members) == list(range(64))
     for shared, members in groups:
         assert all(shared < contexts[n] for n in members)
         assert len({texts[n][:shared].tobytes() for n in members}) == 1
@@ -154,7 +154,7 @@ def test_families_begin_alike() -> None:
     read = sum(g.shared + sum(len(texts[n]) - g.shared for n in g.members) for g in groups)
     assert read < total / 5
     alone = beginnings.families(texts, contexts, share=False)
-    assert [group.shared for group in alone] == [0] * 60
+    assert [group.shared for group in alone] == [0] * 64
 
 
 def test_too_long_requests_are_cut_as_theirs_or_refused_before_work(
@@ -316,7 +316,9 @@ def test_a_cache_belongs_to_one_model_and_method(
     CachingLM(ours, str(tmp_path / "a.db"))
     CachingLM(theirs, str(tmp_path / "b.db")).dbdict["an answer"] = 1
     theirs.set_cache_hook(CacheHook(None))
-    with pytest.raises(InputError, match=r"another model.*\(different: model, dtype, method, tok"):
+    with pytest.raises(
+        InputError, match=r"another model.*\(different: model, dtype, method, max_length"
+    ):
         CachingLM(ours, str(tmp_path / "b.db"))
     monkeypatch.setattr(ours, "method", "dca")
     with pytest.raises(InputError, match=r"in another way \(different: method\); give another"):

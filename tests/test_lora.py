@@ -22,6 +22,7 @@ from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.finetune.export import layers_on_host
 from dca_jax.finetune.lora import init_lora, join, quantizer, split
 from dca_jax.inference.methods import with_method
 from dca_jax.model import Llama
@@ -35,6 +36,7 @@ from dca_jax.weights.parameters import (
     load_tree,
     lora_parameters,
     parameters,
+    pieces,
     projections,
 )
 from dca_jax.weights.placement import parameter_shardings
@@ -368,6 +370,16 @@ def test_adapters_are_cut_as_their_kernels_are(tmp_path: Path) -> None:
 
 
 # --- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
+def test_pieces_of_arrays_on_a_mesh(mesh: str | None) -> None:
+    read, count = layers_on_host(base_params(mesh)), 0
+    for row in parameters(CONFIG):
+        for index in pieces(row, CONFIG):
+            np.testing.assert_array_equal(read(row, index), arrays()[row.path][index])
+            count += 1
+    assert count > len(parameters(CONFIG))
 
 
 def test_split_and_join_are_inverse() -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import SPARSE, DCAConfig
@@ -53,7 +53,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
             "write; begin again with a lower learning rate"
         )
     if setup.lora is None:
-        read = _layers_on_host(params)
+        read = layers_on_host(params)
     else:
         if not (output / "adapter").exists():
             with writing(output / "adapter"):
@@ -98,7 +98,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
         ) from error
 
 
-def _layers_on_host(params: Mapping[str, Any]) -> Read:
+def layers_on_host(params: Mapping[str, Any]) -> Read:
     """Reads pieces of arrays that may be cut, also between processes; all must ask for the same.
 
     One layer of one array is on the host at a time.
@@ -119,8 +119,8 @@ def _layers_on_host(params: Mapping[str, Any]) -> Read:
 
 
 @jax.jit
-def _layer(leaf: Array, number: int) -> Array:
-    return leaf[number]
+def _layer(leaf: Array, number: int | Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
 
 
 def exported_config(
