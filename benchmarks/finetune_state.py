@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations")
     given = parser.parse_args()
     results = {
         f"{state}, seed {seed}": curves(given, state, seed)
@@ -55,6 +56,7 @@ def curves(given: argparse.Namespace, state: str, seed: int) -> dict[str, list[f
         steps=given.steps,
         batch=given.batch,
         learning_rate=given.learning_rate,
+        dtype=given.dtype,
         state=state,
         seed=seed,
         save_every=given.steps,
