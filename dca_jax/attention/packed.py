@@ -181,9 +181,7 @@ def _read(
             options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": True}
             out, lse = BACKENDS[name].forward(
                 *(q, keys[None], v[None], jnp.int32(0), rows),
-                dca=dca,
-                phases=phases,
-                with_lse=True,
+                **options,
             )
             assert lse is not None  # asked for
             parts = (out, jnp.swapaxes(lse, 1, 2))
@@ -226,8 +224,7 @@ def _attend_backward(
             dq, dk, dv = BACKENDS[name].backward(
                 *(q, keys[None], v[None], jnp.int32(0), rows, do),
                 *(jnp.swapaxes(x, 1, 2) for x in (lse, delta)),
-                dca=dca,
-                phases=phases,
+                **options,
             )
             parts = (dq, *back(dk), dv)
             return tuple(_put(x, places, part) for x, part in zip(carry, parts, strict=True))
