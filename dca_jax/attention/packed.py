@@ -12,7 +12,7 @@ it could, so the gradient is written here, of the same backward functions.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,11 +178,10 @@ def _read(
             name, phases, rows_of = _backend(dca, rope, implementation, q, k)
             rows = rows_of(lengths)
             keys = _rotated(dca, rows)(k)
+            options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": True}
             out, lse = BACKENDS[name].forward(
                 *(q, keys[None], v[None], jnp.int32(0), rows),
-                dca=dca,
-                phases=phases,
-                with_lse=True,
+                **options,
             )
             assert lse is not None  # asked for
             parts = (out, jnp.swapaxes(lse, 1, 2))
@@ -221,11 +220,11 @@ def _attend_backward(
             name, phases, rows_of = _backend(dca, rope, implementation, q, k)
             rows = rows_of(lengths)
             keys, back = jax.vjp(_rotated(dca, rows), k)
+            options: dict[str, Any] = {"dca": dca, "phases": phases}
             dq, dk, dv = BACKENDS[name].backward(
                 *(q, keys[None], v[None], jnp.int32(0), rows, do),
                 *(jnp.swapaxes(x, 1, 2) for x in (lse, delta)),
-                dca=dca,
-                phases=phases,
+                **options,
             )
             parts = (dq, *back(dk), dv)
             return tuple(_put(x, places, part) for x, part in zip(carry, parts, strict=True))

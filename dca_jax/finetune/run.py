@@ -224,7 +224,7 @@ def lengthen(output: Path, settings: Settings, data: Sequence[Source], steps: in
                 (output / name).rename(output / f"{name}-after-{planned}")
     saved = (path.name for path in (output / CHECKPOINTS).glob("*"))
     done = max((int(name) for name in saved if name.isdigit()), default=0)
-    old, new = (float(learning_rate(settings, n)(done)) for n in (planned, steps))
+    old, new = (float(np.asarray(learning_rate(settings, n)(done))) for n in (planned, steps))
     print(
         f"lengthened from {planned:,} to {steps:,} updates: from here the learning rate follows "
         f"the cosine of {steps:,}, so after {done:,} it is {new:.3g} where it would have been "

@@ -114,9 +114,12 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
         encoded = iter(_encoded(tokenizer, texts))
         found: list[Rendered | UnwritableError] = []
         for dialogue, one in zip(dialogues, written, strict=True):
-            tokens = next(encoded) if isinstance(one, Written) else one
-            if isinstance(tokens, UnwritableError) or isinstance(one, UnwritableError):
-                found.append(tokens if isinstance(tokens, UnwritableError) else one)
+            if isinstance(one, UnwritableError):
+                found.append(one)
+                continue
+            tokens = next(encoded)
+            if isinstance(tokens, UnwritableError):
+                found.append(tokens)
             elif isinstance(dialogue, Text):
                 found.append(_between_marks(tokens, one, tokenizer))
             else:

@@ -149,8 +149,8 @@ def make_update(
             before = optax.tree.set(before, mu=mean, nu=square, count=state.step)
             changes, after = rule.update(gradients, before, params)
         params = jax.tree.map(jnp.add, params, changes)
-        moments = (optax.tree.get(after, name) for name in ("mu", "nu"))
-        new = State(params, *moments, state.step + 1)
+        mean, square = (optax.tree.get(after, name) for name in ("mu", "nu"))
+        new = State(params, mean, square, state.step + 1)
         if jax.tree.leaves(state.params)[0].dtype == jnp.bfloat16:
             new = narrowed(new, jax.random.fold_in(jax.random.key(seed), state.step))
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

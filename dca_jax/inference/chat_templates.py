@@ -77,8 +77,9 @@ class Conversation:
         return {"messages": messages, "cuts": cuts, "tools": tools}
 
 
-def _refusal(kind: str, message: str, what: str) -> RefusedError:
-    message = shown(message, quote=False)
+def _refusal(error: Sequence[str], what: str) -> RefusedError:
+    """Of the name of what was raised, and its message."""
+    kind, message = error[0], shown(error[1], quote=False)
     if kind == "Refused":
         return RefusedError(f"the chat template refuses {what}: {message}")
     reason = f"{kind}: {message}" if message else kind
@@ -155,7 +156,7 @@ class ChatTemplates:
                 single = ([one] for one in conversations)
                 return [self.write_all(template, variables, one, what=what)[0] for one in single]
             if isinstance(error, RaisedError):
-                return [_refusal(error.kind, str(error), what)]
+                return [_refusal([error.kind, str(error)], what)]
             raise InputError(
                 f"the chat template is stopped on {what}: {error}; mend it, or use another"
             ) from None
@@ -168,7 +169,7 @@ class ChatTemplates:
                 f"{what} must be made of texts, numbers, lists and objects, as JSON has them "
                 f"({shown(str(error), quote=False)})"
             ) from None
-        return [r["texts"] if "texts" in r else _refusal(*r["error"], what) for r in replies]
+        return [r["texts"] if "texts" in r else _refusal(r["error"], what) for r in replies]
 
     def write_open(
         self, template: str, variables: Mapping[str, str], messages: Sequence[Any]
