@@ -6,6 +6,7 @@ python benchmarks/shared_context.py --model models/demo-python-7m --length 16k
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from lm_eval.api.instance import Instance
 
@@ -16,7 +17,7 @@ from dca_jax.lm_eval import DcaJaxLM
 CHOICES = (" nothing", " a list of names", " the sum of its arguments", " an error")
 
 
-def requests(model: DcaJaxLM, length: int, questions: int) -> list[Instance]:
+def requests(model: Any, length: int, questions: int) -> list[Instance]:
     """Of a document of `length` tokens: this package's own code."""
     folder = Path(dca_jax.__file__).parent
     code = "\n".join(path.read_text() for path in sorted(folder.rglob("*.py")))
@@ -31,13 +32,13 @@ def requests(model: DcaJaxLM, length: int, questions: int) -> list[Instance]:
 
 def main() -> None:
     """Reads twice, the second time without compiling; on a busy machine its cores tell more."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="models/demo-python-7m")
     parser.add_argument("--length", default="16k", help="tokens of the document")
     parser.add_argument("--questions", type=int, default=1)
     parser.add_argument("--method", default="dca")
     chosen = parser.parse_args()
-    model = DcaJaxLM(chosen.model, method=chosen.method)
+    model: Any = DcaJaxLM(chosen.model, method=chosen.method)
     asked = requests(model, parse_tokens(chosen.length), chosen.questions)
     for name in ("with compiling", "again"):
         begin, work = time.perf_counter(), time.process_time()

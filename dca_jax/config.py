@@ -1,7 +1,7 @@
 """A model's shape, read from any Hugging Face `config.json` of the Llama family."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,13 +121,17 @@ class LlamaConfig:
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"sliding_window must be positive or null, got {self.sliding_window}")
-        dense = self.dense_layers
-        if list(dense) != sorted(set(dense) & set(range(self.num_hidden_layers))):
+        if self.mixture is not None:
+            self._check_dense_layers(self.mixture.dense_layers)
+
+    def _check_dense_layers(self, dense: tuple[int, ...]) -> None:
+        layers = range(self.num_hidden_layers)
+        if list(dense) != sorted(set(dense)) or not all(n in layers for n in dense):
             raise InputError(
-                f"dense_layers must be ascending numbers of the {self.num_hidden_layers} layers, "
-                f"got {fields.shown(list(dense))}"
+                f"dense_layers must be ascending numbers of the {len(layers)} layers, got "
+                f"{fields.shown(list(dense))}"
             )
-        if self.mixture is not None and not self.sparse_layers:
+        if len(dense) == len(layers):
             raise InputError("a mixture of experts needs a layer that is not in dense_layers")
 
     @property
@@ -136,15 +140,17 @@ class LlamaConfig:
         return not self.tie_word_embeddings
 
     @property
-    def dense_layers(self) -> tuple[int, ...]:
+    def dense_layers(self) -> Sequence[int]:
         """Numbers of the layers that have an MLP, ascending."""
-        layers = range(self.num_hidden_layers)
-        return tuple(layers) if self.mixture is None else self.mixture.dense_layers
+        return range(self.num_hidden_layers) if self.mixture is None else self.mixture.dense_layers
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have a mixture of experts, ascending."""
-        return tuple(sorted(set(range(self.num_hidden_layers)) - set(self.dense_layers)))
+        if self.mixture is None:
+            return ()
+        dense = set(self.mixture.dense_layers)
+        return tuple(n for n in range(self.num_hidden_layers) if n not in dense)
 
     @property
     def has_mlp(self) -> bool:

@@ -186,8 +186,11 @@ def test_a_signal_says_that_nothing_was_written(
     kind: str,
     number: signal.Signals,
 ) -> None:
-    module = hf_to_orbax if kind == "hf_to_orbax" else orbax_to_hf
-    copy = module.copy_companions
+    module, name = {
+        "hf_to_orbax": (hf_to_orbax, "copy_description"),
+        "orbax_to_hf": (orbax_to_hf, "copy_companions"),
+    }[kind]
+    copy = getattr(module, name)
 
     def then_stop(*arguments: Path) -> object:
         copied = copy(*arguments)
@@ -195,7 +198,7 @@ def test_a_signal_says_that_nothing_was_written(
         threading.Event().wait(5)  # the handler runs before this ends
         return copied
 
-    monkeypatch.setattr(module, "copy_companions", then_stop)
+    monkeypatch.setattr(module, name, then_stop)
     before = signal.getsignal(number)
     result = invoke("convert", both[kind], tmp_path / "out")
     assert (result.exit_code, result.stdout) == (128 + number, "")

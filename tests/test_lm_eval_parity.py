@@ -325,7 +325,7 @@ def test_a_cache_belongs_to_one_model_and_method(
         CachingLM(ours, str(tmp_path / "a.db"))
 
 
-def test_arguments(pair: tuple) -> None:
+def test_arguments(pair: tuple, caplog: pytest.LogCaptureFixture) -> None:
     from dca_jax.lm_eval import DcaJaxLM
 
     _, _, folder = pair
@@ -349,6 +349,9 @@ def test_arguments(pair: tuple) -> None:
             DcaJaxLM(str(folder), **given)
     for device in (None, here, f"{here}:0"):
         check_device(device)
+    with caplog.at_level("WARNING"):
+        check_device("cuda:0")  # what lm-eval passes where nobody asked
+    assert (here == "gpu") or f"lm-eval's default; JAX computes on {here}" in caplog.text
     off = {"trust_remote_code": False, "delta": None, "revision": "main", "parallelize": "False"}
     check_arguments(off, ["method"])
     others = {"tensor": 4, "data": "2"}

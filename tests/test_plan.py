@@ -145,6 +145,9 @@ def test_shapes_have_the_published_number_of_parameters() -> None:
         "llama-3-70b": 70_553_706_496,
         "qwen2.5-7b": 7_615_616_512,
         "qwen2.5-14b": 14_770_033_664,
+        "mixtral-8x7b": 46_702_792_704,
+        "qwen3-30b-a3b": 30_532_122_624,
+        "qwen3-235b-a22b": 235_093_634_560,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from dca_jax.finetune.rendered import Rendered, UnwritableError
+from dca_jax.finetune.rendered import NotRenderedError, Rendered
 from dca_jax.finetune.turns import Dialogue
 from dca_jax.inference.tokenizer import encode
 
@@ -39,18 +39,18 @@ def chunkllama(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     one gives the same ids where its files say the same.
 
     Raises:
-        UnwritableError: a dialogue with a system turn, or with an answer that is not to be trained
+        NotRenderedError: a dialogue with a system turn, or with an answer that is not to be trained
             on: the script has neither.
     """
     questions = [turn.text for turn in dialogue.turns if turn.role == "user"]
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if len(questions) + len(answers) < len(dialogue.turns):
-        raise UnwritableError(
+        raise NotRenderedError(
             "the template chunkllama has its own system prompt and no place for a dialogue's; "
             "choose the template llama-2, or chat"
         )
     if not questions or not answers or not all(turn.trained for turn in answers):
-        raise UnwritableError(
+        raise NotRenderedError(
             "the template chunkllama trains on every answer, and this dialogue has none, or one "
             "that is not to be trained on; choose the template llama-2, or chat"
         )

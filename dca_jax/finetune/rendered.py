@@ -22,7 +22,7 @@ class Rendered:
     trained: Bool[np.ndarray, " n"]
 
 
-class UnwritableError(InputError):
+class NotRenderedError(InputError):
     """A dialogue that cannot be written, where others may be.
 
     Attributes:

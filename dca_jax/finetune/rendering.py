@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from dca_jax.errors import InputError
-from dca_jax.finetune.rendered import Rendered, UnwritableError
+from dca_jax.finetune.rendered import NotRenderedError, Rendered
 from dca_jax.finetune.templates import renderer
 from dca_jax.finetune.turns import Dialogue, Text
 from dca_jax.inference.progress import progress
@@ -43,12 +43,12 @@ def render_all(
     write = renderer(tokenizer, template)
     kept: list[Rendered] = []
     counts, refused = Counter[str](), Counter[str]()
-    first: UnwritableError | None = None
+    first: NotRenderedError | None = None
     with progress(f"rendering {name}", len(dialogues)) as advance:
         for some in _groups(dialogues):
             for dialogue, rendered in zip(some, write(some), strict=True):
                 advance(1)
-                if isinstance(rendered, UnwritableError):
+                if isinstance(rendered, NotRenderedError):
                     first = first or rendered
                     reason = rendered.reason.replace("this dialogue", "it")
                     known = reason in refused or len(refused) < REASONS

@@ -87,11 +87,11 @@ def finetune(settings: Settings) -> Path:
     output = Path(settings.output)
     from_primary(lambda: check_output(output, settings))
     inputs = read_inputs(setup)
+    rows = training_rows(setup, inputs.data)
     steps = number_of_updates(settings, inputs.data)
     from_primary(lambda: lengthen(output, settings, inputs.data, steps))
     from_primary(lambda: write_settings(output, settings))
     from_primary(lambda: inputs.keep(output))
-    rows = training_rows(setup, inputs.data)
     with Checkpoints(output / CHECKPOINTS, keep=settings.keep) as checkpoints:
         state = train(setup, checkpoints, rows, inputs.held_out, steps)
     with _status(f"writing {output / MODEL}"):

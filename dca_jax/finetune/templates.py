@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 
 from dca_jax.errors import InputError
 from dca_jax.finetune.chunkllama import chunkllama
-from dca_jax.finetune.rendered import Rendered, UnwritableError
+from dca_jax.finetune.rendered import NotRenderedError, Rendered
 from dca_jax.finetune.turns import Dialogue, Text
 from dca_jax.finetune.written import Chat, TurnWriter, Written
 from dca_jax.inference.chat_templates import own_template
@@ -53,7 +53,7 @@ LLAMA_2 = """\
 """
 
 # From dialogues to the tokens of each, or why it cannot be written.
-Renderer = Callable[[Sequence[Dialogue | Text]], list[Rendered | UnwritableError]]
+Renderer = Callable[[Sequence[Dialogue | Text]], list[Rendered | NotRenderedError]]
 Encoded = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
 
 
@@ -64,7 +64,7 @@ def render(dialogue: Dialogue | Text, tokenizer: Any, template: str = "chat") ->
         InputError: as `renderer` does; or why the dialogue cannot be written.
     """
     (found,) = renderer(tokenizer, template)([dialogue])
-    if isinstance(found, UnwritableError):
+    if isinstance(found, NotRenderedError):
         raise found
     return found
 
@@ -94,7 +94,7 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
                 "Llama-2's, or choose the template chat or llama-2"
             )
 
-        def written(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | UnwritableError]:
+        def written(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | NotRenderedError]:
             return [_by_script(one, tokenizer) for one in dialogues]
 
         return written
@@ -107,18 +107,18 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
     # What may be an end marker; tokens of spaces only, which some code models have added, are none.
     marks = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
 
-    def render_all(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | UnwritableError]:
+    def render_all(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | NotRenderedError]:
         chats = iter(turns.write([_chat(one) for one in dialogues if isinstance(one, Dialogue)]))
         written = [_as_written(d) if isinstance(d, Text) else next(chats) for d in dialogues]
         texts = [one.text for one in written if isinstance(one, Written)]
         encoded = iter(_encoded(tokenizer, texts))
-        found: list[Rendered | UnwritableError] = []
+        found: list[Rendered | NotRenderedError] = []
         for dialogue, one in zip(dialogues, written, strict=True):
-            if isinstance(one, UnwritableError):
+            if isinstance(one, NotRenderedError):
                 found.append(one)
                 continue
             tokens = next(encoded)
-            if isinstance(tokens, UnwritableError):
+            if isinstance(tokens, NotRenderedError):
                 found.append(tokens)
             elif isinstance(dialogue, Text):
                 found.append(_between_marks(tokens, one, tokenizer))
@@ -154,12 +154,12 @@ def template_source(tokenizer: Any, template: str) -> str:
     return read_text_file(path)
 
 
-def _by_script(dialogue: Dialogue | Text, tokenizer: Any) -> Rendered | UnwritableError:
+def _by_script(dialogue: Dialogue | Text, tokenizer: Any) -> Rendered | NotRenderedError:
     if isinstance(dialogue, Text):
-        return UnwritableError("the template chunkllama writes dialogues, and this is a text")
+        return NotRenderedError("the template chunkllama writes dialogues, and this is a text")
     try:
         return chunkllama(dialogue, tokenizer)
-    except UnwritableError as error:
+    except NotRenderedError as error:
         return error
 
 
@@ -173,13 +173,13 @@ def _as_written(text: Text) -> Written:
     return Written(whole, [(len(text.prompt), len(whole))])
 
 
-def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded | UnwritableError]:
+def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded | NotRenderedError]:
     """`encode_with_places` of all at once; one by one if there is one that cannot be encoded."""
     try:
         return list(encode_with_places(tokenizer, texts)) if texts else []
     except InputError as error:
         if len(texts) == 1:
-            return [UnwritableError(str(error))]
+            return [NotRenderedError(str(error))]
     return [found for text in texts for found in _encoded(tokenizer, [text])]
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from dca_jax.finetune.rendered import UnwritableError
+from dca_jax.finetune.rendered import NotRenderedError
 from dca_jax.inference.chat_templates import ChatTemplates, Conversation, RefusedError
 
 FEW = 4  # answers whose beginnings are written as they are
@@ -64,7 +64,7 @@ class TurnWriter:
         self._source, self._variables = source, variables
         self._templates = ChatTemplates()
 
-    def write(self, chats: Sequence[Chat]) -> list[Written | UnwritableError]:
+    def write(self, chats: Sequence[Chat]) -> list[Written | NotRenderedError]:
         """Each dialogue's text; or why the template does not write it.
 
         Raises:
@@ -72,7 +72,7 @@ class TurnWriter:
         """
         return [found for group in _groups(chats) for found in self._write_group(group)]
 
-    def _write_group(self, chats: Sequence[Chat]) -> list[Written | UnwritableError]:
+    def _write_group(self, chats: Sequence[Chat]) -> list[Written | NotRenderedError]:
         asked = [_rounds(one) if len(one.answers) > FEW else [_beginnings(one)] for one in chats]
         replies = iter(self._ask([conversation for some in asked for conversation in some]))
         found = []
@@ -114,9 +114,9 @@ def _beginnings(chat: Chat) -> Conversation:
     return Conversation(chat.messages, [(len(chat.messages), False), *cuts], chat.tools)
 
 
-def _from_beginnings(chat: Chat, texts: list[str] | RefusedError) -> Written | UnwritableError:
+def _from_beginnings(chat: Chat, texts: list[str] | RefusedError) -> Written | NotRenderedError:
     if isinstance(texts, RefusedError):
-        return UnwritableError(f"{texts}")
+        return NotRenderedError(f"{texts}")
     whole, *written = texts
     for n, prompt, answered in zip(chat.answers, written[::2], written[1::2], strict=True):
         error = _difference(prompt, answered, n) or _difference(answered, whole, n)
@@ -126,12 +126,12 @@ def _from_beginnings(chat: Chat, texts: list[str] | RefusedError) -> Written | U
     return Written(whole, list(zip(ends[::2], ends[1::2], strict=True)))
 
 
-def _difference(beginning: str, whole: str, turn: int) -> UnwritableError | None:
+def _difference(beginning: str, whole: str, turn: int) -> NotRenderedError | None:
     if whole.startswith(beginning):
         return None
     same = next(n for n, char in enumerate(beginning) if whole[n : n + 1] != char)
     reason = "this chat template writes the beginning of a dialogue otherwise than the whole"
-    return UnwritableError(
+    return NotRenderedError(
         f"{reason}, so which tokens of turn {turn + 1} are the assistant's cannot be told: up to "
         f"there it ends in {beginning[same:][:40]!r} where the whole has {whole[same:][:40]!r}. "
         "Choose the template llama-2, or give a .jinja file that writes turn after turn",

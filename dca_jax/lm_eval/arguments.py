@@ -5,6 +5,7 @@ meaning there, or refused by name; none is dropped in silence.
 """
 
 import difflib
+import logging
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from dca_jax.fields import shown
 from dca_jax.inference.sampling import Sampler
 from dca_jax.sharding import AXES
 
+log = logging.getLogger(__name__)
+
+LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command passes where --device is not given
 OWNER = "dca_jax"  # the key of a cache that tells whose it is; lm-eval's own are checksums
 OFF = (None, False, "", "False", "false", "None", "none")  # as --model_args writes them
 
@@ -68,12 +72,17 @@ def check_device(device: str | None) -> None:
     """Raises InputError for another device than the one that JAX computes on.
 
     lm-eval passes its `--device` to every model, in PyTorch's words. JAX chooses its devices when
-    it starts, so another one cannot be had here, and must not be promised.
+    it starts, so another one cannot be had here, and must not be promised. lm-eval's default,
+    `cuda:0`, is what its command passes when nobody asked: where there is no GPU a line says what
+    computes.
     """
     if device is None:
         return
     kind, _, number = str(device).partition(":")
     platform = jax.default_backend()
+    if device == LM_EVAL_DEVICE and platform != "gpu":
+        log.warning("device=%s is lm-eval's default; JAX computes on %s", device, platform)
+        return
     if {"cuda": "gpu"}.get(kind, kind) != platform:
         raise InputError(
             f"device={shown(device, quote=False)} was asked for, and JAX computes on {platform}; "

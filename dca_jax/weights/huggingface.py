@@ -193,11 +193,15 @@ def match_tensors(
         InputError: a missing or extra tensor, or a wrong shape.
     """
     described = "metadata" if is_gguf(folder) else "config.json"
-    if config.num_hidden_layers > len(stored):  # before that many names are made
-        raise InputError(
-            f"the weights in {folder} are not those of the model in its {described}: it asks for "
-            f"{config.num_hidden_layers} layers, and there are {len(stored)} tensors"
-        )
+    counts = {"layers": config.num_hidden_layers}
+    if config.mixture is not None:
+        counts["experts in each layer"] = config.mixture.num_experts
+    for what, count in counts.items():
+        if count > len(stored):  # before that many names are made
+            raise InputError(
+                f"the weights in {folder} are not those of the model in its {described}: it asks "
+                f"for {count} {what}, and there are {len(stored)} tensors"
+            )
     stored, missing = dict(stored), []
     tensors: dict[str, list[StoredTensor]] = {}
     for row in rows:

@@ -91,13 +91,13 @@ class Parameter:
         layers = (len(self.layers(config)),) if self.stacked else ()
         return layers + tuple(sizes[axis] for axis in self.ours.split())
 
-    def layers(self, config: LlamaConfig) -> tuple[int, ...]:
+    def layers(self, config: LlamaConfig) -> Sequence[int]:
         """Numbers of the layers that have it, as they are stacked."""
         if self.path.startswith("layers.mlp."):
             return config.dense_layers
         if self.path.startswith("layers.experts."):
             return config.sparse_layers
-        return tuple(range(config.num_hidden_layers))
+        return range(config.num_hidden_layers)
 
     def their_shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of one Hugging Face tensor."""
