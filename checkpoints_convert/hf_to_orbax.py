@@ -24,7 +24,7 @@ from dca_jax.weights.files import written_aside
 from dca_jax.weights.folder import copy_description
 from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
 from dca_jax.weights.orbax import PARAMS, StreamedArray, save
-from dca_jax.weights.parameters import Parameter, Read, parameters
+from dca_jax.weights.parameters import Parameter, parameters
 
 
 def convert(
@@ -58,9 +58,11 @@ def convert(
     checkpoint = open_checkpoint(source, config)
     rows = parameters(config)
     dtypes = {row.path: _own_dtype(checkpoint, row) if dtype is None else dtype for row in rows}
-    read: Read = lambda row, index: checkpoint.read(row, index, dtypes[row.path])  # noqa: E731
-    if adapter is not None:
-        read = with_adapter(read, adapter, config)
+
+    def stored(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        return checkpoint.read(row, index, dtypes[row.path])
+
+    read = stored if adapter is None else with_adapter(stored, adapter, config)
     total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows)
     with written_aside(destination) as aside:
         companions = copy_description(source, aside)

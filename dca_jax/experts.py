@@ -68,7 +68,7 @@ class Kernel(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The mixtures of all layers that have one, stacked; a slice of it is that of one layer."""
+    """The mixtures of experts of all layers that have one, stacked; a slice is one layer's."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         mixture = config.mixture

@@ -94,7 +94,7 @@ def _blocks_forward(x: Array, kernels: Array, layer: Array, sizes: Array) -> tup
 
 
 def _blocks_backward(saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-    x, kernels, layer, sizes = saved
+    x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
     dx = _multiply(dy, kernels, layer, sizes, transposed=True)
     return dx, _outer(x, dy, kernels, layer, sizes), None, None
 
@@ -204,7 +204,7 @@ def _mosaic_forward(x: Array, kernels: Array, layer: Array, sizes: Array) -> tup
 
 
 def _mosaic_backward(saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-    x, kernels, layer, sizes = saved
+    x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
     dx = _mosaic(dy, kernels, layer, sizes, transposed=True)
     return dx, _outer(x, dy, kernels, layer, sizes), None, None
 

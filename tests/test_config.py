@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from shared_fixtures import invoke
+from tiny_llm import make_llm
 
+import dca_jax
 from dca_jax.config import LlamaConfig, MixtureConfig, choose_dca
 from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
@@ -416,3 +418,35 @@ def test_kv_heads_that_neither_a_file_nor_its_family_gives() -> None:
 def test_a_window_of_no_layer_is_none() -> None:
     read = {"use_sliding_window": True, "max_window_layers": QWEN_2_5_7B_1M["num_hidden_layers"]}
     assert LlamaConfig.from_hf(QWEN_2_5_7B_1M | read).sliding_window is None
+
+
+def test_the_second_config_and_thinking_through_load_and_the_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_llm(tmp_path / "model")
+    template = "{% if enable_thinking is false %}in short: {% endif %}{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    asked = {"chunk_size": 40, "local_size": 8, "original_max_position_embeddings": 40}
+    config = json.loads((folder / "config.json").read_text())
+    long = {"max_position_embeddings": 4096, "dual_chunk_attention_config": asked}
+    (folder / "config_1m.json").write_text(json.dumps(config | long))
+    assert dca_jax.load(folder, context=64).model.config.dca is None
+    with caplog.at_level("WARNING"):
+        llm = dca_jax.load(folder, context="1k")
+    assert "is read by its config_1m.json, for a text of 1024 tokens" in caplog.text
+    assert llm.model.dca == DCAConfig.from_hf(asked)
+    assert dca_jax.load(folder, config=folder / "config_1m.json").model.dca == llm.model.dca
+    messages = [{"role": "user", "content": "Call me " * 40}]  # longer than a chunk
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}))
+    command = ("generate", folder, "--input", tmp_path / "in.jsonl", "--context", "1k")
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    for flag, thinking in (("--thinking", True), ("--no-thinking", False)):
+        out = tmp_path / f"{flag}.jsonl"
+        done = invoke(*command, *options, flag, "--output", out)
+        assert done.exit_code == 0, done.output
+        wanted = llm.chat(messages, max_new_tokens=6, thinking=thinking)
+        found = json.loads(out.read_text())
+        assert (found["text"], found["prompt_tokens"]) == (wanted.text, wanted.prompt_tokens)
+    done = invoke("generate", folder, "Call me", "--thinking")
+    assert done.exit_code == 2
+    assert "--thinking is for conversations" in done.stderr

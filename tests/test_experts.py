@@ -15,6 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from lowering import lower
+from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
 from dca_jax.attention.device import Device
@@ -23,6 +24,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.experts import Experts, balance_of, load_balancing_loss
 from dca_jax.grouped import PRODUCTS, choose, chosen_product
+from dca_jax.inference.generate import generate
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import describe, make_mesh, parse_mesh
@@ -222,15 +224,8 @@ def test_the_kernel_for_hopper_compiles_as_far_as_its_own_compiler_goes() -> Non
     assert text.count("mosaic_gpu") >= 1
 
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
+CONFIG = replace(
+    DIVISIBLE,
     qk_norm=True,
     model_type="qwen3_moe",
     mixture=MixtureConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24),
@@ -346,20 +341,55 @@ def model_on(mesh: str | None) -> Llama:
     return Llama.from_params(CONFIG, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
 
 
-@jax.jit
-def balance_and_logits(model: Llama, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def loss_and_logits(model: Llama, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean NLL and the loss of uneven choices, and the logits: of one forward pass."""
     hidden, balance = model.balanced_hidden_states(tokens, jnp.asarray(LENGTHS))
-    return balance, model.unembed(hidden)
+    nll = model.nll(hidden, jnp.roll(tokens, -1, axis=1))
+    counts = np.arange(tokens.shape[1])[None, :] < LENGTHS[:, None] - 1  # the last has no target
+    mean = jnp.where(counts, nll, 0).sum() / np.float32(counts.sum())
+    return mean + balance, model.unembed(hidden)
 
 
-def test_a_model_on_a_mesh_is_that_of_one_device_whatever_the_padding() -> None:
-    one, cut = model_on(None), model_on("fsdp=2,context=2,tensor=2")
-    balance, logits = balance_and_logits(one, BATCH)
-    for model, padding in ((one, 5), (cut, 7)):
-        padded = np.where(IS_TEXT, BATCH, padding).astype(np.int32)
-        got_balance, got = balance_and_logits(model, padded)
-        np.testing.assert_allclose(float(got_balance), float(balance), rtol=1e-5)
-        np.testing.assert_allclose(np.asarray(got)[IS_TEXT], logits[IS_TEXT], atol=1e-5)
+@functools.cache
+def graded() -> Any:
+    return jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+
+
+@functools.cache
+def expected() -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
+    (loss, logits), gradient = graded()(model_on(None), BATCH)
+    return float(loss), np.asarray(logits), flatten_dict(gradient.params(), sep=".")
+
+
+SLOW = pytest.mark.slow
+MESHES = (
+    None,
+    "fsdp=4,tensor=2",
+    pytest.param("data=2,fsdp=4", marks=SLOW),
+    pytest.param("data=2,context=2,tensor=2", marks=SLOW),
+    pytest.param("fsdp=2,context=2,tensor=2", marks=SLOW),
+)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_model_on_a_mesh_is_that_of_one_device_whatever_the_padding(mesh: str | None) -> None:
+    loss, logits, gradient = expected()
+    padded = np.where(IS_TEXT, BATCH, 7).astype(np.int32)
+    (got_loss, got_logits), got = graded()(model_on(mesh), padded)
+    np.testing.assert_allclose(float(got_loss), loss, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(got_logits)[IS_TEXT], logits[IS_TEXT], atol=1e-5)
+    for name, leaf in flatten_dict(got.params(), sep=".").items():
+        scale = np.abs(gradient[name]).max()
+        np.testing.assert_allclose(leaf, gradient[name], atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=4,tensor=2", pytest.param("context=4,tensor=2", marks=SLOW)]
+)
+def test_generated_tokens_are_those_of_one_device(mesh: str) -> None:
+    prompts = [BATCH[0, :30].tolist(), BATCH[1, :5].tolist()]
+    texts = [generate(model_on(m), prompts, max_new_tokens=6) for m in (None, mesh)]
+    assert texts[0] == texts[1]
 
 
 def test_no_device_gathers_the_experts() -> None:

@@ -13,8 +13,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_llm import DIVISIBLE
 
-from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune.data import Source, training_rows
@@ -36,16 +36,7 @@ from dca_jax.planning.memory import LOSS_TOKENS
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.placement import parameter_shardings
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+CONFIG = DIVISIBLE
 DCA = DCAConfig(chunk_len=10, max_query_position=14)
 LENGTHS = np.array([37, 5, 37, 20], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 37)).astype(np.int32)

@@ -477,10 +477,12 @@ def test_peft_opens_ours_and_we_open_pefts(tmp_path: Path) -> None:
     found = {}
     for name in names:
         folder = tmp_path / name
-        found[name] = torch_logits(peft.PeftModel.from_pretrained(base(), folder).eval(), tokens)
+        # In float64: float32 alone moves theirs by up to 2e-5 of the largest, and ours by 7e-6.
+        theirs = peft.PeftModel.from_pretrained(base(), folder).eval().double()
+        found[name] = torch_logits(theirs, tokens)
         merged = load_weights(tmp_path / "hf", config, dtype=jnp.float32, adapter=folder)
         ours = logits(Llama.from_params(config, merged, dtype=jnp.float32), tokens)
-        close(found[name], ours, 5e-5)
+        close(ours, found[name])
         assert np.abs(found[name] - plain).max() > 1e-2
     # Converted: merged on the way there, or on the way back.
     done = invoke("convert", tmp_path / "hf", tmp_path / "m", "--adapter", tmp_path / "rslora")
@@ -493,7 +495,7 @@ def test_peft_opens_ours_and_we_open_pefts(tmp_path: Path) -> None:
     orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "merged back", adapter=adapter)
     for folder in (tmp_path / "merged there", tmp_path / "merged back"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        close(torch_logits(theirs, tokens), found["rslora"], 5e-5)
+        close(torch_logits(theirs, tokens), found["rslora"])
     with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
         load_weights(tmp_path / "hf", config, adapter=tmp_path / "nowhere")
 

@@ -10,6 +10,7 @@ import pytest
 from abstract import collective_sizes, lower
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_llm import DIVISIBLE
 
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
@@ -23,16 +24,7 @@ from dca_jax.model import Llama
 from dca_jax.sharding import AXES, describe, make_mesh, mesh_of, parse_mesh
 from dca_jax.weights.placement import check_mesh, parameter_shardings
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+CONFIG = DIVISIBLE
 DCA = DCAConfig(chunk_len=10, max_query_position=14)
 LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)  # no axis divides T = 37
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 37)).astype(np.int32)

@@ -30,6 +30,17 @@ LEAST = LlamaConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
+# Every mesh of eight devices divides its sizes, and `tensor` is more than its kv heads.
+DIVISIBLE = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CORPUS = [
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money",

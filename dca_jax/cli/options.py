@@ -96,19 +96,20 @@ ContextOption = Annotated[
     str | None,
     typer.Option(
         metavar="TOKENS",
-        help="Length of the longest text, as in 1M: a model with a second config for longer texts "
-        "(**config_1m.json**) is read by that if needed.",
+        help="Length of the longest text, such as 1M. A model with a second config for longer "
+        "texts (**config_1m.json**) uses it if needed.",
     ),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Another config of the model than its **config.json**."),
+    typer.Option(metavar="FILE", help="Config to use in place of the model's **config.json**."),
 ]
 ThinkingOption = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
-        help="Whether the model thinks before it answers, where its chat template asks (Qwen3).",
+        help="Let the model think before it answers, or not, if its chat template has the choice "
+        "(Qwen3).",
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]

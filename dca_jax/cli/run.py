@@ -177,8 +177,8 @@ def chat(
             "--context",
             metavar="TOKENS",
             help="Longest conversation to expect, for methods that depend on the length (pi, ntk, "
-            "yarn, self-extend, string; default: 4 times the trained length), and for models with "
-            "a second config for longer texts (**config_1m.json**).",
+            "yarn, self-extend, string; default: 4 times the trained length), and to choose a "
+            "second config for longer texts (**config_1m.json**), if the model has one.",
         ),
     ] = None,
     config: ConfigOption = None,

@@ -1,15 +1,8 @@
 """Dialogues as tokens, and which of them the loss counts.
 
-A chat template says how a dialogue is written; that it says where the assistant's words begin and
-end is too much to ask of those in use. So they are found by rendering beginnings of the dialogue:
-
-    up to the question, with the generation prompt    <s>[INST] How far? [/INST]
-    up to the answer                                  <s>[INST] How far? [/INST] Ten miles. </s>
-                                                                                ^^^^^^^^^^^^^^^^
-    and the answer's tokens, its end marker included, are those of the difference, in one
-    tokenization of the whole text. What a model is given before it answers is never trained on, and
-    what it must write itself is: where a template has no generation prompt, that is the header of
-    the answer too.
+A chat template writes the text, and `dca_jax.finetune.written` finds where in it the assistant
+speaks. The whole text is tokenized once; the tokens of those places, end markers included, are
+trained on.
 """
 
 from collections.abc import Callable, Sequence

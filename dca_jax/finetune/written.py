@@ -1,19 +1,19 @@
 """Dialogues as a chat template writes them, and where in the text the assistant speaks.
 
-That a template says where an answer begins and ends is too much to ask of those in use. So it is
-found by having beginnings of the dialogue written:
+Templates in use do not say where an answer begins and ends. It is found by writing beginnings of
+the dialogue:
 
     up to the question, with the generation prompt    <s>[INST] How far? [/INST]
     up to the answer                                  <s>[INST] How far? [/INST] Ten miles. </s>
                                                                                 ^^^^^^^^^^^^^^^^
 
-What a model is given before it answers is never trained on, and what it must write itself is: where
-a template has no generation prompt, that is the header of the answer too.
+What a model is given before it answers is never trained on. What it must write itself is: if a
+template has no generation prompt, that includes the header of the answer.
 
-Of n rounds that is text in the square of n. Most templates write a round the same way wherever it
-stands, so in a long dialogue each is written once, behind a short one in place of those before;
-and where the rounds so written, one after the other, are the dialogue to the letter, their answers
-are where they are in the whole. Where they are not, the beginnings are written after all.
+For n rounds this writes text quadratic in n. Most templates write a round the same way wherever it
+stands, so in a long dialogue each round is written once, after a short one that stands for those
+before it. If the rounds written so add up to the dialogue, letter by letter, the places of their
+answers are known. If not, the beginnings are written after all.
 """
 
 from bisect import bisect_left

@@ -47,7 +47,7 @@ def load(
 
     Args:
         path: a Hugging Face folder, a folder converted by `checkpoints_convert`, a GGUF file, or,
-            where there is none of them, a model's name on the Hugging Face Hub ("owner/name"),
+            if there is no such path, a model's name on the Hugging Face Hub ("owner/name"),
             which is then downloaded into its cache.
         dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
             setting for its trained length. None is plain attention. Or another way of giving

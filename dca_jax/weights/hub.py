@@ -26,7 +26,7 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
         weights: False downloads all but the weights.
 
     Raises:
-        InputError: neither of them nor a model that can be downloaded; a folder of several GGUF
+        InputError: no such path and no model that can be downloaded; a folder of several GGUF
             files.
     """
     folder = Path(path)
