@@ -21,6 +21,7 @@ INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas
 WIDTH, DEPTH = 64, 64  # columns and rows that a program reads at once
 PROGRAMS = 512  # that keep a GPU's memory busy
 WARPS = 4
+AHEAD = 4  # tiles that a program reads before it uses the first
 
 
 def are_few(rows: int, groups: int) -> bool:
@@ -83,11 +84,15 @@ def _kernel(matrix_ref: Any, x_ref: Any, *refs: Any, share: int) -> None:
     columns = pl.ds(pl.program_id(1) * WIDTH, WIDTH)
     matrix = matrix_ref[row]
     split = len(refs) // 2
+    steps = range(share // DEPTH)
     for w_ref, y_ref in zip(refs[:split], refs[split:], strict=True):
         # Summed up at the end only: a sum along rows goes through shared memory.
         sums = jnp.zeros((DEPTH, WIDTH), jnp.float32)
-        for step in range(share // DEPTH):
-            depth = pl.ds(number * share + step * DEPTH, DEPTH)
-            x = plgpu.load(x_ref.at[row, depth]).astype(jnp.float32)
-            sums += x[:, None] * plgpu.load(w_ref.at[matrix, depth, columns]).astype(jnp.float32)
+        for first in steps[::AHEAD]:
+            # All loads before what waits for the first of them.
+            depths = [pl.ds(number * share + n * DEPTH, DEPTH) for n in steps[first:][:AHEAD]]
+            tiles = [plgpu.load(w_ref.at[matrix, depth, columns]) for depth in depths]
+            for depth, tile in zip(depths, tiles, strict=True):
+                x = plgpu.load(x_ref.at[row, depth]).astype(jnp.float32)
+                sums += x[:, None] * tile.astype(jnp.float32)
         plgpu.store(y_ref.at[number, row, columns], sums.sum(axis=0))
