@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import Device, current_device
+from dca_jax.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
 
 BLOCK = 128  # rows of the largest block
