@@ -365,8 +365,6 @@ SLOW = pytest.mark.slow
 MESHES = (
     None,
     "fsdp=4,tensor=2",
-    pytest.param("data=2,fsdp=4", marks=SLOW),
-    pytest.param("data=2,context=2,tensor=2", marks=SLOW),
     pytest.param("fsdp=2,context=2,tensor=2", marks=SLOW),
 )
 

@@ -162,7 +162,8 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "part", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "backward")), "decode"]
+    "part",
+    [*(pytest.param(x, marks=pytest.mark.tpu_aot) for x in ("forward", "backward")), "decode"],
 )
 def test_compiles_for_one_chip(part: str) -> None:
     check("v5e", part, 32768, LLAMA)
