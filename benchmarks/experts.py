@@ -26,8 +26,8 @@ import typer
 from common import Report, copy_bandwidth, machine, reason, require_live_device, show, timed
 from jaxtyping import Array
 
-from dca_jax.attention.device import current_device
 from dca_jax.config import LlamaConfig
+from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.grouped import (

@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.attention.device import current_device
 from dca_jax.config import LlamaConfig
+from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped import (
     PRODUCTS,

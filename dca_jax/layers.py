@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import current_device
 from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
 from dca_jax.sharding import Shards
 

@@ -18,9 +18,9 @@ from lowering import lower
 from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
-from dca_jax.attention.device import Device
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device
 from dca_jax.errors import InputError
 from dca_jax.experts import Experts, balance_of, load_balancing_loss
 from dca_jax.grouped import PRODUCTS, choose, chosen_products, collect, few, lay_out, spread
@@ -396,8 +396,6 @@ SLOW = pytest.mark.slow
 MESHES = (
     None,
     "fsdp=4,tensor=2",
-    pytest.param("data=2,fsdp=4", marks=SLOW),
-    pytest.param("data=2,context=2,tensor=2", marks=SLOW),
     pytest.param("fsdp=2,context=2,tensor=2", marks=SLOW),
 )
 

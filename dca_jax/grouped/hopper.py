@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS
+from dca_jax.device import MULTIPROCESSORS
 from dca_jax.grouped.blocks import in_stack
 from dca_jax.grouped.layout import block_ends, group_of_block
 

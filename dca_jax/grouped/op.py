@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import Device
+from dca_jax.device import Device
 from dca_jax.grouped.blocks import blocks, precision
 from dca_jax.grouped.hopper import BLOCK, TILE, mosaic_gpu
 

@@ -212,7 +212,7 @@ def check_experts_stay(
                 assert math.prod(sizes) < (layer if step == "decode" else stack), instruction.text
 
 
-@pytest.mark.parametrize("step", [pytest.param("read", marks=pytest.mark.slow), "decode"])
+@pytest.mark.parametrize("step", [pytest.param("read", marks=pytest.mark.tpu_aot), "decode"])
 def test_quick(step: str) -> None:
     check(step, QUICK)
 
