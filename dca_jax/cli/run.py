@@ -3,7 +3,7 @@
 import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from dca_jax.cli.options import (
     NewTokensOption,
     SeedOption,
     ThinkingOption,
+    find_model,
     load_model,
     refuse_several_processes,
     with_sampler,
@@ -35,7 +36,7 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.methods import reading
 from dca_jax.inference.options import Options
 from dca_jax.inference.progress import progress
-from dca_jax.inference.requests import Request, answers, make_requests, read_lines
+from dca_jax.inference.requests import Request, answers, batches, make_requests, read_lines
 from dca_jax.inference.sampling import Sampler
 from dca_jax.lengths import parse_tokens
 from dca_jax.text_files import decode
@@ -138,8 +139,10 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
-    requests = make(llm)
+    opened = find_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
+    requests = make(opened.llm)
+    together = batches(opened.llm.model.config, requests, method, batch, options)
+    llm = load_model(model, opened, (_need(some, options) for _, some in together))
     if input is None and output is None and not as_json:
         (request,) = requests
         reader = reading(llm, method, len(request.tokens) + options.max_new_tokens)
@@ -201,7 +204,8 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=length, config=config)
+    opened = find_model(model, [method], dtype, mesh, adapter, context=length, config=config)
+    llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
@@ -269,6 +273,12 @@ def _requests(
     if not prompt:
         raise InputError("the text is empty; give at least one character")
     return lambda llm: [Request(fields, llm.tokenize(fields["prompt"]))]
+
+
+def _need(together: Sequence[Request], options: Options) -> tuple[int, int]:
+    """Rows and tokens of a batch."""
+    longest = max(len(request.tokens) for request in together)
+    return len(together), longest + options.max_new_tokens
 
 
 def _standard_input() -> str:
