@@ -28,6 +28,7 @@ from dca_jax.cli.options import (
     refuse_several_processes,
     with_sampler,
 )
+from dca_jax.disk import append, writing
 from dca_jax.distributed import exit_on_input_error, from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.inference.chat import Conversation
@@ -326,7 +327,9 @@ def _lines(output: Path | None) -> Iterator[Callable[[str], None]]:
         return
     aside = output.with_name(f".{output.name}.partial")
     written = 0
-    with aside.open("a", encoding="utf-8") as file:
+    with writing(output):
+        opened = aside.open("ab", buffering=0)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -337,14 +340,14 @@ def _lines(output: Path | None) -> Iterator[Callable[[str], None]]:
 
         def write(line: str) -> None:
             nonlocal written
-            file.write(line + "\n")
-            file.flush()
+            append(file, f"{line}\n".encode(errors="replace"), output)
             written += 1
 
         try:
             yield write
             refuse_existing(output)
-            aside.rename(output)
+            with writing(output):
+                aside.rename(output)
         except BaseException:
             if written:
                 print(f"the first {written} answers are in {aside}", file=sys.stderr)
