@@ -166,6 +166,7 @@ class Campaign:
         self.output.parent.mkdir()
         write_inputs(self.inputs)
         self.codes: Counter[str] = Counter()
+        self.ended = False  # whether the last run came to its end before its signal
         self.seconds = 0.0  # of the last run that nobody disturbed: a busy machine gets slower
 
     def run(self, sign: signal.Signals | None = None, seconds: float = 0) -> tuple[int, str]:
@@ -203,7 +204,7 @@ class Campaign:
     def faults_of_a_run(self, draw: random.Random, number: int) -> list[str]:
         """Kills a run once or twice; returns what was wrong of its answers."""
         shutil.rmtree(self.output, ignore_errors=True)
-        faults = []
+        faults, self.ended = [], False
         for again in range(draw.choice((1, 1, 2))):
             sign = SIGNALS[(number + again) % len(SIGNALS)]
             seconds = draw.uniform(0.05, 1.0) * self.seconds
@@ -213,13 +214,17 @@ class Campaign:
             if "Traceback" in told:
                 where = f"{sign.name} after {seconds:.2f} s of {self.seconds:.2f}"
                 faults.append(f"a traceback, {where}:\n{told[-1500:]}")
-            if code == 0:  # it came too late
+            self.ended = code == 0
+            if self.ended:  # the signal came too late
                 break
         return faults
 
     def faults_of_the_end(self, expected: str) -> list[str]:
         """Runs the command to its end, unless it came to it; returns what is wrong of it."""
-        if self.kind is not KINDS["convert"] or not self.output.exists():
+        converted = (
+            self.kind is KINDS["convert"] and self.output.exists()
+        )  # all of it, or not there
+        if not self.ended and not converted:
             code, errors = self.run()
             if code:
                 return [f"run again it ends with code {code}:\n{errors[-1500:]}"]
