@@ -221,9 +221,8 @@ class Campaign:
 
     def faults_of_the_end(self, expected: str) -> list[str]:
         """Runs the command to its end, unless it came to it; returns what is wrong of it."""
-        converted = (
-            self.kind is KINDS["convert"] and self.output.exists()
-        )  # all of it, or not there
+        # A converted folder is there whole, or not at all.
+        converted = self.kind is KINDS["convert"] and self.output.exists()
         if not self.ended and not converted:
             code, errors = self.run()
             if code:
