@@ -89,7 +89,7 @@ def widest_piece(batch: int, length: int, tokens: int = PIECE) -> int:
 
 def padded_batch(batch: int, mesh: Mesh | None) -> int:
     """Rows that so many texts need: the next multiple of the mesh's `data` times `fsdp`."""
-    return _multiple(batch, axis_size(mesh, "data", "fsdp"))
+    return multiple(batch, axis_size(mesh, "data", "fsdp"))
 
 
 def capacity_bucket(length: int, context: int = 1) -> int:
@@ -100,8 +100,8 @@ def capacity_bucket(length: int, context: int = 1) -> int:
     """
     step = max(16, power_of_two(length) // 16)
     if context > 1:
-        step = _multiple(step, 32 * context)
-    return _multiple(max(length, 128), step)
+        step = multiple(step, 32 * context)
+    return multiple(max(length, 128), step)
 
 
 def cache_shape(
@@ -122,7 +122,7 @@ def cache_shape(
     )
     for rows, capacity, share in shapes:
         rows = padded_batch(rows if more_rows else batch, mesh)
-        capacity = _multiple(capacity, max(1, 32 * context))
+        capacity = multiple(capacity, max(1, 32 * context))
         if _cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
             return rows, capacity
     return padded_batch(batch, mesh), capacity_bucket(length, context)
@@ -292,6 +292,6 @@ def _power_of_four(n: int) -> int:
     return power if power.bit_length() % 2 else 2 * power
 
 
-def _multiple(n: int, step: int) -> int:
+def multiple(n: int, step: int) -> int:
     """The smallest multiple of `step` that is at least n."""
     return -(-n // step) * step
