@@ -39,6 +39,7 @@ MATRICES = {
     "70B down": (28_672, 8192),
 }
 TINY = {"tiny": (256, 128)}
+THOROUGH = [(4096, 4096), (4096, 14_336), (256, 128)]
 STACK = 16  # layers one after the other; of large matrices fewer
 STACK_BYTES = 2**30
 COLUMNS = ("matrix", "weights", "rows", "way", "us", "share", "error")
@@ -95,7 +96,7 @@ def _time_matrix(shape: tuple[int, int], form: str, rate: float) -> Iterator[dic
         for tile in _tiles(shape, form):
             name = "kernel {}x{} /{} w{} s{}".format(*tile)
             ways[name] = partial(few_rows.multiply, tile=tile)
-            if tile.inputs * tile.outputs <= 2**14:
+            if tile.inputs * tile.outputs <= 2**14 and shape in THOROUGH:
                 vector = tile._replace(vector=True)
                 ways[f"{name} vector"] = partial(few_rows.multiply, tile=vector)
     for rows in (1, 4, 16):
@@ -212,8 +213,10 @@ def _tiles(shape: tuple[int, int], form: str) -> list[Tile]:
     else:
         sizes = [(int(group or 64) if kind == "int4" else 128, o) for o in (32, 64, 128, 256)]
     tiles = []
+    thorough = shape in THOROUGH and form in ("int8", "int4:128")
+    runs = ((1, 4, 4), (2, 4, 4), (4, 4, 3), (2, 8, 4)) if thorough else ((2, 4, 4), (4, 4, 3))
     for inputs, outputs in sizes:
-        for per_core, warps, stages in ((1, 4, 4), (2, 4, 4), (4, 4, 3), (2, 8, 4)):
+        for per_core, warps, stages in runs:
             if shape[1] % outputs:
                 continue
             columns, steps, splits = shape[1] // outputs, shape[0] // inputs, 1

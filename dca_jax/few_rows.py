@@ -8,7 +8,6 @@ its stack, so no layer is copied out of it.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -164,8 +163,8 @@ def _dot(x: Array, kernel: Array, transposed: bool) -> Array:
     )
 
 
-# Four bytes in a register, shifted so that the halves wanted are the lower ones, become four numbers
-# in bfloat16: 0x4300 + q is 128 + q, from which 128 is taken.
+# Four bytes in a register, shifted so that the halves wanted are the lower ones, become four
+# numbers in bfloat16: 0x4300 + q is 128 + q, from which 128 is taken.
 _HALVES = """
 {{
 .reg .b32 halves, one, bias;
