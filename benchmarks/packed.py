@@ -170,7 +170,7 @@ def _random_stack(layers: int, shape: tuple[int, int], form: str) -> Any:
         matrix = 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
         if form == "bfloat16":
             return matrix
-        return pack(matrix, form, block_sizes(form, shape, (0,), (1, 1)))
+        return pack(matrix, form, block_sizes(form, shape, (0,)))
 
     keys = jax.random.split(jax.random.key(0, impl="rbg"), layers)
     return jax.jit(lambda keys: jax.lax.map(one, keys))(keys)

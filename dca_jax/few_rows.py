@@ -8,6 +8,7 @@ its stack, so no layer is copied out of it.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from dca_jax.attention.device import current_device
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
+INPUTS, OUTPUTS = 128, 64  # of a tile, at most
+PROGRAMS = 264  # that a device should have to run, two for each of an H200's processors
 
 
 class Tile(NamedTuple):
@@ -34,11 +38,19 @@ class Tile(NamedTuple):
     vector: bool = False  # one row, without tensor cores
 
 
+def are_few(rows: int, dtype: Any) -> bool:
+    """Whether `multiply` is the way to take: of up to 16 rows, on NVIDIA's GPUs from Ampere on."""
+    if rows > ROWS or INTERPRET:
+        return rows <= ROWS
+    capability = current_device().capability
+    return capability is not None and capability >= (8, 0) and dtype == jnp.bfloat16
+
+
 def multiply(
     x: Float[Array, "rows inputs"],
     matrices: Packed,
     layer: Int[Array, ""],
-    tile: Tile,
+    tile: Tile | None = None,
     *,
     transposed: bool = False,
 ) -> Float[Array, "rows outputs"]:
@@ -47,12 +59,19 @@ def multiply(
     Args:
         x: up to `ROWS` rows.
         matrices: [L, inputs, outputs], or [L, outputs, inputs] if `transposed`.
-        tile: sizes that divide those of a matrix, and of its groups or blocks.
+        tile: sizes that divide those of a matrix, and of its groups or blocks; None for
+            `choose_tile`'s.
     """
     rows, inputs = x.shape
     ins, outs = (2, 1) if transposed else (1, 2)
     outputs = matrices.shape[outs]
     group = inputs // matrices.scale.shape[ins]
+    tile = choose_tile(matrices, transposed) if tile is None else tile
+    if tile is None:
+        matrix = matrices.at(layer).unpack(x.dtype)
+        matrix = matrix.T if transposed else matrix
+        precision = "highest" if x.dtype == jnp.float32 else None
+        return jnp.dot(x, matrix, precision=precision, preferred_element_type=jnp.float32)
     steps = inputs // tile.inputs // tile.splits
     nibbles = matrices.halved is not None
     wide = x if tile.vector else jnp.pad(x, ((0, ROWS - rows), (0, 0)))
@@ -77,6 +96,25 @@ def multiply(
         name="dca_few_rows",
     )(layer.astype(jnp.int32).reshape(1), *parts, *jax.tree.leaves(matrices))
     return out[:, :rows].sum(axis=0)
+
+
+def choose_tile(matrices: Packed, transposed: bool) -> Tile | None:
+    """Sizes for a stack of matrices; None if tensor cores cannot multiply by its groups.
+
+    Groups and tiles are powers of two, and tensor cores add 16 products.
+    """
+    ins, outs = (2, 1) if transposed else (1, 2)
+    inputs, outputs = matrices.shape[ins], matrices.shape[outs]
+    group = inputs // matrices.scale.shape[ins]
+    nibbles = matrices.halved is not None
+    deep = group if group < inputs else math.gcd(inputs, INPUTS)
+    wide = math.gcd(outputs, OUTPUTS)
+    if deep & (deep - 1) or deep < (32 if nibbles else 16) or wide < 16:
+        return None
+    columns, steps, splits = outputs // wide, inputs // deep, 1
+    while columns * splits < PROGRAMS and not steps % (2 * splits):
+        splits *= 2
+    return Tile(deep, wide, splits, num_warps=4, num_stages=4)
 
 
 def _kernel(

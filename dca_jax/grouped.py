@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
+from dca_jax.packed_weights import Packed
 
 BLOCK = 128  # rows of the largest block
 HOPPER = (9, 0)
@@ -43,7 +44,7 @@ Product = Callable[
 
 def grouped_product(
     x: Float[Array, "rows inputs"],
-    kernels: Float[Array, "L E inputs outputs"],
+    kernels: Float[Array, "L E inputs outputs"] | Packed,
     layer: Int[Array, ""],
     sizes: Int[Array, " E"],
 ) -> Float[Array, "rows outputs"]:
@@ -51,10 +52,12 @@ def grouped_product(
 
     Args:
         x: rows sorted by group.
-        kernels: of any floating dtype; taken to that of x.
+        kernels: of any floating dtype, or packed; taken to that of x.
         layer: which of the stack.
         sizes: rows of each group, int32; together at most those of x.
     """
+    if isinstance(kernels, Packed):
+        kernels, layer = kernels.at(layer).unpack(x.dtype)[None], jnp.int32(0)
     name = choose(current_device(), x.dtype, kernels.shape[2:])
     return PRODUCTS[name](x, kernels, layer, sizes)
 
@@ -131,7 +134,9 @@ def _padded(x: Array, groups: int) -> Array:
     return jnp.pad(x, ((0, _block_size(len(x), groups)), (0, 0)))
 
 
-def _matrix(kernels: Array, layer: Array, group: Array, dtype: Any) -> Array:
+def _matrix(kernels: Array | Packed, layer: Array, group: Array, dtype: Any) -> Array:
+    if isinstance(kernels, Packed):
+        return kernels.at(layer).at(group).unpack(dtype)
     shape = (1, 1, *kernels.shape[2:])
     zero = jnp.zeros((), group.dtype)
     start = (layer.astype(group.dtype), group, zero, zero)
@@ -224,7 +229,7 @@ def are_few(rows: int, groups: int) -> bool:
 
 def chosen_product(
     x: Float[Array, "rows inputs"],
-    kernels: Float[Array, "L E inputs outputs"],
+    kernels: Float[Array, "L E inputs outputs"] | Packed,
     layer: Int[Array, ""],
     groups: Int[Array, " rows"],
 ) -> Float[Array, "rows outputs"]:
@@ -237,7 +242,9 @@ def chosen_product(
     if current_device().platform == "gpu":
         # One fusion that gathers, multiplies and sums: XLA would write down what a product reads.
         wide = compute_dtype(x.dtype)
-        matrices = kernels[layer, groups].astype(wide)
+        matrices = kernels[layer, groups]
+        packed = isinstance(matrices, Packed)
+        matrices = matrices.unpack(wide) if packed else matrices.astype(wide)
         return jnp.sum(x.astype(wide)[:, :, None] * matrices, axis=1).astype(x.dtype)
     product = partial(jnp.dot, precision=_precision(x))
     rows = (

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from dca_jax.errors import InputError
 
@@ -35,7 +35,7 @@ from dca_jax.errors import InputError
 FORMS = {"int8": 1, "int4": 64, "int4:32": 32, "int4:128": 128, "fp8": 128}
 FP8 = jnp.float8_e4m3fn
 DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.dtype(FP8)}
-LARGEST = {"int8": 127.0, "int4": 15.0, "fp8": 448.0}
+LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
 SMALLEST_GROUP = 4  # of int4: fewer would not tell the axis of the groups from the others
 FLOAT32 = jnp.float32
 
@@ -97,14 +97,30 @@ class Packed:
     def __len__(self) -> int:
         return len(self.values)
 
+    def at(self, layer: Int[Array, ""]) -> "Packed":
+        """One of a stack, whose number may be traced."""
+        return jax.tree.map(
+            lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), self
+        )
+
+    def rows(self, numbers: Int[Array, "*n"], dtype: DTypeLike) -> Float[Array, "*n inputs"]:
+        """Rows of a table [outputs, inputs], unpacked; no other is read."""
+
+        def taken(part: Array) -> Array:
+            each = len(self) // len(part)  # rows that share a scale
+            return part[numbers if each == 1 else numbers // each]
+
+        return jax.tree.map(taken, self).unpack(dtype)
+
     def unpack(self, dtype: DTypeLike) -> Array:
         """The matrix: computed in float32, in `dtype`. Without the gradient of scales."""
         self = jax.lax.stop_gradient(self)
         values, scale, offset = self.values, self.scale, self.offset
         if self.halved is not None:
-            axis = self.halved % self.ndim + 1
-            shifts = jnp.array([0, 4], jnp.uint8)
-            shifts = shifts.reshape((2,) + (1,) * (self.ndim - axis))
+            axis = self.ndim + self.halved + 1
+            shifts = jnp.expand_dims(
+                jnp.array([0, 4], jnp.uint8), [n for n in range(self.ndim + 1) if n != axis]
+            )
             values = (jnp.expand_dims(values, axis) >> shifts) & jnp.uint8(15)
         shape, blocked, spread = self.shape, [], []
         for size, count in zip(shape, scale.shape, strict=True):
@@ -129,15 +145,13 @@ def check_form(name: str | None) -> None:
         raise InputError(f"weights must be one of {', '.join(FORMS)}, or not given, got {name!r}")
 
 
-def block_sizes(
-    form: str, shape: Sequence[int], inputs: Sequence[int], cuts: Sequence[int]
-) -> tuple[int, ...]:
+def block_sizes(form: str, shape: Sequence[int], inputs: Sequence[int]) -> tuple[int, ...]:
     """How many elements along each axis of a matrix a scale is for.
 
     Args:
         form: a name in `FORMS`.
-        shape: of the matrix. inputs: its axes that are summed over.
-        cuts: into how many parts a mesh cuts each axis: no block is divided.
+        shape: of the matrix, or of one device's part of it: no block is divided between devices.
+        inputs: its axes that are summed over.
 
     Raises:
         InputError: int4, of an axis whose size leaves no groups.
@@ -150,11 +164,11 @@ def block_sizes(
         grouped += [axis for axis in range(len(shape)) if axis not in inputs][-1:]
     sizes = [1] * len(shape)
     for axis in grouped:
-        sizes[axis] = math.gcd(most, shape[axis] // cuts[axis])
+        sizes[axis] = math.gcd(most, shape[axis])
     if kind == "int4" and sizes[inputs[-1]] < SMALLEST_GROUP:
         raise InputError(
-            f"int4 weights stand in groups of {SMALLEST_GROUP} to {most} inputs, and "
-            f"{shape[inputs[-1]]} of them in {cuts[inputs[-1]]} parts do not divide; choose int8"
+            f"int4 weights stand in groups of {SMALLEST_GROUP} to {most} inputs, which do not "
+            f"divide the {shape[inputs[-1]]} that a device has; choose int8"
         )
     return tuple(sizes)
 
@@ -191,6 +205,9 @@ def pack(matrix: Array, form: str, blocks: Sequence[int], axes: Sequence[Any] = 
     if axes:
         largest = jax.lax.pmax(largest, axes)
     scale = jnp.where(largest > 0, largest / LARGEST[kind], 1)
-    values = jnp.clip(wide / scale, -LARGEST[kind], LARGEST[kind])
-    values = jnp.round(values).astype(jnp.int8) if kind == "int8" else values.astype(FP8)
+    values = wide / scale
+    if kind == "int8":
+        values = jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8)
+    else:
+        values = jnp.clip(values, -LARGEST[kind], LARGEST[kind]).astype(FP8)
     return Packed(values.reshape(matrix.shape), scale.reshape(counts))
