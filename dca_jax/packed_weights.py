@@ -65,6 +65,13 @@ class Packed:
         return next(name for name, dtype in DTYPES.items() if dtype == self.values.dtype)
 
     @property
+    def name(self) -> str:
+        """The form as in `FORMS`, with the size of groups that it really has: "int4:64"."""
+        if self.halved is None:
+            return self.form
+        return f"int4:{self.shape[self.halved] // self.scale.shape[self.halved]}"
+
+    @property
     def halved(self) -> int | None:
         """The axis, counted from the end, along which two values share a byte; None if none do."""
         if self.form != "int4":
@@ -137,6 +144,12 @@ class Packed:
 def is_packed(value: Any) -> bool:
     """Whether it is a packed matrix: what `jax.tree` takes as `is_leaf` to stop at."""
     return isinstance(value, Packed)
+
+
+def packed_forms(tree: Any) -> str:
+    """The names of all forms in a tree, such as a model: "int4:64, int8"; empty if none."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_packed)
+    return ", ".join(sorted({leaf.name for leaf in leaves if is_packed(leaf)}))
 
 
 def check_form(name: str | None) -> None:

@@ -16,6 +16,7 @@ from dca_jax.cli.options import (
     MethodOption,
     MethodsOption,
     ModelArgument,
+    WeightsOption,
     check_method,
     load_model,
     refuse_several_processes,
@@ -115,6 +116,7 @@ def perplexity(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -130,7 +132,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, llm.model.config.vocab_size)
     else:
@@ -180,6 +182,7 @@ def passkey_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
@@ -192,7 +195,7 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(
@@ -237,6 +240,7 @@ def needle_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
 ) -> None:
     """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
@@ -256,7 +260,7 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
             llm,
@@ -314,6 +318,7 @@ def few_shot_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -336,7 +341,7 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     few_shot.read_files(files, **chosen)
-    llm = load_model(model, method, dtype, mesh, adapter, context=length)
+    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
     settings = {"max_length": length} | ({"examples": choice.value} if pools else {})
     data_files = contents(files | {f"{task} (pool)": path for task, path in pools.items()})
     with run(output, "few-shot", model, llm, settings, paper, data_files, adapter=adapter) as log:
@@ -371,6 +376,7 @@ def l_eval_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -385,7 +391,7 @@ def l_eval_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh, adapter, context=length)
+    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
     settings = {"max_length": length, "chat": chat}
     with run(
         output, "l-eval", model, llm, settings, paper, contents(files), adapter=adapter
@@ -410,13 +416,14 @@ def speed_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Time and memory of reading a prompt with dense, flash and Dual Chunk Attention (Fig. 3).
 
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, [method], dtype, mesh, adapter, context=max(lengths))
+    llm = load_model(model, [method], dtype, mesh, adapter, weights=weights, context=max(lengths))
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
         speed.evaluate(llm.model, log, trials=trials, **options)
@@ -452,6 +459,7 @@ def lm_eval(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
@@ -473,6 +481,8 @@ def lm_eval(
         arguments["mesh"] = mesh
     if adapter is not None:
         arguments["peft"] = str(adapter)
+    if weights is not None:
+        arguments["weights"] = weights.value
     # Before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:

@@ -23,6 +23,7 @@ from dca_jax.cli.options import (
     NewTokensOption,
     SeedOption,
     ThinkingOption,
+    WeightsOption,
     load_model,
     refuse_several_processes,
     with_sampler,
@@ -99,6 +100,7 @@ def generate(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     context: ContextOption = None,
     config: ConfigOption = None,
     thinking: ThinkingOption = None,
@@ -138,7 +140,9 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
+    llm = load_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=longest, config=config
+    )
     requests = make(llm)
     if input is None and output is None and not as_json:
         (request,) = requests
@@ -189,6 +193,7 @@ def chat(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -201,7 +206,9 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=length, config=config)
+    llm = load_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=length, config=config
+    )
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)

@@ -20,11 +20,13 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
+from dca_jax.packed_weights import check_form
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
+from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.placement import parameter_shardings
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def load(
     adapter: str | Path | None = None,
     context: int | str | None = None,
     config: str | Path | None = None,
+    weights: str | None = None,
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -65,6 +68,9 @@ def load(
             second config for longer texts (Qwen's `config_1m.json`) is read by that if they need
             it, which is logged. It limits nothing.
         config: another file than the folder's `config.json`.
+        weights: pack them while they are read (`dca_jax.packed_weights.FORMS`): "int8" by output,
+            "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128.
+            Products are computed in `dtype` all the same.
 
     Raises:
         InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
@@ -72,6 +78,7 @@ def load(
             read.
     """
     check_implementation(implementation)
+    check_form(weights)
     folder = find_folder(path)
     shape = _read_config(folder, context, config)
     if rope is not None:
@@ -88,7 +95,8 @@ def load(
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, shape, tokenizer)
-    params = load_weights(folder, shape, dtype=dtype, sharding=sharding, adapter=adapter)
+    then = None if weights is None else packer(matrices(shape), weights)
+    params = load_weights(folder, shape, dtype=dtype, sharding=sharding, adapter=adapter, then=then)
     model = Llama.from_params(shape, params, dca=chosen, dtype=dtype, implementation=implementation)
     return LLM(
         model=model,
