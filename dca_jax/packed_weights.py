@@ -38,6 +38,7 @@ DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.
 LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
 SMALLEST_GROUP = 4  # of int4: fewer would not tell the axis of the groups from the others
 FLOAT32 = jnp.float32
+SCALE = jnp.dtype(jnp.bfloat16)  # of int4's scales and offsets; others' are float32
 
 
 @partial(
@@ -186,6 +187,15 @@ def block_sizes(form: str, shape: Sequence[int], inputs: Sequence[int]) -> tuple
     return tuple(sizes)
 
 
+def packed_bytes(form: str, shape: Sequence[int], inputs: Sequence[int]) -> int:
+    """What a packed matrix takes, or one device's part of it; arguments as of `block_sizes`."""
+    blocks = block_sizes(form, shape, inputs)
+    scales = math.prod(size // block for size, block in zip(shape, blocks, strict=True))
+    if form.startswith("int4"):
+        return math.prod(shape) // 2 + scales * 2 * SCALE.itemsize
+    return math.prod(shape) + scales * FLOAT32.dtype.itemsize
+
+
 def pack(matrix: Array, form: str, blocks: Sequence[int], axes: Sequence[Any] = ()) -> Packed:
     """A matrix, packed.
 
@@ -203,9 +213,9 @@ def pack(matrix: Array, form: str, blocks: Sequence[int], axes: Sequence[Any] = 
     inner = tuple(range(1, len(split), 2))
     wide = matrix.astype(FLOAT32).reshape(split)
     if kind == "int4":
-        low = wide.min(axis=inner, keepdims=True).astype(jnp.bfloat16)
+        low = wide.min(axis=inner, keepdims=True).astype(SCALE)
         high = wide.max(axis=inner, keepdims=True)
-        scale = ((high - low.astype(FLOAT32)) / LARGEST[kind]).astype(jnp.bfloat16)
+        scale = ((high - low.astype(FLOAT32)) / LARGEST[kind]).astype(SCALE)
         step = jnp.where(scale > 0, scale, 1).astype(FLOAT32)
         values = jnp.clip(jnp.round((wide - low.astype(FLOAT32)) / step), 0, LARGEST[kind])
         values = values.astype(jnp.uint8).reshape(matrix.shape)

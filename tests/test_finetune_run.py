@@ -209,12 +209,10 @@ def test_a_run_may_leave_a_hugging_face_folder(
     assert losses(tmp_path / "run") == losses(whole)  # no update was made
 
 
-@pytest.mark.parametrize("base", [pytest.param("dtype", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("base", [pytest.param("dtype", marks=pytest.mark.slow), "int4"])
 def test_lora_trains_adapters_and_exports_the_merged_model(
     model: Path, dialogues: Path, tmp_path: Path, base: str
 ) -> None:
-    if base == "int8":
-        pytest.importorskip("qwix")
     output = tmp_path / "run"
     changes = {"lora_rank": 4, "lora_targets": ("q_proj", "down_proj"), "base": base, "steps": 3}
     finetune(settings(model, dialogues, output, **changes))

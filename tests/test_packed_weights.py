@@ -25,7 +25,7 @@ from dca_jax.weights.placement import parameter_shardings
 DENSE = LlamaConfig(
     vocab_size=256,
     hidden_size=128,
-    intermediate_size=192,
+    intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -40,7 +40,7 @@ SPARSE = replace(
     tie_word_embeddings=True,
     num_hidden_layers=3,
     mixture=MixtureConfig(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, dense_layers=(1,)
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, dense_layers=(1,)
     ),
 )
 DCA = DCAConfig(chunk_len=6, max_query_position=9)
@@ -187,7 +187,7 @@ def test_the_kernel_for_few_rows(config: LlamaConfig, form: str) -> None:
     [
         ("fsdp=2,tensor=2", "int8", DENSE),
         ("tensor=4", "int4:32", DENSE),
-        ("fsdp=2,tensor=2", "fp8", SPARSE),
+        ("data=2,tensor=2", "fp8", SPARSE),
     ],
 )
 def test_a_mesh_gives_what_one_device_does(mesh: str, form: str, config: LlamaConfig) -> None:

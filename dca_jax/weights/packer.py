@@ -42,7 +42,7 @@ def packer(
     def packed(row: Parameter, leaf: Array) -> dict[str, Array | Packed]:
         if row.path not in paths:
             return {row.path: leaf}
-        found = jax.block_until_ready(_packed_stack(leaf, form, row.leading, input_axes(row)))
+        found = jax.block_until_ready(packed_stack(leaf, form, row.leading, input_axes(row)))
         leaf.delete()
         return {row.path: found}
 
@@ -55,7 +55,7 @@ def input_axes(row: Parameter) -> tuple[int, ...]:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _packed_stack(stack: Array, form: str, leading: int, inputs: tuple[int, ...]) -> Packed:
+def packed_stack(stack: Array, form: str, leading: int, inputs: tuple[int, ...]) -> Packed:
     """Every matrix of a stack, each device its own part."""
     shards = Shards.of(stack)
 
