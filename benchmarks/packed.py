@@ -27,7 +27,7 @@ from dca_jax import few_rows
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.few_rows import Tile
 from dca_jax.inference.steps import GPU_OPTIONS
-from dca_jax.packed_weights import Packed, block_sizes, pack
+from dca_jax.packed_weights import Packed, pack
 
 MATRICES = {
     "8B q, o": (4096, 4096),
@@ -96,9 +96,6 @@ def _time_matrix(shape: tuple[int, int], form: str, rate: float) -> Iterator[dic
         for tile in _tiles(shape, form):
             name = "kernel {}x{} /{} w{} s{}".format(*tile)
             ways[name] = partial(few_rows.multiply, tile=tile)
-            if tile.inputs * tile.outputs <= 2**14 and shape in THOROUGH:
-                vector = tile._replace(vector=True)
-                ways[f"{name} vector"] = partial(few_rows.multiply, tile=vector)
     for rows in (1, 4, 16):
         found: list[tuple[float, str]] = []
         for way, row in _time_ways(ways, x[:rows], stack, layers):
@@ -110,9 +107,7 @@ def _time_matrix(shape: tuple[int, int], form: str, rate: float) -> Iterator[dic
         for way in [*best[:1], *(way for way in ways if not way.startswith("kernel"))]:
             us = next(us for us, name in found if name == way)
             yield {"rows": rows, "way": way, "us": us, "share": seconds * 1e6 / us, "best": True}
-        dots = [way for way in found if way[1].startswith("kernel") and "vector" not in way[1]]
-        kept = [way for _, way in sorted(dots)[:2]]
-        ways = {way: ways[way] for way in ways if way in kept or not way.startswith("kernel")}
+        ways = {way: ways[way] for way in ways if way in best or not way.startswith("kernel")}
 
 
 def _time_ways(
@@ -170,7 +165,7 @@ def _random_stack(layers: int, shape: tuple[int, int], form: str) -> Any:
         matrix = 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
         if form == "bfloat16":
             return matrix
-        return pack(matrix, form, block_sizes(form, shape, (0,)))
+        return pack(matrix.T, form, 1, order=(1, 0))
 
     keys = jax.random.split(jax.random.key(0, impl="rbg"), layers)
     return jax.jit(lambda keys: jax.lax.map(one, keys))(keys)

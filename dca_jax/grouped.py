@@ -242,9 +242,10 @@ def chosen_product(
     if current_device().platform == "gpu":
         # One fusion that gathers, multiplies and sums: XLA would write down what a product reads.
         wide = compute_dtype(x.dtype)
-        matrices = kernels[layer, groups]
-        packed = isinstance(matrices, Packed)
-        matrices = matrices.unpack(wide) if packed else matrices.astype(wide)
+        if isinstance(kernels, Packed):  # outputs before inputs
+            matrices = kernels[layer, groups].unpack_inner(wide)
+            return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2).astype(x.dtype)
+        matrices = kernels[layer, groups].astype(wide)
         return jnp.sum(x.astype(wide)[:, :, None] * matrices, axis=1).astype(x.dtype)
     product = partial(jnp.dot, precision=_precision(x))
     rows = (

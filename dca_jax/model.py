@@ -27,7 +27,7 @@ from dca_jax.errors import InputError
 from dca_jax.experts import Balance, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache
 from dca_jax.layers import PRODUCT, Block, Layers, Linear, Place, RMSNorm, Run
-from dca_jax.packed_product import packed_product, unpacked
+from dca_jax.packed_product import packed_product, unpacked_inner
 from dca_jax.packed_weights import Packed, is_packed
 from dca_jax.sharding import Shards
 
@@ -330,8 +330,8 @@ class Llama(nnx.Module):
         kernel, letters = self._unembedding()
         shards = Shards.of(kernel)
         kernel = shards.gathered(kernel)
-        if isinstance(kernel, Packed):
-            kernel = unpacked(kernel, self.dtype)
+        if isinstance(kernel, Packed):  # outputs before inputs, whatever it stands for
+            return unpacked_inner(kernel, self.dtype).T
         return kernel if letters == "DV" else kernel.T
 
     def _unembedding(self) -> tuple[Any, str]:

@@ -39,7 +39,10 @@ def packed_product(
     if few_rows.are_few(rows, x.dtype):
         return _few(subscripts, x, shards.gathered(matrix), layer, shards).astype(dtype)
     own = shards.gathered(matrix if layer is None else matrix.at(layer))
-    kernel = unpacked(own, x.dtype)
+    kernel = unpacked_inner(own, x.dtype)
+    outputs = "".join(letter for letter in letters if letter not in x_letters)
+    summed = "".join(letter for letter in letters if letter in x_letters)
+    subscripts = f"{x_letters},{outputs}{summed}->{subscripts.partition('->')[2]}"
     return jnp.einsum(
         subscripts,
         x,
@@ -50,14 +53,14 @@ def packed_product(
     )
 
 
-def unpacked(matrix: Packed, dtype: DTypeLike) -> Array:
-    """A packed matrix unpacked; on a mesh each device unpacks its own part."""
+def unpacked_inner(matrix: Packed, dtype: DTypeLike) -> Array:
+    """`Packed.unpack_inner`; on a mesh each device unpacks its own part."""
     shards = Shards.of(matrix)
     if shards.mesh is None:
-        return matrix.unpack(dtype)
+        return matrix.unpack_inner(dtype)
     matrix = jax.lax.stop_gradient(matrix)
     specs = shards.specs(matrix)
-    return shards.local(lambda own: own.unpack(dtype), (specs,), specs.values)(matrix)
+    return shards.local(lambda own: own.unpack_inner(dtype), (specs,), specs.values)(matrix)
 
 
 def _few(
@@ -66,33 +69,32 @@ def _few(
     """By the kernel, where it lies in its stack; on a mesh sums over the devices of the inputs."""
     operands, _, out = subscripts.partition("->")
     x_letters, letters = operands.split(",")
+    outputs = [letter for letter in letters if letter not in x_letters]
+    inputs = [letter for letter in letters if letter in x_letters]
     if layer is None:
         matrix, layer = matrix[None], jnp.int32(0)
-    inputs = sum(letter in x_letters for letter in letters)
-    transposed = letters[0] not in x_letters
-    cut = 1 + (len(letters) - inputs if transposed else inputs)
+    last = 1 + len(outputs)
     axes: tuple[str, ...] = ()  # of the mesh, that cut inputs
 
     def local(x: Array, matrix: Packed, layer: Array) -> Array:
-        lead, sizes = x.shape[: x.ndim - inputs], matrix.shape
-        outputs = sizes[1:cut] if transposed else sizes[cut:]
         flat = jax.tree.map(
             lambda part: part.reshape(
-                len(part), math.prod(part.shape[1:cut]), math.prod(part.shape[cut:])
+                len(part), math.prod(part.shape[1:last]), math.prod(part.shape[last:])
             ),
             matrix,
         )
-        y = few_rows.multiply(x.reshape(math.prod(lead), -1), flat, layer, transposed=transposed)
+        lead = x.shape[: x.ndim - len(inputs)]
+        y = few_rows.multiply(x.reshape(math.prod(lead), -1), flat, layer)
         y = jax.lax.psum(y, axes) if axes else y
-        return y.reshape(*lead, *outputs)
+        return y.reshape(*lead, *matrix.inner_shape[1:last])
 
     if shards.mesh is None:
         return local(x, matrix, layer)
     x_spec, specs = shards.specs((x, matrix))
     cuts = dict(zip(x_letters, x_spec, strict=True))
-    cuts |= zip(letters, specs.values[1:], strict=True)
-    for letter in letters:
-        if letter in x_letters and cuts[letter] is not None:
+    cuts |= zip(outputs + inputs, specs.values[1:], strict=True)
+    for letter in inputs:
+        if cuts[letter] is not None:
             axes += cuts[letter] if isinstance(cuts[letter], tuple) else (cuts[letter],)
     out_spec = PartitionSpec(*(cuts[letter] for letter in out))
     return shards.local(local, (x_spec, specs, PartitionSpec()), out_spec)(x, matrix, layer)

@@ -19,7 +19,7 @@ from dca_jax.planning.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
-from dca_jax.weights.packer import input_axes, matrices, packed_stack, packer
+from dca_jax.weights.packer import matrices, packed_stack, packer
 from dca_jax.weights.parameters import abstract_params, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_shardings
 
@@ -122,7 +122,7 @@ def packed_shapes(base: dict[str, Any], form: str) -> dict[str, Any]:
         for name in row.path.split(".")[:-1]:
             node = node[name]
         node["kernel"] = jax.eval_shape(
-            lambda kernel, row=row: packed_stack(kernel, form, row.leading, input_axes(row)),
+            lambda kernel, row=row: packed_stack(kernel, form, row),
             node["kernel"],
         )
     return base

@@ -25,7 +25,7 @@ from dca_jax.inference.buckets import SMALLEST, capacity_bucket, widest_piece
 from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
-from dca_jax.weights.packer import input_axes, matrices
+from dca_jax.weights.packer import inner_order, matrices
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
 
@@ -161,8 +161,9 @@ class Job:
         if self.weights is None or row not in self.packed:
             return self.width * _share(spec, shape, sizes)
         own = [_share(PartitionSpec(cut), (n,), sizes) for cut, n in zip(spec, shape, strict=True)]
-        matrix = own[row.leading :]
-        return math.prod(own[: row.leading]) * packed_bytes(self.weights, matrix, input_axes(row))
+        matrix = [own[row.leading + axis] for axis in inner_order(row)]
+        size = packed_bytes(self.weights, matrix, len(row.groups[1]))
+        return math.prod(own[: row.leading]) * size
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:
         """Of one device of a mesh that the model can be cut for."""

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
-from dca_jax.packed_weights import Packed, block_sizes, check_form, pack
+from dca_jax.packed_weights import Packed, check_form, pack
 from dca_jax.sharding import Shards
 from dca_jax.weights.parameters import Parameter, parameters
 
@@ -42,26 +41,30 @@ def packer(
     def packed(row: Parameter, leaf: Array) -> dict[str, Array | Packed]:
         if row.path not in paths:
             return {row.path: leaf}
-        found = jax.block_until_ready(packed_stack(leaf, form, row.leading, input_axes(row)))
+        found = jax.block_until_ready(packed_stack(leaf, form, row))
         leaf.delete()
         return {row.path: found}
 
     return packed
 
 
-def input_axes(row: Parameter) -> tuple[int, ...]:
-    """The axes of a row's matrix, without those that stack it, that a product sums over."""
-    return tuple(row.axes.index(axis) for axis in row.groups[1])
+def inner_order(row: Parameter) -> tuple[int, ...]:
+    """The axes of a row's matrix, without those that stack it, outputs before inputs."""
+    outputs, inputs = row.groups
+    return tuple(row.axes.index(axis) for axis in outputs + inputs)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def packed_stack(stack: Array, form: str, leading: int, inputs: tuple[int, ...]) -> Packed:
-    """Every matrix of a stack, each device its own part."""
-    shards = Shards.of(stack)
+@partial(jax.jit, static_argnums=(1, 2))
+def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
+    """Every matrix of a row's array, packed, each device its own part."""
+    shards, leading, order = Shards.of(stack), row.leading, inner_order(row)
+    turned = [*range(leading), *(leading + axis for axis in order)]
+    num_inputs = len(row.groups[1])
 
     def local(own: Array) -> Packed:
+        own = own.transpose(turned)
         shape = own.shape[leading:]
-        one = partial(pack, form=form, blocks=block_sizes(form, shape, inputs), axes=axes)
+        one = partial(pack, form=form, num_inputs=num_inputs, order=order, axes=axes)
         if leading == 0:
             return one(own)
         flat = jax.lax.map(one, own.reshape(-1, *shape))
@@ -71,12 +74,10 @@ def packed_stack(stack: Array, form: str, leading: int, inputs: tuple[int, ...])
     if shards.mesh is None:
         return local(stack)
     spec = shards.specs(stack)
-    scale = spec
-    if form == "int8":  # one for all inputs, on whichever devices they lie
-        cuts: list[Any] = list(spec)
-        for axis in inputs:
-            entry, cuts[leading + axis] = cuts[leading + axis], None
+    values = scale = PartitionSpec(*(spec[axis] for axis in turned))
+    if form == "int8":  # one scale for all inputs, on whichever devices they lie
+        for entry in values[-num_inputs:]:
             axes += () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        scale = PartitionSpec(*cuts)
-    offset = scale if form.startswith("int4") else None
-    return shards.local(local, (spec,), Packed(spec, scale, offset))(stack)
+        scale = PartitionSpec(*values[:-num_inputs], *(None,) * num_inputs)
+    zero = scale if form.startswith("int4") else None
+    return shards.local(local, (spec,), Packed(values, scale, zero, order))(stack)
