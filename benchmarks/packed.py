@@ -10,6 +10,7 @@ would take, at the rate the device copies, over the time it took. `error` is the
 from the product with the unpacked float32 matrix, over the largest value.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,16 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import typer
-from common import Report, copy_bandwidth, machine, on_gpu, reason, require_live_device, show
+from common import (
+    Report,
+    copy_bandwidth,
+    machine,
+    numbers,
+    on_gpu,
+    reason,
+    require_live_device,
+    show,
+)
 
 from dca_jax import few_rows
 from dca_jax.distributed import exit_on_input_error
@@ -39,7 +49,6 @@ MATRICES = {
     "70B down": (28_672, 8192),
 }
 TINY = {"tiny": (256, 128)}
-THOROUGH = [(4096, 4096), (4096, 14_336), (256, 128)]
 STACK = 16  # layers one after the other; of large matrices fewer
 STACK_BYTES = 2**30
 COLUMNS = ("matrix", "weights", "rows", "way", "us", "share", "error")
@@ -59,29 +68,38 @@ def matrices(
         "outputs/packed-matrices.json"
     ),
     minutes: Annotated[float, typer.Option(help="Start nothing more after so many.")] = math.inf,
+    only: Annotated[str, typer.Option(help="Matrices, separated by commas.")] = ",".join(MATRICES),
+    forms: Annotated[
+        str, typer.Option(help="Separated by commas.")
+    ] = "bfloat16,int8,int4:128,int4,int4:32,fp8",
+    rows: Annotated[str, typer.Option(help="Of x, separated by commas.")] = "1,4,16",
     tiny: Annotated[bool, typer.Option(help="One small matrix, in the interpreter.")] = False,
 ) -> None:
     """Times each form of each matrix in each way."""
     few_rows.INTERPRET = not on_gpu()
+    counts = numbers(rows)
     report = Report(out, {"benchmark": "packed matrices"} | machine(), minutes=minutes)
     rate = copy_bandwidth(0.01 if tiny else 2.0)
     report.facts["copy GB/s"] = rate / 1e9
     print(f"copy {rate / 1e9:.0f} GB/s", flush=True)
-    for name, shape in (TINY if tiny else MATRICES).items():
-        for form in ("bfloat16", "int8", "int4:128", "int4", "int4:32", "fp8"):
+    chosen = TINY if tiny else {name: MATRICES[name] for name in only.split(",")}
+    for name, shape in chosen.items():
+        for form in forms.split(","):
             if report.out_of_time():
                 break
             try:
-                for row in _time_matrix(shape, form, rate):
+                for row in _time_matrix(shape, form, rate, counts):
                     report.add({"matrix": name, "weights": form} | row)
             except Exception as error:
                 report.add({"matrix": name, "weights": form, "failed": reason(error)})
             require_live_device()
-    rows = [row for row in report.rows if row.get("best") or "failed" in row]
-    show(f"Packed matrices on {report.facts['device']}", COLUMNS, rows)
+    told = [row for row in report.rows if row.get("best") or "failed" in row]
+    show(f"Packed matrices on {report.facts['device']}", COLUMNS, told)
 
 
-def _time_matrix(shape: tuple[int, int], form: str, rate: float) -> Iterator[dict[str, Any]]:
+def _time_matrix(
+    shape: tuple[int, int], form: str, rate: float, counts: list[int]
+) -> Iterator[dict[str, Any]]:
     """Every way of one row, then the fastest with more."""
     inputs, outputs = shape
     layers = max(2, min(STACK, STACK_BYTES // (inputs * outputs)))
@@ -93,21 +111,22 @@ def _time_matrix(shape: tuple[int, int], form: str, rate: float) -> Iterator[dic
         ways: dict[str, Callable] = {"dot": _dot}
     else:
         ways = {"unpacked, dot": _unpacked_dot, "XLA sum": _fused}
+        ways["kernel"] = few_rows.multiply
         for tile in _tiles(shape, form):
             name = "kernel {}x{} /{} w{} s{}".format(*tile)
             ways[name] = partial(few_rows.multiply, tile=tile)
-    for rows in (1, 4, 16):
+    for rows in counts:
         found: list[tuple[float, str]] = []
         for way, row in _time_ways(ways, x[:rows], stack, layers):
             if "us" in row:
                 found.append((row["us"], way))
                 row["share"] = seconds * 1e6 / row["us"]
             yield {"rows": rows, "way": way} | row
-        best = [way for _, way in sorted(found) if way.startswith("kernel")][:2]
-        for way in [*best[:1], *(way for way in ways if not way.startswith("kernel"))]:
-            us = next(us for us, name in found if name == way)
+        best = [way for _, way in sorted(found) if way.startswith("kernel ")][:2]
+        for way in [*best[:1], *(way for way in ways if not way.startswith("kernel "))]:
+            us = next((us for us, name in found if name == way), math.nan)
             yield {"rows": rows, "way": way, "us": us, "share": seconds * 1e6 / us, "best": True}
-        ways = {way: ways[way] for way in ways if way in best or not way.startswith("kernel")}
+        ways = {way: ways[way] for way in ways if way in best or not way.startswith("kernel ")}
 
 
 def _time_ways(
@@ -199,26 +218,21 @@ def _fused(x: Any, stack: Packed, layer: Any) -> Any:
 
 
 def _tiles(shape: tuple[int, int], form: str) -> list[Tile]:
-    """Tiles worth trying, each with as many splits as give the device's processors work."""
+    """Tiles worth trying, with as many splits as give the device's processors work."""
     kind, _, group = form.partition(":")
+    deep = int(group or 64) if kind == "int4" else 128
     if not on_gpu():
-        sizes = [(int(group or 64) if kind == "int4" else 128, 64)]
-    elif kind == "int8":
-        sizes = [(i, o) for i in (128, 256) for o in (32, 64, 128)]
-    else:
-        sizes = [(int(group or 64) if kind == "int4" else 128, o) for o in (32, 64, 128, 256)]
+        return [Tile(deep, 64, 2)]
+    runs = [(deep, 128, 4, 3), (deep, 128, 4, 4), (deep, 64, 4, 4), (deep, 128, 8, 4)]
+    if kind == "int8":
+        runs += [(256, 64, 4, 3), (256, 128, 8, 3)]
     tiles = []
-    thorough = shape in THOROUGH and form in ("int8", "int4:128")
-    runs = ((1, 4, 4), (2, 4, 4), (4, 4, 3), (2, 8, 4)) if thorough else ((2, 4, 4), (4, 4, 3))
-    for inputs, outputs in sizes:
-        for per_core, warps, stages in runs:
-            if shape[1] % outputs:
-                continue
-            columns, steps, splits = shape[1] // outputs, shape[0] // inputs, 1
-            while columns * splits < 132 * per_core and not steps % (2 * splits):
-                splits *= 2
-            if (tile := Tile(inputs, outputs, splits, warps, stages)) not in tiles:
-                tiles.append(tile)
+    for (inputs, outputs, warps, stages), per_core in itertools.product(runs, (1, 2, 4)):
+        columns, steps, splits = shape[1] // outputs, shape[0] // inputs, 1
+        while columns * splits < 132 * per_core and not steps % (2 * splits):
+            splits *= 2
+        if (tile := Tile(inputs, outputs, splits, warps, stages)) not in tiles:
+            tiles.append(tile)
     return tiles
 
 

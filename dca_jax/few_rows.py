@@ -19,15 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.attention.device import current_device
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
-INPUTS, OUTPUTS = 256, 64  # of a tile, at most
-PROGRAMS = 528  # that a device should have to run, four for each of an H200's processors
+INPUTS, OUTPUTS = 128, 128  # of a tile, at most
+STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
+PROGRAMS = 396  # that a device should have to run: three for each of an H200's processors
 
 
 class Tile(NamedTuple):
@@ -96,9 +97,15 @@ def choose_tile(matrices: Packed) -> Tile | None:
     _, outputs, inputs = matrices.inner_shape
     group = inputs // matrices.scale.shape[2]
     deep = group if group < inputs else math.gcd(inputs, INPUTS)
-    wide = math.gcd(outputs, OUTPUTS)
-    if deep & (deep - 1) or deep < (32 if matrices.form == "int4" else 16) or wide < 16:
+    least = 32 if matrices.form == "int4" else 16
+    if deep & (deep - 1) or deep < least or math.gcd(outputs, OUTPUTS) < 16:
         return None
+    tiles = [_split(inputs, outputs, deep, math.gcd(outputs, n)) for n in (OUTPUTS, OUTPUTS // 2)]
+    return tiles[inputs // deep // tiles[0].splits < STEPS]
+
+
+def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
+    """A tile of this size, with as many splits of the inputs as give a device enough to do."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
     while columns * splits < PROGRAMS and not steps % (2 * splits):
         splits *= 2
@@ -127,7 +134,7 @@ def _kernel(
     outputs = pl.ds(first, tile.outputs)
     num_rows = out_ref.shape[1]
     row = jnp.arange(ROWS, dtype=jnp.int32)
-    # Rows that fill up are the last one again, and are not stored.
+    # Rows that fill up are neither read nor stored.
     rows = slice(None) if INTERPRET else jnp.minimum(row, num_rows - 1)
     halves = 2 if zero_ref else 1
     width = tile.inputs // halves
@@ -144,27 +151,38 @@ def _kernel(
             at = lax.div(every, jnp.int32(block_outputs))
         return plgpu.load(ref.at[layer, at, number])
 
-    def scaled(x: Array, number: Array) -> Array:
-        scale = part(scale_ref, number).astype(jnp.float32)
+    def load_x(inputs: Any) -> Array:
+        if INTERPRET:
+            return x_ref[:, inputs]
+        mask = jnp.broadcast_to((row < num_rows)[:, None], (ROWS, width))
+        return plgpu.load(x_ref.at[rows, inputs], mask=mask, other=0.0)
+
+    def scaled(x: Array, scale: Array) -> Array:
+        scale = scale.astype(jnp.float32)
         return x * (scale[None, :] if scale.ndim else scale)
 
-    def step(n: Array, total: Array) -> Array:
+    def parts(number: Array) -> list[Array]:
+        return [part(ref, number) for ref in (scale_ref, *zero_ref)] if grouped else []
+
+    def step(n: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
         number = split * steps + n
+        total, (*scale, zero) = carry if zero_ref else (carry[0], [*carry[1], None])
+        # Those of the next step are on their way while this one computes.
+        following = parts(split * steps + jnp.minimum(n + 1, steps - 1))
         values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
         for half in range(halves):
-            inputs = pl.ds(number * tile.inputs + half * width, width)
-            x = plgpu.load(x_ref.at[rows, inputs])
+            x = load_x(pl.ds(number * tile.inputs + half * width, width))
             if halves == 1:
                 kernel = values.astype(x.dtype)
             else:
-                kernel = _half(values, part(zero_ref[0], number), 4 * half, x.dtype)
+                kernel = _half(values, zero, 4 * half, x.dtype)
             found += _dot(x, kernel)
-        return total + scaled(found, number) if grouped else found
+        return (total + scaled(found, scale[0]) if grouped else found), following
 
     total = jnp.zeros((ROWS, tile.outputs), jnp.float32)
-    total = lax.fori_loop(0, steps, step, total)
-    total = total if grouped else scaled(total, jnp.int32(0))
+    total, _ = lax.fori_loop(0, steps, step, (total, parts(split * steps)))
+    total = total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
     if INTERPRET:
         out_ref[split, :, outputs] = total[:num_rows]
     else:
@@ -197,7 +215,7 @@ fma.rn.bf16x2 $1, $1, one, $4;
 
 
 def _half(
-    values: Int[Array, "outputs inputs"], zero: Int[Array, " outputs"], shift: int, dtype: Any
+    values: UInt8[Array, "outputs inputs"], zero: UInt8[Array, " outputs"], shift: int, dtype: Any
 ) -> Array:
     """The lower (`shift` 0) or the upper (4) halves of bytes, less their zeros."""
     if INTERPRET or dtype != jnp.bfloat16:
