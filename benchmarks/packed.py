@@ -40,13 +40,13 @@ from dca_jax.inference.steps import GPU_OPTIONS
 from dca_jax.packed_weights import Packed, pack
 
 MATRICES = {
-    "8B q, o": (4096, 4096),
-    "8B k, v": (4096, 1024),
-    "8B gate, up": (4096, 14_336),
-    "8B down": (14_336, 4096),
-    "8B head": (4096, 128_256),
-    "70B gate, up": (8192, 28_672),
-    "70B down": (28_672, 8192),
+    "8B-qo": (4096, 4096),
+    "8B-kv": (4096, 1024),
+    "8B-gate": (4096, 14_336),
+    "8B-down": (14_336, 4096),
+    "8B-head": (4096, 128_256),
+    "70B-gate": (8192, 28_672),
+    "70B-down": (28_672, 8192),
 }
 TINY = {"tiny": (256, 128)}
 STACK = 16  # layers one after the other; of large matrices fewer
