@@ -34,7 +34,7 @@ from flax.traverse_util import unflatten_dict
 from dca_jax.config import LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.finetune.lora import init_lora, quantizer
+from dca_jax.finetune.lora import init_lora
 from dca_jax.finetune.meters import PEAKS, update_flops
 from dca_jax.finetune.settings import DataFile, Settings
 from dca_jax.finetune.train import make_update, place, start
@@ -42,7 +42,8 @@ from dca_jax.model import Llama
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import describe, make_mesh, parse_mesh
-from dca_jax.weights.parameters import parameters
+from dca_jax.weights.packer import packer
+from dca_jax.weights.parameters import parameters, projections
 from dca_jax.weights.placement import parameter_shardings
 
 PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
@@ -92,7 +93,9 @@ def measure_here(variant: Variant) -> dict[str, Any]:
         return jax.jit(make, out_shardings=where(row.path))()
 
     leaves: dict[str, jax.Array] = {}
-    then = quantizer(config) if variant.base == "int8" else lambda row, leaf: {row.path: leaf}
+    then = lambda row, leaf: {row.path: leaf}  # noqa: E731
+    if variant.base != "dtype":
+        then = packer(projections(config), variant.base)
     for number, row in enumerate(parameters(config)):
         leaves |= then(row, random_leaf(number, row))
     params, frozen = unflatten_dict(leaves, sep="."), {}
@@ -107,7 +110,6 @@ def measure_here(variant: Variant) -> dict[str, Any]:
             dca=DCAConfig.paper(config.max_position_embeddings),
             remat=variant.remat,
             lora=lora,
-            quantized=variant.base == "int8",
         )
 
     settings = Settings(
@@ -158,7 +160,7 @@ def figures(
         batch=variant.batch,
         train=True,
         lora=lora,
-        quantized=variant.base == "int8",
+        weights=None if variant.base == "dtype" else variant.base,
         remat=variant.remat,
         state=variant.state,
     )
@@ -188,7 +190,7 @@ def measure(
     accumulate: Annotated[int, typer.Option(help="Batches of an update.")] = 1,
     remat: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     lora_rank: Annotated[list[int] | None, typer.Option(help="0: all weights.")] = None,
-    base: Annotated[list[str] | None, typer.Option(help="dtype, int8; with LoRA.")] = None,
+    base: Annotated[list[str] | None, typer.Option(help="dtype, int8, int4; with LoRA.")] = None,
     state: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16: all weights and moments.")
     ] = None,

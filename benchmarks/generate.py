@@ -5,7 +5,8 @@
         --mesh tensor=2
 
 Llama-2, Llama-3 and Qwen3's mixture of experts in shape, with random bfloat16 weights made on the
-device: no checkpoint is read, and the text means nothing. Ours goes through
+device, and packed there if `--weights` says so: no checkpoint is read, and the text means nothing.
+Ours goes through
 `dca_jax.inference.generate.Run`, as every caller does: prompts in pieces (on a mesh with `context`,
 at once), tokens in segments. The peer is the same model of transformers on PyTorch as it comes, on
 one GPU: plain attention by SDPA, its default KV cache, the logits of the last token only.
@@ -59,9 +60,11 @@ from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, piece_length, read_at_once, widest_piece
 from dca_jax.inference.generate import Run
 from dca_jax.memory import GPU_SHARE
+from dca_jax.packed_weights import FORMS
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, mesh_of
-from dca_jax.weights.parameters import count_parameters
+from dca_jax.weights.packer import matrices, packer
+from dca_jax.weights.parameters import count_parameters, parameters
 from dca_jax.weights.placement import parameter_shardings
 
 PRESETS = {
@@ -120,7 +123,7 @@ PRESETS["tiny-experts"] = replace(
 OURS, PLAIN, PEER = "dca_jax", "dca_jax, plain", "transformers"
 ENGINES = {"dca": OURS, "plain": PLAIN, "transformers": PEER}
 PREFILLS, PREFILL_SECONDS = 3, 5.0  # prefills timed, as long as they take less than this together
-KEY = ("model", "tokens", "engine", "mesh")
+KEY = ("model", "weights", "tokens", "engine", "mesh")
 COLUMNS = (*KEY, "attention", "prefill ms", "TFLOP/s", "first token ms", "ms/token", "tokens/s")
 COLUMNS += ("share", "peak GB", "prefill speed", "decode speed", "warm-up s")
 
@@ -151,6 +154,10 @@ def measure(
     mesh: Annotated[
         str | None, typer.Option(help="Of ours, such as context=2,tensor=2; default: one device.")
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(help=f"Ours, separated by commas, of: bfloat16, {', '.join(FORMS)}."),
+    ] = "bfloat16",
     minutes: Annotated[
         float, typer.Option(help="Start no further length after so many.")
     ] = math.inf,
@@ -160,27 +167,31 @@ def measure(
     found = sorted(numbers(lengths))
     if child:
         start, config = time.monotonic(), PRESETS[presets]
-        rows = PROCESSES[child](config, found, new_tokens, implementation, mesh)
+        rows = PROCESSES[child](config, found, new_tokens, implementation, mesh, weights)
         for row in rows:
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
             if time.monotonic() - start > 60 * minutes:
                 break
         return
-    names, wanted = ([x.strip() for x in text.split(",")] for text in (presets, engines))
-    for name, known in [(n, PRESETS) for n in names] + [(n, ENGINES) for n in wanted]:
+    names, wanted, packed = (
+        [x.strip() for x in text.split(",")] for text in (presets, engines, weights)
+    )
+    known_names = [(names, PRESETS), (wanted, ENGINES), (packed, ("bfloat16", *FORMS))]
+    for name, known in [(n, known) for given, known in known_names for n in given]:
         if name not in known:
             raise InputError(f"{name!r} is not one of {', '.join(known)}")
     if new_tokens < 3:
         raise InputError(f"new_tokens must be at least 3, to time some, got {new_tokens}")
     report = Report(out, {"benchmark": "generate", "new tokens": new_tokens}, minutes=minutes)
-    for name in names:
-        for engine in wanted:
+    for name, engine in itertools.product(names, wanted):
+        for form in packed if engine != "transformers" else ["bfloat16"]:
             if report.out_of_time():
                 break
             options = ["--presets", name, "--lengths", ",".join(map(str, found))]
             options += ["--new-tokens", str(new_tokens), "--minutes", str(report.minutes_left())]
-            row = {"model": name, "engine": ENGINES[engine]}
+            options += ["--weights", form]
+            row = {"model": name, "weights": form, "engine": ENGINES[engine]}
             if implementation:
                 options += ["--implementation", implementation]
             if mesh and engine != "transformers":
@@ -206,7 +217,7 @@ def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[s
     # One engine at a time has the device, and its memory in one piece: a cache that takes most of
     # it would not fit between others' pieces.
     environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": str(GPU_SHARE)}
-    say(f"{row['model']}, {row['engine']}")
+    say(f"{row['model']}, {row['weights']}, {row['engine']}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             try:
@@ -247,15 +258,18 @@ def measure_ours(
     new_tokens: int,
     implementation: str | None,
     mesh: str | None,
+    weights: str,
 ) -> Iterator[dict[str, Any]]:
     """Facts of the device, then a row a length."""
     bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
     yield machine() | {"copy GB/s": bandwidth / 1e9}
     start = time.perf_counter()
     devices = None if mesh is None else make_mesh(mesh)
-    model = random_model(config, dca=dca, implementation=implementation, mesh=devices)
-    weights = _device_bytes(jax.block_until_ready(model.params()))
-    progress(f"{weights / 1e9:.2f} GB of weights a device, {time.perf_counter() - start:.1f} s")
+    model = random_model(
+        config, dca=dca, implementation=implementation, mesh=devices, weights=weights
+    )
+    held = _device_bytes(jax.block_until_ready(model.params()))
+    progress(f"{held / 1e9:.2f} GB of weights a device, {time.perf_counter() - start:.1f} s")
     for length in lengths:
         try:
             yield {"tokens": length} | _time_ours(model, length, new_tokens)
@@ -264,9 +278,14 @@ def measure_ours(
 
 
 def random_model(
-    config: LlamaConfig, *, dca: bool, implementation: str | None, mesh: Mesh | None = None
+    config: LlamaConfig,
+    *,
+    dca: bool,
+    implementation: str | None,
+    mesh: Mesh | None = None,
+    weights: str = "bfloat16",
 ) -> Llama:
-    """A bfloat16 model of normal weights, made on the devices a layer at a time."""
+    """A model of normal weights, made in bfloat16 on the devices a layer at a time, and packed."""
     options: dict[str, Any] = {
         "dca": DCAConfig.paper(config.max_position_embeddings) if dca else None,
         "dtype": jnp.bfloat16,
@@ -302,7 +321,11 @@ def random_model(
             start(name, leaf, place)
             for name, (_, leaf), place in zip(names, leaves, places, strict=True)
         ]
-    made = [maker.result()(key) for maker, key in zip(makers, keys, strict=True)]
+    then = None if weights == "bfloat16" else packer(matrices(config), weights)
+    rows, made = {row.path: row for row in parameters(config)}, []
+    for name, maker, key in zip(names, makers, keys, strict=True):
+        leaf = maker.result()(key)
+        made.append(leaf if then is None else then(rows[name], leaf)[name])
     return Llama.from_params(config, jax.tree.unflatten(structure, made), **options)
 
 
@@ -408,6 +431,7 @@ def measure_transformers(
     new_tokens: int,
     implementation: str | None,
     mesh: str | None,
+    weights: str,
 ) -> Iterator[dict[str, Any]]:
     """A row a length, on PyTorch."""
     import torch
@@ -420,10 +444,10 @@ def measure_transformers(
         model = transformers.AutoModelForCausalLM.from_config(
             hf, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
-    weights = sum(p.nbytes for p in model.parameters())
+    held = sum(p.nbytes for p in model.parameters())
     idle = 2 * (count_parameters(config) - count_parameters(config, active=True))
-    moved = weights - model.get_input_embeddings().weight.nbytes - idle
-    progress(f"{weights / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
+    moved = held - model.get_input_embeddings().weight.nbytes - idle
+    progress(f"{held / 1e9:.2f} GB of weights in {time.perf_counter() - start:.1f} s")
     for length in lengths:
         try:
             if on_gpu:

@@ -16,7 +16,7 @@ Shapes: E experts, k chosen, M an expert's inner dimension; others as in `dca_ja
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,17 @@ from dca_jax.config import LlamaConfig
 from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped import (
-    PRODUCTS,
     are_few,
     block_size,
     choose,
     chosen_products,
     collect,
+    grouped_product,
     lay_out,
     spread,
 )
-from dca_jax.sharding import Shards, partition
+from dca_jax.packed_weights import Packed
+from dca_jax.sharding import Shards
 
 PIECE = 2**14  # tokens that are sorted at once: k copies of each are in memory
 
@@ -111,7 +112,7 @@ class Experts(nnx.Module):
         router = shards.gathered(router)
 
         def local(
-            x: Array, router: Array, gate: Array, up: Array, down: Array, layer: Array
+            x: Array, router: Array, gate: Any, up: Any, down: Any, layer: Array
         ) -> tuple[Array, Routing]:
             with jax.named_scope("router"):
                 routing = self.route(x, jax.lax.dynamic_index_in_dim(router, layer, keepdims=False))
@@ -130,12 +131,7 @@ class Experts(nnx.Module):
             return y, routing
 
         tokens = PartitionSpec(*jax.typeof(x).sharding.spec)
-        stacks = tuple(
-            PartitionSpec()
-            if shards.mesh is None
-            else partition(letters, k.shape, shards.mesh.shape)
-            for letters, k in (("LEDM", gate), ("LEDM", up), ("LEMD", down))
-        )
+        stacks = shards.specs((gate, up, down)) if shards.mesh else (PartitionSpec(),) * 3
         whole = PartitionSpec()
         mapped = shards.local(
             local, (tokens, whole, *stacks, whole), (tokens, Routing._make([tokens] * 3))
@@ -157,7 +153,7 @@ def _in_pieces(
     x: Float[Array, "B T D"],
     own: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    *kernels: Array,
+    *kernels: Array | Packed,
 ) -> Float[Array, "B T D"]:
     """`mix` of up to `PIECE` tokens at a time."""
     k = own.shape[-1]
@@ -176,9 +172,9 @@ def mix(
     x: Float[Array, "T D"],
     own: Int[Array, "T k"],
     weights: Float[Array, "T k"],
-    gate: Float[Array, "L E D M"],
-    up: Float[Array, "L E D M"],
-    down: Float[Array, "L E M D"],
+    gate: Float[Array, "L E D M"] | Packed,
+    up: Float[Array, "L E D M"] | Packed,
+    down: Float[Array, "L E M D"] | Packed,
     layer: Int[Array, ""],
 ) -> Float[Array, "T D"]:
     """The weighted sum of what the chosen ones of these experts make of each token.
@@ -199,7 +195,7 @@ def mix(
         name = choose(current_device(), x.dtype, gate.shape[2:])
         block = block_size(name, tokens * k, experts)
         layout = lay_out(jnp.where(here, own, experts).reshape(-1), experts, block)
-        product = partial(PRODUCTS[name], layer=layer, sizes=layout.sizes, block=block)
+        product = partial(grouped_product, name, layer=layer, sizes=layout.sizes, block=block)
         rows = spread(x, layout)
         inner = _swiglu(product(rows, gate), product(rows, up))
         out = collect(product(inner, down), layout)

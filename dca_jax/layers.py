@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
+from dca_jax.packed_product import packed_product
+from dca_jax.packed_weights import Packed, is_packed
 from dca_jax.sharding import Shards
 
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
@@ -34,9 +36,9 @@ class Linear(nnx.Module):
     Called with the letters of the input's and the output's axes after batch and tokens: ("D", "NH")
     takes [B, T, D] to [B, T, N, H].
 
-    A quantized kernel is int8, with a scale for each output. With LoRA (arXiv 2106.09685), low-rank
-    and float32, y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not
-    trained takes no gradient.
+    The kernel may be a packed matrix. With LoRA (arXiv 2106.09685), low-rank and float32,
+    y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not trained takes no
+    gradient.
     """
 
     def __init__(
@@ -47,15 +49,12 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         lora: LoraConfig | None = None,
-        quantized: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         kernel = layers + inputs + outputs
         self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel, dtype))
         self.bias = nnx.Param(jnp.zeros(layers + outputs, dtype)) if bias else None
-        scale = layers + (1,) * len(inputs) + outputs
-        self.kernel_scale = nnx.Param(jnp.ones(scale, jnp.float32)) if quantized else None
         a: Any = None
         b: Any = None
         if lora is not None:
@@ -65,8 +64,13 @@ class Linear(nnx.Module):
             b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
         self.lora, self.lora_a, self.lora_b = lora, a, b
 
-    def __call__(self, x: Array, inputs: str, outputs: str) -> Array:
-        """[B, T, *inputs] to [B, T, *outputs]."""
+    def __call__(
+        self, x: Array, inputs: str, outputs: str, layer: Int[Array, ""] | None = None
+    ) -> Array:
+        """[B, T, *inputs] to [B, T, *outputs].
+
+        With `layer` a packed kernel is not this layer's slice but the whole stack.
+        """
         kernel = self.kernel[...]
         shards = Shards.of(kernel)
 
@@ -81,12 +85,12 @@ class Linear(nnx.Module):
             y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
             return y[:, :tokens]
 
-        if self.kernel_scale is None:
-            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+        subscripts = f"BT{inputs},{inputs}{outputs}->BT{outputs}"
+        if isinstance(kernel, Packed):
+            y = packed_product(subscripts, x, kernel, layer).astype(x.dtype)
         else:
-            kernel = shards.gathered(kernel).astype(jnp.float32)
-            kernel *= shards.gathered(self.kernel_scale[...])
-        y = product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
+            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+            y = product(subscripts, x, kernel)
         if self.lora is not None:
             low = product(f"BT{inputs},{inputs}R->BTR", x, shards.gathered(self.lora_a[...]))
             low = checkpoint_name(low * self.lora.scale, PRODUCT)
@@ -143,14 +147,16 @@ class Attention(nnx.Module):
         self.q_norm = norm(H) if config.qk_norm else None
         self.k_norm = norm(H) if config.qk_norm else None
 
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
-        """What the tokens read of one another."""
-        query = self.q_proj(x, "D", "NH")
-        key = self.k_proj(x, "D", "KH")
-        value = self.v_proj(x, "D", "KH")
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the tokens read of one another; `layer` as in `Linear`."""
+        query = self.q_proj(x, "D", "NH", layer)
+        key = self.k_proj(x, "D", "KH", layer)
+        value = self.v_proj(x, "D", "KH", layer)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return self.o_proj(attend(query, key, value), "NH", "D")
+        return self.o_proj(attend(query, key, value), "NH", "D", layer)
 
 
 class MLP(nnx.Module):
@@ -162,10 +168,19 @@ class MLP(nnx.Module):
         self.up_proj = linear("up_proj", (D,), (F,), bias=config.mlp_bias)
         self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Of each token alone."""
-        gate = jax.nn.silu(self.gate_proj(x, "D", "F"))
-        return self.down_proj(gate * self.up_proj(x, "D", "F"), "F", "D")
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Of each token alone; `layer` as in `Linear`."""
+        gate = jax.nn.silu(self.gate_proj(x, "D", "F", layer))
+        return self.down_proj(gate * self.up_proj(x, "D", "F", layer), "F", "D", layer)
+
+
+class Place(NamedTuple):
+    """A layer's numbers: in the stacks of attention, and in that of its MLP or experts."""
+
+    attention: Int[Array, ""]
+    feed_forward: Int[Array, ""]
 
 
 class Block(NamedTuple):
@@ -177,15 +192,16 @@ class Block(NamedTuple):
     feed_forward: MLP | Experts | None
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, number: Int[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], attend: Attend, place: Place | None = None
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """The layer's output; and what its router said, if it has one.
 
-        With `number` the experts are not this layer's slice but the whole stack, in which it has
-        that number.
+        With `place` packed kernels and experts are not this layer's slice but whole stacks, in
+        which it has these numbers.
         """
+        attention, number = (None, None) if place is None else place
         with jax.named_scope("self_attn"):
-            x = x + self.self_attn(self.input_layernorm(x), attend)
+            x = x + self.self_attn(self.input_layernorm(x), attend, attention)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.feed_forward, Experts):
             with jax.named_scope("experts"):
@@ -193,7 +209,7 @@ class Block(NamedTuple):
                 return x + y, routing
         assert self.feed_forward is not None
         with jax.named_scope("mlp"):
-            return x + self.feed_forward(normed), None
+            return x + self.feed_forward(normed, number), None
 
 
 class Run(NamedTuple):
@@ -210,9 +226,10 @@ class Run(NamedTuple):
     first: int
 
     @property
-    def numbers(self) -> Int[Array, " run"]:
-        """Each one's number in the stack of MLPs, or of experts."""
-        return self.first + jnp.arange(self.stop - self.start, dtype=jnp.int32)
+    def places(self) -> Place:
+        """Each one's numbers, along a leading axis."""
+        numbers = jnp.arange(self.stop - self.start, dtype=jnp.int32)
+        return Place(self.start + numbers, self.first + numbers)
 
     @property
     def block(self) -> Block:
@@ -221,11 +238,21 @@ class Run(NamedTuple):
         return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
 
     @property
-    def around_experts(self) -> Block:
-        """`block` without experts, which are read where they lie in their whole stack."""
-        if isinstance(self.whole.feed_forward, Experts):
-            return self._common
-        return self.block
+    def sliced(self) -> Block:
+        """`block` without experts and packed kernels, which are read where they lie in a stack."""
+        block = self._common if isinstance(self.whole.feed_forward, Experts) else self.block
+        return jax.tree.map(
+            lambda leaf: None if is_packed(leaf) else leaf, block, is_leaf=is_packed
+        )
+
+    def with_stacks(self, sliced: Block) -> Block:
+        """A slice of `sliced`, with whole stacks in the place of what it is without."""
+        block = self.whole
+        if isinstance(block.feed_forward, Experts):
+            sliced = sliced._replace(feed_forward=block.feed_forward)
+        return jax.tree.map(
+            lambda whole, own: whole if is_packed(whole) else own, block, sliced, is_leaf=is_packed
+        )
 
     @property
     def _common(self) -> Block:
@@ -240,7 +267,6 @@ class Layers(nnx.Module):
         config: LlamaConfig,
         *,
         lora: LoraConfig | None,
-        quantized: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -248,7 +274,7 @@ class Layers(nnx.Module):
 
         def linear(name: str, *shape: Any, layers: int = L, bias: bool = False) -> Linear:
             adapter = lora if lora is not None and name in lora.targets else None
-            options = {"lora": adapter, "quantized": quantized, "dtype": dtype, "rngs": rngs}
+            options = {"lora": adapter, "dtype": dtype, "rngs": rngs}
             return Linear((layers,), *shape, bias=bias, **options)
 
         def norm(width: int) -> RMSNorm:

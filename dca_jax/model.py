@@ -24,9 +24,11 @@ from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.experts import Balance, Experts, balance_of, load_balancing_loss
+from dca_jax.experts import Balance, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache
-from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm
+from dca_jax.layers import PRODUCT, Block, Layers, Linear, Place, RMSNorm, Run
+from dca_jax.packed_product import packed_product, unpacked_inner
+from dca_jax.packed_weights import Packed, is_packed
 from dca_jax.sharding import Shards
 
 # What is kept of a layer for the backward pass, by name; the rest is computed again from it.
@@ -48,7 +50,8 @@ class Embed(nnx.Module):
 class Llama(nnx.Module):
     """A Llama-family decoder whose attention is DCA (or plain, with `dca=None`).
 
-    A pytree: pass it through `jax.jit`, `jax.grad` and `jax.tree.map` as it is.
+    A pytree: pass it through `jax.jit`, `jax.grad` and `jax.tree.map` as it is. Any of its matrices
+    may be packed (`dca_jax.packed_weights`): `from_params` takes them as they are.
 
     Args:
         config: the model's shape.
@@ -59,7 +62,6 @@ class Llama(nnx.Module):
             is everything.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
         lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
-        quantized: the layers' kernels are int8 (`dca_jax.finetune.lora.quantizer`).
         rngs: initialization (normal, 0.02).
     """
 
@@ -73,15 +75,14 @@ class Llama(nnx.Module):
         remat: str | None = None,
         implementation: str | None = None,
         lora: LoraConfig | None = None,
-        quantized: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         param_dtype = jnp.dtype(param_dtype)
         self.config, self.dca = config, dca
         self.dtype, self.remat, self.implementation = jnp.dtype(dtype), remat, implementation
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
-        self.lora, self.quantized = lora, quantized
-        self.layers = Layers(config, lora=lora, quantized=quantized, dtype=param_dtype, rngs=rngs)
+        self.lora = lora
+        self.layers = Layers(config, lora=lora, dtype=param_dtype, rngs=rngs)
         self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype=param_dtype)
         D, V, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = None if tied else Linear((), (D,), (V,), dtype=param_dtype, rngs=rngs)
@@ -272,14 +273,11 @@ class Llama(nnx.Module):
             numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
-            experts: Experts | None,
-            carry: tuple[Array, Array, Array],
-            xs: tuple[Block, Array, Array],
+            run: Run, carry: tuple[Array, Array, Array], xs: tuple[Block, Array, Place]
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            block, number, own = xs
-            if experts is not None:
-                block = block._replace(feed_forward=experts)
+            block, number, place = xs
+            block = run.with_stacks(block)
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal keys, values
@@ -292,16 +290,15 @@ class Llama(nnx.Module):
                 )
                 return out
 
-            x, _ = block(x, attend, own)
+            x, _ = block(x, attend, place)
             return (x, keys, values), None
 
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
         carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
         for run in self.layers.runs():
-            last = run.whole.feed_forward
-            experts = last if isinstance(last, Experts) else None  # nor are experts, to be copied
-            xs = run.around_experts, numbers[run.start : run.stop], run.numbers
-            carry, _ = jax.lax.scan(partial(run_layer, experts), carry, xs)
+            # Nor are experts and packed kernels, to be copied.
+            xs = run.sliced, numbers[run.start : run.stop], run.places
+            carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
         x, keys, values = carry
         return self.norm(x), (keys, values)
 
@@ -309,27 +306,39 @@ class Llama(nnx.Module):
         table = self.embed_tokens.embedding[...]
         shards = Shards.of(table)
         table = shards.gathered(table)
-        if shards.size("tensor") == 1:
+        if shards.size("tensor") == 1 and not isinstance(table, Packed):
             return table.at[tokens].get(out_sharding=place).astype(self.dtype)
+        cut = shards.size("tensor") > 1
 
         # Left to itself, XLA's GPU compiler gathers the table, for every token that is drawn.
-        def look_up(own: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-            row = tokens - jax.lax.axis_index("tensor") * len(own)
+        def look_up(own: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+            row = tokens - jax.lax.axis_index("tensor") * len(own) if cut else tokens
             here = (row >= 0) & (row < len(own))
-            found = jnp.where(here[..., None], own[jnp.where(here, row, 0)], 0)
-            return jax.lax.psum(found.astype(self.dtype), "tensor")
+            row = jnp.where(here, row, 0)
+            found = own.rows(row, self.dtype) if isinstance(own, Packed) else own[row]
+            found = jnp.where(here[..., None], found, 0).astype(self.dtype)
+            return jax.lax.psum(found, "tensor") if cut else found
 
+        if shards.mesh is None:
+            return look_up(table, tokens)
         batch, length, _ = place.spec
-        where = PartitionSpec("tensor", None), PartitionSpec(batch, length)
+        where = shards.specs(table), PartitionSpec(batch, length)
         return shards.local(look_up, where, place.spec)(table, tokens)
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """The kernel of `unembed` as it is stored, no longer cut along `fsdp`."""
+        """The kernel of `unembed` as it is stored, or unpacked; no longer cut along `fsdp`."""
+        kernel, letters = self._unembedding()
+        shards = Shards.of(kernel)
+        kernel = shards.gathered(kernel)
+        if isinstance(kernel, Packed):  # outputs before inputs, whatever it stands for
+            return unpacked_inner(kernel, self.dtype).T
+        return kernel if letters == "DV" else kernel.T
+
+    def _unembedding(self) -> tuple[Any, str]:
+        """The kernel of `unembed`, and the letters of its axes."""
         if self.lm_head is None:
-            kernel = self.embed_tokens.embedding[...].T
-        else:
-            kernel = self.lm_head.kernel[...]
-        return Shards.of(kernel).gathered(kernel)
+            return self.embed_tokens.embedding[...], "VD"
+        return self.lm_head.kernel[...], "DV"
 
     def unembed(
         self, hidden: Float[Array, "*batch D"], kernel: Float[Array, "D V"] | None = None
@@ -338,6 +347,10 @@ class Llama(nnx.Module):
 
         `kernel` is `unembedding()`, for a caller that gathers it once for many calls.
         """
+        stored, letters = self._unembedding()
+        if kernel is None and isinstance(stored, Packed) and hidden.ndim == 2:
+            subscripts = f"BD,{letters}->BV"
+            return packed_product(subscripts, hidden, stored).astype(jnp.float32)
         kernel = self.unembedding() if kernel is None else kernel
         shards = Shards.of(kernel)
         one_row = hidden.ndim == 2 and len(hidden) == shards.size("data", "fsdp")
@@ -372,9 +385,12 @@ class Llama(nnx.Module):
         return jax.nn.logsumexp(logits, axis=-1) - target
 
     def params(self) -> dict[str, Any]:
-        """The parameters as a nested dict of arrays with stable names, layers stacked."""
+        """The parameters as a nested dict with stable names, layers stacked.
+
+        They are arrays and, where matrices are packed, `dca_jax.packed_weights.Packed`.
+        """
         tree: dict[str, Any] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self, is_leaf=is_packed):
             *parents, name = _names(path)
             node = tree
             for parent in parents:
@@ -384,7 +400,7 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_params(cls, config: LlamaConfig, params: Mapping[str, Any], **options: Any) -> "Llama":
-        """A model around existing arrays (no copy); `options` as in `Llama(...)`.
+        """A model around existing arrays or packed matrices (no copy); `options` as in `Llama`.
 
         Raises:
             InputError: a missing or extra name, or a wrong shape.
@@ -393,7 +409,7 @@ class Llama(nnx.Module):
         expected, treedef = jax.tree_util.tree_flatten_with_path(abstract)
         given = {
             tuple(key.key for key in path): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params), is_leaf=is_packed)
         }
         leaves = []
         for path, leaf in expected:

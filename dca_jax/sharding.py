@@ -162,9 +162,9 @@ class Shards:
     mesh: AbstractMesh | None
 
     @classmethod
-    def of(cls, parameter: Array) -> "Shards":
-        """Of the mesh that a parameter lies on."""
-        mesh = jax.typeof(parameter).sharding.mesh
+    def of(cls, parameter: Any) -> "Shards":
+        """Of the mesh that a parameter lies on, an array or a packed matrix."""
+        mesh = jax.typeof(jax.tree.leaves(parameter)[0]).sharding.mesh
         return cls(mesh if set(mesh.axis_names) == set(AXES) else None)
 
     def size(self, *axes: str) -> int:
@@ -191,19 +191,27 @@ class Shards:
             cut |= zip(letters, jax.typeof(operand).sharding.spec, strict=True)
         return NamedSharding(self.mesh, PartitionSpec(*(cut[letter] for letter in out)))
 
+    def specs(self, tree: Any) -> Any:
+        """How each array of a tree is cut, as it is."""
+        return jax.tree.map(lambda x: PartitionSpec(*jax.typeof(x).sharding.spec), tree)
+
     def put(self, x: Array, spec: PartitionSpec | None) -> Array:
         """`x` laid out as `spec` says (None: whole on every device); nothing on one device."""
         if self.mesh is None:
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec or PartitionSpec()))
 
-    def gathered(self, kernel: Array) -> Array:
+    def gathered(self, parameter: Any) -> Any:
         """A layer's stored parameter as it is computed with: no longer cut along `fsdp`."""
         if self.mesh is None:
-            return kernel
-        spec = jax.typeof(kernel).sharding.spec
-        cut = (None if entry in ("fsdp", ("fsdp",)) else entry for entry in spec)
-        return self.put(kernel, PartitionSpec(*cut))
+            return parameter
+
+        def gather(part: Array) -> Array:
+            spec = jax.typeof(part).sharding.spec
+            cut = (None if entry in ("fsdp", ("fsdp",)) else entry for entry in spec)
+            return self.put(part, PartitionSpec(*cut))
+
+        return jax.tree.map(gather, parameter)
 
     def local(
         self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any

@@ -231,8 +231,6 @@ def test_tuning_starts_from_the_present_tiles_and_leaves_them():
     ("mesh", "rank", "base"), [("fsdp=2", 0, "dtype"), ("tensor=1", 4, "int8")]
 )
 def test_finetune_times_updates(monkeypatch, mesh, rank, base):
-    if base == "int8":
-        pytest.importorskip("qwix")
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""LoRA beside dense arithmetic: values, gradients, int8 bases, meshes, and the files it leaves."""
+"""LoRA beside dense arithmetic: values, gradients, packed bases, meshes, and its files."""
 
 import functools
 import json
@@ -23,14 +23,16 @@ from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune.export import layers_on_host
-from dca_jax.finetune.lora import init_lora, join, quantizer, split
+from dca_jax.finetune.lora import init_lora, join, split
 from dca_jax.inference.methods import with_method
 from dca_jax.model import Llama
+from dca_jax.packed_weights import Packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.adapters import load_adapter, merge_lora, save_adapter
 from dca_jax.weights.folder import load_weights, open_weights
 from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.orbax import PARAMS, StreamedArray, restore, save
+from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import (
     abstract_params,
     load_tree,
@@ -49,7 +51,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=6,
+    head_dim=28,
     max_position_embeddings=64,
     qkv_bias=True,
     o_bias=True,
@@ -99,8 +101,8 @@ def trained(lora: LoraConfig = LORA, mesh: str | None = None) -> Tree:
     return unflatten_dict(leaves, sep=".")
 
 
-def quantized(base: Tree) -> Tree:
-    leaves, then = flat(base), quantizer(CONFIG)
+def packed(base: Tree, form: str = "int8") -> Tree:
+    leaves, then = flat(base), packer(projections(CONFIG), form)
     for row in parameters(CONFIG):
         leaves |= then(row, leaves[row.path])
     return unflatten_dict(leaves, sep=".")
@@ -129,12 +131,10 @@ def nll(model: Llama, tokens: jax.Array) -> jax.Array:
     return model.nll(hidden, jnp.roll(tokens, -1, axis=1)).mean()
 
 
-@functools.partial(jax.jit, static_argnames=("lora", "quantized"))
-def loss_and_gradients(
-    adapters: Tree, base: Tree, lora: LoraConfig, quantized: bool = False
-) -> tuple[jax.Array, Tree]:
+@functools.partial(jax.jit, static_argnames="lora")
+def loss_and_gradients(adapters: Tree, base: Tree, lora: LoraConfig) -> tuple[jax.Array, Tree]:
     def loss(adapters: Tree) -> jax.Array:
-        whole = model(join(adapters, base), lora=lora, quantized=quantized, remat="layer")
+        whole = model(join(adapters, base), lora=lora, remat="layer")
         return nll(whole, jnp.asarray(TOKENS))
 
     return jax.value_and_grad(loss)(adapters)
@@ -237,108 +237,88 @@ def test_a_bfloat16_base_has_float32_adapters() -> None:
 
 
 def test_another_method_keeps_the_adapters() -> None:
-    params = join(trained(), quantized(base_params()))
-    whole = model(params, lora=LORA, quantized=True)
+    params = join(trained(), packed(base_params()))
+    whole = model(params, lora=LORA)
     plain = with_method(whole, "rope", 19)
-    want = model(params, lora=LORA, quantized=True, dca=None)
+    want = model(params, lora=LORA, dca=None)
     np.testing.assert_array_equal(logits(plain, TOKENS), logits(want, TOKENS))
 
 
-# --- int8 --------------------------------------------------------------------------------------
+# --- packed bases ------------------------------------------------------------------------------
 
 
-def test_int8_weights_are_off_by_half_a_step_at_most() -> None:
-    before = arrays()
-    given = base_params()
-    kernel = given["layers"]["mlp"]["up_proj"]["kernel"]
-    params = flat(quantized(given))
-    assert kernel.is_deleted()
-    assert params.keys() - before.keys() == {f"{row.path}_scale" for row in projections(CONFIG)}
-    assert params["layers.self_attn.q_proj.kernel_scale"].shape == (2, 1, 4, 6)
-    assert params["layers.self_attn.o_proj.kernel_scale"].shape == (2, 1, 1, 24)
-    for row in projections(CONFIG):
-        kernel, scale = (np.asarray(params[name]) for name in (row.path, f"{row.path}_scale"))
-        assert kernel.dtype == np.int8
-        assert scale.dtype == np.float32
-        inputs = tuple(range(1, 1 + len(row.groups[1])))
-        steps = np.abs(before[row.path]).max(axis=inputs, keepdims=True) / scale
-        np.testing.assert_allclose(steps, 127.5, rtol=1e-6)
-        error = np.abs(kernel * scale - before[row.path])
-        assert (error <= scale / 2 * (1 + 1e-4)).all()
-    for name in before.keys() - {row.path for row in projections(CONFIG)}:
-        np.testing.assert_array_equal(params[name], before[name])
-
-
-def test_an_int8_base_computes_with_what_it_stands_for() -> None:
-    adapters = trained()
-    base = quantized(base_params())
-    got = logits(model(join(adapters, base), lora=LORA, quantized=True), TOKENS)
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_packed_base_computes_with_what_it_stands_for(form: str) -> None:
+    adapters, before = trained(), arrays()
+    base = packed(base_params(), form)
+    got = logits(model(join(adapters, base), lora=LORA), TOKENS)
     leaves = flat(base)
-    for name in [name for name in leaves if name.endswith("_scale")]:
-        kernel = name.removesuffix("_scale")
-        leaves[kernel] = leaves[kernel].astype(jnp.float32) * leaves.pop(name)
+    kernels = {row.path for row in projections(CONFIG)}
+    for name, leaf in leaves.items():
+        assert isinstance(leaf, Packed) == (name in kernels)
+        if name in kernels:
+            leaves[name] = leaf.unpack(jnp.float32)
+        else:
+            np.testing.assert_array_equal(leaf, before[name])
     close(got, logits(model(merged(adapters, unflatten_dict(leaves, sep="."))), TOKENS))
     near = logits(model(merged(adapters, base_params())), TOKENS)
-    close(got, near, 0.05)
+    close(got, near, 0.05 if form == "int8" else 0.5)
     with pytest.raises(AssertionError):  # but it is no longer the same
         close(got, near, 1e-4)
 
 
-def test_a_base_is_quantized_while_it_is_read(tmp_path: Path) -> None:
+def test_a_base_is_packed_while_it_is_read(tmp_path: Path) -> None:
     """No two kernels are whole at once."""
     config = read_config(make_tiny(tmp_path / "hf", dtype=np.dtype(np.float32)))
     before = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32))
-    kernels, quantize = {row.path for row in projections(config)}, quantizer(config)
+    kernels = {row.path for row in projections(config)}
+    pack = packer(projections(config), "int8")
     held: list[jax.Array] = []
 
-    def then(row: Any, leaf: jax.Array) -> dict[str, jax.Array]:
+    def then(row: Any, leaf: jax.Array) -> dict[str, Any]:
         assert all(kernel.is_deleted() for kernel in held)
         held.extend([leaf] if row.path in kernels else [])
-        return quantize(row, leaf)
+        return pack(row, leaf)
 
     after = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32, then=then))
     assert len(held) == len(kernels)
     for name, leaf in before.items():
         if name in kernels:
-            scale = np.asarray(after[f"{name}_scale"])
-            error = np.abs(np.asarray(after[name]) * scale - np.asarray(leaf))
-            assert (error <= scale / 2 * (1 + 1e-4)).all()
+            error = np.abs(np.asarray(after[name].unpack(jnp.float32)) - np.asarray(leaf))
+            assert error.max() <= np.asarray(after[name].scale).max() / 2 * (1 + 1e-4)
         else:
             np.testing.assert_array_equal(leaf, after[name])
-
-
-def test_int8_needs_qwix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "qwix", None)
-    with pytest.raises(InputError, match=r"pip install 'dca_jax\[train\]'"):
-        quantizer(CONFIG)
 
 
 # --- meshes ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def on_one_device(int8: bool) -> tuple[float, dict[str, np.ndarray]]:
-    base = quantized(base_params()) if int8 else base_params()
-    loss, gradients = loss_and_gradients(trained(), base, LORA, int8)
+def on_one_device(form: str | None) -> tuple[float, dict[str, np.ndarray]]:
+    base = base_params() if form is None else packed(base_params(), form)
+    loss, gradients = loss_and_gradients(trained(), base, LORA)
     return float(loss), flat(jax.tree.map(np.asarray, gradients))
 
 
 @pytest.mark.parametrize(
-    ("mesh", "int8"),
+    ("mesh", "form"),
     [
-        ("tensor=4", True),  # more than kv heads
-        pytest.param("context=2,tensor=2", False, marks=pytest.mark.slow),
+        ("tensor=4", "int8"),  # more than kv heads
+        pytest.param("context=2,tensor=2", None, marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", "int8", marks=pytest.mark.slow),
     ],
 )
-def test_a_mesh_gives_what_one_device_does(mesh: str, int8: bool) -> None:
+def test_a_mesh_gives_what_one_device_does(mesh: str, form: str | None) -> None:
     base, adapters = base_params(mesh), trained(LORA, mesh)
-    if int8:
+    if form is not None:
         places = {row.path: flat(base)[row.path].sharding for row in projections(CONFIG)}
-        base = quantized(base)
+        base = packed(base, form)
         for name, place in places.items():
-            assert flat(base)[name].sharding == place
-    loss, gradients = loss_and_gradients(adapters, base, LORA, int8)
-    want_loss, want = on_one_device(int8)
+            assert sorted(map(str, flat(base)[name].values.sharding.spec)) == sorted(
+                map(str, place.spec)
+            )
+    loss, gradients = loss_and_gradients(adapters, base, LORA)
+    want_loss, want = on_one_device(form)
     close(loss, want_loss)
     for name, leaf in flat(gradients).items():
         close(leaf, want[name])
@@ -624,5 +604,3 @@ def test_settings_that_are_refused(options: Tree, message: str) -> None:
 def test_a_model_without_the_setting_refuses_adapters() -> None:
     with pytest.raises(InputError, match=r"unexpected parameters: .*q_proj\.lora_b"):
         model(join(trained(), base_params()))
-    with pytest.raises(InputError, match=r"kernel_scale is missing"):
-        model(base_params(), quantized=True)

@@ -13,12 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
-from dca_jax.finetune.lora import init_lora, join, quantizer
+from dca_jax.finetune.lora import init_lora, join
 from dca_jax.model import Llama
 from dca_jax.planning.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
+from dca_jax.weights.packer import matrices, packed_stack, packer
 from dca_jax.weights.parameters import abstract_params, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_shardings
 
@@ -44,8 +45,8 @@ def bytes_of_one_device(tree: Any) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_weights_are_those_of_real_arrays(quantized: bool) -> None:
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_weights_are_those_of_real_arrays(form: str | None) -> None:
     """Byte for byte; on more devices of `tensor` than there are kv heads, too."""
     sizes, mesh = parse_mesh("fsdp=2,tensor=4"), make_mesh("fsdp=2,tensor=4")
     place = parameter_shardings(SMALL, mesh, lora=LORA)
@@ -53,27 +54,27 @@ def test_weights_are_those_of_real_arrays(quantized: bool) -> None:
         row.path: jnp.zeros(row.shape(SMALL), jnp.bfloat16, device=place(row.path))
         for row in parameters(SMALL)
     }
-    if quantized:
-        then = quantizer(SMALL)
+    if form is not None:
+        then = packer(projections(SMALL), form)
         for row in parameters(SMALL):
             base |= then(row, base[row.path])
     params = unflatten_dict(base, sep=".")
     adapters = bytes_of_one_device(init_lora(SMALL, LORA, jax.random.key(0), place))
-    usage = job_for(SMALL, context_length=300, batch=2, quantized=quantized).usage(sizes)
+    usage = job_for(SMALL, context_length=300, batch=2, weights=form).usage(sizes)
     assert usage.weights == bytes_of_one_device(params) + adapters
     assert usage.gradients == adapters
     assert usage.optimizer == 2 * adapters
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
-@pytest.mark.parametrize(("sizes", "quantized"), [("fsdp=2", False), ("tensor=2", True)])
-def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
+@pytest.mark.parametrize(("sizes", "form"), [("fsdp=2", None), ("tensor=2", "int8")])
+def test_the_formula_beside_the_compiler(sizes: str, form: str | None) -> None:
     batch, length, optimizer = 4, LOSS_TOKENS, optax.adamw(1e-5)
     mesh = make_mesh(sizes)
     place = parameter_shardings(SMALL, mesh, lora=LORA)
     base = abstract_params(SMALL, dtype=jnp.float32, sharding=place)
-    if quantized:
-        base = quantized_shapes(base, mesh)
+    if form is not None:
+        base = packed_shapes(base, form)
     adapters = unflatten_dict(
         {row.path: row.abstract(SMALL, jnp.float32, place) for row in lora_parameters(SMALL, LORA)},
         sep=".",
@@ -85,7 +86,7 @@ def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
     def step(adapters: Any, state: Any, base: Any, tokens: jax.Array) -> tuple[Any, Any]:
         def loss(adapters: Any) -> jax.Array:
             options: dict[str, Any] = {"dca": DCAConfig.paper(512), "dtype": jnp.float32}
-            options |= {"lora": LORA, "quantized": quantized, "remat": "layer"}
+            options |= {"lora": LORA, "remat": "layer"}
             whole = Llama.from_params(SMALL, join(adapters, base), **options)
             hidden, _ = whole.hidden_states(tokens)
             rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
@@ -103,7 +104,7 @@ def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(adapters, state, base, tokens)
     analysis = lowered.compile().memory_analysis()
 
-    options: dict[str, Any] = {"context_length": length, "batch": batch, "quantized": quantized}
+    options: dict[str, Any] = {"context_length": length, "batch": batch, "weights": form}
     usage = job_for(SMALL, dtype=jnp.dtype(jnp.float32), **options).usage(mesh.shape)
     held = usage.weights + usage.optimizer
     assert held == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)
@@ -114,19 +115,16 @@ def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
     assert working == pytest.approx(analysis.temp_size_in_bytes, rel=0.1)
 
 
-def quantized_shapes(base: dict[str, Any], mesh: Any) -> dict[str, Any]:
-    """What `quantizer` gives, as shapes: a scale stands for the kernel's outputs."""
+def packed_shapes(base: dict[str, Any], form: str) -> dict[str, Any]:
+    """What `packer` gives, as shapes."""
     for row in projections(SMALL):
         node = base
         for name in row.path.split(".")[:-1]:
             node = node[name]
-        kernel, num_inputs = node["kernel"], len(row.groups[1])
-        node["kernel"] = jax.ShapeDtypeStruct(kernel.shape, jnp.int8, sharding=kernel.sharding)
-        keep = [not 1 <= axis <= num_inputs for axis in range(len(kernel.shape))]
-        shape = [size if kept else 1 for size, kept in zip(kernel.shape, keep, strict=True)]
-        spec = [cut if kept else None for cut, kept in zip(kernel.sharding.spec, keep, strict=True)]
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        node["kernel_scale"] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=place)
+        node["kernel"] = jax.eval_shape(
+            lambda kernel, row=row: packed_stack(kernel, form, row),
+            node["kernel"],
+        )
     return base
 
 
@@ -137,7 +135,7 @@ def test_what_lora_saves_of_llama_2_7b() -> None:
     mesh = parse_mesh("tensor=1")
     full = plan("llama-2-7b", config, mesh=mesh, **common)
     half = plan("llama-2-7b", config, mesh=mesh, lora=lora, **common)
-    int8 = plan("llama-2-7b", config, mesh=mesh, lora=lora, quantized=True, **common)
+    int8 = plan("llama-2-7b", config, mesh=mesh, lora=lora, weights="int8", **common)
     adapters = 39_976_960  # of rank 16, for all projections
     assert half.usage.weights == 2 * 6_738_415_616 + F32 * adapters
     assert half.usage.optimizer == 2 * half.usage.gradients == 2 * F32 * adapters
@@ -149,13 +147,31 @@ def test_what_lora_saves_of_llama_2_7b() -> None:
     assert half.facts()["texts"] == "1 of 16,384 tokens, to train adapters of rank 16 on"
     assert int8.facts()["texts"].endswith("of rank 16 on, over int8 weights")
     assert int8.as_json()["lora_rank"] == 16
-    assert int8.as_json()["quantized"]
+    assert int8.as_json()["weights"] == "int8"
     assert full.as_json()["lora_rank"] is None
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora": LORA}, {"quantized": True}, {"quantized": True, "train": True}]
+    ("options", "message"),
+    [
+        ({"lora": LORA}, "LoRA is a way to train"),
+        ({"weights": "int8", "train": True}, "weights that are trained are not packed in int8"),
+        ({"weights": "int3"}, "weights must be one of int8, int4, .*, got 'int3'"),
+    ],
 )
-def test_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="LoRA is a way to train, and int8 weights are the base"):
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         plan("small", SMALL, device="h200", mesh=None, context_length=512, **options)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_packed_weights_of_generation_are_those_of_real_arrays(form: str) -> None:
+    """All matrices, tables too."""
+    sizes, mesh = parse_mesh("fsdp=2,tensor=4"), make_mesh("fsdp=2,tensor=4")
+    place, then, base = parameter_shardings(SMALL, mesh), packer(matrices(SMALL), form), {}
+    for row in parameters(SMALL):
+        leaf = jnp.zeros(row.shape(SMALL), jnp.bfloat16, device=place(row.path))
+        base |= then(row, leaf)
+    options: dict[str, Any] = {"train": False, "lora": None, "weights": form}
+    usage = job_for(SMALL, context_length=300, batch=2, **options).usage(sizes)
+    assert usage.weights == bytes_of_one_device(base)

@@ -16,6 +16,7 @@ from dca_jax.cli.options import (
     MethodOption,
     MethodsOption,
     ModelArgument,
+    WeightsOption,
     check_method,
     find_model,
     load_model,
@@ -117,6 +118,7 @@ def perplexity(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -132,7 +134,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, opened.llm.model.config.vocab_size)
     else:
@@ -184,6 +186,7 @@ def passkey_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
@@ -196,7 +199,7 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
@@ -242,6 +245,7 @@ def needle_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
 ) -> None:
     """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
@@ -261,7 +265,7 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
@@ -320,6 +324,7 @@ def few_shot_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -342,7 +347,7 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     items = few_shot.read_files(files, **chosen)
-    opened = find_model(model, method, dtype, mesh, adapter, context=length)
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
     documents = [item.document for some in items.values() for item in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
     llm = load_model(model, opened, [need])
@@ -380,6 +385,7 @@ def l_eval_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -395,7 +401,7 @@ def l_eval_command(
     files, length = task_files(data), parse_tokens(max_length)
     # What is wrong with the files is said before any weight is read.
     rows = l_eval.read_files(files, length)
-    opened = find_model(model, method, dtype, mesh, adapter, context=length)
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
     documents = [row["input"] for some in rows.values() for row in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
     llm = load_model(model, opened, [need])
@@ -423,13 +429,16 @@ def speed_command(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Time and memory of reading a prompt with dense, flash and Dual Chunk Attention (Fig. 3).
 
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, [method], dtype, mesh, adapter, context=max(lengths))
+    opened = find_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=max(lengths)
+    )
     # What does not fit is a result here, so only the shortest text must.
     llm = load_model(model, opened, [(1, min(lengths))])
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
@@ -467,6 +476,7 @@ def lm_eval(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
@@ -488,6 +498,8 @@ def lm_eval(
         arguments["mesh"] = mesh
     if adapter is not None:
         arguments["peft"] = str(adapter)
+    if weights is not None:
+        arguments["weights"] = weights.value
     # Before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:

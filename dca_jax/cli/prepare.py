@@ -20,6 +20,7 @@ from dca_jax.cli.options import (
     ModelArgument,
     Remat,
     State,
+    WeightsOption,
     refuse_several_processes,
 )
 from dca_jax.config import LlamaConfig, LoraConfig, lora_targets
@@ -144,8 +145,9 @@ def plan_command(
         int, typer.Option(help="With --train: train LoRA adapters of this rank.")
     ] = 0,
     base: Annotated[
-        Base, typer.Option(help="With --lora-rank: dtype of the frozen weights.")
+        Base, typer.Option(help="With --lora-rank: how the frozen weights are kept.")
     ] = Base.dtype,
+    weights: WeightsOption = None,
     remat: Annotated[
         Remat,
         typer.Option(help="With --train: what to keep of each layer, as in `dca-jax finetune`."),
@@ -161,6 +163,8 @@ def plan_command(
 
     - `dca-jax plan llama-2-70b --device h200 --mesh tensor=4 --context-length 100k`
 
+    - `dca-jax plan llama-2-70b --device h200 --weights int4 --context-length 100k`
+
     - `dca-jax plan ./Llama-2-7b-hf --device v5e --context-length 16k --batch 8 --train`
 
     - `dca-jax plan llama-2-7b --device a100-80g --context-length 16k --train --state bfloat16`
@@ -169,6 +173,11 @@ def plan_command(
     """
     tokens = parse_tokens(context_length)
     shape = find_shape(model, context=tokens, file=config)
+    if base is not Base.dtype and not lora_rank:
+        raise InputError(f"--base {base.value} goes with --lora-rank")
+    if weights is not None and lora_rank:
+        raise InputError("give --base with --lora-rank, and --weights without")
+    packed = weights.value if weights else None if base is Base.dtype else base.value
     found = plan(
         model,
         shape,
@@ -179,7 +188,7 @@ def plan_command(
         train=train,
         dtype=dtype.value,
         lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
-        quantized=base is Base.int8,
+        weights=packed,
         remat=remat.value,
         state=state.value,
     )

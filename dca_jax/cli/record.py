@@ -18,6 +18,7 @@ from dca_jax.evaluation.fingerprint import fingerprint, short_name
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.evaluation.results import FINGERPRINT, Files, ResultLog, Run
 from dca_jax.inference.llm import LLM
+from dca_jax.packed_weights import packed_forms
 from dca_jax.weights.hub import find_folder
 
 
@@ -69,6 +70,8 @@ def run(
         "dtype": llm.model.dtype.name,
         "trained_length": config.trained_length,
     }
+    if packed := packed_forms(llm.model):
+        identity["weights"] = packed
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "-")
     folder = output or Path("outputs") / f"{task}-{name}-{short_name(checksums)}"
     start = time.monotonic()

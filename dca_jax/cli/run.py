@@ -23,6 +23,7 @@ from dca_jax.cli.options import (
     NewTokensOption,
     SeedOption,
     ThinkingOption,
+    WeightsOption,
     find_model,
     load_model,
     refuse_several_processes,
@@ -101,6 +102,7 @@ def generate(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
     context: ContextOption = None,
     config: ConfigOption = None,
     thinking: ThinkingOption = None,
@@ -140,7 +142,9 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    opened = find_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
+    opened = find_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=longest, config=config
+    )
     requests = make(opened.llm)
     together = batches(opened.llm.model.config, requests, method, batch, options)
     llm = load_model(model, opened, (_need(some, options) for _, some in together))
@@ -193,6 +197,7 @@ def chat(
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -205,7 +210,9 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    opened = find_model(model, [method], dtype, mesh, adapter, context=length, config=config)
+    opened = find_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=length, config=config
+    )
     llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:
         length = CONTEXT * llm.model.config.trained_length

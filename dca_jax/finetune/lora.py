@@ -1,33 +1,31 @@
-"""LoRA: low-rank adapters over a frozen base (arXiv 2106.09685), bfloat16 or int8.
+"""LoRA: low-rank adapters over a frozen base (arXiv 2106.09685), which may be packed.
 
 A projection that has adapters computes y = x W + alpha / rank (x A) B (`dca_jax.model.Linear`).
 Adapters are float32 arrays beside the kernel they adapt, `lora_a` [L, inputs, R] and `lora_b`
 [L, R, outputs], and lie on a mesh as its inputs and its outputs do. A run is:
 
-    base = load_weights(folder, config, ..., then=quantizer(config))    # or without `then`
+    base = load_weights(folder, config, ..., then=packer(projections(config), "int4"))  # or without
     adapters = init_lora(config, lora, key, sharding)
-    model = Llama.from_params(config, join(adapters, base), lora=lora, quantized=True)
+    model = Llama.from_params(config, join(adapters, base), lora=lora)
 
 with gradients of `adapters` alone. `dca_jax.weights.adapters` reads and writes them, and merges
-them into the base. int8 is of weights only, a scale for each output of each layer (W8A16); it
-needs qwix.
+them into the base. Of a packed base (`dca_jax.packed_weights`; QLoRA, arXiv 2305.14314, has another
+form of 4 bits) the layers' kernels are packed, and computed with unpacked.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int8, Key
+from jaxtyping import Array, Key
 
 from dca_jax.config import LlamaConfig, LoraConfig
-from dca_jax.errors import InputError
 from dca_jax.model import Llama
 from dca_jax.weights.adapters import ADAPTERS, flat
-from dca_jax.weights.parameters import Parameter, Shardings, lora_parameters, projections
+from dca_jax.weights.parameters import Shardings, lora_parameters
 
 
 def init_lora(
@@ -66,44 +64,3 @@ def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def join(adapters: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `split`: what `Llama.from_params(..., lora=lora)` takes."""
     return unflatten_dict(flat(base) | flat(adapters), sep=".")
-
-
-def quantizer(config: LlamaConfig) -> Callable[[Parameter, Array], dict[str, Array]]:
-    """What makes int8 weights of a model's: `then` of `dca_jax.weights.folder.load_weights`.
-
-    A layer's kernel becomes int8 `kernel` and float32 `kernel_scale`, on the devices it lies on; it
-    is about their product, and no weight is off by more than half its scale, which has size 1 along
-    the inputs. The kernel is deleted, so that no more than one is held. All else stays as it is.
-
-    Raises:
-        InputError: qwix is not installed.
-    """
-    try:
-        import qwix  # of the extra `train`
-    except ImportError:
-        raise InputError(
-            "int8 weights need qwix, which is not installed; pip install 'dca_jax[train]'"
-        ) from None
-
-    @partial(jax.jit, static_argnames="channels")
-    def quantize(
-        kernel: Float[Array, "L ..."], channels: tuple[int, ...]
-    ) -> tuple[Int8[Array, "L ..."], Float[Array, "L ..."]]:
-        def one_layer(kernel: Float[Array, "..."]) -> tuple[Array, Array]:
-            # In bfloat16 it would divide, and keep the scale, with 8 bits: too few to round to 8.
-            found = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
-            return found.qvalue, found.scale
-
-        return jax.lax.map(one_layer, kernel)
-
-    kernels = {row.path for row in projections(config)}
-
-    def quantized(row: Parameter, kernel: Array) -> dict[str, Array]:
-        if row.path not in kernels:
-            return {row.path: kernel}
-        channels = tuple(range(len(row.groups[1]), kernel.ndim - 1))
-        values, scale = jax.block_until_ready(quantize(kernel, channels))
-        kernel.delete()
-        return {row.path: values, f"{row.path}_scale": scale}
-
-    return quantized

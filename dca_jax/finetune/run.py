@@ -40,7 +40,7 @@ from dca_jax.finetune.checkpoints import ADVICE, Checkpoints
 from dca_jax.finetune.data import Rows, Source, longest_row, row, text_lengths
 from dca_jax.finetune.export import export
 from dca_jax.finetune.inputs import number_of_updates, read_inputs, training_rows
-from dca_jax.finetune.lora import init_lora, quantizer
+from dca_jax.finetune.lora import init_lora
 from dca_jax.finetune.loss import summed_nll
 from dca_jax.finetune.meters import Meters, check_reports, update_flops
 from dca_jax.finetune.preview import preview
@@ -68,7 +68,8 @@ from dca_jax.weights.adapters import load_adapter, open_adapter
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.parameters import lora_parameters, parameters
+from dca_jax.weights.packer import packer
+from dca_jax.weights.parameters import lora_parameters, parameters, projections
 
 SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
 
@@ -145,8 +146,6 @@ def open_setup(settings: Settings) -> Setup:
         mesh=mesh,
     )
     _ = setup.sharding  # refuses a mesh that the model cannot be cut for
-    if settings.base == "int8":
-        quantizer(config)  # refuses where qwix is not installed
     return setup
 
 
@@ -215,7 +214,7 @@ def check_memory(setup: Setup, length: int) -> None:
         dtype=settings.dtype,
         train=True,
         lora=setup.lora,
-        quantized=settings.base == "int8",
+        weights=None if settings.base == "dtype" else settings.base,
         remat=settings.remat,
         state=settings.state,
     )
@@ -343,7 +342,8 @@ def load_state(
         rows = parameters(config)
     else:
         rows = lora_parameters(config, lora)
-        then = quantizer(config) if settings.base == "int8" else None
+        packed = settings.base != "dtype"
+        then = packer(projections(config), settings.base) if packed else None
         dtype = jnp.dtype(settings.dtype)
         frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
     if checkpoints.latest is not None:

@@ -21,7 +21,7 @@ from dca_jax.finetune.packing import PACKS
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
 
-BASES = ("dtype", "int8")
+BASES = ("dtype", "int8", "int4")
 EXPORTS = ("orbax", "hf")
 DTYPES = ("bfloat16", "float32")
 REPORTS = ("tensorboard", "wandb")
@@ -168,7 +168,7 @@ class Settings:
     )
     base: str = _option(
         "dtype",
-        "Dtype of the frozen weights with LoRA: the run's dtype, or int8.",
+        "How the frozen weights are kept with LoRA: in the run's dtype, or packed in int8 or int4.",
         choices=BASES,
     )
     export: str = _option(
@@ -231,8 +231,10 @@ class Settings:
         if self.adapter and self.lora_rank:
             raise InputError("give adapter or lora_rank: an adapter has a rank of its own")
         lora = self.lora_rank or self.adapter
-        if self.base == "int8" and not lora:
-            raise InputError("base int8 goes with LoRA: weights that are trained are no integers")
+        if self.base != "dtype" and not lora:
+            raise InputError(
+                f"base {self.base} goes with LoRA: weights that are trained are no integers"
+            )
         if self.state != "float32" and lora:
             raise InputError(
                 "state bfloat16 is for training all weights; LoRA's adapters are small, and stay "

@@ -57,5 +57,4 @@ class Setup:
             dtype=jnp.dtype(self.settings.dtype),
             remat=self.settings.remat,
             lora=self.lora,
-            quantized=self.settings.base == "int8",
         )

@@ -14,7 +14,7 @@ groups, as in decoding, `few` reads only the matrices that they choose.
 
 from dca_jax.grouped.few import are_few, chosen_products
 from dca_jax.grouped.layout import Layout, collect, lay_out, spread
-from dca_jax.grouped.op import PRODUCTS, block_size, choose
+from dca_jax.grouped.op import PRODUCTS, block_size, choose, grouped_product
 
 __all__ = [
     "PRODUCTS",
@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "chosen_products",
     "collect",
+    "grouped_product",
     "lay_out",
     "spread",
 ]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped.layout import block_ends
+from dca_jax.packed_weights import Packed
 
 
 def precision(x: Array) -> str | None:
@@ -56,12 +57,14 @@ def _each_block(
 
 
 def matrix_of(
-    kernels: Float[Array, "L E inputs outputs"],
+    kernels: Float[Array, "L E inputs outputs"] | Packed,
     layer: Int[Array, ""],
     group: Int[Array, ""],
     dtype: Any,
 ) -> Float[Array, "inputs outputs"]:
     """One matrix of the stack."""
+    if isinstance(kernels, Packed):
+        return kernels.at(layer).at(group).unpack(dtype)
     shape = (1, 1, *kernels.shape[2:])
     zero = jnp.zeros((), group.dtype)
     start = (layer.astype(group.dtype), group, zero, zero)

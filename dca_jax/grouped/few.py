@@ -15,7 +15,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from dca_jax.device import current_device
+from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped.blocks import matrix_of, precision
+from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 WIDTH, DEPTH = 64, 64  # columns and rows that a program reads at once
@@ -31,7 +33,7 @@ def are_few(rows: int, groups: int) -> bool:
 
 def chosen_products(
     x: Float[Array, "rows inputs"],
-    stacks: tuple[Float[Array, "L E inputs outputs"], ...],
+    stacks: tuple[Float[Array, "L E inputs outputs"] | Packed, ...],
     layer: Int[Array, ""],
     groups: Int[Array, " rows"],
 ) -> tuple[Float[Array, "rows outputs"], ...]:
@@ -39,11 +41,14 @@ def chosen_products(
 
     Args:
         x: in any order. groups: of each row.
-        stacks: of one shape; layer: which of each stack.
+        stacks: of one shape, packed or not; layer: which of each stack.
     """
     inputs, outputs = stacks[0].shape[2:]
+    on_gpu = current_device().platform == "gpu"
+    if on_gpu and isinstance(stacks[0], Packed):
+        return tuple(_unpacked_sums(x, kernels, layer, groups) for kernels in stacks)
     kernel = inputs % DEPTH == 0 and outputs % WIDTH == 0 and x.dtype.itemsize < 8
-    if kernel and (INTERPRET or current_device().platform == "gpu"):
+    if kernel and (INTERPRET or on_gpu):
         return _by_triton(x, stacks, layer, groups)
     product = functools.partial(jnp.dot, precision=precision(x))
 
@@ -55,6 +60,13 @@ def chosen_products(
         return jnp.concatenate(list(rows))
 
     return tuple(map(by_row, stacks))
+
+
+def _unpacked_sums(x: Array, kernels: Any, layer: Array, groups: Array) -> Array:
+    """By one fusion that gathers, unpacks, multiplies and sums."""
+    wide = compute_dtype(x.dtype)
+    matrices = kernels[layer, groups].unpack_inner(wide)  # outputs before inputs
+    return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2).astype(x.dtype)
 
 
 def _by_triton(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.device import Device
 from dca_jax.grouped.blocks import blocks, precision
 from dca_jax.grouped.hopper import BLOCK, TILE, mosaic_gpu
+from dca_jax.packed_weights import Packed
 
 HOPPER = (9, 0)
 LARGEST = 128  # rows of a block
@@ -44,6 +45,20 @@ def ragged(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> 
 
 
 PRODUCTS: dict[str, Product] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blocks": blocks}
+
+
+def grouped_product(
+    name: str,
+    x: Float[Array, "places inputs"],
+    kernels: Float[Array, "L E inputs outputs"] | Packed,
+    layer: Int[Array, ""],
+    sizes: Int[Array, " E"],
+    block: int,
+) -> Float[Array, "places outputs"]:
+    """The `Product` of this name, of kernels that may be packed: then one layer's are unpacked."""
+    if isinstance(kernels, Packed):
+        kernels, layer = kernels.at(layer).unpack(x.dtype)[None], jnp.int32(0)
+    return PRODUCTS[name](x, kernels, layer, sizes, block)
 
 
 def choose(device: Device, dtype: Any, matrix: tuple[int, ...]) -> str:

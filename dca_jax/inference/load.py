@@ -22,11 +22,13 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
+from dca_jax.packed_weights import check_form
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
+from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import abstract_params
 from dca_jax.weights.placement import parameter_shardings
 
@@ -41,10 +43,12 @@ class Opened:
         llm: what `load` will return, with shapes (`jax.ShapeDtypeStruct`) in place of its weights:
             it makes tokens of texts, and knows what its arrays will take.
         read_weights: returns the parameters; reads them each time.
+        weights: how they are packed; None if they are not.
     """
 
     llm: LLM
     read_weights: Callable[[], dict[str, Any]]
+    weights: str | None
 
     def load(self) -> LLM:
         """Reads the weights.
@@ -75,6 +79,7 @@ def load(
     adapter: str | Path | None = None,
     context: int | str | None = None,
     config: str | Path | None = None,
+    weights: str | None = None,
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -98,6 +103,9 @@ def load(
             second config for longer texts (Qwen's `config_1m.json`) is read by that if they need
             it, which is logged. It limits nothing.
         config: another file than the folder's `config.json`.
+        weights: pack them while they are read (`dca_jax.packed_weights.FORMS`): "int8" by output,
+            "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128.
+            Products are computed in `dtype` all the same.
 
     Raises:
         InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
@@ -115,6 +123,7 @@ def load(
         adapter=adapter,
         context=context,
         config=config,
+        weights=weights,
     )
     return opened.load()
 
@@ -131,9 +140,11 @@ def open_model(
     adapter: str | Path | None = None,
     context: int | str | None = None,
     config: str | Path | None = None,
+    weights: str | None = None,
 ) -> Opened:
     """All of `load` that comes before the weights are read; arguments and errors as there."""
     check_implementation(implementation)
+    check_form(weights)
     folder = find_folder(path)
     shape = _read_config(folder, context, config)
     if rope is not None:
@@ -153,8 +164,11 @@ def open_model(
     like = abstract_params(shape, dtype=dtype, sharding=sharding)
     model = Llama.from_params(shape, like, dca=chosen, dtype=dtype, implementation=implementation)
 
+    then = None if weights is None else packer(matrices(shape), weights)
+
     def read_weights() -> dict[str, Any]:
-        return load_weights(folder, shape, dtype=dtype, sharding=sharding, adapter=adapter)
+        options = {"dtype": dtype, "sharding": sharding, "adapter": adapter}
+        return load_weights(folder, shape, then=then, **options)
 
     llm = LLM(
         model=model,
@@ -162,7 +176,7 @@ def open_model(
         stop_ids=stop_ids,
         cache_dtype=_dtype(cache_dtype, dtype),
     )
-    return Opened(llm=llm, read_weights=read_weights)
+    return Opened(llm=llm, read_weights=read_weights, weights=weights)
 
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:

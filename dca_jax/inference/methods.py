@@ -311,7 +311,6 @@ def with_method(
         remat=model.remat,
         implementation=model.implementation,
         lora=model.lora,
-        quantized=model.quantized,
     )
 
 

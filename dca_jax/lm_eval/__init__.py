@@ -51,6 +51,7 @@ from dca_jax.lm_eval.arguments import (
     truth,
 )
 from dca_jax.lm_eval.beginnings import Family, families
+from dca_jax.packed_weights import packed_forms
 from dca_jax.planning.room import check_room
 from dca_jax.sharding import mesh_of
 from dca_jax.weights.files import read_json
@@ -95,7 +96,7 @@ class DcaJaxLM(TemplateLM):
         chat_template_args: given to the chat template, as {"enable_thinking": False}.
         enable_thinking: the same for this argument alone.
         think_end_token: a string or id after which an answer begins.
-        dtype, mesh: as in `dca_jax.load`.
+        dtype, mesh, weights: as in `dca_jax.load`.
         peft: folder of a LoRA adapter to merge into the weights.
         device: as lm-eval's --device; any but the one that JAX computes on is refused.
         **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
@@ -125,6 +126,7 @@ class DcaJaxLM(TemplateLM):
         think_end_token: str | int | None = None,
         dtype: str | None = None,
         mesh: str | None = None,
+        weights: str | None = None,
         peft: str | None = None,
         device: str | None = None,
         **others: Any,
@@ -138,8 +140,8 @@ class DcaJaxLM(TemplateLM):
         self.batch_size = _batch_size(batch_size)
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
-        options = {"dtype": dtype, "mesh": mesh, "adapter": peft, "context": self.max_length}
-        opened = open_model(pretrained, dca=None, **options)
+        options = {"dtype": dtype, "mesh": mesh, "adapter": peft, "weights": weights}
+        opened = open_model(pretrained, dca=None, context=self.max_length, **options)
         llm = opened.llm
         if tokenizer is not None:
             read = load_tokenizer(find_folder(tokenizer, weights=False))
@@ -153,6 +155,7 @@ class DcaJaxLM(TemplateLM):
             context_length=self.max_length or 1,
             batch=1,
             dtype=llm.model.dtype,
+            weights=weights,
         )
         self.llm = replace(opened.load(), tokenizer=llm.tokenizer)
         self.method, self.pretrained, self.seed = method, pretrained, seed
@@ -184,6 +187,7 @@ class DcaJaxLM(TemplateLM):
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             adapter = None if self._adapter is None else Path(self._adapter)
+            packed = packed_forms(self.llm.model)
             claim_cache(
                 cache_hook.dbdict,
                 {
@@ -195,6 +199,7 @@ class DcaJaxLM(TemplateLM):
                     "add_bos_token": self._add_bos,
                     "prefix_token_id": self._prefix_token_id,
                     "think_end_token": self.think_end_token,
+                    **({"weights": packed} if packed else {}),
                 },
             )
 

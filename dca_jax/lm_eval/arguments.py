@@ -39,6 +39,8 @@ _INSTEAD = {
     "max_cpu_memory": "",
     "offload_folder": "",
     "delta": "add the delta to its model first",
+    "load_in_8bit": "give weights=int8",
+    "load_in_4bit": "give weights=int4",
     "autogptq": "",
     "gptqmodel": "",
     "gguf_file": "give the file itself as pretrained",

@@ -23,7 +23,9 @@ from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
 from dca_jax.memory import GPU_SHARE
+from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
+from dca_jax.weights.packer import inner_order, matrices
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
 
@@ -123,7 +125,7 @@ class Job:
     train: bool
     dtype: jnp.dtype
     lora: LoraConfig | None = None
-    quantized: bool = False
+    weights: str | None = None
     remat: str = "attention"
     state: jnp.dtype = FLOAT32
 
@@ -142,12 +144,26 @@ class Job:
         return lora_parameters(self.config, self.lora)
 
     @property
-    def frozen(self) -> list[tuple[Parameter, int]]:
-        """The other parameters, with the bytes of an element."""
-        if self.train and self.lora is None:
+    def frozen(self) -> list[Parameter]:
+        """The other parameters."""
+        return [] if self.train and self.lora is None else parameters(self.config)
+
+    @property
+    def packed(self) -> list[Parameter]:
+        """Those of them that are packed."""
+        if self.weights is None:
             return []
-        kernels = projections(self.config) if self.quantized else []
-        return [(row, 1 if row in kernels else self.width) for row in parameters(self.config)]
+        return projections(self.config) if self.train else matrices(self.config)
+
+    def held(self, row: Parameter, sizes: Mapping[str, int]) -> int:
+        """Bytes on one device of a parameter that is not trained."""
+        spec, shape, _ = _placed(row, self.config, sizes)
+        if self.weights is None or row not in self.packed:
+            return self.width * _share(spec, shape, sizes)
+        own = [_share(PartitionSpec(cut), (n,), sizes) for cut, n in zip(spec, shape, strict=True)]
+        matrix = [own[row.leading + axis] for axis in inner_order(row)]
+        size = packed_bytes(self.weights, matrix, len(row.groups[1]))
+        return math.prod(own[: row.leading]) * size
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:
         """Of one device of a mesh that the model can be cut for."""
@@ -183,23 +199,15 @@ class Job:
 
 
 def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Weights that are not trained, with the float32 scales of those that are int8."""
-    total = 0
-    for row, width in job.frozen:
-        spec, shape, _ = _placed(row, job.config, sizes)
-        total += width * _share(spec, shape, sizes)
-        if width == 1:  # a scale for each output of each layer
-            kept = [0, *range(1 + len(row.groups[1]), len(shape))]
-            scales = PartitionSpec(*(spec[axis] for axis in kept))
-            total += F32 * _share(scales, tuple(shape[axis] for axis in kept), sizes)
-    return total
+    """Weights that are not trained."""
+    return sum(job.held(row, sizes) for row in job.frozen)
 
 
 def active_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Of weights that are not trained, what drawing one token of one text reads on this device."""
     total, mixture = 0, job.config.mixture
-    for row, width in job.frozen:
-        share = width * _share(*_placed(row, job.config, sizes))
+    for row in job.frozen:
+        share = job.held(row, sizes)
         if row.path == "embed_tokens.embedding" and not job.config.tie_word_embeddings:
             share //= job.config.vocab_size  # a row of it
         if mixture is not None and "{expert}" in row.name:
@@ -271,32 +279,37 @@ def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Of weights: a layer's, or a table, in the form in which they are multiplied.
 
-    That is not how they are stored if `fsdp` cuts them, or if they are float32 or int8.
+    That is not how they are stored if `fsdp` cuts them, or if they are float32 or packed.
     """
     layer, tables, tiled, narrow = 0, [0], 0, 0
     whole = dict(sizes) | {"fsdp": 1}
     # As they are stored, and as they are multiplied.
     state = job.state.itemsize
     multiplied = job.width if state == job.width else 2 * job.width  # with their gradients
-    widths = [(row, state, multiplied) for row in job.trained]
-    widths += [(row, width, job.width if width == 1 else 0) for row, width in job.frozen]
+    packed = job.packed
+    if not job.config.tie_word_embeddings:  # of the table of tokens only rows are unpacked
+        packed = [row for row in packed if row.path != "embed_tokens.embedding"]
+    stored = [
+        (row, state * _share(*_placed(row, job.config, whole)), multiplied) for row in job.trained
+    ]
+    stored += [(row, job.held(row, whole), job.width * (row in packed)) for row in job.frozen]
     if job.device.narrows and job.width < state:
         stacked = (row for row in job.trained if row.stacked)
         narrow = job.width * sum(_share(*_placed(row, job.config, sizes)) for row in stacked)
-    for row, stored, multiplied in widths:
+    for row, held, multiplied in stored:
         if "{expert}" in row.name:  # never gathered; a layer's are copied out of the stack
             share = _share(*_placed(row, job.config, sizes))
             layer += share * (multiplied or job.width) // len(row.layers(job.config))
             continue
         share = _share(*_placed(row, job.config, whole))
-        size = share * (multiplied + (stored if sizes["fsdp"] > 1 else 0))  # no longer cut
+        size = share * multiplied + (held if sizes["fsdp"] > 1 else 0)  # no longer cut
         if row.stacked:
             layer += size // len(row.layers(job.config))
         else:
             tables.append(size)
         moved = "mlp" in row.path or "o_proj" in row.path
         if job.device.tiles_again and moved and not multiplied:
-            tiled += stored * share // sizes["fsdp"]
+            tiled += held // sizes["fsdp"]
     return max(layer, *tables) + tiled + narrow
 
 

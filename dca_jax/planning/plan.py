@@ -16,6 +16,7 @@ from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
+from dca_jax.packed_weights import check_form
 from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage, active_bytes
 from dca_jax.sharding import AXES, describe
 from dca_jax.weights.placement import check_mesh, cut_by_fsdp, cut_by_tensor
@@ -43,7 +44,7 @@ class Plan:
     context_length: int
     train: bool
     lora: LoraConfig | None
-    quantized: bool
+    weights: str | None
     remat: str
     state: str
     usage: Usage
@@ -85,7 +86,7 @@ class Plan:
         purpose = "to train on" if self.train else "those to be drawn included"
         if self.lora is not None:
             purpose = f"to train adapters of rank {self.lora.rank} on"
-            purpose += ", over int8 weights" if self.quantized else ""
+        purpose += "" if self.weights is None else f", over {self.weights} weights"
         kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
@@ -112,7 +113,7 @@ class Plan:
             "context_length": self.context_length,
             "train": self.train,
             "lora_rank": self.lora and self.lora.rank,
-            "quantized": self.quantized,
+            "weights": self.weights,
             "remat": self.remat if self.train else None,
             "state": self.state if self.train else None,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
@@ -137,7 +138,7 @@ def plan(
     train: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
     lora: LoraConfig | None = None,
-    quantized: bool = False,
+    weights: str | None = None,
     remat: str = "attention",
     state: DTypeLike = jnp.float32,
 ) -> Plan:
@@ -150,14 +151,16 @@ def plan(
         context_length: tokens of each text, those to be drawn included. batch: texts at once.
         train: training instead of generation.
         dtype: of activations, cache and weights that are not trained.
-        lora: train these adapters only. quantized: over a base whose layers' kernels are int8.
+        lora: train these adapters only.
+        weights: packed as `dca_jax.packed_weights.FORMS` says: all matrices, or with `lora` the
+            kernels of the layers.
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
         state: dtype of trained weights, gradients and moments.
 
     Raises:
         InputError: an unknown device or `remat`, a mesh that does not divide the model or the
-            batch, or no mesh given and none that is enough; `lora` without `train`, or `quantized`
-            without it.
+            batch, or no mesh given and none that is enough; `lora` without `train`, or weights that
+            are trained and packed.
     """
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
@@ -167,8 +170,14 @@ def plan(
         raise InputError(
             f"the context length and the batch must be at least 1, got {context_length} and {batch}"
         )
-    if (lora is not None and not train) or (quantized and lora is None):
-        raise InputError("LoRA is a way to train, and int8 weights are the base of LoRA")
+    check_form(weights)
+    if lora is not None and not train:
+        raise InputError("LoRA is a way to train")
+    if weights is not None and train and lora is None:
+        raise InputError(
+            f"weights that are trained are not packed in {weights}: it is for generation, and for "
+            "the base of LoRA"
+        )
     job = Job(
         config=config,
         device=DEVICES[device],
@@ -177,7 +186,7 @@ def plan(
         train=train,
         dtype=jnp.dtype(dtype),
         lora=lora,
-        quantized=quantized,
+        weights=weights,
         remat=remat,
         state=jnp.dtype(state),
     )
@@ -205,7 +214,7 @@ def plan(
         context_length=context_length,
         train=train,
         lora=lora,
-        quantized=quantized,
+        weights=weights,
         remat=remat,
         state=jnp.dtype(state).name,
         usage=job.usage(sizes),

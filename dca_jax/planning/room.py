@@ -31,7 +31,7 @@ def check_room(
     dtype: DTypeLike,
     train: bool = False,
     lora: LoraConfig | None = None,
-    quantized: bool = False,
+    weights: str | None = None,
     remat: str = "attention",
     state: DTypeLike = FLOAT32,
 ) -> None:
@@ -54,7 +54,7 @@ def check_room(
         train=train,
         dtype=jnp.dtype(dtype),
         lora=lora,
-        quantized=quantized,
+        weights=weights,
         remat=remat,
         state=jnp.dtype(state),
     )

@@ -1,0 +1,242 @@
+"""Packed matrices: int8 by output, int4 in groups of inputs, float8 in blocks.
+
+A packed matrix stands where an array of its shape would: w = (value - zero) * scale, where a scale
+is for a block of the matrix, and so is a zero, which only int4 has. Three forms:
+
+    int8   a scale for each output: its inputs have one; values -127 to 127
+    int4   a scale and a zero for each group of inputs of one output; values and zeros 0 to 15; two
+           values in a byte, those of a group's first half in the lower halves of its bytes
+    fp8    a scale for each block of inputs and outputs; float8 (e4m3)
+
+Outputs stand before inputs, whatever the array's order: so a product reads the inputs of an output
+side by side. Matrices of layers, and of experts, are stacked on leading axes, and those of
+attention have more than one axis of inputs or outputs: groups and blocks lie along the last one.
+What a scale is for follows from the shapes: `values` and `scale` have the same axes, and the sizes
+of scale's
+divide those of values. So a packed matrix is cut on a mesh as an array is, scales with their
+weights.
+
+int4 is the form of AWQ and of GPTQ without `desc_act`, and holds GGUF's Q4_0. Activations are never
+packed, and no gradient reaches a packed matrix.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dca_jax.errors import InputError
+
+# How many inputs (and, of fp8, outputs) a scale is for at most; an axis that this does not divide
+# has the largest common divisor.
+FORMS = {"int8": 1, "int4": 64, "int4:32": 32, "int4:128": 128, "fp8": 128}
+FP8 = jnp.float8_e4m3fn
+DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.dtype(FP8)}
+LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
+FLOAT32 = jnp.float32
+SCALE = jnp.dtype(jnp.bfloat16)  # of int4's scales, where we choose them; others' are float32
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scale", "zero"),
+    meta_fields=("order",),
+)
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix, or a stack of them.
+
+    Attributes:
+        values: int8, float8_e4m3fn, or uint8 with two of int4 in a byte; outputs before inputs.
+        scale: of a floating dtype; each axis is that of `values`, or a divisor of it.
+        zero: like `scale`, of int4 alone; uint8.
+        order: which axis of the matrix it stands for each of its last axes is.
+    """
+
+    values: Array
+    scale: Array
+    zero: Array | None
+    order: tuple[int, ...]
+
+    @property
+    def form(self) -> str:
+        """int8, int4 or fp8."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.values.dtype)
+
+    @property
+    def name(self) -> str:
+        """The form as in `FORMS`, with the size of groups that it really has: "int4:64"."""
+        if self.form != "int4":
+            return self.form
+        return f"int4:{self.inner_shape[-1] // self.scale.shape[-1]}"
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """Of the matrix, outputs before inputs."""
+        *sizes, last = self.values.shape
+        return (*sizes, 2 * last if self.form == "int4" else last)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array it stands for."""
+        lead = self.ndim - len(self.order)
+        inner = self.inner_shape
+        return inner[:lead] + tuple(
+            inner[lead + self.order.index(axis)] for axis in range(len(self.order))
+        )
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+        return self.values.ndim
+
+    def __getitem__(self, index: Any) -> "Packed":
+        """The same index, of leading axes, in every part."""
+        return jax.tree.map(lambda part: part[index], self)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def at(self, layer: Int[Array, ""]) -> "Packed":
+        """One of a stack, whose number may be traced."""
+        return jax.tree.map(
+            lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), self
+        )
+
+    def rows(self, numbers: Int[Array, "*n"], dtype: DTypeLike) -> Float[Array, "*n inputs"]:
+        """The inputs of some outputs of a matrix, unpacked; no other is read."""
+
+        def taken(part: Array) -> Array:
+            each = len(self) // len(part)  # rows that share a scale
+            return part[numbers if each == 1 else numbers // each]
+
+        return jax.tree.map(taken, self).unpack_inner(dtype)
+
+    def unpack(self, dtype: DTypeLike) -> Array:
+        """The array it stands for: computed in float32, in `dtype`. Without gradients of scales."""
+        lead = self.ndim - len(self.order)
+        back = [lead + self.order.index(axis) for axis in range(len(self.order))]
+        return self.unpack_inner(dtype).transpose([*range(lead), *back])
+
+    def unpack_inner(self, dtype: DTypeLike) -> Array:
+        """As `unpack`, outputs before inputs."""
+        values, scale, zero = jax.lax.stop_gradient((self.values, self.scale, self.zero))
+        shape, blocked, spread = self.inner_shape, [], []
+        for size, count in zip(shape, scale.shape, strict=True):
+            # An axis with one scale, or one each, needs no splitting (nor that a mesh allows it).
+            whole = count in (1, size)
+            blocked += [size] if whole else [count, size // count]
+            spread += [count] if whole else [count, 1]
+        if zero is not None:
+            groups = scale.shape[-1]
+            values = values.reshape(*values.shape[:-1], groups, 1, values.shape[-1] // groups)
+            shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (values.ndim - 2) + (2, 1))
+            values = ((values >> shifts) & jnp.uint8(15)).astype(FLOAT32)
+            values = values.reshape(blocked) - zero.reshape(spread).astype(FLOAT32)
+        wide = values.reshape(blocked).astype(FLOAT32) * scale.reshape(spread).astype(FLOAT32)
+        return wide.reshape(shape).astype(dtype)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether it is a packed matrix: what `jax.tree` takes as `is_leaf` to stop at."""
+    return isinstance(value, Packed)
+
+
+def packed_forms(tree: Any) -> str:
+    """The names of all forms in a tree, such as a model: "int4:64, int8"; empty if none."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_packed)
+    return ", ".join(sorted({leaf.name for leaf in leaves if is_packed(leaf)}))
+
+
+def check_form(name: str | None) -> None:
+    """Raises InputError for a name that is not one of `FORMS`, and not None."""
+    if name is not None and name not in FORMS:
+        raise InputError(f"weights must be one of {', '.join(FORMS)}, or not given, got {name!r}")
+
+
+def block_sizes(form: str, shape: Sequence[int], num_inputs: int) -> tuple[int, ...]:
+    """How many elements along each axis of a matrix a scale is for.
+
+    Args:
+        form: a name in `FORMS`.
+        shape: of the matrix, or of one device's part of it: no block is divided between devices.
+            Outputs come before inputs.
+        num_inputs: how many axes are inputs.
+
+    Raises:
+        InputError: int4, of an odd number of inputs.
+    """
+    kind, most = form.partition(":")[0], FORMS[form]
+    if kind == "int8":
+        return (1,) * (len(shape) - num_inputs) + tuple(shape[-num_inputs:])
+    sizes = [1] * len(shape)
+    for axis in (-1, -1 - num_inputs) if kind == "fp8" else (-1,):
+        sizes[axis] = math.gcd(most, shape[axis])
+    if kind == "int4" and sizes[-1] % 2:
+        raise InputError(
+            f"int4 weights stand in groups of up to {most} inputs, an even number, which do not "
+            f"divide the {shape[-1]} that a device has; choose int8"
+        )
+    return tuple(sizes)
+
+
+def packed_bytes(form: str, shape: Sequence[int], num_inputs: int) -> int:
+    """What a packed matrix takes, or one device's part of it; arguments as of `block_sizes`."""
+    blocks = block_sizes(form, shape, num_inputs)
+    scales = math.prod(size // block for size, block in zip(shape, blocks, strict=True))
+    if form.startswith("int4"):
+        return math.prod(shape) // 2 + scales * (SCALE.itemsize + 1)
+    return math.prod(shape) + scales * FLOAT32.dtype.itemsize
+
+
+def pack(
+    matrix: Array,
+    form: str,
+    num_inputs: int,
+    *,
+    order: Sequence[int] | None = None,
+    axes: Sequence[Any] = (),
+) -> Packed:
+    """A matrix, packed.
+
+    No weight is off by more than half its scale (int8), a scale (int4, and most by no more than
+    half), or 1/16 of itself (fp8, of weights above 1/28,672 of the block's largest).
+
+    Args:
+        matrix: of any floating dtype, outputs before inputs; one, not a stack.
+        form: a name in `FORMS`. num_inputs: how many axes are inputs.
+        order: `Packed.order`; default: the matrix's own.
+        axes: of a mesh, if this is one device's part of a matrix: those that cut its inputs.
+    """
+    order = tuple(range(matrix.ndim) if order is None else order)
+    kind, blocks = form.partition(":")[0], block_sizes(form, matrix.shape, num_inputs)
+    counts = [size // block for size, block in zip(matrix.shape, blocks, strict=True)]
+    split = [size for pair in zip(counts, blocks, strict=True) for size in pair]
+    inner = tuple(range(1, len(split), 2))
+    wide = matrix.astype(FLOAT32).reshape(split)
+    if kind == "int4":
+        low = jnp.minimum(wide.min(axis=inner, keepdims=True), 0)
+        high = jnp.maximum(wide.max(axis=inner, keepdims=True), 0)
+        scale = ((high - low) / LARGEST[kind]).astype(SCALE)
+        step = jnp.where(scale > 0, scale, 1).astype(FLOAT32)
+        zero = jnp.clip(jnp.round(-low / step), 0, LARGEST[kind])
+        values = jnp.clip(jnp.round(wide / step) + zero, 0, LARGEST[kind]).astype(jnp.uint8)
+        first, second = jnp.split(values.reshape(*counts, -1), 2, axis=-1)
+        values = (first | (second << jnp.uint8(4))).reshape(*matrix.shape[:-1], -1)
+        return Packed(values, scale.reshape(counts), zero.astype(jnp.uint8).reshape(counts), order)
+    largest = jnp.abs(wide).max(axis=inner, keepdims=True)
+    if kind == "int8" and axes:
+        largest = jax.lax.pmax(largest, axes)
+    scale = jnp.where(largest > 0, largest / LARGEST[kind], 1)
+    values = wide / scale
+    if kind == "int8":
+        values = jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8)
+    else:
+        values = jnp.clip(values, -LARGEST[kind], LARGEST[kind]).astype(FP8)
+    return Packed(values.reshape(matrix.shape), scale.reshape(counts), None, order)

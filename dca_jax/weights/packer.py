@@ -1,0 +1,83 @@
+"""Packs a model's matrices one after another, on the devices they lie on, while it is loaded."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from dca_jax.config import LlamaConfig
+from dca_jax.packed_weights import Packed, check_form, pack
+from dca_jax.sharding import Shards
+from dca_jax.weights.parameters import Parameter, parameters
+
+ROUTER = "layers.experts.router.kernel"
+
+
+def matrices(config: LlamaConfig) -> list[Parameter]:
+    """What is packed of a model: all its matrices but routers, whose choices rounding changes."""
+    return [row for row in parameters(config) if len(row.axes) > 1 and row.path != ROUTER]
+
+
+def packer(
+    rows: Sequence[Parameter], form: str
+) -> Callable[[Parameter, Array], dict[str, Array | Packed]]:
+    """What packs parameters as they come: `then` of `dca_jax.weights.folder.load_weights`.
+
+    The array is deleted, so that no more than one is held unpacked. On a mesh a packed matrix is
+    cut as the array was. All that is not in `rows` stays as it is.
+
+    Args:
+        rows: of a model, those to pack: its `matrices`, or `projections`.
+        form: a name in `dca_jax.packed_weights.FORMS`.
+
+    Raises:
+        InputError: a name that is none.
+    """
+    check_form(form)
+    paths = {row.path for row in rows}
+
+    def packed(row: Parameter, leaf: Array) -> dict[str, Array | Packed]:
+        if row.path not in paths:
+            return {row.path: leaf}
+        found = jax.block_until_ready(packed_stack(leaf, form, row))
+        leaf.delete()
+        return {row.path: found}
+
+    return packed
+
+
+def inner_order(row: Parameter) -> tuple[int, ...]:
+    """The axes of a row's matrix, without those that stack it, outputs before inputs."""
+    outputs, inputs = row.groups
+    return tuple(row.axes.index(axis) for axis in outputs + inputs)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
+    """Every matrix of a row's array, packed, each device its own part."""
+    shards, leading, order = Shards.of(stack), row.leading, inner_order(row)
+    turned = [*range(leading), *(leading + axis for axis in order)]
+    num_inputs = len(row.groups[1])
+
+    def local(own: Array) -> Packed:
+        own = own.transpose(turned)
+        shape = own.shape[leading:]
+        one = partial(pack, form=form, num_inputs=num_inputs, order=order, axes=axes)
+        if leading == 0:
+            return one(own)
+        flat = jax.lax.map(one, own.reshape(-1, *shape))
+        return jax.tree.map(lambda part: part.reshape(*own.shape[:leading], *part.shape[1:]), flat)
+
+    axes: tuple[str, ...] = ()
+    if shards.mesh is None:
+        return local(stack)
+    spec = shards.specs(stack)
+    values = scale = PartitionSpec(*(spec[axis] for axis in turned))
+    if form == "int8":  # one scale for all inputs, on whichever devices they lie
+        for entry in values[-num_inputs:]:
+            axes += () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        scale = PartitionSpec(*values[:-num_inputs], *(None,) * num_inputs)
+    zero = scale if form.startswith("int4") else None
+    return shards.local(local, (spec,), Packed(values, scale, zero, order))(stack)

@@ -1,0 +1,206 @@
+"""Packed matrices: beside NumPy's arithmetic, in models, on meshes, through files and commands."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
+
+from dca_jax import few_rows
+from dca_jax.config import LlamaConfig, MixtureConfig
+from dca_jax.dca import DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
+from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack
+from dca_jax.sharding import make_mesh
+from dca_jax.weights.packer import inner_order, matrices, packer
+from dca_jax.weights.parameters import Parameter, abstract_params, parameters
+from dca_jax.weights.placement import parameter_shardings
+
+DENSE = LlamaConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=64,
+)
+# Experts, and one table for both ends.
+SPARSE = replace(
+    DENSE,
+    model_type="qwen3_moe",
+    qk_norm=True,
+    tie_word_embeddings=True,
+    mixture=MixtureConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128),
+)
+DCA = DCAConfig(chunk_len=6, max_query_position=9)
+TOKENS = np.random.default_rng(0).integers(0, DENSE.vocab_size, (4, 12)).astype(np.int32)
+Tree = dict[str, Any]
+
+
+def by_hand(packed: Packed, row: Parameter) -> np.ndarray:
+    """The array that a packed parameter stands for, float64."""
+    values, (scale, zero) = np.asarray(packed.values), (packed.scale, packed.zero)
+    if values.dtype == np.uint8:  # the halves of each group side by side
+        groups = values.reshape(*values.shape[:-1], np.asarray(scale).shape[-1], -1)
+        groups = np.concatenate([groups % 16, groups // 16], axis=-1)
+        values = groups.reshape(*values.shape[:-1], -1)
+
+    def spread(part: Any) -> np.ndarray:
+        part = np.asarray(part).astype(np.float64)
+        for axis, size in enumerate(values.shape):
+            part = part.take([n * part.shape[axis] // size for n in range(size)], axis)
+        return part
+
+    found = values.astype(np.float64) - (0 if zero is None else spread(zero))
+    found *= spread(scale)
+    # Outputs stand before inputs: Hugging Face's order, with the heads apart.
+    letters = [axis for group in row.groups for axis in group]
+    lead = row.leading
+    return found.transpose([*range(lead), *(lead + letters.index(axis) for axis in row.axes)])
+
+
+@functools.cache
+def arrays(config: LlamaConfig) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    leaves = flatten_dict(abstract_params(config, dtype=jnp.float32), sep=".")
+    return {
+        name: (rng.standard_normal(leaf.shape) * (0.1 if len(leaf.shape) > 2 else 1.0)).astype(
+            np.float32
+        )
+        for name, leaf in leaves.items()
+    }
+
+
+def packed_params(config: LlamaConfig, form: str, mesh: str | None = None) -> Tree:
+    place = None if mesh is None else parameter_shardings(config, make_mesh(mesh))
+    then, leaves = packer(matrices(config), form), {}
+    for row in parameters(config):
+        leaf = arrays(config)[row.path]
+        array = jnp.array(leaf) if place is None else jax.device_put(leaf, place(row.path))
+        leaves |= then(row, array)
+        assert array.is_deleted() == (row in matrices(config))
+    return unflatten_dict(leaves, sep=".")
+
+
+@functools.cache
+def unpacked_model(config: LlamaConfig, form: str) -> Llama:
+    """A model of plain arrays, which NumPy unpacked."""
+    leaves = flatten_dict(packed_params(config, form), sep=".")
+    for row in matrices(config):
+        leaves[row.path] = jnp.array(by_hand(leaves[row.path], row), jnp.float32)
+    return model(unflatten_dict(leaves, sep="."), config)
+
+
+def model(params: Tree, config: LlamaConfig) -> Llama:
+    return Llama.from_params(config, params, dca=DCA, dtype=jnp.float32)
+
+
+@jax.jit
+def all_logits(model: Llama, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, ...]:
+    """Of whole texts; of their beginnings into a cache, and of one token that follows."""
+    whole = model(tokens)
+    hidden, cache = model.hidden_states(tokens[:, :-1], cache=cache)
+    last, _ = model.hidden_states(tokens[:, -1:], cache=cache)
+    return whole, model.unembed(hidden), model.unembed(last[:, 0])
+
+
+def logits(model: Llama, config: LlamaConfig, mesh: str | None = None) -> list[np.ndarray]:
+    devices = None if mesh is None else make_mesh(mesh)
+    cache = KVCache.create(config, batch=4, capacity=16, dtype=jnp.float32, mesh=devices)
+    return [np.asarray(x) for x in all_logits(model, TOKENS, cache)]
+
+
+def close(got: list[np.ndarray], want: list[np.ndarray]) -> None:
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+# --- one matrix ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_inputs", [1, 2])
+def test_packing_is_off_by_no_more_than_it_says(form: str, num_inputs: int) -> None:
+    matrix = np.random.default_rng(2).standard_normal((32, 8, 192)).astype(np.float32)
+    matrix[0, 0] = 0
+    packed = jax.jit(pack, static_argnums=(1, 2))(matrix, form, num_inputs)
+    assert packed.shape == matrix.shape
+    got = np.asarray(jax.jit(Packed.unpack, static_argnums=1)(packed, "float32"))
+    scale = np.asarray(packed.scale).astype(np.float32)
+    for axis, (count, size) in enumerate(zip(scale.shape, matrix.shape, strict=True)):
+        scale = scale.repeat(size // count, axis=axis)
+    error = np.abs(got - matrix)
+    if form == "fp8":
+        assert (error <= np.maximum(np.abs(matrix) / 16, scale * 2**-10)).all()
+    elif form == "int8":
+        assert (error <= scale * 0.5001).all()
+    else:
+        assert (error <= scale).all()
+        assert (error <= scale * 0.5001).mean() > 0.97
+    assert (error[1:] > scale[1:] / 4).mean() > 0.1  # it is packed
+
+
+def test_a_size_that_does_not_divide_has_smaller_groups() -> None:
+    assert block_sizes("int4:128", (5, 192), 1) == (1, 64)
+    assert block_sizes("fp8", (3, 96, 128), 1) == (1, 32, 128)
+    with pytest.raises(InputError, match=r"do not divide the 7 that a device has; choose int8"):
+        block_sizes("int4", (6, 7), 1)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "form"), [(DENSE, "int8"), (SPARSE, "int4:32"), (DENSE, "fp8")])
+def test_a_model_computes_with_what_its_weights_stand_for(config: LlamaConfig, form: str) -> None:
+    packed = model(packed_params(config, form), config)
+    close(logits(packed, config), logits(unpacked_model(config, form), config))
+
+
+@pytest.fixture
+def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "INTERPRET", True)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("config", "form", "count"),
+    [
+        (DENSE, "int4", 8),  # a layer's seven, and the unembedding
+        pytest.param(SPARSE, "int8", 5, marks=pytest.mark.slow),
+        pytest.param(DENSE, "fp8", 8, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("interpreted_kernel")
+def test_the_kernel_for_few_rows(config: LlamaConfig, form: str, count: int) -> None:
+    packed = model(packed_params(config, form), config)
+    cache = KVCache.create(config, batch=4, capacity=16, dtype=jnp.float32)
+    assert str(jax.make_jaxpr(all_logits)(packed, TOKENS, cache)).count("dca_few_rows") == count
+    close(logits(packed, config), logits(unpacked_model(config, form), config))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form", "config"),
+    [
+        ("fsdp=2,tensor=2", "int8", DENSE),
+        pytest.param("tensor=4", "int4:32", DENSE, marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", "int4:32", SPARSE, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_gives_what_one_device_does(mesh: str, form: str, config: LlamaConfig) -> None:
+    params = packed_params(config, form, mesh)
+    place = parameter_shardings(config, make_mesh(mesh))
+    for row in matrices(config):
+        packed = flatten_dict(params, sep=".")[row.path]
+        spec = place(row.path).spec
+        turned = [*range(row.leading), *(row.leading + axis for axis in inner_order(row))]
+        assert packed.values.sharding.spec == PartitionSpec(*(spec[axis] for axis in turned))
+    close(logits(model(params, config), config, mesh), logits(unpacked_model(config, form), config))
