@@ -10,6 +10,9 @@ What bounds it is the reading of the cache, so everything else is kept out of th
   S^T = K q^T and O^T = V^T P^T: a block of keys costs 8 columns of tensor work, and not the 64
   rows that WGMMA would ask for otherwise.
 - One warpgroup keeps `num_stages` blocks of keys and of values in flight; the other computes.
+- Keys and values in 8 bits are widened on the chip, keys in registers, where a product takes its
+  left side from, values in shared memory, for their transposition. Their scales multiply logits
+  and weights. It is more work for half the bytes: so two CTAs share a processor.
 
 A row's partial results are merged by their maximum and sum, in plain XLA.
 """
@@ -24,13 +27,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
+from dca_jax.attention.mosaic_gpu.widening import widened
 from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.attention.stored import Scales, is_quantized
 from dca_jax.dca import DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 
@@ -54,10 +59,13 @@ class DecodeTiles:
     ctas: int = MULTIPROCESSORS
     max_shares: int = 64
 
-    def shared_bytes(self, columns: int, head_dim: int, phases: int) -> int:
+    def shared_bytes(self, columns: int, head_dim: int, phases: int, *, quantized: bool) -> int:
         """Shared memory a CTA needs, in bytes."""
         queries = phases * columns * (head_dim * 2 + 2 * 4)
-        keys_values = 2 * self.num_stages * self.block * head_dim * 2
+        token = 2 * (head_dim + 4 if quantized else head_dim * 2)
+        keys_values = self.num_stages * self.block * token
+        if quantized:
+            keys_values += self.block * head_dim * 2
         results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
         return queries + keys_values + results + RESERVED
 
@@ -68,19 +76,26 @@ TILES = {
     128: DecodeTiles(block=128, num_stages=3),
     256: DecodeTiles(block=64, num_stages=3),
 }
+# Of keys and values in 8 bits.
+QUANTIZED_TILES = {
+    64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
+    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
+    256: DecodeTiles(block=64, num_stages=4),
+}
 
 
 def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
     """Whether `decode` takes these shapes: few queries a row, and a capacity TMA can tile."""
     num_queries, num_heads, head_dim = query.shape[1:]
     capacity, kv_heads = key.shape[2:4]
-    columns = _columns(num_queries, num_heads // kv_heads)
+    columns, quantized = _columns(num_queries, num_heads // kv_heads), is_quantized(key.dtype)
+    tiles = (QUANTIZED_TILES if quantized else TILES).get(head_dim)
     return (
         query.dtype in (jnp.bfloat16, jnp.float16)
         and capacity % 8 == 0
         and columns <= 64
-        and head_dim in TILES
-        and _fitting(TILES[head_dim], columns, head_dim, phases=3) is not None
+        and tiles is not None
+        and _fitting(tiles, columns, head_dim, phases=3, quantized=quantized) is not None
     )
 
 
@@ -89,25 +104,29 @@ def _columns(num_queries: int, group: int) -> int:
     return -(-num_queries * group // 8) * 8
 
 
-def _fitting(tiles: DecodeTiles, columns: int, head_dim: int, phases: int) -> DecodeTiles | None:
+def _fitting(
+    tiles: DecodeTiles, columns: int, head_dim: int, phases: int, *, quantized: bool
+) -> DecodeTiles | None:
     """`tiles` with as many stages as shared memory has room for; None if not even two."""
     for num_stages in range(tiles.num_stages, 1, -1):
         fitting = replace(tiles, num_stages=num_stages)
-        if fitting.shared_bytes(columns, head_dim, phases) <= SHARED_BYTES:
+        needed = fitting.shared_bytes(columns, head_dim, phases, quantized=quantized)
+        if needed <= SHARED_BYTES:
             return fitting
     return None
 
 
 def decode(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """`Backend.forward` for shapes that `fits` takes."""
@@ -115,7 +134,9 @@ def decode(
     num_queries, num_heads = query.shape[1:3]
     group = num_heads // kv_heads
     queries = _query_columns(query, kv_heads, rows, dca, phases)
-    tiles = _fitting(tiles or TILES[head_dim], queries.shape[3], head_dim, len(phases))
+    quantized, columns = scales is not None, queries.shape[3]
+    tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
+    tiles = _fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
             f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
@@ -138,6 +159,8 @@ def decode(
         queries,
         key.reshape(layers * batch, capacity, kv_heads, head_dim),
         value.reshape(layers * batch, capacity, kv_heads, head_dim),
+        None if scales is None else scales.key.reshape(layers * batch, kv_heads, capacity),
+        None if scales is None else scales.value.reshape(layers * batch, kv_heads, capacity),
         problem,
     )
     used = num_queries * group
@@ -213,6 +236,8 @@ class _Refs(NamedTuple):
     query: Any
     key: Any
     value: Any
+    key_scale: Any  # None, as the other, of keys and values that are exact
+    value_scale: Any
     outs: Any
     stats: Any
 
@@ -224,6 +249,9 @@ class _Shared(NamedTuple):
     span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
     key: Any  # [num_stages, block, H]
     value: Any  # [num_stages, block, H]
+    key_scale: Any  # [num_stages, block] float32, or None
+    value_scale: Any
+    wide_value: Any  # [block, H] of values in 8 bits; or None
     p: Any  # [columns, block]
     out: Any  # [columns, H] float32
     stat: Any  # [2, columns] float32
@@ -240,8 +268,10 @@ def _attend_shares(
     lengths: Int[Array, " B"],
     key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
-    key: Float[Array, "LB S K H"],
-    value: Float[Array, "LB S K H"],
+    key: Num[Array, "LB S K H"],
+    value: Num[Array, "LB S K H"],
+    key_scale: Float[Array, "LB K S"] | None,
+    value_scale: Float[Array, "LB K S"] | None,
     problem: _Problem,
 ) -> tuple[Float[Array, "slots K columns H"], Float[Array, "shares B K 2 columns"]]:
     """Each share's part of each row: unnormalised output, and maximum (log2 units) and sum.
@@ -251,43 +281,52 @@ def _attend_shares(
     """
     batch, num_phases, kv_heads, columns, head_dim = query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
-    dtype, f32 = query.dtype, jnp.float32
-    split = len(_Refs._fields)
+    dtype, f32, quantized = query.dtype, jnp.float32, key_scale is not None
+    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale
+    scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
-        gmem, smem = _Refs(*refs[:split]), _Shared(*refs[split:])
+        gmem, smem = jax.tree.unflatten(tree, refs)
         share = _share(gmem, problem)
         pl.when(lax.axis_index("warpgroup") == 1)(lambda: _load(gmem, smem, problem, share))
         pl.when(lax.axis_index("warpgroup") == 0)(lambda: _compute(gmem, smem, problem, share))
 
+    out_type = (
+        jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
+        jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
+    )
+    shared = _Shared(
+        query=plgpu.SMEM((num_phases, columns, head_dim), dtype),
+        span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
+        key=plgpu.SMEM((num_stages, block, head_dim), key.dtype),
+        value=plgpu.SMEM((num_stages, block, head_dim), value.dtype),
+        key_scale=scale,
+        value_scale=scale,
+        wide_value=plgpu.SMEM((block, head_dim), dtype) if quantized else None,
+        p=plgpu.SMEM((columns, block), dtype),
+        out=plgpu.SMEM((columns, head_dim), f32),
+        stat=plgpu.SMEM((2, columns), f32),
+        query_ready=plgpu.Barrier(num_arrivals=num_phases),
+        key_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
+        value_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
+        key_free=plgpu.Barrier(num_barriers=num_stages),
+        value_free=plgpu.Barrier(num_barriers=num_stages),
+    )
+    # What is None takes no argument.
+    given, scratch = jax.tree.leaves(arrays), jax.tree.leaves(shared)
+    tree = jax.tree.structure((_Refs(*arrays, *out_type), shared))
     return plgpu.kernel(
         kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
-            jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
-        ),
+        out_type=out_type,
         # Heads first: CTAs that run at one time read the same rows of the cache.
         grid=(kv_heads, shares),
         grid_names=("head", "share"),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="dca_decode",
-        scratch_types=_Shared(
-            query=plgpu.SMEM((num_phases, columns, head_dim), dtype),
-            span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
-            key=plgpu.SMEM((num_stages, block, head_dim), dtype),
-            value=plgpu.SMEM((num_stages, block, head_dim), dtype),
-            p=plgpu.SMEM((columns, block), dtype),
-            out=plgpu.SMEM((columns, head_dim), f32),
-            stat=plgpu.SMEM((2, columns), f32),
-            query_ready=plgpu.Barrier(num_arrivals=num_phases),
-            key_ready=plgpu.Barrier(num_barriers=num_stages),
-            value_ready=plgpu.Barrier(num_barriers=num_stages),
-            key_free=plgpu.Barrier(num_barriers=num_stages),
-            value_free=plgpu.Barrier(num_barriers=num_stages),
-        ),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, offset, lengths, key_offset, query, key, value)
+    )(*given)
 
 
 class _Work(NamedTuple):
@@ -382,13 +421,17 @@ def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Arr
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
             slot = lax.rem(n, num_stages)
-            keys = (text, pl.ds(work.locate(unit)[1] * block, block), head)
-            for source, target, ready, free in (
-                (gmem.key, smem.key, smem.key_ready, smem.key_free),
-                (gmem.value, smem.value, smem.value_ready, smem.value_free),
+            slots = pl.ds(work.locate(unit)[1] * block, block)
+            for source, scale, target, scale_target, ready, free in (
+                (*_keys_in(gmem), *_keys_in(smem), smem.key_ready, smem.key_free),
+                (*_values_in(gmem), *_values_in(smem), smem.value_ready, smem.value_free),
             ):
                 pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                plgpu.copy_gmem_to_smem(source.at[keys], target.at[slot], ready.at[slot])
+                keys = source.at[text, slots, head]
+                plgpu.copy_gmem_to_smem(keys, target.at[slot], ready.at[slot])
+                if scale is not None:
+                    keys = scale.at[text, head, slots]
+                    plgpu.copy_gmem_to_smem(keys, scale_target.at[slot], ready.at[slot])
 
         lax.fori_loop(first, last, load, None)
 
@@ -466,16 +509,22 @@ def _attend_block(
     block, columns = l_i.shape
     shape = (block, columns)
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
+    quantized, dtype = smem.wide_value is not None, smem.query.dtype
     start = plgpu.load(smem.span.at[phase, 0], layout=COLUMNS)
     stop = plgpu.load(smem.span.at[phase, 1], layout=COLUMNS)
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
 
     def logits_of(acc_ref: Any) -> Array:
-        plgpu.wgmma(acc_ref, smem.key.at[slot], smem.query.at[phase].T)
+        keys = smem.key.at[slot]
+        if quantized:
+            keys = plgpu.layout_cast(widened(keys, dtype), plgpu.Layout.WGMMA)
+        plgpu.wgmma(acc_ref, keys, smem.query.at[phase].T)
         return acc_ref[...]
 
     logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if quantized:
+        logits = logits * _of_keys(smem.key_scale.at[slot], shape)
     plgpu.barrier_arrive(smem.key_free.at[slot])
 
     key = number * block + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
@@ -486,18 +535,41 @@ def _attend_block(
     p = jnp.exp2(logits - across(m_next, shape))
     l_i = l_i * across(decay, shape) + p
     acc = acc * across(decay, acc.shape)
+    values = smem.value.at[slot]
+    if quantized:
+        plgpu.barrier_wait(smem.value_ready.at[slot])
+        p = p * _of_keys(smem.value_scale.at[slot], shape)
+        smem.wide_value[...] = widened(values, dtype)
+        values = smem.wide_value
     narrow = p.astype(smem.p.dtype)
     smem.p.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-
-    plgpu.barrier_wait(smem.value_ready.at[slot])
+    if quantized:
+        plgpu.barrier_arrive(smem.value_free.at[slot])
+    else:
+        plgpu.barrier_wait(smem.value_ready.at[slot])
 
     def add_values(acc_ref: Any) -> None:
-        plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
+        plgpu.wgmma(acc_ref, values.T, smem.p.T)
 
     acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
-    plgpu.barrier_arrive(smem.value_free.at[slot])
+    if not quantized:
+        plgpu.barrier_arrive(smem.value_free.at[slot])
     return m_next, l_i, acc
+
+
+def _of_keys(ref: Any, shape: tuple[int, int]) -> Float[Array, "block columns"]:
+    """A number for each key, as logits are laid out."""
+    number = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+    return lax.broadcast_in_dim(number, shape, broadcast_dimensions=[0])
+
+
+def _keys_in(refs: _Refs | _Shared) -> tuple[Any, Any]:
+    return refs.key, refs.key_scale
+
+
+def _values_in(refs: _Refs | _Shared) -> tuple[Any, Any]:
+    return refs.value, refs.value_scale
 
 
 def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:

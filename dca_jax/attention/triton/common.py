@@ -222,7 +222,17 @@ def load_keys(
     if not edge:
         return plgpu.load(keys)
     j = at + jnp.arange(block, dtype=jnp.int32)
-    return plgpu.load(keys, mask=(j < limit)[:, None], other=0.0)
+    return plgpu.load(keys, mask=(j < limit)[:, None], other=ref.dtype.type(0))
+
+
+def load_scales(
+    ref: Any, cache_row: Array, at: Array, block: int, kv_head: Array, edge: bool, limit: Any
+) -> Array:
+    """The scales of the same keys or values."""
+    scales = ref.at[cache_row, kv_head, pl.ds(at, block)]
+    if not edge:
+        return plgpu.load(scales)
+    return plgpu.load(scales, mask=at + jnp.arange(block, dtype=jnp.int32) < limit, other=0.0)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
