@@ -223,9 +223,7 @@ class Llama(nnx.Module):
             tokens = pad_to_zigzag(tokens, context)
             real = pad_to_zigzag(real.astype(jnp.int32), context) > 0
 
-        def run_layer(
-            x: Array, block: Block
-        ) -> tuple[Array, tuple[Stored | None, Balance | None]]:
+        def run_layer(x: Array, block: Block) -> tuple[Array, tuple[Stored | None, Balance | None]]:
             kept: Stored | None = None
 
             def attend(query: Array, key: Array, value: Array) -> Array:

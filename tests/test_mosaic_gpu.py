@@ -4,6 +4,7 @@ What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from dca_jax.attention.mosaic_gpu.ranges import (
 )
 from dca_jax.attention.op import choose_implementation
 from dca_jax.attention.softmax import FAR
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
@@ -94,6 +96,35 @@ def test_the_gradient_lowers_under_vmap_as_one_launch_after_another() -> None:
 def test_decoding_lowers(heads: int, kv_heads: int, dim: int, dtype: Any) -> None:
     sizes = (2, 1, 4096, heads, kv_heads, dim, dtype)
     assert "mosaic_gpu" in lower_forward(mosaic_gpu, shapes(*sizes), DCA, PHASES)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype", "cache"),
+    [
+        (4, 4, 64, jnp.bfloat16, jnp.float8_e4m3fn),
+        (32, 8, 64, jnp.float16, jnp.int8),
+        (32, 8, 128, jnp.bfloat16, jnp.int8),
+        (8, 1, 128, jnp.float16, jnp.float8_e4m3fn),
+        (8, 1, 256, jnp.bfloat16, jnp.int8),
+        (4, 4, 256, jnp.bfloat16, jnp.float8_e4m3fn),
+    ],
+)
+def test_decoding_from_8_bits_lowers(
+    heads: int, kv_heads: int, dim: int, dtype: Any, cache: Any
+) -> None:
+    query, key, _, *rest = shapes(2, 1, 4096, heads, kv_heads, dim, dtype)
+    key = jax.ShapeDtypeStruct(key.shape, cache)
+    scale = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
+
+    def forward(*arrays: Any) -> Any:
+        *arrays, scales = arrays
+        options = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
+        return mosaic_gpu.forward(*arrays, **options)
+
+    text = lower(forward, query, key, key, *rest, Scales(scale, scale))
+    assert "dca_decode" in text
+    before = re.search(r"stablehlo.convert.*(i8|f8E4M3FN)", text)
+    assert before is None  # nothing is unpacked but on the chip
 
 
 # --- which blocks the kernels visit ------------------------------------------------------------

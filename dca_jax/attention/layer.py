@@ -49,9 +49,7 @@ def attend_to_text(
     quantized = cache_dtype is not None and is_quantized(cache_dtype)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
-    def local(
-        query: Array, key: Array, value: Array, rows: Rows
-    ) -> tuple[Array, Stored | None]:
+    def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, Stored | None]:
         if context > 1:
             index = zigzag_positions(key.shape[1])
         else:
@@ -231,9 +229,7 @@ def write(
 
     if cache.scales is None:
         return Stored(put(cache.key, flat(key)), put(cache.value, flat(value)))
-    (key, key_scale), (value, value_scale) = (
-        quantize(x, cache.key.dtype) for x in (key, value)
-    )
+    (key, key_scale), (value, value_scale) = (quantize(x, cache.key.dtype) for x in (key, value))
 
     def put_scale(all_slots: Array, new: Array) -> Array:
         block, slot = jnp.divmod(slots, all_slots.shape[-1])

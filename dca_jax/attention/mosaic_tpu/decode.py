@@ -119,7 +119,7 @@ def decode(
 def _block_specs(
     steps: Steps, block_q: int, block_kv: int, heads: Heads, *, scaled: bool
 ) -> tuple[Any, ...]:
-    """For queries, keys (and values), scales, outputs and log-sum-exps; grid: (split, row, step)."""
+    """For queries, keys (values), scales, outputs and log-sum-exps; grid: (split, row, step)."""
     width, head_dim = heads.kv * heads.head_dim, heads.head_dim
 
     def key_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:

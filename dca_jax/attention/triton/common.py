@@ -225,14 +225,16 @@ def load_keys(
     return plgpu.load(keys, mask=(j < limit)[:, None], other=ref.dtype.type(0))
 
 
-def load_scales(
-    ref: Any, cache_row: Array, at: Array, block: int, kv_head: Array, edge: bool, limit: Any
+def scaled(
+    x: Array, ref: Any, cache_row: Array, at: Array, kv_head: Array, edge: bool, limit: Any
 ) -> Array:
-    """The scales of the same keys or values."""
-    scales = ref.at[cache_row, kv_head, pl.ds(at, block)]
-    if not edge:
-        return plgpu.load(scales)
-    return plgpu.load(scales, mask=at + jnp.arange(block, dtype=jnp.int32) < limit, other=0.0)
+    """x [rows, block] times the scales of the same keys or values; x where there are none."""
+    if ref is None:
+        return x
+    j = at + jnp.arange(x.shape[1], dtype=jnp.int32)
+    scales = ref.at[cache_row, kv_head, pl.ds(at, x.shape[1])]
+    mask = {"mask": j < limit, "other": 0.0} if edge else {}
+    return x * plgpu.load(scales, **mask)[None, :]
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

@@ -24,12 +24,12 @@ from dca_jax.attention.triton.common import (
     launch_options,
     load_halves,
     load_keys,
-    load_scales,
     per_head,
     phase_rotation,
     rotate_halves,
     rotation_tables,
     row_arrays,
+    scaled,
     through_memory,
     tile_bounds,
 )
@@ -89,7 +89,7 @@ def forward(
         *row_arrays(layer, rows),
         *rotation_tables(num_queries, rows, dca),
         *by_kv_head(query, key, value),
-        None if scales is None else Scales(*(x.reshape(-1, *x.shape[2:]) for x in scales)),
+        (None, None) if scales is None else tuple(x.reshape(-1, *x.shape[2:]) for x in scales),
     )
     if splits > 1:
         lses = lse[0].reshape(splits, batch, heads, num_queries)
@@ -111,7 +111,7 @@ def _forward_kernel(
     query_ref: Any,  # [B, T, K, G, H]
     key_ref: Any,  # [L*B, S, K, H]
     value_ref: Any,
-    scale_refs: Scales | None,  # [L*B, K, S]
+    scale_refs: tuple[Any, Any],  # of keys and values [L*B, K, S], or None and None
     out_ref: Any,  # [splits, B, T, K, G, H]
     lse_ref: Any = None,  # [splits, B, K, G, T]
     *,
@@ -148,12 +148,9 @@ def _forward_kernel(
     span = per_head(index, pack)
     bounds = tile_bounds(first, block_q, num_queries, offset_ref[batch], lengths_ref[batch])
 
-    factor = scale_ref[batch] * LOG2E
+    factor, (key_scale, value_scale) = scale_ref[batch] * LOG2E, scale_refs
     key_offset = key_offset_ref[batch]
     share = _share(jnp.minimum(bounds[1] + 1 - key_offset, num_keys), split, splits, block_k)
-
-    def scales_of(ref: Any, at: Array, edge: bool, limit: Array) -> Array:
-        return load_scales(ref, cache_row, at, block_k, kv_head, edge, limit)[None, :]
 
     state = (
         jnp.full((block_q * pack,), MASKED, jnp.float32),  # running maximum
@@ -191,8 +188,7 @@ def _forward_kernel(
             m_i, l_i, acc = state
             key = load_keys(key_ref, cache_row, at, block_k, kv_head, edge, limit)
             logits = dot(query, key.astype(query.dtype), 1, 1)
-            if scale_refs is not None:
-                logits = logits * scales_of(scale_refs.key, at, edge, limit)
+            logits = scaled(logits, key_scale, cache_row, at, kv_head, edge, limit)
             if edge:
                 j = (at + jnp.arange(block_k, dtype=jnp.int32))[None, :]
                 met = (start[:, None] <= j) & (j < stop[:, None])
@@ -202,11 +198,9 @@ def _forward_kernel(
             decay = exp2(m_i - m_next)
             l_i = l_i * decay + jnp.sum(p, axis=1)
             value = load_keys(value_ref, cache_row, at, block_k, kv_head, edge, limit)
-            if scale_refs is not None:
-                p = p * scales_of(scale_refs.value, at, edge, limit)
-            value = value.astype(query.dtype)
-            acc = acc * decay[:, None] + dot(p.astype(value.dtype), value, 1, 0)
-            return m_next, l_i, acc
+            p = scaled(p, value_scale, cache_row, at, kv_head, edge, limit)
+            update = dot(p.astype(query.dtype), value.astype(query.dtype), 1, 0)
+            return m_next, l_i, acc * decay[:, None] + update
 
         state = for_each_block(*ranges, block_k, step, state)
 
