@@ -26,12 +26,13 @@ def widened(ref: Any, dtype: jnp.dtype) -> Float[Array, "rows columns"]:
 # a product takes them in. 0x7b80 is 2^120.
 _PTX = """
 {{
-.reg .b32 pair, sign, rest;
+.reg .b32 pair, sign, rest, up;
 prmt.b32 pair, $1, 0, 0x{bytes};
 and.b32 sign, pair, 0x80008000;
 shr.b32 rest, pair, 4;
 lop3.b32 rest, rest, 0x07f007f0, sign, 0xea;
-mul.rn.bf16x2 $0, rest, 0x7b807b80;
+mov.b32 up, 0x7b807b80;
+mul.rn.bf16x2 $0, rest, up;
 }}
 """
 
