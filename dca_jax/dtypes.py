@@ -36,6 +36,12 @@ def parse_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(found)
 
 
+def cache_dtype_name(dtype: jnp.dtype) -> str:
+    """The name by which `parse_cache_dtype` finds it."""
+    names = {jnp.dtype(each): name for name, each in CACHE_DTYPES.items()}
+    return names.get(dtype, dtype.name)
+
+
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float64 for float64, else float32: angles, softmax, log-sum-exp, norms, loss."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

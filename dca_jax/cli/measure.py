@@ -11,6 +11,7 @@ import typer
 
 from dca_jax.cli.options import (
     AdapterOption,
+    CacheDtypeOption,
     DtypeOption,
     MeshOption,
     MethodOption,
@@ -113,6 +114,7 @@ def perplexity(
     ] = None,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     batch: BatchOption = None,
@@ -130,7 +132,8 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    loading = {"context": max(lengths), "cache_dtype": cache_dtype}
+    llm = load_model(model, method, dtype, mesh, adapter, **loading)
     if tokens is not None:
         source = texts.read_token_file(tokens, llm.model.config.vocab_size)
     else:
@@ -154,6 +157,7 @@ def perplexity(
             stride=stride,
             batch=batch,
             limit=limit,
+            cache_dtype=llm.cache_dtype,
         )
 
 
@@ -178,6 +182,7 @@ def passkey_command(
     ] = 20,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     batch: BatchOption = None,
@@ -192,7 +197,8 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    loading = {"context": max(lengths), "cache_dtype": cache_dtype}
+    llm = load_model(model, method, dtype, mesh, adapter, **loading)
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(
@@ -235,6 +241,7 @@ def needle_command(
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     batch: BatchOption = None,
@@ -256,7 +263,8 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, context=max(lengths))
+    loading = {"context": max(lengths), "cache_dtype": cache_dtype}
+    llm = load_model(model, method, dtype, mesh, adapter, **loading)
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
             llm,
@@ -312,6 +320,7 @@ def few_shot_command(
     ] = "16000",
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     batch: BatchOption = None,
@@ -336,7 +345,8 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     few_shot.read_files(files, **chosen)
-    llm = load_model(model, method, dtype, mesh, adapter, context=length)
+    loading = {"context": length, "cache_dtype": cache_dtype}
+    llm = load_model(model, method, dtype, mesh, adapter, **loading)
     settings = {"max_length": length} | ({"examples": choice.value} if pools else {})
     data_files = contents(files | {f"{task} (pool)": path for task, path in pools.items()})
     with run(output, "few-shot", model, llm, settings, paper, data_files, adapter=adapter) as log:
@@ -369,6 +379,7 @@ def l_eval_command(
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     batch: BatchOption = None,
@@ -385,7 +396,8 @@ def l_eval_command(
     """
     files, length = task_files(data), parse_tokens(max_length)
     l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh, adapter, context=length)
+    loading = {"context": length, "cache_dtype": cache_dtype}
+    llm = load_model(model, method, dtype, mesh, adapter, **loading)
     settings = {"max_length": length, "chat": chat}
     with run(
         output, "l-eval", model, llm, settings, paper, contents(files), adapter=adapter
@@ -450,6 +462,7 @@ def lm_eval(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -469,6 +482,8 @@ def lm_eval(
         arguments["max_length"] = parse_tokens(max_length)
     if dtype is not None:
         arguments["dtype"] = dtype.value
+    if cache_dtype is not None:
+        arguments["cache_dtype"] = cache_dtype.value
     if mesh is not None:
         arguments["mesh"] = mesh
     if adapter is not None:

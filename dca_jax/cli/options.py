@@ -29,6 +29,16 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class CacheDtype(StrEnum):
+    """The choices of `--cache-dtype`; `dca_jax.dtypes.CACHE_DTYPES`."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class Remat(StrEnum):
     """The choices of `--remat`; `dca_jax.model.REMAT`."""
 
@@ -78,6 +88,13 @@ MethodsOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Dtype of weights and activations (default: bfloat16; float32 on CPU)."),
+]
+CacheDtypeOption = Annotated[
+    CacheDtype | None,
+    typer.Option(
+        help="Dtype of the KV cache (default: that of activations). **int8** and **fp8** take half "
+        "the memory of bfloat16, and read long texts faster token by token."
+    ),
 ]
 MeshOption = Annotated[
     str | None,
@@ -166,6 +183,7 @@ def load_model(
     *,
     context: int | None = None,
     config: Path | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> LLM:
     """The one place where a command loads its model: with its own rope, and no method yet.
 
@@ -178,8 +196,8 @@ def load_model(
     for method in methods:
         check_method(method, shape)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
-        wanted = None if dtype is None else dtype.value
-        options = {"dtype": wanted, "mesh": mesh, "adapter": adapter}
+        wanted, kept = (None if x is None else x.value for x in (dtype, cache_dtype))
+        options = {"dtype": wanted, "cache_dtype": kept, "mesh": mesh, "adapter": adapter}
         return load(model, dca=None, context=context, config=config, **options)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dca_jax.cli.options import (
     AdapterOption,
+    CacheDtypeOption,
     ConfigOption,
     ContextOption,
     DtypeOption,
@@ -97,6 +98,7 @@ def generate(
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     context: ContextOption = None,
@@ -138,7 +140,8 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=longest, config=config)
+    loading = {"context": longest, "config": config, "cache_dtype": cache_dtype}
+    llm = load_model(model, [method], dtype, mesh, adapter, **loading)
     requests = make(llm)
     if input is None and output is None and not as_json:
         (request,) = requests
@@ -187,6 +190,7 @@ def chat(
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -201,7 +205,8 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(model, [method], dtype, mesh, adapter, context=length, config=config)
+    loading = {"context": length, "config": config, "cache_dtype": cache_dtype}
+    llm = load_model(model, [method], dtype, mesh, adapter, **loading)
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
