@@ -85,7 +85,7 @@ def _attention(
     )
     half = config.head_dim // 2
     frequency = config.rope.theta ** (-2.0 * np.arange(half) / config.head_dim)
-    own = np.exp(1j * (np.arange(x.shape[1]) % s)[:, None] * frequency)[:, None]
+    own = np.exp(1j * (np.arange(x.shape[1]) % s)[:, None] * frequency)[None, :, None]
     key = _turned(kept("key", _turned(key, own)), own.conj())
     value = kept("value", value)
     group = config.num_attention_heads // config.num_key_value_heads

@@ -84,6 +84,15 @@ def test_generate_hands_its_options_on(folder, llm):
     assert stopped.stdout == expected[: expected.index(stop)] + "\n"
 
 
+def test_generate_keeps_its_cache_in_8_bits(folder):
+    expected = dca_jax.load(folder, cache_dtype="int8").generate(PROMPT, max_new_tokens=12)[0].text
+    options = ("--max-new-tokens", 12, "--cache-dtype")
+    assert invoke("generate", folder, PROMPT, *options, "int8").stdout == expected + "\n"
+    refused = invoke("generate", folder, PROMPT, *options, "int4")
+    assert refused.exit_code == 2
+    assert "fp8" in refused.stderr
+
+
 def test_generate_continues_a_file_or_answers_about_a_document(folder, llm, tmp_path):
     (tmp_path / "a.txt").write_text(PROMPT)
     options = ("--max-new-tokens", 12)

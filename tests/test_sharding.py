@@ -122,6 +122,33 @@ def test_generated_tokens_are_those_of_one_device(sizes):
     assert generate(model, PROMPTS, max_new_tokens=12, stop_ids=[7]) == expected_tokens()
 
 
+@pytest.mark.parametrize("sizes", meshes(QUICK), ids=describe)
+def test_a_cache_in_8_bits_is_cut_with_its_scales(sizes):
+    """Read as on one device; then copied, grown and continued, as a prefix is.
+
+    `QUICK` cuts its rows and heads, and its slots in two blocks for each of four devices.
+    """
+    model, alone = model_on(sizes), model_on(None)
+    options = {"max_new_tokens": 6, "cache_dtype": "int8"}
+    assert generate(model, PROMPTS, **options) == generate(alone, PROMPTS, **options)
+
+    first, both = PROMPTS[0], PROMPTS[0] + PROMPTS[2]
+    tokens = []
+    for reader in (model, alone):
+        run = Run(reader, [first], max_new_tokens=1, cache_dtype="int8")
+        run.read_prompts()
+        rows = run.cache.lengths.shape[0]
+        if rows == 1:  # copies are made of one row
+            cache = copied(reader, run.cache.rollback([len(first)]), 1, 256)
+            for scale in (cache.key_scale, cache.value_scale):
+                assert scale.sharding.shard_shape(scale.shape)[2] == (2 if reader is model else 1)
+        else:
+            cache = run.cache.rollback([len(first)])
+        again = Run(reader, [both], max_new_tokens=6, cache=cache)
+        tokens.append([token for (new,) in again for token in new])
+    assert tokens[0] == tokens[1]
+
+
 def test_draws_are_those_of_one_device():
     sampler = Sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     sizes = {"data": 2, "context": 2, "tensor": 2}

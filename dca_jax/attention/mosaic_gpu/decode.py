@@ -10,14 +10,15 @@ What bounds it is the reading of the cache, so everything else is kept out of th
   S^T = K q^T and O^T = V^T P^T: a block of keys costs 8 columns of tensor work, and not the 64
   rows that WGMMA would ask for otherwise.
 - One warpgroup keeps `num_stages` blocks of keys and of values in flight; the other computes.
-- Keys and values in 8 bits are widened on the chip, keys in registers, where a product takes its
-  left side from, values in shared memory, for their transposition. Their scales multiply logits
-  and weights. It is more work for half the bytes: so two CTAs share a processor.
+- Keys and values in 8 bits are widened in registers, from where a product takes its left side
+  (`widening`). Their scales multiply logits and weights. It is more work for half the bytes: so two
+  CTAs share a processor.
 
 A row's partial results are merged by their maximum and sum, in plain XLA.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -33,7 +34,13 @@ from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
-from dca_jax.attention.mosaic_gpu.widening import widened
+from dca_jax.attention.mosaic_gpu.widening import (
+    ROWS,
+    in_order_of_head,
+    ordered_for_keys,
+    widened_keys,
+    widened_values,
+)
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.attention.stored import Scales, is_quantized
 from dca_jax.dca import DCAConfig, Phase, key_range
@@ -64,8 +71,6 @@ class DecodeTiles:
         queries = phases * columns * (head_dim * 2 + 2 * 4)
         token = 2 * (head_dim + 4 if quantized else head_dim * 2)
         keys_values = self.num_stages * self.block * token
-        if quantized:
-            keys_values += self.block * head_dim * 2
         results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
         return queries + keys_values + results + RESERVED
 
@@ -79,8 +84,8 @@ TILES = {
 # Of keys and values in 8 bits.
 QUANTIZED_TILES = {
     64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    256: DecodeTiles(block=64, num_stages=4),
+    128: DecodeTiles(block=128, num_stages=2, ctas=2 * MULTIPROCESSORS),
+    256: DecodeTiles(block=64, num_stages=2, ctas=2 * MULTIPROCESSORS),
 }
 
 
@@ -133,7 +138,10 @@ def decode(
     layers, batch, capacity, kv_heads, head_dim = key.shape
     num_queries, num_heads = query.shape[1:3]
     group = num_heads // kv_heads
-    queries = _query_columns(query, kv_heads, rows, dca, phases)
+    dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
+    queries = _query_columns(query, kv_heads, rows, dca, phases, dtype)
+    if scales is not None:
+        queries = ordered_for_keys(queries)
     quantized, columns = scales is not None, queries.shape[3]
     tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
     tiles = _fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
@@ -157,6 +165,7 @@ def decode(
         rows.lengths,
         rows.key_offset,
         queries,
+        query.dtype,
         key.reshape(layers * batch, capacity, kv_heads, head_dim),
         value.reshape(layers * batch, capacity, kv_heads, head_dim),
         None if scales is None else scales.key.reshape(layers * batch, kv_heads, capacity),
@@ -165,6 +174,8 @@ def decode(
     )
     used = num_queries * group
     out, lse = _merge_shares(outs[..., :used, :], stats[..., :used])
+    if scales is not None:
+        out = in_order_of_head(out)
     out = out.reshape(batch, kv_heads, num_queries, group, head_dim)
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(query.dtype)
     if not with_lse:
@@ -179,11 +190,12 @@ def _query_columns(
     rows: Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
+    dtype: jnp.dtype,
 ) -> Float[Array, "B P K columns H"]:
     """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
     batch, num_queries, num_heads, head_dim = query.shape
     group, columns = num_heads // kv_heads, _columns(num_queries, num_heads // kv_heads)
-    seen = jnp.stack(rotated_queries(query, rows, dca, phases))
+    seen = jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
     seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
     seen = seen.transpose(1, 0, 3, 2, 4, 5)
     seen = seen.reshape(batch, len(phases), kv_heads, num_queries * group, head_dim)
@@ -251,7 +263,6 @@ class _Shared(NamedTuple):
     value: Any  # [num_stages, block, H]
     key_scale: Any  # [num_stages, block] float32, or None
     value_scale: Any
-    wide_value: Any  # [block, H] of values in 8 bits; or None
     p: Any  # [columns, block]
     out: Any  # [columns, H] float32
     stat: Any  # [2, columns] float32
@@ -268,6 +279,7 @@ def _attend_shares(
     lengths: Int[Array, " B"],
     key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
+    dtype: jnp.dtype,
     key: Num[Array, "LB S K H"],
     value: Num[Array, "LB S K H"],
     key_scale: Float[Array, "LB K S"] | None,
@@ -281,7 +293,7 @@ def _attend_shares(
     """
     batch, num_phases, kv_heads, columns, head_dim = query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
-    dtype, f32, quantized = query.dtype, jnp.float32, key_scale is not None
+    f32, quantized = jnp.float32, key_scale is not None
     arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale
     scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
@@ -296,13 +308,12 @@ def _attend_shares(
         jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
     )
     shared = _Shared(
-        query=plgpu.SMEM((num_phases, columns, head_dim), dtype),
+        query=plgpu.SMEM((num_phases, columns, head_dim), query.dtype),
         span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
         key=plgpu.SMEM((num_stages, block, head_dim), key.dtype),
         value=plgpu.SMEM((num_stages, block, head_dim), value.dtype),
         key_scale=scale,
         value_scale=scale,
-        wide_value=plgpu.SMEM((block, head_dim), dtype) if quantized else None,
         p=plgpu.SMEM((columns, block), dtype),
         out=plgpu.SMEM((columns, head_dim), f32),
         stat=plgpu.SMEM((2, columns), f32),
@@ -442,7 +453,7 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
     """The warpgroup that computes."""
     head, number = lax.axis_index("head"), lax.axis_index("share")
     columns, head_dim = smem.query.shape[1:]
-    num_stages, block = smem.key.shape[:2]
+    num_stages = smem.key.shape[0]
 
     def skip(row: Array) -> None:
         smem.stat[0] = _filled((columns,), MASKED, COLUMNS)
@@ -460,7 +471,7 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
 
         state = (
             _filled((columns,), MASKED, COLUMNS),
-            _filled((block, columns), 0, plgpu.Layout.WGMMA),
+            _filled((_parts(smem)[0].size, columns), 0, plgpu.Layout.WGMMA),
             _filled((head_dim, columns), 0, plgpu.Layout.WGMMA),
         )
         m_i, l_i, acc = lax.fori_loop(first, last, attend, state)
@@ -496,66 +507,82 @@ def _attend_block(
     slot: Array,
     phase: Array,
     number: Array,
-    state: tuple[
-        Float[Array, " columns"], Float[Array, "block columns"], Float[Array, "H columns"]
-    ],
+    state: tuple[Float[Array, " columns"], Float[Array, "rows columns"], Float[Array, "H columns"]],
 ) -> tuple:
     """One step of the online softmax, with block `number` of the keys, which lies in `slot`.
 
     The state: maxima in log2 units, sums of weights, and outputs. A sum is kept in parts, each
-    thread's own keys, which are put together after the last block.
+    thread's own keys, which are put together after the last block. Logits and weights are those
+    of each of `_parts`.
     """
     m_i, l_i, acc = state
-    block, columns = l_i.shape
-    shape = (block, columns)
+    shape = l_i.shape
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
-    quantized, dtype = smem.wide_value is not None, smem.query.dtype
-    start = plgpu.load(smem.span.at[phase, 0], layout=COLUMNS)
-    stop = plgpu.load(smem.span.at[phase, 1], layout=COLUMNS)
+    start = across(plgpu.load(smem.span.at[phase, 0], layout=COLUMNS), shape)
+    stop = across(plgpu.load(smem.span.at[phase, 1], layout=COLUMNS), shape)
+    quantized, parts = smem.key_scale is not None, _parts(smem)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
-
-    def logits_of(acc_ref: Any) -> Array:
-        keys = smem.key.at[slot]
-        if quantized:
-            keys = plgpu.layout_cast(widened(keys, dtype), plgpu.Layout.WGMMA)
-        plgpu.wgmma(acc_ref, keys, smem.query.at[phase].T)
-        return acc_ref[...]
-
-    logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-    if quantized:
-        logits = logits * _of_keys(smem.key_scale.at[slot], shape)
+    logits = []
+    for part in parts:
+        each = _logits(smem, slot, phase, part, shape)
+        key = number * smem.key.shape[1] + part.start + row
+        logits.append(jnp.where((key >= start) & (key < stop), each, -jnp.inf))
     plgpu.barrier_arrive(smem.key_free.at[slot])
 
-    key = number * block + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    met = (key >= across(start, shape)) & (key < across(stop, shape))
-    logits = jnp.where(met, logits, -jnp.inf)
-    m_next = jnp.maximum(m_i, logits.max(axis=0))
+    m_next = jnp.maximum(m_i, functools.reduce(jnp.maximum, logits).max(axis=0))
     decay = jnp.exp2(m_i - m_next)
-    p = jnp.exp2(logits - across(m_next, shape))
-    l_i = l_i * across(decay, shape) + p
+    weights = [jnp.exp2(each - across(m_next, shape)) for each in logits]
+    l_i = functools.reduce(operator.add, weights, l_i * across(decay, shape))
     acc = acc * across(decay, acc.shape)
-    values = smem.value.at[slot]
     if quantized:
         plgpu.barrier_wait(smem.value_ready.at[slot])
-        p = p * _of_keys(smem.value_scale.at[slot], shape)
-        smem.wide_value[...] = widened(values, dtype)
-        values = smem.wide_value
-    narrow = p.astype(smem.p.dtype)
-    smem.p.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
+    for part, p in zip(parts, weights, strict=True):
+        if quantized:
+            p = p * _of_keys(smem.value_scale.at[slot, part], shape)
+        narrow = p.astype(smem.p.dtype)
+        smem.p.at[:, part].T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    if quantized:
-        plgpu.barrier_arrive(smem.value_free.at[slot])
-    else:
+    if not quantized:
         plgpu.barrier_wait(smem.value_ready.at[slot])
 
     def add_values(acc_ref: Any) -> None:
-        plgpu.wgmma(acc_ref, values.T, smem.p.T)
+        if not quantized:
+            plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
+            return
+        for part in parts:
+            values = widened_values(smem.value.at[slot, part], smem.p.dtype)
+            plgpu.wgmma(acc_ref, values, smem.p.at[:, part].T)
 
     acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
-    if not quantized:
-        plgpu.barrier_arrive(smem.value_free.at[slot])
+    plgpu.barrier_arrive(smem.value_free.at[slot])
     return m_next, l_i, acc
+
+
+def _logits(
+    smem: _Shared, slot: Array, phase: Array, part: Any, shape: tuple[int, int]
+) -> Float[Array, "rows columns"]:
+    """Logits in log2 units of a part of the block of keys that lies in `slot`."""
+    keys = smem.key.at[slot, part]
+    if smem.key_scale is not None:
+        keys = widened_keys(keys, smem.query.dtype)
+
+    def product(acc_ref: Any) -> Array:
+        plgpu.wgmma(acc_ref, keys, smem.query.at[phase].T)
+        return acc_ref[...]
+
+    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if smem.key_scale is None:
+        return logits
+    return logits * _of_keys(smem.key_scale.at[slot, part], shape)
+
+
+def _parts(smem: _Shared) -> list[Any]:
+    """The parts of a block of keys: those in 8 bits are widened a part at a time, in registers."""
+    block = smem.key.shape[1]
+    rows = block if smem.key_scale is None else ROWS
+    return [pl.ds(first, rows) for first in range(0, block, rows)]
 
 
 def _of_keys(ref: Any, shape: tuple[int, int]) -> Float[Array, "block columns"]:
