@@ -326,7 +326,7 @@ def all_variants(shape: tuple[int, ...]) -> Iterator[Variant]:
         yield Variant(f"{name}: plain causal", partial(ours, name, None), stacked=True)
         for cache in ("int8", "fp8"):
             decode = partial(ours, name, DCA)
-            yield Variant(f"{name}: DCA, {cache}", decode, stacked=True, cache=cache)
+            yield Variant(f"{name}: DCA {cache}", decode, stacked=True, cache=cache)
     yield Variant("cuDNN", partial(jax_nn, "cudnn"), stacked=False)
     yield Variant("jax.nn, XLA", partial(jax_nn, "xla"), stacked=False)
     yield Variant("JAX Triton gqa", triton_gqa, stacked=False, heads_first=True)
@@ -339,7 +339,7 @@ def of_tiles(sizes: str) -> Iterator[Variant]:
         tiles = DecodeTiles(block=block, num_stages=stages, ctas=ctas)
         for cache in ("int8", "fp8"):
             decode = partial(with_tiles, tiles)
-            yield Variant(f"tiles {size}, {cache}", decode, stacked=True, cache=cache)
+            yield Variant(f"tiles {size} {cache}", decode, stacked=True, cache=cache)
 
 
 def with_tiles(

@@ -154,9 +154,9 @@ def test_decode_rows(tmp_path, monkeypatch):
     assert set(found) == {
         (batch, kind, name)
         for batch, kind in ((1, "full"), (2, "full"), (2, "ragged"))
-        for name in ("empty loop", "xla: plain causal", "cuDNN", "xla: DCA, int8")
+        for name in ("empty loop", "xla: plain causal", "cuDNN", "xla: DCA int8")
     }
-    in_8_bits = found[2, "full", "xla: DCA, int8"]
+    in_8_bits = found[2, "full", "xla: DCA int8"]
     moved = 2 * 2 * (16 + 4) * 2 * 32
     assert in_8_bits["GB/s"] == pytest.approx(moved / in_8_bits["us"] / 1e3)
     assert 0 < in_8_bits["error"] < 1e-2

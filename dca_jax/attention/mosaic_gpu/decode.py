@@ -84,8 +84,8 @@ TILES = {
 # Of keys and values in 8 bits.
 QUANTIZED_TILES = {
     64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    128: DecodeTiles(block=128, num_stages=2, ctas=2 * MULTIPROCESSORS),
-    256: DecodeTiles(block=64, num_stages=2, ctas=2 * MULTIPROCESSORS),
+    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
+    256: DecodeTiles(block=64, num_stages=4),
 }
 
 
@@ -524,11 +524,14 @@ def _attend_block(
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
-    logits = []
+    if quantized:
+        plgpu.barrier_wait(smem.value_ready.at[slot])
+    logits, values = [], []
     for part in parts:
-        each = _logits(smem, slot, phase, part, shape)
+        each, wide_values = _logits_and_values(smem, slot, phase, part, shape)
         key = number * smem.key.shape[1] + part.start + row
         logits.append(jnp.where((key >= start) & (key < stop), each, -jnp.inf))
+        values.append(wide_values)
     plgpu.barrier_arrive(smem.key_free.at[slot])
 
     m_next = jnp.maximum(m_i, functools.reduce(jnp.maximum, logits).max(axis=0))
@@ -536,8 +539,6 @@ def _attend_block(
     weights = [jnp.exp2(each - across(m_next, shape)) for each in logits]
     l_i = functools.reduce(operator.add, weights, l_i * across(decay, shape))
     acc = acc * across(decay, acc.shape)
-    if quantized:
-        plgpu.barrier_wait(smem.value_ready.at[slot])
     for part, p in zip(parts, weights, strict=True):
         if quantized:
             p = p * _of_keys(smem.value_scale.at[slot, part], shape)
@@ -551,31 +552,36 @@ def _attend_block(
         if not quantized:
             plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
             return
-        for part in parts:
-            values = widened_values(smem.value.at[slot, part], smem.p.dtype)
-            plgpu.wgmma(acc_ref, values, smem.p.at[:, part].T)
+        for part, each in zip(parts, values, strict=True):
+            plgpu.wgmma(acc_ref, each, smem.p.at[:, part].T)
 
     acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
     plgpu.barrier_arrive(smem.value_free.at[slot])
     return m_next, l_i, acc
 
 
-def _logits(
+def _logits_and_values(
     smem: _Shared, slot: Array, phase: Array, part: Any, shape: tuple[int, int]
-) -> Float[Array, "rows columns"]:
-    """Logits in log2 units of a part of the block of keys that lies in `slot`."""
+) -> tuple[Float[Array, "rows columns"], Float[Array, "H rows"] | None]:
+    """Logits in log2 units of a part of the block of keys that lies in `slot`.
+
+    And its values, if they have to be widened: there is time while the product is on its way.
+    """
     keys = smem.key.at[slot, part]
     if smem.key_scale is not None:
         keys = widened_keys(keys, smem.query.dtype)
 
-    def product(acc_ref: Any) -> Array:
+    def product(acc_ref: Any) -> Any:
         plgpu.wgmma(acc_ref, keys, smem.query.at[phase].T)
-        return acc_ref[...]
+        values = None
+        if smem.key_scale is not None:
+            values = widened_values(smem.value.at[slot, part], smem.p.dtype)
+        return acc_ref[...], values
 
-    logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    logits, values = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     if smem.key_scale is None:
-        return logits
-    return logits * _of_keys(smem.key_scale.at[slot, part], shape)
+        return logits, values
+    return logits * _of_keys(smem.key_scale.at[slot, part], shape), values
 
 
 def _parts(smem: _Shared) -> list[Any]:
