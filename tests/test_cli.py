@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from shared_fixtures import invoke
 from test_documents import write_pdf
@@ -84,8 +86,9 @@ def test_generate_hands_its_options_on(folder, llm):
     assert stopped.stdout == expected[: expected.index(stop)] + "\n"
 
 
-def test_generate_keeps_its_cache_in_8_bits(folder):
-    expected = dca_jax.load(folder, cache_dtype="int8").generate(PROMPT, max_new_tokens=12)[0].text
+def test_generate_keeps_its_cache_in_8_bits(folder, llm):
+    small = replace(llm, cache_dtype=jnp.dtype(jnp.int8))
+    expected = small.generate(PROMPT, max_new_tokens=12)[0].text
     options = ("--max-new-tokens", 12, "--cache-dtype")
     assert invoke("generate", folder, PROMPT, *options, "int8").stdout == expected + "\n"
     refused = invoke("generate", folder, PROMPT, *options, "int4")

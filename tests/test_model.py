@@ -238,32 +238,30 @@ def test_a_cache_in_8_bits_is_what_is_read(tiny: Llama, dtype: str, largest: flo
     np.testing.assert_allclose(logits, expected, atol=1e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("size", [3, 64])
-def test_any_split_reads_a_cache_in_8_bits_alike(tiny: Llama, size: int) -> None:
+def test_any_split_reads_a_cache_in_8_bits_alike(tiny: Llama) -> None:
     """All but what rounding decides: a key that lies between two numbers may become either."""
-    tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 64)
-    context = jnp.asarray([128, 128], jnp.int32)
+    tokens = jax.random.randint(jax.random.key(1), (1, 96), 0, 64)
+    context = jnp.asarray([96], jnp.int32)
 
     def read(size: int, dtype: str) -> tuple[np.ndarray, KVCache]:
-        cache = KVCache.create(tiny.config, batch=2, capacity=136, dtype=dtype)
+        cache = KVCache.create(tiny.config, batch=1, capacity=104, dtype=dtype)
         pieces = []
-        for start in range(0, 128, size):
-            count = jnp.full(2, min(size, 128 - start), jnp.int32)
-            missing = max(0, start + size - 128)
-            piece = np.pad(tokens[:, start : start + size], ((0, 0), (0, missing)))
-            logits, cache = step(tiny, piece, count, cache, context)
-            pieces.append(logits)
-        return np.concatenate(pieces, axis=1)[:, :128], cache
+        for start in range(0, 96, size):
+            count = min(size, 96 - start)
+            piece = np.pad(tokens[:, start : start + size], ((0, 0), (0, size - count)))
+            logits, cache = step(tiny, piece, jnp.full(1, count, jnp.int32), cache, context)
+            pieces.append(logits[:, :count])
+        return np.concatenate(pieces, axis=1), cache
 
-    whole, one = read(128, "int8")
-    split, other = read(size, "int8")
-    exact, _ = read(128, "float32")
-    moved = np.abs(np.int32(one.key) - np.int32(other.key))
-    assert moved.max() <= 1
-    assert moved.mean() < 1e-3
-    lost = np.linalg.norm(whole - exact)
-    assert 1e-3 < lost / np.linalg.norm(exact) < 0.1
-    assert np.linalg.norm(split - whole) < 0.1 * lost
+    whole, one = read(96, "int8")
+    lost = np.linalg.norm(whole - run(tiny, tokens))
+    assert 1e-3 < lost / np.linalg.norm(whole) < 0.1
+    for size in (3, 64):
+        split, other = read(size, "int8")
+        moved = np.abs(np.int32(one.key) - np.int32(other.key))
+        assert moved.max() <= 1
+        assert moved.mean() < 1e-3
+        assert np.linalg.norm(split - whole) < 0.1 * lost
 
 
 def test_a_dtype_that_no_cache_has_is_refused(tiny: Llama) -> None:

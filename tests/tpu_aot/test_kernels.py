@@ -147,7 +147,9 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
         "dca_tpu_forward": tiles.forward_vmem(chosen.forward, heads, dtype.itemsize),
         "dca_tpu_dq": tiles.dq_vmem(chosen.dq, heads, dtype.itemsize),
         "dca_tpu_dkv": tiles.dkv_vmem(chosen.dkv, heads, dtype.itemsize),
-        "dca_tpu_decode": tiles.decode_vmem(2 * heads.query, chosen.decode, heads, dtype.itemsize),
+        "dca_tpu_decode": tiles.decode_vmem(
+            2 * heads.query, chosen.decode, heads, dtype.itemsize, kept.itemsize
+        ),
     }
     used = vmem(compiled)
     available = tiles.CHIPS[chip(name).device_kind].vmem

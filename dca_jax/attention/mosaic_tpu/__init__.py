@@ -29,7 +29,7 @@ from dca_jax.attention.mosaic_tpu.runs import (
 )
 from dca_jax.attention.mosaic_tpu.steps import num_words
 from dca_jax.attention.softmax import LOG2E, MASKED
-from dca_jax.attention.stored import Scales, dequantized_layer
+from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import PHASES, DCAConfig, Phase
 
 
@@ -51,7 +51,8 @@ def unsupported(
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     num_head_queries = num_queries * num_heads
     if num_head_queries <= tiling.DECODE_QUERIES:
-        need = tiling.decode_vmem(num_head_queries, tiles.decode, heads, itemsize)
+        block = tiling.whole_lanes(tiles.decode) if is_quantized(key.dtype) else tiles.decode
+        need = tiling.decode_vmem(num_head_queries, block, heads, itemsize)
         words = max_kv_steps(num_keys, dca, PHASES, (num_queries, tiles.decode))
         words += tiles.decode_splits
     else:

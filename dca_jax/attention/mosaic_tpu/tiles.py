@@ -146,11 +146,17 @@ def dkv_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     return 2 * buffered + scratch + sizes.key_parts(5) + sizes.logits(copies[0], float32=copies[1])
 
 
-def decode_vmem(num_queries: int, block_kv: int, heads: Heads, itemsize: int) -> int:
-    """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads."""
+def decode_vmem(
+    num_queries: int, block_kv: int, heads: Heads, itemsize: int, kept: int | None = None
+) -> int:
+    """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads.
+
+    Keys and values take `kept` bytes an element; by default `itemsize`.
+    """
     width, dim = (whole_lanes(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
     queries = math.ceil(num_queries / 16) * 16
-    buffered = 2 * itemsize * block_kv * width + queries * (dim * (itemsize + 4) + 4 * LANES)
+    buffered = 2 * (kept or itemsize) * block_kv * width
+    buffered += queries * (dim * (itemsize + 4) + 4 * LANES)
     scratch = queries * (width * (itemsize + 4) + 2 * 4 * LANES)
     return 2 * buffered + scratch + 4 * queries * (2 * block_kv + 2 * width) + MIB
 
