@@ -9,8 +9,10 @@ for the device's own cache, as a model calls them: the time is a call's, without
 the loop's own overhead, which `empty loop` shows.
 
 Ours read a layer in place in a cache [L, B, S, K, H], by every backend that can run here, with DCA
-and with plain causal attention. The peers are plain attention, and are given layers that lie apart
-(and Pallas's the layout it likes), so that none has to copy one.
+and with plain causal attention, and from caches in 8 bits: `share` is of their own bytes, their
+scales included, and `error` is the output's distance from what plain XLA makes of the same numbers
+with a float32 query, relative, of the worst head. The peers are plain attention, and are given
+layers that lie apart (and Pallas's the layout it likes), so that none has to copy one.
 """
 
 import itertools
@@ -42,16 +44,21 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention import attend
 from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.decode import DecodeTiles
+from dca_jax.attention.mosaic_gpu.decode import decode as decode_on_hopper
 from dca_jax.attention.op import BACKENDS, make_rows
+from dca_jax.attention.stored import Scales
+from dca_jax.dca import phases_within
 from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
+from dca_jax.dtypes import CACHE_DTYPES
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
 CACHE = 0.5e9  # bytes of keys and values a chain goes through, at least: 8 times the H200's L2
 MIN_LAYERS, MAX_LAYERS = 2, 32
 CHAIN = 0.02  # seconds a chain should take at the copy bandwidth
 KEY = ("keys", "batch", "lengths", "variant")
-COLUMNS = (*KEY, "us", "GB/s", "share")
+COLUMNS = (*KEY, "us", "GB/s", "share", "error")
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -68,6 +75,11 @@ class Variant(NamedTuple):
     decode: Decode
     stacked: bool
     heads_first: bool = False  # keys and values are [B, K, S, H]
+    cache: str | None = None  # "int8" or "fp8": they are pairs of these, and of scales [B, K, S]
+
+    def bytes_of_token(self, kv_heads: int, head_dim: int) -> int:
+        """What a token's keys and values take."""
+        return 2 * kv_heads * (2 * head_dim if self.cache is None else head_dim + 4)
 
 
 class Chain(NamedTuple):
@@ -93,6 +105,13 @@ def measure(
     variants: Annotated[
         str, typer.Option(help="Only variants whose name holds one of these.")
     ] = "",
+    tiles: Annotated[
+        str,
+        typer.Option(
+            help="Of mosaic_gpu over caches in 8 bits: keys a block, stages and CTAs to try, as "
+            "64x4x264,128x3x132."
+        ),
+    ] = "",
     minutes: Annotated[
         float, typer.Option(help="Start no further measurement after so many.")
     ] = math.inf,
@@ -115,7 +134,7 @@ def measure(
             shape = batch, keys, query_heads, kv_heads, head_dim
             chosen = [
                 variant
-                for variant in all_variants(shape)
+                for variant in (*all_variants(shape), *of_tiles(tiles))
                 if not wanted or any(word in variant.name for word in wanted)
             ]
             compare(report, shape, start_all(chosen, shape, bandwidth, pool), bandwidth)
@@ -154,7 +173,6 @@ def compare(
     """Adds a row a variant for full rows, and for a batch one for ragged rows."""
     batch, keys, _, kv_heads, head_dim = shape
     wait(future for _, _, future in started)  # compiling and timing would disturb each other
-    token = 2 * kv_heads * head_dim * 2  # bytes of a key and a value
     kinds = {"full": jnp.full(batch, keys, jnp.int32)}
     if batch > 1:
         kinds["ragged"] = (jnp.arange(batch, dtype=jnp.int32) + 1) * keys // batch
@@ -165,10 +183,12 @@ def compare(
         row: dict[str, Any] = {"keys": keys, "batch": batch, "lengths": kind}
         row |= {"variant": variant.name}
         try:
-            wanted = variant.stacked, variant.heads_first
+            wanted = variant.stacked, variant.heads_first, variant.cache
             if made_for != wanted:
                 inputs = ()  # frees the others first
                 made_for, inputs = wanted, chain.make_inputs()
+            if variant.cache is not None:
+                row["error"] = error_of(variant, shape, *inputs, kinds[kind])
             time = timed(compiled.result(), *inputs, kinds[kind])
         except Exception as error:  # out of memory, or a shape that it cannot take
             report.add(row | {"failed": reason(error)})
@@ -176,9 +196,29 @@ def compare(
             continue
         row["us"] = time.median * 1e3 / chain.calls
         if variant.name != EMPTY:
+            token = variant.bytes_of_token(kv_heads, head_dim)
             rate = token * int(kinds[kind].sum()) / row["us"] * 1e6
             row |= {"GB/s": rate / 1e9, "share": rate / bandwidth}
         report.add(row)
+
+
+def error_of(
+    variant: Variant, shape: tuple[int, ...], query: Array, key: Any, value: Any, lengths: Array
+) -> float:
+    """Distance of a layer's output from plain XLA's with a float32 query, of the worst head."""
+    batch, _, query_heads, _, head_dim = shape
+    layer = jnp.int32(1)
+
+    @jax.jit
+    def distance(query: Array, key: Any, value: Any, lengths: Array) -> Array:
+        options = {"dca": DCA, "rope": ROPE, "lengths": lengths, "query_offset": lengths - 1}
+        rows = make_rows((batch, 1, query_heads, head_dim), **options)
+        exact = ours("xla", DCA, query.astype(jnp.float32), key, value, rows, layer)
+        found = variant.decode(query, key, value, rows, layer)
+        norm = partial(jnp.linalg.norm, axis=-1)
+        return jnp.max(norm(found.astype(jnp.float32) - exact) / norm(exact))
+
+    return float(distance(query, key, value, lengths))
 
 
 def chain_of_calls(
@@ -191,7 +231,7 @@ def chain_of_calls(
         bandwidth: bytes a second, to guess how long a call takes.
     """
     batch, keys, query_heads, kv_heads, head_dim = shape
-    size = batch * keys * kv_heads * head_dim * 2 * 2
+    size = batch * keys * variant.bytes_of_token(kv_heads, head_dim)
     layers = min(max(MIN_LAYERS, math.ceil(CACHE / size)), MAX_LAYERS)
     rounds = max(1, round(CHAIN * bandwidth / size / layers))
     query_shape = batch, 1, query_heads, head_dim
@@ -201,6 +241,10 @@ def chain_of_calls(
 
     def make_inputs() -> tuple[Array, Any, Any]:
         query = jax.random.normal(jax.random.key(0), query_shape, dtype)
+        if variant.cache is not None:
+            return query, *(
+                _random_bytes(seed, layers, layer_shape, variant.cache) for seed in (1, 2)
+            )
         return query, *(
             _random_layers(seed, layers, layer_shape, dtype, variant.stacked) for seed in (1, 2)
         )
@@ -244,6 +288,22 @@ def _random_layers(
     return jax.lax.map(normal, keys) if stacked else [normal(key) for key in keys]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _random_bytes(
+    seed: int, layers: int, shape: tuple[int, ...], cache: str
+) -> tuple[Array, Array]:
+    """Normal numbers in 8 bits, and scales of which no two are alike."""
+    batch, keys, kv_heads, _ = shape
+    largest = {"int8": 40.0, "fp8": 140.0}[cache]
+
+    def layer(key: Array) -> tuple[Array, Array]:
+        x = jnp.clip(jax.random.normal(key, shape, jnp.float32), -3, 3) * largest
+        scale = jax.random.uniform(key, (batch, kv_heads, keys), jnp.float32, 0.5, 1.5) / largest
+        return x.astype(CACHE_DTYPES[cache]), scale
+
+    return jax.lax.map(layer, jax.random.split(jax.random.key(seed, impl="rbg"), layers))
+
+
 # --- variants ----------------------------------------------------------------------------------
 
 EMPTY = "empty loop"
@@ -264,22 +324,49 @@ def all_variants(shape: tuple[int, ...]) -> Iterator[Variant]:
             continue
         yield Variant(f"{name}: DCA", partial(ours, name, DCA), stacked=True)
         yield Variant(f"{name}: plain causal", partial(ours, name, None), stacked=True)
+        for cache in ("int8", "fp8"):
+            decode = partial(ours, name, DCA)
+            yield Variant(f"{name}: DCA {cache}", decode, stacked=True, cache=cache)
     yield Variant("cuDNN", partial(jax_nn, "cudnn"), stacked=False)
     yield Variant("jax.nn, XLA", partial(jax_nn, "xla"), stacked=False)
     yield Variant("JAX Triton gqa", triton_gqa, stacked=False, heads_first=True)
+
+
+def of_tiles(sizes: str) -> Iterator[Variant]:
+    """The Hopper kernel over caches in 8 bits, with other tiles than its own."""
+    for size in filter(None, sizes.split(",")):
+        block, stages, ctas = map(int, size.split("x"))
+        tiles = DecodeTiles(block=block, num_stages=stages, ctas=ctas)
+        for cache in ("int8", "fp8"):
+            decode = partial(with_tiles, tiles)
+            yield Variant(f"tiles {size} {cache}", decode, stacked=True, cache=cache)
+
+
+def with_tiles(
+    tiles: DecodeTiles, query: Array, key: Any, value: Any, rows: Rows, layer: Array
+) -> Array:
+    """As `ours` with DCA, by the Hopper kernel."""
+    scales = Scales(key[1], value[1])
+    phases = phases_within(key[0].shape[2], DCA)
+    options = {"dca": DCA, "phases": phases, "with_lse": False, "scales": scales, "tiles": tiles}
+    return decode_on_hopper(query, key[0], value[0], layer, rows, **options)[0]
 
 
 def ours(
     name: str,
     dca: DCAConfig | None,
     query: Array,
-    key: Array,
-    value: Array,
+    key: Any,
+    value: Any,
     rows: Rows,
     layer: Array,
 ) -> Array:
     """The last token of each row, as the model's decode step asks for it."""
-    return attend(query, key, value, dca=dca, rows=rows, layer=layer, implementation=name)
+    options = {"dca": dca, "rows": rows, "layer": layer, "implementation": name}
+    if isinstance(key, tuple):
+        (key, key_scale), (value, value_scale) = key, value
+        options["scales"] = Scales(key_scale, value_scale)
+    return attend(query, key, value, **options)
 
 
 def jax_nn(

@@ -1,6 +1,6 @@
 """The KV cache: preallocated, donated to each step and updated in place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -9,11 +9,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
+from dca_jax.attention.stored import Stored, is_quantized
 from dca_jax.config import LlamaConfig
+from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
-from dca_jax.sharding import axis_size, partition, replicated
+from dca_jax.sharding import AXES, axis_size, partition, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +30,18 @@ class KVCache:
         key, value: all layers in one array each, which a `lax.scan` over layers carries along. A
             token's heads lie one behind the other, K * H elements, which is free to take apart
             again, and which a TPU stores without padding.
+        key_scale, value_scale: of keys and values in 8 bits (`dca_jax.attention.stored`), what
+            each head of a token is to be multiplied by; None if they are exact. Slots come last,
+            cut into one block, or into two for each device of `context`.
         lengths: tokens each row holds; what lies beyond is never read.
         frequency_lengths: the text length each row's rotary frequencies were made for. Only
             dynamic NTK depends on it; it is fixed by the first tokens written.
     """
 
-    key: Float[Array, "L B S KH"]
-    value: Float[Array, "L B S KH"]
+    key: Num[Array, "L B S KH"]
+    value: Num[Array, "L B S KH"]
+    key_scale: Float[Array, "L B P K w"] | None = None
+    value_scale: Float[Array, "L B P K w"] | None = None
     lengths: Int[Array, " B"]
     frequency_lengths: Int[Array, " B"]
 
@@ -52,15 +59,22 @@ class KVCache:
 
         A capacity that is a multiple of 8 is read by the GPU kernels where it lies; any other is
         copied, layer by layer, at every step (`dca_jax.inference.buckets.capacity_bucket` gives a
-        good one). It takes 2 * L * B * S * K * H elements of `dtype` (`num_bytes` says how many
-        bytes), shared by the devices of the model's `mesh`. Where `context` cuts it, its slots lie
-        in zigzag (`dca_jax.attention.parallel.zigzag`), and the capacity is a multiple of twice the
-        axis' size. Where `tensor` is more than K, each head is kept tensor / K times, once for each
+        good one). It takes 2 * L * B * S * K * H elements of `dtype`, and 2 * L * B * S * K scales
+        in float32 if that has 8 bits (`num_bytes` says how many bytes), shared by the devices of
+        the model's `mesh`. Where `context` cuts it, its slots lie in zigzag
+        (`dca_jax.attention.parallel.zigzag`), and the capacity is a multiple of twice the axis'
+        size. Where `tensor` is more than K, each head is kept tensor / K times, once for each
         device.
 
+        Args:
+            dtype: also by name (`dca_jax.dtypes.CACHE_DTYPES`): "int8" and "fp8" keep half the
+                bytes of bfloat16.
+
         Raises:
-            InputError: a batch or capacity that is not positive, or that the mesh does not divide.
+            InputError: a batch or capacity that is not positive, or that the mesh does not divide;
+                a dtype that no cache has.
         """
+        dtype = parse_cache_dtype(dtype)
         if batch < 1 or capacity < 1:
             raise InputError(
                 f"a KV cache needs a batch and a capacity of at least 1, got {batch} and {capacity}"
@@ -71,15 +85,18 @@ class KVCache:
                 f"a KV cache on this mesh needs a batch that is a multiple of {rows} and a "
                 f"capacity that is one of {halves}, got {batch} and {capacity}"
             )
-        kv_heads = max(config.num_key_value_heads, axis_size(mesh, "tensor"))
-        shape = (config.num_hidden_layers, batch, capacity, kv_heads * config.head_dim)
-        place = None
-        if mesh is not None:
-            place = NamedSharding(mesh, partition("LBSK", shape, mesh.shape))
+        sizes = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
+        arrays = cache_arrays(config, batch=batch, capacity=capacity, dtype=dtype, sizes=sizes)
+
+        def zeros(letters: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            place = None
+            if mesh is not None:
+                place = NamedSharding(mesh, partition(letters, shape, sizes))
+            return jnp.zeros(shape, dtype, device=place)
+
         none = np.zeros((batch,), np.int32)
         return cls(
-            key=jnp.zeros(shape, dtype, device=place),
-            value=jnp.zeros(shape, dtype, device=place),
+            **{name: zeros(*array) for name, array in arrays.items()},
             lengths=replicated(none, mesh),
             frequency_lengths=replicated(none, mesh),
         )
@@ -90,9 +107,14 @@ class KVCache:
         return self.key.shape[2]
 
     @property
+    def stored(self) -> Stored:
+        """Keys, values and scales."""
+        return Stored(self.key, self.value, self.key_scale, self.value_scale)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.key.nbytes + self.value.nbytes
+        """Bytes of keys, values and scales."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.stored))
 
     def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
         """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
@@ -105,3 +127,22 @@ class KVCache:
         rest = self.lengths.shape[0] - len(lengths)
         kept = np.minimum(np.asarray([*lengths, *[0] * rest], np.int32), np.asarray(self.lengths))
         return replace(self, lengths=jax.device_put(kept, self.lengths.sharding))
+
+
+def cache_arrays(
+    config: LlamaConfig, *, batch: int, capacity: int, dtype: jnp.dtype, sizes: Mapping[str, int]
+) -> dict[str, tuple[str, tuple[int, ...], jnp.dtype]]:
+    """What a cache is made of, by the names of `KVCache`: letters of the axes, shape, and dtype.
+
+    Args:
+        sizes: of the mesh.
+    """
+    heads = max(config.num_key_value_heads, sizes["tensor"])
+    first = config.num_hidden_layers, batch
+    whole = "LBSK", (*first, capacity, heads * config.head_dim), jnp.dtype(dtype)
+    arrays = {"key": whole, "value": whole}
+    if is_quantized(dtype):
+        blocks = 1 if sizes["context"] == 1 else 2 * sizes["context"]
+        scale = "LBSKH", (*first, blocks, heads, capacity // blocks), jnp.dtype(jnp.float32)
+        arrays |= {"key_scale": scale, "value_scale": scale}
+    return arrays

@@ -21,6 +21,7 @@ from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.layer import attend_to_cache, attend_to_text, attend_to_texts
 from dca_jax.attention.op import make_rows
 from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
+from dca_jax.attention.stored import Stored
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
@@ -162,9 +163,8 @@ class Llama(nnx.Module):
             x, kept = self._read_after_cache(tokens, rows, cache, cache_layers)
         if kept is None:
             return x, None
-        keys, values = kept
         return x, KVCache(
-            key=keys, value=values, lengths=rows.lengths, frequency_lengths=frequency_lengths
+            **kept._asdict(), lengths=rows.lengths, frequency_lengths=frequency_lengths
         )
 
     def _place_rows(
@@ -207,8 +207,8 @@ class Llama(nnx.Module):
         rows: Rows,
         text_index: Int[Array, "B T"] | None,
         new_cache: DTypeLike | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Balance | None]:
-        """Whole texts: hidden states; with `new_cache`, keys and values [L, B, T, KH].
+    ) -> tuple[Float[Array, "B T D"], Stored | None, Balance | None]:
+        """Whole texts: hidden states; with `new_cache`, a cache of their keys and values.
 
         And, of a mixture of experts, how they were chosen.
         """
@@ -224,10 +224,8 @@ class Llama(nnx.Module):
             tokens = pad_to_zigzag(tokens, context)
             real = pad_to_zigzag(real.astype(jnp.int32), context) > 0
 
-        def run_layer(
-            x: Array, block: Block
-        ) -> tuple[Array, tuple[tuple[Array, Array] | None, Balance | None]]:
-            kept: tuple[Array, Array] | None = None
+        def run_layer(x: Array, block: Block) -> tuple[Array, tuple[Stored | None, Balance | None]]:
+            kept: Stored | None = None
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal kept
@@ -239,9 +237,9 @@ class Llama(nnx.Module):
                 if text_index is not None:
                     rope = self.config.rope
                     return attend_to_texts(query, key, value, text_index, rope=rope, **options)
-                out, (key, value) = attend_to_text(query, key, value, rows=rows, **options)
-                if new_cache is not None:
-                    kept = key.astype(new_cache), value.astype(new_cache)
+                out, kept = attend_to_text(
+                    *(query, key, value), rows=rows, cache_dtype=new_cache, **options
+                )
                 return out
 
             x, routing = block(x, attend)
@@ -266,23 +264,23 @@ class Llama(nnx.Module):
         rows: Rows,
         cache: KVCache,
         numbers: Int[Array, " L"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T D"], Stored]:
         """Tokens that follow a cache: hidden states, and its keys and values with theirs."""
         shards = Shards.of(self.norm.scale[...])
         if numbers is None:
             numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
-            run: Run, carry: tuple[Array, Array, Array], xs: tuple[Block, Array, Place]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
+            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array, Place]
+        ) -> tuple[tuple[Array, Stored], None]:
+            x, stored = carry
             block, number, place = xs
             block = run.with_stacks(block)
 
             def attend(query: Array, key: Array, value: Array) -> Array:
-                nonlocal keys, values
-                out, keys, values = attend_to_cache(
-                    *(query, key, value, keys, values, number),
+                nonlocal stored
+                out, stored = attend_to_cache(
+                    *(query, key, value, stored, number),
                     dca=self.dca,
                     rows=rows,
                     implementation=self.implementation,
@@ -291,16 +289,16 @@ class Llama(nnx.Module):
                 return out
 
             x, _ = block(x, attend, place)
-            return (x, keys, values), None
+            return (x, stored), None
 
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
-        carry = (self._embed(tokens, shards.out("BTD", whole="T")), cache.key, cache.value)
+        carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
         for run in self.layers.runs():
             # Nor are experts and packed kernels, to be copied.
             xs = run.sliced, numbers[run.start : run.stop], run.places
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
-        x, keys, values = carry
-        return self.norm(x), (keys, values)
+        x, stored = carry
+        return self.norm(x), stored
 
     def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
         table = self.embed_tokens.embedding[...]

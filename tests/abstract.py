@@ -166,7 +166,8 @@ def placed(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
     """What `make` would return, without making it: a cache is cut, all else is everywhere."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec() if x.ndim != 4 else partition("LBSK", x.shape, mesh.shape)
+        letters = {4: "LBSK", 5: "LBSKH"}.get(x.ndim)
+        spec = partition(letters, x.shape, mesh.shape) if letters else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     with unchecked():

@@ -4,6 +4,8 @@ A query is turned by exp(i M[i, j] f) towards each key, so there is no rotation 
 and no merge; autodiff of it is the exact gradient. For `jax.enable_x64`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +15,19 @@ from oracle import relative_position
 
 from dca_jax.config import LlamaConfig
 
+# Of a layer, "key" or "value", and the keys rotated to their own positions, or the values: those
+# that are read in their place.
+Kept = Callable[[int, str, jax.Array], Any]
 
-def logits(params: dict[str, Any], tokens: jax.Array, config: LlamaConfig, s: int, largest: int):
+
+def logits(
+    params: dict[str, Any],
+    tokens: jax.Array,
+    config: LlamaConfig,
+    s: int,
+    largest: int,
+    kept: Kept = lambda layer, name, x: x,
+):
     """[B, T, V] of whole texts; one layer after the other, as the parameters' tree has them."""
     length = tokens.shape[1]
     relative = np.array(
@@ -25,7 +38,7 @@ def logits(params: dict[str, Any], tokens: jax.Array, config: LlamaConfig, s: in
     for number in range(config.num_hidden_layers):
         layer = _layer(params, number)
         normed = _norm(x, layer["input_layernorm"]["scale"], config)
-        x = x + _attention(layer["self_attn"], normed, config, relative)
+        x = x + _attention(layer["self_attn"], normed, config, relative, s, partial(kept, number))
         normed = _norm(x, layer["post_attention_layernorm"]["scale"], config)
         gate = normed @ layer["mlp"]["gate_proj"]["kernel"]
         up = normed @ layer["mlp"]["up_proj"]["kernel"]
@@ -60,21 +73,36 @@ def _norm(x: jax.Array, scale: jax.Array, config: LlamaConfig) -> jax.Array:
 
 
 def _attention(
-    layer: dict[str, Any], x: jax.Array, config: LlamaConfig, relative: np.ndarray
+    layer: dict[str, Any],
+    x: jax.Array,
+    config: LlamaConfig,
+    relative: np.ndarray,
+    s: int,
+    kept: Callable[[str, jax.Array], Any],
 ) -> jax.Array:
     query, key, value = (
         jnp.einsum("btd,dnh->btnh", x, layer[f"{name}_proj"]["kernel"]) for name in "qkv"
     )
-    group = config.num_attention_heads // config.num_key_value_heads
-    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
     half = config.head_dim // 2
     frequency = config.rope.theta ** (-2.0 * np.arange(half) / config.head_dim)
+    own = np.exp(1j * (np.arange(x.shape[1]) % s)[:, None] * frequency)[None, :, None]
+    key = _turned(kept("key", _turned(key, own)), own.conj())
+    value = kept("value", value)
+    group = config.num_attention_heads // config.num_key_value_heads
+    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
     turn = np.exp(1j * relative[:, :, None] * frequency)
-    q = query[..., :half] + 1j * query[..., half:]
-    k = key[..., :half] + 1j * key[..., half:]
+    q = jax.lax.complex(query[..., :half], query[..., half:])
+    k = jax.lax.complex(key[..., :half], key[..., half:])
     scores = jnp.einsum("binf,ijf,bjnf->bnij", q, turn, k.conj()).real / np.sqrt(config.head_dim)
     causal = np.tril(np.ones(relative.shape, bool))
     scores = jnp.where(causal[None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     read = jnp.einsum("bnij,bjnh->binh", weights, value)
     return jnp.einsum("btnh,nhd->btd", read, layer["o_proj"]["kernel"])
+
+
+def _turned(x: Any, turn: np.ndarray) -> jax.Array:
+    """Each pair of elements (h, h + H/2) as a complex number, times a number of the token's."""
+    first, second = jnp.split(jnp.asarray(x), 2, axis=-1)
+    turned = jax.lax.complex(first, second) * turn
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)

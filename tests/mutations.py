@@ -216,6 +216,20 @@ FAULTS = [
         "self.lengths",
         "tests/test_model.py::test_rollback_is_exact",
     ),
+    Fault(
+        "values in 8 bits are multiplied by the scales of keys",
+        "attention/xla.py",
+        "_slice_scales(scales.value, layer, at, block)",
+        "_slice_scales(scales.key, layer, at, block)",
+        "tests/test_backends.py -k 8_bits",
+    ),
+    Fault(
+        "a scale is written beside its key",
+        "attention/layer.py",
+        "jnp.divmod(slots, all_slots.shape[-1])",
+        "jnp.divmod(slots + 1, all_slots.shape[-1])",
+        "tests/test_model.py::test_a_cache_in_8_bits_is_what_is_read",
+    ),
     # --- drawing ---
     Fault(
         "top_p keeps one token too few",

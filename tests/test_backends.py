@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 from kernels import QUICK, ROPE, attend_by_slices, draw, weight_of, with_gradients
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, op
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import PHASES, DCAConfig, dense_attention
 
 S = 24  # no multiple of any tile
@@ -217,6 +219,53 @@ def test_a_layer_of_a_ragged_cache(bench: Bench, num_queries: int) -> None:
     read = jax.jit(partial(op.attend, dca=DCA, implementation=bench.name), compiler_options=QUICK)
     out = read(q, *caches, rows=rows, layer=jnp.int32(1))
     bench.agrees(out, by_the_oracle([q, raw, value], DCA, query_offset=offset))
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "heads", "kv_heads", "dim", "num_keys", "dtype"),
+    [
+        pytest.param(1, 8, 2, 64, 104, np.int8, id="decode, int8"),
+        pytest.param(2, 8, 1, 128, 96, np.int8, id="decode, groups of 8, int8"),
+        pytest.param(1, 2, 2, 256, 104, ml_dtypes.float8_e4m3fn, id="decode, no groups, fp8"),
+        pytest.param(20, 4, 1, 64, 100, ml_dtypes.float8_e4m3fn, id="prefill, fp8"),
+    ],
+)
+def test_a_layer_of_a_cache_in_8_bits(
+    bench: Bench, num_queries: int, heads: int, kv_heads: int, dim: int, num_keys: int, dtype: Any
+) -> None:
+    """As the oracle reads the numbers that it stands for; rows of 1 token and of 3 chunks.
+
+    What lies beyond a row's tokens must not be read, and other layers hold other scales.
+    """
+    offset = np.array([0, S - 1, 2 * S, 3 * S + 4], np.int32)
+    rng = np.random.default_rng(5)
+    q = jnp.asarray(rng.normal(size=(4, num_queries, heads, dim)), bench.dtype)
+    shape = (4, num_keys, kv_heads, dim)
+    numbers = [rng.normal(size=shape) * 127 / 3 for _ in range(2)]
+    numbers = [np.clip(np.rint(x), -127, 127).astype(dtype) for x in numbers]
+    scales = [np.float32(rng.lognormal(-4.5, 0.5, size=shape[:3])) for _ in range(2)]
+    key, value = (
+        np.float64(x) * scale[..., None] for x, scale in zip(numbers, scales, strict=True)
+    )
+    beyond = np.arange(num_keys) >= (offset + num_queries)[:, None]
+    for x, scale in zip(numbers, scales, strict=True):
+        x[beyond] = 100
+        scale[beyond] = 1e4
+    caches = [jnp.stack([jnp.zeros_like(x), jnp.asarray(x)]) for x in numbers]
+    scales = [np.stack([9 + x, x]).swapaxes(2, 3) for x in scales]
+    rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=jnp.asarray(offset))
+    read = jax.jit(partial(op.attend, dca=DCA, implementation=bench.name), compiler_options=QUICK)
+    out = read(q, *caches, rows=rows, layer=jnp.int32(1), scales=Scales(*map(jnp.asarray, scales)))
+    # The oracle rotates keys itself: it is given them as they were before.
+    raw = rotated_back(key, np.arange(num_keys) % S)
+    bench.agrees(out, by_the_oracle([q, raw, value], DCA, query_offset=offset))
+
+
+def rotated_back(key: np.ndarray, position: np.ndarray) -> np.ndarray:
+    half = key.shape[-1] // 2
+    angle = position[:, None] * 10_000.0 ** (-np.arange(half) / half)
+    turned = (key[..., :half] + 1j * key[..., half:]) * np.exp(-1j * angle)[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 # --- parts -------------------------------------------------------------------------------------

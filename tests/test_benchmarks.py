@@ -140,15 +140,26 @@ def test_decode_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "CHAIN", 1e-9)
     monkeypatch.setattr(decode, "copy_bandwidth", lambda: 1e10)
     out = tmp_path / "decode.json"
-    decode.measure(out, lengths="32", batches="1,2", heads="4/2", head_dim=16, variants="p,cuDNN")
+    decode.measure(
+        out,
+        lengths="32",
+        batches="1,2",
+        heads="4/2",
+        head_dim=16,
+        variants="plain,cuDNN,int8,empty",
+    )
     figures = json.loads(out.read_text())
     assert figures["copy GB/s"] == 10
     found = {(r["batch"], r["lengths"], r["variant"]): r for r in figures["rows"]}
     assert set(found) == {
         (batch, kind, name)
         for batch, kind in ((1, "full"), (2, "full"), (2, "ragged"))
-        for name in ("empty loop", "xla: plain causal", "cuDNN")
+        for name in ("empty loop", "xla: plain causal", "cuDNN", "xla: DCA int8")
     }
+    in_8_bits = found[2, "full", "xla: DCA int8"]
+    moved = 2 * 2 * (16 + 4) * 2 * 32
+    assert in_8_bits["GB/s"] == pytest.approx(moved / in_8_bits["us"] / 1e3)
+    assert 0 < in_8_bits["error"] < 1e-2
     ragged = found[2, "ragged", "xla: plain causal"]
     moved = 2 * 2 * 16 * 2 * (16 + 32)  # bytes of keys and values of the two rows
     assert ragged["GB/s"] == pytest.approx(moved / ragged["us"] / 1e3)

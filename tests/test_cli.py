@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from shared_fixtures import invoke
 from test_documents import write_pdf
@@ -82,6 +84,16 @@ def test_generate_hands_its_options_on(folder, llm):
     stop = expected[3:5]
     stopped = invoke("generate", folder, PROMPT, *options.split(), "--stop", stop, "--stop", "zz")
     assert stopped.stdout == expected[: expected.index(stop)] + "\n"
+
+
+def test_generate_keeps_its_cache_in_8_bits(folder, llm):
+    small = replace(llm, cache_dtype=jnp.dtype(jnp.int8))
+    expected = small.generate(PROMPT, max_new_tokens=12)[0].text
+    options = ("--max-new-tokens", 12, "--cache-dtype")
+    assert invoke("generate", folder, PROMPT, *options, "int8").stdout == expected + "\n"
+    refused = invoke("generate", folder, PROMPT, *options, "int4")
+    assert refused.exit_code == 2
+    assert "fp8" in refused.stderr
 
 
 def test_generate_continues_a_file_or_answers_about_a_document(folder, llm, tmp_path):

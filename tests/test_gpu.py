@@ -20,9 +20,11 @@ from kernels import attend_by_slices
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
 from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
+from dca_jax.attention.stored import Scales, quantize
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
 from dca_jax.device import current_device
+from dca_jax.dtypes import CACHE_DTYPES
 from dca_jax.evaluation.passkey import passkey_grid
 from dca_jax.inference.score import perplexity, token_nll
 from dca_jax.model import Llama
@@ -172,6 +174,47 @@ def test_rows_of_different_texts_in_a_cache(name: str) -> None:
         assert error(out, expected) < 4e-3
         for row, count in enumerate(real):
             assert not np.asarray(out[row, count:]).any()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "num_queries"),
+    [
+        (4, 4, 64, 1),
+        (8, 2, 128, 1),
+        (8, 1, 256, 1),
+        (32, 8, 128, 2),
+        (8, 1, 64, 5),
+        (4, 2, 128, 90),
+    ],
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_long_rows_of_a_cache_in_8_bits(
+    name: str, heads: int, kv_heads: int, dim: int, num_queries: int, dtype: str
+) -> None:
+    """Rows of 1 token and of many blocks; beyond their tokens lies what must not be read."""
+    runs_here(name, dim)
+    dca, capacity, lengths = DCAConfig.paper(4096), 20_008, [20_001, 1, 5_000, 3_072 + 64]
+    q, k, v, _ = draw(len(lengths), num_queries, capacity, heads, kv_heads, dim, jnp.bfloat16)
+    told = jnp.asarray(lengths, jnp.int32)
+    start = jnp.maximum(told - num_queries, 0)
+    rows = make_rows(q.shape, dca=dca, rope=ROPE, lengths=told, query_offset=start)
+    beyond = jnp.arange(capacity)[None, :, None] >= told[:, None, None]
+    arrays, scales = [], []
+    for x in (k, v):
+        x, scale = quantize(x, CACHE_DTYPES[dtype])
+        arrays.append(jnp.where(beyond[..., None], jnp.asarray(100, x.dtype), x))
+        scales.append(jnp.swapaxes(jnp.where(beyond, 1e4, scale), 1, 2))
+    stacked = [jnp.stack([x, x * 0]) for x in arrays]
+    layers = Scales(*(jnp.stack([x, x + 7]) for x in scales))
+    run = jax.jit(attend, static_argnames=("dca", "implementation"))
+    options: dict[str, Any] = {"dca": dca, "rows": rows, "layer": jnp.int32(0), "scales": layers}
+    out = run(q, *stacked, implementation=name, **options)
+    again = run(q, *stacked, implementation=name, **options)
+    expected = run(q.astype(jnp.float32), *stacked, implementation="xla", **options)
+    np.testing.assert_array_equal(out, again)
+    for row in range(len(lengths)):
+        assert error(out[row], expected[row]) < 5e-3, row
 
 
 @pytest.mark.parametrize("name", KERNELS)

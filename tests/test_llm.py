@@ -262,6 +262,22 @@ def test_a_prefix_changes_nothing_but_the_time(llm):
     assert "".join(llm.stream(QUESTIONS[0], max_new_tokens=12, prefix=prefix)) == whole[0].text
 
 
+def test_a_cache_in_8_bits_is_like_the_exact_one(folder, llm):
+    """Rows of a batch, prefixes and scores; it costs little."""
+    small = dca_jax.load(folder, cache_dtype="int8")
+    assert small.cache_dtype == jnp.int8
+    whole = [small.generate(TEXT + q, max_new_tokens=12)[0] for q in QUESTIONS]
+    assert small.generate([TEXT + q for q in QUESTIONS], max_new_tokens=12) == whole
+    prefix = small.prefill(TEXT, room=ROOM)
+    assert [small.generate(q, max_new_tokens=12, prefix=prefix)[0] for q in QUESTIONS] == whole
+    assert small.generate(QUESTIONS, max_new_tokens=12, prefix=prefix) == whole
+    exact, found = (math.log(reader.perplexity(TEXT)) for reader in (llm, small))
+    assert found != exact
+    assert found == pytest.approx(exact, rel=1e-2)
+    with pytest.raises(InputError, match="cache dtype 'int4' is not supported"):
+        dca_jax.load(folder, cache_dtype="int4")
+
+
 def test_a_prefix_of_tokens_is_followed_by_tokens(llm):
     tokens = llm.tokenize(TEXT)
     whole = llm.generate([[*tokens, 50, 60]], max_new_tokens=8)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import dense_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,15 +194,80 @@ def test_a_ragged_batch_is_each_row_alone(tiny: Llama) -> None:
     assert np.isfinite(more).all()
 
 
-def test_rollback_is_exact(tiny: Llama) -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, "int8"])
+def test_rollback_is_exact(tiny: Llama, dtype: Any) -> None:
     tokens = jax.random.randint(jax.random.key(3), (1, 50), 0, 64)
     context = jnp.asarray([50], jnp.int32)
-    cache = KVCache.create(tiny.config, batch=1, capacity=64, dtype=jnp.float32)
+    cache = KVCache.create(tiny.config, batch=1, capacity=64, dtype=dtype)
     _, cache = step(tiny, tokens[:, :30], None, cache, context)
     first, cache = step(tiny, tokens[:, 30:], None, cache, context)
     _, cache = step(tiny, tokens[:, :9], None, cache.rollback(jnp.asarray([30])), context)
     again, _ = step(tiny, tokens[:, 30:], None, cache.rollback(jnp.asarray([30])), context)
     np.testing.assert_array_equal(first, again)
+
+
+# --- a cache in 8 bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("fp8", 448)])
+def test_a_cache_in_8_bits_is_what_is_read(tiny: Llama, dtype: str, largest: float) -> None:
+    """Float64 makes of the numbers in the cache what the model does, its own piece's included.
+
+    And they are its keys and values to half a step of the largest of the head.
+    """
+    dca = DCAConfig(chunk_len=12, max_query_position=15)
+    model = Llama.from_params(tiny.config, tiny.params(), dca=dca, dtype=jnp.float32)
+    tokens = jax.random.randint(jax.random.key(6), (2, 61), 0, 64)
+    empty = KVCache.create(tiny.config, batch=2, capacity=64, dtype=dtype)
+    logits, cache = step(model, tokens, None, empty, jnp.asarray([61, 61], jnp.int32))
+    arrays = {name: np.asarray(array) for name, array in cache.stored._asdict().items()}
+
+    def kept(layer: int, name: str, own: jax.Array) -> np.ndarray:
+        numbers = np.float64(arrays[name][layer, :, :61]).reshape(own.shape)
+        scale = np.float64(arrays[f"{name}_scale"][layer, :, 0, :, :61]).swapaxes(1, 2)
+        np.testing.assert_allclose(scale, np.abs(own).max(axis=-1) / largest, rtol=1e-5)
+        read, step = numbers * scale[..., None], scale[..., None] + 0 * own
+        if dtype == "fp8":  # 3 bits of mantissa, from 2^-6 on
+            step = step * 2 ** np.maximum(np.floor(np.log2(np.abs(numbers) + 1e-9)), -6) / 8
+        assert np.all(np.abs(read - own) <= 0.51 * step)
+        return read
+
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.params())
+        expected = dense_llama.logits(wide, tokens, tiny.config, 12, 15, kept)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_any_split_reads_a_cache_in_8_bits_alike(tiny: Llama) -> None:
+    """All but what rounding decides: a key that lies between two numbers may become either."""
+    tokens = jax.random.randint(jax.random.key(1), (1, 96), 0, 64)
+    context = jnp.asarray([96], jnp.int32)
+
+    def read(size: int, dtype: str) -> tuple[np.ndarray, KVCache]:
+        cache = KVCache.create(tiny.config, batch=1, capacity=104, dtype=dtype)
+        pieces = []
+        for start in range(0, 96, size):
+            count = min(size, 96 - start)
+            piece = np.pad(tokens[:, start : start + size], ((0, 0), (0, size - count)))
+            logits, cache = step(tiny, piece, jnp.full(1, count, jnp.int32), cache, context)
+            pieces.append(logits[:, :count])
+        return np.concatenate(pieces, axis=1), cache
+
+    whole, one = read(96, "int8")
+    lost = np.linalg.norm(whole - run(tiny, tokens))
+    assert 1e-3 < lost / np.linalg.norm(whole) < 0.1
+    for size in (3, 64):
+        split, other = read(size, "int8")
+        moved = np.abs(np.int32(one.key) - np.int32(other.key))
+        assert moved.max() <= 1
+        assert moved.mean() < 1e-3
+        assert np.linalg.norm(split - whole) < 0.1 * lost
+
+
+def test_a_dtype_that_no_cache_has_is_refused(tiny: Llama) -> None:
+    for dtype, name in (("int4", "int4"), (jnp.float8_e5m2, "float8_e5m2")):
+        with pytest.raises(InputError, match=f"cache dtype '{name}' .* one of .*int8, fp8"):
+            KVCache.create(tiny.config, batch=1, capacity=8, dtype=dtype)
 
 
 def test_dynamic_ntk_keeps_its_frequencies_while_decoding() -> None:

@@ -4,10 +4,12 @@ What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
 from dca_jax.attention.backend import PLAIN, Rows
-from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward
+from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward, widening
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     full_and_edge_walks,
@@ -29,6 +31,7 @@ from dca_jax.attention.mosaic_gpu.ranges import (
 )
 from dca_jax.attention.op import choose_implementation
 from dca_jax.attention.softmax import FAR
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
@@ -94,6 +97,82 @@ def test_the_gradient_lowers_under_vmap_as_one_launch_after_another() -> None:
 def test_decoding_lowers(heads: int, kv_heads: int, dim: int, dtype: Any) -> None:
     sizes = (2, 1, 4096, heads, kv_heads, dim, dtype)
     assert "mosaic_gpu" in lower_forward(mosaic_gpu, shapes(*sizes), DCA, PHASES)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype", "cache"),
+    [
+        (4, 4, 64, jnp.bfloat16, jnp.float8_e4m3fn),
+        (32, 8, 64, jnp.float16, jnp.int8),
+        (32, 8, 128, jnp.bfloat16, jnp.int8),
+        (8, 1, 128, jnp.float16, jnp.float8_e4m3fn),
+        (8, 1, 256, jnp.bfloat16, jnp.int8),
+        (4, 4, 256, jnp.bfloat16, jnp.float8_e4m3fn),
+    ],
+)
+def test_decoding_from_8_bits_lowers(
+    heads: int, kv_heads: int, dim: int, dtype: Any, cache: Any
+) -> None:
+    query, key, _, *rest = shapes(2, 1, 4096, heads, kv_heads, dim, dtype)
+    key = jax.ShapeDtypeStruct(key.shape, cache)
+    scale = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
+
+    def forward(*arrays: Any) -> Any:
+        *arrays, scales = arrays
+        options = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
+        return mosaic_gpu.forward(*arrays, **options)
+
+    text = lower(forward, query, key, key, *rest, Scales(scale, scale))
+    assert "dca_decode" in text
+    before = re.search(r"stablehlo.convert.*(i8|f8E4M3FN)", text)
+    assert before is None  # nothing is unpacked but on the chip
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bytes_are_widened_where_wgmma_wants_them(dim: int) -> None:
+    """By the layouts' own account of which thread holds which element, in which register."""
+    elements, number = np.arange(64 * dim), jnp.arange(dim, dtype=jnp.float32)
+    ordered = np.int32(widening.ordered_for_keys(number))
+    wanted = elements.reshape(64, dim)[:, ordered]  # K, as q's elements stand
+    widen_and_compare(widening.key_words(), widening.key_pairs, (64, dim), wanted)
+
+    rows = np.int32(widening.in_order_of_head(number))  # of each element of a head
+    wanted = np.empty((dim, 64), int)
+    wanted[rows] = elements.reshape(64, dim).T
+    widen_and_compare(widening.value_words(dim), widening.value_pairs, (64, dim), wanted)
+
+
+def widen_and_compare(layout: Any, fill: Any, shape: tuple[int, int], wanted: np.ndarray) -> None:
+    """`fill` puts into WGMMA's left side the elements of `wanted`, out of those 0, 1 .. of x."""
+    words, left = layout.to_mgpu(), mgpu.WGMMA_LAYOUT
+    held, needed = owners(words, shape), owners(left, wanted.shape)
+    for thread in range(128):
+        wide = np.empty(left.registers_shape(wanted.shape), object)
+        registers = np.empty(words.registers_shape(shape), object)
+        for at, bytes_of in held.items():
+            registers[at] = bytes_of[thread]
+        fill(registers, wide, lambda a, b, i, j: (a[i], b[j]))
+        for at, places in needed.items():
+            assert wide[at] == tuple(wanted.ravel()[places[thread]])
+
+
+def owners(layout: Any, shape: tuple[int, int]) -> dict[tuple[int, ...], np.ndarray]:
+    """Of each register, the elements of a row-major array that it holds [threads, vector]."""
+    strides = layout.tiling.tile_strides((shape[1], 1))
+    tiled = layout.tiling.tile_shape(shape)
+
+    def offsets(dims: tuple[int, ...]) -> np.ndarray:
+        sizes = [tiled[d] for d in dims]
+        index = np.indices(sizes).reshape(len(dims), -1)
+        return sum(i * strides[d] for i, d in zip(index, dims, strict=True))
+
+    warp, lane = offsets(layout.warp_dims), offsets(layout.lane_dims)
+    thread = (warp[:, None] + lane[None, :]).reshape(-1, 1)
+    element = thread + offsets((layout.vector_dim,))[None, :]
+    return {
+        at: element + sum(i * s for i, s in zip(at, strides, strict=True))
+        for at in np.ndindex(layout.registers_shape(shape))
+    }
 
 
 # --- which blocks the kernels visit ------------------------------------------------------------

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from shared_fixtures import invoke
 from tiny_llm import make_llm
 
-from dca_jax.cli.options import Base, Dtype, Remat
+from dca_jax.cli.options import Base, CacheDtype, Dtype, Remat
 from dca_jax.config import LlamaConfig
-from dca_jax.dtypes import DTYPES
+from dca_jax.dtypes import CACHE_DTYPES, DTYPES
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import BASES
 from dca_jax.inference.buckets import capacity_bucket
@@ -74,11 +74,13 @@ def test_peaks_measured_on_h200s(model: str, mesh: str, tokens: int, peak: float
     assert found.usage.total == pytest.approx(peak * 1e9, rel=0.1)
 
 
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize("mesh", ["tensor=1", "tensor=4", "context=2,fsdp=2", "data=2,tensor=2"])
-def test_weights_and_cache_are_those_of_real_arrays(mesh: str) -> None:
+def test_weights_and_cache_are_those_of_real_arrays(mesh: str, kept: Any) -> None:
     """Byte for byte, for each of the mesh's devices; also where kv heads are kept twice."""
     sizes, devices = parse_mesh(mesh), make_mesh(mesh)
-    job = job_for(SMALL, context_length=300, batch=3, dtype=jnp.dtype(jnp.float32))
+    options = {"dtype": jnp.dtype(jnp.float32), "cache_dtype": jnp.dtype(kept)}
+    job = job_for(SMALL, context_length=300, batch=3, **options)
     usage = job.usage(sizes)
     place = parameter_shardings(SMALL, devices)
     weights = (
@@ -88,11 +90,13 @@ def test_weights_and_cache_are_those_of_real_arrays(mesh: str) -> None:
     capacity = capacity_bucket(300, sizes["context"])
     rows = sizes["data"] * sizes["fsdp"]
     batch = -(-3 // rows) * rows
-    cache = KVCache.create(SMALL, batch=batch, capacity=capacity, dtype=jnp.float32, mesh=devices)
+    cache = KVCache.create(SMALL, batch=batch, capacity=capacity, dtype=kept, mesh=devices)
     assert usage.weights == sum(w.addressable_shards[0].data.nbytes for w in weights)
-    arrays = cache.key, cache.value
+    arrays = jax.tree.leaves(cache.stored)
+    assert len(arrays) == (2 if kept == jnp.float32 else 4)
     assert usage.cache == sum(x.addressable_shards[0].data.nbytes for x in arrays)
-    like = abstract_cache(SMALL, devices, batch, capacity, jnp.float32)  # what other tests take
+    assert cache.num_bytes == sum(x.nbytes for x in arrays)
+    like = abstract_cache(SMALL, devices, batch, capacity, kept)  # what other tests take
     for ours, real in zip(jax.tree.leaves(like), jax.tree.leaves(cache), strict=True):
         assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
         assert ours.sharding.is_equivalent_to(real.sharding, real.ndim)
@@ -237,6 +241,8 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
         ({"mesh": parse_mesh("tensor=3")}, "tensor=3 does not divide the model's 32 query heads"),
         ({"mesh": parse_mesh("fsdp=3")}, "fsdp=3 does not divide the hidden size 4096"),
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
+        ({"train": True, "cache_dtype": "int8"}, "training keeps no KV cache"),
+        ({"cache_dtype": "int4"}, "cache dtype 'int4' is not supported; expected one of bfloat16"),
         ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 64 devices"),
     ],
 )
@@ -254,6 +260,7 @@ def test_it_takes_what_training_takes() -> None:
     assert list(Remat) == list(REMAT)
     assert list(Base) == list(BASES)
     assert list(Dtype) == list(DTYPES)
+    assert list(CacheDtype) == list(CACHE_DTYPES)
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +274,11 @@ def test_the_command_prints_a_table() -> None:
     assert result.exit_code == 0
     for text in ("4 x NVIDIA H200", "34.5 GB", "tensor=2 would do", "fits", "longest that fits"):
         assert text in result.output
+    small = invoke("plan", "llama-2-70b", *options, "--cache-dtype", "int8", "--json")
+    found = json.loads(small.stdout)
+    assert found["cache_dtype"] == "int8"
+    # 80 layers, 8 kv heads of 128 and their scales, 106,496 places, over four devices.
+    assert found["bytes"]["cache"] == 2 * 80 * 106_496 * 8 * (128 + 4) // 4
 
 
 def test_the_command_prints_json_of_a_checkpoint_without_weights(tmp_path: Any) -> None:

@@ -124,6 +124,32 @@ def test_generated_tokens_are_those_of_one_device(sizes):
     assert generate(model, PROMPTS, max_new_tokens=12, stop_ids=[7]) == expected_tokens()
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"context": 4, "tensor": 2}, pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow)],
+    ids=describe,
+)
+def test_a_cache_in_8_bits_is_cut_with_its_scales(sizes):
+    """A text read at once, its cache copied and grown, then a second turn in pieces, and tokens.
+
+    Slots are cut in two blocks for each of four devices; or rows.
+    """
+    model, alone = model_on(sizes), model_on(None)
+    first, both = PROMPTS[0], PROMPTS[0] + PROMPTS[2]
+    tokens = []
+    for reader in (model, alone):
+        run = Run(reader, [first], max_new_tokens=1, cache_dtype="int8")
+        run.read_prompts()
+        cache = run.cache.rollback([len(first)])
+        if "context" in sizes:
+            cache = copied(reader, cache, 1, 256)
+            for scale in (cache.key_scale, cache.value_scale):
+                assert scale.sharding.shard_shape(scale.shape)[2] == (2 if reader is model else 1)
+        again = Run(reader, [both], max_new_tokens=6, cache=cache)
+        tokens.append([token for (new,) in again for token in new])
+    assert tokens[0] == tokens[1]
+
+
 def test_draws_are_those_of_one_device():
     sampler = Sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     sizes = {"data": 2, "context": 2, "tensor": 2}

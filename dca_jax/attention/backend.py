@@ -3,9 +3,10 @@
 from typing import NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.softmax import FAR
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.device import Device
 
@@ -45,18 +46,20 @@ class Backend(Protocol):
     def forward(
         self,
         query: Float[Array, "B T N H"],
-        key: Float[Array, "L B S K H"],
-        value: Float[Array, "L B S K H"],
+        key: Num[Array, "L B S K H"],
+        value: Num[Array, "L B S K H"],
         layer: Int[Array, ""],
         rows: Rows,
         *,
         dca: DCAConfig,
         phases: tuple[Phase, ...],
         with_lse: bool,
+        scales: Scales | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
         """Output over the keys of `phases`; on request the logits' natural log-sum-exp, float32.
 
-        A query that meets no key (padding too) has output 0 and log-sum-exp -inf.
+        A query that meets no key (padding too) has output 0 and log-sum-exp -inf. With `scales`,
+        key and value are in 8 bits. There is no backward of that.
         """
         ...
 

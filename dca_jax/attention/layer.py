@@ -9,7 +9,8 @@ devices.
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import PositionMethod
@@ -18,6 +19,7 @@ from dca_jax.attention.packed import attend_to_packed
 from dca_jax.attention.parallel.context import decode_attention
 from dca_jax.attention.parallel.ring import ring_attention
 from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
+from dca_jax.attention.stored import Stored, dequantize, is_quantized, quantize
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
@@ -33,30 +35,62 @@ def attend_to_text(
     rows: Rows,
     implementation: str | None,
     shards: Shards,
-) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B T KH"], Float[Array, "B T KH"]]]:
+    cache_dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "B T N H"], Stored | None]:
     """Whole texts from their first token: what the queries read; and what a cache keeps of them.
 
-    Query and key are raw. Where `context` cuts the texts, their tokens lie in zigzag.
+    Query and key are raw. Where `context` cuts the texts, their tokens lie in zigzag. A text that
+    is kept in 8 bits is read so, as if it came from the cache.
+
+    Args:
+        cache_dtype: of the cache; None keeps nothing.
     """
     context = _context(dca, shards)
+    quantized = cache_dtype is not None and is_quantized(cache_dtype)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
-    def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, tuple]:
+    def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, Stored | None]:
         if context > 1:
             index = zigzag_positions(key.shape[1])
         else:
             index = jnp.arange(key.shape[1], dtype=jnp.int32)
         with jax.named_scope("rope"):
             key = rotate_keys(key, index[None], dca=dca, inv_freq=rows.inv_freq)
+        kept = None
+        if quantized:
+            with jax.named_scope("cache_update"):
+                key, value, kept = _quantized_text(key, value, cache_dtype, context)
+        elif cache_dtype is not None:
+            kept = Stored(*(flat(x).astype(cache_dtype) for x in (key, value)))
         read = attend if context == 1 else ring_attention
         options = {"dca": dca, "implementation": implementation}
         with jax.named_scope("attention"):
             out = read(query, key, value, rows=rows, **options)
-        return out, (flat(key), flat(value))
+        return out, kept
 
-    q, k, kept = shards.spec("BTNH"), shards.spec("BTKH"), shards.spec("BTK")
-    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, (kept, kept)))
+    q, k = shards.spec("BTNH"), shards.spec("BTKH")
+    kept = None if cache_dtype is None else _stored_specs(shards, quantized, layers="")
+    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, kept))
     return mapped(query, key, value, rows)
+
+
+def _quantized_text(
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    dtype: DTypeLike,
+    context: int,
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Stored]:
+    """Keys and values as they will be read from a cache, and the cache of them."""
+    batch, length, kv_heads, _ = key.shape
+    blocks = 1 if context == 1 else 2
+    read, kept, scales = [], [], []
+    for x in (key, value):
+        q, scale = quantize(x, dtype)
+        read.append(dequantize(q, scale, x.dtype))
+        kept.append(flat(q))
+        scale = scale.reshape(batch, blocks, length // blocks, kv_heads)
+        scales.append(jnp.swapaxes(scale, 2, 3))
+    return *read, Stored(*kept, *scales)
 
 
 def attend_to_texts(
@@ -92,15 +126,14 @@ def attend_to_cache(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    keys: Float[Array, "L B S KH"],
-    values: Float[Array, "L B S KH"],
+    cache: Stored,
     layer: Int[Array, ""],
     *,
     dca: DCAConfig | PositionMethod | None,
     rows: Rows,
     implementation: str | None,
     shards: Shards,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "L B S KH"], Float[Array, "L B S KH"]]:
+) -> tuple[Float[Array, "B T N H"], Stored]:
     """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
 
     The new tokens follow what the rows hold (`rows.offset`); padding is dropped, never written.
@@ -110,40 +143,35 @@ def attend_to_cache(
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
-        query: Array,
-        key: Array,
-        value: Array,
-        keys: Array,
-        values: Array,
-        layer: Array,
-        rows: Rows,
-    ) -> tuple[Array, Array, Array]:
+        query: Array, key: Array, value: Array, cache: Stored, layer: Array, rows: Rows
+    ) -> tuple[Array, Stored]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         with jax.named_scope("rope"):
             key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
-        slots = index if context == 1 else zigzag_slots(index, keys.shape[2])
-        slots = jnp.where(index < rows.lengths[:, None], slots, keys.shape[2])  # dropped
+        capacity = cache.key.shape[2]
+        slots = index if context == 1 else zigzag_slots(index, capacity)
+        slots = jnp.where(index < rows.lengths[:, None], slots, capacity)  # dropped
         with jax.named_scope("cache_update"):
-            keys, values = write(keys, layer, slots, key), write(values, layer, slots, value)
+            cache = write(cache, layer, slots, key, value)
         heads = key.shape[2:]
-        all_keys, all_values = (x.reshape(*x.shape[:3], *heads) for x in (keys, values))
-        if keys.dtype != query.dtype:  # a cache of another dtype is converted a layer at a time
-            all_keys = all_keys[layer][None].astype(query.dtype)
-            all_values = all_values[layer][None].astype(query.dtype)
+        keys, values = (x.reshape(*x.shape[:3], *heads) for x in (cache.key, cache.value))
+        scales = cache.scales
+        if scales is None and keys.dtype != query.dtype:  # converted a layer at a time
+            keys, values = (x[layer][None].astype(query.dtype) for x in (keys, values))
             layer = jnp.int32(0)
-        options = {"dca": dca, "implementation": implementation}
+        options = {"dca": dca, "implementation": implementation, "scales": scales}
         with jax.named_scope("attention"):
             if context == 1:
-                out = attend(query, all_keys, all_values, rows=rows, layer=layer, **options)
+                out = attend(query, keys, values, rows=rows, layer=layer, **options)
             else:
-                out = decode_attention(query, all_keys, all_values, layer, rows, **options)
-        return out, keys, values
+                out = decode_attention(query, keys, values, layer, rows, **options)
+        return out, cache
 
     q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")
-    cache = shards.spec("LBSK")
-    specs = (q, k, k, cache, cache, PartitionSpec(), _rows_specs(rows, shards))
-    mapped = shards.local(local, specs, (q, cache, cache))
-    return mapped(query, key, value, keys, values, layer, rows)
+    kept = _stored_specs(shards, cache.scales is not None, layers="L")
+    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards))
+    mapped = shards.local(local, specs, (q, kept))
+    return mapped(query, key, value, cache, layer, rows)
 
 
 def _context(dca: DCAConfig | PositionMethod | None, shards: Shards) -> int:
@@ -177,17 +205,44 @@ def _rows_specs(rows: Rows, shards: Shards) -> Rows:
     return Rows._make(cut if leaf.shape[0] == batch else whole for leaf in rows)
 
 
+def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
+    """How a cache lies on the mesh: the scales as their heads and slots do."""
+    kept = shards.spec(layers + "BSK")
+    if not quantized:
+        return Stored(kept, kept)
+    scale = shards.spec(layers + "BSKH")
+    return Stored(kept, kept, scale, scale)
+
+
 def write(
-    cache: Float[Array, "L B S KH"],
+    cache: Stored,
     layer: Int[Array, ""],
     slots: Int[Array, "B T"],
-    new: Float[Array, "B T K H"],
-) -> Float[Array, "L B S KH"]:
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+) -> Stored:
     """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
     row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[layer, row, slots].set(flat(new).astype(cache.dtype), mode="drop")
+
+    def put(all_slots: Array, new: Array) -> Array:
+        return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")
+
+    if cache.scales is None:
+        return Stored(put(cache.key, flat(key)), put(cache.value, flat(value)))
+    (key, key_scale), (value, value_scale) = (quantize(x, cache.key.dtype) for x in (key, value))
+
+    def put_scale(all_slots: Array, new: Array) -> Array:
+        block, slot = jnp.divmod(slots, all_slots.shape[-1])
+        return all_slots.at[layer, row, block, :, slot].set(new, mode="drop")
+
+    return Stored(
+        put(cache.key, flat(key)),
+        put(cache.value, flat(value)),
+        put_scale(cache.key_scale, key_scale),
+        put_scale(cache.value_scale, value_scale),
+    )
 
 
-def flat(heads: Float[Array, "*rest K H"]) -> Float[Array, "*rest KH"]:
+def flat(heads: Num[Array, "*rest K H"]) -> Num[Array, "*rest KH"]:
     """A token's heads one behind the other, as the cache keeps them."""
     return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])

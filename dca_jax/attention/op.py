@@ -14,12 +14,13 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
 from dca_jax.attention.softmax import output_delta
+from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import (
     DCAConfig,
     Phase,
@@ -156,31 +157,39 @@ def rotate_keys(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "*L B S K H"],
-    value: Float[Array, "*L B S K H"],
+    key: Num[Array, "*L B S K H"],
+    value: Num[Array, "*L B S K H"],
     *,
     dca: DCAConfig | PositionMethod | None,
     rows: Rows,
     layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
+    scales: Scales | None = None,
 ) -> Float[Array, "B T N H"]:
     """`dual_chunk_attention` with `key` already rotated by `rotate_keys` (a KV cache).
 
     With `layer`, key and value are all layers of a cache, [L, B, S, K, H], of which that one is
     read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN excepted:
-    a masked value is multiplied by zero).
+    a masked value is multiplied by zero). With `scales` too, they are in 8 bits
+    (`dca_jax.attention.stored`); that has no gradient.
     """
     if layer is None:
         key, value, layer = key[None], value[None], jnp.int32(0)
-    _check_shapes(query, key, value)
+    _check_shapes(query, key, value, scales)
     dca = dca or PLAIN
     name = choose_implementation(implementation, _like(query), _like(key), dca)
     if name == "reference":
+        if scales is not None:
+            key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+            layer = jnp.int32(0)
         key, value, options = key[layer], value[layer], rows._asdict()
         if isinstance(dca, PositionMethod):
             return dense_method_attention(query, key, value, dca=dca, **options)
         return dense_attention(query, key, value, dca=dca, **options)
     phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[2], dca)
+    if scales is not None:
+        options = {"dca": dca, "phases": phases, "with_lse": False, "scales": scales}
+        return BACKENDS[name].forward(query, key, value, layer, rows, **options)[0]
     out, _ = _flash(name, dca, phases, False, query, key, value, layer, rows)
     return out
 
@@ -302,7 +311,7 @@ def _check_reach(num_queries: int, num_keys: int, offset: int | Array) -> None:
         )
 
 
-def _check_shapes(query: Array, key: Array, value: Array) -> None:
+def _check_shapes(query: Array, key: Array, value: Array, scales: Scales | None = None) -> None:
     if query.shape[0] != key.shape[1] or query.shape[3] != key.shape[4]:
         raise InputError(
             f"query {query.shape} and key {key.shape[1:]} must agree in batch and head_dim"
@@ -313,6 +322,8 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
         raise InputError(
             f"query heads ({query.shape[2]}) must be a multiple of kv heads ({key.shape[3]})"
         )
+    if scales is not None and key.dtype == value.dtype and is_quantized(key.dtype):
+        return
     if not (query.dtype == key.dtype == value.dtype):
         raise InputError(
             f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and "

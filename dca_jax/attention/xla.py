@@ -7,10 +7,11 @@ those the tile's queries meet, so the work is that of causal attention, or less.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
@@ -35,14 +36,15 @@ def unsupported(
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig | PositionMethod,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated.
 
@@ -75,16 +77,20 @@ def forward(
             ) -> tuple:
                 m_i, l_i, acc = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _rotated_keys(key, layer, at, block, band, rows)
+                keys = _rotated_keys(key, layer, at, block, band, rows, queries.dtype)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
+                if scales is not None:
+                    logits = logits * _slice_scales(scales.key, layer, at, block)
                 logits = jnp.where(met, logits, -jnp.inf)
                 m_next = jnp.maximum(m_i, logits.max(axis=-1))
                 safe = jnp.where(jnp.isfinite(m_next), m_next, 0)  # no key met so far
                 decay = jnp.exp(m_i - safe)
                 p = jnp.exp(logits - safe[..., None])
-                values = _slice(value, layer, at, block)
-                update = _dot("BKGTS,BSKH->BKGTH", p.astype(value.dtype), values)
                 l_i = l_i * decay + p.sum(axis=-1)
+                if scales is not None:
+                    p = p * _slice_scales(scales.value, layer, at, block)
+                values = _slice(value, layer, at, block).astype(queries.dtype)
+                update = _dot("BKGTS,BSKH->BKGTH", p.astype(queries.dtype), values)
                 return m_next, l_i, acc * decay[..., None] + update
 
             state = jax.lax.fori_loop(first, last, step, state)
@@ -137,7 +143,7 @@ def backward(
             ) -> tuple:
                 dk, dv, drotated = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _rotated_keys(key, layer, at, block, band, rows)
+                keys = _rotated_keys(key, layer, at, block, band, rows, query.dtype)
                 values = _slice(value, layer, at, block)
                 logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 p = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
@@ -226,15 +232,19 @@ def _block(
 
 
 def _rotated_keys(
-    cache: Float[Array, "L B S K H"],
+    cache: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     at: Int[Array, ""],
     block: int,
     band: Band,
     rows: Rows,
+    dtype: jnp.dtype,
 ) -> Float[Array, "B block K H"]:
-    """`block` keys of a layer where the band puts them: DCA's come so, others are rotated here."""
-    keys = _slice(cache, layer, at, block)
+    """`block` keys of a layer where the band puts them: DCA's come so, others are rotated here.
+
+    Those in 8 bits are still to be scaled: a scale is common to all that are rotated together.
+    """
+    keys = _slice(cache, layer, at, block).astype(dtype)
     return rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
 
 
@@ -255,8 +265,8 @@ def _text_index(at: Int[Array, ""], block: int, rows: Rows) -> Int[Array, "B blo
 
 
 def _slice(
-    cache: Float[Array, "L B S K H"], layer: Int[Array, ""], at: Int[Array, ""], block: int
-) -> Float[Array, "B block K H"]:
+    cache: Num[Array, "L B S K H"], layer: Int[Array, ""], at: Int[Array, ""], block: int
+) -> Num[Array, "B block K H"]:
     """`block` keys or values of a layer, read where they lie."""
     _, batch, num_keys, kv_heads, head_dim = cache.shape
     zero = jnp.zeros_like(at)
@@ -264,6 +274,16 @@ def _slice(
     flat = cache.reshape(-1, batch, num_keys, kv_heads * head_dim)
     start, size = (layer, zero, at, zero), (1, batch, block, kv_heads * head_dim)
     return jax.lax.dynamic_slice(flat, start, size).reshape(batch, block, kv_heads, head_dim)
+
+
+def _slice_scales(
+    scales: Float[Array, "L B K S"], layer: Int[Array, ""], at: Int[Array, ""], block: int
+) -> Float[Array, "B K 1 1 block"]:
+    """The scales of the same keys or values, as a tile's logits are laid out."""
+    _, batch, kv_heads, _ = scales.shape
+    zero = jnp.zeros_like(at)
+    start, size = (layer.astype(at.dtype), zero, zero, at), (1, batch, kv_heads, block)
+    return jax.lax.dynamic_slice(scales, start, size)[0, :, :, None, None, :]
 
 
 def _dot(subscripts: str, a: Array, b: Array) -> Array:

@@ -11,6 +11,7 @@ import typer
 
 from dca_jax.cli.options import (
     AdapterOption,
+    CacheDtypeOption,
     DtypeOption,
     MeshOption,
     MethodOption,
@@ -116,6 +117,7 @@ def perplexity(
     ] = None,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -134,7 +136,8 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, opened.llm.model.config.vocab_size)
     else:
@@ -160,6 +163,7 @@ def perplexity(
             stride=stride,
             batch=batch,
             limit=limit,
+            cache_dtype=llm.cache_dtype,
         )
 
 
@@ -184,6 +188,7 @@ def passkey_command(
     ] = 20,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -199,7 +204,8 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
@@ -243,6 +249,7 @@ def needle_command(
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -265,7 +272,8 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
@@ -322,6 +330,7 @@ def few_shot_command(
     ] = "16000",
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -347,7 +356,8 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     items = few_shot.read_files(files, **chosen)
-    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [item.document for some in items.values() for item in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
     llm = load_model(model, opened, [need])
@@ -383,6 +393,7 @@ def l_eval_command(
     ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -401,7 +412,8 @@ def l_eval_command(
     files, length = task_files(data), parse_tokens(max_length)
     # What is wrong with the files is said before any weight is read.
     rows = l_eval.read_files(files, length)
-    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [row["input"] for some in rows.values() for row in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
     llm = load_model(model, opened, [need])
@@ -436,9 +448,8 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    opened = find_model(
-        model, [method], dtype, mesh, adapter, weights=weights, context=max(lengths)
-    )
+    loading = {"weights": weights, "context": max(lengths)}
+    opened = find_model(model, [method], dtype, mesh, adapter, **loading)
     # What does not fit is a result here, so only the shortest text must.
     llm = load_model(model, opened, [(1, min(lengths))])
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
@@ -474,6 +485,7 @@ def lm_eval(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -494,6 +506,8 @@ def lm_eval(
         arguments["max_length"] = parse_tokens(max_length)
     if dtype is not None:
         arguments["dtype"] = dtype.value
+    if cache_dtype is not None:
+        arguments["cache_dtype"] = cache_dtype.value
     if mesh is not None:
         arguments["mesh"] = mesh
     if adapter is not None:

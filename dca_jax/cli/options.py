@@ -41,6 +41,16 @@ class Weights(StrEnum):
     fp8 = "fp8"
 
 
+class CacheDtype(StrEnum):
+    """The choices of `--cache-dtype`; `dca_jax.dtypes.CACHE_DTYPES`."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class Remat(StrEnum):
     """The choices of `--remat`; `dca_jax.model.REMAT`."""
 
@@ -91,6 +101,13 @@ MethodsOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Dtype of weights and activations (default: bfloat16; float32 on CPU)."),
+]
+CacheDtypeOption = Annotated[
+    CacheDtype | None,
+    typer.Option(
+        help="Dtype of the KV cache (default: that of activations). **int8** and **fp8** take half "
+        "the memory of bfloat16, and read long texts faster token by token."
+    ),
 ]
 MeshOption = Annotated[
     str | None,
@@ -187,6 +204,7 @@ def find_model(
     weights: Weights | None = None,
     context: int | None = None,
     config: Path | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Opened:
     """The one place where a command opens its model: with its own rope, and no method yet.
 
@@ -198,9 +216,9 @@ def find_model(
     shape = read_config(find_folder(model, weights=False), context=context, file=config)
     for method in methods:
         check_method(method, shape)
-    wanted = None if dtype is None else dtype.value
-    packed = None if weights is None else weights.value
-    options = {"dtype": wanted, "mesh": mesh, "adapter": adapter, "weights": packed}
+    named = {"dtype": dtype, "cache_dtype": cache_dtype, "weights": weights}
+    options: dict[str, Any] = {n: None if one is None else one.value for n, one in named.items()}
+    options |= {"mesh": mesh, "adapter": adapter}
     return open_model(model, dca=None, context=context, config=config, **options)
 
 
@@ -216,7 +234,7 @@ def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> 
     empty = opened.llm.model
     for batch, length in needs:
         options = {"context_length": length, "batch": batch, "dtype": empty.dtype}
-        options |= {"weights": opened.weights}
+        options |= {"weights": opened.weights, "cache_dtype": opened.llm.cache_dtype}
         check_room(empty.config, mesh_of(empty), **options)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         return opened.load()

@@ -14,6 +14,7 @@ from dca_jax.attention.bands import PositionMethod
 from dca_jax.cli.options import (
     AdapterOption,
     Base,
+    CacheDtypeOption,
     ConfigOption,
     Dtype,
     MethodOption,
@@ -137,6 +138,7 @@ def plan_command(
         Dtype,
         typer.Option(help="Dtype of activations, and of weights that are not trained."),
     ] = Dtype.bfloat16,
+    cache_dtype: CacheDtypeOption = None,
     state: Annotated[
         State,
         typer.Option(help="With --train: dtype of trained weights, gradients and moments."),
@@ -170,6 +172,8 @@ def plan_command(
     - `dca-jax plan llama-2-7b --device a100-80g --context-length 16k --train --state bfloat16`
 
     - `dca-jax plan llama-2-70b --device h200 --context-length 16k --train --lora-rank 16`
+
+    - `dca-jax plan llama-2-7b --device h200 --context-length 256k --cache-dtype int8`
     """
     tokens = parse_tokens(context_length)
     shape = find_shape(model, context=tokens, file=config)
@@ -187,6 +191,7 @@ def plan_command(
         batch=batch,
         train=train,
         dtype=dtype.value,
+        cache_dtype=None if cache_dtype is None else cache_dtype.value,
         lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
         weights=packed,
         remat=remat.value,

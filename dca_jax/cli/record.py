@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from dca_jax.distributed import from_primary, is_primary
+from dca_jax.dtypes import cache_dtype_name
 from dca_jax.errors import InputError
 from dca_jax.evaluation import report
 from dca_jax.evaluation.fingerprint import fingerprint, short_name
@@ -72,6 +73,8 @@ def run(
     }
     if packed := packed_forms(llm.model):
         identity["weights"] = packed
+    if llm.cache_dtype != llm.model.dtype:
+        identity["cache_dtype"] = cache_dtype_name(llm.cache_dtype)
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "-")
     folder = output or Path("outputs") / f"{task}-{name}-{short_name(checksums)}"
     start = time.monotonic()

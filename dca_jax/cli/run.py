@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dca_jax.cli.options import (
     AdapterOption,
+    CacheDtypeOption,
     ConfigOption,
     ContextOption,
     DtypeOption,
@@ -100,6 +101,7 @@ def generate(
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -142,9 +144,8 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    opened = find_model(
-        model, [method], dtype, mesh, adapter, weights=weights, context=longest, config=config
-    )
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    opened = find_model(model, [method], dtype, mesh, adapter, context=longest, **loading)
     requests = make(opened.llm)
     together = batches(opened.llm.model.config, requests, method, batch, options)
     llm = load_model(model, opened, (_need(some, options) for _, some in together))
@@ -195,6 +196,7 @@ def chat(
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
     dtype: DtypeOption = None,
+    cache_dtype: CacheDtypeOption = None,
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
@@ -210,9 +212,8 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    opened = find_model(
-        model, [method], dtype, mesh, adapter, weights=weights, context=length, config=config
-    )
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    opened = find_model(model, [method], dtype, mesh, adapter, context=length, **loading)
     llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:
         length = CONTEXT * llm.model.config.trained_length

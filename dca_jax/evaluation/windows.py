@@ -21,7 +21,8 @@ The paper's stride is 256; for 70B models 2048 and, above 96k tokens, L / 2.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,6 +160,7 @@ def evaluate(
     stride: int | None = None,
     batch: int | None = None,
     limit: int | None = None,
+    cache_dtype: Any = None,
 ) -> None:
     """Notes the mean NLL of every window, for every method and length, that the log lacks.
 
@@ -169,6 +171,7 @@ def evaluate(
         lengths: tokens of the windows.
         batch: windows read together; by default as many as one piece of a text holds.
         limit: of each length only so many windows, spread over the text.
+        cache_dtype: of the KV cache; by default the model's.
 
     Raises:
         InputError: ids outside the vocabulary, and what `make_windows` and `with_method` refuse;
@@ -192,19 +195,19 @@ def evaluate(
             for _, group in groupby(some, lambda window: window.stop - window.start):
                 same = list(group)
                 size = _rows(len(same), length, batch)
-                _read(reading, tokens, same, size, log, (method, length), on_piece)
+                make = partial(Reader, reading, on_piece=on_piece, cache_dtype=cache_dtype)
+                _read(make, tokens, same, size, log, (method, length))
 
 
 def _read(
-    model: Llama,
+    make: Callable[[int, int], Reader],
     tokens: np.ndarray,
     windows: Sequence[Window],
     batch: int,
     log: ResultLog,
     cell: tuple[str, int],
-    on_piece: Any,
 ) -> None:
-    """Reads windows of one length, and notes each."""
+    """Reads windows of one length, and notes each; `make` makes a reader for so many of them."""
     readers: dict[int, Reader] = {}  # the batch's, and that of one window where the batch failed
 
     def run(some: Sequence[Window]) -> None:
@@ -212,7 +215,7 @@ def _read(
         size = batch if len(some) > 1 else 1
         if size not in readers:
             readers.clear()
-            readers[size] = Reader(model, size, some[0].stop - some[0].start, on_piece)
+            readers[size] = make(size, some[0].stop - some[0].start)
         rows = readers[size].nll(np.stack([tokens[w.start : w.stop] for w in some]))
         means = [
             float(row[window.first - window.start - 1 :].mean(dtype=np.float64))

@@ -19,13 +19,15 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from dca_jax.attention.parallel.zigzag import natural_order, zigzag_order
+from dca_jax.attention.stored import Stored
 from dca_jax.config import LlamaConfig
+from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.fields import LARGEST
-from dca_jax.kv_cache import KVCache
+from dca_jax.kv_cache import KVCache, cache_arrays
 from dca_jax.memory import free_bytes, total_bytes
 from dca_jax.model import Llama
-from dca_jax.sharding import Shards, axis_size, mesh_of, partition
+from dca_jax.sharding import AXES, Shards, axis_size, mesh_of, partition
 
 PIECE = 4096  # tokens read at once, of all rows together
 # And by a mixture of experts: each expert's part of them is to be worth reading its weights.
@@ -110,10 +112,10 @@ def cache_shape(
     """Rows and capacity of a cache for `batch` texts of up to `length` tokens.
 
     Args:
-        dtype: of the cache; by default the model's.
+        dtype: of the cache, also by name; by default the model's.
         more_rows: whether there may be more rows than the batch needs.
     """
-    mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
+    mesh, dtype = mesh_of(model), parse_cache_dtype(model.dtype if dtype is None else dtype)
     context = axis_size(mesh, "context")
     total, free = _memory(model)
     shapes = (
@@ -138,7 +140,7 @@ def new_cache(
     Raises:
         InputError: it does not fit into memory, beside what is read at once.
     """
-    mesh, dtype = mesh_of(model), jnp.dtype(model.dtype if dtype is None else dtype)
+    mesh, dtype = mesh_of(model), parse_cache_dtype(model.dtype if dtype is None else dtype)
     rows, capacity = _fitting(model, batch, length, dtype, more_rows)
     with _refused_if_too_large(rows, capacity):
         cache = KVCache.create(model.config, batch=rows, capacity=capacity, dtype=dtype, mesh=mesh)
@@ -180,19 +182,32 @@ def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
     shards = Shards.of(cache.key)
     context = shards.size("context")
 
-    def widened(layer: Array) -> Array:
-        """A layer at a time: on a mesh, its one row is on every device while it is copied."""
-        row = shards.put(layer, shards.spec("BSK", whole="BS"))[:1]
+    def widened(row: Array) -> Array:
         if context > 1:
             row = row[:, natural_order(cache.capacity, context)]
         row = jnp.pad(row[:, :kept], ((0, 0), (0, capacity - kept), (0, 0)))
         if context > 1:
             row = row[:, zigzag_order(capacity, context)]
-        return shards.put(jnp.broadcast_to(row, (batch, *row.shape[1:])), shards.spec("BSK"))
+        return jnp.broadcast_to(row, (batch, *row.shape[1:]))
 
+    # A layer at a time: on a mesh, its one row is on every device while it is copied.
+    def of_tokens(layer: Array) -> Array:
+        row = shards.put(layer, shards.spec("BSK", whole="BS"))[:1]
+        return shards.put(widened(row), shards.spec("BSK"))
+
+    def of_scales(layer: Array) -> Array:
+        row = jnp.swapaxes(shards.put(layer, shards.spec("BSKH", whole="BS"))[:1], 2, 3)
+        _, blocks, _, heads = row.shape
+        wide = widened(row.reshape(1, cache.capacity, heads)).reshape(batch, blocks, -1, heads)
+        return shards.put(jnp.swapaxes(wide, 2, 3), shards.spec("BSKH"))
+
+    ways = Stored(of_tokens, of_tokens, of_scales, of_scales)
+    stored = (
+        None if array is None else jax.lax.map(way, array)
+        for way, array in zip(ways, cache.stored, strict=True)
+    )
     return KVCache(
-        key=jax.lax.map(widened, cache.key),
-        value=jax.lax.map(widened, cache.value),
+        **Stored(*stored)._asdict(),
         lengths=jnp.broadcast_to(jnp.minimum(cache.lengths[:1], kept), (batch,)),
         frequency_lengths=jnp.broadcast_to(cache.frequency_lengths[:1], (batch,)),
     )
@@ -244,12 +259,15 @@ def _refused_if_too_large(rows: int, capacity: int) -> Iterator[None]:
 def _cache_bytes(
     config: LlamaConfig, rows: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
 ) -> int:
-    """Bytes of keys and values that one device holds."""
-    heads = max(config.num_key_value_heads, axis_size(mesh, "tensor"))
-    shape = (config.num_hidden_layers, rows, capacity, heads * config.head_dim)
-    if mesh is not None:
-        shape = NamedSharding(mesh, partition("LBSK", shape, mesh.shape)).shard_shape(shape)
-    return 2 * math.prod(shape) * dtype.itemsize
+    """Bytes of keys, values and scales that one device holds."""
+    sizes = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
+    total = 0
+    arrays = cache_arrays(config, batch=rows, capacity=capacity, dtype=dtype, sizes=sizes)
+    for letters, shape, each in arrays.values():
+        if mesh is not None:
+            shape = NamedSharding(mesh, partition(letters, shape, sizes)).shard_shape(shape)
+        total += math.prod(shape) * each.itemsize
+    return total
 
 
 def _reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:

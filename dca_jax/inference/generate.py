@@ -108,8 +108,8 @@ class Run:
             yield from self._segments()
         finally:
             if self.failed:
-                self.cache.key.delete()
-                self.cache.value.delete()
+                for array in jax.tree.leaves(self.cache.stored):
+                    array.delete()
 
     def _segments(self) -> Iterator[list[list[int]]]:
         state = self._draw_first(self.read_prompts())

@@ -248,7 +248,8 @@ class LLM:
         tokens = self.tokenize(text) if isinstance(text, str) else text
         rows = np.asarray(tokens, np.int32)
         window = len(rows) if window is None else window
-        return perplexity(self.model, rows, window=window, stride=stride)
+        options = {"window": window, "stride": stride, "cache_dtype": self.cache_dtype}
+        return perplexity(self.model, rows, **options)
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

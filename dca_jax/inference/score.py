@@ -60,6 +60,7 @@ class Reader:
         batch: texts read together. Fewer are filled up, so that there is one shape to compile.
         capacity: tokens of the longest text.
         on_piece: called after each piece with the number of tokens read.
+        cache_dtype: of the cache, also by name; by default the model's.
 
     Raises:
         InputError: a cache that does not fit into memory.
@@ -71,8 +72,10 @@ class Reader:
         batch: int,
         capacity: int,
         on_piece: Callable[[int], None] | None = None,
+        cache_dtype: Any = None,
     ) -> None:
         self.model, self.batch, self.capacity, self.on_piece = model, batch, capacity, on_piece
+        self._cache_dtype = cache_dtype
         self._cache: KVCache | None = None
         self._cache = self._empty()
 
@@ -170,12 +173,17 @@ class Reader:
         """The cache, given away to be updated in place: a reading that fails takes it along."""
         cache, self._cache = self._cache, None
         if cache is None:  # every row is computed, so there is none that no text needs
-            cache = new_cache(self.model, self.batch, self.capacity, more_rows=False)
+            shape = self.batch, self.capacity, self._cache_dtype
+            cache = new_cache(self.model, *shape, more_rows=False)
         return cache
 
 
 def token_nll(
-    model: Llama, tokens: Int[Array | np.ndarray, "B T"], *, capacity: int | None = None
+    model: Llama,
+    tokens: Int[Array | np.ndarray, "B T"],
+    *,
+    capacity: int | None = None,
+    cache_dtype: Any = None,
 ) -> Float[np.ndarray, "B T-1"]:
     """Negative log-likelihood, in nats, of each token but the first, given those before it.
 
@@ -184,6 +192,7 @@ def token_nll(
         tokens: texts of T >= 2 tokens, ids below the vocabulary size.
         capacity: tokens the KV cache holds, at least T; by default T. Give the longest of several
             lengths, and one compilation serves them all.
+        cache_dtype: of the cache, also by name; by default the model's.
 
     Returns:
         [B, T - 1] float32: entry t is -ln p(tokens[:, t + 1] | tokens[:, : t + 1]). Its mean over
@@ -198,7 +207,8 @@ def token_nll(
     if length < 2:
         raise InputError(f"perplexity needs texts of at least 2 tokens, got {length}")
     check_ids(tokens, model.config.vocab_size)
-    return Reader(model, batch, _capacity(length, capacity)).nll(tokens)
+    reader = Reader(model, batch, _capacity(length, capacity), cache_dtype=cache_dtype)
+    return reader.nll(tokens)
 
 
 def window_nlls(
@@ -209,6 +219,7 @@ def window_nlls(
     stride: int | None = None,
     capacity: int | None = None,
     batch: int = 1,
+    cache_dtype: Any = None,
 ) -> Iterator[float]:
     """Yields the mean NLL, in nats a token, of each window of `tokens`, in order.
 
@@ -219,7 +230,7 @@ def window_nlls(
     Args:
         window: tokens a window, at least 2.
         stride: tokens from one window's start to the next; by default `window` (no overlap).
-        capacity: as in `token_nll`.
+        capacity, cache_dtype: as in `token_nll`.
         batch: windows read together.
 
     Raises:
@@ -238,7 +249,8 @@ def window_nlls(
         raise InputError(f"got {len(tokens)} tokens, fewer than one window of {window}")
     check_ids(tokens, model.config.vocab_size)
     starts = range(0, len(tokens) - window + 1, stride)
-    reader = Reader(model, min(batch, len(starts)), _capacity(window, capacity))
+    shape = min(batch, len(starts)), _capacity(window, capacity)
+    reader = Reader(model, *shape, cache_dtype=cache_dtype)
     return _window_nlls(reader, tokens, window, starts)
 
 
@@ -250,10 +262,11 @@ def perplexity(
     stride: int | None = None,
     capacity: int | None = None,
     batch: int = 1,
+    cache_dtype: Any = None,
 ) -> float:
     """exp of the mean of `window_nlls` (same arguments): the figure of the paper's Table 1."""
     options = {"window": window, "stride": stride, "capacity": capacity, "batch": batch}
-    nlls = list(window_nlls(model, tokens, **options))
+    nlls = list(window_nlls(model, tokens, cache_dtype=cache_dtype, **options))
     return math.exp(sum(nlls) / len(nlls))
 
 

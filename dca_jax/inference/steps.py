@@ -97,9 +97,11 @@ def read_row(
     """
     layers, batch = cache.key.shape[:2]
     row = jnp.asarray(row, jnp.int32)
-    one = KVCache(  # the rows as layers: the same memory
-        key=cache.key.reshape(layers * batch, 1, *cache.key.shape[2:]),
-        value=cache.value.reshape(layers * batch, 1, *cache.value.shape[2:]),
+    as_layers = jax.tree.map(  # the rows as layers: the same memory
+        lambda x: x.reshape(layers * batch, 1, *x.shape[2:]), cache.stored
+    )
+    one = KVCache(
+        **as_layers._asdict(),
         lengths=cache.lengths[row][None],
         frequency_lengths=cache.frequency_lengths[row][None],
     )
@@ -111,9 +113,9 @@ def read_row(
         cache_layers=jnp.arange(layers, dtype=jnp.int32) * batch + row,
     )
     assert after is not None
+    stored = jax.tree.map(lambda x, old: x.reshape(old.shape), after.stored, cache.stored)
     cache_after = KVCache(
-        key=after.key.reshape(cache.key.shape),
-        value=after.value.reshape(cache.value.shape),
+        **stored._asdict(),
         lengths=cache.lengths.at[row].set(after.lengths[0]),
         frequency_lengths=cache.frequency_lengths.at[row].set(after.frequency_lengths[0]),
     )

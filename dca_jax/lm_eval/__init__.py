@@ -96,7 +96,7 @@ class DcaJaxLM(TemplateLM):
         chat_template_args: given to the chat template, as {"enable_thinking": False}.
         enable_thinking: the same for this argument alone.
         think_end_token: a string or id after which an answer begins.
-        dtype, mesh, weights: as in `dca_jax.load`.
+        dtype, cache_dtype, mesh, weights: as in `dca_jax.load`.
         peft: folder of a LoRA adapter to merge into the weights.
         device: as lm-eval's --device; any but the one that JAX computes on is refused.
         **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
@@ -125,6 +125,7 @@ class DcaJaxLM(TemplateLM):
         enable_thinking: bool | str | None = None,
         think_end_token: str | int | None = None,
         dtype: str | None = None,
+        cache_dtype: str | None = None,
         mesh: str | None = None,
         weights: str | None = None,
         peft: str | None = None,
@@ -140,7 +141,8 @@ class DcaJaxLM(TemplateLM):
         self.batch_size = _batch_size(batch_size)
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
-        options = {"dtype": dtype, "mesh": mesh, "adapter": peft, "weights": weights}
+        options = {"dtype": dtype, "cache_dtype": cache_dtype, "mesh": mesh, "adapter": peft}
+        options |= {"weights": weights}
         opened = open_model(pretrained, dca=None, context=self.max_length, **options)
         llm = opened.llm
         if tokenizer is not None:
@@ -155,6 +157,7 @@ class DcaJaxLM(TemplateLM):
             context_length=self.max_length or 1,
             batch=1,
             dtype=llm.model.dtype,
+            cache_dtype=llm.cache_dtype,
             weights=weights,
         )
         self.llm = replace(opened.load(), tokenizer=llm.tokenizer)
@@ -188,11 +191,12 @@ class DcaJaxLM(TemplateLM):
         if cache_hook.dbdict is not None:
             adapter = None if self._adapter is None else Path(self._adapter)
             packed = packed_forms(self.llm.model)
+            dtype, kept = self.llm.model.dtype, self.llm.cache_dtype
             claim_cache(
                 cache_hook.dbdict,
                 {
                     "model": fingerprint(self._folder, adapter),
-                    "dtype": str(self.llm.model.dtype),
+                    "dtype": str(dtype) if kept == dtype else f"{dtype}, cache {kept}",
                     "method": self.method,
                     "tokenizer": self._own_tokenizer,
                     "max_length": [self.max_length, self.cuts],
@@ -475,7 +479,9 @@ class DcaJaxLM(TemplateLM):
                     batch, some = some[:size], some[size:]
                     fits = reader is not None and length <= reader.capacity < 2 * length
                     if reader is None or not fits or reader.batch != size:
-                        reader = Reader(self._reading(length).model, size, length)
+                        kept = self.llm.cache_dtype
+                        model = self._reading(length).model
+                        reader = Reader(model, size, length, cache_dtype=kept)
                     scored = reader.read_branches([_branches(texts, group) for group in batch])
                     for group, scores in zip(batch, scored, strict=True):
                         found |= dict(zip(group.members, scores, strict=True))

@@ -25,6 +25,7 @@ OFF = (None, False, "", "False", "false", "None", "none")  # as --model_args wri
 
 # Arguments of HFLM that mean nothing here, and what to do instead.
 _INSTEAD = {
+    "kv_cache_dtype": "give cache_dtype, int8 or fp8",
     "backend": "",
     "revision": "download the revision you want, and give its folder",
     "subfolder": "give the folder itself",

@@ -1,11 +1,15 @@
 """What a checkpoint is, in words and figures."""
 
+import math
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from dca_jax.config import LlamaConfig, choose_dca
+from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
+from dca_jax.kv_cache import cache_arrays
+from dca_jax.sharding import AXES
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
 from dca_jax.weights.orbax import PARAMS, is_converted
@@ -28,8 +32,13 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
         packed = open_checkpoint(folder, config).packed
         kind, files = ", ".join(["GGUF", *packed]), gguf_files(folder)
     stored = sum(file.stat().st_size for file in files if file.is_file())
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     rope = config.rope
+
+    def cached(dtype: str) -> int:
+        one = {"batch": 1, "capacity": 1, "dtype": parse_cache_dtype(dtype)}
+        arrays = cache_arrays(config, sizes=dict.fromkeys(AXES, 1), **one)
+        return sum(math.prod(shape) * each.itemsize for _, shape, each in arrays.values())
+
     width = config.intermediate_size
     if config.mixture is not None and not config.has_mlp:
         width = config.mixture.moe_intermediate_size
@@ -48,7 +57,8 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
         "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else "none",
         **_of_length(config),
         **_of_long_config(folder, file),
-        "KV cache": f"{decimal(2 * cached)} a token in bfloat16",
+        "KV cache": f"{decimal(cached('bfloat16'))} a token in bfloat16, "
+        f"{decimal(cached('int8'))} in int8 or fp8",
     }
 
 

@@ -5,11 +5,11 @@ cache, cut as `dca_jax.sharding` cuts them. What a program needs while it runs i
 arrays that are alive at once in one layer; tests hold it beside the compiler's own figures.
 
 Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters and cache in one
-dtype, the prompt read in pieces, or at once where `context` shares it. Training: parameters,
-gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype, what
-is not kept of a layer (`remat`) computed again in the backward pass, the loss taken over
-`LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are trained; the base is in
-the dtype, or its layers' kernels are int8.
+dtype, or the cache in 8 bits, the prompt read in pieces, or at once where `context` shares it.
+Training: parameters, gradients and AdamW's two moments in float32 (or bfloat16: `state`),
+activations in the dtype, what is not kept of a layer (`remat`) computed again in the backward pass,
+the loss taken over `LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are
+trained; the base is in the dtype, or its layers' kernels are int8.
 """
 
 import math
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
+from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
@@ -128,10 +129,11 @@ class Job:
     weights: str | None = None
     remat: str = "attention"
     state: jnp.dtype = FLOAT32
+    cache_dtype: jnp.dtype | None = None  # None: `dtype`
 
     @property
     def width(self) -> int:
-        """Bytes of an element: of activations and cache; and of weights that are not trained."""
+        """Bytes of an element: of activations; and of weights that are not trained."""
         return self.dtype.itemsize
 
     @property
@@ -220,18 +222,24 @@ def active_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Keys and values as `KVCache.create` lays them out, with no more slots than the texts need.
 
-    Where memory is free, `inference.buckets` may round them up to 1/16 of it.
+    And scales, if they are in 8 bits. Where memory is free, `inference.buckets` may round them up
+    to 1/16 of it.
     """
-    config = job.config
-    heads = max(config.num_key_value_heads, sizes["tensor"])
     capacity = capacity_bucket(job.context_length, sizes["context"])
     batch = _rows(job, sizes) * sizes["data"] * sizes["fsdp"]
-    shape = (config.num_hidden_layers, batch, capacity, heads * config.head_dim)
-    return 2 * job.width * _share(partition("LBSK", shape, sizes), shape, sizes)
+    dtype = job.cache_dtype or job.dtype
+    arrays = cache_arrays(job.config, batch=batch, capacity=capacity, dtype=dtype, sizes=sizes)
+    return sum(
+        each.itemsize * _share(partition(letters, shape, sizes), shape, sizes)
+        for letters, shape, each in arrays.values()
+    )
 
 
 def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of reading a prompt (a piece, or a share of it all), or of drawing a token."""
+    """Activations of reading a prompt (a piece, or a share of it all), or of drawing a token.
+
+    The keys and values of a layer too, as a piece is read with them, if they are kept otherwise.
+    """
     rows, context, once = _rows(job, sizes), sizes["context"], read_at_once(job.config)
     if context > 1:
         tokens = rows * capacity_bucket(job.context_length, context) // context
@@ -242,6 +250,10 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         tokens = max(widest_piece(1, job.context_length, once), rows * SMALLEST)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
     layer = max(layer, _experts(job, sizes, tokens, *EXPERTS_FORWARD))
+    if context == 1 and job.cache_dtype not in (None, job.dtype):
+        read = rows if math.prod(sizes.values()) > 1 else 1
+        slots = read * capacity_bucket(job.context_length)
+        layer += 2 * job.width * slots * _head_sizes(job.config, sizes)[1]
     logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
     return max(layer, logits)
 

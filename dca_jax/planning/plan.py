@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from rich.filesize import decimal
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.dtypes import cache_dtype_name, parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
@@ -47,6 +48,7 @@ class Plan:
     weights: str | None
     remat: str
     state: str
+    cache_dtype: str
     usage: Usage
     active: int | None
     fits: bool
@@ -88,6 +90,8 @@ class Plan:
             purpose = f"to train adapters of rank {self.lora.rank} on"
         purpose += "" if self.weights is None else f", over {self.weights} weights"
         kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
+        if self.cache_dtype in ("int8", "fp8"):
+            kept["KV cache"] = f"in {self.cache_dtype}"
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
@@ -116,6 +120,7 @@ class Plan:
             "weights": self.weights,
             "remat": self.remat if self.train else None,
             "state": self.state if self.train else None,
+            "cache_dtype": None if self.train else self.cache_dtype,
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "active_weights": self.active,
             "memory": self.device.memory,
@@ -141,6 +146,7 @@ def plan(
     weights: str | None = None,
     remat: str = "attention",
     state: DTypeLike = jnp.float32,
+    cache_dtype: DTypeLike | None = None,
 ) -> Plan:
     """Works out a plan.
 
@@ -150,17 +156,18 @@ def plan(
         mesh: sizes by axis (`dca_jax.sharding.parse_mesh`); None: the fewest devices that do.
         context_length: tokens of each text, those to be drawn included. batch: texts at once.
         train: training instead of generation.
-        dtype: of activations, cache and weights that are not trained.
+        dtype: of activations and weights that are not trained.
         lora: train these adapters only.
         weights: packed as `dca_jax.packed_weights.FORMS` says: all matrices, or with `lora` the
             kernels of the layers.
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
         state: dtype of trained weights, gradients and moments.
+        cache_dtype: of the KV cache, as `dca_jax.load` takes it; default: `dtype`.
 
     Raises:
         InputError: an unknown device or `remat`, a mesh that does not divide the model or the
             batch, or no mesh given and none that is enough; `lora` without `train`, or weights that
-            are trained and packed.
+            are trained and packed; a `cache_dtype` of training, which has no cache.
     """
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
@@ -178,6 +185,9 @@ def plan(
             f"weights that are trained are not packed in {weights}: it is for generation, and for "
             "the base of LoRA"
         )
+    if train and cache_dtype is not None:
+        raise InputError("training keeps no KV cache, so it takes no cache dtype; leave it out")
+    kept = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
     job = Job(
         config=config,
         device=DEVICES[device],
@@ -189,6 +199,7 @@ def plan(
         weights=weights,
         remat=remat,
         state=jnp.dtype(state),
+        cache_dtype=kept,
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -217,6 +228,7 @@ def plan(
         weights=weights,
         remat=remat,
         state=jnp.dtype(state).name,
+        cache_dtype=cache_dtype_name(kept),
         usage=job.usage(sizes),
         active=None if train or config.mixture is None else active_bytes(job, sizes),
         fits=job.fits(sizes),

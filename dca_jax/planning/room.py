@@ -34,6 +34,7 @@ def check_room(
     weights: str | None = None,
     remat: str = "attention",
     state: DTypeLike = FLOAT32,
+    cache_dtype: DTypeLike | None = None,
 ) -> None:
     """Refuses what cannot fit, with the lengths and batches that would.
 
@@ -57,6 +58,7 @@ def check_room(
         weights=weights,
         remat=remat,
         state=jnp.dtype(state),
+        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
     )
     if job.usage(sizes).total > TOLERANCE * device.memory:
         raise InputError(_refusal(job, sizes))

@@ -19,6 +19,7 @@ from kernels import ROPE
 from dca_jax.attention import mosaic_tpu, op
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.mosaic_tpu.heads import Heads
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.device import Device
 
@@ -58,8 +59,12 @@ def compile_for(
     *,
     chunk_len: int = 3072,
     dtype: Any = jnp.bfloat16,
+    cache: Any = None,
 ) -> Any:
-    """forward, backward, or decode (2 new tokens), of one of two layers of a cache."""
+    """forward, backward, or decode (2 new tokens), of one of two layers of a cache.
+
+    The cache may be in 8 bits.
+    """
     device = chip(name)
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len + 1023)
     num_queries = 2 if part == "decode" else length
@@ -70,10 +75,12 @@ def compile_for(
         sharding = jax.sharding.SingleDeviceSharding(device)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def flat(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return like(*shape[:-2], shape[-2] * shape[-1])
+    def flat(shape: tuple[int, ...], dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return like(*shape[:-2], shape[-2] * shape[-1], dtype=dtype)
 
-    def run(query: Any, key: Any, value: Any, layer: Any, offset: Any, *saved: Any) -> Any:
+    def run(
+        query: Any, key: Any, value: Any, layer: Any, offset: Any, scales: Any, *saved: Any
+    ) -> Any:
         # The heads' axis is taken apart as the model does it, from arrays that have it flat.
         query, key, value = (
             x.reshape(shape)
@@ -85,18 +92,22 @@ def compile_for(
             do = saved[0].reshape(query_shape)
             gradients = mosaic_tpu.backward(*arguments, do, *saved[1:], **options)
             return [x.reshape(*x.shape[:2], -1) for x in gradients]
+        options["scales"] = scales
         out, lse = mosaic_tpu.forward(*arguments, with_lse=part == "forward", **options)
         return out.reshape(1, num_queries, -1), lse
 
     stat = like(1, heads.query, num_queries, dtype=jnp.float32)
     saved = (flat(query_shape), stat, stat) if part == "backward" else ()
-    number = like(1, dtype=jnp.int32)
+    number, scales = like(1, dtype=jnp.int32), None
+    if cache is not None:
+        scales = Scales(*2 * [like(2, 1, heads.kv, length, dtype=jnp.float32)])
+    kept = flat(cache_shape, cache or dtype)
     abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(run).lower(
-            *(flat(query_shape), flat(cache_shape), flat(cache_shape)),
-            *(like(dtype=jnp.int32), number, *saved),
+            *(flat(query_shape), kept, kept),
+            *(like(dtype=jnp.int32), number, scales, *saved),
         )
     return lowered.compile()
 
@@ -125,6 +136,7 @@ def vmem(compiled: Any) -> dict[str, int]:
 def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> None:
     compiled = compile_for(name, part, length, heads, **options)
     dtype = jnp.dtype(options.get("dtype", jnp.bfloat16))
+    kept = jnp.dtype(options.get("cache", dtype))
     chosen = tiles.choose_tiles(
         Device("tpu", chip(name).device_kind, None),
         heads,
@@ -135,7 +147,9 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
         "dca_tpu_forward": tiles.forward_vmem(chosen.forward, heads, dtype.itemsize),
         "dca_tpu_dq": tiles.dq_vmem(chosen.dq, heads, dtype.itemsize),
         "dca_tpu_dkv": tiles.dkv_vmem(chosen.dkv, heads, dtype.itemsize),
-        "dca_tpu_decode": tiles.decode_vmem(2 * heads.query, chosen.decode, heads, dtype.itemsize),
+        "dca_tpu_decode": tiles.decode_vmem(
+            2 * heads.query, chosen.decode, heads, dtype.itemsize, kept.itemsize
+        ),
     }
     used = vmem(compiled)
     available = tiles.CHIPS[chip(name).device_kind].vmem
@@ -154,7 +168,7 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
         needed += 2 * 4 * heads.query * length
     assert temporary < 1.05 * needed + 16e6
     if part == "decode":  # keys and values, each double-buffered
-        block = chosen.decode * heads.kv * heads.head_dim * dtype.itemsize
+        block = chosen.decode * heads.kv * heads.head_dim * kept.itemsize
         assert used["dca_tpu_decode"] >= 4 * block
     if part == "forward":
         queries = heads.query * length
@@ -172,6 +186,22 @@ def test_compiles_for_one_chip(part: str) -> None:
 @pytest.mark.parametrize("heads", [ODD, Heads(query=32, kv=4, head_dim=64)])
 def test_decodes_any_number_of_heads_without_a_copy(heads: Heads) -> None:
     check("v5p", "decode", 32768, heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "cache"),
+    [
+        ("v5e", LLAMA, jnp.int8),
+        *(
+            pytest.param(name, heads, cache, marks=pytest.mark.tpu_aot)
+            for name in TOPOLOGIES
+            for heads in (LLAMA, NARROW, WIDE)
+            for cache in (jnp.int8, jnp.float8_e4m3fn)
+        ),
+    ],
+)
+def test_decodes_from_8_bits_without_a_copy(name: str, heads: Heads, cache: Any) -> None:
+    check(name, "decode", 32768, heads, cache=cache)
 
 
 @pytest.mark.tpu_aot

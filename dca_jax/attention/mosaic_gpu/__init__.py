@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from jax._src.lib import cuda_versions
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
+from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.device import SHARED_BYTES, Device, describe
 
@@ -53,16 +54,22 @@ def miscompiling_cuda() -> bool:
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
-    run = decode.decode if decode.fits(*like) else flash_forward.forward
-    return run(query, key, value, layer, rows, dca=dca, phases=phases, with_lse=with_lse)
+    options = {"dca": dca, "phases": phases, "with_lse": with_lse}
+    if decode.fits(*like):
+        return decode.decode(query, key, value, layer, rows, scales=scales, **options)
+    if scales is not None:
+        key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+        layer = jnp.int32(0)
+    return flash_forward.forward(query, key, value, layer, rows, **options)

@@ -10,11 +10,15 @@ What bounds it is the reading of the cache, so everything else is kept out of th
   S^T = K q^T and O^T = V^T P^T: a block of keys costs 8 columns of tensor work, and not the 64
   rows that WGMMA would ask for otherwise.
 - One warpgroup keeps `num_stages` blocks of keys and of values in flight; the other computes.
+- Keys and values in 8 bits are widened in registers, from where a product takes its left side
+  (`widening`). Their scales multiply logits and weights. It is more work for half the bytes: so two
+  CTAs share a processor.
 
 A row's partial results are merged by their maximum and sum, in plain XLA.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,12 +28,20 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
+from dca_jax.attention.mosaic_gpu.widening import (
+    ROWS,
+    in_order_of_head,
+    ordered_for_keys,
+    widened_keys,
+    widened_values,
+)
 from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.attention.stored import Scales, is_quantized
 from dca_jax.dca import DCAConfig, Phase, key_range
 from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.errors import InputError
@@ -54,10 +66,11 @@ class DecodeTiles:
     ctas: int = MULTIPROCESSORS
     max_shares: int = 64
 
-    def shared_bytes(self, columns: int, head_dim: int, phases: int) -> int:
+    def shared_bytes(self, columns: int, head_dim: int, phases: int, *, quantized: bool) -> int:
         """Shared memory a CTA needs, in bytes."""
         queries = phases * columns * (head_dim * 2 + 2 * 4)
-        keys_values = 2 * self.num_stages * self.block * head_dim * 2
+        token = 2 * (head_dim + 4 if quantized else head_dim * 2)
+        keys_values = self.num_stages * self.block * token
         results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
         return queries + keys_values + results + RESERVED
 
@@ -68,19 +81,26 @@ TILES = {
     128: DecodeTiles(block=128, num_stages=3),
     256: DecodeTiles(block=64, num_stages=3),
 }
+# Of keys and values in 8 bits.
+QUANTIZED_TILES = {
+    64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
+    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
+    256: DecodeTiles(block=64, num_stages=4),
+}
 
 
 def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
     """Whether `decode` takes these shapes: few queries a row, and a capacity TMA can tile."""
     num_queries, num_heads, head_dim = query.shape[1:]
     capacity, kv_heads = key.shape[2:4]
-    columns = _columns(num_queries, num_heads // kv_heads)
+    columns, quantized = _columns(num_queries, num_heads // kv_heads), is_quantized(key.dtype)
+    tiles = (QUANTIZED_TILES if quantized else TILES).get(head_dim)
     return (
         query.dtype in (jnp.bfloat16, jnp.float16)
         and capacity % 8 == 0
         and columns <= 64
-        and head_dim in TILES
-        and _fitting(TILES[head_dim], columns, head_dim, phases=3) is not None
+        and tiles is not None
+        and _fitting(tiles, columns, head_dim, phases=3, quantized=quantized) is not None
     )
 
 
@@ -89,33 +109,42 @@ def _columns(num_queries: int, group: int) -> int:
     return -(-num_queries * group // 8) * 8
 
 
-def _fitting(tiles: DecodeTiles, columns: int, head_dim: int, phases: int) -> DecodeTiles | None:
+def _fitting(
+    tiles: DecodeTiles, columns: int, head_dim: int, phases: int, *, quantized: bool
+) -> DecodeTiles | None:
     """`tiles` with as many stages as shared memory has room for; None if not even two."""
     for num_stages in range(tiles.num_stages, 1, -1):
         fitting = replace(tiles, num_stages=num_stages)
-        if fitting.shared_bytes(columns, head_dim, phases) <= SHARED_BYTES:
+        needed = fitting.shared_bytes(columns, head_dim, phases, quantized=quantized)
+        if needed <= SHARED_BYTES:
             return fitting
     return None
 
 
 def decode(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """`Backend.forward` for shapes that `fits` takes."""
     layers, batch, capacity, kv_heads, head_dim = key.shape
     num_queries, num_heads = query.shape[1:3]
     group = num_heads // kv_heads
-    queries = _query_columns(query, kv_heads, rows, dca, phases)
-    tiles = _fitting(tiles or TILES[head_dim], queries.shape[3], head_dim, len(phases))
+    dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
+    queries = _query_columns(query, kv_heads, rows, dca, phases, dtype)
+    if scales is not None:
+        queries = ordered_for_keys(queries)
+    quantized, columns = scales is not None, queries.shape[3]
+    tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
+    tiles = _fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
             f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
@@ -136,12 +165,17 @@ def decode(
         rows.lengths,
         rows.key_offset,
         queries,
+        query.dtype,
         key.reshape(layers * batch, capacity, kv_heads, head_dim),
         value.reshape(layers * batch, capacity, kv_heads, head_dim),
+        None if scales is None else scales.key.reshape(layers * batch, kv_heads, capacity),
+        None if scales is None else scales.value.reshape(layers * batch, kv_heads, capacity),
         problem,
     )
     used = num_queries * group
     out, lse = _merge_shares(outs[..., :used, :], stats[..., :used])
+    if scales is not None:
+        out = in_order_of_head(out)
     out = out.reshape(batch, kv_heads, num_queries, group, head_dim)
     out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(query.dtype)
     if not with_lse:
@@ -156,11 +190,12 @@ def _query_columns(
     rows: Rows,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
+    dtype: jnp.dtype,
 ) -> Float[Array, "B P K columns H"]:
     """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
     batch, num_queries, num_heads, head_dim = query.shape
     group, columns = num_heads // kv_heads, _columns(num_queries, num_heads // kv_heads)
-    seen = jnp.stack(rotated_queries(query, rows, dca, phases))
+    seen = jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
     seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
     seen = seen.transpose(1, 0, 3, 2, 4, 5)
     seen = seen.reshape(batch, len(phases), kv_heads, num_queries * group, head_dim)
@@ -213,6 +248,8 @@ class _Refs(NamedTuple):
     query: Any
     key: Any
     value: Any
+    key_scale: Any  # None, as the other, of keys and values that are exact
+    value_scale: Any
     outs: Any
     stats: Any
 
@@ -224,6 +261,8 @@ class _Shared(NamedTuple):
     span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
     key: Any  # [num_stages, block, H]
     value: Any  # [num_stages, block, H]
+    key_scale: Any  # [num_stages, block] float32, or None
+    value_scale: Any
     p: Any  # [columns, block]
     out: Any  # [columns, H] float32
     stat: Any  # [2, columns] float32
@@ -240,8 +279,11 @@ def _attend_shares(
     lengths: Int[Array, " B"],
     key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
-    key: Float[Array, "LB S K H"],
-    value: Float[Array, "LB S K H"],
+    dtype: jnp.dtype,
+    key: Num[Array, "LB S K H"],
+    value: Num[Array, "LB S K H"],
+    key_scale: Float[Array, "LB K S"] | None,
+    value_scale: Float[Array, "LB K S"] | None,
     problem: _Problem,
 ) -> tuple[Float[Array, "slots K columns H"], Float[Array, "shares B K 2 columns"]]:
     """Each share's part of each row: unnormalised output, and maximum (log2 units) and sum.
@@ -251,43 +293,51 @@ def _attend_shares(
     """
     batch, num_phases, kv_heads, columns, head_dim = query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
-    dtype, f32 = query.dtype, jnp.float32
-    split = len(_Refs._fields)
+    f32, quantized = jnp.float32, key_scale is not None
+    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale
+    scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
-        gmem, smem = _Refs(*refs[:split]), _Shared(*refs[split:])
+        gmem, smem = jax.tree.unflatten(tree, refs)
         share = _share(gmem, problem)
         pl.when(lax.axis_index("warpgroup") == 1)(lambda: _load(gmem, smem, problem, share))
         pl.when(lax.axis_index("warpgroup") == 0)(lambda: _compute(gmem, smem, problem, share))
 
+    out_type = (
+        jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
+        jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
+    )
+    shared = _Shared(
+        query=plgpu.SMEM((num_phases, columns, head_dim), query.dtype),
+        span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
+        key=plgpu.SMEM((num_stages, block, head_dim), key.dtype),
+        value=plgpu.SMEM((num_stages, block, head_dim), value.dtype),
+        key_scale=scale,
+        value_scale=scale,
+        p=plgpu.SMEM((columns, block), dtype),
+        out=plgpu.SMEM((columns, head_dim), f32),
+        stat=plgpu.SMEM((2, columns), f32),
+        query_ready=plgpu.Barrier(num_arrivals=num_phases),
+        key_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
+        value_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
+        key_free=plgpu.Barrier(num_barriers=num_stages),
+        value_free=plgpu.Barrier(num_barriers=num_stages),
+    )
+    # What is None takes no argument.
+    given, scratch = jax.tree.leaves(arrays), jax.tree.leaves(shared)
+    tree = jax.tree.structure((_Refs(*arrays, *out_type), shared))
     return plgpu.kernel(
         kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
-            jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
-        ),
+        out_type=out_type,
         # Heads first: CTAs that run at one time read the same rows of the cache.
         grid=(kv_heads, shares),
         grid_names=("head", "share"),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="dca_decode",
-        scratch_types=_Shared(
-            query=plgpu.SMEM((num_phases, columns, head_dim), dtype),
-            span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
-            key=plgpu.SMEM((num_stages, block, head_dim), dtype),
-            value=plgpu.SMEM((num_stages, block, head_dim), dtype),
-            p=plgpu.SMEM((columns, block), dtype),
-            out=plgpu.SMEM((columns, head_dim), f32),
-            stat=plgpu.SMEM((2, columns), f32),
-            query_ready=plgpu.Barrier(num_arrivals=num_phases),
-            key_ready=plgpu.Barrier(num_barriers=num_stages),
-            value_ready=plgpu.Barrier(num_barriers=num_stages),
-            key_free=plgpu.Barrier(num_barriers=num_stages),
-            value_free=plgpu.Barrier(num_barriers=num_stages),
-        ),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, offset, lengths, key_offset, query, key, value)
+    )(*given)
 
 
 class _Work(NamedTuple):
@@ -382,13 +432,17 @@ def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Arr
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
             slot = lax.rem(n, num_stages)
-            keys = (text, pl.ds(work.locate(unit)[1] * block, block), head)
-            for source, target, ready, free in (
-                (gmem.key, smem.key, smem.key_ready, smem.key_free),
-                (gmem.value, smem.value, smem.value_ready, smem.value_free),
+            slots = pl.ds(work.locate(unit)[1] * block, block)
+            for source, scale, target, scale_target, ready, free in (
+                (*_keys_in(gmem), *_keys_in(smem), smem.key_ready, smem.key_free),
+                (*_values_in(gmem), *_values_in(smem), smem.value_ready, smem.value_free),
             ):
                 pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                plgpu.copy_gmem_to_smem(source.at[keys], target.at[slot], ready.at[slot])
+                keys = source.at[text, slots, head]
+                plgpu.copy_gmem_to_smem(keys, target.at[slot], ready.at[slot])
+                if scale is not None:
+                    keys = scale.at[text, head, slots]
+                    plgpu.copy_gmem_to_smem(keys, scale_target.at[slot], ready.at[slot])
 
         lax.fori_loop(first, last, load, None)
 
@@ -399,7 +453,7 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
     """The warpgroup that computes."""
     head, number = lax.axis_index("head"), lax.axis_index("share")
     columns, head_dim = smem.query.shape[1:]
-    num_stages, block = smem.key.shape[:2]
+    num_stages = smem.key.shape[0]
 
     def skip(row: Array) -> None:
         smem.stat[0] = _filled((columns,), MASKED, COLUMNS)
@@ -417,7 +471,7 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
 
         state = (
             _filled((columns,), MASKED, COLUMNS),
-            _filled((block, columns), 0, plgpu.Layout.WGMMA),
+            _filled((_parts(smem)[0].size, columns), 0, plgpu.Layout.WGMMA),
             _filled((head_dim, columns), 0, plgpu.Layout.WGMMA),
         )
         m_i, l_i, acc = lax.fori_loop(first, last, attend, state)
@@ -453,51 +507,102 @@ def _attend_block(
     slot: Array,
     phase: Array,
     number: Array,
-    state: tuple[
-        Float[Array, " columns"], Float[Array, "block columns"], Float[Array, "H columns"]
-    ],
+    state: tuple[Float[Array, " columns"], Float[Array, "rows columns"], Float[Array, "H columns"]],
 ) -> tuple:
     """One step of the online softmax, with block `number` of the keys, which lies in `slot`.
 
     The state: maxima in log2 units, sums of weights, and outputs. A sum is kept in parts, each
-    thread's own keys, which are put together after the last block.
+    thread's own keys, which are put together after the last block. Logits and weights are those
+    of each of `_parts`.
     """
     m_i, l_i, acc = state
-    block, columns = l_i.shape
-    shape = (block, columns)
+    shape = l_i.shape
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
-    start = plgpu.load(smem.span.at[phase, 0], layout=COLUMNS)
-    stop = plgpu.load(smem.span.at[phase, 1], layout=COLUMNS)
+    start = across(plgpu.load(smem.span.at[phase, 0], layout=COLUMNS), shape)
+    stop = across(plgpu.load(smem.span.at[phase, 1], layout=COLUMNS), shape)
+    quantized, parts = smem.key_scale is not None, _parts(smem)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     plgpu.barrier_wait(smem.key_ready.at[slot])
-
-    def logits_of(acc_ref: Any) -> Array:
-        plgpu.wgmma(acc_ref, smem.key.at[slot], smem.query.at[phase].T)
-        return acc_ref[...]
-
-    logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if quantized:
+        plgpu.barrier_wait(smem.value_ready.at[slot])
+    logits, values = [], []
+    for part in parts:
+        each, wide_values = _logits_and_values(smem, slot, phase, part, shape)
+        key = number * smem.key.shape[1] + part.start + row
+        logits.append(jnp.where((key >= start) & (key < stop), each, -jnp.inf))
+        values.append(wide_values)
     plgpu.barrier_arrive(smem.key_free.at[slot])
 
-    key = number * block + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    met = (key >= across(start, shape)) & (key < across(stop, shape))
-    logits = jnp.where(met, logits, -jnp.inf)
-    m_next = jnp.maximum(m_i, logits.max(axis=0))
+    m_next = jnp.maximum(m_i, functools.reduce(jnp.maximum, logits).max(axis=0))
     decay = jnp.exp2(m_i - m_next)
-    p = jnp.exp2(logits - across(m_next, shape))
-    l_i = l_i * across(decay, shape) + p
+    weights = [jnp.exp2(each - across(m_next, shape)) for each in logits]
+    l_i = functools.reduce(operator.add, weights, l_i * across(decay, shape))
     acc = acc * across(decay, acc.shape)
-    narrow = p.astype(smem.p.dtype)
-    smem.p.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
+    for part, p in zip(parts, weights, strict=True):
+        if quantized:
+            p = p * _of_keys(smem.value_scale.at[slot, part], shape)
+        narrow = p.astype(smem.p.dtype)
+        smem.p.at[:, part].T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-
-    plgpu.barrier_wait(smem.value_ready.at[slot])
+    if not quantized:
+        plgpu.barrier_wait(smem.value_ready.at[slot])
 
     def add_values(acc_ref: Any) -> None:
-        plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
+        if not quantized:
+            plgpu.wgmma(acc_ref, smem.value.at[slot].T, smem.p.T)
+            return
+        for part, each in zip(parts, values, strict=True):
+            plgpu.wgmma(acc_ref, each, smem.p.at[:, part].T)
 
     acc = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(acc))
     plgpu.barrier_arrive(smem.value_free.at[slot])
     return m_next, l_i, acc
+
+
+def _logits_and_values(
+    smem: _Shared, slot: Array, phase: Array, part: Any, shape: tuple[int, int]
+) -> tuple[Float[Array, "rows columns"], Float[Array, "H rows"] | None]:
+    """Logits in log2 units of a part of the block of keys that lies in `slot`.
+
+    And its values, if they have to be widened: there is time while the product is on its way.
+    """
+    keys = smem.key.at[slot, part]
+    if smem.key_scale is not None:
+        keys = widened_keys(keys, smem.query.dtype)
+
+    def product(acc_ref: Any) -> Any:
+        plgpu.wgmma(acc_ref, keys, smem.query.at[phase].T)
+        values = None
+        if smem.key_scale is not None:
+            values = widened_values(smem.value.at[slot, part], smem.p.dtype)
+        return acc_ref[...], values
+
+    logits, values = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if smem.key_scale is None:
+        return logits, values
+    return logits * _of_keys(smem.key_scale.at[slot, part], shape), values
+
+
+def _parts(smem: _Shared) -> list[Any]:
+    """The parts of a block of keys: those in 8 bits are widened a part at a time, in registers."""
+    block = smem.key.shape[1]
+    rows = block if smem.key_scale is None else ROWS
+    return [pl.ds(first, rows) for first in range(0, block, rows)]
+
+
+def _of_keys(ref: Any, shape: tuple[int, int]) -> Float[Array, "block columns"]:
+    """A number for each key, as logits are laid out."""
+    number = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
+    return lax.broadcast_in_dim(number, shape, broadcast_dimensions=[0])
+
+
+def _keys_in(refs: _Refs | _Shared) -> tuple[Any, Any]:
+    return refs.key, refs.key_scale
+
+
+def _values_in(refs: _Refs | _Shared) -> tuple[Any, Any]:
+    return refs.value, refs.value_scale
 
 
 def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:

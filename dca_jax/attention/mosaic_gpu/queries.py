@@ -21,14 +21,21 @@ def pad_tokens(x: Array, axis: int) -> Array:
 
 
 def rotated_queries(
-    query: Float[Array, "B T N H"], rows: Rows, dca: DCAConfig, phases: tuple[Phase, ...]
+    query: Float[Array, "B T N H"],
+    rows: Rows,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    dtype: jnp.dtype | None = None,
 ) -> list[Float[Array, "B T N H"]]:
-    """The query as each phase sees it, times the logit scale in log2 units; rounded once."""
+    """The query as each phase sees it, times the logit scale in log2 units; rounded once.
+
+    To `dtype`; by default the query's own.
+    """
     index = rows.offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     scale = (rows.scale * jnp.float32(LOG2E))[:, None, None, None]
     wide = query.astype(jnp.float32)
     seen = [rotate(wide, query_position(index, phase, dca), rows.inv_freq) for phase in phases]
-    return [(x * scale).astype(query.dtype) for x in seen]
+    return [(x * scale).astype(dtype or query.dtype) for x in seen]
 
 
 def rotation_tables(

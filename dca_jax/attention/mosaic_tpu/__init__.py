@@ -10,7 +10,7 @@ encodes them as one word for each step of the grid. Keys and values are read in 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_tpu import tiles as tiling
@@ -28,6 +28,7 @@ from dca_jax.attention.mosaic_tpu.runs import (
 )
 from dca_jax.attention.mosaic_tpu.steps import num_words
 from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.device import Device, current_device
 
@@ -50,7 +51,8 @@ def unsupported(
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     num_head_queries = num_queries * num_heads
     if num_head_queries <= tiling.DECODE_QUERIES:
-        need = tiling.decode_vmem(num_head_queries, tiles.decode, heads, itemsize)
+        block = tiling.whole_lanes(tiles.decode) if is_quantized(key.dtype) else tiles.decode
+        need = tiling.decode_vmem(num_head_queries, block, heads, itemsize)
         words = max_kv_steps(num_keys, dca, PHASES, (num_queries, tiles.decode))
         words += tiles.decode_splits
     else:
@@ -87,14 +89,15 @@ def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles)
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
     num_head_queries = query.shape[1] * query.shape[2]
@@ -102,17 +105,23 @@ def forward(
     itemsize = query.dtype.itemsize
     device = current_device()
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
+    few = num_head_queries <= tiling.DECODE_QUERIES
+    if scales is not None and not few:
+        key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+        layer, scales = jnp.int32(0), None
     arguments = query, key, value, layer, rows, heads
-    if num_head_queries <= tiling.DECODE_QUERIES:
+    if few:
+        block_kv = tiles.decode if scales is None else tiling.whole_lanes(tiles.decode)
         return decode(
             *arguments,
+            scales=scales,
             dca=dca,
             phases=phases,
             with_lse=with_lse,
-            block_kv=tiles.decode,
+            block_kv=block_kv,
             num_splits=tiles.decode_splits,
             vmem_bytes=tiling.vmem_limit(
-                device, tiling.decode_vmem(num_head_queries, tiles.decode, heads, itemsize)
+                device, tiling.decode_vmem(num_head_queries, block_kv, heads, itemsize)
             ),
         )
     return flash_forward(

@@ -32,6 +32,7 @@ from dca_jax.attention.mosaic_tpu.steps import (
     split_block,
 )
 from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.rope import rotate
 
@@ -44,6 +45,7 @@ def decode(
     rows: Rows,
     heads: Heads,
     *,
+    scales: Scales | None,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
@@ -58,8 +60,8 @@ def decode(
     block_kv = min(block_kv, num_keys)
     runs, max_steps = kv_runs(num_queries, num_keys, rows, dca, phases, (num_queries, block_kv))
     steps, tables = split_block(runs, max_steps, num_splits)
-    query_spec, key_spec, out_spec, lse_spec = _block_specs(
-        steps, block_q, block_kv, head_dim, width
+    query_spec, key_spec, scale_spec, out_spec, lse_spec = _block_specs(
+        steps, block_q, block_kv, heads, scaled=scales is not None
     )
     out_dtype = query.dtype if num_splits == 1 else jnp.float32
     out_shape = [jax.ShapeDtypeStruct((num_splits, batch, block_q, head_dim), out_dtype)]
@@ -79,7 +81,7 @@ def decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_splits, batch, tables.num_steps),
-            in_specs=[query_spec, key_spec, key_spec],
+            in_specs=[query_spec, key_spec, key_spec, scale_spec],
             out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((block_q, width), query.dtype),
@@ -101,6 +103,7 @@ def decode(
         _rotate_queries(query, heads.kv, rows, dca, phases),
         key.reshape(*key.shape[:3], width),
         value.reshape(*value.shape[:3], width),
+        scales,
     )
     if num_splits > 1:
         out, lse = _merge_splits(out, lses[0])
@@ -114,12 +117,16 @@ def decode(
 
 
 def _block_specs(
-    steps: Steps, block_q: int, block_kv: int, head_dim: int, width: int
-) -> tuple[pl.BlockSpec, ...]:
-    """For queries, keys (and values), outputs and log-sum-exps; grid: (split, row, step)."""
+    steps: Steps, block_q: int, block_kv: int, heads: Heads, *, scaled: bool
+) -> tuple[Any, ...]:
+    """For queries, keys (values), scales, outputs and log-sum-exps; grid: (split, row, step)."""
+    width, head_dim = heads.kv * heads.head_dim, heads.head_dim
 
     def key_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
         return rows[0], b, steps.read(words, b, c, i).inner, 0
+
+    def scale_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
+        return rows[0], b, 0, steps.read(words, b, c, i).inner
 
     def query_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
         return steps.read(words, b, c, i).run, b, 0, 0
@@ -127,9 +134,11 @@ def _block_specs(
     def out_index(c: Array, b: Array, *_: Any) -> tuple:
         return c, b, 0, 0
 
+    scale_spec = pl.BlockSpec((None, None, heads.kv, block_kv), scale_index)
     return (
         pl.BlockSpec((None, None, block_q, head_dim), query_index),
         pl.BlockSpec((None, None, block_kv, width), key_index),
+        Scales(scale_spec, scale_spec) if scaled else None,
         pl.BlockSpec((None, None, block_q, head_dim), out_index),
         pl.BlockSpec((None, None, block_q, 1), out_index),
     )
@@ -175,6 +184,7 @@ def _kernel(
     query_ref: Any,  # [q, H], rotated
     key_ref: Any,  # [k, K * H]
     value_ref: Any,
+    scale_refs: Scales | None,  # [K, k]
     out_ref: Any,  # [q, H]
     *rest: Any,
     steps: Steps,
@@ -211,17 +221,33 @@ def _kernel(
     @pl.when(step.has(ACTIVE))
     def attend() -> None:
         start = step.inner * block_kv
+
+        def of_head(scale_ref: Any) -> Array:
+            """The scales of each query's kv head [q, k]; behind the last key may be NaN."""
+            scale = block_math.zero_padding(scale_ref[...], start, num_keys, 1)
+            of_query = jnp.zeros((block_q, block_kv), jnp.float32)
+            for number in range(kv_heads):
+                own = jnp.broadcast_to(scale[number : number + 1], of_query.shape)
+                of_query = jnp.where(kv_head == number, own, of_query)
+            return of_query
+
         token = _divide(position - kv_head * (num_queries * group), group, num_queries)
         end = block_math.key_end(
             runs_ref, step.run_index, offset + token, length, key_offset, dca, phases
         )
         slot = start + lax.broadcasted_iota(jnp.int32, (block_q, block_kv), 1)
         mask = block_math.key_mask(runs_ref, step.run_index, slot, end)
-        logits = block_math.dot(expanded_ref[...], key_ref[...], 1, 1)
+        key = _in_dtype(key_ref[...], expanded_ref.dtype)
+        logits = block_math.dot(expanded_ref[...], key, 1, 1)
+        if scale_refs is not None:
+            logits = logits * of_head(scale_refs.key)
         logits = jnp.where(mask, logits, -jnp.inf)
         p, m_ref[...], alpha = block_math.softmax_weights(logits, m_ref[...], axis=1)
         l_ref[...] = l_ref[...] * alpha + jnp.sum(p, axis=1, keepdims=True)
-        value = block_math.zero_padding(value_ref[...], start, num_keys, 0)
+        if scale_refs is not None:
+            p = p * of_head(scale_refs.value)
+        value = _in_dtype(value_ref[...], expanded_ref.dtype)
+        value = block_math.zero_padding(value, start, num_keys, 0)
         acc_ref[...] = acc_ref[...] * alpha + block_math.dot(p.astype(value.dtype), value, 1, 0)
 
     @pl.when(step.has(BLOCK_END))
@@ -234,6 +260,11 @@ def _kernel(
         out_ref[...] = (out / safe_l).astype(out_ref.dtype)
         for lse_ref in lse_refs:
             lse_ref[...] = block_math.log_sum_exp(m_ref[...], safe_l, any_key)
+
+
+def _in_dtype(x: Array, dtype: jnp.dtype) -> Array:
+    """Keys or values as they are multiplied; 8 bits are exact in 16, by way of 32."""
+    return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 
 def _divide(index: Array, size: int, parts: int) -> Array:

@@ -146,11 +146,17 @@ def dkv_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     return 2 * buffered + scratch + sizes.key_parts(5) + sizes.logits(copies[0], float32=copies[1])
 
 
-def decode_vmem(num_queries: int, block_kv: int, heads: Heads, itemsize: int) -> int:
-    """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads."""
-    width, dim = (_whole_lanes(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
+def decode_vmem(
+    num_queries: int, block_kv: int, heads: Heads, itemsize: int, kept: int | None = None
+) -> int:
+    """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads.
+
+    Keys and values take `kept` bytes an element; by default `itemsize`.
+    """
+    width, dim = (whole_lanes(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
     queries = math.ceil(num_queries / 16) * 16
-    buffered = 2 * itemsize * block_kv * width + queries * (dim * (itemsize + 4) + 4 * LANES)
+    buffered = 2 * (kept or itemsize) * block_kv * width
+    buffered += queries * (dim * (itemsize + 4) + 4 * LANES)
     scratch = queries * (width * (itemsize + 4) + 2 * 4 * LANES)
     return 2 * buffered + scratch + 4 * queries * (2 * block_kv + 2 * width) + MIB
 
@@ -160,9 +166,9 @@ class _TileBytes:
 
     def __init__(self, tile: tuple[int, int], heads: Heads, itemsize: int) -> None:
         block_q, block_kv = tile
-        lanes = _whole_lanes(block_q)
-        self.queries = block_q * _whole_lanes(heads.q_width) * itemsize
-        self.keys = block_kv * _whole_lanes(heads.kv_width) * itemsize
+        lanes = whole_lanes(block_q)
+        self.queries = block_q * whole_lanes(heads.q_width) * itemsize
+        self.keys = block_kv * whole_lanes(heads.kv_width) * itemsize
         self.rotation_tables = 3 * 4 * heads.head_dim * lanes  # cos and sin of three phases
         self.scalars = 4 * 8 * heads.q_per_pack * lanes  # one number for each query
         # Queries, transposed, in the lanes of their kv heads; and the same in float32.
@@ -180,5 +186,6 @@ class _TileBytes:
         return int(self._logits * (float32 if self._is_float32 else copies))
 
 
-def _whole_lanes(size: int) -> int:
+def whole_lanes(size: int) -> int:
+    """`size` rounded up to whole vectors of lanes."""
     return math.ceil(size / LANES) * LANES

@@ -26,12 +26,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.op import BACKENDS, choose_implementation
 from dca_jax.attention.parallel.zigzag import AXIS, block_of, half_width, to_halves
 from dca_jax.attention.softmax import output_delta
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase, phases_within
 from dca_jax.errors import InputError
 
@@ -40,14 +41,15 @@ EARLY, LATE = 0, 1  # a device's two blocks
 
 def decode_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig | None,
     implementation: str | None = None,
     axis_name: str = AXIS,
+    scales: Scales | None = None,
 ) -> Float[Array, "B T N H"]:
     """Few queries over a KV cache shared in zigzag: one token each, or the next turn of a chat.
 
@@ -64,6 +66,7 @@ def decode_attention(
         rows: as for `dca_jax.attention.attend` over the whole cache: `offset` is the text index of
             the first query, `lengths` include the queries' own. `key_offset` is not read.
         dca, implementation, axis_name: as for `ring_attention`.
+        scales: of keys and values in 8 bits; the device's two blocks are rows of their own.
 
     Returns:
         [B, T, N, H] in the dtype of `query`, the same on every device of the axis.
@@ -87,7 +90,7 @@ def decode_attention(
     begins = [block_of(device, half, size) * width for half in (EARLY, LATE)]
     rows = for_each_row(rows, lambda x: jnp.repeat(x, 2, axis=0), batch)
     rows = rows._replace(key_offset=jnp.tile(jnp.stack(begins), batch))
-    out, lse = kernel.forward(twice, keys, layer, rows)
+    out, lse = kernel.forward(twice, keys, layer, rows, scales)
 
     out = out.astype(lse.dtype).reshape(batch, 2, *query.shape[1:])
     lse = lse.reshape(batch, 2, *lse.shape[1:])
@@ -153,14 +156,14 @@ class Kernel(NamedTuple):
     def forward(
         self,
         query: Float[Array, "B T N H"],
-        keys: tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]],
+        keys: tuple[Num[Array, "L B S K H"], Num[Array, "L B S K H"]],
         layer: Int[Array, ""],
         rows: Rows,
+        scales: Scales | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
         """Output and log-sum-exp over a layer of `keys`, which are keys and values."""
-        out, lse = BACKENDS[self.name].forward(
-            query, *keys, layer, rows, dca=self.dca, phases=self.phases, with_lse=True
-        )
+        options = {"dca": self.dca, "phases": self.phases, "with_lse": True, "scales": scales}
+        out, lse = BACKENDS[self.name].forward(query, *keys, layer, rows, **options)
         assert lse is not None  # it was asked for
         return out, lse
 

@@ -222,7 +222,19 @@ def load_keys(
     if not edge:
         return plgpu.load(keys)
     j = at + jnp.arange(block, dtype=jnp.int32)
-    return plgpu.load(keys, mask=(j < limit)[:, None], other=0.0)
+    return plgpu.load(keys, mask=(j < limit)[:, None], other=ref.dtype.type(0))
+
+
+def scaled(
+    x: Array, ref: Any, cache_row: Array, at: Array, kv_head: Array, edge: bool, limit: Any
+) -> Array:
+    """x [rows, block] times the scales of the same keys or values; x where there are none."""
+    if ref is None:
+        return x
+    j = at + jnp.arange(x.shape[1], dtype=jnp.int32)
+    scales = ref.at[cache_row, kv_head, pl.ds(at, x.shape[1])]
+    mask = {"mask": j < limit, "other": 0.0} if edge else {}
+    return x * plgpu.load(scales, **mask)[None, :]
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

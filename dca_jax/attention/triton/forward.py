@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.softmax import LOG2E, MASKED
+from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.attention.triton.common import (
     by_kv_head,
     dot,
@@ -27,6 +28,7 @@ from dca_jax.attention.triton.common import (
     rotate_halves,
     rotation_tables,
     row_arrays,
+    scaled,
     through_memory,
     tile_bounds,
 )
@@ -37,14 +39,15 @@ from dca_jax.device import current_device
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    scales: Scales | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
     batch, num_queries, heads, head_dim = query.shape
@@ -52,6 +55,9 @@ def forward(
     group = heads // kv_heads
     tiles = choose_tiles(current_device(), head_dim)
     packed = is_packed(num_queries, group)
+    if scales is not None and not (packed and key.dtype == jnp.int8):
+        key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+        layer, scales = jnp.int32(0), None
     if packed:
         tile, pack = tiles.decode, pl.next_power_of_2(group)
         block_q = max(pl.next_power_of_2(num_queries), pl.cdiv(tile.block_q, pack))
@@ -83,6 +89,7 @@ def forward(
         *row_arrays(layer, rows),
         *rotation_tables(num_queries, rows, dca),
         *by_kv_head(query, key, value),
+        (None, None) if scales is None else tuple(x.reshape(-1, *x.shape[2:]) for x in scales),
     )
     if splits > 1:
         lses = lse[0].reshape(splits, batch, heads, num_queries)
@@ -104,6 +111,7 @@ def _forward_kernel(
     query_ref: Any,  # [B, T, K, G, H]
     key_ref: Any,  # [L*B, S, K, H]
     value_ref: Any,
+    scale_refs: tuple[Any, Any],  # of keys and values [L*B, K, S], or None and None
     out_ref: Any,  # [splits, B, T, K, G, H]
     lse_ref: Any = None,  # [splits, B, K, G, T]
     *,
@@ -140,7 +148,7 @@ def _forward_kernel(
     span = per_head(index, pack)
     bounds = tile_bounds(first, block_q, num_queries, offset_ref[batch], lengths_ref[batch])
 
-    factor = scale_ref[batch] * LOG2E
+    factor, (key_scale, value_scale) = scale_ref[batch] * LOG2E, scale_refs
     key_offset = key_offset_ref[batch]
     share = _share(jnp.minimum(bounds[1] + 1 - key_offset, num_keys), split, splits, block_k)
 
@@ -179,7 +187,8 @@ def _forward_kernel(
         ) -> tuple:
             m_i, l_i, acc = state
             key = load_keys(key_ref, cache_row, at, block_k, kv_head, edge, limit)
-            logits = dot(query, key, 1, 1)
+            logits = dot(query, key.astype(query.dtype), 1, 1)
+            logits = scaled(logits, key_scale, cache_row, at, kv_head, edge, limit)
             if edge:
                 j = (at + jnp.arange(block_k, dtype=jnp.int32))[None, :]
                 met = (start[:, None] <= j) & (j < stop[:, None])
@@ -189,8 +198,9 @@ def _forward_kernel(
             decay = exp2(m_i - m_next)
             l_i = l_i * decay + jnp.sum(p, axis=1)
             value = load_keys(value_ref, cache_row, at, block_k, kv_head, edge, limit)
-            acc = acc * decay[:, None] + dot(p.astype(value.dtype), value, 1, 0)
-            return m_next, l_i, acc
+            p = scaled(p, value_scale, cache_row, at, kv_head, edge, limit)
+            update = dot(p.astype(query.dtype), value.astype(query.dtype), 1, 0)
+            return m_next, l_i, acc * decay[:, None] + update
 
         state = for_each_block(*ranges, block_k, step, state)
 
