@@ -59,9 +59,10 @@ class Packed:
         order: which axis of the matrix it stands for each of its last axes is.
     """
 
-    values: Array
-    scale: Array
-    zero: Array | None
+    # Arrays, or what stands for them in a tree of that shape: how each is cut.
+    values: Any
+    scale: Any
+    zero: Any
     order: tuple[int, ...]
 
     @property

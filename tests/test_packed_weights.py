@@ -1,7 +1,9 @@
 """Packed matrices: beside NumPy's arithmetic, in models, on meshes, through files and commands."""
 
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,14 +12,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
+from shared_fixtures import invoke
 
+import dca_jax
 from dca_jax import few_rows
 from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack
+from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.packer import inner_order, matrices, packer
 from dca_jax.weights.parameters import Parameter, abstract_params, parameters
@@ -183,7 +187,7 @@ def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernel_for_few_rows(config: LlamaConfig, form: str, count: int) -> None:
     packed = model(packed_params(config, form), config)
     cache = KVCache.create(config, batch=4, capacity=16, dtype=jnp.float32)
-    assert str(jax.make_jaxpr(all_logits)(packed, TOKENS, cache)).count("dca_few_rows") == count
+    assert str(jax.make_jaxpr(all_logits)(packed, TOKENS, cache)).count("pallas_call[") == count
     close(logits(packed, config), logits(unpacked_model(config, form), config))
 
 
@@ -204,3 +208,36 @@ def test_a_mesh_gives_what_one_device_does(mesh: str, form: str, config: LlamaCo
         turned = [*range(row.leading), *(row.leading + axis for axis in inner_order(row))]
         assert packed.values.sharding.spec == PartitionSpec(*(spec[axis] for axis in turned))
     close(logits(model(params, config), config, mesh), logits(unpacked_model(config, form), config))
+
+
+# --- what a user does ----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_packed_while_it_is_read(folder: Path) -> None:
+    """Through Python and the command line, read by another method too; what it is called."""
+    plain, packed = (dca_jax.load(folder, dca=None, weights=form) for form in (None, "int8"))
+    assert packed_forms(plain.model) == ""
+    assert packed_forms(packed.model) == "int8"
+    config = plain.model.config
+    leaves = flatten_dict(packed.model.params(), sep=".")
+    for row in matrices(config):
+        leaves[row.path] = jnp.array(by_hand(leaves[row.path], row), jnp.float32)
+    params = unflatten_dict(leaves, sep=".")
+    same = replace(plain, model=Llama.from_params(config, params, dca=None, dtype=jnp.float32))
+    want = same.generate("Call me", max_new_tokens=6)[0].text
+    assert packed.generate("Call me", max_new_tokens=6)[0].text == want
+    options = ["--weights", "int8", "--max-new-tokens", 6, "--method", "rope", "--json"]
+    result = invoke("generate", folder, "Call me", *options)
+    assert json.loads(result.stdout)["text"] == want
+
+
+def test_what_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"weights must be one of int8, int4, .*, got 'int3'"):
+        dca_jax.load(folder, weights="int3")
+    assert invoke("generate", folder, "x", "--weights", "int3").exit_code == 2
+    arguments = ["llama-2-7b", "--device", "h200", "--context-length", "1k", "--train"]
+    result = invoke("plan", *arguments, "--weights", "int8")
+    assert result.exit_code == 2
+    assert "weights that are trained are not packed in int8" in " ".join(result.stderr.split())
+    result = invoke("plan", *arguments, "--lora-rank", 4, "--weights", "int8")
+    assert "give --base with --lora-rank" in result.stderr
