@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,22 @@ _CODE = re.compile(r"os_error_code='(\d+)'")  # how TensorStore passes on an err
 
 
 @contextmanager
+def output_written() -> Iterator[None]:
+    """Around a whole program: a full disk that nobody else has noticed, as under standard output.
+
+    Raises:
+        InputError: as `writing`; what is still to be printed is dropped.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 -- until the program ends
+        raise _refusal(error.filename or "standard output", error.errno) from error
+
+
+@contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Around a block that writes `path`: what the system refuses becomes an `InputError`.
 
@@ -45,8 +62,7 @@ def writing(path: Path | str) -> Iterator[None]:
         code = _system_code(error)
         if code is None:
             raise
-        advice = _ADVICE.get(code, "check the disk, then run the same command again")
-        raise InputError(f"{path} cannot be written: {os.strerror(code)}; {advice}") from error
+        raise _refusal(path, code) from error
 
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:
@@ -88,6 +104,11 @@ def append(file: BinaryIO, line: bytes, path: Path, *, sync: bool = False) -> No
         with suppress(OSError):
             os.ftruncate(file.fileno(), size)
         raise
+
+
+def _refusal(path: Path | str, code: int) -> InputError:
+    advice = _ADVICE.get(code, "check the disk, then run the same command again")
+    return InputError(f"{path} cannot be written: {os.strerror(code)}; {advice}")
 
 
 def _system_code(error: BaseException) -> int | None:

@@ -319,6 +319,28 @@ FAULTS = [
         "tests/test_finetune_train.py::"
         "test_loss_and_gradient_are_those_of_a_dense_float64_computation[1]",
     ),
+    # --- memory, shapes and disks ---
+    Fault(
+        "what cannot fit is not refused before weights are read",
+        "planning/room.py",
+        "if job.usage(sizes).total > TOLERANCE * device.memory:",
+        "if job.usage(sizes).total > 1e30 * device.memory:",
+        "tests/test_memory.py::test_a_batch_is_refused_with_one_that_fits",
+    ),
+    Fault(
+        "logits are of the padded text's length",
+        "inference/logits.py",
+        "lengths = np.full((rows,), length, np.int32)",
+        "lengths = np.full((rows,), width, np.int32)",
+        "tests/test_llm.py::test_logits_of_any_length_and_batch_in_few_programs[dynamic]",
+    ),
+    Fault(
+        "half a line stays on a full disk",
+        "disk.py",
+        "            os.ftruncate(file.fileno(), size)",
+        "            os.ftruncate(file.fileno(), size + 1)",
+        "tests/test_disk.py::test_a_line_is_appended_whole_or_not_at_all",
+    ),
     # --- weights ---
     Fault(
         "heads that differ from tied embeddings are thrown away",

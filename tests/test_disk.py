@@ -4,6 +4,8 @@ import errno
 import json
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "text.txt").write_text("Call me Ishmael. " * 20)
     (place / "texts.jsonl").write_text(json.dumps({"text": "Call me Ishmael. " * 20}))
     return place
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_standard_output_on_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dca_jax", "explain", "--trained-length", "64"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: standard output cannot be written: No space left on device; make room on the disk, "
+        "then run the same command again\n"
+    )
 
 
 # `finetune` on a disk that fills up while it trains: tests/test_finetune_run.py.

@@ -7,7 +7,8 @@ import typer
 
 from dca_jax.cli import measure, prepare, run, train
 from dca_jax.cli.launch import Commands, launch
-from dca_jax.distributed import ending_together
+from dca_jax.disk import output_written
+from dca_jax.distributed import ending_together, exit_on_input_error
 
 RUN, MEASURE, TRAIN, PREPARE = "Run", "Measure", "Train", "Prepare"
 
@@ -38,5 +39,5 @@ app.command("explain", rich_help_panel=PREPARE)(prepare.explain_command)
 
 def main() -> None:
     """The entry point of the command `dca-jax`."""
-    with ending_together():
+    with ending_together(), exit_on_input_error(), output_written():
         app()

@@ -206,7 +206,8 @@ def passkey_command(
     lengths = [parse_tokens(n) for n in length]
     loading = {"weights": weights, "cache_dtype": cache_dtype}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
-    llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
+    tokens = passkey.prompt_tokens(opened.llm, form.value, max(lengths))
+    llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), tokens)])
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(

@@ -184,12 +184,8 @@ def evaluate(
         raise InputError("passkey retrieval needs a length, a depth and a trial at least")
     for depth in depths or ():
         _check_depth(depth)
-    short = [length for length in lengths if form == "paper" and not filler_characters(length)]
-    if short:
-        raise InputError(
-            f"the form 'paper' has filler of whole 1,024 characters, for 274 tokens or more; got "
-            f"{min(short)}: give a greater length, or take the form 'fitted'"
-        )
+    for length in lengths:
+        _check_length(form, length)
     where = [{"depth": depth} for depth in depths] if depths is not None else [{}]
     samples = [
         Sample(
@@ -210,6 +206,26 @@ def evaluate(
         max_new_tokens=ANSWER_TOKENS,
         batch=batch,
     )
+
+
+def prompt_tokens(llm: LLM, form: str, length: int) -> int:
+    """Tokens of a prompt that is asked for as `length`: about so many, or at most.
+
+    Raises:
+        InputError: a length for which there is no prompt.
+    """
+    _check_length(form, length)
+    if form == "fitted":
+        return length
+    return len(llm.tokenize(paper_prompt(filler_characters(length), seed=0).text))
+
+
+def _check_length(form: str, length: int) -> None:
+    if form == "paper" and not filler_characters(length):
+        raise InputError(
+            "the form 'paper' has filler of whole 1,024 characters, for 274 tokens or more; got "
+            f"{length}: give a greater length, or take the form 'fitted'"
+        )
 
 
 def _question(llm: LLM, form: str, length: int, depth: float | None, trial: int) -> Question:
