@@ -66,7 +66,10 @@ def test_weights_are_those_of_real_arrays(quantized: bool) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
-@pytest.mark.parametrize(("sizes", "quantized"), [("fsdp=2", False), ("tensor=2", True)])
+@pytest.mark.parametrize(
+    ("sizes", "quantized"),
+    [("fsdp=2", False), pytest.param("tensor=2", True, marks=pytest.mark.slow)],
+)
 def test_the_formula_beside_the_compiler(sizes: str, quantized: bool) -> None:
     batch, length, optimizer = 4, LOSS_TOKENS, optax.adamw(1e-5)
     mesh = make_mesh(sizes)
