@@ -153,7 +153,7 @@ def _in_pieces(
     x: Float[Array, "B T D"],
     own: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    *kernels: Array | Packed,
+    *kernels: Any,
 ) -> Float[Array, "B T D"]:
     """`mix` of up to `PIECE` tokens at a time."""
     k = own.shape[-1]
@@ -190,7 +190,8 @@ def mix(
         groups = jnp.where(here, own, 0).reshape(-1)
         product = partial(chosen_products, layer=layer, groups=groups)
         inner = _swiglu(*product(jnp.repeat(x, k, axis=0), (gate, up)))
-        out = jnp.where(here.reshape(-1, 1), *product(inner, (down,)), 0)
+        (out,) = product(inner, (down,))
+        out = jnp.where(here.reshape(-1, 1), out, 0)
     else:
         name = choose(current_device(), x.dtype, gate.shape[2:])
         block = block_size(name, tokens * k, experts)

@@ -53,6 +53,14 @@ FAULTS = [
         "tests/test_experts.py::test_gradients_are_those_of_a_dense_computation[True]",
     ),
     Fault(
+        "padding counts in how evenly experts are chosen",
+        "experts.py",
+        "probabilities = jnp.where(real[..., None], routing.probabilities, 0)",
+        "probabilities = routing.probabilities",
+        "tests/test_experts.py::"
+        "test_mixtral_and_the_loss_of_uneven_choices_are_those_of_transformers",
+    ),
+    Fault(
         "a short text is read by the config for long ones",
         "weights/huggingface.py",
         "context > most",
@@ -108,6 +116,14 @@ FAULTS = [
         "second * cos + first * sin], axis=-1)",
         "second * cos - first * sin], axis=-1)",
         "tests/test_rope.py::test_rotation_equals_transformers",
+    ),
+    # --- texts packed into a row ---
+    Fault(
+        "what a packed text's keys are given is not turned back",
+        "attention/packed.py",
+        "parts = (dq, *back(dk), dv)",
+        "parts = (dq, dk, dv)",
+        "tests/test_packed.py::test_each_text_is_read_alone_in_value_and_gradient",
     ),
     # --- the op and its backends ---
     Fault(
@@ -342,6 +358,27 @@ FAULTS = [
         "tests/test_disk.py::test_a_line_is_appended_whole_or_not_at_all",
     ),
     # --- weights ---
+    Fault(
+        "rows of a GGUF file's queries and keys stay in its own order",
+        "weights/gguf.py",
+        'elif permuted and (".attn_q." in own or ".attn_k." in own):',
+        'elif permuted and (".attn_q." in own):',
+        "tests/test_gguf.py::test_weights_are_those_of_transformers_to_the_bit",
+    ),
+    Fault(
+        "GPTQ's zeros are one too few",
+        "weights/quantized.py",
+        'more = 0 if form == "gptq_v2" else 1',
+        "more = 0",
+        "tests/test_quantized.py::test_packed_weights",
+    ),
+    Fault(
+        "a packed weight's groups are counted from where a piece begins",
+        "weights/quantized.py",
+        "number = np.arange(columns.start, columns.stop) // group",
+        "number = np.arange(columns.stop - columns.start) // group",
+        "tests/test_quantized.py::test_packed_weights",
+    ),
     Fault(
         "heads that differ from tied embeddings are thrown away",
         "weights/huggingface.py",

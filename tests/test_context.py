@@ -176,13 +176,20 @@ def tiles_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla, "LOGITS", 12)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+SLOW = pytest.mark.slow
+QUICK_ONES = [*SETTINGS][:3]
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(x, marks=[SLOW] * (x not in QUICK_ONES)) for x in SETTINGS]
+)
 @pytest.mark.usefixtures("tiles_of_four")
 def test_equals_the_oracle(setting: str) -> None:
     with jax.enable_x64(True):
         compare(**SETTINGS[setting])
 
 
+@pytest.mark.slow
 def test_pallas_kernels_run_under_the_same_shard_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that an interpreter can run; one chunk, so that it has one phase to interpret."""
     small = tiles.Tile(block_q=16, block_k=16, num_warps=4, num_stages=2)
@@ -203,6 +210,7 @@ def test_pallas_kernels_run_under_the_same_shard_map(monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.slow
 def test_the_ring_lowers_for_gpus() -> None:
     """Hopper's kernels under shard_map; a program has each of a ring's four calls but once."""
     h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")

@@ -230,6 +230,7 @@ def test_lora_on_packed_weights_exports_the_merged_model(
         np.testing.assert_allclose(leaf, want, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
 def test_a_run_begins_with_an_adapter_of_peft(model: Path, dialogues: Path, tmp_path: Path) -> None:
     """At a rate of nothing it exports what PEFT merges; and PEFT opens what it leaves."""
@@ -518,6 +519,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
         os.close(original)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_the_run_goes_on_later(
     whole: Path, model: Path, dialogues: Path, tmp_path: Path, small_files: Callable[[], None]
 ) -> None:

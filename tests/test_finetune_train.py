@@ -185,6 +185,8 @@ def test_no_array_holds_the_logits_of_a_whole_row() -> None:
 
 # --- the update --------------------------------------------------------------------------------
 
+ON_MESHES = [None, pytest.param("fsdp=2", marks=pytest.mark.slow)]
+
 
 def adamw(gradients: list[dict[str, np.ndarray]], chosen: Settings, rates: list[float]) -> dict:
     """AdamW as arXiv 1711.05101 has it, in NumPy: the parameters after these gradients."""
@@ -203,7 +205,7 @@ def adamw(gradients: list[dict[str, np.ndarray]], chosen: Settings, rates: list[
     return found
 
 
-@pytest.mark.parametrize("sizes", [None, "fsdp=2"])
+@pytest.mark.parametrize("sizes", ON_MESHES)
 def test_updates_are_adamw(sizes: str | None) -> None:
     """Of two updates: gradients of the package, arithmetic of the paper."""
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, clip=0.7)
@@ -220,6 +222,7 @@ def test_updates_are_adamw(sizes: str | None) -> None:
         state, metrics = update(state, {}, batch)
         norm = np.sqrt(sum((g**2).sum() for g in gradients[-1].values()))
         np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-5)
+    assert update._cache_size() == 1
     assert int(state.step) == 2
     rates = [float(learning_rate(chosen, steps)(n)) for n in range(2)]
     want = adamw(gradients, chosen, rates)
@@ -256,11 +259,10 @@ def test_rows_of_which_nothing_is_trained_are_no_failure() -> None:
     assert int(after.step) == 1
 
 
-@pytest.mark.parametrize("sizes", [None, "fsdp=2"])
-def test_a_second_update_compiles_nothing(sizes: str | None) -> None:
-    """From weights that are bound to their devices, as loaded ones are."""
-    leaves = jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree(sizes))
-    batch = place(ROWS, 1, None if sizes is None else make_mesh(sizes))
+def test_a_second_update_compiles_nothing() -> None:
+    """From weights that are bound to their device, as loaded ones are; above, those of a mesh."""
+    leaves = jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree())
+    batch = place(ROWS, 1, None)
     own = jax.jit(make_update(build, settings(warmup=0.0), 10))
     state, _ = own(start(leaves), {}, batch)
     own(state, {}, batch)
@@ -307,7 +309,7 @@ def test_stochastic_rounding_is_right_on_average_and_never_far() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), far, rtol=2**-7)
 
 
-@pytest.mark.parametrize("sizes", [None, "fsdp=2"])
+@pytest.mark.parametrize("sizes", ON_MESHES)
 def test_updates_of_a_narrow_state_are_adamw_rounded(sizes: str | None) -> None:
     """Every number is one of the two of bfloat16 around what float32 arithmetic gives."""
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, state="bfloat16")

@@ -91,19 +91,25 @@ def test_weights_that_cannot_fit_are_refused_before_any_is_read(monkeypatch):
         weights.load_tree(config, like, lambda row, index: pytest.fail("something was read"))
 
 
-@pytest.mark.parametrize("given", [{}, {FRACTIONS[0]: "0.5"}, {FRACTIONS[1]: "0.5"}], ids=str)
-def test_a_command_takes_of_a_gpu_what_a_plan_counts_on(given):
+def test_a_command_takes_of_a_gpu_what_a_plan_counts_on():
     code = """
 import json, os, sys
-CliRunner().invoke(app, ["explain", "--help"])
-CliRunner().invoke(app, ["explain", "--trained-length", "8"])
-print(json.dumps({k: v for k, v in os.environ.items() if k.endswith("MEM_FRACTION")}))
+from typer.testing import CliRunner
+from dca_jax.cli import app
+kept = dict(os.environ)
+for given in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update(kept | given)
+    CliRunner().invoke(app, ["explain", "--help"])
+    CliRunner().invoke(app, ["explain", "--trained-length", "8"])
+    print(json.dumps({k: v for k, v in os.environ.items() if k.endswith("MEM_FRACTION")}))
 """
     kept = {k: v for k, v in os.environ.items() if k not in FRACTIONS}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=kept | given, capture_output=True, check=True
-    )
-    assert json.loads(done.stdout) == (given or {FRACTIONS[0]: str(memory.GPU_SHARE)})
+    cases = [{}, {FRACTIONS[0]: "0.5"}, {FRACTIONS[1]: "0.5"}]
+    command = [sys.executable, "-c", code, json.dumps(cases)]
+    done = subprocess.run(command, env=kept, capture_output=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [{FRACTIONS[0]: str(memory.GPU_SHARE)}, *cases[1:]]
 
 
 # --- commands, before they read weights ----------------------------------------------------------

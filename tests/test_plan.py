@@ -122,7 +122,10 @@ def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize(
+    "remat",
+    ["layer", *(pytest.param(x, marks=pytest.mark.slow) for x in REMAT if x != "layer")],
+)
 def test_the_formula_of_training_beside_the_compiler(remat: str) -> None:
     batch, length, mesh = 4, 2 * LOSS_TOKENS, make_mesh("fsdp=2")
     options: dict[str, Any] = {"rows": batch, "length": length, "dtype": jnp.float32}

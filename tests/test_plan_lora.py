@@ -67,7 +67,10 @@ def test_weights_are_those_of_real_arrays(form: str | None) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
-@pytest.mark.parametrize(("sizes", "form"), [("fsdp=2", None), ("tensor=2", "int8")])
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [("fsdp=2", None), pytest.param("tensor=2", "int8", marks=pytest.mark.slow)],
+)
 def test_the_formula_beside_the_compiler(sizes: str, form: str | None) -> None:
     batch, length, optimizer = 4, LOSS_TOKENS, optax.adamw(1e-5)
     mesh = make_mesh(sizes)

@@ -131,7 +131,7 @@ def _largest_piece(model: Llama, length: int) -> tuple[Any, ...]:
         return jax.tree.leaves(read(model, jax.tree.unflatten(tree, cache), *rest))
 
     program = jax.jit(piece, donate_argnums=1, compiler_options=compiler_options())
-    width = widest_piece(1, length, read_at_once(reading.config))
+    width = widest_piece(1, length, read_at_once(model.config))
     hidden = np.zeros((1, model.config.hidden_size), model.dtype)
     tokens = np.zeros((1, width), np.int32)
     lengths = np.full((1,), min(width, length), np.int32)

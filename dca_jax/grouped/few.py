@@ -52,7 +52,7 @@ def chosen_products(
         return _by_triton(x, stacks, layer, groups)
     product = functools.partial(jnp.dot, precision=precision(x))
 
-    def by_row(kernels: Array) -> Array:
+    def by_row(kernels: Array | Packed) -> Array:
         rows = (
             product(x[row : row + 1], matrix_of(kernels, layer, groups[row], x.dtype))
             for row in range(len(x))
@@ -69,9 +69,7 @@ def _unpacked_sums(x: Array, kernels: Any, layer: Array, groups: Array) -> Array
     return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2).astype(x.dtype)
 
 
-def _by_triton(
-    x: Array, stacks: tuple[Array, ...], layer: Array, groups: Array
-) -> tuple[Array, ...]:
+def _by_triton(x: Array, stacks: tuple[Any, ...], layer: Array, groups: Array) -> tuple[Array, ...]:
     rows, experts = len(x), stacks[0].shape[1]
     inputs, outputs = stacks[0].shape[2:]
     # More programs than columns give: each takes a share of the sums, which are added up after.

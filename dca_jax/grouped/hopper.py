@@ -44,7 +44,7 @@ class _Problem(NamedTuple):
     """
 
     tiles: Callable[[Any], Array]
-    steps: Callable[[Any, Array], Array | int]
+    steps: Callable[[Any, Array], Any]
     operands: Callable[[Any, Any, Any, Array, Array], tuple[Any, Any]]
     target: Callable[[Any, Any, Array], tuple[Any, Array]]
     multiply: Callable[[Any, Any, Any, Array], None]
@@ -92,7 +92,7 @@ def _run(
     )(tables, a, b)
 
 
-def _each_tile(problem: _Problem, tables: Any, visit: Callable[[Array, Array, Any], Array]) -> None:
+def _each_tile(problem: _Problem, tables: Any, visit: Callable[[Array, Any, Array], None]) -> None:
     """Calls visit(tile, its steps, steps before it) for this CTA's tiles."""
     cta = lax.axis_index("cta")
     count = lax.div(problem.tiles(tables) - cta + (MULTIPROCESSORS - 1), MULTIPROCESSORS)

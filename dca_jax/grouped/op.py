@@ -44,7 +44,7 @@ def ragged(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> 
     return jax.lax.ragged_dot(x, own, padded, precision=precision(x))
 
 
-PRODUCTS: dict[str, Product] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blocks": blocks}
+PRODUCTS: dict[str, Any] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blocks": blocks}
 
 
 def grouped_product(

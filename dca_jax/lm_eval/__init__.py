@@ -141,8 +141,8 @@ class DcaJaxLM(TemplateLM):
         self.batch_size = _batch_size(batch_size)
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
-        options = {"dtype": dtype, "cache_dtype": cache_dtype, "mesh": mesh, "adapter": peft}
-        options |= {"weights": weights}
+        options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "mesh": mesh}
+        options |= {"adapter": peft, "weights": weights}
         opened = open_model(pretrained, dca=None, context=self.max_length, **options)
         llm = opened.llm
         if tokenizer is not None:

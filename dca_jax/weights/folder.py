@@ -30,7 +30,7 @@ def load_weights(
     dtype: DTypeLike | None = None,
     sharding: Shardings = None,
     adapter: str | Path | None = None,
-    then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
+    then: Callable[[Parameter, jax.Array], Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of a Hugging Face or converted folder or a GGUF file, streamed to devices.

@@ -324,7 +324,7 @@ def load_tree(
     progress: Progress | None = None,
     *,
     rows: Sequence[Parameter] | None = None,
-    then: Callable[[Parameter, jax.Array], Mapping[str, jax.Array]] | None = None,
+    then: Callable[[Parameter, jax.Array], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree, every device with the pieces of its own shards.
 

@@ -175,12 +175,15 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
         assert out < queries * (heads.head_dim * dtype.itemsize + 4) * 1.001
 
 
-@pytest.mark.parametrize(
-    "part",
-    [*(pytest.param(x, marks=pytest.mark.tpu_aot) for x in ("forward", "backward")), "decode"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["forward", "backward"])
 def test_compiles_for_one_chip(part: str) -> None:
-    check("v5e", part, 32768, LLAMA)
+    """As few heads as there can be, which take a quarter of the time of all 32."""
+    check("v5e", part, 8192, Heads(query=4, kv=1, head_dim=128))
+
+
+def test_decodes_on_one_chip() -> None:
+    check("v5e", "decode", 32768, LLAMA)
 
 
 @pytest.mark.parametrize("heads", [ODD, Heads(query=32, kv=4, head_dim=64)])
