@@ -328,7 +328,6 @@ def on_one_device(int8: bool) -> tuple[float, dict[str, np.ndarray]]:
     [
         ("tensor=4", True),  # more than kv heads
         pytest.param("context=2,tensor=2", False, marks=pytest.mark.slow),
-        pytest.param("fsdp=2,tensor=2", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_what_one_device_does(mesh: str, int8: bool) -> None:
