@@ -188,7 +188,7 @@ def compare(
                 inputs = ()  # frees the others first
                 made_for, inputs = wanted, chain.make_inputs()
             if variant.cache is not None:
-                row["error"] = error_of(variant, shape, *inputs, kinds[kind])
+                row["error"] = error_of(variant, shape, inputs, kinds[kind])
             time = timed(compiled.result(), *inputs, kinds[kind])
         except Exception as error:  # out of memory, or a shape that it cannot take
             report.add(row | {"failed": reason(error)})
@@ -203,7 +203,7 @@ def compare(
 
 
 def error_of(
-    variant: Variant, shape: tuple[int, ...], query: Array, key: Any, value: Any, lengths: Array
+    variant: Variant, shape: tuple[int, ...], inputs: tuple[Any, ...], lengths: Array
 ) -> float:
     """Distance of a layer's output from plain XLA's with a float32 query, of the worst head."""
     batch, _, query_heads, _, head_dim = shape
@@ -218,7 +218,7 @@ def error_of(
         norm = partial(jnp.linalg.norm, axis=-1)
         return jnp.max(norm(found.astype(jnp.float32) - exact) / norm(exact))
 
-    return float(distance(query, key, value, lengths))
+    return float(distance(*inputs, lengths))
 
 
 def chain_of_calls(

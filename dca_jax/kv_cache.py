@@ -85,7 +85,7 @@ class KVCache:
                 f"a KV cache on this mesh needs a batch that is a multiple of {rows} and a "
                 f"capacity that is one of {halves}, got {batch} and {capacity}"
             )
-        sizes = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
+        sizes = {axis: axis_size(mesh, axis) for axis in AXES}
         arrays = cache_arrays(config, batch=batch, capacity=capacity, dtype=dtype, sizes=sizes)
 
         def zeros(letters: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -140,7 +140,7 @@ def cache_arrays(
     heads = max(config.num_key_value_heads, sizes["tensor"])
     first = config.num_hidden_layers, batch
     whole = "LBSK", (*first, capacity, heads * config.head_dim), jnp.dtype(dtype)
-    arrays = {"key": whole, "value": whole}
+    arrays: dict[str, tuple[str, tuple[int, ...], jnp.dtype]] = {"key": whole, "value": whole}
     if is_quantized(dtype):
         blocks = 1 if sizes["context"] == 1 else 2 * sizes["context"]
         scale = "LBSKH", (*first, blocks, heads, capacity // blocks), jnp.dtype(jnp.float32)

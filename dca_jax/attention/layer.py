@@ -6,6 +6,8 @@ and where tokens are shared along `context`, `dca_jax.attention.parallel.context
 devices.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -46,7 +48,6 @@ def attend_to_text(
         cache_dtype: of the cache; None keeps nothing.
     """
     context = _context(dca, shards)
-    quantized = cache_dtype is not None and is_quantized(cache_dtype)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, Stored | None]:
@@ -57,7 +58,7 @@ def attend_to_text(
         with jax.named_scope("rope"):
             key = rotate_keys(key, index[None], dca=dca, inv_freq=rows.inv_freq)
         kept = None
-        if quantized:
+        if cache_dtype is not None and is_quantized(cache_dtype):
             with jax.named_scope("cache_update"):
                 key, value, kept = _quantized_text(key, value, cache_dtype, context)
         elif cache_dtype is not None:
@@ -69,7 +70,9 @@ def attend_to_text(
         return out, kept
 
     q, k = shards.spec("BTNH"), shards.spec("BTKH")
-    kept = None if cache_dtype is None else _stored_specs(shards, quantized, layers="")
+    kept = None
+    if cache_dtype is not None:
+        kept = _stored_specs(shards, is_quantized(cache_dtype), layers="")
     mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, kept))
     return mapped(query, key, value, rows)
 
@@ -207,10 +210,8 @@ def _rows_specs(rows: Rows, shards: Shards) -> Rows:
 
 def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
     """How a cache lies on the mesh: the scales as their heads and slots do."""
-    kept = shards.spec(layers + "BSK")
-    if not quantized:
-        return Stored(kept, kept)
-    scale = shards.spec(layers + "BSKH")
+    kept: Any = shards.spec(layers + "BSK")
+    scale: Any = shards.spec(layers + "BSKH") if quantized else None
     return Stored(kept, kept, scale, scale)
 
 
@@ -227,7 +228,7 @@ def write(
     def put(all_slots: Array, new: Array) -> Array:
         return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")
 
-    if cache.scales is None:
+    if cache.key_scale is None or cache.value_scale is None:
         return Stored(put(cache.key, flat(key)), put(cache.value, flat(value)))
     (key, key_scale), (value, value_scale) = (quantize(x, cache.key.dtype) for x in (key, value))
 

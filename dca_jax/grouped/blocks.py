@@ -26,7 +26,7 @@ def blocks(
     sizes: Int[Array, " E"],
     block: int,
 ) -> Float[Array, "places outputs"]:
-    """A `Product`."""
+    """`grouped_product` by a loop."""
     return _multiply(x, kernels, layer, sizes, block, transposed=False)
 
 

@@ -272,7 +272,7 @@ def mosaic_gpu(
     sizes: Int[Array, " E"],
     block: int,
 ) -> Float[Array, "places outputs"]:
-    """A `Product` of bfloat16 or float16, in blocks of `BLOCK`."""
+    """`grouped_product` of bfloat16 or float16, in blocks of `BLOCK`."""
     return _by_group(x, kernels, layer, sizes, transposed=False)
 
 

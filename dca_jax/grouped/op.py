@@ -1,6 +1,6 @@
 """The ways to multiply groups of rows, and which to take."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +13,6 @@ from dca_jax.packed_weights import Packed
 
 HOPPER = (9, 0)
 LARGEST = 128  # rows of a block
-
-
-class Product(Protocol):
-    """Each block of rows times the matrix of its group, in the dtype of x; float32 sums at least.
-
-    Args:
-        x: rows as `lay_out` has them, zero where none stands.
-        kernels: of any floating dtype; taken to that of x. layer: which of the stack.
-        sizes: rows of each group, int32.
-        block: rows of a block.
-    """
-
-    def __call__(
-        self,
-        x: Float[Array, "places inputs"],
-        kernels: Float[Array, "L E inputs outputs"],
-        layer: Int[Array, ""],
-        sizes: Int[Array, " E"],
-        block: int,
-    ) -> Float[Array, "places outputs"]:
-        """The product."""
-        ...
 
 
 def ragged(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
@@ -55,7 +33,15 @@ def grouped_product(
     sizes: Int[Array, " E"],
     block: int,
 ) -> Float[Array, "places outputs"]:
-    """The `Product` of this name, of kernels that may be packed: then one layer's are unpacked."""
+    """Each block of rows times the matrix of its group, in the dtype of x; float32 sums at least.
+
+    Args:
+        name: of the way to take, in `PRODUCTS`.
+        x: rows as `lay_out` has them, zero where none stands.
+        kernels: of any floating dtype, or packed (then one layer's are unpacked); taken to the
+            dtype of x. layer: which of the stack.
+        sizes: rows of each group, int32. block: rows of a block.
+    """
     if isinstance(kernels, Packed):
         kernels, layer = kernels.at(layer).unpack(x.dtype)[None], jnp.int32(0)
     return PRODUCTS[name](x, kernels, layer, sizes, block)

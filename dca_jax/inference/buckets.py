@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from dca_jax.attention.parallel.zigzag import natural_order, zigzag_order
-from dca_jax.attention.stored import Stored
 from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError, is_out_of_memory
@@ -201,13 +200,16 @@ def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
         wide = widened(row.reshape(1, cache.capacity, heads)).reshape(batch, blocks, -1, heads)
         return shards.put(jnp.swapaxes(wide, 2, 3), shards.spec("BSKH"))
 
-    ways = Stored(of_tokens, of_tokens, of_scales, of_scales)
-    stored = (
-        None if array is None else jax.lax.map(way, array)
-        for way, array in zip(ways, cache.stored, strict=True)
-    )
+    copies = {
+        name: None if array is None else jax.lax.map(way, array)
+        for way, (name, array) in zip(
+            (of_tokens, of_tokens, of_scales, of_scales),
+            cache.stored._asdict().items(),
+            strict=True,
+        )
+    }
     return KVCache(
-        **Stored(*stored)._asdict(),
+        **copies,
         lengths=jnp.broadcast_to(jnp.minimum(cache.lengths[:1], kept), (batch,)),
         frequency_lengths=jnp.broadcast_to(cache.frequency_lengths[:1], (batch,)),
     )
@@ -260,7 +262,7 @@ def _cache_bytes(
     config: LlamaConfig, rows: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
 ) -> int:
     """Bytes of keys, values and scales that one device holds."""
-    sizes = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
+    sizes = {axis: axis_size(mesh, axis) for axis in AXES}
     total = 0
     arrays = cache_arrays(config, batch=rows, capacity=capacity, dtype=dtype, sizes=sizes)
     for letters, shape, each in arrays.values():

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.memory import free_bytes
 from dca_jax.planning.memory import FLOAT32, GIB, DeviceKind, Job
@@ -58,7 +59,7 @@ def check_room(
         weights=weights,
         remat=remat,
         state=jnp.dtype(state),
-        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
+        cache_dtype=None if cache_dtype is None else parse_cache_dtype(cache_dtype),
     )
     if job.usage(sizes).total > TOLERANCE * device.memory:
         raise InputError(_refusal(job, sizes))

@@ -100,7 +100,8 @@ def compile_for(
     saved = (flat(query_shape), stat, stat) if part == "backward" else ()
     number, scales = like(1, dtype=jnp.int32), None
     if cache is not None:
-        scales = Scales(*2 * [like(2, 1, heads.kv, length, dtype=jnp.float32)])
+        scale: Any = like(2, 1, heads.kv, length, dtype=jnp.float32)
+        scales = Scales(scale, scale)
     kept = flat(cache_shape, cache or dtype)
     abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
@@ -159,7 +160,7 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
     print(f"  HBM: {temporary / 1e6:.1f} MB beside arguments and {out / 1e6:.1f} MB of results")
     for kernel, size in used.items():
         print(f"  {kernel}: {size / 1e6:.2f} MB of VMEM, expected {expected[kernel] / 1e6:.2f} MB")
-        assert size <= expected[kernel] < 1.6 * size
+        assert size <= expected[kernel] < (1.6 if kept == dtype else 2) * size
         assert expected[kernel] <= available
     wanted = {"forward": 1, "backward": 2, "decode": 1}[part]
     assert len(used) == wanted

@@ -516,7 +516,7 @@ def _attend_block(
     of each of `_parts`.
     """
     m_i, l_i, acc = state
-    shape = l_i.shape
+    shape = l_i.shape[0], l_i.shape[1]
     across = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
     start = across(plgpu.load(smem.span.at[phase, 0], layout=COLUMNS), shape)
     stop = across(plgpu.load(smem.span.at[phase, 1], layout=COLUMNS), shape)

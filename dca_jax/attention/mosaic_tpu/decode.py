@@ -134,7 +134,7 @@ def _block_specs(
     def out_index(c: Array, b: Array, *_: Any) -> tuple:
         return c, b, 0, 0
 
-    scale_spec = pl.BlockSpec((None, None, heads.kv, block_kv), scale_index)
+    scale_spec: Any = pl.BlockSpec((None, None, heads.kv, block_kv), scale_index)
     return (
         pl.BlockSpec((None, None, block_q, head_dim), query_index),
         pl.BlockSpec((None, None, block_kv, width), key_index),
