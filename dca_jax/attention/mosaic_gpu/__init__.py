@@ -9,9 +9,8 @@ from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
-from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
 from dca_jax.dca import PHASES, DCAConfig, Phase
-from dca_jax.device import Device, describe
+from dca_jax.device import SHARED_BYTES, Device, describe
 
 __all__ = ["backward", "forward", "unsupported"]
 
