@@ -222,7 +222,8 @@ def test_updates_are_adamw(sizes: str | None) -> None:
         state, metrics = update(state, {}, batch)
         norm = np.sqrt(sum((g**2).sum() for g in gradients[-1].values()))
         np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-5)
-    assert update._cache_size() == 1
+    if sizes is not None:  # from weights that are bound to their devices
+        assert update._cache_size() == 1
     assert int(state.step) == 2
     rates = [float(learning_rate(chosen, steps)(n)) for n in range(2)]
     want = adamw(gradients, chosen, rates)
@@ -260,7 +261,7 @@ def test_rows_of_which_nothing_is_trained_are_no_failure() -> None:
 
 
 def test_a_second_update_compiles_nothing() -> None:
-    """From weights that are bound to their device, as loaded ones are; above, those of a mesh."""
+    """From weights that are bound to their device, as loaded ones are; on a mesh: above."""
     leaves = jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree())
     batch = place(ROWS, 1, None)
     own = jax.jit(make_update(build, settings(warmup=0.0), 10))
