@@ -92,7 +92,7 @@ def measure_here(variant: Variant) -> dict[str, Any]:
 
         return jax.jit(make, out_shardings=where(row.path))()
 
-    leaves: dict[str, jax.Array] = {}
+    leaves: dict[str, Any] = {}
     then = lambda row, leaf: {row.path: leaf}  # noqa: E731
     if variant.base != "dtype":
         then = packer(projections(config), variant.base)

@@ -1,6 +1,7 @@
 """Products with packed matrices: many rows by a matrix unpacked, few rows by the packed one."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def _few(
     last = 1 + len(outputs)
     axes: tuple[str, ...] = ()  # of the mesh, that cut inputs
 
-    def local(x: Array, matrix: Packed, layer: Array) -> Array:
+    def local(x: Array, matrix: Packed, layer: Any) -> Array:
         flat = jax.tree.map(
             lambda part: part.reshape(
                 len(part), math.prod(part.shape[1:last]), math.prod(part.shape[last:])

@@ -174,8 +174,7 @@ def attend(
     (`dca_jax.attention.stored`); that has no gradient.
     """
     if layer is None:
-        key, value = key[None], value[None]
-    layer = jnp.int32(0) if layer is None else layer
+        key, value, layer = key[None], value[None], jnp.int32(0)
     _check_shapes(query, key, value, scales)
     dca = dca or PLAIN
     name = choose_implementation(implementation, _like(query), _like(key), dca)
