@@ -162,7 +162,9 @@ def refused(command, folder):
 
 def check_figure(told):
     """Keys and values of 32 layers and 32 heads of 128; what else is read takes half a GiB."""
-    longest = int(re.search(r"20\.0 GiB are free: 1 x (\d+) tokens fit", told)[1])
+    found = re.search(r"20\.0 GiB are free: 1 x (\d+) tokens fit", told)
+    assert found is not None, told
+    longest = int(found[1])
     room = (20 * GIB - 2 * 6_738_415_616) // (2 * 2 * 32 * 32 * 128)
     assert 0.8 * room < longest < room
 
