@@ -13,6 +13,9 @@ ifeq ($(wildcard /dev/nvidia* /dev/kfd /dev/accel* /dev/vfio/[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
+# The tests start some hundred processes, which import the same modules: they keep what they compile.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-chat test test-all fuzz test-tpu-aot test-gpu-aot lint docs clean
 

@@ -45,9 +45,9 @@ from matplotlib.ticker import NullLocator
 
 from dca_jax import DCAConfig, RopeConfig, dual_chunk_attention
 from dca_jax.attention import attention_pass, merge_passes
-from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS
 from dca_jax.dca import PHASES
+from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.rope import inverse_frequencies

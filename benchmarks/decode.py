@@ -42,8 +42,8 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention import attend
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS, make_rows
+from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()

@@ -23,18 +23,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from common import Report, copy_bandwidth, reason, require_live_device, show, timed
+from common import Report, copy_bandwidth, machine, reason, require_live_device, show, timed
 from jaxtyping import Array
 
-from dca_jax.attention.device import current_device
 from dca_jax.config import LlamaConfig
+from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.grouped import PRODUCTS, choose, chosen_product
+from dca_jax.grouped import (
+    PRODUCTS,
+    Layout,
+    block_size,
+    choose,
+    chosen_products,
+    lay_out,
+    spread,
+)
 from dca_jax.lengths import parse_tokens
 
 COLUMNS = ("product", "way", "rows", "matrix", "ms", "TFLOP/s", "share", "error", "chosen")
-GROUPS_FOR_RAGGED = 16  # beyond, only TPUs have more than a product of all rows with all matrices
+GROUPS_FOR_SLOW = 16  # beyond, only the way that is chosen is timed: others take minutes
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -66,7 +74,8 @@ def measure(
     if config is None or config.mixture is None:
         raise InputError(f"{preset!r} is no mixture of experts of generate.py")
     count = parse_tokens(tokens)
-    report = Report(out, {"benchmark": "experts", "model": preset, "tokens": count})
+    facts = {"benchmark": "experts", "model": preset, "tokens": count}
+    report = Report(out, machine() | facts)
     for name, inputs, outputs in shapes(config):
         for row in measure_products(config, count, inputs, outputs):
             report.add({"product": name} | row)
@@ -95,30 +104,31 @@ def dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def inputs_of(config: LlamaConfig, tokens: int, inputs: int, outputs: int) -> tuple[Array, ...]:
-    """Rows sorted by expert, kernels of one layer, its number, rows of each expert."""
+def inputs_of(
+    config: LlamaConfig, tokens: int, inputs: int, outputs: int
+) -> tuple[Array, Array, np.ndarray]:
+    """Tokens, the kernels of one layer, and the experts that each token chooses."""
     mixture = config.mixture
     assert mixture is not None
     experts, k = mixture.num_experts, mixture.num_experts_per_tok
     rng = np.random.default_rng(0)
-    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k]
-    sizes = np.bincount(chosen.ravel(), minlength=experts).astype(np.int32)
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
     keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (tokens * k, inputs), dtype())
+    x = jax.random.normal(keys[0], (tokens, inputs), dtype())
     kernels = 0.02 * jax.random.normal(keys[1], (1, experts, inputs, outputs), dtype())
-    return x, kernels.astype(dtype()), jnp.int32(0), jnp.asarray(sizes)
+    return x, kernels.astype(dtype()), chosen
 
 
 def measure_products(
     config: LlamaConfig, tokens: int, inputs: int, outputs: int
 ) -> list[dict[str, Any]]:
     """A row for the dense product and for each way; forward, and with both gradients."""
-    x, kernels, layer, sizes = inputs_of(config, tokens, inputs, outputs)
+    x, kernels, choices = inputs_of(config, tokens, inputs, outputs)
     chosen = choose(current_device(), x.dtype, (inputs, outputs))
-    flops = 2.0 * len(x) * inputs * outputs
-    common = {"rows": len(x), "matrix": f"{inputs} x {outputs}"}
+    flops = 2.0 * choices.size * inputs * outputs
+    common = {"rows": choices.size, "matrix": f"{inputs} x {outputs}"}
 
-    def dense(x: Array, kernels: Array, layer: Array, sizes: Array) -> Array:
+    def dense(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
         return jnp.dot(x, kernels[layer, 0])
 
     rows: list[dict[str, Any]] = []
@@ -126,15 +136,19 @@ def measure_products(
         base: float | None = None
         for way, product in {"dense": dense, **PRODUCTS}.items():
             row = common | {"way": f"{way}, {passes.__name__.replace('_', ' ')}"}
-            slow = way == "ragged" and jax.default_backend() != "tpu"
-            if slow and len(sizes) > GROUPS_FOR_RAGGED:
+            if way not in ("dense", chosen) and kernels.shape[1] > GROUPS_FOR_SLOW:
                 continue
             if way == "mosaic_gpu" and chosen != way:
                 continue
+            block = block_size(way, choices.size, kernels.shape[1])
+            layout = lay_out(jnp.asarray(choices.ravel()), kernels.shape[1], block)
+            # The dense product has no padding.
+            laid = jnp.repeat(x, choices.shape[1], axis=0) if way == "dense" else spread(x, layout)
             try:
-                run = jax.jit(partial(passes, product))
-                error = None if way == "dense" else checked(product, x, kernels, layer, sizes)
-                milliseconds = timed(run, x, kernels, layer, sizes).median
+                run = jax.jit(partial(passes, partial(product, block=block)))
+                error = None if way == "dense" else checked(run, x, laid, kernels, layout)
+                arrays = laid, kernels, jnp.int32(0), layout.sizes
+                milliseconds = timed(run, *arrays).median
             except Exception as failure:  # a kernel that this device does not take
                 require_live_device()
                 rows.append(row | {"failed": reason(failure)})
@@ -152,45 +166,73 @@ def forward(product: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def with_gradients(product: Callable[..., Array], *arrays: Array) -> Any:
-    """The product, and the gradients of rows and kernels."""
+    """The gradients of rows and kernels, of the sum of squares of the product; and the product."""
     x, kernels, *rest = arrays
     out, back = jax.vjp(lambda x, kernels: product(x, kernels, *rest), x, kernels)
-    return out, back(out)
+    return out, *back(out)
 
 
 def checked(
-    product: Callable[..., Array], x: Array, kernels: Array, layer: Array, sizes: Array
+    run: Callable[..., Any], x: Array, laid: Array, kernels: Array, layout: Layout
 ) -> float:
-    """The relative error (Frobenius) of the last rows of some groups, against float32.
+    """The largest relative error (Frobenius) of some groups' results, against float32.
 
     Raises:
         ValueError: more than the dtype explains.
     """
-    out = np.asarray(jax.jit(product)(x, kernels, layer, sizes)[: int(sizes.sum())], np.float32)
-    ends = np.cumsum(np.asarray(sizes))
-    worst = 0.0
-    for group in range(0, len(ends), max(1, len(ends) // 8)):
-        rows = slice(max(ends[group] - 20, ends[group] - int(sizes[group])), ends[group])
-        if rows.start < rows.stop:
-            want = np.asarray(x[rows], np.float32) @ np.asarray(kernels[0, group], np.float32)
-            worst = max(worst, float(np.linalg.norm(out[rows] - want) / np.linalg.norm(want)))
+    results = run(laid, kernels, jnp.int32(0), layout.sizes)
+    out, *gradients = results if isinstance(results, tuple) else (results,)
+    place, worst = np.asarray(layout.place), 0.0
+    experts, times = kernels.shape[1], len(place) // len(x)
+    group = np.asarray(layout.sizes).cumsum().searchsorted(np.arange(len(place)), side="right")
+    order = np.argsort(place)  # the rows in the order of their groups
+
+    def compare(got: Array, want: np.ndarray) -> None:
+        nonlocal worst
+        error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
+        worst = max(worst, float(error))
+
+    for number in range(0, experts, max(1, experts // 8)):
+        rows = order[group == number]
+        if not len(rows):
+            continue
+        own, matrix = np.asarray(x[rows // times], np.float32), np.asarray(kernels[0, number])
+        matrix = matrix.astype(np.float32)
+        compare(out[place[rows]], own @ matrix)
+        if gradients:
+            dx, dw = gradients
+            dy = np.asarray(out[place[rows]], np.float32)
+            compare(dx[place[rows]], dy @ matrix.T)
+            compare(dw[0, number], own.T @ dy)
     if not worst < (1e-5 if x.dtype == jnp.float32 else 1e-2):
         raise ValueError(f"a relative error of {worst:.2g}")
     return worst
 
 
 def measure_few(config: LlamaConfig) -> list[dict[str, Any]]:
-    """One token's choices, each with its own matrix out of a stack of two layers."""
+    """One token's choices, each with its own matrices out of a stack of layers, in turn."""
     mixture, rows = config.mixture, []
     assert mixture is not None
-    k = mixture.num_experts_per_tok
+    k, layers = mixture.num_experts_per_tok, 8 if jax.default_backend() == "gpu" else 2
     bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
-    for name, inputs, outputs in shapes(config):
-        x, kernels, _, _ = inputs_of(config, 1, inputs, outputs)
-        stack = jnp.concatenate([kernels, kernels])
+    gate_and_up, down = shapes(config)
+    for (name, inputs, outputs), count in ((gate_and_up, 2), (down, 1)):
+        x, kernels, _ = inputs_of(config, k, inputs, outputs)
+        # More than a cache holds.
+        stacks = tuple(
+            jnp.concatenate([kernels * (n + 1) for n in range(layers)]) for _ in range(count)
+        )
         groups = jnp.arange(k, dtype=jnp.int32) * (mixture.num_experts // k)
-        milliseconds = timed(jax.jit(chosen_product), x, stack, jnp.int32(1), groups).median
-        read = k * inputs * outputs * x.dtype.itemsize
+
+        def all_layers(x: Array, stacks: tuple[Array, ...], groups: Array) -> Array:
+            def one(layer: Array, sums: Array) -> Array:
+                return sums + sum(chosen_products(x, stacks, layer, groups))
+
+            zeros = jnp.zeros((len(x), stacks[0].shape[3]), x.dtype)
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(len(stacks[0])), one, zeros)
+
+        milliseconds = timed(jax.jit(all_layers), x, stacks, groups).median / layers
+        read = count * k * inputs * outputs * x.dtype.itemsize
         rows.append(
             {
                 "product": name,

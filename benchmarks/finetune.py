@@ -2,6 +2,7 @@
 
     python benchmarks/finetune.py measure --mesh fsdp=2 --batch 2 --out outputs/finetune.json
     python benchmarks/finetune.py measure --lora-rank 16 --base dtype --base int8
+    python benchmarks/finetune.py measure --state float32 --state bfloat16 --texts 1 --texts 16
 
 A model of a published shape with random weights made on the devices, and random tokens, all of them
 trained on: no checkpoint and no data are read. What is timed is the library's own update, from
@@ -48,7 +49,8 @@ from dca_jax.weights.placement import parameter_shardings
 PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
 KINDS = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}
 COLUMNS = (
-    "devices remat lora_rank base seconds tokens_per_second_device over_paper mfu peak_gb plan_gb"
+    "devices remat state lora_rank base texts seconds tokens_per_second_device over_paper mfu"
+    " peak_gb plan_gb"
 ).split()
 
 
@@ -64,6 +66,8 @@ class Variant:
     remat: str
     lora_rank: int
     base: str
+    state: str
+    texts: int
     updates: int
 
 
@@ -73,7 +77,7 @@ def measure_here(variant: Variant) -> dict[str, Any]:
     mesh = make_mesh(sizes)
     lora = LoraConfig(rank=variant.lora_rank) if variant.lora_rank else None
     where = parameter_shardings(config, mesh, lora=lora)
-    dtype = jnp.float32 if lora is None else jnp.bfloat16
+    dtype = jnp.dtype(variant.state) if lora is None else jnp.bfloat16
 
     def random_leaf(number: int, row: Any) -> jax.Array:
         def make() -> jax.Array:
@@ -108,20 +112,23 @@ def measure_here(variant: Variant) -> dict[str, Any]:
             lora=lora,
         )
 
-    settings = Settings(model=variant.preset, output="-", data=(DataFile("-"),))
+    settings = Settings(
+        model=variant.preset, output="-", data=(DataFile("-"),), state=variant.state
+    )
     update = jax.jit(make_update(build, settings, 1000), donate_argnums=0)
     state, rows = start(params), variant.batch * variant.accumulate
     del params
     rng, shape = np.random.default_rng(0), (rows, variant.length)
-    batch = place(
-        {
-            "tokens": rng.integers(0, config.vocab_size, shape, np.int32),
-            "trained": np.arange(variant.length)[None, :].repeat(rows, axis=0) > 0,
-            "lengths": np.full(rows, variant.length, np.int32),
-        },
-        variant.accumulate,
-        mesh,
-    )
+    arrays = {
+        "tokens": rng.integers(0, config.vocab_size, shape, np.int32),
+        "trained": np.arange(variant.length)[None, :].repeat(rows, axis=0) > 0,
+        "lengths": np.full(rows, variant.length, np.int32),
+    }
+    if variant.texts > 1:  # as `pack: segments` has them
+        index = np.arange(variant.length, dtype=np.int32) % -(-variant.length // variant.texts)
+        arrays |= {"text_index": index[None].repeat(rows, axis=0)}
+        arrays["trained"] &= index[None] > 0
+    batch = place(arrays, variant.accumulate, mesh)
     begin = time.perf_counter()
     for number in range(2 + variant.updates):
         if number == 2:
@@ -155,6 +162,7 @@ def figures(
         lora=lora,
         weights=None if variant.base == "dtype" else variant.base,
         remat=variant.remat,
+        state=variant.state,
     )
     return {
         "devices": f"{count}, {describe(sizes)}",
@@ -183,21 +191,35 @@ def measure(
     remat: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     lora_rank: Annotated[list[int] | None, typer.Option(help="0: all weights.")] = None,
     base: Annotated[list[str] | None, typer.Option(help="dtype, int8, int4; with LoRA.")] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16: all weights and moments.")
+    ] = None,
+    texts: Annotated[
+        list[int] | None, typer.Option(help="Of a row, each read alone; default: one.")
+    ] = None,
     updates: Annotated[int, typer.Option(help="Timed, after two to warm up.")] = 4,
     minutes: Annotated[float, typer.Option(help="Begin no variant after so many.")] = 60.0,
 ) -> None:
     """Time updates in every combination of what may be repeated."""
     report = Report(out, machine() | {"preset": preset, "length": length}, minutes=minutes)
     combinations = itertools.product(
-        mesh or ["tensor=1"], remat or ["attention"], lora_rank or [0], base or ["dtype"]
+        mesh or ["tensor=1"],
+        remat or ["attention"],
+        lora_rank or [0],
+        base or ["dtype"],
+        state or ["float32"],
+        texts or [1],
     )
-    for one_mesh, policy, rank, kept in combinations:
+    for one_mesh, policy, rank, kept, kind, count in combinations:
         if report.out_of_time():
             break
         if kept == "int8" and not rank:
             continue
-        variant = Variant(preset, one_mesh, length, batch, accumulate, policy, rank, kept, updates)
+        variant = Variant(
+            *(preset, one_mesh, length, batch, accumulate, policy, rank, kept, kind, count, updates)
+        )
         named = {"mesh": one_mesh, "remat": policy, "lora_rank": rank, "base": kept}
+        named |= {"state": kind, "texts": count}
         command = [sys.executable, __file__, "one", json.dumps(asdict(variant))]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()

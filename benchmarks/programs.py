@@ -1,12 +1,13 @@
 """How many programs a process compiles for mixed requests, and what memory they keep.
 
-    python benchmarks/programs.py --requests 230 --out outputs/programs.json
+    python benchmarks/programs.py --requests 500 --out outputs/programs.json
 
-Requests of random length, batch, number of new tokens, sampler, seed and stop ids, a quarter of
-them after a prefix, go to one `LLM` one after the other. Every program that XLA compiles counts,
-those of operations outside `jax.jit` too. A row after every 50 requests: programs compiled and
-alive, resident memory, and the slots of the KV caches over those that the texts need. Prints a
-table, writes JSON.
+Requests of five kinds go to one `LLM` one after the other: to generate (of random length, batch,
+number of new tokens, sampler, seed and stop ids), the same after a prefix, turns of conversations,
+logits, and perplexities. Every program that XLA compiles counts, those of operations outside
+`jax.jit` too. A row after every 50 requests: programs compiled and alive, resident memory, and the
+slots of the KV caches of the first two kinds over those that the texts need. Prints a table, writes
+JSON.
 """
 
 import math
@@ -22,15 +23,17 @@ from common import Report, machine, show
 import dca_jax
 from dca_jax import Sampler
 from dca_jax.inference.buckets import cache_shape
+from dca_jax.inference.chat import Conversation
 from dca_jax.inference.llm import LLM
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX notes of each program
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 COLUMNS = ("requests", "compiled", "alive", "resident MB", "slots", "seconds")
 
 
 def main(
     model: Annotated[str, typer.Option(help="A model's folder.")] = "models/demo-python-7m",
-    requests: Annotated[int, typer.Option(help="How many requests.")] = 230,
+    requests: Annotated[int, typer.Option(help="How many requests.")] = 500,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 2000,
     largest: Annotated[int, typer.Option(help="Prompts of the largest batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
@@ -43,13 +46,13 @@ def main(
     compiled = _count_programs()
     settings = {"model": model, "longest": longest, "largest": largest, "seed": seed}
     report = Report(out, machine() | settings)
-    draw = random.Random(seed)
+    mixed = Requests(llm, random.Random(seed), longest, largest)
     made, needed = 0, 0
     begin = time.perf_counter()
     for number in range(1, requests + 1):
-        slots = _request(llm, draw, longest, largest)
+        slots = mixed.one()
         made, needed = made + slots[0], needed + slots[1]
-        if number % 25 == 0 or number == requests:
+        if number % 50 == 0 or number == requests:
             report.add(
                 {
                     "requests": number,
@@ -63,40 +66,72 @@ def main(
     show("Programs by requests; slots over those needed", COLUMNS, report.rows)
 
 
-def _request(llm: LLM, draw: random.Random, longest: int, largest: int) -> tuple[int, int]:
-    """One request; returns the slots of its caches, and those that its texts need."""
+class Requests:
+    """Random requests to one model, whose conversations go on for some turns."""
 
-    def text(most: int) -> list[int]:
-        length = int(math.exp(draw.uniform(0, math.log(most))))
-        return [draw.randrange(1, llm.model.config.vocab_size) for _ in range(length)]
+    def __init__(self, llm: LLM, draw: random.Random, longest: int, largest: int) -> None:
+        llm.tokenizer.chat_template = TEMPLATE  # the demo model has none
+        self.llm, self.draw, self.longest, self.largest = llm, draw, longest, largest
+        self.conversation = Conversation(llm)
 
-    prompts = [text(longest) for _ in range(draw.choice([1, 1, 1, draw.randint(1, largest)]))]
-    new_tokens = int(math.exp(draw.uniform(0, math.log(64))))
-    sampler = Sampler(
-        temperature=draw.choice([0, 0, 0.7, 1.2]),
-        top_k=draw.choice([None, 5, 50]),
-        top_p=draw.choice([None, 0.9]),
-        min_p=draw.choice([None, None, 0.05]),
-        repetition_penalty=draw.choice([1.0, 1.0, 1.2]),
-    )
-    stop_ids = [draw.randrange(llm.model.config.vocab_size) for _ in range(draw.randint(0, 20))]
-    options: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "sampler": sampler,
-        "seed": draw.randrange(1000),
-        "stop_ids": stop_ids,
-    }
-    held, made, needed = 0, 0, 0
-    if draw.random() < 0.25:
-        before = text(longest)
-        room = draw.choice([16, 100, 512])
-        options["prefix"] = llm.prefill(before, room=room)
-        held, needed = len(before), len(before) + room
-        made = math.prod(cache_shape(llm.model, 1, needed))
-    llm.generate(prompts, **options)
-    lengths = [held + len(prompt) + new_tokens for prompt in prompts]
-    made += math.prod(cache_shape(llm.model, len(prompts), max(lengths)))
-    return made, needed + sum(lengths)
+    def one(self) -> tuple[int, int]:
+        """One request; returns the slots of its caches, and those that its texts need."""
+        kind = self.draw.choice(("generate", "generate", "prefix", "chat", "logits", "score"))
+        if kind in ("generate", "prefix"):
+            return self._generate(after_prefix=kind == "prefix")
+        if kind == "chat":
+            self._chat()
+        elif kind == "logits":
+            ids = self._text(self.longest)
+            self.llm.logits([ids] * self._batch())
+        else:
+            self.llm.perplexity([1, *self._text(self.longest)])
+        return 0, 0
+
+    def _batch(self) -> int:
+        return self.draw.choice([1, 1, 1, self.draw.randint(1, self.largest)])
+
+    def _text(self, most: int) -> list[int]:
+        length = int(math.exp(self.draw.uniform(0, math.log(most))))
+        return [self.draw.randrange(1, self.llm.model.config.vocab_size) for _ in range(length)]
+
+    def _options(self) -> dict[str, Any]:
+        draw = self.draw
+        sampler = Sampler(
+            temperature=draw.choice([0, 0, 0.7, 1.2]),
+            top_k=draw.choice([None, 5, 50]),
+            top_p=draw.choice([None, 0.9]),
+            min_p=draw.choice([None, None, 0.05]),
+            repetition_penalty=draw.choice([1.0, 1.0, 1.2]),
+        )
+        vocab = self.llm.model.config.vocab_size
+        return {
+            "max_new_tokens": int(math.exp(draw.uniform(0, math.log(64)))),
+            "sampler": sampler,
+            "seed": draw.randrange(1000),
+            "stop_ids": [draw.randrange(vocab) for _ in range(draw.randint(0, 20))],
+        }
+
+    def _chat(self) -> None:
+        if self.draw.random() < 0.2:
+            self.conversation.reset()
+        words = " ".join(f"word{n}" for n in self._text(self.longest // 8))
+        for _ in self.conversation.ask(words, **self._options()):
+            pass
+
+    def _generate(self, *, after_prefix: bool) -> tuple[int, int]:
+        llm, options = self.llm, self._options()
+        prompts = [self._text(self.longest) for _ in range(self._batch())]
+        held, made, needed = 0, 0, 0
+        if after_prefix:
+            before, room = self._text(self.longest), self.draw.choice([16, 100, 512])
+            options["prefix"] = llm.prefill(before, room=room)
+            held, needed = len(before), len(before) + room
+            made = math.prod(cache_shape(llm.model, 1, needed))
+        llm.generate(prompts, **options)
+        lengths = [held + len(prompt) + options["max_new_tokens"] for prompt in prompts]
+        made += math.prod(cache_shape(llm.model, len(prompts), max(lengths)))
+        return made, needed + sum(lengths)
 
 
 def _count_programs() -> list[int]:

@@ -11,11 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.attention.mosaic_tpu.tiles import choose_tiles
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.weights.parameters import parameters
 

@@ -39,10 +39,10 @@ from common import (
 from jaxtyping import Array
 
 from dca_jax import DCAConfig, RopeConfig
-from dca_jax.attention.device import current_device
 from dca_jax.attention.op import make_rows, rotate_keys
 from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import PHASES
+from dca_jax.device import current_device
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 

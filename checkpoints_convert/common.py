@@ -109,12 +109,11 @@ def progress_bar(total_bytes: int, show: bool) -> Iterator[Progress]:
 def told_if_stopped(destination: Path) -> Iterator[None]:
     """Around a conversion: SIGTERM and Ctrl-C end it cleanly, and say that nothing was written.
 
-    The program then ends with 128 plus the signal's number.
+    The program then ends with 128 plus the signal's number. Further signals are not ignored: where
+    the first came in a callback of the garbage collector, Python has dropped its exception.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)  # while what was begun is removed
         raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

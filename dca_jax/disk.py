@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dca_jax.errors import InputError
 
@@ -63,6 +63,30 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+        raise
+
+
+def append(file: BinaryIO, line: bytes, path: Path, *, sync: bool = False) -> None:
+    """Adds a whole line to a file without a buffer, or none of it.
+
+    Args:
+        file: without a buffer, which would try again on closing what a full disk has refused.
+        path: its own, for the message.
+        sync: whether to wait until the line is on the disk.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with writing(path):
+            while line:  # a disk that fills up may take a part
+                line = line[file.write(line) :]
+            if sync:
+                os.fsync(file.fileno())
+    except InputError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), size)
         raise
 
 

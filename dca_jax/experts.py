@@ -26,8 +26,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.config import LlamaConfig
+from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
-from dca_jax.grouped import are_few, chosen_product, grouped_product
+from dca_jax.grouped import (
+    PRODUCTS,
+    are_few,
+    block_size,
+    choose,
+    chosen_products,
+    collect,
+    lay_out,
+    spread,
+)
 from dca_jax.packed_weights import Packed
 from dca_jax.sharding import Shards
 
@@ -113,8 +123,7 @@ class Experts(nnx.Module):
                 x, chosen, weights = gather(x), gather(chosen), gather(weights)
                 first = jax.lax.axis_index("fsdp").astype(jnp.int32) * gate.shape[1]
             own = chosen - first
-            cut = shards.size("fsdp") > 1
-            y = _in_pieces(x, own, weights, gate, up, down, layer, cut=cut)
+            y = _in_pieces(x, own, weights, gate, up, down, layer)
             if shards.size("tensor") > 1:
                 y = jax.lax.psum(y, "tensor")
             if shards.size("fsdp") > 1:
@@ -145,19 +154,17 @@ def _in_pieces(
     own: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     *kernels: Array | Packed,
-    cut: bool,
 ) -> Float[Array, "B T D"]:
     """`mix` of up to `PIECE` tokens at a time."""
-    once = partial(mix, cut=cut)
     k = own.shape[-1]
     flat = x.reshape(-1, x.shape[-1]), own.reshape(-1, k), weights.reshape(-1, k)
     count = -(-len(flat[0]) // PIECE)
     if count == 1:
-        return once(*flat, *kernels).reshape(x.shape)
+        return mix(*flat, *kernels).reshape(x.shape)
     size = -(-len(flat[0]) // count)
     padded = (jnp.pad(a, ((0, count * size - len(a)), (0, 0))) for a in flat)
     pieces = tuple(a.reshape(count, size, -1) for a in padded)
-    y = jax.lax.map(jax.checkpoint(lambda piece: once(*piece, *kernels)), pieces)
+    y = jax.lax.map(jax.checkpoint(lambda piece: mix(*piece, *kernels)), pieces)
     return y.reshape(count * size, -1)[: len(flat[0])].reshape(x.shape)
 
 
@@ -169,85 +176,39 @@ def mix(
     up: Float[Array, "L E D M"] | Packed,
     down: Float[Array, "L E M D"] | Packed,
     layer: Int[Array, ""],
-    *,
-    cut: bool = False,
 ) -> Float[Array, "T D"]:
     """The weighted sum of what the chosen ones of these experts make of each token.
 
     Args:
-        own: the chosen, counted from the first of these.
-        cut: whether these are not all experts: then a number that is none of theirs is an expert
-            of another device, and adds nothing.
+        own: the chosen, counted from the first of these; a number that is none of theirs is an
+            expert of another device, and adds nothing.
     """
     tokens, k = own.shape
     experts = gate.shape[1]
     here = (own >= 0) & (own < experts)
-
-    def masked(x: Array, mask: Array) -> Array:
-        return jnp.where(mask, x, 0) if cut else x
-
     if are_few(tokens * k, experts):
         groups = jnp.where(here, own, 0).reshape(-1)
-        product = partial(chosen_product, layer=layer, groups=groups)
-        rows = jnp.repeat(x, k, axis=0)
-        out = product(_swiglu(product(rows, gate), product(rows, up)), down)
-        out = out.reshape(tokens, k, -1)
+        product = partial(chosen_products, layer=layer, groups=groups)
+        inner = _swiglu(*product(jnp.repeat(x, k, axis=0), (gate, up)))
+        out = jnp.where(here.reshape(-1, 1), *product(inner, (down,)), 0)
     else:
-        groups = jnp.where(here, own, experts).reshape(-1)
-        order = jnp.argsort(groups, stable=True).astype(jnp.int32)
-        back = jnp.argsort(order).astype(jnp.int32)
-        numbers = jnp.arange(experts, dtype=jnp.int32)
-        sizes = (groups[:, None] == numbers[None]).sum(axis=0, dtype=jnp.int32)
-        # What belongs to no group comes last, and may be anything: also not a number.
-        total = sizes.sum(dtype=jnp.int32)
-        belongs = (jnp.arange(tokens * k, dtype=jnp.int32) < total)[:, None]
-        product = partial(grouped_product, layer=layer, sizes=sizes)
-        rows = masked(_spread(x, order, back), belongs)
-        inner = masked(_swiglu(product(rows, gate), product(rows, up)), belongs)
-        out = masked(product(inner, down), belongs)
-        out = _collect(out, order, back).reshape(tokens, k, -1)
-    out = masked(out.astype(weights.dtype), here[..., None])
-    return jnp.einsum("TkD,Tk->TD", out, weights, precision="highest").astype(x.dtype)
+        if isinstance(gate, Packed):  # this layer's alone is unpacked
+            gate, up, down = (w.at(layer).unpack(x.dtype)[None] for w in (gate, up, down))
+            layer = jnp.int32(0)
+        name = choose(current_device(), x.dtype, gate.shape[2:])
+        block = block_size(name, tokens * k, experts)
+        layout = lay_out(jnp.where(here, own, experts).reshape(-1), experts, block)
+        product = partial(PRODUCTS[name], layer=layer, sizes=layout.sizes, block=block)
+        rows = spread(x, layout)
+        inner = _swiglu(product(rows, gate), product(rows, up))
+        out = collect(product(inner, down), layout)
+    # As a sum of products and not as a product of matrices: XLA gathers on the way.
+    each = out.reshape(tokens, k, -1).astype(weights.dtype) * weights[..., None]
+    return each.sum(axis=1).astype(x.dtype)
 
 
 def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
-
-
-# A permutation's gradient is the permutation back, where JAX would scatter: on a GPU that adds in
-# any order.
-
-
-@jax.custom_vjp
-def _spread(x: Array, order: Array, back: Array) -> Array:
-    """[T, D] as rows of the choices [T * k, D], in the order of their experts."""
-    return x[order // (len(order) // len(x))]
-
-
-def _spread_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple]:
-    return _spread(x, order, back), (back, jnp.zeros((len(x), 0), x.dtype))
-
-
-def _spread_backward(saved: tuple, dy: Array) -> tuple[Array, None, None]:
-    back, like = saved
-    wide = compute_dtype(dy.dtype)
-    by_token = dy[back].reshape(len(like), -1, dy.shape[1])
-    return by_token.astype(wide).sum(axis=1).astype(dy.dtype), None, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
-@jax.custom_vjp
-def _collect(y: Array, order: Array, back: Array) -> Array:
-    """Rows in the order of experts, back in that of tokens and their choices."""
-    return y[back]
-
-
-_collect.defvjp(
-    lambda y, order, back: (_collect(y, order, back), order),
-    lambda order, dy: (dy[order], None, None),
-)
 
 
 # --- how evenly they are chosen ------------------------------------------------------------------

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
-from dca_jax.attention.device import current_device
+from dca_jax.device import current_device
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter

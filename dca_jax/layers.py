@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
 from dca_jax.packed_product import packed_product
 from dca_jax.packed_weights import Packed, is_packed
@@ -25,6 +26,7 @@ from dca_jax.sharding import Shards
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
 Attend = Callable[[Array, Array, Array], Array]
 
+ROWS = 8  # of the smallest product of matrices
 PRODUCT = "product"  # the name of what a `Linear` gives, for what is kept in training
 
 
@@ -77,7 +79,11 @@ class Linear(nnx.Module):
             precision = "highest" if x.dtype == jnp.float32 else None
             kernel = kernel.astype(x.dtype)
             place = shards.product(subscripts, x, kernel)
-            return jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+            tokens = x.shape[1]
+            if self._is_one_row(x, shards):
+                x = jnp.pad(x, ((0, 0), (0, ROWS - 1)) + ((0, 0),) * (x.ndim - 2))
+            y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+            return y[:, :tokens]
 
         subscripts = f"BT{inputs},{inputs}{outputs}->BT{outputs}"
         if isinstance(kernel, Packed):
@@ -93,6 +99,18 @@ class Linear(nnx.Module):
             bias = self.bias[...].astype(x.dtype)
             y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return checkpoint_name(y, PRODUCT)
+
+    @staticmethod
+    def _is_one_row(x: Array, shards: Shards) -> bool:
+        """Whether to multiply eight rows instead, on a GPU.
+
+        Of one row XLA writes all products down before it adds them up, where a kernel is small; of
+        eight it makes cuBLAS's product, which reads the kernel once and where it lies. Not where
+        devices add up their parts: they would move eight rows.
+        """
+        if x.shape[:2] != (1, 1) or current_device().platform != "gpu":
+            return False
+        return shards.size("tensor") == 1 or not any(jax.typeof(x).sharding.spec[2:])
 
 
 class RMSNorm(nnx.Module):

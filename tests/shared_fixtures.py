@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax.attention import mosaic_tpu, op, xla
-from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.triton import common as triton_common
 from dca_jax.attention.triton import tiles as triton_tiles
 from dca_jax.cli import app, measure
+from dca_jax.device import Device
 from dca_jax.model import Llama
 
 

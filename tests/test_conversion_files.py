@@ -1,6 +1,7 @@
 """Files around a conversion: what comes along, and disks and signals that end it."""
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ from conversion_helpers import make_tiny
 from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
+from checkpoints_convert.common import told_if_stopped
 from dca_jax.errors import InputError
 from dca_jax.weights.files import written_aside
 
@@ -205,3 +207,21 @@ def test_a_signal_says_that_nothing_was_written(
     assert f"stopped; {tmp_path / 'out'} was not written: run the same" in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_can_be_sent_again_where_python_dropped_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:  # as one that comes while JAX's own callback runs
+        gc.callbacks.remove(stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(5)
+
+    with pytest.raises(SystemExit) as stopped, told_if_stopped(tmp_path / "out"):
+        gc.callbacks.append(stop)
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(5)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "was not written: run the same command again" in capsys.readouterr().err

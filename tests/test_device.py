@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice
 
-from dca_jax.attention import device as device_module
+from dca_jax import device as device_module
 from dca_jax.attention import mosaic_gpu, op, triton
-from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device, current_device
 
 DCA = DCAConfig(chunk_len=8, max_query_position=12)
 

@@ -1,25 +1,36 @@
 """What the system refuses to write becomes one sentence."""
 
 import errno
+import json
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tensorstore as ts
+from shared_fixtures import invoke
 
-from dca_jax.disk import writing
+from dca_jax.disk import append, writing
 from dca_jax.errors import InputError
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
 def no_room() -> Iterator[None]:
-    """No file may grow beyond 100 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk():
+        yield
 
 
 def test_a_refused_write_says_which_path_why_and_what_to_do(tmp_path: Path, no_room: None) -> None:
@@ -63,8 +74,76 @@ def test_a_full_and_a_read_only_disk(code: int, says: str) -> None:
         raise OSError(code, "of a disk")
 
 
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, no_room: None) -> None:
+    path = tmp_path / "lines"
+    with path.open("ab", buffering=0) as file:
+        append(file, b"x" * 60, path)
+        with pytest.raises(InputError, match="File too large"):
+            append(file, b"y" * 60, path)
+        append(file, b"z" * 40, path, sync=True)
+    assert path.read_bytes() == b"x" * 60 + b"z" * 40
+
+
 def test_other_errors_pass_as_they_are() -> None:
     for error in (ValueError("a bug"), KeyError("x"), InputError("said already")):
         with pytest.raises(type(error)) as caught, writing("out"):
             raise error
         assert caught.value is error
+
+
+# --- every command that writes -------------------------------------------------------------------
+
+COMMANDS = {
+    "convert": "convert {model} {out}",
+    "generate": "generate {model} --input {inputs}/prompts.jsonl --output {out} --max-new-tokens 1",
+    "explain": "explain --trained-length 64 --plot {out}",
+    "eval": "eval perplexity {model} --text {inputs}/text.txt --length 32 --form strided "
+    "--method rope --limit 1 --output {out}",
+    "finetune": "finetune --model {model} --data {inputs}/texts.jsonl --output {out} --length 32 "
+    "--steps 1 --dtype float32",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("inputs")
+    (place / "prompts.jsonl").write_text(json.dumps({"prompt": "Call me", "note": "x" * 100}))
+    (place / "text.txt").write_text("Call me Ishmael. " * 20)
+    (place / "texts.jsonl").write_text(json.dumps({"text": "Call me Ishmael. " * 20}))
+    return place
+
+
+# `finetune` on a disk that fills up while it trains: tests/test_finetune_run.py.
+@pytest.mark.parametrize("name", ["convert", "generate", "explain", "eval"])
+def test_a_command_says_that_the_disk_is_full(
+    name: str, folder: Path, inputs: Path, tmp_path: Path
+) -> None:
+    words = COMMANDS[name].format(model=folder, inputs=inputs, out=tmp_path / "out").split()
+    with full_disk():
+        full = invoke(*words)
+    assert full.exit_code == 2, full.output
+    assert re.search("error: .*out.* cannot be written: File too large; raise the", full.stderr)
+    whole = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
+    assert whole == []
+    again = invoke(*words)
+    assert again.exit_code == 0, again.output
+    if name == "eval":
+        (tmp_path / "out" / "report.html").unlink(missing_ok=True)
+        with full_disk():
+            full = invoke("eval", "report", tmp_path)
+        assert full.exit_code == 2
+        assert "cannot be written: File too large" in full.stderr
+        assert invoke("eval", "report", tmp_path).exit_code == 0
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_says_that_its_path_leads_nowhere(
+    command: str, folder: Path, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "out"
+    refused = invoke(*command.format(model=folder, inputs=inputs, out=out).split())
+    assert refused.exit_code == 2, refused.output
+    assert re.search("^error: .*file.*(no|is a) (folder|file)|folders only", refused.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

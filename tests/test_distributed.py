@@ -163,13 +163,16 @@ def test_two_processes_give_what_one_gives(tmp_path, folder, llm):
 
 
 def test_two_processes_finetune_as_one_does(tmp_path, folder):
-    """LoRA, whose adapters lie on both: the same losses, and files written once."""
+    """LoRA, whose adapters lie on both: the same losses, and files written once.
+
+    What lies between the processes is the outermost axis; the others are within each of them.
+    """
     dialogues = [{"instruction": f"Say {n}.", "output": f"This is {n}."} for n in range(12)]
     (tmp_path / "data.json").write_text(json.dumps(dialogues))
     common = ["finetune", "--model", folder, "--data", tmp_path / "data.json", "--lora-rank", "2"]
     common += ["--eval-data", tmp_path / "data.json", "--length", "64", "--batch", "2"]
     common += ["--steps", "3", "--save-every", "2", "--learning-rate", "3e-3", "--dtype", "float32"]
-    arguments = [*common, "--output", tmp_path / "both", "--mesh", "fsdp=2,context=2,tensor=2"]
+    arguments = [*common, "--output", tmp_path / "both", "--mesh", "fsdp=4,tensor=2"]
     with processes(tmp_path, flags(0, *arguments), flags(1, *arguments)) as both:
         assert [process.wait() for process in both] == [0, 0], both[0].said + both[1].said
         assert both[0].printed.endswith(f"wrote {tmp_path / 'both' / 'model'}\n")

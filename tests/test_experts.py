@@ -18,12 +18,12 @@ from lowering import lower
 from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
-from dca_jax.attention.device import Device
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device
 from dca_jax.errors import InputError
 from dca_jax.experts import Experts, balance_of, load_balancing_loss
-from dca_jax.grouped import PRODUCTS, choose, chosen_product
+from dca_jax.grouped import PRODUCTS, choose, chosen_products, collect, few, lay_out, spread
 from dca_jax.inference.generate import generate
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
@@ -167,17 +167,18 @@ SIZES = np.array([5, 0, 40, 1, 0, 17], np.int32)
 def test_products_of_groups(name: str) -> None:
     """Empty groups, one of a row, ones of several blocks; rows that belong to none."""
     with jax.enable_x64(True):
-        keys, beyond = jax.random.split(jax.random.key(0), 3), 9
-        rows = int(SIZES.sum()) + beyond
+        keys, beyond, block = jax.random.split(jax.random.key(0), 3), 9, 8
+        group = np.repeat(np.arange(7), [*SIZES, beyond]).astype(np.int32)
+        group = np.random.default_rng(0).permutation(group)
+        rows = len(group)
         x = jax.random.normal(keys[0], (rows, 7), jnp.float64)
         kernels = jax.random.normal(keys[1], (2, 6, 7, 5), jnp.float64)
         weights = jax.random.normal(keys[2], (rows, 5), jnp.float64)
-        belongs = (np.arange(rows) < SIZES.sum())[:, None]
-        group = np.repeat(np.arange(7), [*SIZES, beyond])
 
         def ours(x: jax.Array, kernels: jax.Array) -> jax.Array:
-            product = PRODUCTS[name](x, kernels, jnp.int32(1), jnp.asarray(SIZES))
-            return jnp.where(belongs, product, 0)
+            layout = lay_out(jnp.asarray(group), 6, block)
+            product = PRODUCTS[name](spread(x, layout), kernels, jnp.int32(1), layout.sizes, block)
+            return collect(product, layout)
 
         def dense(x: jax.Array, kernels: jax.Array) -> jax.Array:
             matrices = jnp.concatenate([kernels[1], jnp.zeros((1, 7, 5))])[group]
@@ -194,12 +195,37 @@ def test_products_of_groups(name: str) -> None:
             np.testing.assert_allclose(ours_, theirs, atol=1e-12)
 
 
-def test_few_rows_times_their_own_matrices() -> None:
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, kernels = jax.random.normal(keys[0], (4, 7)), jax.random.normal(keys[1], (2, 6, 7, 5))
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_every_row_has_one_place_and_every_block_one_group(block: int) -> None:
+    group = np.random.default_rng(block).integers(0, 9, 200).astype(np.int32)
+    group[group == 3] = 4  # one is empty; 8 is no group
+    layout = jax.tree.map(np.asarray, lay_out(jnp.asarray(group), 8, block))
+    places = len(layout.source)
+    np.testing.assert_array_equal(layout.sizes, np.bincount(group, minlength=9)[:8])
+    np.testing.assert_array_equal(layout.place < places, group < 8)
+    belongs = np.flatnonzero(group < 8)
+    np.testing.assert_array_equal(layout.source[layout.place[belongs]], belongs)
+    assert np.sum(layout.source < 200) == len(belongs)
+    standing = layout.source.reshape(-1, block)
+    for rows in standing:
+        assert len(set(group[rows[rows < 200]])) <= 1
+    # The groups' blocks follow each other, as a product finds them.
+    first = [group[rows[0]] for rows in standing if rows[0] < 200]
+    expected = np.repeat(np.arange(8), -(-layout.sizes // block))
+    np.testing.assert_array_equal(first, expected)
+
+
+@pytest.mark.parametrize("way", ["rows", "kernel"])
+def test_few_rows_times_their_own_matrices(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few, "INTERPRET", way == "kernel")
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (4, 256))
+    stacks = tuple(jax.random.normal(key, (2, 6, 256, 128)) for key in keys[1:])
     groups = jnp.asarray([5, 0, 5, 2], jnp.int32)
-    got = chosen_product(x, kernels, jnp.int32(1), groups)
-    np.testing.assert_allclose(got, jnp.einsum("ri,rio->ro", x, kernels[1, groups]), atol=1e-5)
+    got = jax.jit(chosen_products)(x, stacks, jnp.int32(1), groups)
+    for ours, kernels in zip(got, stacks, strict=True):
+        expected = np.einsum("ri,rio->ro", x, kernels[1, groups], dtype=np.float64)
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_the_product_is_chosen_by_device_and_shape() -> None:
@@ -211,17 +237,22 @@ def test_the_product_is_chosen_by_device_and_shape() -> None:
     assert choose(Device("gpu", "NVIDIA A100", (8, 0)), jnp.bfloat16, (2048, 768)) == "blocks"
 
 
-def test_the_kernel_for_hopper_compiles_as_far_as_its_own_compiler_goes() -> None:
+@pytest.mark.parametrize("matrix", [(2048, 768), (384, 640)])
+def test_the_kernels_for_hopper_compile_as_far_as_their_own_compiler_goes(
+    matrix: tuple[int, int],
+) -> None:
     x, kernels = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 2048), (48, 128, 2048, 768))
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((4096, matrix[0]), (48, 128, *matrix))
     )
     sizes, layer = jax.ShapeDtypeStruct((128,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
 
     def loss(x: jax.Array, kernels: jax.Array, layer: jax.Array, sizes: jax.Array) -> jax.Array:
-        return PRODUCTS["mosaic_gpu"](x, kernels, layer, sizes).astype(jnp.float32).sum()
+        return PRODUCTS["mosaic_gpu"](x, kernels, layer, sizes, 128).astype(jnp.float32).sum()
 
-    text = lower(jax.grad(loss), x, kernels, layer, sizes)
-    assert text.count("mosaic_gpu") >= 1
+    text = lower(jax.value_and_grad(loss, argnums=(0, 1)), x, kernels, layer, sizes)
+    assert text.count("grouped_product") >= 2
+    assert text.count("grouped_outer") >= 1
 
 
 CONFIG = replace(
@@ -365,8 +396,6 @@ SLOW = pytest.mark.slow
 MESHES = (
     None,
     "fsdp=4,tensor=2",
-    pytest.param("data=2,fsdp=4", marks=SLOW),
-    pytest.param("data=2,context=2,tensor=2", marks=SLOW),
     pytest.param("fsdp=2,context=2,tensor=2", marks=SLOW),
 )
 

@@ -396,7 +396,7 @@ def test_llama_2_is_as_published(tokenizer: Any) -> None:
     assert bare.tokens.tolist() == tokenizer(text, add_special_tokens=False).input_ids
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(texts=st.lists(words, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_masks_of_any_text(byte_level: Any, texts: list[str]) -> None:
     rendered = render(dialogue(*texts), byte_level, "llama-2")

@@ -19,10 +19,10 @@ from kernels import attend_by_slices
 
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
-from dca_jax.attention.device import current_device
 from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
+from dca_jax.device import current_device
 from dca_jax.evaluation.passkey import passkey_grid
 from dca_jax.inference.score import perplexity, token_nll
 from dca_jax.model import Llama

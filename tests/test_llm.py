@@ -19,7 +19,7 @@ from checkpoints_convert.hf_to_orbax import convert
 from dca_jax import DCAConfig, RopeConfig, Sampler
 from dca_jax.config import choose_dca
 from dca_jax.errors import InputError
-from dca_jax.inference import documents, options
+from dca_jax.inference import documents, logits, options
 from dca_jax.inference import generate as engine
 from dca_jax.inference.chat import Conversation
 from dca_jax.inference.generate import generate
@@ -439,14 +439,44 @@ def test_a_template_without_system_messages_says_so_at_once(llm, tmp_path):
 def test_logits_are_those_of_the_model(llm):
     ids = llm.tokenize(TEXT)
     tokens = [ids[:60], ids[2:62]]
-    logits = llm.logits(tokens)
-    assert logits.shape == (2, 60, 300)
-    assert logits.dtype == jnp.float32
+    found = llm.logits(tokens)
+    assert found.shape == (2, 60, 300)
+    assert found.dtype == jnp.float32
     np.testing.assert_allclose(
-        logits, llm.model(jnp.asarray(tokens, jnp.int32)), rtol=1e-4, atol=1e-4
+        found, llm.model(jnp.asarray(tokens, jnp.int32)), rtol=1e-4, atol=1e-4
     )
     with pytest.raises(InputError, match=r"the rows must have one length, got \[1, 2\]"):
         llm.logits([[1], [1, 2]])
+
+
+DYNAMIC = RopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"dca": DCAConfig.paper(64)}, [(1, 63), (1, 65), (3, 64), (9, 100), (1, 1), (2, 2)]),
+        ({"sliding_window": 100}, [(9, 100), (1, 70)]),  # the window is narrower than the padding
+        ({"rope": DYNAMIC}, [(1, 100)]),  # which sees the length of a text
+    ],
+    ids=["dca", "window", "dynamic"],
+)
+def test_logits_of_any_length_and_batch_in_few_programs(llm, changes, sizes):
+    config = replace(llm.model.config, **{k: v for k, v in changes.items() if k != "dca"})
+    model = Llama.from_params(config, llm.model.params(), dca=changes.get("dca"), dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(0, 300, (9, 100)).astype(np.int32)
+    expected = jax.jit(Llama.__call__)(model, ids)
+    logits.programs.cache_clear()
+    for batch, length in sizes:
+        found = replace(llm, model=model).logits(ids[:batch, :length])
+        np.testing.assert_allclose(found, expected[:batch, :length], rtol=1e-4, atol=1e-3)
+    assert logits.programs.cache_info().misses <= 4  # 1 and 8 rows of 64 and of 256 tokens
+
+
+def test_logits_that_the_host_cannot_hold_are_refused(llm, monkeypatch):
+    monkeypatch.setattr(logits, "free_bytes", lambda device: 1200 * 59)
+    with pytest.raises(InputError, match=r"the logits of 1 x 60 tokens take .*; give fewer tokens"):
+        llm.logits([[1] * 60])
 
 
 def test_perplexity_is_that_of_the_logits(llm):

@@ -211,19 +211,14 @@ def test_as_a_user_runs_it(folder, task_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_by_our_own_command(folder, task_folder, tmp_path):
+def test_by_our_own_command(folder, task_folder, tmp_path, monkeypatch):
     """`dca-jax lm-eval`: our options, and lm-eval's for the rest."""
     arguments = ["lm-eval", folder, "--method", "dca:40,60", "--max-length", "4k"]
     arguments += ["--dtype", "float32", "--tasks", "local_answer", "--batch_size", "2"]
     arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dca_jax", *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["dca-jax"])  # lm-eval reads it
+    done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
     assert "|local_answer|" in done.stdout
     (results,) = (tmp_path / "out").rglob("results_*.json")
     asked = json.loads(results.read_text())["config"]["model_args"]

@@ -17,9 +17,9 @@ from jax._src.core import subjaxprs
 from kernels import QUICK, ROPE, draw
 
 from dca_jax.attention import dual_chunk_attention, merge_passes, mosaic_tpu, op
-from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu import runs, steps, tiles
 from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.device import Device
 from dca_jax.errors import InputError
 
 S = 24  # no multiple of the block

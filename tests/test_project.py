@@ -135,7 +135,8 @@ def test_attention_alone_loads_no_checkpoint_library():
     assert run.stdout.strip() == "[]"
 
 
-def test_no_module_imports_in_a_circle():
+def imports() -> dict[str, set[str]]:
+    """Each module of both packages, and those of them that it imports, anywhere in it."""
     files = [*Path("dca_jax").rglob("*.py"), *Path("checkpoints_convert").rglob("*.py")]
     modules = {".".join(f.with_suffix("").parts).removesuffix(".__init__"): f for f in files}
     del modules["dca_jax"]  # gives the public names, lazily
@@ -149,8 +150,20 @@ def test_no_module_imports_in_a_circle():
                     if found in modules and found != name:
                         yield found
 
-    graph = {name: set(imported(name)) for name in modules}
-    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(modules)
+    return {name: set(imported(name)) for name in modules}
+
+
+def test_no_module_imports_in_a_circle():
+    graph = imports()
+    assert len(tuple(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_the_attention_knows_no_model():
+    known = {f"dca_jax.{name}" for name in "dca rope sharding device dtypes errors fields".split()}
+    for name, imported in imports().items():
+        if name.startswith("dca_jax.attention"):
+            others = {x for x in imported if not x.startswith("dca_jax.attention")}
+            assert others <= known, name
 
 
 def test_every_public_name_is_there():

@@ -15,9 +15,9 @@ from jax._src.mesh import AbstractDevice
 from kernels import QUICK, ROPE, draw
 
 from dca_jax.attention import dual_chunk_attention, op, triton
-from dca_jax.attention.device import Device
 from dca_jax.attention.triton import tiles
 from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.device import Device
 from dca_jax.errors import InputError
 
 S = 40  # no multiple of the tile

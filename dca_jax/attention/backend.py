@@ -5,9 +5,9 @@ from typing import NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.device import Device
 from dca_jax.attention.softmax import FAR
 from dca_jax.dca import DCAConfig, Phase
+from dca_jax.device import Device
 
 # The name under which a policy of `jax.checkpoint` finds output and log-sum-exp: with these kept,
 # the backward pass need not run the forward kernel again.

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
-from dca_jax.attention.device import current_device
 from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import (
     DCAConfig,
@@ -29,6 +28,7 @@ from dca_jax.dca import (
     phases_within,
     temperature,
 )
+from dca_jax.device import current_device
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST
 from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate

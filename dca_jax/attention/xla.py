@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
-from dca_jax.attention.device import Device, current_device
 from dca_jax.dca import DCAConfig, Phase
+from dca_jax.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 

@@ -18,6 +18,7 @@ from dca_jax.cli.options import (
     ModelArgument,
     WeightsOption,
     check_method,
+    find_model,
     load_model,
     refuse_several_processes,
 )
@@ -34,6 +35,7 @@ from dca_jax.evaluation import (
     texts,
     windows,
 )
+from dca_jax.evaluation.benchmark_files import longest_text
 from dca_jax.evaluation.examples import Choice
 from dca_jax.evaluation.haystacks import Haystack
 from dca_jax.evaluation.paper import MODELS
@@ -132,18 +134,20 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
     if tokens is not None:
-        source = texts.read_token_file(tokens, llm.model.config.vocab_size)
+        source = texts.read_token_file(tokens, opened.llm.model.config.vocab_size)
     else:
         assert text is not None
-        source = texts.read_text(llm, text)
+        source = texts.read_text(opened.llm, text)
     prefix: list[int] = []
     if form == Form.rolling:
-        prefix = [texts.prefix_token(llm)]
+        prefix = [texts.prefix_token(opened.llm)]
     elif form == Form.strided and text is not None:
-        prefix = texts.special_prefix(llm)
+        prefix = texts.special_prefix(opened.llm)
     stride = windows.STRIDES.get(form.value) if stride is None else stride
+    cut = {"form": form.value, "lengths": lengths, "stride": stride, "batch": batch, "limit": limit}
+    llm = load_model(model, opened, windows.batches(len(prefix) + len(source.tokens), **cut))
     settings = {"form": form.value, "stride": stride, "prefix": prefix, **source.facts}
     with run(output, "perplexity", model, llm, settings, paper, adapter=adapter) as log:
         windows.evaluate(
@@ -195,7 +199,8 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
     with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
         passkey.evaluate(
@@ -260,7 +265,8 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=max(lengths))
+    llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
         needle.evaluate(
             llm,
@@ -340,8 +346,11 @@ def few_shot_command(
     choice = examples or Choice.random
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
-    few_shot.read_files(files, **chosen)
-    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    items = few_shot.read_files(files, **chosen)
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    documents = [item.document for some in items.values() for item in some[:limit]]
+    need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
+    llm = load_model(model, opened, [need])
     settings = {"max_length": length} | ({"examples": choice.value} if pools else {})
     data_files = contents(files | {f"{task} (pool)": path for task, path in pools.items()})
     with run(output, "few-shot", model, llm, settings, paper, data_files, adapter=adapter) as log:
@@ -390,8 +399,12 @@ def l_eval_command(
     - `dca-jax eval l-eval ./Qwen2.5-7B-Instruct-1M --data quality=quality.jsonl --chat`
     """
     files, length = task_files(data), parse_tokens(max_length)
-    l_eval.read_files(files, length)  # what is wrong with them is said before any weight is read
-    llm = load_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    # What is wrong with the files is said before any weight is read.
+    rows = l_eval.read_files(files, length)
+    opened = find_model(model, method, dtype, mesh, adapter, weights=weights, context=length)
+    documents = [row["input"] for some in rows.values() for row in some[:limit]]
+    need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
+    llm = load_model(model, opened, [need])
     settings = {"max_length": length, "chat": chat}
     with run(
         output, "l-eval", model, llm, settings, paper, contents(files), adapter=adapter
@@ -423,7 +436,11 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    llm = load_model(model, [method], dtype, mesh, adapter, weights=weights, context=max(lengths))
+    opened = find_model(
+        model, [method], dtype, mesh, adapter, weights=weights, context=max(lengths)
+    )
+    # What does not fit is a result here, so only the shortest text must.
+    llm = load_model(model, opened, [(1, min(lengths))])
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
         speed.evaluate(llm.model, log, trials=trials, **options)

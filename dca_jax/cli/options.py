@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,11 @@ from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.inference.llm import LLM
-from dca_jax.inference.load import load
+from dca_jax.inference.load import Opened, open_model
 from dca_jax.inference.methods import METHODS, method_by_name
 from dca_jax.inference.sampling import Sampler
+from dca_jax.planning.room import check_room
+from dca_jax.sharding import mesh_of
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
 
@@ -175,7 +177,7 @@ def with_signature(
     return call
 
 
-def load_model(
+def find_model(
     model: str,
     methods: Sequence[str],
     dtype: Dtype | None,
@@ -185,22 +187,39 @@ def load_model(
     weights: Weights | None = None,
     context: int | None = None,
     config: Path | None = None,
-) -> LLM:
-    """The one place where a command loads its model: with its own rope, and no method yet.
+) -> Opened:
+    """The one place where a command opens its model: with its own rope, and no method yet.
 
     Every method is made of it (`dca_jax.inference.methods`); nothing is loaded or copied again.
 
     Raises:
-        InputError: an unknown method, before the weights are read; and as `dca_jax.load`.
+        InputError: an unknown method, and as `dca_jax.inference.load.open_model`.
     """
     shape = read_config(find_folder(model, weights=False), context=context, file=config)
     for method in methods:
         check_method(method, shape)
+    wanted = None if dtype is None else dtype.value
+    packed = None if weights is None else weights.value
+    options = {"dtype": wanted, "mesh": mesh, "adapter": adapter, "weights": packed}
+    return open_model(model, dca=None, context=context, config=config, **options)
+
+
+def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> LLM:
+    """Reads the weights of an opened model, unless what it is to read cannot fit beside them.
+
+    Args:
+        model: its name. needs: rows and tokens of what is to be read at once.
+
+    Raises:
+        InputError: as `dca_jax.planning.room.check_room` and `Opened.load`.
+    """
+    empty = opened.llm.model
+    for batch, length in needs:
+        options = {"context_length": length, "batch": batch, "dtype": empty.dtype}
+        options |= {"weights": opened.weights}
+        check_room(empty.config, mesh_of(empty), **options)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
-        wanted = None if dtype is None else dtype.value
-        packed = None if weights is None else weights.value
-        options = {"dtype": wanted, "mesh": mesh, "adapter": adapter, "weights": packed}
-        return load(model, dca=None, context=context, config=config, **options)
+        return opened.load()
 
 
 def check_method(method: str, config: LlamaConfig) -> None:

@@ -25,7 +25,7 @@ from dca_jax.cli.options import (
 )
 from dca_jax.config import LlamaConfig, LoraConfig, lora_targets
 from dca_jax.dca import DCAConfig
-from dca_jax.disk import writing
+from dca_jax.disk import writing, written
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference.methods import method_by_name
@@ -305,8 +305,8 @@ def _save_plot(path: Path, length: int, dca: DCAConfig | PositionMethod | None) 
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     plot_relative_positions(length, dca, axes)
     try:
-        with writing(path):
-            figure.savefig(path, dpi=150)
+        kind = path.suffix.removeprefix(".") or "png"
+        written(path, lambda aside: figure.savefig(aside, dpi=150, format=kind))
     except ValueError as error:  # a format that Matplotlib does not know
         if isinstance(error, InputError):
             raise

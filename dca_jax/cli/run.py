@@ -3,7 +3,7 @@
 import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,12 @@ from dca_jax.cli.options import (
     SeedOption,
     ThinkingOption,
     WeightsOption,
+    find_model,
     load_model,
     refuse_several_processes,
     with_sampler,
 )
+from dca_jax.disk import append, writing
 from dca_jax.distributed import exit_on_input_error, from_primary, is_primary
 from dca_jax.errors import InputError
 from dca_jax.inference.chat import Conversation
@@ -36,7 +38,7 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.methods import reading
 from dca_jax.inference.options import Options
 from dca_jax.inference.progress import progress
-from dca_jax.inference.requests import Request, answers, make_requests, read_lines
+from dca_jax.inference.requests import Request, answers, batches, make_requests, read_lines
 from dca_jax.inference.sampling import Sampler
 from dca_jax.lengths import parse_tokens
 from dca_jax.text_files import decode
@@ -140,10 +142,11 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    llm = load_model(
-        model, [method], dtype, mesh, adapter, weights=weights, context=longest, config=config
-    )
-    requests = make(llm)
+    wanted = {"weights": weights, "context": longest, "config": config}
+    opened = find_model(model, [method], dtype, mesh, adapter, **wanted)
+    requests = make(opened.llm)
+    together = batches(opened.llm.model.config, requests, method, batch, options)
+    llm = load_model(model, opened, (_need(some, options) for _, some in together))
     if input is None and output is None and not as_json:
         (request,) = requests
         reader = reading(llm, method, len(request.tokens) + options.max_new_tokens)
@@ -206,9 +209,9 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    llm = load_model(
-        model, [method], dtype, mesh, adapter, weights=weights, context=length, config=config
-    )
+    wanted = {"weights": weights, "context": length, "config": config}
+    opened = find_model(model, [method], dtype, mesh, adapter, **wanted)
+    llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
@@ -278,6 +281,12 @@ def _requests(
     return lambda llm: [Request(fields, llm.tokenize(fields["prompt"]))]
 
 
+def _need(together: Sequence[Request], options: Options) -> tuple[int, int]:
+    """Rows and tokens of a batch."""
+    longest = max(len(request.tokens) for request in together)
+    return len(together), longest + options.max_new_tokens
+
+
 def _standard_input() -> str:
     """All of it, as the primary process gets it."""
 
@@ -323,7 +332,9 @@ def _lines(output: Path | None) -> Iterator[Callable[[str], None]]:
         return
     aside = output.with_name(f".{output.name}.partial")
     written = 0
-    with aside.open("a", encoding="utf-8") as file:
+    with writing(output):
+        opened = aside.open("ab", buffering=0)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -334,14 +345,14 @@ def _lines(output: Path | None) -> Iterator[Callable[[str], None]]:
 
         def write(line: str) -> None:
             nonlocal written
-            file.write(line + "\n")
-            file.flush()
+            append(file, f"{line}\n".encode(errors="replace"), output)
             written += 1
 
         try:
             yield write
             refuse_existing(output)
-            aside.rename(output)
+            with writing(output):
+                aside.rename(output)
         except BaseException:
             if written:
                 print(f"the first {written} answers are in {aside}", file=sys.stderr)

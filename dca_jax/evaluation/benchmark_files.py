@@ -1,13 +1,14 @@
 """Long documents with questions: the files of benchmarks, and cutting documents to length."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
+from dca_jax.inference.llm import LLM
 from dca_jax.text_files import check_characters, json_lines, read_text_file
 
 CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
@@ -124,3 +125,8 @@ class Document:
 def cached_cut(document: Document, count_tokens: Callable[[str], int]) -> Callable[[], str]:
     """`Document.cut` when it is first asked for; many questions share a document."""
     return functools.cache(lambda: document.cut(count_tokens))
+
+
+def longest_text(llm: LLM, texts: Sequence[str]) -> int:
+    """Tokens of the text that has most characters."""
+    return len(llm.tokenize(max(texts, key=len)))

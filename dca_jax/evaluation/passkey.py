@@ -184,6 +184,12 @@ def evaluate(
         raise InputError("passkey retrieval needs a length, a depth and a trial at least")
     for depth in depths or ():
         _check_depth(depth)
+    short = [length for length in lengths if form == "paper" and not filler_characters(length)]
+    if short:
+        raise InputError(
+            f"the form 'paper' has filler of whole 1,024 characters, for 274 tokens or more; got "
+            f"{min(short)}: give a greater length, or take the form 'fitted'"
+        )
     where = [{"depth": depth} for depth in depths] if depths is not None else [{}]
     samples = [
         Sample(

@@ -17,14 +17,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from dca_jax import fields
-from dca_jax.disk import writing, written
+from dca_jax.disk import append, writing, written
 from dca_jax.distributed import from_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
@@ -161,16 +161,9 @@ class ResultLog:
         self._records[_identity(record.key)] = record
 
     def _write(self, file: BinaryIO, line: bytes) -> None:
-        """A whole line, or none of it."""
-        size = os.fstat(file.fileno()).st_size
         try:
-            with writing(self.folder / LINES):
-                while line:  # a disk that fills up may take a part
-                    line = line[file.write(line) :]
-                os.fsync(file.fileno())
+            append(file, line, self.folder / LINES, sync=True)
         except InputError as error:
-            with suppress(OSError):  # then the next run drops the half line
-                os.ftruncate(file.fileno(), size)
             raise UnwritableError(str(error)) from error
 
 

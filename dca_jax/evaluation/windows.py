@@ -21,7 +21,7 @@ The paper's stride is 256; for 70B models 2048 and, above 96k tokens, L / 2.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +125,29 @@ def _rolling(count: int, length: int) -> list[Window]:
     return windows
 
 
+def batches(
+    count: int,
+    *,
+    form: str,
+    lengths: Sequence[int],
+    stride: int | None = None,
+    batch: int | None = None,
+    limit: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Rows and tokens of the largest batch that `evaluate` reads for each length.
+
+    Args and errors as of `make_windows` and `evaluate`.
+    """
+    for length in lengths:
+        some = _spread(make_windows(form, count, length, stride), limit)
+        yield _rows(len(some), length, batch), max(w.stop - w.start for w in some)
+
+
+def _rows(windows: int, length: int, batch: int | None) -> int:
+    """Windows of one length that are read together."""
+    return min(windows, batch or max(1, piece_length(1) // length))
+
+
 def evaluate(
     model: Llama,
     tokens: Int[np.ndarray, " N"],
@@ -168,7 +191,7 @@ def evaluate(
 
             for _, group in groupby(some, lambda window: window.stop - window.start):
                 same = list(group)
-                size = min(len(same), batch or max(1, piece_length(1) // length))
+                size = _rows(len(same), length, batch)
                 _read(reading, tokens, same, size, log, (method, length), on_piece)
 
 

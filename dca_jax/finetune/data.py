@@ -82,6 +82,12 @@ def training_rows(
     return found.batch(batch, batch_fn=stacked)
 
 
+def longest_row(sources: Sequence[Source], length: int) -> int:
+    """Tokens of the longest row where each dialogue is one, padded as `training_rows` pads it."""
+    dialogues = (dialogue for source in sources for dialogue in source.dialogues)
+    return bucket(max(len(dialogue.tokens) for dialogue in dialogues), length)
+
+
 def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: str, seed: int = 0) -> int:
     """Rows of an epoch: on average, rounded up; of whole dialogues, those of the first epoch."""
     _check(sources, length, pack)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dca_jax.config import LlamaConfig, LoraConfig
-from dca_jax.disk import writing, written
+from dca_jax.disk import append, writing, written
 from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Settings
@@ -107,7 +107,6 @@ class Meters:
         if is_primary():
             with writing(self.folder / METRICS):
                 _cut_after(self.folder / METRICS, self._step)
-                # Without a buffer: what a full disk has refused is not tried again on closing.
                 self._file = (self.folder / METRICS).open("ab", buffering=0)
         self._bar.start()
         self._task = self._bar.add_task(
@@ -162,9 +161,7 @@ class Meters:
         if not is_primary():
             return
         line = json.dumps({"step": step} | metrics).encode() + b"\n"
-        with writing(self.folder / METRICS):
-            while line:  # a disk that fills up may take a part; the next run cuts it off
-                line = line[self._file.write(line) :]
+        append(self._file, line, self.folder / METRICS)
         for reporter in self._reporters:
             with writing(self.folder):
                 reporter.report(step, metrics)

@@ -37,7 +37,7 @@ from dca_jax.disk import writing, written
 from dca_jax.distributed import from_primary, is_primary, several_processes
 from dca_jax.errors import InputError
 from dca_jax.finetune.checkpoints import ADVICE, Checkpoints
-from dca_jax.finetune.data import Rows, Source, row, text_lengths
+from dca_jax.finetune.data import Rows, Source, longest_row, row, text_lengths
 from dca_jax.finetune.export import export
 from dca_jax.finetune.inputs import number_of_updates, read_inputs, training_rows
 from dca_jax.finetune.lora import init_lora
@@ -62,6 +62,7 @@ from dca_jax.finetune.train import (
 )
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
+from dca_jax.planning.room import check_room
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.adapters import load_adapter, open_adapter
 from dca_jax.weights.folder import load_weights
@@ -87,8 +88,12 @@ def finetune(settings: Settings) -> Path:
     setup = open_setup(settings)
     output = Path(settings.output)
     from_primary(lambda: check_output(output, settings))
+    if settings.pack != "none":  # its rows are as long as its dialogues
+        check_memory(setup, settings.length)
     inputs = read_inputs(setup)
     rows = training_rows(setup, inputs.data)
+    if settings.pack == "none":
+        check_memory(setup, longest_row(inputs.data, settings.length))
     steps = number_of_updates(settings, inputs.data)
     from_primary(lambda: lengthen(output, settings, inputs.data, steps))
     from_primary(lambda: write_settings(output, settings))
@@ -192,6 +197,27 @@ def check_output(output: Path, settings: Settings) -> None:
             )
     elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} exists and holds no finetuning run; choose another output")
+
+
+def check_memory(setup: Setup, length: int) -> None:
+    """Refuses rows of `length` tokens that the devices have no room to train on.
+
+    Raises:
+        InputError: as `dca_jax.planning.room.check_room`.
+    """
+    settings = setup.settings
+    check_room(
+        setup.config,
+        setup.mesh,
+        context_length=length,
+        batch=settings.batch,
+        dtype=settings.dtype,
+        train=True,
+        lora=setup.lora,
+        weights=None if settings.base == "dtype" else settings.base,
+        remat=settings.remat,
+        state=settings.state,
+    )
 
 
 def settings_before(output: Path) -> Settings | None:

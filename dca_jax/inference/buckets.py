@@ -28,6 +28,8 @@ from dca_jax.model import Llama
 from dca_jax.sharding import Shards, axis_size, mesh_of, partition
 
 PIECE = 4096  # tokens read at once, of all rows together
+# And by a mixture of experts: each expert's part of them is to be worth reading its weights.
+MIXTURE_PIECE = 16_384
 SMALLEST = 64  # tokens of the smallest piece: fewer cost a GPU, which reads all weights, no less
 # Of a device's memory: a cache up to the first share has one of few shapes, up to the second one of
 # several.
@@ -38,17 +40,22 @@ SHAPES = 8  # of caches whose programs are kept; those used last
 # --- pieces of texts ---------------------------------------------------------------------------
 
 
-def piece_length(batch: int) -> int:
-    """Tokens of each row that are read at once: `PIECE` in all, and at least 128 of each row.
+def read_at_once(config: LlamaConfig) -> int:
+    """Tokens of a prompt that are read at once, of all rows together.
 
     It bounds the memory of the activations, whatever the length of the prompt.
     """
-    return max(128, PIECE // power_of_two(batch))
+    return PIECE if config.mixture is None else MIXTURE_PIECE
 
 
-def piece_widths(batch: int) -> tuple[int, ...]:
+def piece_length(batch: int, tokens: int = PIECE) -> int:
+    """Tokens of each row that are read at once: `tokens` in all, and at least 128 of each row."""
+    return max(128, tokens // power_of_two(batch))
+
+
+def piece_widths(batch: int, tokens: int = PIECE) -> tuple[int, ...]:
     """The widths that pieces of a batch are padded to, the widest first."""
-    width = piece_length(batch)
+    width = piece_length(batch, tokens)
     return tuple(w for w in (width, width // 8, width // 64) if w >= min(16, width))
 
 
@@ -72,9 +79,9 @@ def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     return pieces
 
 
-def widest_piece(batch: int, length: int) -> int:
+def widest_piece(batch: int, length: int, tokens: int = PIECE) -> int:
     """The width of the first piece of texts of `length` tokens: no other is wider."""
-    return cut(length, piece_widths(batch))[0][1]
+    return cut(length, piece_widths(batch, tokens))[0][1]
 
 
 # --- caches ------------------------------------------------------------------------------------
@@ -82,7 +89,7 @@ def widest_piece(batch: int, length: int) -> int:
 
 def padded_batch(batch: int, mesh: Mesh | None) -> int:
     """Rows that so many texts need: the next multiple of the mesh's `data` times `fsdp`."""
-    return _multiple(batch, axis_size(mesh, "data", "fsdp"))
+    return multiple(batch, axis_size(mesh, "data", "fsdp"))
 
 
 def capacity_bucket(length: int, context: int = 1) -> int:
@@ -93,8 +100,8 @@ def capacity_bucket(length: int, context: int = 1) -> int:
     """
     step = max(16, power_of_two(length) // 16)
     if context > 1:
-        step = _multiple(step, 32 * context)
-    return _multiple(max(length, 128), step)
+        step = multiple(step, 32 * context)
+    return multiple(max(length, 128), step)
 
 
 def cache_shape(
@@ -115,7 +122,7 @@ def cache_shape(
     )
     for rows, capacity, share in shapes:
         rows = padded_batch(rows if more_rows else batch, mesh)
-        capacity = _multiple(capacity, max(1, 32 * context))
+        capacity = multiple(capacity, max(1, 32 * context))
         if _cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
             return rows, capacity
     return padded_batch(batch, mesh), capacity_bucket(length, context)
@@ -247,8 +254,11 @@ def _cache_bytes(
 
 def _reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
     """About what reading a piece of the prompts takes beside the cache: a layer's activations."""
-    tokens = min(PIECE, batch * length)
+    tokens = min(read_at_once(config), batch * length)
     layer = 2 * config.hidden_size + 3 * config.intermediate_size
+    if config.mixture is not None:
+        inner = config.hidden_size + config.mixture.moe_intermediate_size
+        layer = max(layer, 3 * config.mixture.num_experts_per_tok * inner)
     return tokens * layer * jnp.dtype(dtype).itemsize + 8 * batch * config.vocab_size
 
 
@@ -282,6 +292,6 @@ def _power_of_four(n: int) -> int:
     return power if power.bit_length() % 2 else 2 * power
 
 
-def _multiple(n: int, step: int) -> int:
+def multiple(n: int, step: int) -> int:
     """The smallest multiple of `step` that is at least n."""
     return -(-n // step) * step

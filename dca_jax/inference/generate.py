@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.inference.buckets import SMALLEST, cut, new_cache, piece_widths
+from dca_jax.inference.buckets import SMALLEST, cut, new_cache, piece_widths, read_at_once
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import (
     FAILED,
@@ -144,7 +144,8 @@ class Run:
             return self._read_whole(context_lengths)
         # Placed as `read` leaves it, or a second piece would compile once more.
         hidden, at = empty_hidden(self._model, len(self._prompts)), np.asarray(self._start)
-        *wide, smallest = piece_widths(1 if mesh is None else len(self._prompts))
+        rows = 1 if mesh is None else len(self._prompts)
+        *wide, smallest = piece_widths(rows, read_at_once(self._model.config))
         if mesh is None and len(self._prompts) > 1:
             # Long pieces row by row, for rows differ in length; what is left, all rows together.
             for row in range(self._num_rows):

@@ -19,6 +19,7 @@ from dca_jax.fields import shown
 from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.chat_templates import ChatTemplates, own_template
 from dca_jax.inference.generate import NotFiniteError, Run, check_prompts
+from dca_jax.inference.logits import text_logits
 from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.prompts import (
@@ -216,14 +217,19 @@ class LLM:
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
-    ) -> Float[Array, "B T V"]:
-        """Logits, float32, of whole texts of one length: token t's predict token t + 1."""
+    ) -> Float[np.ndarray, "B T V"]:
+        """Logits, float32, of whole texts of one length: token t's predict token t + 1.
+
+        Raises:
+            InputError: rows of different lengths, an id outside the vocabulary, or plain attention
+                over more than the model's window.
+        """
         lengths = {len(row) for row in tokens}
         if len(lengths) != 1:
             raise InputError(f"the rows must have one length, got {sorted(lengths)}")
         rows = np.asarray(tokens)
         check_prompts(rows.tolist(), self.model.config.vocab_size)
-        return _logits(self.model, rows.astype(np.int32))
+        return text_logits(self.model, rows.astype(np.int32))
 
     def perplexity(
         self,
@@ -358,9 +364,6 @@ class LLM:
         finally:
             if prefix is not None and len(rows) == 1:
                 prefix.give_back(run.cache, [*rows[0], *drawn])
-
-
-_logits = jax.jit(Llama.__call__)
 
 
 def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:

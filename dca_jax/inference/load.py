@@ -1,8 +1,10 @@
 """From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,42 @@ from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
 from dca_jax.weights.packer import matrices, packer
+from dca_jax.weights.parameters import abstract_params
 from dca_jax.weights.placement import parameter_shardings
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint of which everything has been read and checked but its weights.
+
+    Attributes:
+        llm: what `load` will return, with shapes (`jax.ShapeDtypeStruct`) in place of its weights:
+            it makes tokens of texts, and knows what its arrays will take.
+        weights: how they are packed then (`dca_jax.packed_weights.FORMS`); None: not at all.
+        read_weights: returns the parameters; reads them each time.
+    """
+
+    llm: LLM
+    weights: str | None
+    read_weights: Callable[[], dict[str, Any]]
+
+    def load(self) -> LLM:
+        """Reads the weights.
+
+        Raises:
+            InputError: they are damaged, not there, or do not fit into memory.
+        """
+        model = self.llm.model
+        loaded = Llama.from_params(
+            model.config,
+            self.read_weights(),
+            dca=model.dca,
+            dtype=model.dtype,
+            implementation=model.implementation,
+        )
+        return replace(self.llm, model=loaded)
 
 
 def load(
@@ -77,6 +112,37 @@ def load(
             does not fit the devices or the model; all but the weights are checked before any is
             read.
     """
+    opened = open_model(
+        path,
+        dca=dca,
+        rope=rope,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        implementation=implementation,
+        mesh=mesh,
+        adapter=adapter,
+        context=context,
+        config=config,
+        weights=weights,
+    )
+    return opened.load()
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dca: DCAConfig | PositionMethod | str | None = "auto",
+    rope: RopeConfig | None = None,
+    dtype: DTypeLike | None = None,
+    cache_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    mesh: Mesh | str | None = None,
+    adapter: str | Path | None = None,
+    context: int | str | None = None,
+    config: str | Path | None = None,
+    weights: str | None = None,
+) -> Opened:
+    """All of `load` that comes before the weights are read; arguments and errors as there."""
     check_implementation(implementation)
     check_form(weights)
     folder = find_folder(path)
@@ -96,14 +162,20 @@ def load(
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, shape, tokenizer)
     then = None if weights is None else packer(matrices(shape), weights)
-    params = load_weights(folder, shape, dtype=dtype, sharding=sharding, adapter=adapter, then=then)
-    model = Llama.from_params(shape, params, dca=chosen, dtype=dtype, implementation=implementation)
-    return LLM(
+    like = abstract_params(shape, dtype=dtype, sharding=sharding)
+    model = Llama.from_params(shape, like, dca=chosen, dtype=dtype, implementation=implementation)
+
+    def read_weights() -> dict[str, Any]:
+        options = {"dtype": dtype, "sharding": sharding, "adapter": adapter, "then": then}
+        return load_weights(folder, shape, **options)
+
+    llm = LLM(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         cache_dtype=_dtype(cache_dtype, dtype),
     )
+    return Opened(llm=llm, weights=weights, read_weights=read_weights)
 
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:

@@ -7,13 +7,13 @@ is kept, and comes back in the line of its answer.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
+from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.generate import NotFiniteError, check_prompts
 from dca_jax.inference.llm import LLM, Generation
-from dca_jax.inference.methods import method_by_name, reading, whole_length
+from dca_jax.inference.methods import Method, method_by_name, reading, whole_length
 from dca_jax.inference.options import Options
 from dca_jax.text_files import check_characters, decode, parse_json
 
@@ -90,22 +90,11 @@ def answers(
         For each request its fields, and those of `ANSWER`; "error" too where the finish_reason is
         that, because the model's logits were not finite.
     """
-    config = llm.model.config
-    new = options.max_new_tokens
-    rest = list(requests)
-    reader, current = None, None
-    while rest:
-        length = len(rest[0].tokens) + new
-        wanted = method_by_name(method, config, whole_length(config, length))
-        together = [rest[0]]
-        for request in islice(rest, 1, batch):
-            its = whole_length(config, len(request.tokens) + new)
-            if method_by_name(method, config, its) != wanted:
-                break
-            together.append(request)
+    reader, current, begun = None, None, 0
+    for wanted, together in batches(llm.model.config, requests, method, batch, options):
         if reader is None or wanted != current:
+            length = len(together[0].tokens) + options.max_new_tokens
             reader, current = reading(llm, method, length), wanted
-        begun = len(requests) - len(rest)
         drawn = replace(options, seed=_nth_seed(options.seed, begun))
         prompts = [request.tokens for request in together]
         try:
@@ -113,7 +102,24 @@ def answers(
         except NotFiniteError as error:  # of a batch of one; of several, `Generation` has it
             said = [_failure(len(prompts[0]), error)]
         yield [{**request.fields, **answer} for request, answer in zip(together, said, strict=True)]
-        rest = rest[len(together) :]
+        begun += len(together)
+
+
+def batches(
+    config: LlamaConfig, requests: Sequence[Request], method: str, batch: int, options: Options
+) -> Iterator[tuple[Method, list[Request]]]:
+    """The batches that `answers` reads together, in order, and how each is read."""
+    rest, new = list(requests), options.max_new_tokens
+
+    def its_method(request: Request) -> Method:
+        return method_by_name(method, config, whole_length(config, len(request.tokens) + new))
+
+    while rest:
+        wanted = its_method(rest[0])
+        others = (n for n, one in enumerate(rest[:batch]) if its_method(one) != wanted)
+        size = next(others, batch)
+        yield wanted, rest[:size]
+        rest = rest[size:]
 
 
 def _nth_seed(seed: int, number: int) -> int:

@@ -205,7 +205,7 @@ def decode(
         last = jnp.maximum(state.token, 0)[:, None]  # a row that failed has none
         hidden, cache = model.hidden_states(last, lengths=grows, cache=state.cache)
         assert cache is not None
-        logits = _whole(model, model.unembed(hidden[:, 0]))
+        logits = whole(model, model.unembed(hidden[:, 0]))
         token, ends, seen = _draw(
             logits, state.key, cache.lengths, state.seen, sampler, stop_ids, state
         )
@@ -214,7 +214,7 @@ def decode(
         after = replace(state, cache=cache, token=token, finished=finished, seen=seen)
         return step + 1, after, tokens.at[:, step].set(column)
 
-    tokens = _whole(model, jnp.full((state.token.shape[0], max_tokens), PAD, jnp.int32))
+    tokens = whole(model, jnp.full((state.token.shape[0], max_tokens), PAD, jnp.int32))
     start = (jnp.int32(0), state, tokens)
     _, state, tokens = jax.lax.while_loop(unfinished, step_once, start)
     return state, tokens
@@ -244,7 +244,7 @@ def _draw(
     return token, ends, seen
 
 
-def _whole(model: Llama, x: Any) -> Any:
+def whole(model: Llama, x: Any) -> Any:
     """Logits, or what is drawn from them, whole on every device of the model's mesh."""
     shards = Shards.of(model.norm.scale[...])
     return jax.tree.map(lambda leaf: shards.put(leaf, None), x)
@@ -282,8 +282,8 @@ def programs(rows: int, capacity: int) -> Programs:
 
     def compiled(function: Callable[..., Any], **options: Any) -> Any:
         # A function of its own: what is compiled for it goes when it goes.
-        whole = functools.partial(function)
-        return jax.jit(whole, compiler_options=compiler_options(), **options)
+        own = functools.partial(function)
+        return jax.jit(own, compiler_options=compiler_options(), **options)
 
     return Programs(
         read=compiled(read, donate_argnames="cache"),
@@ -304,10 +304,10 @@ def begin(
     seen: Bool[Array, "B V"] | None,
 ) -> dict[str, Any]:
     """A `State` but for its cache, which need not pass."""
-    logits = _whole(model, model.unembed(hidden))
+    logits = whole(model, model.unembed(hidden))
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    key = _whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
-    token, ends, seen = _draw(logits, key, lengths, _whole(model, seen), sampler, stop_ids)
+    key = whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
+    token, ends, seen = _draw(logits, key, lengths, whole(model, seen), sampler, stop_ids)
     return {"token": token, "finished": ends, "key": key, "seen": seen}
 
 

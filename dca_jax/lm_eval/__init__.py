@@ -35,7 +35,7 @@ from dca_jax.evaluation.windows import make_windows
 from dca_jax.fields import shown
 from dca_jax.inference.chat_templates import own_template
 from dca_jax.inference.llm import LLM
-from dca_jax.inference.load import load
+from dca_jax.inference.load import open_model
 from dca_jax.inference.methods import method_by_name, reading
 from dca_jax.inference.prefix import depends_on_length
 from dca_jax.inference.score import Branches, Reader, Scores
@@ -52,6 +52,8 @@ from dca_jax.lm_eval.arguments import (
 )
 from dca_jax.lm_eval.beginnings import Family, families
 from dca_jax.packed_weights import packed_forms
+from dca_jax.planning.room import check_room
+from dca_jax.sharding import mesh_of
 from dca_jax.weights.files import read_json
 from dca_jax.weights.hub import find_folder
 
@@ -139,12 +141,23 @@ class DcaJaxLM(TemplateLM):
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
         options = {"dtype": dtype, "mesh": mesh, "adapter": peft, "weights": weights}
-        self.llm = load(pretrained, dca=None, context=self.max_length, **options)
+        opened = open_model(pretrained, dca=None, context=self.max_length, **options)
+        llm = opened.llm
         if tokenizer is not None:
             read = load_tokenizer(find_folder(tokenizer, weights=False))
-            self.llm = replace(self.llm, tokenizer=read)
-        if self.llm.tokenizer is None:
+            llm = replace(llm, tokenizer=read)
+        if llm.tokenizer is None:
             raise InputError(f"{tokenizer or pretrained} has no tokenizer, which lm-eval needs")
+        method_by_name(method, llm.model.config, self.max_length or 1)
+        check_room(
+            llm.model.config,
+            mesh_of(llm.model),
+            context_length=self.max_length or 1,
+            batch=1,
+            dtype=llm.model.dtype,
+            weights=weights,
+        )
+        self.llm = replace(opened.load(), tokenizer=llm.tokenizer)
         self.method, self.pretrained, self.seed = method, pretrained, seed
         self.tokenizer = self.llm.tokenizer
         self.max_gen_toks = parse_tokens(str(max_gen_toks))
@@ -162,7 +175,6 @@ class DcaJaxLM(TemplateLM):
         named = (folder / "generation_config.json").is_file()
         self._generation_config = read_json(folder, "generation_config.json") if named else {}
         self._adapter, self._own_tokenizer = peft, tokenizer
-        method_by_name(method, self.llm.model.config, self.max_length or 1)
 
     # --- what lm-eval's base class asks for ---
 

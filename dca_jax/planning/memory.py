@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.experts import PIECE
-from dca_jax.inference.buckets import SMALLEST, capacity_bucket, widest_piece
+from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
 from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
@@ -232,14 +232,14 @@ def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     """Activations of reading a prompt (a piece, or a share of it all), or of drawing a token."""
-    rows, context = _rows(job, sizes), sizes["context"]
+    rows, context, once = _rows(job, sizes), sizes["context"], read_at_once(job.config)
     if context > 1:
         tokens = rows * capacity_bucket(job.context_length, context) // context
     elif math.prod(sizes.values()) > 1:
         batch = rows * sizes["data"] * sizes["fsdp"]
-        tokens = rows * widest_piece(batch, job.context_length)
+        tokens = rows * widest_piece(batch, job.context_length, once)
     else:  # a row at a time, and the ends of all rows
-        tokens = max(widest_piece(1, job.context_length), rows * SMALLEST)
+        tokens = max(widest_piece(1, job.context_length, once), rows * SMALLEST)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
     layer = max(layer, _experts(job, sizes, tokens, *EXPERTS_FORWARD))
     logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device

@@ -7,7 +7,7 @@ import pytest
 from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
 
-from dca_jax.inference.buckets import capacity_bucket
+from dca_jax.inference.buckets import MIXTURE_PIECE, capacity_bucket
 from dca_jax.inference.steps import GPU_OPTIONS
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
@@ -18,6 +18,7 @@ pytestmark = [
         importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin"
     ),
     pytest.mark.gpu_aot,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
 ]
 
 MODEL, MESH, LENGTH = SHAPES["llama-2-70b"], "tensor=4", 102_400
@@ -45,3 +46,33 @@ def test_activations_move_and_nothing_else(step: str, tokens: int) -> None:
     )  # the unembedding's kernel
     assert 0 < max(collective_sizes(hlo)) <= max(tokens * MODEL.hidden_size, MODEL.vocab_size)
     assert held + working < usage.total
+
+
+@pytest.mark.parametrize(("step", "tokens"), [("read", MIXTURE_PIECE), ("decode", 1)])
+def test_experts_stay_where_they_are(step: str, tokens: int) -> None:
+    """Qwen3-30B-A3B on two H200s: tokens move, and the experts' products are our kernels."""
+    config = SHAPES["qwen3-30b-a3b"]
+    mesh, capacity = make_mesh("tensor=2", h200s(2)), capacity_bucket(131_072, 1)
+    lowered = lower(step, config, mesh, capacity=capacity, tokens=tokens, dtype=jnp.bfloat16)
+    program = lowered.compile(OPTIONS | GPU_OPTIONS)
+    hlo, found = program.as_text(), program.memory_analysis()
+    usage = plan(
+        "qwen3-30b-a3b", config, device="h200", mesh=parse_mesh("tensor=2"), context_length=131_072
+    ).usage
+    held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(
+        f"{step}: {held / 1e9:.2f} GB held (plan {(usage.weights + usage.cache) / 1e9:.2f}), "
+        f"{working / 1e9:.2f} while it runs (plan {usage.activations / 1e9:.2f})"
+    )
+    # One for attention; gate, up and down.
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') == (4 if step == "read" else 1)
+    assert 0 < max(collective_sizes(hlo)) <= max(tokens * config.hidden_size, config.vocab_size)
+    assert held + working < usage.total
+
+
+def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
+    """Drawing a token of Llama-3-8B on one H200: no product is written down before it is summed."""
+    config, mesh = SHAPES["llama-3-8b"], make_mesh("tensor=1", h200s(1))
+    lowered = lower("decode", config, mesh, capacity=32_896, dtype=jnp.bfloat16)
+    program = lowered.compile(OPTIONS | GPU_OPTIONS)
+    assert program.memory_analysis().temp_size_in_bytes < 100e6

@@ -17,10 +17,10 @@ from jax.experimental import topologies
 from kernels import ROPE
 
 from dca_jax.attention import mosaic_tpu, op
-from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.device import Device
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -162,7 +162,8 @@ def check(name: str, part: str, length: int, heads: Heads, **options: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "part", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("forward", "backward")), "decode"]
+    "part",
+    [*(pytest.param(x, marks=pytest.mark.tpu_aot) for x in ("forward", "backward")), "decode"],
 )
 def test_compiles_for_one_chip(part: str) -> None:
     check("v5e", part, 32768, LLAMA)

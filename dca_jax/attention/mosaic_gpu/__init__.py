@@ -6,12 +6,11 @@ from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import Device, describe
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
-from dca_jax.attention.mosaic_gpu.hopper import SHARED_BYTES
 from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.device import SHARED_BYTES, Device, describe
 
 __all__ = ["backward", "forward", "unsupported"]
 

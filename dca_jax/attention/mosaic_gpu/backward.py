@@ -33,10 +33,10 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges, spans_of
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES, WARPGROUP_KEYS, WARPGROUPS, Sizes
-from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, query_position
+from dca_jax.device import MULTIPROCESSORS
 from dca_jax.rope import rotate
 
 REGISTERS = 240, 24  # of a thread that computes, and of one that moves data

@@ -27,11 +27,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_gpu.hopper import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, key_range
+from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
 from dca_jax.errors import InputError
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)

@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import Device, current_device
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu.decode import decode
 from dca_jax.attention.mosaic_tpu.dkv import dkv
@@ -30,6 +29,7 @@ from dca_jax.attention.mosaic_tpu.runs import (
 from dca_jax.attention.mosaic_tpu.steps import num_words
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.device import Device, current_device
 
 
 def unsupported(

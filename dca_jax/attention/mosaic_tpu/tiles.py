@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from dca_jax.attention.device import Device
 from dca_jax.attention.mosaic_tpu.heads import LANES, Heads
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device
 
 MIB = 2**20
 DECODE_QUERIES = 256  # up to this many queries, counting all heads, the decoding kernel is used

@@ -12,12 +12,12 @@ meet it in each phase, all query heads of the kv head in turn: no atomics, so bi
 import jax
 import jax.numpy as jnp
 
-from dca_jax.attention.device import Device, describe
 from dca_jax.attention.triton import common
 from dca_jax.attention.triton.backward import backward
 from dca_jax.attention.triton.forward import forward
 from dca_jax.attention.triton.tiles import SHARED_KIB, choose_tiles, shared_bytes
 from dca_jax.dca import DCAConfig
+from dca_jax.device import Device, describe
 
 __all__ = ["backward", "forward", "unsupported"]
 

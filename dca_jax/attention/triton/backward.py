@@ -11,7 +11,6 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import current_device
 from dca_jax.attention.softmax import FAR, LOG2E, MASKED
 from dca_jax.attention.triton.common import (
     by_kv_head,
@@ -33,6 +32,7 @@ from dca_jax.attention.triton.common import (
 )
 from dca_jax.attention.triton.tiles import choose_tiles
 from dca_jax.dca import DCAConfig, Phase, key_range, query_position
+from dca_jax.device import current_device
 from dca_jax.rope import rotate
 
 

@@ -11,7 +11,6 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.device import current_device
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.attention.triton.common import (
     by_kv_head,
@@ -33,6 +32,7 @@ from dca_jax.attention.triton.common import (
 )
 from dca_jax.attention.triton.tiles import choose_tiles, is_packed, splits_of_keys
 from dca_jax.dca import DCAConfig, Phase, key_range
+from dca_jax.device import current_device
 
 
 def forward(

@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-from dca_jax.attention.device import Device
+from dca_jax.device import Device
 
 MAX_PACKED = 64  # up to so many queries a kv head, counting its heads, are packed into one tile
 PROGRAMS = 264  # programs that split a packed call's keys: two for each of an H200's 132 cores

@@ -18,6 +18,11 @@ CAPABILITIES = {
     **dict.fromkeys(("5080", "5090", "Blackwell"), (12, 0)),
 }
 
+# Of an H100 or H200 (CUDA C++ Programming Guide; NVIDIA's datasheet): how kernels cut their work
+# depends on it.
+SHARED_BYTES = 227 * 1024  # of shared memory that a CTA may have
+MULTIPROCESSORS = 132
+
 
 class Device(NamedTuple):
     """A platform, its model, and what it can do."""

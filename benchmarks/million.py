@@ -1,0 +1,147 @@
+"""A text of a million tokens on one device: pieces timed where they lie, and what memory it takes.
+
+    python benchmarks/million.py measure --out outputs/million.json
+    python benchmarks/million.py measure --preset tiny --tokens 64k --whole 8k
+
+Qwen2.5-7B in shape, with DCA as Qwen2.5-7B-Instruct-1M asks for it, random bfloat16 weights. To
+read the whole text densely takes some minutes. What is run here is the engine's own reading of
+single pieces, in a cache of the full size that holds random keys and values up to where the piece
+begins. The time of a piece grows linearly with what lies before it, so the time of the whole is the
+sum over pieces of a straight line through those that were timed; the first tokens are read whole as
+a check of that line.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from common import Report, machine, show
+from jaxtyping import Array
+
+from dca_jax import DCAConfig, KVCache, Llama
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
+from dca_jax.inference.buckets import capacity_bucket, piece_length, read_at_once
+from dca_jax.inference.steps import empty_hidden, programs
+from dca_jax.lengths import parse_tokens
+from dca_jax.planning.plan import plan
+from dca_jax.planning.shapes import SHAPES
+
+QWEN_1M = {
+    "chunk_size": 262_144,
+    "local_size": 8_192,
+    "original_max_position_embeddings": 262_144,
+}
+PLACES = 5  # where pieces are timed, from the text's first to its last
+COLUMNS = ("tokens before", "piece ms", "finite", "read s", "said s", "peak GB", "plan GB")
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `measure` a command of its own."""
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/million.json"
+    ),
+    preset: Annotated[str, typer.Option(help="The model's shape.")] = "qwen2.5-7b",
+    tokens: Annotated[str, typer.Option(help="Of the text.")] = "1M",
+    whole: Annotated[str, typer.Option(help="Tokens from its beginning that are read whole.")] = (
+        "128k"
+    ),
+    device: Annotated[str, typer.Option(help="Whose plan to print beside.")] = "h200",
+) -> None:
+    """Times pieces along the text, then its beginning as a whole."""
+    config = {**SHAPES, **generate.PRESETS}.get(preset)
+    if config is None:
+        raise InputError(f"{preset!r} is not one of {', '.join(SHAPES)}")
+    length, first = parse_tokens(tokens), parse_tokens(whole)
+    width = piece_length(1, read_at_once(config))
+    if length % width or first % width:
+        raise InputError(f"{length} and {first} tokens must be multiples of a piece's {width}")
+    report = Report(out, machine() | {"benchmark": "million", "model": preset, "tokens": length})
+    random = generate.random_model(config, dca=True, implementation=None)
+    model = Llama.from_params(
+        config, random.params(), dca=DCAConfig.from_hf(QWEN_1M), dtype=jnp.bfloat16
+    )
+    cache = filled_cache(model, capacity_bucket(length))
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)
+    read = programs(1, cache.capacity).read
+    places = [round(n * (length // width - 1) / (PLACES - 1)) * width for n in range(PLACES)]
+    line: list[float] = []
+    for place in [places[0], *places]:  # the first time it is compiled
+        seconds = []
+        for _ in range(2):
+            cache = at(cache, place)
+            start = time.perf_counter()
+            hidden, cache = step(read, model, cache, text, place, width)
+            seconds.append(time.perf_counter() - start)
+        line.append(min(seconds))
+        if len(line) > 1:
+            found = bool(np.isfinite(np.asarray(hidden, np.float32)).all())
+            report.add({"tokens before": place, "piece ms": line[-1] * 1e3, "finite": found})
+    slope, base = np.polyfit(places, line[1:], 1)
+
+    def said(length: int) -> float:
+        return float(sum(base + slope * place for place in range(0, length, width)))
+
+    start, cache = time.perf_counter(), at(cache, 0)
+    for place in range(0, first, width):
+        hidden, cache = step(read, model, cache, text, place, width)
+    seconds = time.perf_counter() - start
+    report.add({"tokens before": 0, "read s": seconds, "said s": said(first), "whole": first})
+    planned = plan(preset, config, device=device, mesh={}, context_length=length).usage.total
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    row: dict[str, Any] = {"tokens before": 0, "whole": length, "said s": said(length)}
+    report.add(row | {"peak GB": peak and peak / 1e9, "plan GB": planned / 1e9})
+    show(f"{length:,} tokens on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+def step(
+    read: Any, model: Llama, cache: KVCache, text: np.ndarray, place: int, width: int
+) -> tuple[Array, KVCache]:
+    """One piece, to its end."""
+    hidden = empty_hidden(model, 1)
+    piece, lengths = text[:, place : place + width], np.asarray([width], np.int32)
+    total = np.asarray([text.shape[1]], np.int32)
+    return jax.block_until_ready(read(model, cache, hidden, piece, lengths, total))
+
+
+def at(cache: KVCache, length: int) -> KVCache:
+    """The cache as one that holds `length` tokens."""
+    lengths = jax.device_put(np.asarray([length], np.int32), cache.lengths.sharding)
+    return replace(cache, lengths=lengths)
+
+
+def filled_cache(model: Llama, capacity: int) -> KVCache:
+    """A cache full of normal numbers, made a layer at a time."""
+    cache = KVCache.create(model.config, batch=1, capacity=capacity, dtype=model.dtype)
+
+    def fill(stack: Array, layer: Array, key: Array) -> Array:
+        return stack.at[layer].set(jax.random.normal(key, stack.shape[1:], stack.dtype))
+
+    filling = jax.jit(fill, donate_argnums=0)
+    stacks = []
+    for number, stack in enumerate((cache.key, cache.value)):
+        stacks.append(stack)
+        for layer in range(len(stack)):
+            key = jax.random.fold_in(jax.random.key(number, impl="rbg"), layer)
+            stacks[number] = filling(stacks[number], jnp.int32(layer), key)
+    return replace(cache, key=stacks[0], value=stacks[1])
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,29 @@
+"""Products of rows with the matrix of their group: what experts are made of.
+
+Rows are laid out by group (`layout`), and multiplied in one of three ways, of which `choose` takes
+one by the device and the shapes:
+
+    ragged       `jax.lax.ragged_dot`, for which XLA has a kernel on TPUs; elsewhere it multiplies
+                 every row by every matrix
+    mosaic_gpu   kernels for Hopper (`hopper`)
+    blocks       a loop over blocks of rows, each of one group; on any device (`blocks`)
+
+Each is exact (no row is dropped), deterministic and differentiable. Where rows are fewer than
+groups, as in decoding, `few` reads only the matrices that they choose.
+"""
+
+from dca_jax.grouped.few import are_few, chosen_products
+from dca_jax.grouped.layout import Layout, collect, lay_out, spread
+from dca_jax.grouped.op import PRODUCTS, block_size, choose
+
+__all__ = [
+    "PRODUCTS",
+    "Layout",
+    "are_few",
+    "block_size",
+    "choose",
+    "chosen_products",
+    "collect",
+    "lay_out",
+    "spread",
+]

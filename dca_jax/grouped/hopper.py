@@ -1,0 +1,299 @@
+"""Products of groups on Hopper: tiles of the result, one after another, by as many CTAs as fit.
+
+Of three warpgroups one keeps `num_stages` steps of both operands in flight, from tile to tile
+without a pause; the two others have 64 rows of the tile each. Three products have this form:
+
+    y = x W          tiles of a block's rows, and of W's columns; steps along W's rows
+    dx = dy W^T      the same, with W read the other way
+    dW = x^T dy      tiles of a group's matrix; steps along the group's rows
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dca_jax.device import MULTIPROCESSORS
+from dca_jax.grouped.blocks import in_stack
+from dca_jax.grouped.layout import block_ends, group_of_block
+
+BLOCK = 128  # rows of a block, and of a tile: 64 for each warpgroup that computes
+TILE = 128  # what rows and columns of a matrix are multiples of
+DEPTH = 64  # of a step
+WARPGROUPS = 2  # that compute
+WARPGROUP_ROWS = BLOCK // WARPGROUPS
+PART = 64  # columns that are written at once
+
+
+class _Problem(NamedTuple):
+    """What is static about a product.
+
+    Attributes:
+        tiles: how many there are, of the tables.
+        steps: of a tile, of the tables and its number.
+        operands: what a step of a tile reads of both operands, of all and the step's number.
+        target: the result's rows and first column of a tile.
+        multiply: adds a step's product to the accumulator of a warpgroup's rows.
+        width: columns of a tile. num_stages: steps in flight.
+    """
+
+    tiles: Callable[[Any], Array]
+    steps: Callable[[Any, Array], Array | int]
+    operands: Callable[[Any, Any, Any, Array, Array], tuple[Any, Any]]
+    target: Callable[[Any, Any, Array], tuple[Any, Array]]
+    multiply: Callable[[Any, Any, Any, Array], None]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    width: int
+    num_stages: int = 4
+
+
+class _Shared(NamedTuple):
+    """Shared memory: tiles, then barriers."""
+
+    a: Any  # [num_stages, *]
+    b: Any  # [num_stages, *]
+    out: Any  # [WARPGROUPS, 2, WARPGROUP_ROWS, PART]
+    ready: Any
+    free: Any
+
+
+def _run(
+    problem: _Problem, out: jax.ShapeDtypeStruct, tables: Array, a: Array, b: Array, name: str
+) -> Array:
+    """The result of a product; `tables` are int32."""
+    num_stages, (a_shape, b_shape) = problem.num_stages, problem.shapes
+
+    def kernel(tables: Any, a: Any, b: Any, y: Any, *smem: Any) -> None:
+        shared, warpgroup = _Shared(*smem), lax.axis_index("warpgroup")
+        pl.when(warpgroup == WARPGROUPS)(lambda: _feed(problem, tables, a, b, shared))
+        pl.when(warpgroup < WARPGROUPS)(lambda: _compute(problem, tables, y, shared))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(MULTIPROCESSORS,),
+        grid_names=("cta",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        scratch_types=_Shared(
+            a=plgpu.SMEM((num_stages, *a_shape), a.dtype),
+            b=plgpu.SMEM((num_stages, *b_shape), b.dtype),
+            out=plgpu.SMEM((WARPGROUPS, 2, WARPGROUP_ROWS, PART), out.dtype),
+            ready=plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+            free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=num_stages),
+        ),
+    )(tables, a, b)
+
+
+def _each_tile(problem: _Problem, tables: Any, visit: Callable[[Array, Array, Any], Array]) -> None:
+    """Calls visit(tile, its steps, steps before it) for this CTA's tiles."""
+    cta = lax.axis_index("cta")
+    count = lax.div(problem.tiles(tables) - cta + (MULTIPROCESSORS - 1), MULTIPROCESSORS)
+
+    def one(n: Array, done: Array) -> Array:
+        tile = cta + n * MULTIPROCESSORS
+        steps = problem.steps(tables, tile)
+        visit(tile, steps, done)
+        return done + steps
+
+    lax.fori_loop(0, count, one, jnp.int32(0))
+
+
+def _feed(problem: _Problem, tables: Any, a: Any, b: Any, smem: _Shared) -> None:
+    """The warpgroup that keeps steps in flight."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def visit(tile: Array, steps: Any, done: Array) -> None:
+        def load(step: Array, _: None) -> None:
+            n = done + step
+            slot = lax.rem(n, problem.num_stages)
+            pl.when(n >= problem.num_stages)(partial(plgpu.barrier_wait, smem.free.at[slot]))
+            sources = problem.operands(tables, a, b, tile, step)
+            for source, target in zip(sources, (smem.a, smem.b), strict=True):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], smem.ready.at[slot])
+
+        lax.fori_loop(0, steps, load, None)
+
+    _each_tile(problem, tables, visit)
+
+
+def _compute(problem: _Problem, tables: Any, y: Any, smem: _Shared) -> None:
+    """The warpgroups that multiply."""
+    plgpu.set_max_registers(232, action="increase")
+    warpgroup = lax.axis_index("warpgroup")
+
+    def visit(tile: Array, steps: Any, done: Array) -> None:
+        def multiplied(acc: Any) -> Array:
+            def one(step: Array, _: None) -> None:
+                slot = lax.rem(done + step, problem.num_stages)
+                plgpu.barrier_wait(smem.ready.at[slot])
+                problem.multiply(acc, smem.a.at[slot], smem.b.at[slot], warpgroup)
+                plgpu.wgmma_wait(1)  # the step before this one is done with its operands
+
+                @pl.when(step > 0)
+                def _release() -> None:
+                    last = lax.rem(done + step + (problem.num_stages - 1), problem.num_stages)
+                    plgpu.barrier_arrive(smem.free.at[last])
+
+            lax.fori_loop(0, steps, one, None)
+            return acc[...]
+
+        shape = (WARPGROUP_ROWS, problem.width)
+        acc = pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+        @pl.when(jnp.int32(steps) > 0)
+        def _release_last() -> None:
+            last = lax.rem(done + steps - 1, problem.num_stages)
+            plgpu.barrier_arrive(smem.free.at[last])
+
+        rows, column = problem.target(tables, y, tile)
+        narrow = acc.astype(smem.out.dtype)
+        for part in range(problem.width // PART):
+            staged = smem.out.at[warpgroup, part % 2]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            staged[...] = narrow[:, part * PART : (part + 1) * PART]
+            plgpu.commit_smem()
+            columns = pl.ds(column + part * PART, PART)
+            own = rows.at[pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), columns]
+            plgpu.copy_smem_to_gmem(staged, own)
+
+    _each_tile(problem, tables, visit)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# --- the three products --------------------------------------------------------------------------
+
+
+def _width(size: int) -> int:
+    """Columns of a tile."""
+    return 256 if size % 256 == 0 else TILE
+
+
+def _multiply(
+    x: Float[Array, "places n"],
+    kernels: Float[Array, "LE inputs outputs"],
+    first: Int[Array, ""],
+    sizes: Int[Array, " E"],
+    *,
+    transposed: bool,
+) -> Float[Array, "places m"]:
+    """Blocks of rows times their matrices, of which the first group's is number `first`."""
+    places, inner = x.shape
+    outputs = kernels.shape[1 if transposed else 2]
+    width = _width(outputs)
+    across = outputs // width
+    _, ends = block_ends(sizes, BLOCK)
+    # How many blocks there are, then the number of each one's matrix.
+    tables = jnp.concatenate([ends[-1:], first + group_of_block(ends, places // BLOCK)])
+
+    def operands(tables: Any, x: Any, w: Any, tile: Array, step: Array) -> tuple[Any, Any]:
+        block, columns = lax.div(tile, across), pl.ds(lax.rem(tile, across) * width, width)
+        depth = pl.ds(step * DEPTH, DEPTH)
+        matrix = w.at[tables[block + 1]]
+        own = matrix.at[columns, depth] if transposed else matrix.at[depth, columns]
+        return x.at[pl.ds(block * BLOCK, BLOCK), depth], own
+
+    def target(tables: Any, y: Any, tile: Array) -> tuple[Any, Array]:
+        rows = y.at[pl.ds(lax.div(tile, across) * BLOCK, BLOCK)]
+        return rows, lax.rem(tile, across) * width
+
+    def multiply(acc: Any, a: Any, b: Any, warpgroup: Array) -> None:
+        rows = a.at[pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+        plgpu.wgmma(acc, rows, b.T if transposed else b)
+
+    problem = _Problem(
+        tiles=lambda tables: tables[0] * across,
+        steps=lambda tables, tile: inner // DEPTH,
+        operands=operands,
+        target=target,
+        multiply=multiply,
+        shapes=((BLOCK, DEPTH), (width, DEPTH) if transposed else (DEPTH, width)),
+        width=width,
+    )
+    out = jax.ShapeDtypeStruct((places, outputs), x.dtype)
+    return _run(problem, out, tables, x, kernels, "grouped_product")
+
+
+def _outer(
+    x: Float[Array, "places inputs"],
+    dy: Float[Array, "places outputs"],
+    sizes: Int[Array, " E"],
+    dtype: Any,
+) -> Float[Array, "E inputs outputs"]:
+    """Each group's rows of x, transposed, times those of dy."""
+    inputs, outputs = x.shape[1], dy.shape[1]
+    width = _width(outputs)
+    down, across = inputs // TILE, outputs // width
+    counts, ends = block_ends(sizes, BLOCK)
+    # Each group's first block, and how many it has.
+    tables = jnp.stack([ends - counts, counts], axis=1)
+
+    def operands(tables: Any, x: Any, dy: Any, tile: Array, step: Array) -> tuple[Any, Any]:
+        group, rest = lax.div(tile, down * across), lax.rem(tile, down * across)
+        rows = pl.ds(tables[group, 0] * BLOCK + step * DEPTH, DEPTH)
+        own = x.at[rows, pl.ds(lax.div(rest, across) * TILE, TILE)]
+        return own, dy.at[rows, pl.ds(lax.rem(rest, across) * width, width)]
+
+    def target(tables: Any, y: Any, tile: Array) -> tuple[Any, Array]:
+        group, rest = lax.div(tile, down * across), lax.rem(tile, down * across)
+        rows = y.at[group].at[pl.ds(lax.div(rest, across) * TILE, TILE)]
+        return rows, lax.rem(rest, across) * width
+
+    def multiply(acc: Any, a: Any, b: Any, warpgroup: Array) -> None:
+        columns = a.at[:, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+        plgpu.wgmma(acc, columns.T, b)
+
+    problem = _Problem(
+        tiles=lambda tables: jnp.int32(len(sizes) * down * across),
+        steps=lambda tables, tile: tables[lax.div(tile, down * across), 1] * (BLOCK // DEPTH),
+        operands=operands,
+        target=target,
+        multiply=multiply,
+        shapes=((DEPTH, TILE), (DEPTH, width)),
+        width=width,
+        num_stages=4 if jnp.dtype(dtype).itemsize == 2 else 3,  # for the result is larger
+    )
+    out = jax.ShapeDtypeStruct((len(sizes), inputs, outputs), dtype)
+    return _run(problem, out, tables, x, dy, "grouped_outer")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def mosaic_gpu(
+    x: Float[Array, "places inputs"],
+    kernels: Float[Array, "L E inputs outputs"],
+    layer: Int[Array, ""],
+    sizes: Int[Array, " E"],
+    block: int,
+) -> Float[Array, "places outputs"]:
+    """A `Product` of bfloat16 or float16, in blocks of `BLOCK`."""
+    return _by_group(x, kernels, layer, sizes, transposed=False)
+
+
+def _by_group(x: Array, kernels: Array, layer: Array, sizes: Array, *, transposed: bool) -> Array:
+    groups = kernels.shape[1]
+    if kernels.dtype != x.dtype:
+        kernels = lax.dynamic_index_in_dim(kernels, layer).astype(x.dtype)
+        layer = jnp.int32(0)
+    flat = kernels.reshape(-1, *kernels.shape[2:])
+    return _multiply(x, flat, layer * groups, sizes, transposed=transposed)
+
+
+def _forward(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> tuple:
+    return mosaic_gpu(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
+
+
+def _backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
+    x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
+    dx = _by_group(dy, kernels, layer, sizes, transposed=True)
+    own = _outer(x, dy, sizes, kernels.dtype)
+    return dx, in_stack(own, kernels, layer), None, None
+
+
+mosaic_gpu.defvjp(_forward, _backward)

@@ -1,0 +1,111 @@
+"""Whether a job fits into the memory that is free on the devices at hand, before weights are read.
+
+What it takes is counted by `dca_jax.planning.memory`, as for `dca-jax plan`; what is free, the
+devices say (`dca_jax.memory`).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from dca_jax.config import LlamaConfig, LoraConfig
+from dca_jax.errors import InputError
+from dca_jax.memory import free_bytes
+from dca_jax.planning.memory import FLOAT32, GIB, DeviceKind, Job
+from dca_jax.sharding import AXES, axis_size
+
+# What is counted was within 7 % of the peaks measured: what is beyond memory by less may still run.
+TOLERANCE = 1.07
+
+
+def check_room(
+    config: LlamaConfig,
+    mesh: Mesh | None,
+    *,
+    context_length: int,
+    batch: int,
+    dtype: DTypeLike,
+    train: bool = False,
+    lora: LoraConfig | None = None,
+    weights: str | None = None,
+    remat: str = "attention",
+    state: DTypeLike = FLOAT32,
+) -> None:
+    """Refuses what cannot fit, with the lengths and batches that would.
+
+    Arguments as of `dca_jax.planning.plan.plan`, but `mesh`: the devices; None is the first one.
+
+    Raises:
+        InputError: the job needs more than what is free. Nothing if nobody knows what that is.
+    """
+    device = device_at_hand(mesh)
+    if device is None:
+        return
+    sizes = {axis: axis_size(mesh, axis) for axis in AXES}
+    job = Job(
+        config=config,
+        device=device,
+        context_length=context_length,
+        batch=batch,
+        train=train,
+        dtype=jnp.dtype(dtype),
+        lora=lora,
+        weights=weights,
+        remat=remat,
+        state=jnp.dtype(state),
+    )
+    if job.usage(sizes).total > TOLERANCE * device.memory:
+        raise InputError(_refusal(job, sizes))
+
+
+def device_at_hand(mesh: Mesh | None) -> DeviceKind | None:
+    """This process's devices of a mesh, with what the fullest has free; None if nobody knows."""
+    devices: list[Any] = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    free = [bytes for bytes in map(free_bytes, devices) if bytes is not None]
+    if len(free) < len(devices):
+        return None
+    # The devices of a CPU are one machine.
+    memory = min(free) // (len(devices) if devices[0].platform == "cpu" else 1)
+    return DeviceKind(devices[0].device_kind, memory, len(devices), runtime=0, links=0)
+
+
+def _refusal(job: Job, sizes: dict[str, int]) -> str:
+    usage, free, longest = job.usage(sizes), job.device.memory, job.longest(sizes)
+    task = "training on" if job.train else "reading"
+    if job.train:
+        parts = {
+            "weights, gradients and optimizer": usage.weights + usage.gradients + usage.optimizer,
+            "activations": usage.activations,
+        }
+        advice = "a shorter length, a smaller batch, state bfloat16, LoRA, or a mesh with fsdp"
+    else:
+        parts = {"weights": usage.weights, "KV cache": usage.cache}
+        advice = "less at once, bfloat16, packed weights, or a mesh of more devices"
+    told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    needed = (
+        f"{task} {job.batch} x {job.context_length} tokens takes {usage.total / GIB:.1f} GiB of "
+        f"each device ({told}), and {free / GIB:.1f} GiB are free"
+    )
+    if not longest:
+        return f"{needed}: not even one token fits; choose {advice}, or a smaller model"
+    fitting = [f"{job.batch} x {longest}"]
+    rows = _largest_batch(job, sizes)
+    if rows:
+        fitting.append(f"{rows} x {job.context_length}")
+    new = "" if job.train else ", new ones included"
+    return f"{needed}: {' or '.join(fitting)} tokens fit{new}; choose {advice}"
+
+
+def _largest_batch(job: Job, sizes: dict[str, int]) -> int:
+    """The largest smaller batch of this length that fits and divides over the mesh; 0 if none."""
+    step = sizes["data"] * sizes["fsdp"]
+    low, high = 0, (job.batch - 1) // step
+    while low < high:  # more rows never take less
+        middle = (low + high + 1) // 2
+        fits = replace(job, batch=middle * step).fits(sizes)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * step
