@@ -87,7 +87,7 @@ def _refusal(job: Job, sizes: dict[str, int]) -> str:
         advice = "a shorter length, a smaller batch, state bfloat16, LoRA, or a mesh with fsdp"
     else:
         parts = {"weights": usage.weights, "KV cache": usage.cache}
-        advice = "less at once, bfloat16, or a mesh of more devices"
+        advice = "less at once, bfloat16, packed weights, or a mesh of more devices"
     told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     needed = (
         f"{task} {job.batch} x {job.context_length} tokens takes {usage.total / GIB:.1f} GiB of "
