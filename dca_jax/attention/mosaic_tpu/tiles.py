@@ -151,14 +151,17 @@ def decode_vmem(
 ) -> int:
     """An upper bound on the bytes of VMEM for decoding `num_queries`, counting all heads.
 
-    Keys and values take `kept` bytes an element; by default `itemsize`. If they are fewer, some
-    chips' compilers keep a block as it is multiplied, too.
+    Keys and values take `kept` bytes an element; by default `itemsize`. If they are fewer, there
+    are their scales, and some chips' compilers keep a block as it is multiplied, too.
     """
     width, dim = (whole_lanes(x) for x in (heads.kv * heads.head_dim, heads.head_dim))
     queries = math.ceil(num_queries / 16) * 16
     buffered = 2 * (kept or itemsize) * block_kv * width
     buffered += queries * (dim * (itemsize + 4) + 4 * LANES)
-    widened = itemsize * block_kv * width if kept and kept < itemsize else 0
+    widened = 0
+    if kept is not None and kept < itemsize:
+        buffered += 2 * 4 * block_kv * math.ceil(heads.kv / 8) * 8
+        widened = itemsize * block_kv * width
     scratch = queries * (width * (itemsize + 4) + 2 * 4 * LANES)
     working = widened + 4 * queries * (2 * block_kv + 2 * width)
     return 2 * buffered + scratch + working + MIB
