@@ -278,7 +278,7 @@ FAULTS = [
     Fault(
         "a prefix believes that it still holds what was written over",
         "inference/prefix.py",
-        "self._held = _common(self.tokens, self._read)",
+        "self._held = common_beginning(self.tokens, self._read)",
         "self._held = len(self.tokens)",
         "tests/test_llm.py -k prefix",
     ),

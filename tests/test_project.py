@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mutations
 import pytest
 from flax import nnx
 from jaxtyping import TypeCheckError, install_import_hook
@@ -170,3 +171,13 @@ def test_every_public_name_is_there():
     assert all(getattr(dca_jax, name) is not None for name in dca_jax.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = dca_jax.nothing
+
+
+def test_deliberate_faults_still_stand_where_they_are_to_be_made():
+    """Code that has moved, or a test of another name, is noticed before `mutations.py` is run."""
+    for fault in mutations.FAULTS:
+        code = (REPOSITORY / "dca_jax" / fault.file).read_text(encoding="utf-8")
+        assert code.count(fault.old) == 1, fault.name
+        path, _, test = fault.tests.split()[0].partition("::")
+        tests = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert not test or f"def {test.partition('[')[0]}(" in tests, fault.name
