@@ -280,7 +280,7 @@ FAULTS = [
         "inference/prefix.py",
         "self._held = common_beginning(self.tokens, self._read)",
         "self._held = len(self.tokens)",
-        "tests/test_llm.py -k prefix",
+        "tests/test_llm.py::test_what_another_conversation_wrote_over_is_read_again",
     ),
     Fault(
         "each token is asked to predict itself",

@@ -286,6 +286,14 @@ def test_a_prefix_of_tokens_is_followed_by_tokens(llm):
     assert llm.generate([[50, 60]], max_new_tokens=8, prefix=prefix) == whole
 
 
+def test_what_another_conversation_wrote_over_is_read_again(llm):
+    first, other = ([{"role": "user", "content": text}] for text in (TEXT, "x" + TEXT[::-1]))
+    whole = llm.chat(first, max_new_tokens=12)
+    prefix = llm.prefill(llm.apply_chat_template(first), room=ROOM)
+    llm.chat(other, max_new_tokens=12, prefix=prefix)  # shares its first tokens only
+    assert llm.chat(first, max_new_tokens=12, prefix=prefix) == whole
+
+
 def test_only_the_question_is_read(llm, monkeypatch):
     prefix = llm.prefill(TEXT, room=ROOM)
     read = []
