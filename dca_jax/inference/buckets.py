@@ -200,7 +200,7 @@ def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
         wide = widened(row.reshape(1, cache.capacity, heads)).reshape(batch, blocks, -1, heads)
         return shards.put(jnp.swapaxes(wide, 2, 3), shards.spec("BSKH"))
 
-    copies = {
+    copies: dict[str, Any] = {
         name: None if array is None else jax.lax.map(way, array)
         for way, (name, array) in zip(
             (of_tokens, of_tokens, of_scales, of_scales),
