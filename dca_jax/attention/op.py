@@ -10,7 +10,6 @@ exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and 
 import functools
 import logging
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,25 +173,25 @@ def attend(
     a masked value is multiplied by zero). With `scales` too, they are in 8 bits
     (`dca_jax.attention.stored`); that has no gradient.
     """
+    number = jnp.int32(0) if layer is None else layer
     if layer is None:
         key, value = key[None], value[None]
-    own: Any = jnp.int32(0) if layer is None else layer
     _check_shapes(query, key, value, scales)
     dca = dca or PLAIN
     name = choose_implementation(implementation, _like(query), _like(key), dca)
     if name == "reference":
         if scales is not None:
-            key, value = dequantized_layer(key, value, scales, own, query.dtype)
-            own = jnp.int32(0)
-        key, value, options = key[own], value[own], rows._asdict()
+            key, value = dequantized_layer(key, value, scales, number, query.dtype)
+            number = jnp.int32(0)
+        key, value, options = key[number], value[number], rows._asdict()
         if isinstance(dca, PositionMethod):
             return dense_method_attention(query, key, value, dca=dca, **options)
         return dense_attention(query, key, value, dca=dca, **options)
     phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[2], dca)
     if scales is not None:
         options = {"dca": dca, "phases": phases, "with_lse": False, "scales": scales}
-        return BACKENDS[name].forward(query, key, value, own, rows, **options)[0]
-    out, _ = _flash(name, dca, phases, False, query, key, value, own, rows)
+        return BACKENDS[name].forward(query, key, value, number, rows, **options)[0]
+    out, _ = _flash(name, dca, phases, False, query, key, value, number, rows)
     return out
 
 
