@@ -221,8 +221,8 @@ FAULTS = [
     Fault(
         "a tied head trains no embedding",
         "model.py",
-        "kernel = self.embed_tokens.embedding[...].T",
-        "kernel = jax.lax.stop_gradient(self.embed_tokens.embedding[...].T)",
+        'return self.embed_tokens.embedding[...], "VD"',
+        'return jax.lax.stop_gradient(self.embed_tokens.embedding[...]), "VD"',
         "tests/test_finetune_train.py::test_a_tied_head_trains_the_embedding",
     ),
     Fault(

@@ -185,9 +185,9 @@ def test_random_model_has_bfloat16_weights_like_an_initialized_one(model):
 def test_generate_measures_ours_and_transformers(model, monkeypatch):
     monkeypatch.setattr(generate, "random_model", lambda *args, **options: model)
     config = generate.PRESETS["tiny"]
-    facts, ours = generate.measure_ours(True, config, [20], 3, None, None)
+    facts, ours = generate.measure_ours(True, config, [20], 3, None, None, "bfloat16")
     assert facts["copy GB/s"] > 0
-    (peer,) = generate.measure_transformers(config, [20], 3, None, None)
+    (peer,) = generate.measure_transformers(config, [20], 3, None, None, "bfloat16")
     for row in (ours, peer):
         assert "failed" not in row
         assert row["first token ms"] > 0
@@ -254,7 +254,9 @@ def test_finetune_times_updates(monkeypatch, mesh, rank, base):
     )
     monkeypatch.setitem(finetune.SHAPES, "tiny", config)
     row = finetune.measure_here(
-        finetune.Variant("tiny", mesh, 96, 2, 1, "attention", rank, base, updates=1)
+        finetune.Variant(
+            *("tiny", mesh, 96, 2, 1, "attention", rank, base), state="float32", texts=2, updates=1
+        )
     )
     assert row["loss"] == pytest.approx(np.log(64), rel=0.05)  # random tokens, before any learning
     devices = 2 if mesh == "fsdp=2" else 1
