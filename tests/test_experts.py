@@ -18,6 +18,7 @@ from lowering import lower
 from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
+from dca_jax import row_products
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.device import Device
@@ -29,7 +30,6 @@ from dca_jax.grouped import (
     choose,
     chosen_products,
     collect,
-    few,
     lay_out,
     spread,
 )
@@ -158,7 +158,9 @@ def test_the_gradient_of_uneven_choices_is_that_of_transformers() -> None:
     layer = layer_of()
 
     def loss(router: jax.Array) -> jax.Array:
-        balance = balance_of(layer.route(jnp.asarray(x), router), jnp.asarray(mask))
+        balance = balance_of(
+            layer.route(jnp.asarray(x), router[None], jnp.int32(0)), jnp.asarray(mask)
+        )
         return load_balancing_loss(jax.tree.map(lambda a: a[None], balance))
 
     got, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(router))
@@ -226,7 +228,7 @@ def test_every_row_has_one_place_and_every_block_one_group(block: int) -> None:
 
 @pytest.mark.parametrize("way", ["rows", "kernel"])
 def test_few_rows_times_their_own_matrices(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few, "INTERPRET", way == "kernel")
+    monkeypatch.setattr(row_products, "INTERPRET", way == "kernel")
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (4, 256))
     stacks = tuple(jax.random.normal(key, (2, 6, 256, 128)) for key in keys[1:])
