@@ -27,7 +27,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.experts import Balance, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache
-from dca_jax.layers import PRODUCT, Block, Layers, Linear, Place, RMSNorm, Run
+from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm, Run
 from dca_jax.packed_product import packed_product, unpacked_inner
 from dca_jax.packed_weights import Packed, is_packed
 from dca_jax.sharding import Shards
@@ -267,20 +267,19 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Stored]:
         """Tokens that follow a cache: hidden states, and its keys and values with theirs."""
         shards = Shards.of(self.norm.scale[...])
-        if numbers is None:
-            numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
-            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array, Place]
+            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array]
         ) -> tuple[tuple[Array, Stored], None]:
             x, stored = carry
-            block, number, place = xs
+            block, number = xs
             block = run.with_stacks(block, tokens.size)
+            in_cache = number if numbers is None else numbers[number]
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal stored
                 out, stored = attend_to_cache(
-                    *(query, key, value, stored, number),
+                    *(query, key, value, stored, in_cache),
                     dca=self.dca,
                     rows=rows,
                     implementation=self.implementation,
@@ -288,14 +287,14 @@ class Llama(nnx.Module):
                 )
                 return out
 
-            x, _ = block(x, attend, place)
+            x, _ = block(x, attend, run.place(number))
             return (x, stored), None
 
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
         carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
         for run in self.layers.runs():
             # Nor are experts, packed kernels and what one row is multiplied by, to be copied.
-            xs = run.sliced(tokens.size), numbers[run.start : run.stop], run.places
+            xs = run.sliced(tokens.size), run.numbers
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
         x, stored = carry
         return self.norm(x), stored
