@@ -19,7 +19,8 @@ from lowering import device, lower, lower_backward, lower_forward, shapes
 
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
 from dca_jax.attention.backend import PLAIN, Rows
-from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward, widening
+from dca_jax.attention.mosaic_gpu import backward_spans, decode, forward_tiles, widening
+from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     full_and_edge_walks,
@@ -310,9 +311,11 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
         num_queries=sizes["num_queries"],
         group=1,
         shares=1,
+        num_keys=sizes["num_keys"],
+        num_rows=1,
         dca=case.dca,
         phases=case.phases,
-        tiles=decode.DecodeTiles(block=block, num_stages=2),
+        tiles=DecodeTiles(block=block, num_stages=2),
     )
     last = jnp.minimum(offset + sizes["num_queries"], length) - 1
     keys = Keys(key_offset, sizes["num_keys"])
@@ -366,10 +369,10 @@ def test_a_named_backend_that_cannot_run_says_why() -> None:
 
 
 def test_shared_memory_is_checked_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = flash_forward.ForwardTiles(
+    tiles = forward_tiles.ForwardTiles(
         block_k=128, num_stages=4, resident=True, registers=128, cluster=2
     )
-    monkeypatch.setitem(flash_forward.TILES, 128, tiles)
+    monkeypatch.setitem(forward_tiles.TILES, 128, tiles)
     with device("NVIDIA H200"), pytest.raises(InputError, match="bytes of shared memory"):
         choose_implementation("mosaic_gpu", *like(), DCAConfig(chunk_len=8, max_query_position=9))
 

@@ -10,7 +10,6 @@ Two query heads of one kv head form a cluster, which reads every block of keys o
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,18 +17,27 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Problem, Refs, Shared
+from dca_jax.attention.mosaic_gpu.forward_feed import feed
+from dca_jax.attention.mosaic_gpu.forward_tiles import (
+    BLOCK_Q,
+    LIST_TILES,
+    TILES,
+    WARPGROUP_Q,
+    WARPGROUPS,
+    ForwardTiles,
+)
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     Walk,
-    full_and_edge_walks,
     locate,
     ranges_of_queries,
     recall,
-    remember,
     steps,
 )
 from dca_jax.attention.mosaic_gpu.vote import any_in_warp
@@ -45,20 +53,81 @@ SLACK = 8.0
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
+    tiles: ForwardTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; as `Backend.forward`."""
-    batch, num_queries, heads, head_dim = query.shape
-    num_keys, kv_heads = key.shape[2:4]
-    num_tiles = -(-num_queries // BLOCK_Q)
+    if blocks is not None:
+        options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
+        return _by_tiles_of_the_text(query, key, value, layer, rows, blocks, tiles, **options)
+    tiles = tiles or _tiles_for(query.shape[3], None if pages is None else key.shape[2])
+    return _launch(query, key, value, layer, rows, dca, phases, with_lse, None, pages, tiles)
+
+
+def _tiles_for(head_dim: int, page: int | None) -> ForwardTiles:
+    """The tiles of the dense kernel: through pages, those of which no block lies in two."""
     tiles = TILES[head_dim]
+    return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
+
+
+def _by_tiles_of_the_text(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    blocks: KeyBlocks,
+    tiles: ForwardTiles | None,
+    *,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    with_lse: bool,
+    pages: Int[Array, "B pages_per_row"] | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """Over lists: the queries are moved so that tiles begin at multiples of 128 of the text."""
+    num_queries, num_tiles = query.shape[1], blocks.counts.shape[2]
+    shift = rows.offset % BLOCK
+    moved = jnp.pad(query, ((0, 0), (BLOCK, num_tiles * BLOCK), (0, 0), (0, 0)))
+    moved = _cut(moved, BLOCK - shift, num_tiles * BLOCK)
+    lengths = jnp.minimum(rows.lengths, rows.offset + num_queries)
+    at = rows._replace(offset=rows.offset - shift, lengths=lengths)
+    tiles = tiles or LIST_TILES[query.shape[3]]
+    out, lse = _launch(moved, key, value, layer, at, dca, phases, with_lse, blocks, pages, tiles)
+    if lse is not None:
+        lse = jnp.swapaxes(_cut(jnp.swapaxes(lse, 1, 2), shift, num_queries), 1, 2)
+    return _cut(out, shift, num_queries), lse
+
+
+def _cut(x: Num[Array, "B S ..."], start: Int[Array, " B"], size: int) -> Num[Array, "B T ..."]:
+    """`size` tokens of each row from `start` on."""
+    return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size))(x, start)
+
+
+def _launch(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    with_lse: bool,
+    blocks: KeyBlocks | None,
+    pages: Int[Array, "B pages_per_row"] | None,
+    tiles: ForwardTiles,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    batch, num_queries, heads, head_dim = query.shape
+    num_rows, num_keys, kv_heads = key.shape[1:4]
+    num_tiles = -(-num_queries // BLOCK_Q)
     if tiles.registers % 64 or tiles.registers > head_dim:
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
@@ -70,15 +139,23 @@ def forward(
     else:
         tables, query = (), jnp.stack(rotated_queries(query, rows, dca, phases))
     query = pad_tokens(query, query.ndim - 3)
-    cache_row = layer * batch + jnp.arange(batch, dtype=jnp.int32)
+    cache_row = layer * num_rows + jnp.arange(batch, dtype=jnp.int32)
+    page = None
+    if pages is not None:
+        cache_row, page = jnp.full_like(cache_row, layer * num_rows), num_keys
+        num_keys = pages.shape[1] * page
     place = jnp.stack([cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
+    problem = Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles, page)
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
-    problem = Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles)
+    given = query, key, value, place, tables, blocks, pages
+    out_type = (out, lse) if with_lse else (out,)
+    # What is None takes no argument.
+    tree = jax.tree.structure(Refs(*given, out, lse if with_lse else None))
     out, *lse = plgpu.kernel(
-        functools.partial(_kernel, problem),
-        out_type=(out, lse) if with_lse else (out,),
+        functools.partial(_kernel, problem, tree),
+        out_type=out_type,
         grid=(heads // cluster, num_tiles, batch),
         grid_names=("heads", "tile", "batch"),
         cluster=(cluster,),
@@ -91,15 +168,15 @@ def forward(
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,  # maxima and sums are taken within a warp
         ),
-    )(query, key, value, place, *tables)
+    )(*jax.tree.leaves(given))
     return out[:, :num_queries], lse[0][:, :, :num_queries] if with_lse else None
 
 
 # --- the kernel --------------------------------------------------------------------------------
 
 
-def _kernel(problem: Problem, *refs: Any) -> None:
-    gmem = Refs.of(problem.tiles.resident, refs)
+def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
+    gmem: Refs = jax.tree.unflatten(tree, refs)
     num_queries, _, head_dim = gmem.query.shape[-3:]
     batch = lax.axis_index("batch")
     head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
