@@ -330,14 +330,19 @@ def _keys(gmem: _Refs, row: Array, problem: _Problem) -> Keys:
     return Keys(gmem.key_offset[row], problem.num_keys)
 
 
-def _place(gmem: _Refs, row: Array, number: Array, problem: _Problem) -> tuple[Array, Any]:
-    """Where a block of a row's keys lies: the row of the cache, or the page, and its slots."""
-    block, text = problem.tiles.block, row
+def _place(
+    gmem: _Refs, at: Array, row: Array, number: Array, problem: _Problem
+) -> tuple[Array, Any]:
+    """Where block `number` of a row's keys lies: the row of the cache, or the page, and its slots.
+
+    `at` is the row of the cache; of a pool, the layer's first page.
+    """
+    block = problem.tiles.block
     if gmem.pages is not None:
         in_page = gmem.key.shape[1] // block
-        text = gmem.pages[row, lax.div(number, in_page)]
+        at = at + gmem.pages[row, lax.div(number, in_page)]
         number = lax.rem(number, in_page)
-    return gmem.layer[0] * problem.num_rows + text, pl.ds(number * block, block)
+    return at, pl.ds(number * block, block)
 
 
 def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
@@ -379,10 +384,13 @@ def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Arr
     head, num_stages = lax.axis_index("head"), problem.tiles.num_stages
 
     def visit(row: Array, work: _Work, first: Array, last: Array, step: Array) -> None:
+        at = gmem.layer[0] * problem.num_rows
+        at = at + row if gmem.pages is None else at
+
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
             slot = lax.rem(n, num_stages)
-            text, slots = _place(gmem, row, work.locate(unit)[1], problem)
+            text, slots = _place(gmem, at, row, work.locate(unit)[1], problem)
             for source, scale, target, scale_target, ready, free in (
                 (*_keys_in(gmem), *_keys_in(smem), smem.key_ready, smem.key_free),
                 (*_values_in(gmem), *_values_in(smem), smem.value_ready, smem.value_free),

@@ -32,6 +32,7 @@ def feed(cta: CTA) -> None:
     num_stages = problem.tiles.num_stages
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
     axes = "pair" if problem.cluster > 1 else None
+    cache_row = gmem.place[cta.batch, 0]
     full, edges = _walks(cta, kv_head)
     # Here, so that those who compute rotate meanwhile, and have the registers for it.
     remember(full, edges, smem.walks)
@@ -40,7 +41,7 @@ def feed(cta: CTA) -> None:
 
     def load(n: Array, _: Any, *, block_of: Callable[[Array], Array]) -> None:
         slot = lax.rem(n, jnp.int32(num_stages))
-        row, slots = _place(cta, block_of(n))
+        row, slots = _place(cta, cache_row, block_of(n))
         for source, target, loaded, consumed in (
             (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
             (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
@@ -91,9 +92,12 @@ def _listed(cta: CTA, kv_head: Array, n: Array) -> Array:
     return number * parts + lax.rem(n, parts)
 
 
-def _place(cta: CTA, block: Array) -> tuple[Array, Any]:
-    """Where a block of keys lies: the row of the cache, or the page, and which of its slots."""
-    row, block_k, page = cta.gmem.place[cta.batch, 0], cta.problem.tiles.block_k, cta.problem.page
+def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Any]:
+    """Where a block of keys lies: the row of the cache, or the page, and which of its slots.
+
+    `row` is the row of the cache; of a pool, the layer's first page.
+    """
+    block_k, page = cta.problem.tiles.block_k, cta.problem.page
     if page is not None:
         in_page = jnp.int32(page // block_k)
         row = row + cta.gmem.pages[cta.batch, lax.div(block, in_page)]

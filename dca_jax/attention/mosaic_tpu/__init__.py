@@ -97,8 +97,8 @@ def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles)
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
