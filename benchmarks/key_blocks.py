@@ -3,18 +3,19 @@
     python benchmarks/key_blocks.py measure --minutes 5 --out outputs/key_blocks.json
 
 First small cases of every head_dim beside the masked oracle in float32: `error` is the relative
-distance from it, and `equal` whether two ways are equal to the bit: a full list and none, pages in
-any order and no pages. Then times of the last queries of a long text, Qwen2.5-7B-1M in shape: lists
-of `share` of the blocks at random, `kept` with the edges that every tile reads; `of ideal` is the
-dense time, times what is kept, over the time taken, moving the queries to their tiles included.
-Last, decoding from layer to layer of a cache as a model does, through pages of several sizes in any
-order: `of ideal` is the time without pages, over the time.
+distance from it, and `equal` whether two ways are equal to the bit: a full list and none (where
+chunks are of whole blocks), pages in any order and no pages. Then times of the last queries of a
+long text, Qwen2.5-7B-1M in shape: lists of `share` of the blocks at random, `kept` with the edges
+that every tile reads; `of ideal` is the dense time, times what is kept, over the time taken, moving
+the queries to their tiles included. Last, decoding from layer to layer of a cache as a model does,
+through pages of several sizes in any order: `of ideal` is the time without pages, over the time.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from common import Report, machine, merged, numbers, reason, require_live_device, say, show, timed
+from common import (
+    Report,
+    machine,
+    merged,
+    numbers,
+    reason,
+    require_live_device,
+    say,
+    show,
+    start_compiling,
+    timed,
+)
 from jaxtyping import Array
 
 from dca_jax import DCAConfig, RopeConfig
@@ -78,11 +90,11 @@ def measure(
                 check(report, implementation, dim, pool)
         if "lists" in wanted:
             for keys in numbers(lengths):
-                time_lists(report, implementation, keys, queries, shape, numbers(shares))
+                time_lists(report, implementation, keys, queries, shape, numbers(shares), pool)
         if "decode" in wanted:
             for batch in numbers(batches):
                 sizes = numbers(decoded)[0], batch, *shape
-                time_decoding(report, implementation, sizes, numbers(pages))
+                time_decoding(report, implementation, sizes, numbers(pages), pool)
     show("Lists of key blocks, and pages", COLUMNS, report.rows)
 
 
@@ -210,7 +222,7 @@ def of_lists(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str
 
     def full() -> dict[str, Any]:
         listed = read(name, case, *keys, blocks=case.blocks(1.0))
-        if name != "mosaic_gpu":
+        if name != "mosaic_gpu" or case.dca.chunk_len % BLOCK:
             return {"error": relative(listed, read(name, case, *keys))}
 
         @jax.jit
@@ -304,6 +316,7 @@ def time_lists(
     queries: int,
     shape: tuple[int, int, int],
     percents: list[int],
+    pool: Executor,
 ) -> None:
     """The last queries of a text, densely and over lists."""
     query_heads, kv_heads, dim = shape
@@ -320,65 +333,66 @@ def time_lists(
         options = {"dca": QWEN, "implementation": name, "blocks": blocks}
         return attend(query, key, value, rows=rows, **options)
 
+    texts = Tiles.of(keys, queries)
+    lists: dict[str, Any] = {"dense": None}
+    for percent in percents:
+        lists[f"lists of {percent} %"] = texts.lists(rows, kv_heads, percent / 100)
+    arrays = query, key, value, rows
+    compiled = {x: start_compiling(pool, run, *arrays, lists[x]) for x in lists}
+    wait(compiled.values())  # compiling and timing would disturb each other
     dense = math.nan
 
-    def without_list() -> dict[str, Any]:
+    def time(title: str) -> dict[str, Any]:
         nonlocal dense
-        dense = timed(run, query, key, value, rows, None).median
-        return {"ms": dense, "kept": 1.0}
-
-    def with_list(percent: int) -> dict[str, Any]:
-        blocks = lists_of_share(rows, kv_heads, keys, queries, percent / 100)
-        kept = share_read(blocks, rows, keys, queries)
-        ms = timed(run, query, key, value, rows, blocks).median
+        blocks = lists[title]
+        ms = timed(compiled[title].result(), *arrays, blocks).median
+        if blocks is None:
+            dense = ms
+            return {"ms": ms, "kept": 1.0}
+        kept = texts.share_read(blocks)
         return {"ms": ms, "kept": kept, "of ideal": dense * kept / ms}
 
-    guarded(report, row | {"variant": "dense"}, without_list)
-    for percent in percents:
-        title = {"variant": f"lists of {percent} %"}
-        guarded(report, row | title, functools.partial(with_list, percent))
+    for title in lists:
+        guarded(report, row | {"variant": title}, functools.partial(time, title))
 
 
-def lists_of_share(rows: Rows, kv_heads: int, keys: int, queries: int, share: float) -> KeyBlocks:
-    """So many blocks for each tile and kv head, drawn at random, with no room to spare."""
-    tiles, count = num_tiles(queries), -(-keys // BLOCK)
+class Tiles(NamedTuple):
+    """The tiles of the last queries of a text: which blocks are full, and how many are edges."""
 
-    @functools.partial(jax.jit, static_argnames="most")
-    def draw(rows: Rows, most: int) -> KeyBlocks:
-        chance = jax.random.uniform(jax.random.key(7), (1, kv_heads, tiles, count))
-        tile = (rows.offset // BLOCK)[:, None] + jnp.arange(tiles, dtype=jnp.int32)[None, :]
-        full = [full_blocks(tile, phase, QWEN) for phase in PHASES]
-        number = jnp.arange(count, dtype=jnp.int32)[None, None, :]
-        met = [(a[..., None] <= number) & (number < b[..., None]) for a, b in full]
-        met = functools.reduce(jnp.logical_or, met)[:, None]
-        wanted = jnp.round(share * met.sum(axis=3, keepdims=True)).astype(jnp.int32)
-        chance = jnp.where(met, chance, 2.0)
-        # The wanted-th smallest chance is the largest that is kept.
-        ordered = jnp.sort(chance, axis=3)
-        limit = jnp.take_along_axis(ordered, jnp.maximum(wanted - 1, 0), axis=3)
-        kept = met & (chance <= limit) & (wanted > 0)
-        return key_blocks(kept, rows=rows, dca=QWEN, most=most)
+    full: np.ndarray  # [tiles, blocks]
+    edges: np.ndarray  # [tiles]
 
-    longest = int(draw(rows, count).counts.sum(axis=3).max())
-    return draw(rows, max(longest, 1))
+    @classmethod
+    def of(cls, keys: int, queries: int) -> "Tiles":
+        """Of a text of so many keys, whose last queries begin at a multiple of 128."""
+        tile = (keys - queries) // BLOCK + np.arange(num_tiles(queries))
+        tile = jnp.asarray(tile[tile * BLOCK < keys], jnp.int32)
+        number, full, edges = np.arange(-(-keys // BLOCK)), False, 0
+        for phase in PHASES:
+            begin, end = full_blocks(tile, phase, QWEN)
+            start = key_range(tile * BLOCK, phase, QWEN)[0]
+            stop = jnp.clip(key_range(tile * BLOCK + (BLOCK - 1), phase, QWEN)[1], 0, keys)
+            (_, before), (_, after) = edge_blocks(start, stop, (begin, end))
+            edges = edges + np.asarray(before + after)
+            begin, end = (np.asarray(x)[:, None] for x in (begin, end))
+            full = full | ((begin <= number) & (number < end))
+        return cls(np.asarray(full), np.asarray(edges))
 
+    def lists(self, rows: Rows, kv_heads: int, share: float) -> KeyBlocks:
+        """So many of each tile's full blocks, drawn at random for each kv head."""
+        chance = np.random.default_rng(7).random((kv_heads, *self.full.shape), np.float32)
+        rank = np.argsort(np.argsort(np.where(self.full, chance, 2), axis=2), axis=2)
+        wanted = np.round(share * self.full.sum(axis=1)).astype(int)
+        kept = self.full & (rank < wanted[:, None])
+        absent = num_tiles(BLOCK * len(self.full)) - len(self.full)
+        kept = np.pad(kept, ((0, 0), (0, absent), (0, 0)))[None]
+        make = jax.jit(functools.partial(key_blocks, dca=QWEN, most=max(int(wanted.max()), 1)))
+        return make(jnp.asarray(kept), rows=rows)
 
-def share_read(blocks: KeyBlocks, rows: Rows, keys: int, queries: int) -> float:
-    """Blocks that are read, edges included, of those that the dense kernel reads."""
-    tile = np.asarray(rows.offset)[0] // BLOCK + np.arange(blocks.counts.shape[2])
-    listed = np.asarray(blocks.counts).sum(axis=3).mean(axis=(0, 1))
-    edges, full = np.zeros(len(tile)), np.zeros(len(tile))
-    for phase in PHASES:
-        first = jnp.asarray(tile * BLOCK, jnp.int32)
-        last = jnp.minimum(first + BLOCK, keys) - 1
-        begin, end = full_blocks(jnp.asarray(tile, jnp.int32), phase, QWEN)
-        start = key_range(first, phase, QWEN)[0]
-        stop = jnp.clip(key_range(last, phase, QWEN)[1], 0, keys)
-        (_, before), (_, after) = edge_blocks(start, stop, (begin, end))
-        edges += np.asarray(before + after)
-        full += np.asarray(end - begin)
-    here = tile * BLOCK < keys
-    return float((listed + edges)[here].sum() / (full + edges)[here].sum())
+    def share_read(self, blocks: KeyBlocks) -> float:
+        """Blocks that are read, edges included, of those that the dense kernel reads."""
+        listed = np.asarray(blocks.counts).sum(axis=(2, 3)).mean()
+        return float((listed + self.edges.sum()) / (self.full.sum() + self.edges.sum()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -391,7 +405,11 @@ def normal(seed: int, shape: tuple[int, ...]) -> Array:
 
 
 def time_decoding(
-    report: Report, name: str, shape: tuple[int, int, int, int, int], pages: list[int]
+    report: Report,
+    name: str,
+    shape: tuple[int, int, int, int, int],
+    pages: list[int],
+    pool: Executor,
 ) -> None:
     """One query a row through a cache's layers, one after another, without pages and with them."""
     keys, batch, query_heads, kv_heads, dim = shape
@@ -416,28 +434,36 @@ def time_decoding(
 
         return jax.lax.fori_loop(0, calls, call, query)
 
-    row: dict[str, Any] = {"what": "decode", "keys": keys, "batch": batch}
-    plain = math.nan
-
-    def contiguous() -> dict[str, Any]:
-        nonlocal plain
-        plain = timed(chain, query, *caches, lengths, None).median / calls
-        return {"ms": plain}
-
-    def paged(page: int, shuffled: bool) -> dict[str, Any]:
+    def inputs(page: int | None, shuffled: bool) -> tuple[Any, ...]:
+        if page is None:
+            return query, *caches, lengths, None
         count = batch * keys // page
         where = np.random.default_rng(5).permutation(count) if shuffled else np.arange(count)
         table = jnp.asarray(where.reshape(batch, -1), jnp.int32)
         pools = [x.reshape(layers, count, page, kv_heads, dim) for x in caches]
-        ms = timed(chain, query, *pools, lengths, table).median / calls
+        return query, *pools, lengths, table
+
+    compiled = {
+        page: start_compiling(pool, chain, *jax.eval_shape(lambda: inputs(page, False)))  # noqa: B023
+        for page in (None, *pages)
+    }
+    wait(compiled.values())
+    row: dict[str, Any] = {"what": "decode", "keys": keys, "batch": batch}
+    plain = math.nan
+
+    def time(page: int | None, shuffled: bool) -> dict[str, Any]:
+        nonlocal plain
+        ms = timed(compiled[page].result(), *inputs(page, shuffled)).median / calls
+        if page is None:
+            plain = ms
+            return {"ms": ms}
         return {"ms": ms, "of ideal": plain / ms}
 
-    guarded(report, row | {"variant": "no pages"}, contiguous)
-    for page in pages:
-        for shuffled in (False, True):
-            order = "in any order" if shuffled else "in order"
-            title = {"variant": f"pages of {page}, {order}"}
-            guarded(report, row | title, functools.partial(paged, page, shuffled))
+    guarded(report, row | {"variant": "no pages"}, functools.partial(time, None, False))
+    for page, shuffled in itertools.product(pages, (False, True)):
+        order = "in any order" if shuffled else "in order"
+        title = {"variant": f"pages of {page}, {order}"}
+        guarded(report, row | title, functools.partial(time, page, shuffled))
     say(f"{calls} calls a chain, {layers} layers")
 
 
