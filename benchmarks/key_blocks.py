@@ -14,8 +14,9 @@ through pages of several sizes in any order: `of ideal` is the time without page
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -87,7 +88,7 @@ def measure(
     with ThreadPoolExecutor() as pool:
         if "check" in wanted:
             for dim in numbers(head_dims):
-                check(report, implementation, dim, pool)
+                check(report, implementation, dim)
         if "lists" in wanted:
             for keys in numbers(lengths):
                 time_lists(report, implementation, keys, queries, shape, numbers(shares), pool)
@@ -191,55 +192,107 @@ def in_pages(x: Array, where: np.ndarray, page: int) -> Array:
     return pool.at[:, where].set(pieces)
 
 
-def check(report: Report, name: str, dim: int, pool: Executor) -> None:
+class Programs:
+    """Compiled attention: each program once, traced one at a time and compiled in threads."""
+
+    def __init__(self, name: str, pool: Executor) -> None:
+        self.name, self._pool = name, pool
+        self._lock, self._found = threading.Lock(), {}
+
+    def run(self, case: Case, key: Array, value: Array, **options: Any) -> Array:
+        """The second layer's attention."""
+        return self._run(self.name, case, key, value, options)
+
+    def run_dense_with_list_tiles(self, case: Case) -> Array:
+        """The Hopper kernel without a list, with the tiles that it has over lists."""
+
+        def attention(query: Array, key: Array, value: Array, rows: Rows) -> Array:
+            options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
+            tiles = LIST_TILES[case.query.shape[3]]
+            layer = jnp.int32(1)
+            return flash_forward.forward(query, key, value, layer, rows, tiles=tiles, **options)[0]
+
+        return self._compiled("dense", attention, case.query, case.key, case.value, case.rows)
+
+    def definition(self, case: Case, **options: Any) -> Array:
+        """The dense oracle's, in float32."""
+        query, key, value = (x.astype(jnp.float32) for x in case[:3])
+        wide = case._replace(query=query)
+        with jax.default_matmul_precision("highest"):
+            return self._run("reference", wide, key, value, options)
+
+    def _run(self, name: str, case: Case, key: Array, value: Array, options: Any) -> Array:
+        def attention(query: Array, key: Array, value: Array, rows: Rows, options: Any) -> Array:
+            static = {"dca": case.dca, "implementation": name, "layer": jnp.int32(1)}
+            return attend(query, key, value, rows=rows, **static, **options)
+
+        return self._compiled(
+            (name, case.dca), attention, case.query, key, value, case.rows, options
+        )
+
+    def _compiled(self, label: Any, function: Callable[..., Array], *arguments: Any) -> Array:
+        leaves, tree = jax.tree.flatten(arguments)
+        key = label, tree, tuple((x.shape, x.dtype) for x in leaves)
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = start_compiling(self._pool, function, *arguments)
+        return self._found[key].result()(*arguments)
+
+
+def check(report: Report, name: str, dim: int) -> None:
     """Lists and pages of one head_dim, at the edges."""
-    even = DCAConfig(chunk_len=512, max_query_position=700)
-    odd = DCAConfig(chunk_len=300, max_query_position=400)
-    page = 256
+    page, whole = 256, dim == 128  # the others in part: compiling is what takes the time
     cases = {
-        "s = 512": Case.of(even, [1536, 512], 640, (8, 2, dim), page),
-        "s = 300": Case.of(odd, [1003, 130], 500, (4, 4, dim), page),
-        "s = 40": Case.of(
-            DCAConfig(chunk_len=40, max_query_position=60), [77, 1], 300, (6, 1, dim), page
-        ),
+        "s = 512": Case.of(chunks(512, 700), [1536, 512], 640, (8, 2, dim), page),
+        "s = 300": Case.of(chunks(300, 400), [1003, 130], 500, (4, 4, dim), page),
     }
-    few = {"one query": Case.of(odd, [1400, 3], 1, (8, 2, dim), page)}
-    tests: list[tuple[str, Future]] = []
-    for title, case in cases.items():
-        tests += [(f"{title}: {what}", pool.submit(test)) for what, test in of_lists(name, case)]
-    for title, case in (cases | few).items():
-        tests += [(f"{title}: {what}", pool.submit(test)) for what, test in of_pages(name, case)]
-    for title, future in tests:
-        guarded(report, {"what": f"check {dim}", "variant": title}, future.result)
+    if whole:
+        cases["s = 40"] = Case.of(chunks(40, 60), [77, 1], 300, (6, 1, dim), page)
+    few = Case.of(chunks(300, 400), [1400, 40], 1, (8, 2, dim), page)
+    with ThreadPoolExecutor() as compiling, ThreadPoolExecutor() as running:
+        programs = Programs(name, compiling)
+        tests = [(f"one query: {title}", test) for title, test in of_pages(programs, few, True)]
+        for said, case in cases.items():
+            found = (
+                *of_lists(programs, case),
+                *of_pages(programs, case, said == "s = 512" and whole),
+            )
+            tests += [(f"{said}: {title}", test) for title, test in found]
+        for title, future in [(title, running.submit(test)) for title, test in tests]:
+            guarded(report, {"what": f"check {dim}", "variant": title}, future.result)
 
 
-def of_lists(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def chunks(chunk_len: int, largest: int) -> DCAConfig:
+    """s and Q."""
+    return DCAConfig(chunk_len=chunk_len, max_query_position=largest)
+
+
+Test = Callable[[], dict[str, Any]]
+
+
+def of_lists(programs: Programs, case: Case) -> Iterator[tuple[str, Test]]:
     """Tests of one case, by name."""
     keys = case.key, case.value
 
     def beside_oracle(share: float) -> dict[str, Any]:
-        return {"error": distance(case, read(name, case, *keys, blocks=case.blocks(share)), share)}
+        options = {"blocks": case.blocks(share)}
+        found = programs.run(case, *keys, **options)
+        return {"error": relative(found, programs.definition(case, **options))}
 
     def full() -> dict[str, Any]:
-        listed = read(name, case, *keys, blocks=case.blocks(1.0))
-        if name != "mosaic_gpu" or case.dca.chunk_len % BLOCK:
-            return {"error": relative(listed, read(name, case, *keys))}
-
-        @jax.jit
-        def dense(*arrays: Array) -> Array:
-            options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
-            tiles = LIST_TILES[case.query.shape[3]]
-            forward = functools.partial(flash_forward.forward, rows=case.rows, tiles=tiles)
-            return forward(*arrays, jnp.int32(1), **options)[0]
-
-        expected = dense(case.query, *keys)
+        listed = programs.run(case, *keys, blocks=case.blocks(1.0))
+        if programs.name != "mosaic_gpu" or case.dca.chunk_len % BLOCK:
+            return {"error": relative(listed, programs.run(case, *keys))}
+        expected = programs.run_dense_with_list_tiles(case)
         return {"equal": same(listed, expected), "error": relative(listed, expected)}
 
     def paged() -> dict[str, Any]:
         options = {"blocks": case.blocks(0.3)}
-        expected = read(name, case, *keys, **options)
-        found = read(name, case, case.key_pool, case.value_pool, pages=case.page_table, **options)
-        return {"equal": same(found, expected)}
+        expected = programs.run(case, *keys, **options)
+        options["pages"] = case.page_table
+        return {
+            "equal": same(programs.run(case, case.key_pool, case.value_pool, **options), expected)
+        }
 
     yield "30 %", functools.partial(beside_oracle, 0.3)
     yield "nothing but edges", functools.partial(beside_oracle, 0.0)
@@ -247,16 +300,16 @@ def of_lists(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str
     yield "30 %, pages", paged
 
 
-def of_pages(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def of_pages(programs: Programs, case: Case, in_8_bits: bool) -> Iterator[tuple[str, Test]]:
     """Tests of one case, by name."""
 
     def paged() -> dict[str, Any]:
-        expected = read(name, case, case.key, case.value)
-        found = read(name, case, case.key_pool, case.value_pool, pages=case.page_table)
-        error = distance(case, found, None)
+        expected = programs.run(case, case.key, case.value)
+        found = programs.run(case, case.key_pool, case.value_pool, pages=case.page_table)
+        error = relative(found, programs.definition(case))
         return {"equal": same(found, expected), "error": error}
 
-    def in_8_bits() -> dict[str, Any]:
+    def quantized() -> dict[str, Any]:
         keys, scales, pools, scale_pools = [], [], [], []
         page, where = case.key_pool.shape[2], np.asarray(case.page_table).ravel()
         for x in (case.key, case.value):
@@ -265,32 +318,13 @@ def of_pages(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str
             scales.append(jnp.swapaxes(scale, 2, 3))
             pools.append(in_pages(q, where, page))
             scale_pools.append(jnp.swapaxes(in_pages(scale, where, page), 2, 3))
-        expected = read(name, case, *keys, scales=Scales(*scales))
+        expected = programs.run(case, *keys, scales=Scales(*scales))
         options = {"scales": Scales(*scale_pools), "pages": case.page_table}
-        return {"equal": same(read(name, case, *pools, **options), expected)}
+        return {"equal": same(programs.run(case, *pools, **options), expected)}
 
     yield "pages", paged
-    yield "pages, int8", in_8_bits
-
-
-def read(name: str, case: Case, key: Array, value: Array, **options: Any) -> Array:
-    """The second layer's attention."""
-
-    @jax.jit
-    def run(query: Array, key: Array, value: Array, rows: Rows, options: Any) -> Array:
-        static = {"dca": case.dca, "implementation": name, "layer": jnp.int32(1)}
-        return attend(query, key, value, rows=rows, **static, **options)
-
-    return run(case.query, key, value, case.rows, options)
-
-
-def distance(case: Case, found: Array, share: float | None) -> float:
-    """From the masked oracle in float32, relative, of the worst row and head."""
-    wide = Case(*(x.astype(jnp.float32) for x in case[:3]), *case[3:])
-    options = {} if share is None else {"blocks": case.blocks(share)}
-    with jax.default_matmul_precision("highest"):
-        expected = read("reference", wide, wide.key, wide.value, **options)
-    return relative(found, expected)
+    if in_8_bits:
+        yield "pages, int8", quantized
 
 
 def relative(found: Array, expected: Array) -> float:
