@@ -151,7 +151,7 @@ class Case(NamedTuple):
         page: int,
         dtype: Any = jnp.bfloat16,
     ) -> "Case":
-        """Drawn at random; every row but the first ends in padding."""
+        """Drawn at random; of many queries, every row's but the first's end in padding."""
         query_heads, kv_heads, dim = heads
         capacity = -(-(max(offset) + num_queries) // page) * page
         batch, count = len(offset), capacity // page
@@ -165,7 +165,8 @@ class Case(NamedTuple):
             )
         )
         where = draw.permutation(batch * count + 3)[: batch * count].astype(np.int32)
-        ends = [start + num_queries - 37 * (row > 0) for row, start in enumerate(offset)]
+        padding = 37 if num_queries > 37 else 0
+        ends = [start + num_queries - padding * (row > 0) for row, start in enumerate(offset)]
         rows = make_rows(
             query.shape,
             dca=dca,
