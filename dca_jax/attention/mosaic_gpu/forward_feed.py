@@ -39,44 +39,27 @@ def feed(cta: CTA) -> None:
     plgpu.barrier_arrive(smem.planned)
     num_full, num_steps = steps(full), steps(full + edges)
 
-    def load(n: Array, place: Callable[[], tuple[Array, Array]]) -> None:
+    def load(n: Array, _: Any, *, block_of: Callable[[Array], Array]) -> None:
         slot = lax.rem(n, jnp.int32(num_stages))
-        row, start = place()
-        keys = (row, pl.ds(start, problem.tiles.block_k), kv_head)
+        row, slots = _place(cta, cache_row, block_of(n))
         for source, target, loaded, consumed in (
             (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
             (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
         ):
             pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
-            plgpu.copy_gmem_to_smem(
-                source.at[keys], target.at[slot], loaded.at[slot], collective_axes=axes
-            )
-
-    def load_all(begin: Any, stop: Array, block_of: Callable[[Array], Array]) -> None:
-        def place(n: Array) -> tuple[Array, Array]:
-            return _place(cta, cache_row, block_of(n))
-
-        if gmem.blocks is None and gmem.pages is None:
-            lax.fori_loop(begin, stop, lambda n, _: load(n, lambda: place(n)), None)
-            return
-
-        # Where a block lies is read from memory: while the step before it waits.
-        def step(n: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-            ahead = place(jnp.minimum(n + 1, stop - 1))
-            load(n, lambda: found)
-            return ahead
-
-        @pl.when(stop > begin)
-        def _steps() -> None:
-            lax.fori_loop(begin, stop, step, place(jnp.asarray(begin, jnp.int32)))
+            keys = source.at[row, slots, kv_head]
+            plgpu.copy_gmem_to_smem(keys, target.at[slot], loaded.at[slot], collective_axes=axes)
 
     def block_of_full(n: Array) -> Array:
         if gmem.blocks is not None:
             return _listed(cta, kv_head, n)
         return locate(n, full, jnp.int32(0))[1]
 
-    load_all(0, num_full, block_of_full)
-    load_all(num_full, num_steps, lambda n: locate(n, edges, num_full)[1])
+    def block_of_edges(n: Array) -> Array:
+        return locate(n, edges, num_full)[1]
+
+    lax.fori_loop(0, num_full, functools.partial(load, block_of=block_of_full), None)
+    lax.fori_loop(num_full, num_steps, functools.partial(load, block_of=block_of_edges), None)
     if problem.cluster > 1:
         _drain(smem, num_stages, num_steps)
 
@@ -105,8 +88,8 @@ def _listed(cta: CTA, kv_head: Array, n: Array) -> Array:
     return number * parts + lax.rem(n, parts)
 
 
-def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Array]:
-    """Where a block of keys lies: the row of the cache, or the page, and the first of its slots.
+def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Any]:
+    """Where a block of keys lies: the row of the cache, or the page, and which of its slots.
 
     `row` is the row of the cache; of a pool, the layer's first page.
     """
@@ -115,7 +98,7 @@ def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Array]:
         in_page = jnp.int32(page // block_k)
         row = row + cta.gmem.pages[cta.batch, lax.div(block, in_page)]
         block = lax.rem(block, in_page)
-    return row, block * block_k
+    return row, pl.ds(block * block_k, block_k)
 
 
 def _drain(smem: Shared, num_stages: int, num_steps: Array) -> None:
