@@ -30,6 +30,7 @@ ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
 INPUTS, OUTPUTS = 128, 128  # of a tile, at most
 STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
 PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
+GROUPED_PROGRAMS = 512  # where groups have scales: each tile waits for its own
 
 
 class Tile(NamedTuple):
@@ -40,7 +41,6 @@ class Tile(NamedTuple):
     splits: int
     num_warps: int = 4
     num_stages: int = 3  # of 3 and 4 the faster of the tiles taken, on an H200
-    unroll: int = 1
 
 
 def are_few(rows: int, dtype: Any) -> bool:
@@ -110,16 +110,17 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
-    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths))
+    programs = GROUPED_PROGRAMS if group < inputs else PROGRAMS
+    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths), programs)
     if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
-        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths))
+        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths), programs)
     return tile
 
 
-def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
+def _split(inputs: int, outputs: int, deep: int, wide: int, programs: int) -> Tile:
     """A tile of this size, with as many splits of the inputs as give a device enough to do."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
-    while columns * splits < PROGRAMS and not steps % (2 * splits):
+    while columns * splits < programs and not steps % (2 * splits):
         splits *= 2
     return Tile(deep, wide, splits)
 
@@ -205,19 +206,10 @@ def _tiles(
         return [part(ref, number) for ref in (scale_ref, *zero_ref)] if grouped else []
 
     def step(n: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        number = split * steps + n * tile.unroll
-        total, held = carry
+        number = split * steps + n
+        total, (*scale, zero) = carry if zero_ref else (carry[0], [*carry[1], None])
         # Those of the next step are on their way while this one computes.
-        after = split * steps + jnp.minimum((n + 1) * tile.unroll, steps - tile.unroll)
-        following = [part for i in range(tile.unroll) for part in parts(after + i)]
-        each = len(held) // tile.unroll
-        for i in range(tile.unroll):
-            scale = held[i * each : (i + 1) * each]
-            zero = scale[-1] if zero_ref else None
-            total = sub(number + i, total, scale, zero)
-        return total, following
-
-    def sub(number: Array, total: Array, scale: list[Array], zero: Any) -> Array:
+        following = parts(split * steps + jnp.minimum(n + 1, steps - 1))
         values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
         for half in range(halves):
@@ -229,11 +221,10 @@ def _tiles(
             else:
                 kernel = values.astype(x.dtype)
             found += _dot(x, kernel)
-        return total + scaled(found, scale[0]) if grouped else found
+        return (total + scaled(found, scale[0]) if grouped else found), following
 
     total = jnp.zeros((ROWS, tile.outputs), jnp.float32)
-    begin = [part for i in range(tile.unroll) for part in parts(split * steps + i)]
-    total, _ = lax.fori_loop(0, steps // tile.unroll, step, (total, begin))
+    total, _ = lax.fori_loop(0, steps, step, (total, parts(split * steps)))
     return total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
 
 
