@@ -1,0 +1,329 @@
+"""Sparse reading of prompts: each selector beside its definition in NumPy float64, and in use."""
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels import QUICK
+from oracle import relative_position
+
+from dca_jax.attention.op import make_rows, rotate_keys
+from dca_jax.attention.sparse import (
+    Piece,
+    PooledQueries,
+    SampledRows,
+    Selector,
+    Sparse,
+    VerticalSlash,
+    best,
+    choose_sparse,
+    masses,
+    qwen_1m,
+)
+from dca_jax.attention.stored import Scales, quantize
+from dca_jax.dca import DCAConfig, SparseConfig
+from dca_jax.errors import InputError
+from dca_jax.rope import RopeConfig
+
+S, Q = 200, 300  # a chunk ends within a tile
+DCA = DCAConfig(chunk_len=S, max_query_position=Q)
+KV_HEADS, GROUP, DIM = 2, 2, 16
+TOKENS, LEAST = 1280, 5
+FREQUENCY = 10_000.0 ** (-2.0 * np.arange(DIM // 2) / DIM)
+TABLE = VerticalSlash(((3, 20, 5, 9),), ((4, 30, 2, 110),), last_q=64)
+SELECTORS = [SampledRows(0.4), SampledRows(0.4, 4), PooledQueries(0.4), TABLE]
+named = pytest.mark.parametrize("selector", SELECTORS, ids=lambda one: one.name)
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which short texts have many segments and blocks to choose from."""
+    monkeypatch.setattr(best, "LEAST", LEAST)
+    monkeypatch.setattr(masses, "CPU_SPAN", 384)  # which does not divide the text
+    monkeypatch.setattr(qwen_1m, "SEGMENT", 256)
+
+
+def draw(seed: int, batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys, raw: some keys that many look for, and some queries that look for one."""
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(batch, TOKENS, KV_HEADS * GROUP, DIM))
+    key = rng.normal(size=(batch, TOKENS, KV_HEADS, DIM))
+    query += 0.5
+    key[:, rng.choice(TOKENS, 12)] += 1.5
+    return query.astype(np.float32), key.astype(np.float32)
+
+
+def lists(
+    selector: Selector,
+    query: np.ndarray,
+    key: np.ndarray,
+    *,
+    offset: Any = 0,
+    whole: Any = TOKENS,
+    scales: Scales | None = None,
+    threshold: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Sparse.blocks` of a piece: which blocks stand in its tiles' lists, and their counts."""
+    batch, tokens = query.shape[:2]
+    place = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
+    whole = jnp.broadcast_to(jnp.asarray(whole, jnp.int32), (batch,))
+    counts, numbers = _lists(
+        selector, threshold, jnp.asarray(query), jnp.asarray(key), place, whole, scales
+    )
+    counts, numbers = np.asarray(counts), np.asarray(numbers)
+    kept = np.zeros((*counts.shape[:3], -(-key.shape[1] // 128)), bool)
+    for at in np.ndindex(counts.shape[:3]):
+        kept[at][numbers[at][: counts[at].sum()]] = True
+    return kept[:, :, : -(-tokens // 128)], counts
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def _lists(
+    selector: Selector,
+    threshold: int,
+    query: jax.Array,
+    key: jax.Array,
+    offset: jax.Array,
+    whole: jax.Array,
+    scales: Scales | None,
+) -> Any:
+    rows = make_rows(
+        query.shape,
+        dca=DCA,
+        rope=RopeConfig(),
+        query_offset=offset,
+        lengths=jnp.minimum(offset + query.shape[1], whole),
+        context_lengths=whole,
+    )
+    if scales is None:
+        index = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        key = rotate_keys(key, index, dca=DCA, inv_freq=rows.inv_freq)
+    zero = jnp.int32(0)
+    piece = Piece(query, key[None], zero, rows, whole, scales, zero, zero)
+    return Sparse(selector=selector, threshold=threshold).blocks(piece, DCA)
+
+
+# --- the definitions, in NumPy float64 ---
+
+
+def logits(query: np.ndarray, key: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """One head's [rows, keys], by the relative position of each pair."""
+    turn = np.exp(1j * position[:, :, None] * FREQUENCY)
+    half = DIM // 2
+    q = query[:, :half] + 1j * query[:, half:]
+    k = key[:, :half] + 1j * key[:, half:]
+    return (q[:, None] * turn * np.conj(k)[None]).real.sum(axis=2) / math.sqrt(DIM)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def block_sums(p: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(p, np.arange(0, p.shape[-1], 128), axis=-1)
+
+
+def served(rows: np.ndarray, keys: int) -> np.ndarray:
+    return np.array([[relative_position(i, j, S, Q) for j in range(keys)] for i in rows])
+
+
+def scores(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: int) -> np.ndarray:
+    """Of each block up to the tile's own, for a kv head."""
+    query, key = query.astype(np.float64), key[:, head].astype(np.float64)
+    group = range(head * GROUP, (head + 1) * GROUP)
+    end = 128 * (tile + 1)
+    if isinstance(selector, PooledQueries):
+        i = np.arange(128 * tile, end)
+        back = (end - 1) // S - np.arange(end) // S  # the phase of the tile's last query
+        places = np.stack([i % S, np.minimum(i % S + S, Q), np.full(128, min(2 * S - 1, Q))])
+        position = places[np.minimum(back, 2)].T - np.arange(end)[None] % S
+        mean = [logits(query[i, n], key[:end], position).mean(axis=0) for n in group]
+        return np.mean([block_sums(softmax(x)) for x in mean], axis=0)
+    apart = 128 // selector.count
+    found = []
+    for i in range(128 * tile + apart - 1, end, apart):
+        position = served(np.array([i]), i + 1)
+        for n in group:
+            p = block_sums(softmax(logits(query[i : i + 1, n], key[: i + 1], position)[0]))
+            found.append(np.pad(p, (0, tile + 1 - len(p))))
+    return np.mean(found, axis=0) + np.max(found, axis=0) / 8
+
+
+def best_of(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: int) -> set[int]:
+    kept = {0, max(tile - 1, 0), tile}
+    count = max(LEAST, math.ceil(round(selector.share * (tile + 1), 9)))
+    score = scores(selector, query, key, tile, head)
+    others = sorted(set(range(tile + 1)) - kept, key=lambda block: -score[block])
+    return kept | set(others[: max(count - 3, 0)])
+
+
+def lines_of(query: np.ndarray, key: np.ndarray, tile: int, head: int) -> set[int]:
+    """What vertical and slash lines touch: pair by pair, by the last 64 queries of a segment."""
+    query, key = query.astype(np.float64), key[:, head].astype(np.float64)
+    begin = tile * 128 // 256 * 256
+    end = min(begin + 256, TOKENS)
+    rows = np.arange(end - 64, end)
+    back = rows[:, None] // S - np.arange(end)[None] // S
+    place = rows % S
+    place = np.stack([place, place + S, place + Q])  # not clamped
+    position = np.take_along_axis(place.T, np.clip(back, 0, 2), axis=1) - np.arange(end) % S
+    i = np.arange(128 * tile, 128 * (tile + 1))
+    kept = set()
+    for n in range(head * GROUP, (head + 1) * GROUP):
+        z = logits(query[rows, n], key[:end], position)
+        p = softmax(np.where(rows[:, None] >= np.arange(end)[None], z, -np.inf))
+        columns, far = p.sum(axis=0), np.zeros(end)
+        np.add.at(far, np.maximum(rows[:, None] - np.arange(end)[None], 0), p)
+        columns[:30], far[:100] = np.inf, np.inf
+        vertical = np.argsort(-columns, kind="stable")[: TABLE.vertical[0][n]]
+        slash = np.argsort(-far, kind="stable")[: TABLE.slash[0][n]]
+        touched = (i[:, None] - slash[None]).ravel()
+        kept |= set(vertical // 128) | set(touched[touched >= 0] // 128)
+    return kept
+
+
+def full_blocks(tile: int) -> set[int]:
+    """Those that all of a tile's queries meet in full, in one phase: what a list may hold."""
+    first, last = tile * 128 // S, (tile * 128 + 127) // S
+    full = set()
+    for block in range(tile):
+        chunks = {block * 128 // S, (block * 128 + 127) // S}
+        back = {min(query - chunk, 2) for query in (first, last) for chunk in chunks}
+        full |= {block} if len(back) == 1 else set()
+    return full
+
+
+@named
+def test_a_selector_is_its_definition(selector: Any) -> None:
+    query, key = draw(0)
+    kept, _ = lists(selector, query, key)
+    dense = (TOKENS - 128) // 128
+    more = 0
+    for head in range(KV_HEADS):
+        for tile in range(TOKENS // 128):
+            expected = set(range(tile + 1))
+            if tile < dense:
+                choose = lines_of if selector is TABLE else partial(best_of, selector)
+                expected = choose(query[0], key[0], tile, head) | {0, max(tile - 1, 0), tile}
+            more += len(full_blocks(tile) - expected)
+            assert set(np.nonzero(kept[0, head, tile])[0]) == expected & full_blocks(tile)
+    assert more > 8  # there was something to leave out
+
+
+@pytest.mark.parametrize(
+    "selector", [SampledRows(0.4), PooledQueries(0.4), TABLE], ids=lambda x: x.name
+)
+def test_a_choice_depends_on_nothing_but_the_text(selector: Any) -> None:
+    """Not on pieces, on room in the cache, or on the other rows of a batch and their order."""
+    whole = TOKENS - 70
+    query, key = draw(1, batch=2)
+    kept, _ = lists(selector, query[:1], key[:1], whole=whole)
+    pieces = []
+    for begin in range(0, TOKENS, 512):
+        some = np.zeros((2, 512, *query.shape[2:]), np.float32)
+        end = min(begin + 512, TOKENS)
+        some[1, : end - begin] = query[0, begin:end]
+        some[0, :256] = query[1, 256:512]  # another text, at another place
+        room = np.pad(key[::-1], ((0, 0), (0, 200), (0, 0), (0, 0)))
+        piece, _ = lists(selector, some, room, offset=[256, begin], whole=[900, whole])
+        pieces.append(piece[1:, :, :, : kept.shape[3]])
+    together = np.concatenate(pieces, axis=2)[:, :, : kept.shape[2]]
+    np.testing.assert_array_equal(together, kept)
+
+
+def test_short_prompts_and_ends_are_read_densely() -> None:
+    query, key = draw(2, batch=2)
+    kept, counts = lists(SampledRows(0.1), query, key, whole=[TOKENS - 1, 600], threshold=600)
+    every = [full_blocks(tile) for tile in range(TOKENS // 128)]
+    for tile, full in enumerate(every):
+        sparse = [set(np.nonzero(kept[0, head, tile])[0]) for head in range(KV_HEADS)]
+        if tile >= (TOKENS - 1 - 128) // 128:
+            assert sparse == [full, full]
+        if tile < 4:
+            assert set(np.nonzero(kept[1, 0, tile])[0]) == full
+    assert counts[0, :, 7].sum() < 2 * len(every[7])
+
+
+def test_keys_in_8_bits_choose_what_they_stand_for() -> None:
+    """Scales of another size for each key: what is not multiplied by them chooses otherwise."""
+    query, key = draw(3)
+    rows = make_rows(query.shape, dca=DCA, rope=RopeConfig())
+    index = jnp.arange(TOKENS, dtype=jnp.int32)[None]
+    rotated = rotate_keys(jnp.asarray(key), index, dca=DCA, inv_freq=rows.inv_freq)
+    q, scale = quantize(rotated, jnp.int8)
+    back = np.asarray(q, np.float32) * np.asarray(scale)[..., None]
+    raw = rotate_keys_back(back)
+    scales = Scales(*[jnp.swapaxes(scale, 1, 2)[None]] * 2)
+    ours, _ = lists(SampledRows(0.4), query, np.asarray(q), scales=scales)
+    theirs, _ = lists(SampledRows(0.4), query, raw)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def rotate_keys_back(key: np.ndarray) -> np.ndarray:
+    half = DIM // 2
+    turn = np.exp(-1j * (np.arange(key.shape[1]) % S)[:, None, None] * FREQUENCY)
+    k = (key[..., :half] + 1j * key[..., half:]) * turn
+    return np.concatenate([k.real, k.imag], axis=-1).astype(np.float32)
+
+
+# --- names ---
+
+
+def test_names() -> None:
+    wish = SparseConfig(threshold=4096)
+    options: Any = {"layers": 1, "heads": 2}
+    assert choose_sparse("off", wish, **options) is None
+    assert choose_sparse("auto", wish, **options) is None
+    assert choose_sparse("auto", None, **options) is None
+    for name, selector in {
+        "rows": SampledRows(0.1, 8),
+        "rows:0.05": SampledRows(0.05, 8),
+        "rows4": SampledRows(0.1, 4),
+        "rows16:0.2": SampledRows(0.2, 16),
+        "pooled": PooledQueries(0.1),
+        "pooled:0.05": PooledQueries(0.05),
+    }.items():
+        found = choose_sparse(name, wish, **options)
+        assert found == Sparse(selector=selector, threshold=4096)
+        assert choose_sparse(selector.name, None, **options) == Sparse(selector=selector)
+    for name in ("rows:", "rows:0", "rows:1.5", "rows:x", "rows3", "xattention", "qwen-1m"):
+        with pytest.raises(InputError, match=r"rows"):
+            choose_sparse(name, wish, **options)
+
+
+def test_what_a_checkpoint_asks_for() -> None:
+    layer = {"0": ["vertical_and_slash", 30, 800, 0.9], "1": ["vertical_and_slash", 5, 9, 1]}
+    wish = SparseConfig(patterns=json.dumps([layer]), last_q=32)
+    found = choose_sparse("auto", wish, layers=1, heads=2)
+    table = VerticalSlash(((130, 5),), ((800, 9),), last_q=32)
+    assert found == Sparse(selector=table, by_checkpoint=True)
+    assert choose_sparse("qwen-1m", wish, layers=1, heads=2) == Sparse(selector=table)
+    # ModelOpt's file of this name, and a wish without a table.
+    for patterns in ('{"config_groups": {}}', None):
+        other = SparseConfig(patterns=patterns, enabled=True)
+        found = choose_sparse("auto", other, layers=1, heads=2)
+        assert getattr(found, "selector", None) == SampledRows()
+    for change, message in [
+        ([], "qwen-1m needs the checkpoint's table"),
+        ([layer, layer], "2 layers, and the model has 1"),
+        ([{"0": layer["0"]}], "heads 0 to 1"),
+        ([layer | {"1": ["stream_llm", 1, 2, 3]}], "head 1 must be"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            wrong = SparseConfig(patterns=json.dumps(change))
+            choose_sparse("qwen-1m", wrong, layers=1, heads=2)
+
+
+def test_what_two_prompts_share() -> None:
+    sparse = Sparse(selector=SampledRows(), threshold=1000)
+    assert sparse.shared(700, 900, 1000) == 700  # both dense
+    assert sparse.shared(700, 900, 1001) == 0  # one is, and the other is not
+    assert sparse.shared(5000, 5000, 9000) == 4864
+    assert sparse.shared(4000, 9000, 9000) == 3968
+    assert sparse.shared(9000, 9000, 9100) == (9000 - 128) // 128 * 128
