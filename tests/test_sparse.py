@@ -3,8 +3,10 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import dense_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from kernels import QUICK
 from oracle import relative_position
 
+import dca_jax
 from dca_jax.attention.op import make_rows, rotate_keys
 from dca_jax.attention.sparse import (
     Piece,
@@ -28,6 +31,7 @@ from dca_jax.attention.sparse import (
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
+from dca_jax.inference.score import token_nll
 from dca_jax.rope import RopeConfig
 
 S, Q = 200, 300  # a chunk ends within a tile
@@ -156,9 +160,12 @@ def scores(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: i
 
 
 def best_of(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: int) -> set[int]:
+    return chosen_of(scores(selector, query, key, tile, head), tile, selector.share)
+
+
+def chosen_of(score: np.ndarray, tile: int, share: float) -> set[int]:
     kept = {0, max(tile - 1, 0), tile}
-    count = max(LEAST, math.ceil(round(selector.share * (tile + 1), 9)))
-    score = scores(selector, query, key, tile, head)
+    count = max(LEAST, math.ceil(round(share * (tile + 1), 9)))
     others = sorted(set(range(tile + 1)) - kept, key=lambda block: -score[block])
     return kept | set(others[: max(count - 3, 0)])
 
@@ -188,12 +195,12 @@ def lines_of(query: np.ndarray, key: np.ndarray, tile: int, head: int) -> set[in
     return kept
 
 
-def full_blocks(tile: int) -> set[int]:
+def full_blocks(tile: int, s: int = S) -> set[int]:
     """Those that all of a tile's queries meet in full, in one phase: what a list may hold."""
-    first, last = tile * 128 // S, (tile * 128 + 127) // S
+    first, last = tile * 128 // s, (tile * 128 + 127) // s
     full = set()
     for block in range(tile):
-        chunks = {block * 128 // S, (block * 128 + 127) // S}
+        chunks = {block * 128 // s, (block * 128 + 127) // s}
         back = {min(query - chunk, 2) for query in (first, last) for chunk in chunks}
         full |= {block} if len(back) == 1 else set()
     return full
@@ -270,6 +277,68 @@ def rotate_keys_back(key: np.ndarray) -> np.ndarray:
     turn = np.exp(-1j * (np.arange(key.shape[1]) % S)[:, None, None] * FREQUENCY)
     k = (key[..., :half] + 1j * key[..., half:]) * turn
     return np.concatenate([k.real, k.imag], axis=-1).astype(np.float32)
+
+
+# --- in use ---
+
+
+SHARE, THRESHOLD = 0.4, 300
+SPARSE = Sparse(selector=SampledRows(SHARE), threshold=THRESHOLD)
+TEXT = np.random.default_rng(5).integers(6, 300, 1000).tolist()
+
+
+@pytest.fixture(scope="module")
+def sparse_llm(folder: Path) -> dca_jax.LLM:
+    return dca_jax.load(
+        folder, dca=DCAConfig(chunk_len=48, max_query_position=63), dtype="float32", sparse=SPARSE
+    )
+
+
+def pairs_read(weights: jax.Array) -> np.ndarray:
+    """Pairs of tokens that are read: the definition of `rows`, from a layer's dense weights."""
+    p = np.asarray(weights)[0]
+    heads, length, _ = p.shape
+    blocks = -(-length // 128)
+    read = np.zeros(p.shape, bool)
+    group = heads // 2
+    for tile in range(blocks):
+        rows = slice(128 * tile, 128 * (tile + 1))
+        if length <= THRESHOLD or 128 * (tile + 1) > length - 128:
+            read[:, rows] = True
+            continue
+        sampled = block_sums(p[:, 128 * tile + 15 : 128 * (tile + 1) : 16])[..., : tile + 1]
+        for head in range(2):
+            own = slice(head * group, (head + 1) * group)
+            mass = sampled[own].mean(axis=(0, 1)) + sampled[own].max(axis=(0, 1)) / 8
+            kept = chosen_of(mass, tile, SHARE)
+            for block in kept | (set(range(tile + 1)) - full_blocks(tile, 48)):
+                read[own, rows, 128 * block : 128 * (block + 1)] = True
+    return read[None]
+
+
+@pytest.fixture(scope="module")
+def expected(sparse_llm: dca_jax.LLM) -> np.ndarray:
+    """Log-probabilities [T, V] of TEXT by a model of our own in float64."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best, "LEAST", LEAST)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), sparse_llm.model.params())
+        config = sparse_llm.model.config
+        found = dense_llama.logits(params, jnp.asarray([TEXT]), config, 48, 63, chosen=pairs_read)
+        return np.asarray(jax.nn.log_softmax(found[0], axis=-1))
+
+
+def test_a_text_is_read_sparsely(
+    sparse_llm: dca_jax.LLM, expected: np.ndarray, folder: Path
+) -> None:
+    """At once and in pieces, beside a model in float64 that masks what is not read."""
+    whole = jax.nn.log_softmax(sparse_llm.logits([TEXT])[0])
+    np.testing.assert_allclose(whole, expected, atol=1e-2)
+    pieces = token_nll(sparse_llm.model, np.asarray([TEXT]), capacity=1280)[0]
+    np.testing.assert_allclose(pieces, -expected[np.arange(999), TEXT[1:]], atol=1e-2)
+    dense = dca_jax.load(
+        folder, dca=DCAConfig(chunk_len=48, max_query_position=63), dtype="float32"
+    )
+    assert np.abs(token_nll(dense.model, np.asarray([TEXT]))[0] - pieces).max() > 0.1
 
 
 # --- names ---

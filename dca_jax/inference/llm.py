@@ -213,7 +213,8 @@ class LLM:
         run = Run(self.model, [tokens], max_new_tokens=1, cache=cache)
         with _progress_bar(to_read, progress) as run.on_piece:
             jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
-        return Prefix(run.cache, tuple(tokens), text if isinstance(text, str) else None)
+        given = text if isinstance(text, str) else None
+        return Prefix(run.cache, tuple(tokens), given, sparse=self.model.sparse)
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
@@ -364,7 +365,7 @@ class LLM:
             yield [stream.close() for stream in streams]
         finally:
             if prefix is not None and len(rows) == 1:
-                prefix.give_back(run.cache, [*rows[0], *drawn])
+                prefix.give_back(run.cache, [*rows[0], *drawn], len(rows[0]))
 
 
 def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:

@@ -50,7 +50,11 @@ class Piece(NamedTuple):
     @property
     def tile(self) -> Int[Array, "B tiles"]:
         """Numbers of the tiles, counted from the text's first."""
-        own = jnp.arange(self.num_tiles, dtype=jnp.int32)
+        return self.tiles(self.num_tiles)
+
+    def tiles(self, count: int) -> Int[Array, "B tiles"]:
+        """Numbers of the first `count` tiles."""
+        own = jnp.arange(count, dtype=jnp.int32)
         return (self.rows.offset // BLOCK)[:, None] + own[None, :]
 
     def keys(self) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"] | None]:

@@ -19,8 +19,8 @@ import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
+from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.blocks import BLOCK, KeyBlocks, key_blocks, num_tiles
 from dca_jax.attention.sparse.best import always_kept
 from dca_jax.attention.sparse.piece import Piece, Selector
@@ -55,6 +55,11 @@ class Sparse:
         """Tokens: pieces of a prompt begin and end at multiples of it."""
         return self.selector.segment
 
+    @property
+    def described(self) -> str:
+        """For people, and for the records of what has been measured."""
+        return f"{self.selector.name} beyond {self.threshold} tokens"
+
     def dense_from(self, length: int) -> int:
         """From which token on a prompt of `length` tokens is read densely; 0 if all of it is."""
         return 0 if length <= self.threshold else max(0, length - TAIL) // BLOCK * BLOCK
@@ -70,25 +75,33 @@ class Sparse:
             return common
         return min(common, *dense) // self.segment * self.segment
 
+    def for_method(self, dca: DCAConfig | PositionMethod | None) -> "Sparse | None":
+        """This, where texts are read by a method that can be read sparsely.
+
+        Raises:
+            InputError: by another one, though it was asked for.
+        """
+        if not isinstance(dca, PositionMethod):
+            return self
+        if self.by_checkpoint:
+            return None
+        raise InputError(
+            f"{type(dca).__name__} reads texts densely; sparse reading ({self.selector.name}) is "
+            "for DCA and plain attention, so leave out the one or the other"
+        )
+
     def blocks(self, piece: Piece, dca: DCAConfig) -> KeyBlocks:
         """The lists of a piece: what the selector keeps; all, where a prompt is read densely."""
-        number = jnp.arange(piece.num_blocks, dtype=jnp.int32)[None, None, :]
-        dense = self._dense(piece)
-        always = always_kept(piece.tile, piece.num_blocks) | dense[:, :, None]
-        kept = self.selector.kept(piece, ~dense & self._real(piece), dca) | always[:, None]
-        kept = kept & (number <= piece.tile[:, :, None])[:, None]
+        # A short prompt may go on from anywhere, and then lies in a tile more.
         more = num_tiles(piece.query.shape[1]) - piece.num_tiles
-        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, more), (0, 0)))
-        return key_blocks(kept, rows=piece.rows, dca=dca, most=piece.num_blocks)
-
-    def _dense(self, piece: Piece) -> Bool[Array, "B tiles"]:
-        """Tiles that read everything: of short prompts, and with one of the last tokens."""
+        tile = piece.tiles(piece.num_tiles + more)
         whole = piece.whole[:, None]
-        return (whole <= self.threshold) | ((piece.tile + 1) * BLOCK > whole - TAIL)
-
-    def _real(self, piece: Piece) -> Bool[Array, "B tiles"]:
-        """Tiles that are not padding."""
-        return piece.tile * BLOCK < piece.rows.lengths[:, None]
+        dense = (whole <= self.threshold) | ((tile + 1) * BLOCK > whole - TAIL)
+        wanted = ~dense & (tile * BLOCK < piece.rows.lengths[:, None])
+        kept = self.selector.kept(piece, wanted[:, : piece.num_tiles], dca)
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, more), (0, 0)))
+        always = always_kept(tile, piece.num_blocks) | dense[:, :, None]
+        return key_blocks(kept | always[:, None], rows=piece.rows, dca=dca, most=piece.num_blocks)
 
     def check_piece(self, num_queries: int) -> None:
         """Raises InputError for a piece of a prompt that ends within a segment."""
