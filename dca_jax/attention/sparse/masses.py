@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.sparse import hopper
 from dca_jax.attention.sparse.piece import Piece
 from dca_jax.dca import DCAConfig, Phase, key_range, phases_within
 from dca_jax.device import current_device
@@ -29,19 +30,24 @@ def block_scores(
     wanted: Bool[Array, "B tiles"],
     piece: Piece,
     dca: DCAConfig,
-    reduce: Callable[[Float[Array, "B K t R G blocks"]], Float[Array, "B K t blocks"]],
+    *,
+    of_maximum: float,
 ) -> Float[Array, "B K tiles blocks"]:
-    """What `reduce` makes of the probabilities that R queries of each tile give to blocks of keys.
+    """What R queries of each tile give to blocks of keys, over all heads that share a list.
 
-    One softmax for each query over the keys up to its own; the blocks are those of the cache.
-    Tiles are taken in groups of one size, so that their arithmetic is that of every piece.
+    The mean of their probabilities, and `of_maximum` times the largest: one softmax for each query
+    over the keys up to its own. The blocks are those of the cache. Tiles are taken in groups of one
+    size, so that their arithmetic is that of every piece.
 
     Args:
         rotated: the queries as each phase sees them, times the logit scale.
-        index: their text indices: keys beyond them are not met.
+        index: their text indices: keys beyond them are not met. They are the last query of each of
+            R equal parts of a tile.
         wanted: tiles that are to be scored; the others' scores mean nothing.
     """
     batch, tiles, count = index.shape
+    if hopper.fits(piece, count, dca):
+        return hopper.block_scores(rotated, piece, dca, of_maximum)
     together = max(1, TOGETHER // count)
     key, scale = piece.keys()
     kv_heads, heads = key.shape[2], piece.query.shape[2]
@@ -60,7 +66,8 @@ def block_scores(
         masses = _log_masses(queries, index, wanted, key, scale, dca)
         total = jax.nn.logsumexp(masses, axis=-1, keepdims=True)
         p = jnp.exp(masses - jnp.where(jnp.isfinite(total), total, 0))
-        return reduce(p.reshape(batch, kv_heads, together, count, group, -1))
+        p = p.reshape(batch, kv_heads, together, count * group, -1)
+        return p.mean(axis=3) + of_maximum * p.max(axis=3)
 
     dtype = piece.query.dtype
     given = {phase: split(query.astype(dtype)) for phase, query in rotated.items()}

@@ -58,9 +58,5 @@ class PooledQueries(Selector):
 
         rotated = {phase: pooled(piece.rotated(piece.query, index, phase, dca)) for phase in PHASES}
         last = piece.tile[:, :, None] * BLOCK + (BLOCK - 1)
-        scores = block_scores(rotated, last, wanted, piece, dca, _score)
+        scores = block_scores(rotated, last, wanted, piece, dca, of_maximum=0.0)
         return best_blocks(scores, piece.tile, blocks_to_keep(self.share, piece.num_blocks))
-
-
-def _score(p: Float[Array, "B K tiles R G blocks"]) -> Float[Array, "B K tiles blocks"]:
-    return p.mean(axis=(3, 4))

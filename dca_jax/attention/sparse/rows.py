@@ -52,11 +52,17 @@ class SampledRows(Selector):
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Bool[Array, "B K tiles blocks"]:
         """As `Selector.kept`."""
+        scores = self.scores(piece, wanted, dca)
+        return best_blocks(scores, piece.tile, blocks_to_keep(self.share, piece.num_blocks))
+
+    def scores(
+        self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
+    ) -> Float[Array, "B K tiles blocks"]:
+        """What the sampled rows make of each block up to their tile's own."""
         query, index = sampled(piece, self.count)
         flat = query.reshape(query.shape[0], -1, *query.shape[3:]), index.reshape(len(index), -1)
         rotated = {phase: piece.rotated(*flat, phase, dca).reshape(query.shape) for phase in PHASES}
-        scores = block_scores(rotated, index, wanted, piece, dca, _score)
-        return best_blocks(scores, piece.tile, blocks_to_keep(self.share, piece.num_blocks))
+        return block_scores(rotated, index, wanted, piece, dca, of_maximum=OF_MAXIMUM)
 
 
 def sampled(
@@ -69,7 +75,3 @@ def sampled(
     parts = jnp.pad(piece.query, missing).reshape(batch, -1, count, apart, heads, head_dim)
     rows = (jnp.arange(count, dtype=jnp.int32) + 1) * apart - 1
     return parts[:, :, :, -1], piece.tile[:, :, None] * BLOCK + rows[None, None, :]
-
-
-def _score(p: Float[Array, "B K tiles R G blocks"]) -> Float[Array, "B K tiles blocks"]:
-    return p.mean(axis=(3, 4)) + OF_MAXIMUM * p.max(axis=(3, 4))
