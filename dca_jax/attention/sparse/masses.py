@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse import hopper
-from dca_jax.attention.sparse.piece import Piece
+from dca_jax.attention.sparse.piece import Keys, Piece
 from dca_jax.dca import DCAConfig, Phase, key_range, phases_within
 from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
@@ -49,8 +49,8 @@ def block_scores(
     if hopper.fits(piece, count, dca):
         return hopper.block_scores(rotated, piece, dca, of_maximum)
     together = max(1, TOGETHER // count)
-    key, scale = piece.keys()
-    kv_heads, heads = key.shape[2], piece.query.shape[2]
+    keys = piece.keys()
+    kv_heads, heads = piece.key.shape[3], piece.query.shape[2]
     group = heads // kv_heads
 
     def split(x: Array) -> Array:
@@ -63,7 +63,7 @@ def block_scores(
         queries = {phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()}
         wanted = jnp.broadcast_to(wanted[:, :, None], index.shape)
         index, wanted = (jnp.repeat(x.reshape(batch, -1), group, axis=1) for x in (index, wanted))
-        masses = _log_masses(queries, index, wanted, key, scale, dca)
+        masses = _log_masses(queries, index, wanted, keys, dca)
         total = jax.nn.logsumexp(masses, axis=-1, keepdims=True)
         p = jnp.exp(masses - jnp.where(jnp.isfinite(total), total, 0))
         p = p.reshape(batch, kv_heads, together, count * group, -1)
@@ -87,8 +87,7 @@ def _log_masses(
     queries: Queries,
     index: Int[Array, "B M"],
     wanted: Bool[Array, "B M"],
-    key: Num[Array, "B S K H"],
-    scale: Float[Array, "B K S"] | None,
+    keys: Keys,
     dca: DCAConfig,
 ) -> Float[Array, "B K M blocks"]:
     """The logits' log-sum-exp over each block of keys; -inf of one that is not met."""
@@ -101,17 +100,16 @@ def _log_masses(
         return jax.lax.dynamic_update_slice_in_dim(masses, jnp.logaddexp(old, new), block, axis=3)
 
     some = next(iter(queries.values()))
-    shape = (*some.shape[:3], key.shape[1] // BLOCK)
+    shape = (*some.shape[:3], keys.count // BLOCK)
     masses = jnp.full(shape, -jnp.inf, compute_dtype(some.dtype))
-    return walk_keys(queries, index, wanted, key, scale, dca, masses, note)
+    return walk_keys(queries, index, wanted, keys, dca, masses, note)
 
 
 def walk_keys[State](
     queries: Queries,
     index: Int[Array, "B M"],
     wanted: Bool[Array, "B M"],
-    key: Num[Array, "B S K H"],
-    scale: Float[Array, "B K S"] | None,
+    keys: Keys,
     dca: DCAConfig,
     state: State,
     update: Callable[[State, Int[Array, ""], Float[Array, "B K M span"]], State],
@@ -121,11 +119,11 @@ def walk_keys[State](
     Args:
         queries: as each phase sees them, rounded. index: where they stand in their texts.
         wanted: those that meet anything.
-        key, scale: in whole blocks (`Piece.keys`).
+        keys: in whole blocks (`Piece.keys`).
         update: the state after a span that begins at a key, a multiple of 128; logits are float32,
             and -inf where a query does not meet the key in this phase.
     """
-    num_keys = key.shape[1]
+    num_keys = keys.count
     span = min(CPU_SPAN if current_device().platform == "cpu" else SPAN, num_keys)
     for phase in phases_within(num_keys, dca):
         query = queries[phase]
@@ -140,11 +138,9 @@ def walk_keys[State](
         ) -> State:
             # The last span may begin early: what it has of the one before is masked.
             at = jnp.minimum(n * span, num_keys - span)
-            keys = jax.lax.dynamic_slice_in_dim(key, at, span, axis=1).astype(query.dtype)
-            logits = _product(query, keys)
-            if scale is not None:
-                scales = jax.lax.dynamic_slice_in_dim(scale, at, span, axis=2)
-                logits = logits * scales[:, :, None, :].astype(logits.dtype)
+            logits = _product(query, keys.span(at, span).astype(query.dtype))
+            if keys.scale is not None:
+                logits = logits * keys.scales(at, span).astype(logits.dtype)
             j = at + jnp.arange(span, dtype=jnp.int32)[None, None, :]
             low = jnp.maximum(start, n * span)[:, :, None]
             met = (j >= low) & (j < stop[:, :, None])

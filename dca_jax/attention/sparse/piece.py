@@ -3,6 +3,7 @@
 import abc
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -12,6 +13,36 @@ from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
+
+
+class Keys(NamedTuple):
+    """A layer of keys in a stack of them, read where it lies; scales if they are in 8 bits."""
+
+    key: Num[Array, "L B S K H"]
+    scale: Float[Array, "L B K S"] | None
+    layer: Int[Array, ""]
+
+    @property
+    def count(self) -> int:
+        """Keys of a row, a multiple of 128."""
+        return self.key.shape[2]
+
+    def span(self, at: Int[Array, ""], size: int) -> Num[Array, "B size K H"]:
+        """`size` keys of the layer, from `at` on."""
+        layers, batch, count, kv_heads, head_dim = self.key.shape
+        flat = self.key.reshape(layers, batch, count, kv_heads * head_dim)
+        zero, at = jnp.int32(0), jnp.asarray(at, jnp.int32)
+        start, shape = (self.layer, zero, at, zero), (1, batch, size, kv_heads * head_dim)
+        found = jax.lax.dynamic_slice(flat, start, shape)
+        return found.reshape(batch, size, kv_heads, head_dim)
+
+    def scales(self, at: Int[Array, ""], size: int) -> Float[Array, "B K 1 size"]:
+        """The scales of the same keys, as logits are laid out."""
+        assert self.scale is not None
+        _, batch, kv_heads, _ = self.scale.shape
+        zero, at = jnp.int32(0), jnp.asarray(at, jnp.int32)
+        start, shape = (self.layer, zero, zero, at), (1, batch, kv_heads, size)
+        return jax.lax.dynamic_slice(self.scale, start, shape)[0, :, :, None, :]
 
 
 class Piece(NamedTuple):
@@ -57,14 +88,16 @@ class Piece(NamedTuple):
         own = jnp.arange(count, dtype=jnp.int32)
         return (self.rows.offset // BLOCK)[:, None] + own[None, :]
 
-    def keys(self) -> tuple[Num[Array, "B S K H"], Float[Array, "B K S"] | None]:
-        """The layer's keys, padded to whole blocks, and their scales if they are in 8 bits."""
-        keys, missing = self.key[self.layer], -self.key.shape[2] % BLOCK
-        if missing:
-            keys = jnp.pad(keys, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        if self.scales is None:
-            return keys, None
-        return keys, jnp.pad(self.scales.key[self.layer], ((0, 0), (0, 0), (0, missing)))
+    def keys(self) -> "Keys":
+        """The keys, in whole blocks."""
+        missing = -self.key.shape[2] % BLOCK
+        scale = None if self.scales is None else self.scales.key
+        if not missing:
+            return Keys(self.key, scale, self.layer)
+        key = jnp.pad(self.key[self.layer], ((0, 0), (0, missing), (0, 0), (0, 0)))[None]
+        if scale is not None:
+            scale = jnp.pad(scale[self.layer], ((0, 0), (0, 0), (0, missing)))[None]
+        return Keys(key, scale, jnp.int32(0))
 
     def rotated(
         self, query: Float[Array, "B T N H"], index: Int[Array, "B T"], phase: Phase, dca: DCAConfig

@@ -30,12 +30,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse.best import largest
 from dca_jax.attention.sparse.masses import Queries, by_kv_head, walk_keys
-from dca_jax.attention.sparse.piece import Piece, Selector
+from dca_jax.attention.sparse.piece import Keys, Piece, Selector
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
@@ -102,10 +102,10 @@ class VerticalSlash(Selector):
         rotated = {p: by_kv_head(_critical(query, index, p, piece, dca), kv_heads) for p in PHASES}
         group = heads // kv_heads
         index, met = (jnp.repeat(x, group, axis=1) for x in (index, met))
-        key, scale = piece.keys()
-        columns, lines = line_masses(rotated, index, met, key, scale, dca, group)
+        keys = piece.keys()
+        columns, lines = line_masses(rotated, index, met, keys, dca, group)
         vertical, slash = (self._of_heads(x, piece, kv_heads) for x in (self.vertical, self.slash))
-        j = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None, None, :]
+        j = jnp.arange(keys.count, dtype=jnp.int32)[None, None, None, :]
         last = end[:, None, None, None] - 1
         columns = jnp.where((j < FIRST) & (j <= last), jnp.inf, columns)
         lines = jnp.where((j > last - LAST) & (j <= last), jnp.inf, lines)
@@ -133,8 +133,7 @@ def line_masses(
     queries: Queries,
     index: Int[Array, "B M"],
     wanted: Bool[Array, "B M"],
-    key: Num[Array, "B S K H"],
-    scale: Float[Array, "B K S"] | None,
+    keys: Keys,
     dca: DCAConfig,
     group: int,
 ) -> tuple[Float[Array, "B K G S"], Float[Array, "B K G S"]]:
@@ -143,8 +142,8 @@ def line_masses(
     The distance i - j stands at the key that the last of them meets at it.
     """
     batch, kv_heads, rows, _ = next(iter(queries.values())).shape
-    count, num_keys = rows // group, key.shape[1]
-    walk = queries, index, wanted, key, scale, dca
+    count, num_keys = rows // group, keys.count
+    walk = queries, index, wanted, keys, dca
     f32 = jnp.float32
     state = jnp.full((batch, kv_heads, rows), -jnp.inf, f32)
 
