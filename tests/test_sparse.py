@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels import QUICK
+from lowering import lower, shapes
 from oracle import relative_position
+from shared_fixtures import invoke
 
 import dca_jax
 from dca_jax.attention.op import make_rows, rotate_keys
@@ -31,8 +34,14 @@ from dca_jax.attention.sparse import (
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
+from dca_jax.inference.baselines import ReRoPE
+from dca_jax.inference.generate import Run
+from dca_jax.inference.load import open_model
+from dca_jax.inference.methods import with_method
 from dca_jax.inference.score import token_nll
+from dca_jax.kv_cache import KVCache
 from dca_jax.rope import RopeConfig
+from dca_jax.sharding import make_mesh
 
 S, Q = 200, 300  # a chunk ends within a tile
 DCA = DCAConfig(chunk_len=S, max_query_position=Q)
@@ -283,15 +292,14 @@ def rotate_keys_back(key: np.ndarray) -> np.ndarray:
 
 
 SHARE, THRESHOLD = 0.4, 300
+PAPER = DCAConfig(chunk_len=48, max_query_position=63)
 SPARSE = Sparse(selector=SampledRows(SHARE), threshold=THRESHOLD)
 TEXT = np.random.default_rng(5).integers(6, 300, 1000).tolist()
 
 
 @pytest.fixture(scope="module")
 def sparse_llm(folder: Path) -> dca_jax.LLM:
-    return dca_jax.load(
-        folder, dca=DCAConfig(chunk_len=48, max_query_position=63), dtype="float32", sparse=SPARSE
-    )
+    return dca_jax.load(folder, dca=PAPER, dtype="float32", sparse=SPARSE)
 
 
 def pairs_read(weights: jax.Array) -> np.ndarray:
@@ -335,10 +343,145 @@ def test_a_text_is_read_sparsely(
     np.testing.assert_allclose(whole, expected, atol=1e-2)
     pieces = token_nll(sparse_llm.model, np.asarray([TEXT]), capacity=1280)[0]
     np.testing.assert_allclose(pieces, -expected[np.arange(999), TEXT[1:]], atol=1e-2)
-    dense = dca_jax.load(
-        folder, dca=DCAConfig(chunk_len=48, max_query_position=63), dtype="float32"
-    )
+    dense = dca_jax.load(folder, dca=PAPER, dtype="float32")
     assert np.abs(token_nll(dense.model, np.asarray([TEXT]))[0] - pieces).max() > 0.1
+
+
+def test_a_prefix_reads_its_dense_end_again(sparse_llm: dca_jax.LLM) -> None:
+    """What a cache holds is what one reading of the whole prompt leaves in it."""
+    whole = Run(sparse_llm.model, [TEXT], max_new_tokens=1, cache=room(sparse_llm, 1))
+    whole.read_prompts()
+    prefix = sparse_llm.prefill(TEXT[:900], room=200)
+    assert prefix.shared(TEXT) == (900 - 128) // 128 * 128
+    assert prefix.shared(TEXT[:890]) == (890 - 128) // 128 * 128
+    assert prefix.shared(TEXT[:300]) == 0  # read densely, all of it
+    cache = prefix.take(sparse_llm.model, prefix.shared(TEXT), 1100)
+    run = Run(sparse_llm.model, [TEXT], max_new_tokens=1, cache=cache)
+    run.read_prompts()
+    ours, theirs = (np.asarray(x.cache.value)[:, 0, :1000] for x in (run, whole))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    # Another prompt has been read in it, and its end densely, within the prefix.
+    prefix.give_back(run.cache, TEXT, len(TEXT))
+    cache = prefix.take(sparse_llm.model, prefix.shared(TEXT[:600]), 1100)
+    prefix.give_back(cache, TEXT[:600], 600)
+    assert prefix.shared(TEXT) == (600 - 128) // 128 * 128
+
+
+def room(llm: dca_jax.LLM, batch: int) -> KVCache:
+    return KVCache.create(llm.model.config, batch=batch, capacity=1280, dtype=jnp.float32)
+
+
+def test_rows_of_a_batch_are_read_as_each_alone(
+    sparse_llm: dca_jax.LLM, expected: np.ndarray
+) -> None:
+    """One long and sparse, one short and dense, in one batch."""
+    prompts = [TEXT, TEXT[:200]]
+    run = Run(sparse_llm.model, prompts, max_new_tokens=1, cache=room(sparse_llm, 2))
+    logits = sparse_llm.model.unembed(run.read_prompts())
+    first = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(first[0], expected[-1], atol=1e-2)
+    short = jax.nn.log_softmax(sparse_llm.logits([TEXT[:200]])[0, -1])
+    np.testing.assert_allclose(first[1], short, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_meshes_of_tensor_and_data(folder: Path, expected: np.ndarray) -> None:
+    mesh = make_mesh("data=2,tensor=2")
+    llm = dca_jax.load(folder, dca=PAPER, dtype="float32", sparse=SPARSE, mesh=mesh)
+    found = token_nll(llm.model, np.asarray([TEXT, TEXT[::-1]]), capacity=1280)
+    wanted = -expected[np.arange(999), TEXT[1:]]
+    np.testing.assert_allclose(found[0], wanted, atol=1e-2)
+
+
+def test_what_is_refused(folder: Path, sparse_llm: dca_jax.LLM) -> None:
+    rerope = ReRoPE(window=8, trained_length=64)
+    with pytest.raises(InputError, match="ReRoPE reads texts densely"):
+        dca_jax.load(folder, dca=rerope, sparse="rows")
+    with pytest.raises(InputError, match="ReRoPE reads texts densely"):
+        with_method(sparse_llm.model, "rerope", 64)
+    with pytest.raises(InputError, match=r"rows:0\.1: this mesh shares a text along `context`"):
+        dca_jax.load(folder, sparse="rows", mesh="context=2")
+    tokens, lengths = jnp.zeros((1, 128), jnp.int32), jnp.asarray([128], jnp.int32)
+    with pytest.raises(InputError, match="is for prompts and has no gradient"):
+        sparse_llm.model.balanced_hidden_states(tokens, lengths)
+    with pytest.raises(InputError, match="pieces of a multiple of 128 tokens"):
+        sparse_llm.model.hidden_states(
+            tokens[:, :64], cache=room(sparse_llm, 1), context_lengths=lengths
+        )
+    refused = invoke("generate", folder, "Call me", "--sparse", "xattention")
+    assert refused.exit_code == 2
+    assert "expected one of auto, off, rows" in refused.stderr
+    said = invoke("generate", folder, "Call me", "--sparse", "rows", "--max-new-tokens", "1")
+    assert said.exit_code == 0
+
+
+def test_a_checkpoint_is_read_as_it_asks(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    """Its table, its threshold; and densely by methods that are not its own."""
+    copied = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((copied / "config.json").read_text())
+    config["dual_chunk_attention_config"] = {
+        "chunk_size": 64,
+        "local_size": 16,
+        "sparse_attention_enabled": True,
+        "sparse_attention_threshold": 500,
+    }
+    (copied / "config.json").write_text(json.dumps(config))
+    heads = {str(n): [qwen_1m.KIND, 30, 8, 1.0] for n in range(config["num_attention_heads"])}
+    table = json.dumps([heads] * config["num_hidden_layers"])
+    (copied / "sparse_attention_config.json").write_text(table)
+    how = dca_jax.load(copied).model.sparse
+    assert how is not None
+    assert (how.described, how.by_checkpoint) == ("qwen-1m beyond 500 tokens", True)
+    assert "as the checkpoint asks" in caplog.text
+    opened = open_model(copied, dca=None).llm.model
+    assert with_method(opened, "dca", 64).sparse == how
+    for method in ("rope", "rerope"):
+        assert with_method(opened, method, 64).sparse is None
+    assert dca_jax.load(copied, dca=None).model.sparse is None
+    assert dca_jax.load(copied, sparse="off").model.sparse is None
+    assert dca_jax.load(copied, mesh="context=2").model.sparse is None  # says so, and is dense
+    # ModelOpt's file of the same name says nothing of this.
+    (copied / "sparse_attention_config.json").write_text('{"config_groups": {}}')
+    how = dca_jax.load(copied).model.sparse
+    assert how is not None
+    assert how.selector == SampledRows()
+
+
+# --- the kernel ---
+
+
+@pytest.mark.parametrize(("count", "heads"), [(8, 28), (16, 28), (8, 8)])
+def test_the_kernel_lowers_where_it_fits(count: int, heads: int) -> None:
+    dca = DCAConfig(chunk_len=1024, max_query_position=1536)
+
+    def scores(query: jax.Array, key: jax.Array, _: Any, layer: jax.Array, rows: Any) -> jax.Array:
+        piece = Piece(query, key, layer, rows, rows.lengths, None, layer, layer)
+        wanted = jnp.ones((1, piece.num_tiles), bool)
+        return SampledRows(0.1, count).scores(piece, wanted, dca)
+
+    text = lower(scores, *shapes(1, 512, 8192, heads, 4, 128, jnp.bfloat16))
+    assert ("dca_block_masses" in text) == (heads > 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "offset"), [(8, 2560), (16, 512), (4, 3584)])
+def test_the_kernel_scores_as_plain_xla_does(count: int, offset: int) -> None:
+    """Across three phases, the own block of each tile, and heads that fill a unit, or two."""
+    dca = DCAConfig(chunk_len=1024, max_query_position=1536)
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(2, 512, 16, 128)), jnp.bfloat16)
+    key = jnp.asarray(rng.normal(size=(3, 2, 4100, 2, 128)), jnp.bfloat16)
+
+    def scores(query: jax.Array, key: jax.Array) -> jax.Array:
+        rows = make_rows(query.shape, dca=dca, rope=RopeConfig(), query_offset=offset)
+        piece = Piece(query, key, jnp.int32(1), rows, rows.lengths, None, *[jnp.int32(0)] * 2)
+        return SampledRows(0.1, count).scores(piece, jnp.ones((2, 4), bool), dca)
+
+    ours = np.asarray(jax.jit(scores)(query, key))
+    with jax.default_device(jax.devices("cpu")[0]):
+        theirs = np.asarray(jax.jit(scores)(*(jnp.asarray(np.asarray(x)) for x in (query, key))))
+    met = np.arange(theirs.shape[3]) <= offset // 128 + np.arange(4)[:, None]
+    np.testing.assert_allclose(np.where(met, ours, 0), np.where(met, theirs, 0), atol=1e-4)
 
 
 # --- names ---
