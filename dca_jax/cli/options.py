@@ -245,6 +245,7 @@ def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> 
     for batch, length in needs:
         options = {"context_length": length, "batch": batch, "dtype": empty.dtype}
         options |= {"weights": opened.weights, "cache_dtype": opened.llm.cache_dtype}
+        options |= {"sparse": empty.sparse}
         check_room(empty.config, mesh_of(empty), **options)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         return opened.load()

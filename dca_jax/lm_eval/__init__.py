@@ -160,6 +160,7 @@ class DcaJaxLM(TemplateLM):
             dtype=llm.model.dtype,
             cache_dtype=llm.cache_dtype,
             weights=weights,
+            sparse=llm.model.sparse,
         )
         self.llm = replace(opened.load(), tokenizer=llm.tokenizer)
         self.method, self.pretrained, self.seed = method, pretrained, seed

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
@@ -124,6 +125,15 @@ class Selector(abc.ABC):
     @abc.abstractmethod
     def name(self) -> str:
         """As `--sparse` takes it."""
+
+    @property
+    @abc.abstractmethod
+    def rows_of_tile(self) -> int:
+        """Queries that stand for a tile."""
+
+    @abc.abstractmethod
+    def counts(self, blocks: int) -> Int[np.ndarray, " blocks"] | None:
+        """How many blocks each tile of a text keeps, if there are so many; None: the text tells."""
 
     @abc.abstractmethod
     def kept(

@@ -12,7 +12,8 @@ tile look for. For tile I and a kv head with its query heads n:
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse.best import best_blocks, blocks_to_keep
@@ -43,6 +44,15 @@ class PooledQueries(Selector):
         """As `--sparse` takes it."""
         return f"pooled:{self.share:g}"
 
+    @property
+    def rows_of_tile(self) -> int:
+        """Queries that stand for a tile."""
+        return 1
+
+    def counts(self, blocks: int) -> Int[np.ndarray, " blocks"]:
+        """As `Selector.counts`."""
+        return blocks_to_keep(self.share, blocks)
+
     def kept(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Bool[Array, "B K tiles blocks"]:
@@ -59,4 +69,4 @@ class PooledQueries(Selector):
         rotated = {phase: pooled(piece.rotated(piece.query, index, phase, dca)) for phase in PHASES}
         last = piece.tile[:, :, None] * BLOCK + (BLOCK - 1)
         scores = block_scores(rotated, last, wanted, piece, dca, of_maximum=0.0)
-        return best_blocks(scores, piece.tile, blocks_to_keep(self.share, piece.num_blocks))
+        return best_blocks(scores, piece.tile, self.counts(piece.num_blocks))

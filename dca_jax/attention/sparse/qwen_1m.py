@@ -70,6 +70,15 @@ class VerticalSlash(Selector):
         """As `--sparse` takes it."""
         return "qwen-1m"
 
+    @property
+    def rows_of_tile(self) -> int:
+        """Queries that stand for a tile."""
+        return -(-self.last_q * BLOCK // SEGMENT)
+
+    def counts(self, blocks: int) -> None:
+        """As `Selector.counts`: where lines lie, the text tells."""
+        return
+
     def kept(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Bool[Array, "B K tiles blocks"]:

@@ -14,6 +14,7 @@ on a real model: docs/sparse.md.
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
@@ -48,12 +49,21 @@ class SampledRows(Selector):
         """As `--sparse` takes it."""
         return f"rows{'' if self.count == 8 else self.count}:{self.share:g}"
 
+    @property
+    def rows_of_tile(self) -> int:
+        """Queries that stand for a tile."""
+        return self.count
+
+    def counts(self, blocks: int) -> Int[np.ndarray, " blocks"]:
+        """As `Selector.counts`."""
+        return blocks_to_keep(self.share, blocks)
+
     def kept(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Bool[Array, "B K tiles blocks"]:
         """As `Selector.kept`."""
         scores = self.scores(piece, wanted, dca)
-        return best_blocks(scores, piece.tile, blocks_to_keep(self.share, piece.num_blocks))
+        return best_blocks(scores, piece.tile, self.counts(piece.num_blocks))
 
     def scores(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig

@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.blocks import BLOCK, KeyBlocks, key_blocks, num_tiles
@@ -59,6 +60,30 @@ class Sparse:
     def described(self) -> str:
         """For people, and for the records of what has been measured."""
         return f"{self.selector.name} beyond {self.threshold} tokens"
+
+    def share(self, length: int) -> float | None:
+        """Of the blocks of keys that a prompt's tiles meet, those that are read.
+
+        1 of a prompt that is read densely; None where only the text tells.
+        """
+        blocks = -(-length // BLOCK)
+        counts = self.selector.counts(blocks)
+        if length <= self.threshold:
+            return 1.0
+        if counts is None:
+            return None
+        met = np.arange(1, blocks + 1)
+        dense = met * BLOCK > length - TAIL
+        return float(np.where(dense, met, np.minimum(counts, met)).sum() / met.sum())
+
+    def told(self, length: int) -> str:
+        """How a prompt of so many tokens is read, in a few words."""
+        share = self.share(length)
+        if share is None:
+            return f"{self.selector.name}, by lines that the text tells"
+        if share == 1:
+            return "all keys"
+        return f"{self.selector.name}, {100 * share:.1f} % of the blocks of keys"
 
     def dense_from(self, length: int) -> int:
         """From which token on a prompt of `length` tokens is read densely; 0 if all of it is."""
