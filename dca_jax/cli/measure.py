@@ -17,6 +17,7 @@ from dca_jax.cli.options import (
     MethodOption,
     MethodsOption,
     ModelArgument,
+    SparseOption,
     WeightsOption,
     check_method,
     find_model,
@@ -121,6 +122,7 @@ def perplexity(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -136,7 +138,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, opened.llm.model.config.vocab_size)
@@ -192,6 +194,7 @@ def passkey_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
@@ -204,7 +207,7 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     tokens = passkey.prompt_tokens(opened.llm, form.value, max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), tokens)])
@@ -254,6 +257,7 @@ def needle_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
 ) -> None:
     """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
@@ -273,7 +277,7 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
@@ -335,6 +339,7 @@ def few_shot_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -357,7 +362,7 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     items = few_shot.read_files(files, **chosen)
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [item.document for some in items.values() for item in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
@@ -398,6 +403,7 @@ def l_eval_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -413,7 +419,7 @@ def l_eval_command(
     files, length = task_files(data), parse_tokens(max_length)
     # What is wrong with the files is said before any weight is read.
     rows = l_eval.read_files(files, length)
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [row["input"] for some in rows.values() for row in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
@@ -449,7 +455,7 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "context": max(lengths)}
+    loading = {"weights": weights, "context": max(lengths), "sparse": "off"}
     opened = find_model(model, [method], dtype, mesh, adapter, **loading)
     # What does not fit is a result here, so only the shortest text must.
     llm = load_model(model, opened, [(1, min(lengths))])
@@ -490,6 +496,7 @@ def lm_eval(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
@@ -515,6 +522,8 @@ def lm_eval(
         arguments["peft"] = str(adapter)
     if weights is not None:
         arguments["weights"] = weights.value
+    if sparse != "auto":
+        arguments["sparse"] = sparse
     # Before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:
