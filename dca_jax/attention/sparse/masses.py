@@ -60,7 +60,9 @@ def block_scores(
 
     def of_some(args: tuple[dict[Phase, Array], Array, Array]) -> Array:
         rotated, index, wanted = args
-        queries = {phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()}
+        queries: dict[Phase, Array] = {
+            phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()
+        }
         wanted = jnp.broadcast_to(wanted[:, :, None], index.shape)
         index, wanted = (jnp.repeat(x.reshape(batch, -1), group, axis=1) for x in (index, wanted))
         masses = _log_masses(queries, index, wanted, keys, dca)
