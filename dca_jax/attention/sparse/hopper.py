@@ -9,6 +9,7 @@ Chunks begin at multiples of 128 here, so a block lies in one phase of a tile, a
 block has keys that some of its rows do not meet.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ STAGES = 3  # blocks of keys in flight: 96 KiB, beside 64 of queries and 64 of r
 LEAST_ROWS = 32  # of a unit: fewer are wasted on it
 HEAD_DIMS = (64, 128)
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-Rotated = dict[Phase, Float[Array, "B tiles R N H"]]
+Rotated = Mapping[Phase, Float[Array, "B tiles R N H"]]
 
 
 def fits(piece: Piece, count: int, dca: DCAConfig) -> bool:

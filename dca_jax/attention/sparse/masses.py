@@ -4,7 +4,7 @@ A few queries stand for a tile of them. Their logits against all earlier keys ar
 keys at a time, of which only each block's log-sum-exp is kept: never the logits of a whole text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from dca_jax.dtypes import compute_dtype
 SPAN, CPU_SPAN = 16_384, 1024
 TOGETHER = 32  # queries of a head that are multiplied at once, whatever the length of a piece
 
-Queries = dict[Phase, Float[Array, "B K M H"]]
+Queries = Mapping[Phase, Float[Array, "B K M H"]]
 
 
 def block_scores(
-    rotated: dict[Phase, Float[Array, "B tiles R N H"]],
+    rotated: Mapping[Phase, Float[Array, "B tiles R N H"]],
     index: Int[Array, "B tiles R"],
     wanted: Bool[Array, "B tiles"],
     piece: Piece,
@@ -60,7 +60,9 @@ def block_scores(
 
     def of_some(args: tuple[dict[Phase, Array], Array, Array]) -> Array:
         rotated, index, wanted = args
-        queries = {phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()}
+        queries: dict[Phase, Array] = {
+            phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()
+        }
         wanted = jnp.broadcast_to(wanted[:, :, None], index.shape)
         index, wanted = (jnp.repeat(x.reshape(batch, -1), group, axis=1) for x in (index, wanted))
         masses = _log_masses(queries, index, wanted, keys, dca)

@@ -19,7 +19,7 @@ from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse.best import best_blocks, blocks_to_keep
 from dca_jax.attention.sparse.masses import block_scores
 from dca_jax.attention.sparse.piece import Piece, Selector
-from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.dca import PHASES, DCAConfig, Phase
 
 SHARE = 0.1  # of a text's blocks
 
@@ -66,7 +66,9 @@ class PooledQueries(Selector):
             tiles = query.reshape(batch, -1, BLOCK, heads, head_dim)
             return tiles.mean(axis=2, keepdims=True)
 
-        rotated = {phase: pooled(piece.rotated(piece.query, index, phase, dca)) for phase in PHASES}
+        rotated: dict[Phase, Array] = {
+            phase: pooled(piece.rotated(piece.query, index, phase, dca)) for phase in PHASES
+        }
         last = piece.tile[:, :, None] * BLOCK + (BLOCK - 1)
         scores = block_scores(rotated, last, wanted, piece, dca, of_maximum=0.0)
         return best_blocks(scores, piece.tile, self.counts(piece.num_blocks))

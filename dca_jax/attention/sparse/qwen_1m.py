@@ -108,7 +108,9 @@ class VerticalSlash(Selector):
         met = (index >= begin[:, None]) & wanted[:, None]
         slot = jnp.clip(index - piece.rows.offset[:, None], 0, num_queries - 1)
         query = jnp.take_along_axis(piece.query, slot[:, :, None, None], axis=1)
-        rotated = {p: by_kv_head(_critical(query, index, p, piece, dca), kv_heads) for p in PHASES}
+        rotated: dict[Phase, Array] = {
+            p: by_kv_head(_critical(query, index, p, piece, dca), kv_heads) for p in PHASES
+        }
         group = heads // kv_heads
         index, met = (jnp.repeat(x, group, axis=1) for x in (index, met))
         keys = piece.keys()

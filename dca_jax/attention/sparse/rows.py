@@ -21,7 +21,7 @@ from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse.best import best_blocks, blocks_to_keep
 from dca_jax.attention.sparse.masses import block_scores
 from dca_jax.attention.sparse.piece import Piece, Selector
-from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.dca import PHASES, DCAConfig, Phase
 
 SHARE = 0.1  # of a text's blocks
 OF_MAXIMUM = 1 / 8
@@ -71,7 +71,9 @@ class SampledRows(Selector):
         """What the sampled rows make of each block up to their tile's own."""
         query, index = sampled(piece, self.count)
         flat = query.reshape(query.shape[0], -1, *query.shape[3:]), index.reshape(len(index), -1)
-        rotated = {phase: piece.rotated(*flat, phase, dca).reshape(query.shape) for phase in PHASES}
+        rotated: dict[Phase, Array] = {
+            phase: piece.rotated(*flat, phase, dca).reshape(query.shape) for phase in PHASES
+        }
         return block_scores(rotated, index, wanted, piece, dca, of_maximum=OF_MAXIMUM)
 
 
