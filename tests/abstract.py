@@ -12,6 +12,7 @@ import jaxtyping
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.finetune.settings import DataFile, Settings
@@ -36,13 +37,14 @@ def lower(
     batch: int = 1,
     dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
+    sparse: Sparse | None = None,
 ) -> Any:
     """`read` (a piece of so many tokens), `read_whole` or `decode`, for the devices of a mesh."""
 
     def whole(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    model = abstract_model(config, mesh, dtype, implementation)
+    model = abstract_model(config, mesh, dtype, implementation, sparse)
     cache = abstract_cache(config, mesh, batch, capacity, dtype)
     # The mesh names its kind of device: what the attention looks at to choose its kernel.
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -127,7 +129,11 @@ def summed_whole(hlo: str, size: int) -> list[str]:
 
 
 def abstract_model(
-    config: LlamaConfig, mesh: Mesh, dtype: Any, implementation: str | None
+    config: LlamaConfig,
+    mesh: Mesh,
+    dtype: Any,
+    implementation: str | None,
+    sparse: Sparse | None = None,
 ) -> Llama:
     place = parameter_shardings(config, mesh)
     leaves = {
@@ -135,7 +141,7 @@ def abstract_model(
     }
     dca = DCAConfig.paper(config.max_position_embeddings)
     options: dict[str, Any] = {"dca": dca, "dtype": dtype, "implementation": implementation}
-    return Llama.from_params(config, unflatten_dict(leaves), **options)
+    return Llama.from_params(config, unflatten_dict(leaves), sparse=sparse, **options)
 
 
 def abstract_cache(

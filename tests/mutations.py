@@ -246,6 +246,28 @@ FAULTS = [
         "jnp.divmod(slots + 1, all_slots.shape[-1])",
         "tests/test_model.py::test_a_cache_in_8_bits_is_what_is_read",
     ),
+    # --- lists of key blocks ---
+    Fault(
+        "edges behind a phase's full blocks are not read",
+        "attention/blocks.py",
+        "after = jnp.where(met & any_full, end - full_end, 0)",
+        "after = jnp.zeros_like(before)",
+        "tests/test_blocks.py::test_attention_over_lists[xla-ragged]",
+    ),
+    Fault(
+        "the phases of a list are counted in another order",
+        "attention/blocks.py",
+        "dtype=jnp.int32) for x in listed], 3)",
+        "dtype=jnp.int32) for x in listed[::-1]], 3)",
+        "tests/test_blocks.py::test_attention_over_lists[xla-ragged]",
+    ),
+    Fault(
+        "a selector's softmax is also over later keys",
+        "attention/sparse/masses.py",
+        "met = (j >= low) & (j < stop[:, :, None])",
+        "met = j >= low",
+        "tests/test_sparse.py::test_a_selector_is_its_definition[rows:0.4]",
+    ),
     # --- drawing ---
     Fault(
         "top_p keeps one token too few",

@@ -1,13 +1,15 @@
 """Llama-2-70B at 100k tokens, compiled for four H200s without one: what moves, and memory."""
 
 import importlib.util
+import re
 
 import jax.numpy as jnp
 import pytest
 from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
 
-from dca_jax.inference.buckets import MIXTURE_PIECE, capacity_bucket
+from dca_jax.attention.sparse import SampledRows, Sparse
+from dca_jax.inference.buckets import MIXTURE_PIECE, PIECE, capacity_bucket
 from dca_jax.inference.steps import GPU_OPTIONS
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
@@ -76,3 +78,22 @@ def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
     lowered = lower("decode", config, mesh, capacity=32_896, dtype=jnp.bfloat16)
     program = lowered.compile(OPTIONS | GPU_OPTIONS)
     assert program.memory_analysis().temp_size_in_bytes < 100e6
+
+
+def test_a_million_tokens_are_read_sparsely() -> None:
+    """A piece of Qwen2.5-7B's prompt on one H200: blocks are scored and read by our two kernels."""
+    config, mesh, length = SHAPES["qwen2.5-7b"], make_mesh("tensor=1", h200s(1)), 1_048_576
+    sparse = Sparse(selector=SampledRows(0.05))
+    capacity = capacity_bucket(length, 1)
+    lowered = lower("read", config, mesh, capacity=capacity, tokens=PIECE, sparse=sparse)
+    program = lowered.compile(OPTIONS | GPU_OPTIONS)
+    hlo, found = program.as_text(), program.memory_analysis()
+    usage = plan("qwen2.5-7b", config, device="h200", context_length=length, sparse=sparse).usage
+    held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(f"{held / 1e9:.2f} GB held, {working / 1e9:.2f} while it runs")
+    kernels = [line for line in hlo.splitlines() if 'custom_call_target="mosaic_gpu_v2"' in line]
+    assert sorted(re.findall("dca_block_masses|dca_forward", "".join(kernels))) == [
+        "dca_block_masses",
+        "dca_forward",
+    ]
+    assert held + working < usage.total
