@@ -59,8 +59,11 @@ class Case(NamedTuple):
         return op.rotate_keys(self.key, index, dca=self.dca, inv_freq=self.rows.inv_freq)
 
     def blocks(self) -> KeyBlocks:
-        options = {"rows": self.rows, "dca": self.dca, "most": self.kept.shape[3]}
-        return key_blocks(jnp.asarray(self.kept), **options)
+        @partial(jax.jit, compiler_options=QUICK)
+        def listed(kept: jax.Array, rows: Rows) -> KeyBlocks:
+            return key_blocks(kept, rows=rows, dca=self.dca, most=kept.shape[3])
+
+        return listed(jnp.asarray(self.kept), self.rows)
 
     def allowed(self) -> np.ndarray:
         """Which keys each query may read [B, K, T, S], by the definition."""
@@ -108,6 +111,11 @@ def drawn(name: str, dim: int = 16, dtype: Any = jnp.float32) -> Case:
 
 
 @functools.cache
+def lists_of(name: str) -> KeyBlocks:
+    return drawn(name).blocks()
+
+
+@functools.cache
 def expected(name: str, dim: int, dtype: Any) -> np.ndarray:
     """The masked oracle's output."""
     case = drawn(name, dim, dtype)
@@ -136,9 +144,14 @@ def attend(bench: Bench, case: Case, **options: Any) -> jax.Array:
 def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) -> None:
     """As many keys as by the definition; no edge and no unmet block in a list; in order."""
     case = drawn(name)
-    blocks, allowed = case.blocks(), case.allowed()
+    blocks, allowed = lists_of(name), case.allowed()
     sizes = {"num_queries": case.query.shape[1], "num_keys": case.key.shape[1]}
-    mask = allowed_keys(blocks, case.rows, case.dca, **sizes)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def mask_of(blocks: KeyBlocks, rows: Rows) -> jax.Array:
+        return allowed_keys(blocks, rows, case.dca, **sizes)
+
+    mask = mask_of(blocks, case.rows)
     index = np.asarray(case.rows.offset)[:, None] + np.arange(sizes["num_queries"])
     met = np.arange(sizes["num_keys"]) <= index[..., None]
     np.testing.assert_array_equal(np.asarray(mask) & met[:, None], allowed & met[:, None])
@@ -159,7 +172,7 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) ->
 @pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
 def test_attention_over_lists(bench: Bench, name: str) -> None:
     case = drawn(name, bench.dim, bench.dtype)
-    out = attend(bench, case, blocks=case.blocks())
+    out = attend(bench, case, blocks=lists_of(name))
     bench.agrees(out, expected(name, bench.dim, bench.dtype))
     if name == "even":  # something was left out
         assert np.abs(case.expected() - np.asarray(out, np.float64)).max() > 0.1
@@ -169,9 +182,9 @@ def test_attention_over_lists(bench: Bench, name: str) -> None:
 def test_a_row_of_one_token_and_its_padding_have_their_log_sum_exp(bench: Bench) -> None:
     case = drawn("ragged", bench.dim, bench.dtype)
     backend = op.BACKENDS[bench.name]
-    options: dict[str, Any] = {"dca": case.dca, "phases": PHASES, "blocks": case.blocks()}
+    options: dict[str, Any] = {"dca": case.dca, "phases": PHASES, "blocks": lists_of("ragged")}
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def forward(*arrays: jax.Array) -> Any:
         return backend.forward(*arrays, jnp.int32(0), case.rows, with_lse=True, **options)
 
@@ -227,7 +240,7 @@ class Pool(NamedTuple):
 @pytest.mark.parametrize(("name", "page"), [("ragged", 128), ("even", 256)])
 @pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
 def test_pages(bench: Bench, name: str, page: int) -> None:
-    """Over lists, all that is met, and few queries: to the bit what keys give that are laid out."""
+    """Over lists, all that is met, and few queries; by our kernels, as keys laid out to the bit."""
     case = drawn(name, bench.dim, bench.dtype)
     pool = Pool.of(case, page)
     pages = {
@@ -236,15 +249,15 @@ def test_pages(bench: Bench, name: str, page: int) -> None:
         "pages": jnp.asarray(pool.table),
         "layer": jnp.int32(0),
     }
-    listed = {"blocks": case.blocks()}
-    bench.agrees(attend(bench, case, **pages, **listed), expected(name, bench.dim, bench.dtype))
+    over_lists = attend(bench, case, blocks=lists_of(name), **pages)
+    bench.agrees(over_lists, expected(name, bench.dim, bench.dtype))
     few = case._replace(query=case.query[:, -1:])
     few = few._replace(rows=case.rows._replace(offset=case.rows.lengths - 1))
     for queries in (case, few):
-        found, contiguous = (attend(bench, queries, **options) for options in (pages, {}))
+        found = attend(bench, queries, **pages)
+        bench.agrees(found, queries.expected())
         if bench.name == "mosaic_gpu":
-            np.testing.assert_array_equal(found, contiguous)
-        bench.agrees(found, np.asarray(contiguous, np.float64))
+            np.testing.assert_array_equal(found, attend(bench, queries))
 
 
 @pytest.mark.parametrize("num_queries", [1, 200])
@@ -275,7 +288,7 @@ def test_pages_of_keys_in_8_bits(bench: Bench, num_queries: int) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     case, xla = drawn("even"), BENCHES["xla"]
-    blocks, table = case.blocks(), jnp.zeros((1, 8), jnp.int32)
+    blocks, table = lists_of("even"), jnp.zeros((1, 8), jnp.int32)
     pool = jnp.zeros((3, 128, 2, 16), jnp.float32)
     for options, message in (
         ({"blocks": blocks._replace(counts=blocks.counts[:, :1])}, "must have counts"),
@@ -297,7 +310,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_gradient_is_refused_by_name(what: str) -> None:
     case = drawn("even")
     pool = Pool.of(case, 128)
-    options: dict[str, Any] = {"blocks": case.blocks()}
+    options: dict[str, Any] = {"blocks": lists_of("even")}
     if what == "through pages":
         options = {name: pool.filled(getattr(case, name)) for name in ("key", "value")}
         options |= {"pages": jnp.asarray(pool.table), "layer": jnp.int32(0)}
