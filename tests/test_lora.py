@@ -29,9 +29,10 @@ from dca_jax.model import Llama
 from dca_jax.packed_weights import Packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.adapters import load_adapter, merge_lora, save_adapter
+from dca_jax.weights.files import PARAMS
 from dca_jax.weights.folder import load_weights, open_weights
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import PARAMS, StreamedArray, restore, save
+from dca_jax.weights.orbax import StreamedArray, restore, save
 from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import (
     abstract_params,
