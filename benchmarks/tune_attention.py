@@ -158,7 +158,7 @@ MOSAIC_KERNELS = [
     ),
     Kernel(
         name="mosaic_gpu decode",
-        module="mosaic_gpu.decode",
+        module="mosaic_gpu.decode_tiles",
         call="decode",
         grid={"block": (64, 128, 256), "num_stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
     ),

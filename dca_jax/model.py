@@ -275,7 +275,7 @@ class Llama(nnx.Module):
         ) -> tuple[tuple[Array, Stored], None]:
             x, stored = carry
             block, number, place = xs
-            block = run.with_stacks(block)
+            block = run.with_stacks(block, tokens.size)
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal stored
@@ -294,8 +294,8 @@ class Llama(nnx.Module):
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
         carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
         for run in self.layers.runs():
-            # Nor are experts and packed kernels, to be copied.
-            xs = run.sliced, numbers[run.start : run.stop], run.places
+            # Nor are experts, packed kernels and what one row is multiplied by, to be copied.
+            xs = run.sliced(tokens.size), numbers[run.start : run.stop], run.places
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
         x, stored = carry
         return self.norm(x), stored

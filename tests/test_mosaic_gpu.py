@@ -20,6 +20,7 @@ from lowering import device, lower, lower_backward, lower_forward, shapes
 from dca_jax.attention import dual_chunk_attention, mosaic_gpu
 from dca_jax.attention.backend import PLAIN, Rows
 from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward, widening
+from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     full_and_edge_walks,
@@ -312,7 +313,7 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
         shares=1,
         dca=case.dca,
         phases=case.phases,
-        tiles=decode.DecodeTiles(block=block, num_stages=2),
+        tiles=DecodeTiles(block=block, num_stages=2),
     )
     last = jnp.minimum(offset + sizes["num_queries"], length) - 1
     keys = Keys(key_offset, sizes["num_keys"])

@@ -6,7 +6,7 @@ from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_gpu import decode, flash_forward
+from dca_jax.attention.mosaic_gpu import decode, decode_tiles, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
 from dca_jax.attention.stored import Scales, dequantized_layer
@@ -67,7 +67,7 @@ def forward(
     """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     options = {"dca": dca, "phases": phases, "with_lse": with_lse}
-    if decode.fits(*like):
+    if decode_tiles.fits(*like):
         return decode.decode(query, key, value, layer, rows, scales=scales, **options)
     if scales is not None:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)

@@ -20,7 +20,6 @@ A row's partial results are merged by their maximum and sum, in plain XLA.
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.decode_tiles import (
+    QUANTIZED_TILES,
+    TILES,
+    DecodeTiles,
+    columns_of,
+    fitting,
+)
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.attention.mosaic_gpu.widening import (
@@ -41,84 +47,12 @@ from dca_jax.attention.mosaic_gpu.widening import (
     widened_values,
 )
 from dca_jax.attention.softmax import LOG2E, MASKED
-from dca_jax.attention.stored import Scales, is_quantized
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase, key_range
-from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
+from dca_jax.device import SHARED_BYTES
 from dca_jax.errors import InputError
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-RESERVED = 4096  # of them, for reductions across warps, barriers and alignment
-
-
-@dataclass(frozen=True)
-class DecodeTiles:
-    """How the work is cut.
-
-    Attributes:
-        block: keys a step; a multiple of 64.
-        num_stages: blocks of keys, and of values, in flight; fewer where queries take the memory.
-        ctas: CTAs in all, over the kv heads: one for each processor of the device.
-        max_shares: CTAs a kv head gets at most: each makes the merge longer.
-    """
-
-    block: int
-    num_stages: int
-    ctas: int = MULTIPROCESSORS
-    max_shares: int = 64
-
-    def shared_bytes(self, columns: int, head_dim: int, phases: int, *, quantized: bool) -> int:
-        """Shared memory a CTA needs, in bytes."""
-        queries = phases * columns * (head_dim * 2 + 2 * 4)
-        token = 2 * (head_dim + 4 if quantized else head_dim * 2)
-        keys_values = self.num_stages * self.block * token
-        results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
-        return queries + keys_values + results + RESERVED
-
-
-# By head_dim, found on an H200.
-TILES = {
-    64: DecodeTiles(block=128, num_stages=6),
-    128: DecodeTiles(block=128, num_stages=3),
-    256: DecodeTiles(block=64, num_stages=3),
-}
-# Of keys and values in 8 bits.
-QUANTIZED_TILES = {
-    64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    256: DecodeTiles(block=64, num_stages=4),
-}
-
-
-def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
-    """Whether `decode` takes these shapes: few queries a row, and a capacity TMA can tile."""
-    num_queries, num_heads, head_dim = query.shape[1:]
-    capacity, kv_heads = key.shape[2:4]
-    columns, quantized = _columns(num_queries, num_heads // kv_heads), is_quantized(key.dtype)
-    tiles = (QUANTIZED_TILES if quantized else TILES).get(head_dim)
-    return (
-        query.dtype in (jnp.bfloat16, jnp.float16)
-        and capacity % 8 == 0
-        and columns <= 64
-        and tiles is not None
-        and _fitting(tiles, columns, head_dim, phases=3, quantized=quantized) is not None
-    )
-
-
-def _columns(num_queries: int, group: int) -> int:
-    """The queries that share a kv head, in WGMMA's steps of 8."""
-    return -(-num_queries * group // 8) * 8
-
-
-def _fitting(
-    tiles: DecodeTiles, columns: int, head_dim: int, phases: int, *, quantized: bool
-) -> DecodeTiles | None:
-    """`tiles` with as many stages as shared memory has room for; None if not even two."""
-    for num_stages in range(tiles.num_stages, 1, -1):
-        fitting = replace(tiles, num_stages=num_stages)
-        needed = fitting.shared_bytes(columns, head_dim, phases, quantized=quantized)
-        if needed <= SHARED_BYTES:
-            return fitting
-    return None
 
 
 def decode(
@@ -134,7 +68,7 @@ def decode(
     scales: Scales | None = None,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`Backend.forward` for shapes that `fits` takes."""
+    """`Backend.forward` for shapes that `decode_tiles.fits` takes."""
     layers, batch, capacity, kv_heads, head_dim = key.shape
     num_queries, num_heads = query.shape[1:3]
     group = num_heads // kv_heads
@@ -144,7 +78,7 @@ def decode(
         queries = ordered_for_keys(queries)
     quantized, columns = scales is not None, queries.shape[3]
     tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
-    tiles = _fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
+    tiles = fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
             f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
@@ -194,7 +128,7 @@ def _query_columns(
 ) -> Float[Array, "B P K columns H"]:
     """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
     batch, num_queries, num_heads, head_dim = query.shape
-    group, columns = num_heads // kv_heads, _columns(num_queries, num_heads // kv_heads)
+    group, columns = num_heads // kv_heads, columns_of(num_queries, num_heads // kv_heads)
     seen = jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
     seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
     seen = seen.transpose(1, 0, 3, 2, 4, 5)
