@@ -72,7 +72,7 @@ class Later(TyperCommand):
     def load(self) -> Any:
         """The command itself, or group of commands."""
         module = importlib.import_module(f"dca_jax.cli.{self.file}")
-        found = typer.main.get_command(module.app)
+        found: Any = typer.main.get_command(module.app)
         return found if found.name == self.name else found.commands[self.name]
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
