@@ -115,7 +115,7 @@ def triton_kernels() -> list[Kernel]:
 MOSAIC_KERNELS = [
     Kernel(
         name="mosaic_gpu forward",
-        module="mosaic_gpu.flash_forward",
+        module="mosaic_gpu.forward_tiles",
         call="forward",
         grid={
             "block_k": (64, 128, 192, 256),

@@ -30,6 +30,7 @@ ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
 INPUTS, OUTPUTS = 128, 128  # of a tile, at most
 STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
 PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
+GROUPED_PROGRAMS = 512  # where groups have scales: each tile waits for its own
 
 
 class Tile(NamedTuple):
@@ -109,16 +110,17 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
-    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths))
+    programs = GROUPED_PROGRAMS if group < inputs else PROGRAMS
+    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths), programs)
     if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
-        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths))
+        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths), programs)
     return tile
 
 
-def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
+def _split(inputs: int, outputs: int, deep: int, wide: int, programs: int) -> Tile:
     """A tile of this size, with as many splits of the inputs as give a device enough to do."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
-    while columns * splits < PROGRAMS and not steps % (2 * splits):
+    while columns * splits < programs and not steps % (2 * splits):
         splits *= 2
     return Tile(deep, wide, splits)
 

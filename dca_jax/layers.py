@@ -270,10 +270,13 @@ class Run(NamedTuple):
     first: int
 
     @property
-    def places(self) -> Place:
-        """Each one's numbers, along a leading axis."""
-        numbers = jnp.arange(self.stop - self.start, dtype=jnp.int32)
-        return Place(self.start + numbers, self.first + numbers)
+    def numbers(self) -> Int[Array, " n"]:
+        """Of these layers, among all."""
+        return jnp.arange(self.start, self.stop, dtype=jnp.int32)
+
+    def place(self, number: Int[Array, ""]) -> Place:
+        """A layer's numbers."""
+        return Place(number, number + (self.first - self.start))
 
     @property
     def block(self) -> Block:

@@ -23,6 +23,7 @@ from dca_jax.cli.options import (
     ModelArgument,
     NewTokensOption,
     SeedOption,
+    SparseOption,
     ThinkingOption,
     WeightsOption,
     find_model,
@@ -108,6 +109,7 @@ def generate(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     context: ContextOption = None,
     config: ConfigOption = None,
     thinking: ThinkingOption = None,
@@ -147,7 +149,7 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": sparse}
     opened = find_model(model, [method], dtype, mesh, adapter, context=longest, **loading)
     requests = make(opened.llm)
     together = batches(opened.llm.model.config, requests, method, batch, options)
@@ -204,6 +206,7 @@ def chat(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -216,7 +219,7 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": sparse}
     opened = find_model(model, [method], dtype, mesh, adapter, context=length, **loading)
     llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from dca_jax.attention.sparse import choose_sparse
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
@@ -93,7 +94,12 @@ def _of_length(config: LlamaConfig) -> dict[str, str]:
     }
     sparse = config.sparse_attention
     if sparse is not None and sparse.wanted:
-        facts["sparse attention"] = f"asked for beyond {sparse.threshold} tokens; dense here"
+        sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+        try:
+            how = choose_sparse("auto", sparse, **sizes)
+            facts["long prompts (auto)"] = "densely" if how is None else how.described
+        except InputError as error:
+            facts["long prompts (auto)"] = str(error)
     return facts
 
 

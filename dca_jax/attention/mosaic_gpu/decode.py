@@ -57,8 +57,8 @@ COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 def decode(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
@@ -66,11 +66,13 @@ def decode(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """`Backend.forward` for shapes that `decode_tiles.fits` takes."""
-    layers, batch, capacity, kv_heads, head_dim = key.shape
-    num_queries, num_heads = query.shape[1:3]
+    batch, num_queries, num_heads, head_dim = query.shape
+    layers, num_rows, capacity, kv_heads = key.shape[:4]
+    num_keys = capacity if pages is None else pages.shape[1] * capacity
     group = num_heads // kv_heads
     dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
     queries = _query_columns(query, kv_heads, rows, dca, phases, dtype)
@@ -88,7 +90,9 @@ def decode(
     problem = _Problem(
         num_queries=num_queries,
         group=group,
-        shares=min(shares, batch * -(-capacity // tiles.block)),
+        shares=min(shares, batch * -(-num_keys // tiles.block)),
+        num_keys=num_keys,
+        num_rows=num_rows,
         dca=dca,
         phases=phases,
         tiles=tiles,
@@ -100,10 +104,11 @@ def decode(
         rows.key_offset,
         queries,
         query.dtype,
-        key.reshape(layers * batch, capacity, kv_heads, head_dim),
-        value.reshape(layers * batch, capacity, kv_heads, head_dim),
-        None if scales is None else scales.key.reshape(layers * batch, kv_heads, capacity),
-        None if scales is None else scales.value.reshape(layers * batch, kv_heads, capacity),
+        key.reshape(layers * num_rows, capacity, kv_heads, head_dim),
+        value.reshape(layers * num_rows, capacity, kv_heads, head_dim),
+        None if scales is None else scales.key.reshape(layers * num_rows, kv_heads, capacity),
+        None if scales is None else scales.value.reshape(layers * num_rows, kv_heads, capacity),
+        pages,
         problem,
     )
     used = num_queries * group
@@ -167,6 +172,8 @@ class _Problem(NamedTuple):
     num_queries: int  # of a row
     group: int  # query heads of a kv head
     shares: int  # parts that the work of a kv head is cut into
+    num_keys: int  # a row has room for
+    num_rows: int  # of a layer of the cache, or pages
     dca: DCAConfig
     phases: tuple[Phase, ...]
     tiles: DecodeTiles
@@ -184,6 +191,7 @@ class _Refs(NamedTuple):
     value: Any
     key_scale: Any  # None, as the other, of keys and values that are exact
     value_scale: Any
+    pages: Any  # None where a row's keys lie one behind the other
     outs: Any
     stats: Any
 
@@ -214,10 +222,11 @@ def _attend_shares(
     key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
     dtype: jnp.dtype,
-    key: Num[Array, "LB S K H"],
-    value: Num[Array, "LB S K H"],
-    key_scale: Float[Array, "LB K S"] | None,
-    value_scale: Float[Array, "LB K S"] | None,
+    key: Num[Array, "LR S K H"],
+    value: Num[Array, "LR S K H"],
+    key_scale: Float[Array, "LR K S"] | None,
+    value_scale: Float[Array, "LR K S"] | None,
+    pages: Int[Array, "B pages_per_row"] | None,
     problem: _Problem,
 ) -> tuple[Float[Array, "slots K columns H"], Float[Array, "shares B K 2 columns"]]:
     """Each share's part of each row: unnormalised output, and maximum (log2 units) and sum.
@@ -228,7 +237,7 @@ def _attend_shares(
     batch, num_phases, kv_heads, columns, head_dim = query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
     f32, quantized = jnp.float32, key_scale is not None
-    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale
+    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale, pages
     scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
@@ -314,11 +323,26 @@ class _Work(NamedTuple):
 def _work_of(gmem: _Refs, row: Array, problem: _Problem) -> _Work:
     first = gmem.offset[row]
     last = jnp.minimum(first + problem.num_queries, gmem.lengths[row]) - 1
-    return _Work.of(first, last, _keys(gmem, row), problem)
+    return _Work.of(first, last, _keys(gmem, row, problem), problem)
 
 
-def _keys(gmem: _Refs, row: Array) -> Keys:
-    return Keys(gmem.key_offset[row], gmem.key.shape[1])
+def _keys(gmem: _Refs, row: Array, problem: _Problem) -> Keys:
+    return Keys(gmem.key_offset[row], problem.num_keys)
+
+
+def _place(
+    gmem: _Refs, at: Array, row: Array, number: Array, problem: _Problem
+) -> tuple[Array, Any]:
+    """Where block `number` of a row's keys lies: the row of the cache, or the page, and its slots.
+
+    `at` is the row of the cache; of a pool, the layer's first page.
+    """
+    block = problem.tiles.block
+    if gmem.pages is not None:
+        in_page = gmem.key.shape[1] // block
+        at = at + gmem.pages[row, lax.div(number, in_page)]
+        number = lax.rem(number, in_page)
+    return at, pl.ds(number * block, block)
 
 
 def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
@@ -357,16 +381,16 @@ def _for_each_row(
 
 def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Array]) -> None:
     """The warpgroup that keeps keys and values in flight, from row to row without a pause."""
-    block, num_stages = problem.tiles.block, problem.tiles.num_stages
-    head, batch = lax.axis_index("head"), gmem.offset.shape[0]
+    head, num_stages = lax.axis_index("head"), problem.tiles.num_stages
 
     def visit(row: Array, work: _Work, first: Array, last: Array, step: Array) -> None:
-        text = gmem.layer[0] * batch + row
+        at = gmem.layer[0] * problem.num_rows
+        at = at + row if gmem.pages is None else at
 
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
             slot = lax.rem(n, num_stages)
-            slots = pl.ds(work.locate(unit)[1] * block, block)
+            text, slots = _place(gmem, at, row, work.locate(unit)[1], problem)
             for source, scale, target, scale_target, ready, free in (
                 (*_keys_in(gmem), *_keys_in(smem), smem.key_ready, smem.key_free),
                 (*_values_in(gmem), *_values_in(smem), smem.value_ready, smem.value_free),
@@ -430,7 +454,7 @@ def _place_queries(gmem: _Refs, smem: _Shared, row: Array, problem: _Problem) ->
     index = lax.div(column, jnp.int32(problem.group)) + gmem.offset[row]
     is_text = index < gmem.lengths[row]
     for p, phase in enumerate(problem.phases):
-        start, stop = map(_keys(gmem, row).slot, key_range(index, phase, problem.dca))
+        start, stop = map(_keys(gmem, row, problem).slot, key_range(index, phase, problem.dca))
         smem.span[p, 0] = plgpu.layout_cast(start, COLUMNS)
         smem.span[p, 1] = plgpu.layout_cast(jnp.where(is_text, stop, start), COLUMNS)
     plgpu.barrier_wait(smem.query_ready)
