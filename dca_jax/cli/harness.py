@@ -13,6 +13,7 @@ from dca_jax.cli.options import (
     MeshOption,
     MethodOption,
     ModelArgument,
+    SparseOption,
     WeightsOption,
     check_method,
     refuse_several_processes,
@@ -47,6 +48,7 @@ def lm_eval(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
@@ -72,6 +74,8 @@ def lm_eval(
         arguments["peft"] = str(adapter)
     if weights is not None:
         arguments["weights"] = weights.value
+    if sparse != "auto":
+        arguments["sparse"] = sparse
     # Before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:
