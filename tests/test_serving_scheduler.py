@@ -30,7 +30,7 @@ class Device:
             row for row in scheduler.running if row.stage == "drawing" and row.drawn < row.limit
         ]
         had_read = scheduler._has_read
-        step = scheduler.next(lambda left: min(left, self.random.randint(1, largest)))
+        step = scheduler.next(lambda row: min(row.left, self.random.randint(1, largest)))
         before, self.pending = self.pending, None
         if isinstance(step, Read):
             assert not (had_read and waiting), "a row that draws waits for two pieces"
@@ -112,7 +112,7 @@ def test_pages_hold_what_their_texts_say_and_all_come_back(seed):
 def read_to_the_end(scheduler):
     """Every row read and drawn; the pieces read, as (row, start, count)."""
     pieces = []
-    while (step := scheduler.next(lambda left: min(left, 8))) is not None:
+    while (step := scheduler.next(lambda row: min(row.left, 8))) is not None:
         if isinstance(step, Read):
             pieces.append((step.row, step.start, step.count))
             scheduler.has_read(step.row, step.start + step.count)
@@ -190,10 +190,10 @@ def test_no_row_begins_that_could_not_end_and_none_is_passed_over():
     (large,) = scheduler.submit([[1] * 20], 12)  # 8 pages
     (larger,) = scheduler.submit([[2] * 20], 17)  # 9
     (small,) = scheduler.submit([[3]], 1)
-    scheduler.next(lambda left: left)
+    scheduler.next(lambda row: row.left)
     assert [row.stage for row in (large, larger, small)] == ["drawing", "waiting", "waiting"]
     scheduler.end(large)
-    scheduler.next(lambda left: left)
+    scheduler.next(lambda row: row.left)
     assert larger.stage == "drawing"
 
 
@@ -208,9 +208,9 @@ def test_the_queue_has_a_bound_for_all_of_a_request():
 def test_a_row_that_waits_no_longer_leaves_the_queue():
     scheduler = Scheduler(Pages(10, SIZE), rows=1, queue=3)
     first, second = (scheduler.submit([[1, 2, 3]], 4)[0] for _ in range(2))
-    scheduler.next(lambda left: left)
+    scheduler.next(lambda row: row.left)
     assert scheduler.end(second) == []
     own = scheduler.end(first)
     assert len(own) == 1  # what it read has not been said to be fit to be shared
-    assert scheduler.next(lambda left: left) is None
+    assert scheduler.next(lambda row: row.left) is None
     assert scheduler.pages.available == 10

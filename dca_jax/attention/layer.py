@@ -136,26 +136,41 @@ def attend_to_cache(
     rows: Rows,
     implementation: str | None,
     shards: Shards,
+    pages: Int[Array, "B n"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored]:
     """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
 
     The new tokens follow what the rows hold (`rows.offset`); padding is dropped, never written.
     Where `context` cuts the cache, its slots lie in zigzag and every device has all new tokens.
+
+    Args:
+        pages: of a cache in pages, each row's table (`dca_jax.kv_cache.PagedCache`); `context` does
+            not cut it.
     """
     context = _context(dca, shards)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
-        query: Array, key: Array, value: Array, cache: Stored, layer: Array, rows: Rows
+        query: Array,
+        key: Array,
+        value: Array,
+        cache: Stored,
+        layer: Array,
+        rows: Rows,
+        pages: Array | None,
     ) -> tuple[Array, Stored]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         with jax.named_scope("rope"):
             key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
         capacity = cache.key.shape[2]
+        row = jnp.arange(len(index), dtype=jnp.int32)[:, None]
         slots = index if context == 1 else zigzag_slots(index, capacity)
+        if pages is not None:
+            row = jnp.take_along_axis(pages, index // capacity, axis=1, mode="clip")
+            slots = index % capacity
         slots = jnp.where(index < rows.lengths[:, None], slots, capacity)  # dropped
         with jax.named_scope("cache_update"):
-            cache = write(cache, layer, slots, key, value)
+            cache = write(cache, layer, row, slots, key, value)
         heads = key.shape[2:]
         keys, values = (x.reshape(*x.shape[:3], *heads) for x in (cache.key, cache.value))
         scales = cache.scales
@@ -165,6 +180,7 @@ def attend_to_cache(
         options = {"dca": dca, "implementation": implementation, "scales": scales}
         with jax.named_scope("attention"):
             if context == 1:
+                options["pages"] = pages
                 out = attend(query, keys, values, rows=rows, layer=layer, **options)
             else:
                 out = decode_attention(query, keys, values, layer, rows, **options)
@@ -172,9 +188,10 @@ def attend_to_cache(
 
     q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
-    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards))
+    table: Any = None if pages is None else shards.spec("BS", whole="S")
+    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), table)
     mapped = shards.local(local, specs, (q, kept))
-    return mapped(query, key, value, cache, layer, rows)
+    return mapped(query, key, value, cache, layer, rows, pages)
 
 
 def _context(dca: DCAConfig | PositionMethod | None, shards: Shards) -> int:
@@ -218,12 +235,16 @@ def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
 def write(
     cache: Stored,
     layer: Int[Array, ""],
+    row: Int[Array, "B #T"],
     slots: Int[Array, "B T"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
 ) -> Stored:
-    """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
-    row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    """Writes token t of text b into slot `slots[b, t]` of a row (or page); those beyond S are dropped.
+
+    Args:
+        row: of each text, or of each token.
+    """
 
     def put(all_slots: Array, new: Array) -> Array:
         return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")

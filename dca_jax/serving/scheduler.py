@@ -36,6 +36,7 @@ class Row:
         read: tokens in its pages, those of the step that runs included.
         drawn: tokens asked for, likewise.
         cached: tokens that it did not have to read.
+        changed: the first of its pages that is not what it was when the engine last looked.
     """
 
     tokens: list[int]
@@ -49,6 +50,7 @@ class Row:
     read: int = 0
     drawn: int = 0
     cached: int = 0
+    changed: int = 0
     keys: list[bytes] = field(default_factory=list)  # of full pages
     entered: int = 0  # pages that stand in the tree
 
@@ -127,11 +129,11 @@ class Scheduler:
         self.waiting.extend(rows)
         return rows
 
-    def next(self, piece: Callable[[int], int]) -> Read | Draw | None:
+    def next(self, piece: Callable[[Row], int]) -> Read | Draw | None:
         """The next step; None if there is nothing to do.
 
         Args:
-            piece: how many tokens to read at once of so many that are left.
+            piece: how many tokens of a row's prompt to read at once, of `left`.
         """
         self._admit()
         drawing = tuple(
@@ -151,7 +153,7 @@ class Scheduler:
             self._share(row)
         row = reading[0] if self._oldest else min(reading, key=lambda row: row.left)
         self._oldest = not self._oldest
-        count, start = piece(row.left), row.read
+        count, start = piece(row), row.read
         assert 0 < count <= row.left
         self._grow(row, start + count)
         row.read += count
@@ -250,5 +252,7 @@ class Scheduler:
         while row.entered < full:
             at = row.entered
             before = self.pages.number(row.pages[at - 1]) if at else ROOT - row.kind
-            row.pages[at] = self.pages.enter(row.pages[at], before, row.keys[at])
+            page = self.pages.enter(row.pages[at], before, row.keys[at])
+            if page != row.pages[at]:
+                row.pages[at], row.changed = page, min(row.changed, at)
             row.entered += 1
