@@ -40,7 +40,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax import fields
 from dca_jax.dtypes import compute_dtype
@@ -383,6 +383,7 @@ def dense_attention(
     offset: Int[Array, " B"],
     lengths: Int[Array, " B"],
     key_offset: Int[Array, " B"],
+    allowed: Bool[Array, "B K T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The definition, with its [T, S] matrix: what every fast path is tested against.
 
@@ -394,6 +395,7 @@ def dense_attention(
         offset: index of row b's first query in its text.
         lengths: tokens of row b's text; a query at or beyond it is padding, and gets zeros.
         key_offset: index of row b's first key in its text; a query that meets no key gets zeros.
+        allowed: of the keys that a query meets, those that it reads; default: all.
 
     Returns:
         In the dtype of `query`.
@@ -414,6 +416,8 @@ def dense_attention(
     chosen = jnp.where(behind == 0, logits["intra"], chosen)
     met = (j[:, None, :] <= i[:, :, None]) & (i < lengths[:, None])[:, :, None]
     met = met[:, None]
+    if allowed is not None:
+        met = met & jnp.repeat(allowed, group, axis=1)
     any_met = met.any(axis=-1, keepdims=True)
     # The softmax of nothing is 0/0; its output is defined as zero.
     chosen = jnp.where(met, chosen, jnp.where(any_met, -jnp.inf, 0))

@@ -23,7 +23,7 @@ class DetachedMerge:
     where the exact gradient has rowsum(dO * o). P, and so dv, is right in both.
     """
 
-    def unsupported(self, device: Any, query: Any, key: Any, dca: Any) -> str | None:
+    def unsupported(self, device: Any, query: Any, key: Any, dca: Any, **kinds: bool) -> str | None:
         """Nothing: the best backend can run."""
         return None
 

@@ -31,8 +31,12 @@ def attention(
     offset: list[int] | None = None,
     lengths: list[int] | None = None,
     temperature: float = 1.0,
+    allowed: np.ndarray | None = None,  # [B, K, T, S]
 ) -> np.ndarray:
-    """One softmax over all keys j <= i; zeros for queries at or beyond their row's length."""
+    """One softmax over all keys j <= i; zeros for queries at or beyond their row's length.
+
+    `allowed` leaves some of these keys out.
+    """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, num_queries, num_heads, head_dim = query.shape
     group = num_heads // key.shape[2]
@@ -53,6 +57,8 @@ def attention(
                 q = query[b, t, n, :half] + 1j * query[b, t, n, half:]
                 logits = (q * turn * np.conj(k[:, :half] + 1j * k[:, half:])).real.sum(axis=1)
                 logits *= temperature / math.sqrt(head_dim)
+                if allowed is not None:
+                    logits = np.where(allowed[b, n // group, t, : i + 1], logits, -np.inf)
                 weights = np.exp(logits - logits.max())
                 out[b, t, n] = weights @ v / weights.sum()
     return out

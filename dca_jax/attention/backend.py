@@ -28,6 +28,24 @@ class Rows(NamedTuple):
     key_offset: Int[Array, " B"]  # index of the row's first key: not 0 for a slice of a text
 
 
+class KeyBlocks(NamedTuple):
+    """The key blocks that each tile of queries reads, of those that all its queries meet in full.
+
+    Tiles and blocks have 128 tokens, and stand at multiples of 128 of the text's index; a picture
+    is in `dca_jax.attention.blocks`.
+    Tile t of row b is that of the queries with text indices 128 n to 128 n + 127 where
+    n = rows.offset[b] // 128 + t. T queries have `num_tiles(T)`, wherever they begin.
+
+    Attributes:
+        counts: how many blocks of each phase, in the order of `dca_jax.dca.PHASES`.
+        numbers: of the blocks, counted from the text's first key: those of inter, then those of
+            succ, then those of intra, each in ascending order. What lies beyond is not read.
+    """
+
+    counts: Int[Array, "B K tiles 3"]
+    numbers: Int[Array, "B K tiles most"]
+
+
 class Backend(Protocol):
     """What a backend's module offers. `query` is raw, `key` rotated by `rotate_keys`.
 
@@ -38,9 +56,20 @@ class Backend(Protocol):
     """
 
     def unsupported(
-        self, device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+        self,
+        device: Device,
+        query: jax.ShapeDtypeStruct,
+        key: jax.ShapeDtypeStruct,
+        dca: DCAConfig,
+        *,
+        listed: bool = False,
+        paged: bool = False,
     ) -> str | None:
-        """Why this backend cannot run on these shapes and dtypes on this device; None: it can."""
+        """Why this backend cannot run on these shapes and dtypes on this device; None: it can.
+
+        `listed` and `paged`: with lists of key blocks, and through pages, S being the tokens of a
+        row's page table.
+        """
         ...
 
     def forward(
@@ -55,11 +84,15 @@ class Backend(Protocol):
         phases: tuple[Phase, ...],
         with_lse: bool,
         scales: Scales | None = None,
+        blocks: KeyBlocks | None = None,
+        pages: Int[Array, "B pages_per_row"] | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
         """Output over the keys of `phases`; on request the logits' natural log-sum-exp, float32.
 
         A query that meets no key (padding too) has output 0 and log-sum-exp -inf. With `scales`,
-        key and value are in 8 bits. There is no backward of that.
+        key and value are in 8 bits; with `blocks`, tiles read the key blocks of lists; with
+        `pages`, key and value are pools [L, P, page, K, H]. There is no backward of these. Keys
+        in lists and pages are a row's from its text's first: `rows.key_offset` is 0.
         """
         ...
 

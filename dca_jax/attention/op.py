@@ -10,6 +10,7 @@ exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and 
 import functools
 import logging
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
-from dca_jax.attention.backend import PLAIN, SAVED, Backend, Rows
+from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
+from dca_jax.attention.blocks import allowed_keys, check_blocks
+from dca_jax.attention.pages import check_pages, contiguous, contiguous_scales
 from dca_jax.attention.softmax import output_delta
 from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import (
@@ -157,42 +160,131 @@ def rotate_keys(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "*L B S K H"],
-    value: Num[Array, "*L B S K H"],
+    key: Num[Array, "*L R S K H"],
+    value: Num[Array, "*L R S K H"],
     *,
     dca: DCAConfig | PositionMethod | None,
     rows: Rows,
     layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
     scales: Scales | None = None,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`dual_chunk_attention` with `key` already rotated by `rotate_keys` (a KV cache).
 
-    With `layer`, key and value are all layers of a cache, [L, B, S, K, H], of which that one is
-    read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN excepted:
-    a masked value is multiplied by zero). With `scales` too, they are in 8 bits
-    (`dca_jax.attention.stored`); that has no gradient.
+    Key and value are [B, S, K, H]; with `layer` all layers of a cache, [L, B, S, K, H], of which
+    that one is read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN
+    excepted: a masked value is multiplied by zero).
+
+    Args:
+        scales: of keys and values in 8 bits (`dca_jax.attention.stored`).
+        blocks: for each tile of queries, the key blocks that it reads, edges aside
+            (`dca_jax.attention.blocks`); default: all that it meets.
+        pages: where each row's keys lie in a pool of pages [L, P, page, K, H], which key and value
+            then are (`dca_jax.attention.pages`); the row's first key is its text's first.
+
+    With any of these three, there is no gradient.
+
+    Raises:
+        InputError: shapes that do not fit, an implementation that cannot run, or a gradient asked
+            of what has none.
     """
     number = jnp.int32(0) if layer is None else layer
     if layer is None:
         key, value = key[None], value[None]
-    _check_shapes(query, key, value, scales)
+    like = _check_shapes(query, key, value, scales, pages)
+    if blocks is not None:
+        check_blocks(blocks, query.shape, key.shape[3])
     dca = dca or PLAIN
-    name = choose_implementation(implementation, _like(query), _like(key), dca)
+    if isinstance(dca, PositionMethod) and not (blocks is None and pages is None):
+        raise InputError(
+            f"lists of key blocks and pages are read with DCA or plain attention, not with "
+            f"{type(dca).__name__}"
+        )
+    kinds = {"listed": blocks is not None, "paged": pages is not None}
+    name = choose_implementation(implementation, _like(query), like, dca, **kinds)
     if name == "reference":
-        if scales is not None:
-            key, value = dequantized_layer(key, value, scales, number, query.dtype)
-            number = jnp.int32(0)
-        key, value, options = key[number], value[number], rows._asdict()
-        if isinstance(dca, PositionMethod):
-            return dense_method_attention(query, key, value, dca=dca, **options)
-        return dense_attention(query, key, value, dca=dca, **options)
-    phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[2], dca)
-    if scales is not None:
-        options = {"dca": dca, "phases": phases, "with_lse": False, "scales": scales}
-        return BACKENDS[name].forward(query, key, value, number, rows, **options)[0]
+        return _by_definition(query, key, value, number, rows, dca, Extras(scales, blocks, pages))
+    phases = () if isinstance(dca, PositionMethod) else phases_within(like.shape[2], dca)
+    extras = Extras(scales, blocks, pages)
+    if any(x is not None for x in extras):
+        return _read_only(name, dca, phases, query, key, value, number, rows, extras)
     out, _ = _flash(name, dca, phases, False, query, key, value, number, rows)
     return out
+
+
+class Extras(NamedTuple):
+    """What keys may come with; none of it has a gradient. See `attend`."""
+
+    scales: Scales | None
+    blocks: KeyBlocks | None
+    pages: Int[Array, "B pages_per_row"] | None
+
+
+def _by_definition(
+    query: Array,
+    key: Array,
+    value: Array,
+    layer: Array,
+    rows: Rows,
+    dca: DCAConfig | PositionMethod,
+    extras: Extras,
+) -> Array:
+    """The dense attention over a layer of keys that are laid out, unpacked and masked for it."""
+    scales, blocks, pages = extras
+    if pages is not None:
+        key, value = (contiguous(x, layer, pages)[None] for x in (key, value))
+        if scales is not None:
+            scales = Scales(*(contiguous_scales(x, layer, pages)[None] for x in scales))
+        layer = jnp.int32(0)
+    if scales is not None:
+        key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+        layer = jnp.int32(0)
+    key, value, numbers = key[layer], value[layer], rows._asdict()
+    if isinstance(dca, PositionMethod):
+        return dense_method_attention(query, key, value, dca=dca, **numbers)
+    allowed = None
+    if blocks is not None:
+        sizes = {"num_queries": query.shape[1], "num_keys": key.shape[1]}
+        allowed = allowed_keys(blocks, rows, dca, **sizes)
+    return dense_attention(query, key, value, dca=dca, allowed=allowed, **numbers)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _read_only(
+    name: str,
+    dca: DCAConfig | PositionMethod,
+    phases: tuple[Phase, ...],
+    query: Array,
+    key: Array,
+    value: Array,
+    layer: Array,
+    rows: Rows,
+    extras: Extras,
+) -> Array:
+    options = {"dca": dca, "phases": phases, "with_lse": False, **extras._asdict()}
+    return BACKENDS[name].forward(query, key, value, layer, rows, **options)[0]
+
+
+@_read_only.defjvp
+def _refuse_gradient(
+    name: str, dca: DCAConfig | PositionMethod, phases: tuple, primals: tuple, tangents: tuple
+) -> Any:
+    scales, blocks, pages = primals[-1]
+    found = [
+        what
+        for what, extra in (
+            ("over lists of key blocks", blocks),
+            ("through pages", pages),
+            ("over keys and values in 8 bits", scales),
+        )
+        if extra is not None
+    ]
+    raise InputError(
+        f"attention {' and '.join(found)} has no gradient: it reads a prompt; train with dense "
+        "attention over whole texts"
+    )
 
 
 def attention_pass(
@@ -237,10 +329,14 @@ def choose_implementation(
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
     dca: DCAConfig | PositionMethod,
+    *,
+    listed: bool = False,
+    paged: bool = False,
 ) -> str:
     """The implementation to run: the named one if it can, the best that can if None.
 
-    `query` is [B, T, N, H] and `key` [L, B, S, K, H], as `Backend` takes them.
+    `query` is [B, T, N, H] and `key` [L, B, S, K, H], as `Backend` takes them: of a page table S
+    is the tokens it has room for. `listed` and `paged`: over lists of key blocks, through pages.
 
     Raises:
         InputError: a name that is unknown, or an implementation that cannot run here, and why.
@@ -253,17 +349,17 @@ def choose_implementation(
                 f"{type(dca).__name__} runs with 'xla' or 'reference'"
             )
         return implementation or "xla"
-    device = current_device()
+    device, kinds = current_device(), {"listed": listed, "paged": paged}
     if implementation == "reference":
         return implementation
     if implementation is not None:
-        reason = BACKENDS[implementation].unsupported(device, query, key, dca)
+        reason = BACKENDS[implementation].unsupported(device, query, key, dca, **kinds)
         if reason is not None:
             raise InputError(f"attention implementation {implementation!r} cannot run: {reason}")
         return implementation
     reasons = []
     for name, backend in BACKENDS.items():
-        reason = backend.unsupported(device, query, key, dca)
+        reason = backend.unsupported(device, query, key, dca, **kinds)
         if reason is None:
             if device.platform != "cpu" and name == "xla":
                 _log_once(f"attention runs in plain XLA: {'; '.join(reasons)}")
@@ -312,8 +408,19 @@ def _check_reach(num_queries: int, num_keys: int, offset: int | Array) -> None:
         )
 
 
-def _check_shapes(query: Array, key: Array, value: Array, scales: Scales | None = None) -> None:
-    if query.shape[0] != key.shape[1] or query.shape[3] != key.shape[4]:
+def _check_shapes(
+    query: Array,
+    key: Array,
+    value: Array,
+    scales: Scales | None = None,
+    pages: Array | None = None,
+) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the keys that the rows have, [L, B, S, K, H]."""
+    shape = key.shape
+    if pages is not None:
+        check_pages(pages, query.shape, shape)
+        shape = (shape[0], pages.shape[0], pages.shape[1] * shape[2], *shape[3:])
+    if query.shape[0] != shape[1] or query.shape[3] != shape[4]:
         raise InputError(
             f"query {query.shape} and key {key.shape[1:]} must agree in batch and head_dim"
         )
@@ -323,13 +430,13 @@ def _check_shapes(query: Array, key: Array, value: Array, scales: Scales | None 
         raise InputError(
             f"query heads ({query.shape[2]}) must be a multiple of kv heads ({key.shape[3]})"
         )
-    if scales is not None and key.dtype == value.dtype and is_quantized(key.dtype):
-        return
-    if not (query.dtype == key.dtype == value.dtype):
+    is_8_bit = scales is not None and key.dtype == value.dtype and is_quantized(key.dtype)
+    if not is_8_bit and not (query.dtype == key.dtype == value.dtype):
         raise InputError(
             f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and "
             f"{value.dtype}"
         )
+    return jax.ShapeDtypeStruct(shape, key.dtype)
 
 
 # --- the exact gradient ------------------------------------------------------------------------

@@ -5,13 +5,26 @@ For each tile of queries, one online softmax runs over the blocks of keys of eve
 those the tile's queries meet, so the work is that of causal attention, or less.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
+from dca_jax.attention.blocks import KeyBlocks
 from dca_jax.attention.stored import Scales
+from dca_jax.attention.xla_lists import attend_to_blocks
+from dca_jax.attention.xla_tiles import (
+    Softmax,
+    dot,
+    join_tiles,
+    join_tiles_lse,
+    rotated_query,
+    split_tiles,
+    split_tiles_lse,
+)
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
@@ -29,6 +42,9 @@ def unsupported(
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
     dca: DCAConfig | PositionMethod,
+    *,
+    listed: bool = False,
+    paged: bool = False,
 ) -> str | None:
     """Nothing: it runs everywhere."""
     return None
@@ -45,12 +61,21 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated.
 
     For a `PositionMethod`, `key` is raw, and it has no phases.
     """
-    num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
+    if blocks is not None:
+        assert isinstance(dca, DCAConfig)  # `attend` has refused others
+        options = {"dca": dca, "phases": phases, "scales": scales, "pages": pages}
+        out, lse = attend_to_blocks(query, key, value, layer, rows, blocks, **options)
+        return out, lse if with_lse else None
+    num_queries, kv_heads = query.shape[1], key.shape[3]
+    num_keys = key.shape[2] if pages is None else pages.shape[1] * key.shape[2]
+    read, read_scales = _reader(layer, pages), _scale_reader(layer, pages)
     tile, block = _block_sizes(num_queries, num_keys)
 
     def one_tile(args: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -58,51 +83,41 @@ def forward(
         batch, _, _, group, head_dim = queries.shape
         index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
         compute = compute_dtype(queries.dtype)
-        state = (
-            jnp.full((batch, kv_heads, group, tile), -jnp.inf, compute),  # running maximum
-            jnp.zeros((batch, kv_heads, group, tile), compute),  # running sum
-            jnp.zeros((batch, kv_heads, group, tile, head_dim), compute),  # running output
-        )
+        state = Softmax.empty((batch, kv_heads, group, tile, head_dim), compute)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
         for band in bands_of(index, dca, phases):
-            rotated = _rotated_query(queries, band, scale, rows)
+            rotated = rotated_query(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
             def step(
                 n: Array,
-                state: tuple,
+                state: Softmax,
                 band: Band = band,
                 rotated: Array = rotated,
                 span: tuple = span,
-            ) -> tuple:
-                m_i, l_i, acc = state
+            ) -> Softmax:
                 at, met = _block(n, num_keys, span, block)
-                keys = _rotated_keys(key, layer, at, block, band, rows, queries.dtype)
-                logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
+                keys = read(key, at, block).astype(queries.dtype)
+                keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
+                logits = dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 if scales is not None:
-                    logits = logits * _slice_scales(scales.key, layer, at, block)
+                    logits = logits * read_scales(scales.key, at, block)
                 logits = jnp.where(met, logits, -jnp.inf)
-                m_next = jnp.maximum(m_i, logits.max(axis=-1))
-                safe = jnp.where(jnp.isfinite(m_next), m_next, 0)  # no key met so far
-                decay = jnp.exp(m_i - safe)
-                p = jnp.exp(logits - safe[..., None])
-                l_i = l_i * decay + p.sum(axis=-1)
-                if scales is not None:
-                    p = p * _slice_scales(scales.value, layer, at, block)
-                values = _slice(value, layer, at, block).astype(queries.dtype)
-                update = _dot("BKGTS,BSKH->BKGTH", p.astype(queries.dtype), values)
-                return m_next, l_i, acc * decay[..., None] + update
+
+                def weighted(p: Array) -> Array:
+                    if scales is not None:
+                        p = p * read_scales(scales.value, at, block)
+                    values = read(value, at, block).astype(queries.dtype)
+                    return dot("BKGTS,BSKH->BKGTH", p.astype(queries.dtype), values)
+
+                return state.add(logits, weighted)
 
             state = jax.lax.fori_loop(first, last, step, state)
-        m_i, l_i, acc = state
-        met_any = l_i > 0
-        out = acc / jnp.where(met_any, l_i, 1)[..., None]
-        lse = jnp.where(met_any, m_i + jnp.log(jnp.where(met_any, l_i, 1)), -jnp.inf)
-        return jnp.moveaxis(out, 3, 1).astype(queries.dtype), lse
+        return state.result(queries.dtype)
 
     with jax.named_scope("dca_xla_forward"):
-        out, lse = jax.lax.map(one_tile, _split_tiles(query, kv_heads, tile))
-    return _join_tiles(out, num_queries), _join_tiles_lse(lse, num_queries) if with_lse else None
+        out, lse = jax.lax.map(one_tile, split_tiles(query, kv_heads, tile))
+    return join_tiles(out, num_queries), join_tiles_lse(lse, num_queries) if with_lse else None
 
 
 def backward(
@@ -120,6 +135,7 @@ def backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of query, key (as given) and value, from the global `lse` and `delta`."""
     num_queries, num_keys, kv_heads = query.shape[1], *key.shape[2:4]
+    read = _reader(layer, None)
     tile, block = _block_sizes(num_queries, num_keys)
     compute = compute_dtype(query.dtype)
 
@@ -131,7 +147,7 @@ def backward(
         dq = jnp.zeros(queries.shape, compute)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
         for band in bands_of(index, dca, phases):
-            rotated = _rotated_query(queries, band, scale, rows)
+            rotated = rotated_query(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
             def step(
@@ -143,17 +159,18 @@ def backward(
             ) -> tuple:
                 dk, dv, drotated = state
                 at, met = _block(n, num_keys, span, block)
-                keys = _rotated_keys(key, layer, at, block, band, rows, query.dtype)
-                values = _slice(value, layer, at, block)
-                logits = _dot("BKGTH,BSKH->BKGTS", rotated, keys)
+                keys = read(key, at, block)
+                keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
+                values = read(value, at, block)
+                logits = dot("BKGTH,BSKH->BKGTS", rotated, keys)
                 p = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
-                dp = _dot("BKGTH,BSKH->BKGTS", do_tile, values)
+                dp = dot("BKGTH,BSKH->BKGTS", do_tile, values)
                 ds = (p * (dp - delta[..., None])).astype(query.dtype)
                 p = p.astype(value.dtype)
-                drotated = drotated + _dot("BKGTS,BSKH->BKGTH", ds, keys)
-                drotated_keys = _dot("BKGTS,BKGTH->BSKH", ds, rotated)
+                drotated = drotated + dot("BKGTS,BSKH->BKGTH", ds, keys)
+                drotated_keys = dot("BKGTS,BKGTH->BSKH", ds, rotated)
                 dk = _add_at(dk, at, _rotated_back(drotated_keys, at, band, rows))
-                dv = _add_at(dv, at, _dot("BKGTS,BKGTH->BSKH", p, do_tile))
+                dv = _add_at(dv, at, dot("BKGTS,BKGTH->BSKH", p, do_tile))
                 return dk, dv, drotated
 
             init = (*carry, jnp.zeros(rotated.shape, compute))
@@ -169,13 +186,13 @@ def backward(
             one_tile,
             (jnp.zeros(key.shape[1:], compute), jnp.zeros(value.shape[1:], compute)),
             (
-                _split_tiles(query, kv_heads, tile),
-                _split_tiles(do, kv_heads, tile),
-                (_split_tiles_lse(lse, kv_heads, tile), _split_tiles_lse(delta, kv_heads, tile)),
+                split_tiles(query, kv_heads, tile),
+                split_tiles(do, kv_heads, tile),
+                (split_tiles_lse(lse, kv_heads, tile), split_tiles_lse(delta, kv_heads, tile)),
             ),
         )
     return (
-        _join_tiles(dq, num_queries),
+        join_tiles(dq, num_queries),
         dk.astype(key.dtype),
         dv.astype(value.dtype),
     )
@@ -188,18 +205,6 @@ def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
     tile = min(TILE, num_queries)
     longest = LONGEST_CPU_BLOCK if current_device().platform == "cpu" else LONGEST_BLOCK
     return tile, min(num_keys, longest, LOGITS // tile)
-
-
-def _rotated_query(
-    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: Rows
-) -> Float[Array, "B K G t H"]:
-    """The tile's queries where the band puts them, times the logit scale; rounded once.
-
-    Heads come first: so they are transposed once a tile, and not once a block.
-    """
-    rotated = rotate(queries.astype(scale.dtype), band.query_position, rows.inv_freq)
-    rotated = rotated * scale[:, :, None, None, None]
-    return jnp.moveaxis(rotated.astype(queries.dtype), 1, 3)
 
 
 def _blocks(
@@ -231,27 +236,10 @@ def _block(
     return at, met[:, None, None, :, :]
 
 
-def _rotated_keys(
-    cache: Num[Array, "L B S K H"],
-    layer: Int[Array, ""],
-    at: Int[Array, ""],
-    block: int,
-    band: Band,
-    rows: Rows,
-    dtype: jnp.dtype,
-) -> Float[Array, "B block K H"]:
-    """`block` keys of a layer where the band puts them: DCA's come so, others are rotated here.
-
-    Those in 8 bits are still to be scaled: a scale is common to all that are rotated together.
-    """
-    keys = _slice(cache, layer, at, block).astype(dtype)
-    return rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
-
-
 def _rotated_back(
     dkeys: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: Rows
 ) -> Float[Array, "B block K H"]:
-    """From the gradient of `_rotated_keys` to that of the keys as they came."""
+    """From the gradient of `rotated_keys` to that of the keys as they came."""
     if band.key_position is None:
         return dkeys
     position = band.key_position(_text_index(at, dkeys.shape[1], rows))
@@ -264,68 +252,52 @@ def _text_index(at: Int[Array, ""], block: int, rows: Rows) -> Int[Array, "B blo
     return rows.key_offset[:, None] + slot
 
 
-def _slice(
-    cache: Num[Array, "L B S K H"], layer: Int[Array, ""], at: Int[Array, ""], block: int
-) -> Num[Array, "B block K H"]:
-    """`block` keys or values of a layer, read where they lie."""
-    _, batch, num_keys, kv_heads, head_dim = cache.shape
-    zero = jnp.zeros_like(at)
-    layer = layer.astype(at.dtype)
-    flat = cache.reshape(-1, batch, num_keys, kv_heads * head_dim)
-    start, size = (layer, zero, at, zero), (1, batch, block, kv_heads * head_dim)
-    return jax.lax.dynamic_slice(flat, start, size).reshape(batch, block, kv_heads, head_dim)
+def _reader(
+    layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"] | None
+) -> Callable[[Array, Array, int], Array]:
+    """What reads `block` keys or values [B, block, K, H] of a layer from slot `at` on, in place."""
+
+    def read(cache: Array, at: Array, block: int) -> Array:
+        heads = cache.shape[3:]
+        flat = cache.reshape(*cache.shape[:3], heads[0] * heads[1])
+        if pages is not None:
+            found = flat[layer, *_places(at, block, pages, cache.shape[2])]
+            return found.reshape(*found.shape[:2], *heads)
+        zero = jnp.zeros_like(at)
+        start = layer.astype(at.dtype), zero, at, zero
+        found = jax.lax.dynamic_slice(flat, start, (1, flat.shape[1], block, flat.shape[3]))
+        return found.reshape(-1, block, *heads)
+
+    return read
 
 
-def _slice_scales(
-    scales: Float[Array, "L B K S"], layer: Int[Array, ""], at: Int[Array, ""], block: int
-) -> Float[Array, "B K 1 1 block"]:
-    """The scales of the same keys or values, as a tile's logits are laid out."""
-    _, batch, kv_heads, _ = scales.shape
-    zero = jnp.zeros_like(at)
-    start, size = (layer.astype(at.dtype), zero, zero, at), (1, batch, kv_heads, block)
-    return jax.lax.dynamic_slice(scales, start, size)[0, :, :, None, None, :]
+def _scale_reader(
+    layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"] | None
+) -> Callable[[Array, Array, int], Array]:
+    """What reads the scales of the same keys or values, laid out as logits [B, K, 1, 1, block]."""
+
+    def read(scales: Array, at: Array, block: int) -> Array:
+        if pages is not None:
+            page, slot = _places(at, block, pages, scales.shape[3])
+            found = jnp.moveaxis(scales[layer, page, :, slot], 2, 1)
+        else:
+            zero = jnp.zeros_like(at)
+            start = layer.astype(at.dtype), zero, zero, at
+            found = jax.lax.dynamic_slice(scales, start, (1, *scales.shape[1:3], block))[0]
+        return found[:, :, None, None, :]
+
+    return read
 
 
-def _dot(subscripts: str, a: Array, b: Array) -> Array:
-    """einsum with products summed in float32 (float64 for float64); float32 inputs unrounded."""
-    compute = compute_dtype(a.dtype)
-    precision = None if a.dtype.itemsize < 4 else "highest"
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=compute)
+def _places(
+    at: Int[Array, ""], block: int, pages: Int[Array, "B pages_per_row"], page: int
+) -> tuple[Int[Array, "B block"], Int[Array, "1 block"]]:
+    """Where `block` tokens of each row lie in a pool: the page, and the slot within it."""
+    number, slot = jnp.divmod(at.astype(jnp.int32) + jnp.arange(block, dtype=jnp.int32), page)
+    return pages[:, number], slot[None, :]
 
 
 def _add_at(acc: Array, at: Array, update: Array) -> Array:
     """Adds `update` to acc[:, at : at + len(update)], in place inside a loop."""
     old = jax.lax.dynamic_slice_in_dim(acc, at, update.shape[1], axis=1)
     return jax.lax.dynamic_update_slice_in_dim(acc, old + update, at, axis=1)
-
-
-# --- tiles -------------------------------------------------------------------------------------
-
-
-def _split_tiles(x: Float[Array, "B T N H"], kv_heads: int, tile: int) -> tuple[Array, Array]:
-    """[tiles, B, t, K, G, H] with the last tile zero-padded, and each tile's first index."""
-    batch, length, heads, head_dim = x.shape
-    tiles = -(-length // tile)
-    x = jnp.pad(x, ((0, 0), (0, tiles * tile - length), (0, 0), (0, 0)))
-    x = x.reshape(batch, tiles, tile, kv_heads, heads // kv_heads, head_dim)
-    return jnp.moveaxis(x, 1, 0), jnp.arange(tiles, dtype=jnp.int32) * tile
-
-
-def _split_tiles_lse(x: Float[Array, "B N T"], kv_heads: int, tile: int) -> Array:
-    """[tiles, B, K, G, t]."""
-    batch, heads, length = x.shape
-    tiles = -(-length // tile)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, tiles * tile - length)))
-    return jnp.moveaxis(x.reshape(batch, kv_heads, heads // kv_heads, tiles, tile), 3, 0)
-
-
-def _join_tiles(x: Float[Array, "tiles B t K G H"], length: int) -> Float[Array, "B T N H"]:
-    x = jnp.moveaxis(x, 0, 1)
-    batch, tiles, tile, kv_heads, group, head_dim = x.shape
-    return x.reshape(batch, tiles * tile, kv_heads * group, head_dim)[:, :length]
-
-
-def _join_tiles_lse(x: Float[Array, "tiles B K G t"], length: int) -> Float[Array, "B N T"]:
-    x = jnp.moveaxis(x, 0, 3)
-    batch, kv_heads, group, tiles, tile = x.shape
-    return x.reshape(batch, kv_heads * group, tiles * tile)[:, :, :length]

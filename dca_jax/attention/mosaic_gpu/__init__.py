@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.mosaic_gpu import decode, flash_forward
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
@@ -17,9 +17,17 @@ __all__ = ["backward", "forward", "unsupported"]
 
 
 def unsupported(
-    device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: Device,
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig,
+    *,
+    listed: bool = False,
+    paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    if listed or paged:
+        return "it reads neither lists of key blocks nor pages"
     if device.capability != (9, 0):
         return f"it needs a Hopper GPU (compute capability 9.0), got {describe(device)}"
     if miscompiling_cuda():
@@ -63,8 +71,11 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
+    assert blocks is None and pages is None  # `unsupported` has refused them
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     options = {"dca": dca, "phases": phases, "with_lse": with_lse}
     if decode.fits(*like):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu.decode import decode
 from dca_jax.attention.mosaic_tpu.dkv import dkv
@@ -34,9 +34,17 @@ from dca_jax.device import Device, current_device
 
 
 def unsupported(
-    device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: Device,
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig,
+    *,
+    listed: bool = False,
+    paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    if listed or paged:
+        return "it reads neither lists of key blocks nor pages"
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     if head_dim not in (64, 128, 256):
@@ -98,8 +106,11 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
+    assert blocks is None and pages is None  # `unsupported` has refused them
     num_head_queries = query.shape[1] * query.shape[2]
     heads = Heads(query=query.shape[2], kv=key.shape[3], head_dim=query.shape[3])
     itemsize = query.dtype.itemsize

@@ -23,9 +23,17 @@ __all__ = ["backward", "forward", "unsupported"]
 
 
 def unsupported(
-    device: Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct, dca: DCAConfig
+    device: Device,
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig,
+    *,
+    listed: bool = False,
+    paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    if listed or paged:
+        return "it reads neither lists of key blocks nor pages"
     head_dim = query.shape[-1]
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim must be 16, 32, 64, 128 or 256, got {head_dim}"

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.attention.triton.common import (
@@ -48,8 +48,11 @@ def forward(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
+    assert blocks is None and pages is None  # `unsupported` has refused them
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     group = heads // kv_heads

@@ -1,0 +1,58 @@
+"""A paged cache: keys and values of many texts in one pool, each where there was room.
+
+A page holds so many tokens, a multiple of 128, of one text. A row's *page table* says where each of
+its pages lies in the pool: token i of row b is token i % page of page pages[b, i // page]. The
+number within the text decides a key's phase, mask and rotation; the page only where it lies. A key
+is rotated to its own index alone, so texts with a common prefix share its pages, exactly.
+
+    pages[b]        7  2  9                     tokens 0 ..    page ..   2 page ..
+                    |  |  |
+    pool    [L, P, page, K * H]                 all layers; a token's heads lie one behind the other
+             .  .  x  .  .  .  .  x  .  x       pages 0 .. P - 1
+             0  1  2  3  4  5  6  7  8  9
+
+Scales of keys and values in 8 bits lie in a pool of their own, [L, P, K, page]. A page that no
+token of a row's text lies in may be any number of the pool: it is not read.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.errors import InputError
+
+
+def contiguous(
+    pool: Num[Array, "L P page K H"], layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"]
+) -> Num[Array, "B S K H"]:
+    """A layer's keys or values of each row, copied out of the pool: S = pages_per_row * page."""
+    found = pool[layer, pages]
+    return found.reshape(found.shape[0], -1, *found.shape[3:])
+
+
+def contiguous_scales(
+    pool: Float[Array, "L P K page"], layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"]
+) -> Float[Array, "B K S"]:
+    """The scales of these keys or values."""
+    found = jnp.moveaxis(pool[layer, pages], 2, 1)
+    return found.reshape(*found.shape[:2], -1)
+
+
+def check_pages(
+    pages: Int[Array, "B pages_per_row"], query_shape: tuple[int, ...], pool_shape: tuple[int, ...]
+) -> None:
+    """Whether a page table is of these queries and this pool [L, P, page, K, H], by their shapes.
+
+    Raises:
+        InputError: it is not.
+    """
+    page = pool_shape[2]
+    if page % BLOCK:
+        raise InputError(f"a page must hold a multiple of {BLOCK} tokens, got {page}")
+    if pages.ndim != 2 or pages.shape[0] != query_shape[0] or pages.shape[1] < 1:
+        raise InputError(
+            f"a page table of {query_shape[0]} rows must be [{query_shape[0]}, pages of a row], "
+            f"got {list(pages.shape)}"
+        )
+    if pages.dtype != jnp.int32:
+        raise InputError(f"a page table must be int32, got {pages.dtype}")
