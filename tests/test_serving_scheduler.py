@@ -88,9 +88,10 @@ def test_pages_hold_what_their_texts_say_and_all_come_back(seed):
             prompt = [*start, *(rng.randint(0, 2) for _ in range(rng.randint(1, 6)))]
             limit = rng.randint(1, 8)
             if -(-(len(prompt) + limit - 1) // SIZE) <= pages.count:
-                kind = {"kind": rng.randint(0, 1), "drawn_too": rng.random() < 0.5}
+                count, kind, drawn_too = rng.randint(1, 3), rng.randint(0, 1), rng.random() < 0.5
+                options = {"kinds": [kind] * count, "drawn_too": drawn_too}
                 try:
-                    rows += scheduler.submit([prompt] * rng.randint(1, 3), limit, **kind)
+                    rows += scheduler.submit([prompt] * count, limit, **options)
                 except QueueFullError:
                     refused += 1
         if rng.random() < 0.05 and (alive := list(scheduler.rows())):
@@ -154,10 +155,10 @@ def test_an_answer_is_shared_with_the_next_turn():
 
 def test_kinds_share_nothing():
     scheduler = Scheduler(Pages(100, SIZE), rows=8, queue=50)
-    scheduler.submit([list(range(16))], 1, kind=16)
+    scheduler.submit([list(range(16))], 1, kinds=[16])
     read_to_the_end(scheduler)
-    (other,) = scheduler.submit([list(range(17))], 1, kind=17)
-    (same,) = scheduler.submit([list(range(16))], 1, kind=16)
+    (other,) = scheduler.submit([list(range(17))], 1, kinds=[17])
+    (same,) = scheduler.submit([list(range(16))], 1, kinds=[16])
     read_to_the_end(scheduler)
     assert (other.cached, same.cached) == (0, 12)
 

@@ -240,10 +240,10 @@ def write(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
 ) -> Stored:
-    """Writes token t of text b into slot `slots[b, t]` of a row (or page); those beyond S are dropped.
+    """Writes token t of text b into slot `slots[b, t]` of a layer; slots beyond S are dropped.
 
     Args:
-        row: of each text, or of each token.
+        row: of each text, or of each token, its row or page.
     """
 
     def put(all_slots: Array, new: Array) -> Array:

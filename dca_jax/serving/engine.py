@@ -15,6 +15,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.stored import is_quantized
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import cut
 from dca_jax.inference.generate import check_prompts
@@ -25,8 +27,9 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import FAILED
 from dca_jax.inference.text_stream import FinishReason, TextStream
 from dca_jax.serving.pages import Pages
-from dca_jax.serving.programs import TOP, Drawn, Programs, Texts
+from dca_jax.serving.programs import Drawn, Programs, Texts
 from dca_jax.serving.scheduler import Draw, QueueFullError, Read, Row, Scheduler
+from dca_jax.sharding import axis_size, describe, mesh_of
 
 PAGE = 128  # tokens; what the attention's kernels read at once
 PIECE_SECONDS = 0.2  # that a piece of a prompt may take, if a narrower one takes less
@@ -135,6 +138,8 @@ class Engine:
                 drawn = self.programs.read(self.programs.texts(1), [], width)
                 jax.block_until_ready(drawn.token)
                 self._base[width] = time.perf_counter() - start
+        for batch in self.programs.batches:
+            jax.block_until_ready(self.programs.draw(self.programs.texts(batch)).token)
         self._thread = threading.Thread(target=self._run, name="dca_jax engine", daemon=True)
         self._thread.start()
 
@@ -185,14 +190,18 @@ class Engine:
             )
         stop_ids = () if ignore_stop_ids else self.llm.stop_ids | set(options.stop_ids)
         texts = [(prompt, choice) for prompt in prompts for choice in range(choices)]
+        if len(texts) > self._queue:
+            raise InputError(
+                f"a request for {len(texts)} texts, and this server's queue takes {self._queue}; "
+                "ask for fewer at once"
+            )
         streams = [
             TextStream(self.llm.tokenizer, prompt, stop_ids=stop_ids, stop=options.stop)
             for prompt, _ in texts
         ]
         with self._changed:
             if self._stopping:
-                raise QueueFullError
-            rows: list[Row] = []
+                raise QueueFullError("the server is ending; ask another")
             kinds = [len(prompt) if self._by_length else 0 for prompt, _ in texts]
             rows = self._scheduler.submit(
                 [prompt for prompt, _ in texts], new, kinds=kinds, drawn_too=not self._by_length
@@ -207,7 +216,9 @@ class Engine:
                     stream=stream,
                     table=np.zeros((self.programs.table,), np.int32),
                 )
-                for row, (_, choice), tell, stream in zip(rows, texts, deliver, streams, strict=True)
+                for row, (_, choice), tell, stream in zip(
+                    rows, texts, deliver, streams, strict=True
+                )
             ]
             self._jobs |= dict(zip(rows, jobs, strict=True))
             self._changed.notify()
@@ -272,7 +283,9 @@ class Engine:
         """What the step's texts are, as they are now."""
         rows = [step.row] if isinstance(step, Read) else list(step.rows)
         jobs = [self._jobs[row] for row in rows]
-        size = 1 if isinstance(step, Read) else min(n for n in self.programs.batches if n >= len(rows))
+        size = (
+            1 if isinstance(step, Read) else min(n for n in self.programs.batches if n >= len(rows))
+        )
         texts, samplers = self.programs.texts(size), [job.options.sampler for job in jobs]
         for n, (row, job) in enumerate(zip(rows, jobs, strict=True)):
             job.table[row.changed : len(row.pages)] = row.pages[row.changed :]
@@ -388,4 +401,28 @@ class Engine:
 
 
 def _check(llm: LLM, context: int, pages: int) -> None:
-    raise NotImplementedError
+    """Refuses what cannot be served, before anything is compiled."""
+    model = llm.model
+    mesh, others = mesh_of(model), ("data", "fsdp", "context")
+    if axis_size(mesh, *others) > 1:
+        raise InputError(
+            "a server shares its model among devices by tensor only, and this mesh has "
+            f"{describe({axis: axis_size(mesh, axis) for axis in others})}; use tensor, or a "
+            "server for each device"
+        )
+    if isinstance(model.dca, PositionMethod):
+        raise InputError(
+            f"a server reads by DCA or plain attention, not by {type(model.dca).__name__}; use "
+            "the method dca or rope"
+        )
+    if llm.cache_dtype != model.dtype and not is_quantized(llm.cache_dtype):
+        raise InputError(
+            f"a server's cache keeps keys in the model's dtype, {model.dtype}, or in int8 or fp8, "
+            f"not in {llm.cache_dtype}; leave the cache's dtype out, or choose one of these"
+        )
+    if not 2 <= context <= pages * PAGE:
+        raise InputError(
+            f"a text of {context} tokens does not fit into a cache of {pages * PAGE}; give a "
+            "context from 2 tokens up to that"
+        )
+    model.check_window(context)

@@ -43,24 +43,25 @@ class State(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What a step is told of its texts, b of them.
+    """What a step is told of its texts, b of them: of NumPy on the host, int32.
 
     Attributes:
-        slots: their numbers; one beyond the last is a text that is not there.
-        pages: their tables. lengths: tokens in the cache. prompts: tokens of the prompts.
-        seeds, choices: of their draws; as in `Run`, choice r of a request draws as row r of a batch.
+        slots: [b], their numbers; one beyond the last is a text that is not there.
+        pages: [b, n], their tables. lengths: [b], tokens in the cache. prompts: [b], tokens of the
+            prompts.
+        seeds, choices: [b], of their draws: choice r draws as row r of a batch does in `Run`.
         sampler: of all (`Sampler.of_rows`).
-        ranked: whether log-probabilities are asked for.
+        ranked: [], bool, whether log-probabilities are asked for.
     """
 
-    slots: Int[Array | np.ndarray, " b"]
-    pages: Int[Array | np.ndarray, "b n"]
-    lengths: Int[Array | np.ndarray, " b"]
-    prompts: Int[Array | np.ndarray, " b"]
-    seeds: Int[Array | np.ndarray, " b"]
-    choices: Int[Array | np.ndarray, " b"]
+    slots: Any
+    pages: Any
+    lengths: Any
+    prompts: Any
+    seeds: Any
+    choices: Any
     sampler: Sampler
-    ranked: Bool[Array | np.ndarray, ""]
+    ranked: Any
 
 
 class Drawn(NamedTuple):
@@ -104,9 +105,7 @@ def draw(model: Llama, state: State, texts: Texts) -> tuple[State, Drawn]:
     return _draw(model, state, texts, hidden[:, 0], cache)
 
 
-def mark(
-    state: State, slot: Int[Array, ""], seen: Bool[Array, " V"]
-) -> State:
+def mark(state: State, slot: Int[Array, ""], seen: Bool[Array, " V"]) -> State:
     """Says which tokens the text of a slot holds."""
     return state._replace(seen=state.seen.at[slot].set(seen))
 
@@ -120,9 +119,9 @@ def clear(state: State, pages: Int[Array, " n"]) -> State:
 def _paged(state: State, texts: Texts) -> PagedCache:
     return PagedCache(
         **state.stored._asdict(),
-        pages=jnp.asarray(texts.pages),
-        lengths=jnp.asarray(texts.lengths),
-        frequency_lengths=jnp.asarray(texts.prompts),
+        pages=texts.pages,
+        lengths=texts.lengths,
+        frequency_lengths=texts.prompts,
     )
 
 
@@ -148,7 +147,7 @@ def _draw(
 
 
 def _ranked(
-    logits: Float[Array, "b V"], token: Int[Array, " b"], wanted: Bool[Array | np.ndarray, ""]
+    logits: Float[Array, "b V"], token: Int[Array, " b"], wanted: Bool[Array, ""]
 ) -> tuple[Float[Array, " b"], Int[Array, "b k"], Float[Array, "b k"]]:
     """Log-probabilities of the token drawn and of the most likely ones, where they are wanted."""
     count = min(TOP, logits.shape[1])
@@ -196,9 +195,7 @@ class Programs:
     def _empty(self) -> State:
         mesh = mesh_of(self._model)
         sizes = {"pages": self.num_pages, "page": self.page}
-        stored = create_pool(
-            self._model.config, **sizes, dtype=self._cache_dtype, mesh=mesh
-        )
+        stored = create_pool(self._model.config, **sizes, dtype=self._cache_dtype, mesh=mesh)
         small = np.zeros((self.rows,), np.int32), np.zeros((self.rows, self.vocab_size), bool)
         return on_device(self._model, State(stored, *replicated(small, mesh)))
 
@@ -210,6 +207,7 @@ class Programs:
 
     def compile(self) -> Iterator[str]:
         """Compiles everything; yields the name of what comes next."""
+
         def compiled(function: Callable[..., Any], *args: Any) -> Any:
             def of_leaves(leaves: list[Array], state: State, *args: Any) -> Any:
                 return function(jax.tree.unflatten(self._tree, leaves), state, *args)
@@ -233,6 +231,7 @@ class Programs:
 
     def texts(self, batch: int) -> Texts:
         """So many texts that are not there."""
+
         def zeros() -> np.ndarray:
             return np.zeros((batch,), np.int32)
 

@@ -99,20 +99,28 @@ class Scheduler:
         self._oldest = False  # whose turn the next piece is
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], limit: int, *, kind: int = 0, drawn_too: bool = True
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        *,
+        kinds: Sequence[int] | None = None,
+        drawn_too: bool = True,
     ) -> list[Row]:
         """New texts, all or none of them, at the end of the queue.
 
         Args:
             limit: tokens drawn of each, at most.
-            kind: texts share pages with others of their kind.
+            kinds: of each, a number from 0; texts share pages with others of their kind.
             drawn_too: whether the tokens drawn may be shared, besides the prompt's.
 
         Raises:
             QueueFullError: they are too many.
         """
         if len(self.waiting) + len(prompts) > self._queue:
-            raise QueueFullError
+            raise QueueFullError(
+                f"{len(self.waiting)} texts are waiting, and the queue takes {self._queue}; try "
+                "again later"
+            )
         rows = [
             Row(
                 tokens=list(prompt),
@@ -122,7 +130,7 @@ class Scheduler:
                 shares=len(prompt) + limit if drawn_too else len(prompt),
                 keys=page_keys(prompt, self.pages.size),
             )
-            for prompt in prompts
+            for prompt, kind in zip(prompts, kinds or [0] * len(prompts), strict=True)
         ]
         for row in rows:
             assert self._needed(row) <= self.pages.count, "a text that could never begin"
