@@ -5,7 +5,7 @@ One file a group of commands; `options.py` has what they share, `launch.py` what
 
 import typer
 
-from dca_jax.cli import measure, prepare, run, train
+from dca_jax.cli import measure, prepare, run, serve, train
 from dca_jax.cli.launch import Commands, launch
 from dca_jax.disk import output_written
 from dca_jax.distributed import ending_together, exit_on_input_error
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.callback()(launch)
 app.command(rich_help_panel=RUN)(run.generate)
 app.command(rich_help_panel=RUN)(run.chat)
+app.command(rich_help_panel=RUN)(serve.serve)
 app.add_typer(measure.app, rich_help_panel=MEASURE)
 app.command(
     "lm-eval",
