@@ -93,11 +93,10 @@ def measure_here(variant: Variant) -> dict[str, Any]:
         return jax.jit(make, out_shardings=where(row.path))()
 
     leaves: dict[str, Any] = {}
-    then = lambda row, leaf: {row.path: leaf}  # noqa: E731
-    if variant.base != "dtype":
-        then = packer(projections(config), variant.base)
+    packed = None if variant.base == "dtype" else packer(projections(config), variant.base)
     for number, row in enumerate(parameters(config)):
-        leaves |= then(row, random_leaf(number, row))
+        leaf = random_leaf(number, row)
+        leaves |= {row.path: leaf} if packed is None else packed(row, leaf)
     params, frozen = unflatten_dict(leaves, sep="."), {}
     del leaves
     if lora is not None:

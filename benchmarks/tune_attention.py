@@ -115,7 +115,7 @@ def triton_kernels() -> list[Kernel]:
 MOSAIC_KERNELS = [
     Kernel(
         name="mosaic_gpu forward",
-        module="mosaic_gpu.flash_forward",
+        module="mosaic_gpu.forward_tiles",
         call="forward",
         grid={
             "block_k": (64, 128, 192, 256),
@@ -158,7 +158,7 @@ MOSAIC_KERNELS = [
     ),
     Kernel(
         name="mosaic_gpu decode",
-        module="mosaic_gpu.decode",
+        module="mosaic_gpu.decode_tiles",
         call="decode",
         grid={"block": (64, 128, 256), "num_stages": (2, 3, 4, 6), "ctas": (132, 264, 396, 528)},
     ),

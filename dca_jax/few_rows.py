@@ -1,4 +1,4 @@
-"""A product of few rows with a packed matrix, near the time of the matrix's bytes: Pallas-Triton.
+"""A product of few rows with a packed matrix, which is read packed: a kernel of Pallas-Triton.
 
 What drawing tokens is made of. XLA on a GPU would first write the matrix down unpacked; here a
 program takes a tile of outputs through its share of the inputs, unpacking in registers, and tensor
@@ -6,8 +6,7 @@ cores multiply. Values less their zero are multiplied, exactly, and sums of a bl
 The matrix is read where it lies in its stack, so no layer is copied out of it.
 
 The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
-register, and unpacks them there. With outputs side by side it would fetch every byte on its own,
-which takes twice the time of the bytes (measured on an H200).
+register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
 """
 
 import functools
@@ -28,7 +27,7 @@ INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas
 ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
 INPUTS, OUTPUTS = 128, 128  # of a tile, at most
 STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
-PROGRAMS = 256  # that a device should have to run: two for each of an H200's processors
+PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
 
 
 class Tile(NamedTuple):
@@ -38,7 +37,7 @@ class Tile(NamedTuple):
     outputs: int
     splits: int
     num_warps: int = 4
-    num_stages: int = 3  # of 3 and 4 the faster with either form, on an H200
+    num_stages: int = 3  # of 3 and 4 the faster of the tiles taken, on an H200
 
 
 def are_few(rows: int, dtype: Any) -> bool:
@@ -100,8 +99,10 @@ def choose_tile(matrices: Packed) -> Tile | None:
     least = 32 if matrices.form == "int4" else 16
     if deep & (deep - 1) or deep < least or math.gcd(outputs, OUTPUTS) < 16:
         return None
-    tiles = [_split(inputs, outputs, deep, math.gcd(outputs, n)) for n in (OUTPUTS, OUTPUTS // 2)]
-    return tiles[inputs // deep // tiles[0].splits < STEPS]
+    tile = _split(inputs, outputs, deep, math.gcd(outputs, OUTPUTS))
+    if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
+        tile = _split(inputs, outputs, deep, math.gcd(outputs, OUTPUTS // 2))
+    return tile
 
 
 def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import device, lower, lower_backward, lower_forward, shapes
 
-from dca_jax.attention import dual_chunk_attention, mosaic_gpu
-from dca_jax.attention.backend import PLAIN, Rows
-from dca_jax.attention.mosaic_gpu import backward_spans, decode, flash_forward, widening
+from dca_jax.attention import attend, dual_chunk_attention, mosaic_gpu
+from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
+from dca_jax.attention.blocks import num_tiles
+from dca_jax.attention.mosaic_gpu import backward_spans, decode, forward_tiles, widening
+from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     full_and_edge_walks,
@@ -126,6 +128,55 @@ def test_decoding_from_8_bits_lowers(
     assert "dca_decode" in text
     before = re.search(r"stablehlo.convert.*(i8|f8E4M3FN)", text)
     assert before is None  # nothing is unpacked but on the chip
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "heads", "kv_heads", "dim", "listed", "page", "cache"),
+    [
+        (1000, 28, 4, 128, True, None, None),
+        (1000, 4, 4, 64, True, 128, None),
+        (1000, 8, 1, 256, True, 256, None),
+        (1000, 9, 3, 64, False, 256, None),
+        (1000, 4, 2, 128, False, 128, None),
+        (1000, 4, 2, 128, True, 128, jnp.int8),
+        (1, 28, 4, 128, False, 256, None),
+        (2, 4, 4, 64, False, 128, None),
+        (1, 8, 1, 256, False, 128, None),
+        (1, 8, 2, 128, False, 128, jnp.int8),
+        (1, 8, 2, 64, True, None, None),
+    ],
+)
+def test_lists_and_pages_lower(
+    num_queries: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    listed: bool,
+    page: int | None,
+    cache: Any,
+) -> None:
+    """A few queries over a list are read by the prefill kernel."""
+    arrays = shapes(2, num_queries, page or 4096, heads, kv_heads, dim, jnp.bfloat16)
+    query, key, _, layer, rows = arrays
+    options: dict[str, Any] = {}
+    if page is not None:
+        key = jax.ShapeDtypeStruct((2, 99, *key.shape[2:]), key.dtype)
+        options["pages"] = jax.ShapeDtypeStruct((2, 4096 // page), jnp.int32)
+    if cache is not None:
+        key = jax.ShapeDtypeStruct(key.shape, cache)
+        scale = jax.ShapeDtypeStruct((*key.shape[:2], kv_heads, key.shape[2]), jnp.float32)
+        options["scales"] = Scales(scale, scale)
+    if listed:
+        of_tiles = 2, kv_heads, num_tiles(num_queries)
+        lists = ((*of_tiles, 3), (*of_tiles, 7))
+        options["blocks"] = KeyBlocks(*(jax.ShapeDtypeStruct(x, jnp.int32) for x in lists))
+
+    def forward(query: Any, key: Any, layer: Any, rows: Any, options: Any) -> Any:
+        static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
+        return attend(query, key, key, layer=layer, rows=rows, **static, **options)
+
+    text = lower(forward, query, key, layer, rows, options)
+    assert ("dca_decode" if num_queries < 3 and not listed else "dca_forward") in text
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -310,9 +361,11 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
         num_queries=sizes["num_queries"],
         group=1,
         shares=1,
+        num_keys=sizes["num_keys"],
+        num_rows=1,
         dca=case.dca,
         phases=case.phases,
-        tiles=decode.DecodeTiles(block=block, num_stages=2),
+        tiles=DecodeTiles(block=block, num_stages=2),
     )
     last = jnp.minimum(offset + sizes["num_queries"], length) - 1
     keys = Keys(key_offset, sizes["num_keys"])
@@ -366,10 +419,10 @@ def test_a_named_backend_that_cannot_run_says_why() -> None:
 
 
 def test_shared_memory_is_checked_before_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = flash_forward.ForwardTiles(
+    tiles = forward_tiles.ForwardTiles(
         block_k=128, num_stages=4, resident=True, registers=128, cluster=2
     )
-    monkeypatch.setitem(flash_forward.TILES, 128, tiles)
+    monkeypatch.setitem(forward_tiles.TILES, 128, tiles)
     with device("NVIDIA H200"), pytest.raises(InputError, match="bytes of shared memory"):
         choose_implementation("mosaic_gpu", *like(), DCAConfig(chunk_len=8, max_query_position=9))
 

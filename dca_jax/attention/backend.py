@@ -75,8 +75,8 @@ class Backend(Protocol):
     def forward(
         self,
         query: Float[Array, "B T N H"],
-        key: Num[Array, "L B S K H"],
-        value: Num[Array, "L B S K H"],
+        key: Num[Array, "L R S K H"],
+        value: Num[Array, "L R S K H"],
         layer: Int[Array, ""],
         rows: Rows,
         *,

@@ -21,7 +21,7 @@ from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
 from dca_jax.attention.blocks import allowed_keys, check_blocks
-from dca_jax.attention.pages import check_pages, contiguous, contiguous_scales
+from dca_jax.attention.pages import check_pages, unpaged
 from dca_jax.attention.softmax import output_delta
 from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import (
@@ -234,9 +234,7 @@ def _by_definition(
     """The dense attention over a layer of keys that are laid out, unpacked and masked for it."""
     scales, blocks, pages = extras
     if pages is not None:
-        key, value = (contiguous(x, layer, pages)[None] for x in (key, value))
-        if scales is not None:
-            scales = Scales(*(contiguous_scales(x, layer, pages)[None] for x in scales))
+        key, value, scales = unpaged(key, value, scales, layer, pages)
         layer = jnp.int32(0)
     if scales is not None:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)

@@ -16,26 +16,33 @@ token of a row's text lies in may be any number of the pool: it is not read.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Int, Num
 
 from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.stored import Scales
 from dca_jax.errors import InputError
 
 
-def contiguous(
-    pool: Num[Array, "L P page K H"], layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"]
-) -> Num[Array, "B S K H"]:
-    """A layer's keys or values of each row, copied out of the pool: S = pages_per_row * page."""
-    found = pool[layer, pages]
-    return found.reshape(found.shape[0], -1, *found.shape[3:])
+def unpaged(
+    key: Num[Array, "L P page K H"],
+    value: Num[Array, "L P page K H"],
+    scales: Scales | None,
+    layer: Int[Array, ""],
+    pages: Int[Array, "B pages_per_row"],
+) -> tuple[Num[Array, "1 B S K H"], Num[Array, "1 B S K H"], Scales | None]:
+    """A layer of each row copied out of the pool, as a cache of one layer without pages."""
 
+    def laid_out(pool: Array) -> Array:
+        found = pool[layer, pages]
+        return found.reshape(1, found.shape[0], -1, *found.shape[3:])
 
-def contiguous_scales(
-    pool: Float[Array, "L P K page"], layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"]
-) -> Float[Array, "B K S"]:
-    """The scales of these keys or values."""
-    found = jnp.moveaxis(pool[layer, pages], 2, 1)
-    return found.reshape(*found.shape[:2], -1)
+    def scales_laid_out(pool: Array) -> Array:
+        found = jnp.moveaxis(pool[layer, pages], 2, 1)
+        return found.reshape(1, *found.shape[:2], -1)
+
+    if scales is not None:
+        scales = Scales(scales_laid_out(scales.key), scales_laid_out(scales.value))
+    return laid_out(key), laid_out(value), scales
 
 
 def check_pages(

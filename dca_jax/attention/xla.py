@@ -52,8 +52,8 @@ def unsupported(
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,

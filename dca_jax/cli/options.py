@@ -106,7 +106,7 @@ CacheDtypeOption = Annotated[
     CacheDtype | None,
     typer.Option(
         help="Dtype of the KV cache (default: that of activations). **int8** and **fp8** take half "
-        "the memory of bfloat16, and read long texts faster token by token."
+        "the memory of bfloat16; drawing tokens after a long text is faster."
     ),
 ]
 MeshOption = Annotated[
@@ -125,8 +125,8 @@ AdapterOption = Annotated[
 WeightsOption = Annotated[
     Weights | None,
     typer.Option(
-        help="Pack the weights while they are read: **int8** halves their memory and nearly the "
-        "time of a token, **int4** (in groups of 64, or of the number given) quarters it."
+        help="Pack the weights while they are read: **int8** and **fp8** take half the memory of "
+        "bfloat16, **int4** (in groups of 64, or of the number given) about a quarter."
     ),
 ]
 ContextOption = Annotated[

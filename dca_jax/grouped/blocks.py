@@ -1,7 +1,6 @@
 """Products of groups by a loop over blocks of rows, which reads matrices in place; any device."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.dtypes import compute_dtype
+from dca_jax.grouped.gradient import differentiable, in_stack
 from dca_jax.grouped.layout import block_ends
 from dca_jax.packed_weights import Packed
 
@@ -16,31 +16,6 @@ from dca_jax.packed_weights import Packed
 def precision(x: Array) -> str | None:
     """That of a product of float32, which a TPU or GPU would round."""
     return "highest" if x.dtype == jnp.float32 else None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blocks(
-    x: Float[Array, "places inputs"],
-    kernels: Float[Array, "L E inputs outputs"],
-    layer: Int[Array, ""],
-    sizes: Int[Array, " E"],
-    block: int,
-) -> Float[Array, "places outputs"]:
-    """`grouped_product` by a loop."""
-    return _multiply(x, kernels, layer, sizes, block, transposed=False)
-
-
-def _forward(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> tuple:
-    return blocks(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
-
-
-def _backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-    x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
-    dx = _multiply(dy, kernels, layer, sizes, block, transposed=True)
-    return dx, _outer(x, dy, kernels, layer, sizes, block), None, None
-
-
-blocks.defvjp(_forward, _backward)
 
 
 def _each_block(
@@ -97,13 +72,4 @@ def _outer(x: Array, dy: Array, kernels: Array, layer: Array, sizes: Array, bloc
     return in_stack(sums, kernels, layer)
 
 
-def in_stack(
-    own: Float[Array, "E inputs outputs"],
-    kernels: Float[Array, "L E inputs outputs"],
-    layer: Int[Array, ""],
-) -> Float[Array, "L E inputs outputs"]:
-    """One layer's gradient as that of the stack."""
-    if len(kernels) == 1:
-        return own[None].astype(kernels.dtype)
-    zeros = jnp.zeros(kernels.shape, kernels.dtype)
-    return jax.lax.dynamic_update_index_in_dim(zeros, own.astype(kernels.dtype), layer, 0)
+blocks = differentiable(_multiply, _outer)  # a loop over blocks of rows

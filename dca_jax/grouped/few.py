@@ -1,8 +1,8 @@
 """Few rows, each times matrices of its own, of which no others are read: what decoding takes.
 
-The time is that of reading the matrices. On GPUs a kernel of Pallas-Triton reads them in as many
-programs as it takes to keep the memory busy; XLA would write down what it gathers, and read it
-again.
+The time is that of reading the matrices. On NVIDIA's GPUs from Ampere on a kernel of Pallas-Triton
+reads them in as many programs as it takes to keep the memory busy; XLA would write down what it
+gathers, and read it again.
 """
 
 import functools
@@ -44,11 +44,11 @@ def chosen_products(
         stacks: of one shape, packed or not; layer: which of each stack.
     """
     inputs, outputs = stacks[0].shape[2:]
-    on_gpu = current_device().platform == "gpu"
-    if on_gpu and isinstance(stacks[0], Packed):
+    device = current_device()
+    if device.platform == "gpu" and isinstance(stacks[0], Packed):
         return tuple(_unpacked_sums(x, kernels, layer, groups) for kernels in stacks)
-    kernel = inputs % DEPTH == 0 and outputs % WIDTH == 0 and x.dtype.itemsize < 8
-    if kernel and (INTERPRET or on_gpu):
+    tiles = inputs % DEPTH == 0 and outputs % WIDTH == 0 and x.dtype.itemsize < 8
+    if tiles and (INTERPRET or (device.capability or (0, 0)) >= (8, 0)):
         return _by_triton(x, stacks, layer, groups)
     product = functools.partial(jnp.dot, precision=precision(x))
 

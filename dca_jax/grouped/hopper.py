@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.device import MULTIPROCESSORS
-from dca_jax.grouped.blocks import in_stack
+from dca_jax.grouped.gradient import differentiable, in_stack
 from dca_jax.grouped.layout import block_ends, group_of_block
 
 BLOCK = 128  # rows of a block, and of a tile: 64 for each warpgroup that computes
@@ -264,19 +264,10 @@ def _outer(
     return _run(problem, out, tables, x, dy, "grouped_outer")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def mosaic_gpu(
-    x: Float[Array, "places inputs"],
-    kernels: Float[Array, "L E inputs outputs"],
-    layer: Int[Array, ""],
-    sizes: Int[Array, " E"],
-    block: int,
-) -> Float[Array, "places outputs"]:
-    """`grouped_product` of bfloat16 or float16, in blocks of `BLOCK`."""
-    return _by_group(x, kernels, layer, sizes, transposed=False)
-
-
-def _by_group(x: Array, kernels: Array, layer: Array, sizes: Array, *, transposed: bool) -> Array:
+def _by_group(
+    x: Array, kernels: Array, layer: Array, sizes: Array, block: int, *, transposed: bool
+) -> Array:
+    del block  # always BLOCK
     groups = kernels.shape[1]
     if kernels.dtype != x.dtype:
         kernels = lax.dynamic_index_in_dim(kernels, layer).astype(x.dtype)
@@ -285,15 +276,11 @@ def _by_group(x: Array, kernels: Array, layer: Array, sizes: Array, *, transpose
     return _multiply(x, flat, layer * groups, sizes, transposed=transposed)
 
 
-def _forward(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> tuple:
-    return mosaic_gpu(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
+def _outer_in_stack(
+    x: Array, dy: Array, kernels: Array, layer: Array, sizes: Array, block: int
+) -> Array:
+    del block
+    return in_stack(_outer(x, dy, sizes, kernels.dtype), kernels, layer)
 
 
-def _backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-    x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
-    dx = _by_group(dy, kernels, layer, sizes, transposed=True)
-    own = _outer(x, dy, sizes, kernels.dtype)
-    return dx, in_stack(own, kernels, layer), None, None
-
-
-mosaic_gpu.defvjp(_forward, _backward)
+mosaic_gpu = differentiable(_by_group, _outer_in_stack)  # of 16 bits, in blocks of `BLOCK`

@@ -93,7 +93,7 @@ def load(
         rope: in place of the checkpoint's own, to compare RoPE scalings.
         dtype: of weights and activations, also by name; default: bfloat16, on a CPU float32.
         cache_dtype: of the KV cache, also by name; default: `dtype`. "int8" and "fp8" take half of
-            bfloat16's memory, and time where a token is drawn after a long text.
+            bfloat16's memory, and drawing a token after a long text is faster.
         implementation: of the attention; None for the best on this device.
         mesh: what `dca_jax.sharding.make_mesh` makes, or takes: "context=2,tensor=4". Every device
             gets its own part of the weights, and every process reads those of its devices only.

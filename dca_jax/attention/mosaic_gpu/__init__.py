@@ -6,9 +6,10 @@ from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
-from dca_jax.attention.mosaic_gpu import decode, flash_forward
+from dca_jax.attention.mosaic_gpu import decode, decode_tiles, flash_forward, forward_tiles
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
+from dca_jax.attention.pages import unpaged
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.device import SHARED_BYTES, Device, describe
@@ -26,8 +27,6 @@ def unsupported(
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
-    if listed or paged:
-        return "it reads neither lists of key blocks nor pages"
     if device.capability != (9, 0):
         return f"it needs a Hopper GPU (compute capability 9.0), got {describe(device)}"
     if miscompiling_cuda():
@@ -38,11 +37,12 @@ def unsupported(
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, got {query.dtype}"
     head_dim = query.shape[3]
-    if head_dim not in flash_forward.TILES:
-        return f"head_dim must be one of {sorted(flash_forward.TILES)}, got {head_dim}"
+    if head_dim not in forward_tiles.TILES:
+        return f"head_dim must be one of {sorted(forward_tiles.TILES)}, got {head_dim}"
     needed = max(
         # A few keys may be a slice of a long text: all phases can be among them.
-        flash_forward.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        forward_tiles.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        forward_tiles.LIST_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         BACKWARD_TILES[head_dim].shared_bytes(head_dim),
     )
     if needed > SHARED_BYTES:
@@ -62,8 +62,8 @@ def miscompiling_cuda() -> bool:
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
@@ -75,12 +75,19 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
-    assert blocks is None and pages is None  # `unsupported` has refused them
-    like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     options = {"dca": dca, "phases": phases, "with_lse": with_lse}
-    if decode.fits(*like):
-        return decode.decode(query, key, value, layer, rows, scales=scales, **options)
+    shape = key.shape
+    if pages is not None:
+        shape = (shape[0], pages.shape[0], pages.shape[1] * shape[2], *shape[3:])
+    like = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(shape, key.dtype))
+    if blocks is None and decode_tiles.fits(*like):
+        options |= {"scales": scales, "pages": pages}
+        return decode.decode(query, key, value, layer, rows, **options)
+    if scales is not None and pages is not None:
+        key, value, scales = unpaged(key, value, scales, layer, pages)
+        layer, pages = jnp.int32(0), None
     if scales is not None:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer = jnp.int32(0)
+    options |= {"blocks": blocks, "pages": pages}
     return flash_forward.forward(query, key, value, layer, rows, **options)

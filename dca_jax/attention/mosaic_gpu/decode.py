@@ -20,7 +20,6 @@ A row's partial results are merged by their maximum and sum, in plain XLA.
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
+from dca_jax.attention.mosaic_gpu.decode_tiles import (
+    QUANTIZED_TILES,
+    TILES,
+    DecodeTiles,
+    columns_of,
+    fitting,
+)
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.attention.mosaic_gpu.widening import (
@@ -41,90 +47,18 @@ from dca_jax.attention.mosaic_gpu.widening import (
     widened_values,
 )
 from dca_jax.attention.softmax import LOG2E, MASKED
-from dca_jax.attention.stored import Scales, is_quantized
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase, key_range
-from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
+from dca_jax.device import SHARED_BYTES
 from dca_jax.errors import InputError
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-RESERVED = 4096  # of them, for reductions across warps, barriers and alignment
-
-
-@dataclass(frozen=True)
-class DecodeTiles:
-    """How the work is cut.
-
-    Attributes:
-        block: keys a step; a multiple of 64.
-        num_stages: blocks of keys, and of values, in flight; fewer where queries take the memory.
-        ctas: CTAs in all, over the kv heads: one for each processor of the device.
-        max_shares: CTAs a kv head gets at most: each makes the merge longer.
-    """
-
-    block: int
-    num_stages: int
-    ctas: int = MULTIPROCESSORS
-    max_shares: int = 64
-
-    def shared_bytes(self, columns: int, head_dim: int, phases: int, *, quantized: bool) -> int:
-        """Shared memory a CTA needs, in bytes."""
-        queries = phases * columns * (head_dim * 2 + 2 * 4)
-        token = 2 * (head_dim + 4 if quantized else head_dim * 2)
-        keys_values = self.num_stages * self.block * token
-        results = columns * (self.block * 2 + head_dim * 4 + 2 * 4)
-        return queries + keys_values + results + RESERVED
-
-
-# By head_dim, found on an H200.
-TILES = {
-    64: DecodeTiles(block=128, num_stages=6),
-    128: DecodeTiles(block=128, num_stages=3),
-    256: DecodeTiles(block=64, num_stages=3),
-}
-# Of keys and values in 8 bits.
-QUANTIZED_TILES = {
-    64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
-    256: DecodeTiles(block=64, num_stages=4),
-}
-
-
-def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
-    """Whether `decode` takes these shapes: few queries a row, and a capacity TMA can tile."""
-    num_queries, num_heads, head_dim = query.shape[1:]
-    capacity, kv_heads = key.shape[2:4]
-    columns, quantized = _columns(num_queries, num_heads // kv_heads), is_quantized(key.dtype)
-    tiles = (QUANTIZED_TILES if quantized else TILES).get(head_dim)
-    return (
-        query.dtype in (jnp.bfloat16, jnp.float16)
-        and capacity % 8 == 0
-        and columns <= 64
-        and tiles is not None
-        and _fitting(tiles, columns, head_dim, phases=3, quantized=quantized) is not None
-    )
-
-
-def _columns(num_queries: int, group: int) -> int:
-    """The queries that share a kv head, in WGMMA's steps of 8."""
-    return -(-num_queries * group // 8) * 8
-
-
-def _fitting(
-    tiles: DecodeTiles, columns: int, head_dim: int, phases: int, *, quantized: bool
-) -> DecodeTiles | None:
-    """`tiles` with as many stages as shared memory has room for; None if not even two."""
-    for num_stages in range(tiles.num_stages, 1, -1):
-        fitting = replace(tiles, num_stages=num_stages)
-        needed = fitting.shared_bytes(columns, head_dim, phases, quantized=quantized)
-        if needed <= SHARED_BYTES:
-            return fitting
-    return None
 
 
 def decode(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
@@ -132,11 +66,13 @@ def decode(
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`Backend.forward` for shapes that `fits` takes."""
-    layers, batch, capacity, kv_heads, head_dim = key.shape
-    num_queries, num_heads = query.shape[1:3]
+    """`Backend.forward` for shapes that `decode_tiles.fits` takes."""
+    batch, num_queries, num_heads, head_dim = query.shape
+    layers, num_rows, capacity, kv_heads = key.shape[:4]
+    num_keys = capacity if pages is None else pages.shape[1] * capacity
     group = num_heads // kv_heads
     dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
     queries = _query_columns(query, kv_heads, rows, dca, phases, dtype)
@@ -144,7 +80,7 @@ def decode(
         queries = ordered_for_keys(queries)
     quantized, columns = scales is not None, queries.shape[3]
     tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
-    tiles = _fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
+    tiles = fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
             f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
@@ -154,7 +90,9 @@ def decode(
     problem = _Problem(
         num_queries=num_queries,
         group=group,
-        shares=min(shares, batch * -(-capacity // tiles.block)),
+        shares=min(shares, batch * -(-num_keys // tiles.block)),
+        num_keys=num_keys,
+        num_rows=num_rows,
         dca=dca,
         phases=phases,
         tiles=tiles,
@@ -166,10 +104,11 @@ def decode(
         rows.key_offset,
         queries,
         query.dtype,
-        key.reshape(layers * batch, capacity, kv_heads, head_dim),
-        value.reshape(layers * batch, capacity, kv_heads, head_dim),
-        None if scales is None else scales.key.reshape(layers * batch, kv_heads, capacity),
-        None if scales is None else scales.value.reshape(layers * batch, kv_heads, capacity),
+        key.reshape(layers * num_rows, capacity, kv_heads, head_dim),
+        value.reshape(layers * num_rows, capacity, kv_heads, head_dim),
+        None if scales is None else scales.key.reshape(layers * num_rows, kv_heads, capacity),
+        None if scales is None else scales.value.reshape(layers * num_rows, kv_heads, capacity),
+        pages,
         problem,
     )
     used = num_queries * group
@@ -194,7 +133,7 @@ def _query_columns(
 ) -> Float[Array, "B P K columns H"]:
     """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
     batch, num_queries, num_heads, head_dim = query.shape
-    group, columns = num_heads // kv_heads, _columns(num_queries, num_heads // kv_heads)
+    group, columns = num_heads // kv_heads, columns_of(num_queries, num_heads // kv_heads)
     seen = jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
     seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
     seen = seen.transpose(1, 0, 3, 2, 4, 5)
@@ -233,6 +172,8 @@ class _Problem(NamedTuple):
     num_queries: int  # of a row
     group: int  # query heads of a kv head
     shares: int  # parts that the work of a kv head is cut into
+    num_keys: int  # a row has room for
+    num_rows: int  # of a layer of the cache, or pages
     dca: DCAConfig
     phases: tuple[Phase, ...]
     tiles: DecodeTiles
@@ -250,6 +191,7 @@ class _Refs(NamedTuple):
     value: Any
     key_scale: Any  # None, as the other, of keys and values that are exact
     value_scale: Any
+    pages: Any  # None where a row's keys lie one behind the other
     outs: Any
     stats: Any
 
@@ -280,10 +222,11 @@ def _attend_shares(
     key_offset: Int[Array, " B"],
     query: Float[Array, "B P K columns H"],
     dtype: jnp.dtype,
-    key: Num[Array, "LB S K H"],
-    value: Num[Array, "LB S K H"],
-    key_scale: Float[Array, "LB K S"] | None,
-    value_scale: Float[Array, "LB K S"] | None,
+    key: Num[Array, "LR S K H"],
+    value: Num[Array, "LR S K H"],
+    key_scale: Float[Array, "LR K S"] | None,
+    value_scale: Float[Array, "LR K S"] | None,
+    pages: Int[Array, "B pages_per_row"] | None,
     problem: _Problem,
 ) -> tuple[Float[Array, "slots K columns H"], Float[Array, "shares B K 2 columns"]]:
     """Each share's part of each row: unnormalised output, and maximum (log2 units) and sum.
@@ -294,7 +237,7 @@ def _attend_shares(
     batch, num_phases, kv_heads, columns, head_dim = query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
     f32, quantized = jnp.float32, key_scale is not None
-    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale
+    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale, pages
     scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
@@ -380,11 +323,26 @@ class _Work(NamedTuple):
 def _work_of(gmem: _Refs, row: Array, problem: _Problem) -> _Work:
     first = gmem.offset[row]
     last = jnp.minimum(first + problem.num_queries, gmem.lengths[row]) - 1
-    return _Work.of(first, last, _keys(gmem, row), problem)
+    return _Work.of(first, last, _keys(gmem, row, problem), problem)
 
 
-def _keys(gmem: _Refs, row: Array) -> Keys:
-    return Keys(gmem.key_offset[row], gmem.key.shape[1])
+def _keys(gmem: _Refs, row: Array, problem: _Problem) -> Keys:
+    return Keys(gmem.key_offset[row], problem.num_keys)
+
+
+def _place(
+    gmem: _Refs, at: Array, row: Array, number: Array, problem: _Problem
+) -> tuple[Array, Any]:
+    """Where block `number` of a row's keys lies: the row of the cache, or the page, and its slots.
+
+    `at` is the row of the cache; of a pool, the layer's first page.
+    """
+    block = problem.tiles.block
+    if gmem.pages is not None:
+        in_page = gmem.key.shape[1] // block
+        at = at + gmem.pages[row, lax.div(number, in_page)]
+        number = lax.rem(number, in_page)
+    return at, pl.ds(number * block, block)
 
 
 def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
@@ -423,16 +381,16 @@ def _for_each_row(
 
 def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Array]) -> None:
     """The warpgroup that keeps keys and values in flight, from row to row without a pause."""
-    block, num_stages = problem.tiles.block, problem.tiles.num_stages
-    head, batch = lax.axis_index("head"), gmem.offset.shape[0]
+    head, num_stages = lax.axis_index("head"), problem.tiles.num_stages
 
     def visit(row: Array, work: _Work, first: Array, last: Array, step: Array) -> None:
-        text = gmem.layer[0] * batch + row
+        at = gmem.layer[0] * problem.num_rows
+        at = at + row if gmem.pages is None else at
 
         def load(unit: Array, _: None) -> None:
             n = step + unit - first
             slot = lax.rem(n, num_stages)
-            slots = pl.ds(work.locate(unit)[1] * block, block)
+            text, slots = _place(gmem, at, row, work.locate(unit)[1], problem)
             for source, scale, target, scale_target, ready, free in (
                 (*_keys_in(gmem), *_keys_in(smem), smem.key_ready, smem.key_free),
                 (*_values_in(gmem), *_values_in(smem), smem.value_ready, smem.value_free),
@@ -496,7 +454,7 @@ def _place_queries(gmem: _Refs, smem: _Shared, row: Array, problem: _Problem) ->
     index = lax.div(column, jnp.int32(problem.group)) + gmem.offset[row]
     is_text = index < gmem.lengths[row]
     for p, phase in enumerate(problem.phases):
-        start, stop = map(_keys(gmem, row).slot, key_range(index, phase, problem.dca))
+        start, stop = map(_keys(gmem, row, problem).slot, key_range(index, phase, problem.dca))
         smem.span[p, 0] = plgpu.layout_cast(start, COLUMNS)
         smem.span[p, 1] = plgpu.layout_cast(jnp.where(is_text, stop, start), COLUMNS)
     plgpu.barrier_wait(smem.query_ready)

@@ -10,7 +10,6 @@ Two query heads of one kv head form a cluster, which reads every block of keys o
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,18 +17,27 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Problem, Refs, Shared
+from dca_jax.attention.mosaic_gpu.forward_feed import feed
+from dca_jax.attention.mosaic_gpu.forward_tiles import (
+    BLOCK_Q,
+    LIST_TILES,
+    TILES,
+    WARPGROUP_Q,
+    WARPGROUPS,
+    ForwardTiles,
+)
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     Walk,
-    full_and_edge_walks,
     locate,
     ranges_of_queries,
     recall,
-    remember,
     steps,
 )
 from dca_jax.attention.mosaic_gpu.vote import any_in_warp
@@ -37,68 +45,89 @@ from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.errors import InputError
 
-WARPGROUP_Q = 64  # queries a warpgroup: what one WGMMA multiplies at once
-WARPGROUPS = 2  # that compute; one more feeds them
-BLOCK_Q = WARPGROUP_Q * WARPGROUPS
 PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
 # A query's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
 # weights stay below 2^8, which float16 holds and float32 sums exactly enough.
 SLACK = 8.0
 
 
-@dataclass(frozen=True)
-class ForwardTiles:
-    """Block sizes of the forward kernel.
-
-    Attributes:
-        block_k: keys a step; a multiple of 64.
-        num_stages: blocks of keys and values in flight.
-        resident: the query is rotated in the kernel, once for each phase, and all of it stays in
-            shared memory; else it is rotated outside, and each phase's is fetched when needed.
-        registers: columns of the query that are multiplied from registers where no mask is needed,
-            a multiple of 64; the rest, and all where there is a mask, from shared memory.
-        cluster: query heads of one kv head that share what they read (1 or 2).
-    """
-
-    block_k: int
-    num_stages: int
-    resident: bool
-    registers: int
-    cluster: int
-
-    def shared_bytes(self, head_dim: int, phases: int) -> int:
-        """Shared memory a CTA needs, in bytes."""
-        queries = (phases if self.resident else 1) * BLOCK_Q * head_dim * 2
-        keys_values = 2 * self.num_stages * self.block_k * head_dim * 2
-        return queries + keys_values + RESERVED
-
-
-RESERVED = 3 * 1024  # for the log-sum-exp, the walks and the barriers: each begins a KiB
-
-# By head_dim, the fastest of a few tried by hand on an H200; 256: the first that fits.
-TILES = {
-    64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
-    128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
-    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
-}
-
-
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "L B S K H"],
-    value: Float[Array, "L B S K H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    blocks: KeyBlocks | None = None,
+    pages: Int[Array, "B pages_per_row"] | None = None,
+    tiles: ForwardTiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; as `Backend.forward`."""
-    batch, num_queries, heads, head_dim = query.shape
-    num_keys, kv_heads = key.shape[2:4]
-    num_tiles = -(-num_queries // BLOCK_Q)
+    if blocks is not None:
+        options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
+        return _by_tiles_of_the_text(query, key, value, layer, rows, blocks, tiles, **options)
+    tiles = tiles or _tiles_for(query.shape[3], None if pages is None else key.shape[2])
+    return _launch(query, key, value, layer, rows, dca, phases, with_lse, None, pages, tiles)
+
+
+def _tiles_for(head_dim: int, page: int | None) -> ForwardTiles:
+    """The tiles of the dense kernel: through pages, those of which no block lies in two."""
     tiles = TILES[head_dim]
+    return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
+
+
+def _by_tiles_of_the_text(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    blocks: KeyBlocks,
+    tiles: ForwardTiles | None,
+    *,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    with_lse: bool,
+    pages: Int[Array, "B pages_per_row"] | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """Over lists: the queries are moved so that tiles begin at multiples of 128 of the text."""
+    num_queries, num_tiles = query.shape[1], blocks.counts.shape[2]
+    shift = rows.offset % BLOCK
+    moved = jnp.pad(query, ((0, 0), (BLOCK, num_tiles * BLOCK), (0, 0), (0, 0)))
+    moved = _cut(moved, BLOCK - shift, num_tiles * BLOCK)
+    lengths = jnp.minimum(rows.lengths, rows.offset + num_queries)
+    at = rows._replace(offset=rows.offset - shift, lengths=lengths)
+    tiles = tiles or LIST_TILES[query.shape[3]]
+    out, lse = _launch(moved, key, value, layer, at, dca, phases, with_lse, blocks, pages, tiles)
+    if lse is not None:
+        lse = jnp.swapaxes(_cut(jnp.swapaxes(lse, 1, 2), shift, num_queries), 1, 2)
+    return _cut(out, shift, num_queries), lse
+
+
+def _cut(x: Num[Array, "B S ..."], start: Int[Array, " B"], size: int) -> Num[Array, "B T ..."]:
+    """`size` tokens of each row from `start` on."""
+    return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size))(x, start)
+
+
+def _launch(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L R S K H"],
+    value: Float[Array, "L R S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    dca: DCAConfig,
+    phases: tuple[Phase, ...],
+    with_lse: bool,
+    blocks: KeyBlocks | None,
+    pages: Int[Array, "B pages_per_row"] | None,
+    tiles: ForwardTiles,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    batch, num_queries, heads, head_dim = query.shape
+    num_rows, num_keys, kv_heads = key.shape[1:4]
+    num_tiles = -(-num_queries // BLOCK_Q)
     if tiles.registers % 64 or tiles.registers > head_dim:
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
@@ -110,15 +139,23 @@ def forward(
     else:
         tables, query = (), jnp.stack(rotated_queries(query, rows, dca, phases))
     query = pad_tokens(query, query.ndim - 3)
-    cache_row = layer * batch + jnp.arange(batch, dtype=jnp.int32)
+    cache_row = layer * num_rows + jnp.arange(batch, dtype=jnp.int32)
+    page = None
+    if pages is not None:
+        cache_row, page = jnp.full_like(cache_row, layer * num_rows), num_keys
+        num_keys = pages.shape[1] * page
     place = jnp.stack([cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
+    problem = Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles, page)
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
-    problem = _Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles)
+    given = query, key, value, place, tables, blocks, pages
+    out_type = (out, lse) if with_lse else (out,)
+    # What is None takes no argument.
+    tree = jax.tree.structure(Refs(*given, out, lse if with_lse else None))
     out, *lse = plgpu.kernel(
-        functools.partial(_kernel, problem),
-        out_type=(out, lse) if with_lse else (out,),
+        functools.partial(_kernel, problem, tree),
+        out_type=out_type,
         grid=(heads // cluster, num_tiles, batch),
         grid_names=("heads", "tile", "batch"),
         cluster=(cluster,),
@@ -131,167 +168,29 @@ def forward(
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,  # maxima and sums are taken within a warp
         ),
-    )(query, key, value, place, *tables)
+    )(*jax.tree.leaves(given))
     return out[:, :num_queries], lse[0][:, :, :num_queries] if with_lse else None
 
 
 # --- the kernel --------------------------------------------------------------------------------
 
 
-class _Problem(NamedTuple):
-    """What is static about a call."""
-
-    num_keys: int  # of a row of the cache, its padding not counted
-    group: int  # query heads of a kv head
-    cluster: int  # CTAs that share what they read
-    dca: DCAConfig
-    phases: tuple[Phase, ...]
-    tiles: ForwardTiles
-
-
-class _Refs(NamedTuple):
-    """The kernel's arguments and results, in global memory."""
-
-    query: Any  # [B, T, N, H] raw; or [phases, B, T, N, H] rotated, if not resident
-    key: Any  # [L * B, S, K, H]
-    value: Any
-    place: Any  # [B, 4]: row of the cache, offset, length, key offset
-    tables: tuple[Any, ...]  # of `rotation_tables`, if resident
-    out: Any  # [B, T, N, H]
-    lse: Any  # [B, N, T], whole tiles; or None
-
-    @classmethod
-    def of(cls, resident: bool, refs: tuple) -> "_Refs":
-        """From the references in the order in which the kernel gets them."""
-        query, key, value, place, *rest = refs
-        tables, (out, *lse) = (rest[:3], rest[3:]) if resident else ([], rest)
-        return cls(query, key, value, place, tuple(tables), out, lse[0] if lse else None)
-
-
-class _Shared(NamedTuple):
-    """Shared memory: tiles, then barriers."""
-
-    q: Any  # [WARPGROUPS, rotations, WARPGROUP_Q, H]; at last the output
-    k: Any  # [num_stages, block_k, H]
-    v: Any  # [num_stages, block_k, H]
-    lse: Any  # [WARPGROUPS, WARPGROUP_Q]
-    walks: Any  # [3 * phases, 2]: which blocks of keys are visited
-    q_loaded: Any
-    k_loaded: Any
-    v_loaded: Any
-    planned: Any  # the walks are there
-    k_consumed: Any
-    v_consumed: Any
-    ping_pong: Any  # hands the tensor cores from one computing warpgroup to the other
-
-    @classmethod
-    def types(cls, problem: _Problem, dtype: Any, head_dim: int) -> "_Shared":
-        """What is allocated."""
-        num_stages, block_k = problem.tiles.num_stages, problem.tiles.block_k
-        num_phases, keys = len(problem.phases), (num_stages, block_k, head_dim)
-        rotations = num_phases if problem.tiles.resident else 1
-
-        def consumed() -> Any:
-            if problem.cluster == 1:
-                return plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=num_stages)
-            return plgpu.ClusterBarrier(
-                collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=num_stages
-            )
-
-        return cls(
-            q=plgpu.SMEM((WARPGROUPS, rotations, WARPGROUP_Q, head_dim), dtype),
-            k=plgpu.SMEM(keys, dtype),
-            v=plgpu.SMEM(keys, dtype),
-            lse=plgpu.SMEM((WARPGROUPS, WARPGROUP_Q), jnp.float32),
-            walks=plgpu.SMEM((3 * num_phases, 2), jnp.int32),
-            q_loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
-            k_loaded=plgpu.Barrier(num_barriers=num_stages),
-            v_loaded=plgpu.Barrier(num_barriers=num_stages),
-            planned=plgpu.Barrier(),
-            k_consumed=consumed(),
-            v_consumed=consumed(),
-            ping_pong=plgpu.Barrier(num_arrivals=WARPGROUPS),
-        )
-
-
-class _CTA(NamedTuple):
-    """What a CTA works on, and where its data is."""
-
-    problem: _Problem
-    gmem: _Refs
-    smem: _Shared
-    batch: Array
-    head: Array
-    tile: Array
-
-
-def _kernel(problem: _Problem, *refs: Any) -> None:
-    gmem = _Refs.of(problem.tiles.resident, refs)
+def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
+    gmem: Refs = jax.tree.unflatten(tree, refs)
     num_queries, _, head_dim = gmem.query.shape[-3:]
     batch = lax.axis_index("batch")
     head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
     # The tiles with most work first: what is left at the end is short.
     tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
 
-    def body(smem: _Shared) -> None:
-        cta = _CTA(problem, gmem, smem, batch, head, tile)
+    def body(smem: Shared) -> None:
+        cta = CTA(problem, gmem, smem, batch, head, tile)
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup < WARPGROUPS)(lambda: _compute(cta, warpgroup))
-        pl.when(warpgroup == WARPGROUPS)(lambda: _feed(cta))
+        pl.when(warpgroup == WARPGROUPS)(lambda: feed(cta))
 
-    shared = _Shared.types(problem, gmem.query.dtype, head_dim)
+    shared = Shared.types(problem, gmem.query.dtype, head_dim)
     pl.run_scoped(body, shared, collective_axes="warpgroup")
-
-
-# --- the warpgroup that feeds ------------------------------------------------------------------
-
-
-def _feed(cta: _CTA) -> None:
-    """Works out which blocks the tile visits, and keeps their keys and values in flight."""
-    plgpu.set_max_registers(40, action="decrease")
-    problem, gmem, smem = cta.problem, cta.gmem, cta.smem
-    num_queries, tiles = gmem.query.shape[-3], problem.tiles
-    num_stages, block_k = tiles.num_stages, tiles.block_k
-    kv_head = lax.div(cta.head, jnp.int32(problem.group))
-    axes = "pair" if problem.cluster > 1 else None
-    cache_row, offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(4))
-    first = offset + cta.tile * BLOCK_Q
-    last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
-    keys = Keys(key_offset, problem.num_keys)
-    full, edges = full_and_edge_walks(first, last, problem.phases, problem.dca, keys, block_k)
-    # Here, so that those who compute rotate meanwhile, and have the registers for it.
-    remember(full, edges, smem.walks)
-    plgpu.barrier_arrive(smem.planned)
-    num_full, num_steps = steps(full), steps(full + edges)
-
-    def load(n: Array, _: Any, *, walks: list[Walk], done: Array) -> None:
-        slot = lax.rem(n, jnp.int32(num_stages))
-        _, block = locate(n, walks, done)
-        keys = (cache_row, pl.ds(block * block_k, block_k), kv_head)
-        for source, target, loaded, consumed in (
-            (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
-            (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
-        ):
-            pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
-            plgpu.copy_gmem_to_smem(
-                source.at[keys], target.at[slot], loaded.at[slot], collective_axes=axes
-            )
-
-    lax.fori_loop(0, num_full, functools.partial(load, walks=full, done=jnp.int32(0)), None)
-    lax.fori_loop(num_full, num_steps, functools.partial(load, walks=edges, done=num_full), None)
-    if problem.cluster > 1:
-        _drain(smem, num_stages, num_steps)
-
-
-def _drain(smem: _Shared, num_stages: int, num_steps: Array) -> None:
-    """The other CTA of the cluster still signals to this one: stays until it is done."""
-    for slot in range(num_stages):
-
-        def wait(slot: int = slot) -> None:
-            plgpu.barrier_wait(smem.k_consumed.at[slot])
-            plgpu.barrier_wait(smem.v_consumed.at[slot])
-
-        pl.when(slot < num_steps)(wait)
 
 
 # --- the warpgroups that compute ---------------------------------------------------------------
@@ -308,7 +207,7 @@ class _Softmax(NamedTuple):
 class _Queries(NamedTuple):
     """A computing warpgroup's share of a CTA's tile."""
 
-    cta: _CTA
+    cta: CTA
     warpgroup: Array
     first: Array  # the first of them, counted from the row's first query
 
@@ -327,7 +226,7 @@ class _Queries(NamedTuple):
         return self.cta.smem.q.at[self.warpgroup, phase if self.cta.problem.tiles.resident else 0]
 
 
-def _compute(cta: _CTA, warpgroup: Array) -> None:
+def _compute(cta: CTA, warpgroup: Array) -> None:
     """Attention of a warpgroup's queries: first to blocks met in full, then to the edges."""
     plgpu.set_max_registers(232, action="increase")
     smem = cta.smem
@@ -346,7 +245,7 @@ def _compute(cta: _CTA, warpgroup: Array) -> None:
     _write(queries, state)
 
 
-def _switch(smem: _Shared) -> None:
+def _switch(smem: Shared) -> None:
     """Leaves the tensor cores to the other warpgroup, until it leaves them to this one."""
     plgpu.barrier_arrive(smem.ping_pong)
     plgpu.barrier_wait(smem.ping_pong)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from dca_jax.attention.blocks import BLOCK, edge_blocks, full_blocks
 from dca_jax.dca import DCAConfig, Phase, key_range
 
 
@@ -68,6 +69,34 @@ def full_and_edge_walks(
         before = jnp.where(count > 0, full_begin, end) - begin
         after = jnp.where(count > 0, end - full_end, 0)
         edges.append((Walk(number, begin, before), Walk(number, full_end, after)))
+    return full, [walk for pair in reversed(edges) for walk in pair]
+
+
+def listed_and_edge_walks(
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+    counts: list[Int[Array, ""]],
+    phases: tuple[Phase, ...],
+    dca: DCAConfig,
+    keys: Keys,
+    block_k: int,
+) -> tuple[list[Walk], list[Walk]]:
+    """As `full_and_edge_walks`, where a list names `counts` of each phase's full blocks.
+
+    The tile begins at a multiple of 128, and edges are of 128 keys, as the list's blocks are: each
+    is 128 / block_k steps. A full walk starts where its part of the list does.
+    """
+    parts = jnp.int32(BLOCK // block_k)
+    tile = lax.div(first, jnp.int32(BLOCK))
+    full, edges, start = [], [], jnp.int32(0)
+    for number, (phase, count) in enumerate(zip(phases, counts, strict=True)):
+        low, high = keys.slot(key_range(first, phase, dca)[0]), key_range(last, phase, dca)[1]
+        stop = jnp.where(last >= first, keys.slot(high), low)
+        before, after = edge_blocks(low, stop, full_blocks(tile, phase, dca))
+        edges.append(tuple(Walk(number, at * parts, size * parts) for at, size in (before, after)))
+        count = jnp.where(last >= first, count * parts, 0)
+        full.append(Walk(number, start, count))
+        start = start + count
     return full, [walk for pair in reversed(edges) for walk in pair]
 
 

@@ -4,8 +4,8 @@ A WGMMA takes its left side from registers as pairs of elements that follow one 
 Which elements those are is ours to say, as long as the right side has the same order: so every
 thread loads the four bytes that lie together, and no byte changes hands.
 
-- K q^T sums over a head's elements. Those of a key lie together; their order becomes `KEY_ORDER`,
-  and the queries are brought into it (`ordered_for_keys`).
+- K q^T sums over a head's elements. Those of a key lie together; the product then sums
+  them in another order, into which the queries are brought (`ordered_for_keys`).
 - V^T P^T sums over keys, of which two words have a pair of bytes for each of four rows. The rows
   of the result are a head's elements, in another order, which `in_order_of_head` undoes.
 

@@ -97,8 +97,8 @@ def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles)
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
@@ -110,7 +110,8 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
-    assert blocks is None and pages is None  # `unsupported` has refused them
+    assert blocks is None  # `unsupported` has refused them, and pages
+    assert pages is None
     num_head_queries = query.shape[1] * query.shape[2]
     heads = Heads(query=query.shape[2], kv=key.shape[3], head_dim=query.shape[3])
     itemsize = query.dtype.itemsize

@@ -39,8 +39,8 @@ from dca_jax.device import current_device
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Num[Array, "L B S K H"],
-    value: Num[Array, "L B S K H"],
+    key: Num[Array, "L R S K H"],
+    value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
     rows: Rows,
     *,
@@ -52,7 +52,8 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
-    assert blocks is None and pages is None  # `unsupported` has refused them
+    assert blocks is None  # `unsupported` has refused them, and pages
+    assert pages is None
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     group = heads // kv_heads

@@ -1,0 +1,445 @@
+"""Attention over lists of key blocks, and through pages, on one GPU: is it right, and how fast.
+
+    python benchmarks/key_blocks.py measure --minutes 5 --out outputs/key_blocks.json
+
+First small cases of every head_dim beside the masked oracle in float32: `error` is the relative
+distance from it, and `equal` whether two ways are equal to the bit: a full list and none, pages in
+any order and no pages. Then times of the last queries of a long text, Qwen2.5-7B-1M in shape: lists
+of `share` of the blocks at random, `kept` with the edges that every tile reads; `of ideal` is the
+dense time, times what is kept, over the time taken, moving the queries to their tiles included.
+Last, decoding from layer to layer of a cache as a model does, through pages of several sizes in any
+order: `of ideal` is the time without pages, over the time.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from common import Report, machine, merged, numbers, reason, require_live_device, say, show, timed
+from jaxtyping import Array
+
+from dca_jax import DCAConfig, RopeConfig
+from dca_jax.attention import attend
+from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.blocks import BLOCK, edge_blocks, full_blocks, key_blocks, num_tiles
+from dca_jax.attention.mosaic_gpu import flash_forward
+from dca_jax.attention.mosaic_gpu.forward_tiles import LIST_TILES
+from dca_jax.attention.op import make_rows
+from dca_jax.attention.stored import Scales, quantize
+from dca_jax.dca import PHASES, key_range
+from dca_jax.distributed import exit_on_input_error
+
+QWEN = DCAConfig(chunk_len=253_952, max_query_position=262_144)
+CHAIN = 0.02  # seconds a chain of decoding calls should take, at a guess
+KEY = ("what", "keys", "batch", "variant")
+COLUMNS = (*KEY, "kept", "ms", "of ideal", "error", "equal")
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/key_blocks.json"
+    ),
+    implementation: Annotated[str, typer.Option(help="The backend.")] = "mosaic_gpu",
+    what: Annotated[str, typer.Option(help="Of check, lists and decode.")] = "check,lists,decode",
+    head_dims: Annotated[str, typer.Option(help="Of the checks.")] = "64,128,256",
+    lengths: Annotated[str, typer.Option(help="Keys of the texts.")] = "128k,1024k",
+    queries: Annotated[int, typer.Option(help="The last of a text, read over lists.")] = 4096,
+    shares: Annotated[str, typer.Option(help="Percent of the blocks in a list.")] = "100,10,5,2",
+    heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "28/4",
+    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    decoded: Annotated[str, typer.Option(help="Keys of a row that is decoded.")] = "128k",
+    batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,8",
+    pages: Annotated[str, typer.Option(help="Tokens of a page.")] = "128,256,1k",
+    minutes: Annotated[
+        float, typer.Option(help="Start no further measurement after so many.")
+    ] = math.inf,
+) -> None:
+    """Checks, then times; each case by itself, so that a failure does not lose the others."""
+    report = Report(out, machine() | {"benchmark": "key_blocks", "heads": heads}, minutes=minutes)
+    wanted = [word.strip() for word in what.split(",")]
+    query_heads, kv_heads = map(int, heads.split("/"))
+    shape = query_heads, kv_heads, head_dim
+    with ThreadPoolExecutor() as pool:
+        if "check" in wanted:
+            for dim in numbers(head_dims):
+                check(report, implementation, dim, pool)
+        if "lists" in wanted:
+            for keys in numbers(lengths):
+                time_lists(report, implementation, keys, queries, shape, numbers(shares))
+        if "decode" in wanted:
+            for batch in numbers(batches):
+                sizes = numbers(decoded)[0], batch, *shape
+                time_decoding(report, implementation, sizes, numbers(pages))
+    show("Lists of key blocks, and pages", COLUMNS, report.rows)
+
+
+@app.command("show")
+@exit_on_input_error()
+def show_files(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+) -> None:
+    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    facts, rows = merged(files, KEY)
+    show(f"Lists of key blocks, and pages, on {facts['device']}", COLUMNS, rows)
+
+
+def guarded(report: Report, row: dict[str, Any], fill: Callable[[], dict[str, Any]]) -> None:
+    """Adds the row with what `fill` finds, or with why it failed."""
+    if report.out_of_time():
+        return
+    try:
+        row = row | fill()
+    except Exception as error:
+        row = row | {"failed": reason(error)}
+        report.add(row)
+        require_live_device()
+        return
+    report.add(row)
+
+
+# --- is it right -------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Queries of two rows, and a cache of two layers that holds their keys, laid out and in pages.
+
+    `page_table` says where in the pools each row's pages lie: in any order.
+    """
+
+    query: Array
+    key: Array  # [2, B, S, K, H]
+    value: Array
+    key_pool: Array  # [2, P, page, K, H]
+    value_pool: Array
+    page_table: Array
+    rows: Rows
+    dca: DCAConfig
+
+    @classmethod
+    def of(
+        cls,
+        dca: DCAConfig,
+        offset: list[int],
+        num_queries: int,
+        heads: tuple[int, int, int],
+        page: int,
+        dtype: Any = jnp.bfloat16,
+    ) -> "Case":
+        """Drawn at random; every row but the first ends in padding."""
+        query_heads, kv_heads, dim = heads
+        capacity = -(-(max(offset) + num_queries) // page) * page
+        batch, count = len(offset), capacity // page
+        draw = np.random.default_rng(capacity)
+        query, key, value = (
+            jnp.asarray(draw.normal(size=shape), dtype)
+            for shape in (
+                (batch, num_queries, query_heads, dim),
+                (2, batch, capacity, kv_heads, dim),
+                (2, batch, capacity, kv_heads, dim),
+            )
+        )
+        where = draw.permutation(batch * count + 3)[: batch * count].astype(np.int32)
+        ends = [start + num_queries - 37 * (row > 0) for row, start in enumerate(offset)]
+        rows = make_rows(
+            query.shape,
+            dca=dca,
+            rope=RopeConfig(),
+            lengths=jnp.asarray(ends, jnp.int32),
+            query_offset=jnp.asarray(offset, jnp.int32),
+        )
+        pools = (in_pages(x, where, page) for x in (key, value))
+        return cls(query, key, value, *pools, jnp.asarray(where.reshape(batch, count)), rows, dca)
+
+    def blocks(self, share: float) -> KeyBlocks:
+        """Lists of about so many of the blocks."""
+        batch, num_queries = self.query.shape[:2]
+        count = -(-self.key.shape[2] // BLOCK)
+        shape = batch, self.key.shape[3], num_tiles(num_queries), count
+        kept = jnp.asarray(np.random.default_rng(3).random(shape) < share)
+        return key_blocks(kept, rows=self.rows, dca=self.dca, most=count)
+
+
+def in_pages(x: Array, where: np.ndarray, page: int) -> Array:
+    """[2, B, S, ...] as a pool [2, P, page, ...] with three pages more; NaN is nowhere read."""
+    pieces = x.reshape(2, -1, page, *x.shape[3:])
+    pool = jnp.full((2, pieces.shape[1] + 3, *pieces.shape[2:]), 99, x.dtype)
+    return pool.at[:, where].set(pieces)
+
+
+def check(report: Report, name: str, dim: int, pool: Executor) -> None:
+    """Lists and pages of one head_dim, at the edges."""
+    even = DCAConfig(chunk_len=512, max_query_position=700)
+    odd = DCAConfig(chunk_len=300, max_query_position=400)
+    page = 256
+    cases = {
+        "s = 512": Case.of(even, [1536, 512], 640, (8, 2, dim), page),
+        "s = 300": Case.of(odd, [1003, 130], 500, (4, 4, dim), page),
+        "s = 40": Case.of(
+            DCAConfig(chunk_len=40, max_query_position=60), [77, 1], 300, (6, 1, dim), page
+        ),
+    }
+    few = {"one query": Case.of(odd, [1400, 3], 1, (8, 2, dim), page)}
+    tests: list[tuple[str, Future]] = []
+    for title, case in cases.items():
+        tests += [(f"{title}: {what}", pool.submit(test)) for what, test in of_lists(name, case)]
+    for title, case in (cases | few).items():
+        tests += [(f"{title}: {what}", pool.submit(test)) for what, test in of_pages(name, case)]
+    for title, future in tests:
+        guarded(report, {"what": f"check {dim}", "variant": title}, future.result)
+
+
+def of_lists(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Tests of one case, by name."""
+    keys = case.key, case.value
+
+    def beside_oracle(share: float) -> dict[str, Any]:
+        return {"error": distance(case, read(name, case, *keys, blocks=case.blocks(share)), share)}
+
+    def full() -> dict[str, Any]:
+        listed = read(name, case, *keys, blocks=case.blocks(1.0))
+        if name != "mosaic_gpu":
+            return {"error": relative(listed, read(name, case, *keys))}
+
+        @jax.jit
+        def dense(*arrays: Array) -> Array:
+            options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
+            tiles = LIST_TILES[case.query.shape[3]]
+            forward = functools.partial(flash_forward.forward, rows=case.rows, tiles=tiles)
+            return forward(*arrays, jnp.int32(1), **options)[0]
+
+        expected = dense(case.query, *keys)
+        return {"equal": same(listed, expected), "error": relative(listed, expected)}
+
+    def paged() -> dict[str, Any]:
+        options = {"blocks": case.blocks(0.3)}
+        expected = read(name, case, *keys, **options)
+        found = read(name, case, case.key_pool, case.value_pool, pages=case.page_table, **options)
+        return {"equal": same(found, expected)}
+
+    yield "30 %", functools.partial(beside_oracle, 0.3)
+    yield "nothing but edges", functools.partial(beside_oracle, 0.0)
+    yield "full list, dense", full
+    yield "30 %, pages", paged
+
+
+def of_pages(name: str, case: Case) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Tests of one case, by name."""
+
+    def paged() -> dict[str, Any]:
+        expected = read(name, case, case.key, case.value)
+        found = read(name, case, case.key_pool, case.value_pool, pages=case.page_table)
+        error = distance(case, found, None)
+        return {"equal": same(found, expected), "error": error}
+
+    def in_8_bits() -> dict[str, Any]:
+        keys, scales, pools, scale_pools = [], [], [], []
+        page, where = case.key_pool.shape[2], np.asarray(case.page_table).ravel()
+        for x in (case.key, case.value):
+            q, scale = quantize(x, jnp.int8)
+            keys.append(q)
+            scales.append(jnp.swapaxes(scale, 2, 3))
+            pools.append(in_pages(q, where, page))
+            scale_pools.append(jnp.swapaxes(in_pages(scale, where, page), 2, 3))
+        expected = read(name, case, *keys, scales=Scales(*scales))
+        options = {"scales": Scales(*scale_pools), "pages": case.page_table}
+        return {"equal": same(read(name, case, *pools, **options), expected)}
+
+    yield "pages", paged
+    yield "pages, int8", in_8_bits
+
+
+def read(name: str, case: Case, key: Array, value: Array, **options: Any) -> Array:
+    """The second layer's attention."""
+
+    @jax.jit
+    def run(query: Array, key: Array, value: Array, rows: Rows, options: Any) -> Array:
+        static = {"dca": case.dca, "implementation": name, "layer": jnp.int32(1)}
+        return attend(query, key, value, rows=rows, **static, **options)
+
+    return run(case.query, key, value, case.rows, options)
+
+
+def distance(case: Case, found: Array, share: float | None) -> float:
+    """From the masked oracle in float32, relative, of the worst row and head."""
+    wide = Case(*(x.astype(jnp.float32) for x in case[:3]), *case[3:])
+    options = {} if share is None else {"blocks": case.blocks(share)}
+    with jax.default_matmul_precision("highest"):
+        expected = read("reference", wide, wide.key, wide.value, **options)
+    return relative(found, expected)
+
+
+def relative(found: Array, expected: Array) -> float:
+    """The distance, relative, of the worst row and head."""
+    found, expected = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (found, expected))
+    size = np.linalg.norm(expected, axis=(2, 3))
+    return float((np.linalg.norm(found - expected, axis=(2, 3)) / np.maximum(size, 1e-9)).max())
+
+
+def same(found: Array, expected: Array) -> str:
+    """Whether they are equal to the bit; else how many numbers differ."""
+    differ = int((np.asarray(found) != np.asarray(expected)).sum())
+    return "yes" if differ == 0 else f"no: {differ} of {found.size} differ"
+
+
+# --- how fast: lists ---------------------------------------------------------------------------
+
+
+def time_lists(
+    report: Report,
+    name: str,
+    keys: int,
+    queries: int,
+    shape: tuple[int, int, int],
+    percents: list[int],
+) -> None:
+    """The last queries of a text, densely and over lists."""
+    query_heads, kv_heads, dim = shape
+    if report.out_of_time():
+        return
+    row: dict[str, Any] = {"what": "lists", "keys": keys, "batch": 1}
+    query = normal(0, (1, queries, query_heads, dim))
+    key, value = (normal(seed, (1, keys, kv_heads, dim)) for seed in (1, 2))
+    start = jnp.asarray([keys - queries], jnp.int32)
+    rows = make_rows(query.shape, dca=QWEN, rope=RopeConfig(), query_offset=start)
+
+    @jax.jit
+    def run(query: Array, key: Array, value: Array, rows: Rows, blocks: Any) -> Array:
+        options = {"dca": QWEN, "implementation": name, "blocks": blocks}
+        return attend(query, key, value, rows=rows, **options)
+
+    dense = math.nan
+
+    def without_list() -> dict[str, Any]:
+        nonlocal dense
+        dense = timed(run, query, key, value, rows, None).median
+        return {"ms": dense, "kept": 1.0}
+
+    def with_list(percent: int) -> dict[str, Any]:
+        blocks = lists_of_share(rows, kv_heads, keys, queries, percent / 100)
+        kept = share_read(blocks, rows, keys, queries)
+        ms = timed(run, query, key, value, rows, blocks).median
+        return {"ms": ms, "kept": kept, "of ideal": dense * kept / ms}
+
+    guarded(report, row | {"variant": "dense"}, without_list)
+    for percent in percents:
+        title = {"variant": f"lists of {percent} %"}
+        guarded(report, row | title, functools.partial(with_list, percent))
+
+
+def lists_of_share(rows: Rows, kv_heads: int, keys: int, queries: int, share: float) -> KeyBlocks:
+    """So many blocks for each tile and kv head, drawn at random, with no room to spare."""
+    tiles, count = num_tiles(queries), -(-keys // BLOCK)
+
+    @functools.partial(jax.jit, static_argnames="most")
+    def draw(rows: Rows, most: int) -> KeyBlocks:
+        chance = jax.random.uniform(jax.random.key(7), (1, kv_heads, tiles, count))
+        tile = (rows.offset // BLOCK)[:, None] + jnp.arange(tiles, dtype=jnp.int32)[None, :]
+        full = [full_blocks(tile, phase, QWEN) for phase in PHASES]
+        number = jnp.arange(count, dtype=jnp.int32)[None, None, :]
+        met = [(a[..., None] <= number) & (number < b[..., None]) for a, b in full]
+        met = functools.reduce(jnp.logical_or, met)[:, None]
+        wanted = jnp.round(share * met.sum(axis=3, keepdims=True)).astype(jnp.int32)
+        chance = jnp.where(met, chance, 2.0)
+        # The wanted-th smallest chance is the largest that is kept.
+        ordered = jnp.sort(chance, axis=3)
+        limit = jnp.take_along_axis(ordered, jnp.maximum(wanted - 1, 0), axis=3)
+        kept = met & (chance <= limit) & (wanted > 0)
+        return key_blocks(kept, rows=rows, dca=QWEN, most=most)
+
+    longest = int(draw(rows, count).counts.sum(axis=3).max())
+    return draw(rows, max(longest, 1))
+
+
+def share_read(blocks: KeyBlocks, rows: Rows, keys: int, queries: int) -> float:
+    """Blocks that are read, edges included, of those that the dense kernel reads."""
+    tile = np.asarray(rows.offset)[0] // BLOCK + np.arange(blocks.counts.shape[2])
+    listed = np.asarray(blocks.counts).sum(axis=3).mean(axis=(0, 1))
+    edges, full = np.zeros(len(tile)), np.zeros(len(tile))
+    for phase in PHASES:
+        first = jnp.asarray(tile * BLOCK, jnp.int32)
+        last = jnp.minimum(first + BLOCK, keys) - 1
+        begin, end = full_blocks(jnp.asarray(tile, jnp.int32), phase, QWEN)
+        start = key_range(first, phase, QWEN)[0]
+        stop = jnp.clip(key_range(last, phase, QWEN)[1], 0, keys)
+        (_, before), (_, after) = edge_blocks(start, stop, (begin, end))
+        edges += np.asarray(before + after)
+        full += np.asarray(end - begin)
+    here = tile * BLOCK < keys
+    return float((listed + edges)[here].sum() / (full + edges)[here].sum())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def normal(seed: int, shape: tuple[int, ...]) -> Array:
+    """Normal numbers in bfloat16."""
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16)
+
+
+# --- how fast: decoding ------------------------------------------------------------------------
+
+
+def time_decoding(
+    report: Report, name: str, shape: tuple[int, int, int, int, int], pages: list[int]
+) -> None:
+    """One query a row through a cache's layers, one after another, without pages and with them."""
+    keys, batch, query_heads, kv_heads, dim = shape
+    if report.out_of_time():
+        return
+    size = 4 * batch * keys * kv_heads * dim  # bytes of keys and values of a layer
+    layers = max(2, math.ceil(1e9 / size)) if size > 1e6 else 2
+    calls = layers * max(1, round(CHAIN / (size / 4e12) / layers)) if size > 1e6 else layers
+    query = normal(0, (batch, 1, query_heads, dim))
+    caches = [normal(seed, (layers, batch, keys, kv_heads, dim)) for seed in (1, 2)]
+    lengths = jnp.full((batch,), keys, jnp.int32)
+
+    @jax.jit
+    def chain(query: Array, key: Array, value: Array, lengths: Array, table: Any) -> Array:
+        options = {"dca": QWEN, "rope": RopeConfig(), "lengths": lengths}
+        rows = make_rows(query.shape, query_offset=lengths - 1, **options)
+
+        def call(n: Array, query: Array) -> Array:
+            options = {"layer": jax.lax.rem(n, jnp.int32(layers)), "pages": table}
+            out = attend(query, key, value, dca=QWEN, rows=rows, implementation=name, **options)
+            return query + out * jnp.asarray(2**-10, query.dtype)
+
+        return jax.lax.fori_loop(0, calls, call, query)
+
+    row: dict[str, Any] = {"what": "decode", "keys": keys, "batch": batch}
+    plain = math.nan
+
+    def contiguous() -> dict[str, Any]:
+        nonlocal plain
+        plain = timed(chain, query, *caches, lengths, None).median / calls
+        return {"ms": plain}
+
+    def paged(page: int, shuffled: bool) -> dict[str, Any]:
+        count = batch * keys // page
+        where = np.random.default_rng(5).permutation(count) if shuffled else np.arange(count)
+        table = jnp.asarray(where.reshape(batch, -1), jnp.int32)
+        pools = [x.reshape(layers, count, page, kv_heads, dim) for x in caches]
+        ms = timed(chain, query, *pools, lengths, table).median / calls
+        return {"ms": ms, "of ideal": plain / ms}
+
+    guarded(report, row | {"variant": "no pages"}, contiguous)
+    for page in pages:
+        for shuffled in (False, True):
+            order = "in any order" if shuffled else "in order"
+            title = {"variant": f"pages of {page}, {order}"}
+            guarded(report, row | title, functools.partial(paged, page, shuffled))
+    say(f"{calls} calls a chain, {layers} layers")
+
+
+if __name__ == "__main__":
+    app()

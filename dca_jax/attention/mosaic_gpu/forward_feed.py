@@ -1,0 +1,116 @@
+"""The warpgroup of Hopper's forward kernel that feeds the others keys and values."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Shared
+from dca_jax.attention.mosaic_gpu.forward_tiles import BLOCK_Q
+from dca_jax.attention.mosaic_gpu.ranges import (
+    Keys,
+    Walk,
+    full_and_edge_walks,
+    listed_and_edge_walks,
+    locate,
+    remember,
+    steps,
+)
+from dca_jax.dca import PHASES
+
+
+def feed(cta: CTA) -> None:
+    """Works out which blocks the tile visits, and keeps their keys and values in flight."""
+    plgpu.set_max_registers(40, action="decrease")
+    problem, gmem, smem = cta.problem, cta.gmem, cta.smem
+    num_stages = problem.tiles.num_stages
+    kv_head = lax.div(cta.head, jnp.int32(problem.group))
+    axes = "pair" if problem.cluster > 1 else None
+    cache_row = gmem.place[cta.batch, 0]
+    full, edges = _walks(cta, kv_head)
+    # Here, so that those who compute rotate meanwhile, and have the registers for it.
+    remember(full, edges, smem.walks)
+    plgpu.barrier_arrive(smem.planned)
+    num_full, num_steps = steps(full), steps(full + edges)
+
+    def load(n: Array, _: Any, *, block_of: Callable[[Array], Array]) -> None:
+        slot = lax.rem(n, jnp.int32(num_stages))
+        row, slots = _place(cta, cache_row, block_of(n))
+        for source, target, loaded, consumed in (
+            (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
+            (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
+        ):
+            pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
+            plgpu.copy_gmem_to_smem(
+                source.at[row, slots, kv_head],
+                target.at[slot],
+                loaded.at[slot],
+                collective_axes=axes,
+            )
+
+    def block_of_full(n: Array) -> Array:
+        if gmem.blocks is not None:
+            return _listed(cta, kv_head, n)
+        return locate(n, full, jnp.int32(0))[1]
+
+    def block_of_edges(n: Array) -> Array:
+        return locate(n, edges, num_full)[1]
+
+    lax.fori_loop(0, num_full, functools.partial(load, block_of=block_of_full), None)
+    lax.fori_loop(num_full, num_steps, functools.partial(load, block_of=block_of_edges), None)
+    if problem.cluster > 1:
+        _drain(smem, num_stages, num_steps)
+
+
+def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:
+    """The full blocks and the edges that the tile visits."""
+    problem, gmem = cta.problem, cta.gmem
+    num_queries, block_k = gmem.query.shape[-3], problem.tiles.block_k
+    offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(1, 4))
+    first = offset + cta.tile * BLOCK_Q
+    last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
+    keys = Keys(key_offset, problem.num_keys)
+    if gmem.blocks is None:
+        return full_and_edge_walks(first, last, problem.phases, problem.dca, keys, block_k)
+    counts = [
+        gmem.blocks.counts[cta.batch, kv_head, cta.tile, PHASES.index(phase)]
+        for phase in problem.phases
+    ]
+    return listed_and_edge_walks(first, last, counts, problem.phases, problem.dca, keys, block_k)
+
+
+def _listed(cta: CTA, kv_head: Array, n: Array) -> Array:
+    """The block of step n, of those that the tile's list names."""
+    parts = jnp.int32(BLOCK // cta.problem.tiles.block_k)
+    number = cta.gmem.blocks.numbers[cta.batch, kv_head, cta.tile, lax.div(n, parts)]
+    return number * parts + lax.rem(n, parts)
+
+
+def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Any]:
+    """Where a block of keys lies: the row of the cache, or the page, and which of its slots.
+
+    `row` is the row of the cache; of a pool, the layer's first page.
+    """
+    block_k, page = cta.problem.tiles.block_k, cta.problem.page
+    if page is not None:
+        in_page = jnp.int32(page // block_k)
+        row = row + cta.gmem.pages[cta.batch, lax.div(block, in_page)]
+        block = lax.rem(block, in_page)
+    return row, pl.ds(block * block_k, block_k)
+
+
+def _drain(smem: Shared, num_stages: int, num_steps: Array) -> None:
+    """The other CTA of the cluster still signals to this one: stays until it is done."""
+    for slot in range(num_stages):
+
+        def wait(slot: int = slot) -> None:
+            plgpu.barrier_wait(smem.k_consumed.at[slot])
+            plgpu.barrier_wait(smem.v_consumed.at[slot])
+
+        pl.when(slot < num_steps)(wait)

@@ -1,0 +1,47 @@
+"""The gradient of a product of groups of rows, from the two products that it is made of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def differentiable(multiply: Callable[..., Array], outer: Callable[..., Array]) -> Any:
+    """A way to compute `dca_jax.grouped.grouped_product`, with its gradient.
+
+    Args:
+        multiply: of (x, kernels, layer, sizes, block): the product; with `transposed`, by the
+            transposed matrices, which is the gradient of x.
+        outer: of (x, dy, kernels, layer, sizes, block): each group's rows of x, transposed, times
+            those of dy, in a stack like `kernels`: their gradient.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def product(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
+        return multiply(x, kernels, layer, sizes, block, transposed=False)
+
+    def forward(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> tuple:
+        return product(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
+
+    def backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
+        x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
+        dx = multiply(dy, kernels, layer, sizes, block, transposed=True)
+        return dx, outer(x, dy, kernels, layer, sizes, block), None, None
+
+    product.defvjp(forward, backward)
+    return product
+
+
+def in_stack(
+    own: Float[Array, "E inputs outputs"],
+    kernels: Float[Array, "L E inputs outputs"],
+    layer: Int[Array, ""],
+) -> Float[Array, "L E inputs outputs"]:
+    """One layer's gradient as that of the stack."""
+    if len(kernels) == 1:
+        return own[None].astype(kernels.dtype)
+    zeros = jnp.zeros(kernels.shape, kernels.dtype)
+    return jax.lax.dynamic_update_index_in_dim(zeros, own.astype(kernels.dtype), layer, 0)
