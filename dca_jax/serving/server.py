@@ -20,17 +20,13 @@ def listen(host: str, port: int) -> socket.socket:
         InputError: the address is none of this machine's, or taken.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind((host, port))
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(place[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise InputError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or "
             "--port"
         ) from None
-    opened.listen(BACKLOG)
-    return opened
 
 
 def is_loopback(opened: socket.socket) -> bool:
