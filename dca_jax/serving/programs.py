@@ -6,7 +6,9 @@ comes from the host, a few numbers each; the cache, the last tokens and the toke
 device, and are updated where they lie.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +118,11 @@ def clear(state: State, pages: Int[Array, " n"]) -> State:
     return state._replace(stored=stored)
 
 
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that needs no model as one that is given it."""
+    return lambda model, *args: function(*args)
+
+
 def _paged(state: State, texts: Texts) -> PagedCache:
     return PagedCache(
         **state.stored._asdict(),
@@ -190,6 +197,7 @@ class Programs:
         self._leaves, self._tree = jax.tree.flatten(model)
         self._read: dict[int, Any] = {}
         self._draw: dict[int, Any] = {}
+        self._small: dict[Callable[..., Any], Any] = {}
         self.state: State = self._empty()
 
     def _empty(self) -> State:
@@ -206,28 +214,36 @@ class Programs:
         self.state = self._empty()
 
     def compile(self) -> Iterator[str]:
-        """Compiles everything; yields the name of what comes next."""
-
-        def compiled(function: Callable[..., Any], *args: Any) -> Any:
-            def of_leaves(leaves: list[Array], state: State, *args: Any) -> Any:
-                return function(jax.tree.unflatten(self._tree, leaves), state, *args)
-
-            jitted = jax.jit(
-                of_leaves, donate_argnames="state", compiler_options=compiler_options()
-            )
-            return jitted.lower(self._leaves, self.state, *args).compile()
-
+        """Compiles everything, several at once; yields the name of what is waited for next."""
         one = np.zeros((1,), np.int32)
+        wanted: list[tuple[str, dict[Any, Any], Any, Callable[..., Any], tuple[Any, ...]]] = []
         for width in self.pieces:
-            yield f"reading {width} tokens"
-            self._read[width] = compiled(read, self.texts(1), np.zeros((1, width), np.int32), one)
+            args = self.texts(1), np.zeros((1, width), np.int32), one
+            wanted.append((f"reading {width} tokens", self._read, width, read, args))
         for batch in self.batches:
-            yield f"drawing {batch} tokens"
-            self._draw[batch] = compiled(draw, self.texts(batch))
-        yield "the rest"
-        seen = np.zeros((self.vocab_size,), bool)
-        self._mark = compiled(lambda _, *args: mark(*args), np.int32(0), seen)
-        self._clear = compiled(lambda _, *args: clear(*args), np.zeros((CLEARED,), np.int32))
+            args = (self.texts(batch),)
+            wanted.append((f"drawing {batch} tokens", self._draw, batch, draw, args))
+        seen, some = np.zeros((self.vocab_size,), bool), np.zeros((CLEARED,), np.int32)
+        for function, args in ((mark, (np.int32(0), seen)), (clear, (some,))):
+            wanted.append((function.__name__, self._small, function, _alone(function), args))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            started = [
+                (name, table, key, pool.submit(self._lowered(function, args).compile))
+                for name, table, key, function, args in wanted
+            ]
+            for name, table, key, compiling in started:
+                yield name
+                table[key] = compiling.result()
+
+    def _lowered(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A program of the model's arrays: to take the model apart at every step takes longer."""
+
+        def of_leaves(leaves: list[Array], state: State, *args: Any) -> Any:
+            return function(jax.tree.unflatten(self._tree, leaves), state, *args)
+
+        options = compiler_options()
+        jitted = jax.jit(of_leaves, donate_argnames="state", compiler_options=options)
+        return jitted.lower(self._leaves, self.state, *args)
 
     def texts(self, batch: int) -> Texts:
         """So many texts that are not there."""
@@ -264,11 +280,11 @@ class Programs:
         """Says which tokens the text of a slot holds."""
         seen = np.zeros((self.vocab_size,), bool)
         seen[np.asarray(tokens)] = True
-        self.state = self._mark(self._leaves, self.state, np.int32(slot), seen)
+        self.state = self._small[mark](self._leaves, self.state, np.int32(slot), seen)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Empties pages."""
         for start in range(0, len(pages), CLEARED):
             some = np.full((CLEARED,), self.num_pages, np.int32)
             some[: len(pages[start : start + CLEARED])] = pages[start : start + CLEARED]
-            self.state = self._clear(self._leaves, self.state, some)
+            self.state = self._small[clear](self._leaves, self.state, some)
