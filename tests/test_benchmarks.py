@@ -11,6 +11,7 @@ import finetune
 import generate
 import jax
 import jax.numpy as jnp
+import key_blocks
 import numpy as np
 import pytest
 import tune_attention
@@ -133,6 +134,30 @@ def test_decode_chain_calls_layer_after_layer(monkeypatch):
     _, keys, _ = decode.chain_of_calls(apart, (2, 32, 4, 2, 16), 1e9).make_inputs()
     assert len(keys) == len(key)
     assert keys[0].shape == key[0].shape
+
+
+def test_key_blocks_rows(tmp_path):
+    """The checks are those of test_blocks.py; here, what is timed."""
+    out = tmp_path / "key_blocks.json"
+    key_blocks.measure(
+        out,
+        implementation="xla",
+        what="lists,decode",
+        lengths="640",
+        queries=256,
+        shares="100,20",
+        heads="2/1",
+        head_dim=16,
+        decoded="256",
+        batches="1",
+        pages="128",
+    )
+    rows = {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
+    assert not [row for row in rows.values() if "failed" in row]
+    assert rows["lists of 100 %"]["kept"] == 1
+    # Of tiles 3 and 4, one block and one of 3 and 4 full ones, and each its own.
+    assert rows["lists of 20 %"]["kept"] == (2 + 2) / (3 + 4 + 2)
+    assert {"pages of 128, in order", "pages of 128, in any order"} < set(rows)
 
 
 def test_decode_rows(tmp_path, monkeypatch):

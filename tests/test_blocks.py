@@ -3,6 +3,7 @@
 What a list leaves out is worked out here anew, pair by pair of query and key.
 """
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,15 +13,16 @@ import numpy as np
 import oracle
 import pytest
 from kernels import QUICK, ROPE, draw
+from test_backends import BENCHES, MARKS, Bench
 
 from dca_jax.attention import op
 from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK, allowed_keys, key_blocks, num_tiles
-from dca_jax.dca import DCAConfig
-
-S = 300  # no multiple of a block
-DCA = DCAConfig(chunk_len=S, max_query_position=400)
-EVEN = DCAConfig(chunk_len=256, max_query_position=300)
+from dca_jax.attention.mosaic_gpu import flash_forward, forward_tiles
+from dca_jax.attention.stored import Scales, quantize
+from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.errors import InputError
+from dca_jax.inference.baselines import ReRoPE
 
 
 class Case(NamedTuple):
@@ -34,36 +36,31 @@ class Case(NamedTuple):
     dca: DCAConfig
 
     @classmethod
-    def draw(
+    def of(
         cls,
         offset: list[int],
         lengths: list[int],
-        num_queries: int,
-        num_keys: int,
-        dca: DCAConfig = DCA,
+        sizes: tuple[int, int, int, int],  # queries, keys, query heads, kv heads
+        dca: DCAConfig,
         *,
-        heads: tuple[int, int] = (4, 2),
         dim: int = 16,
         dtype: Any = jnp.float32,
-        share: float = 0.4,
     ) -> "Case":
-        query, key, value = draw(
-            num_queries, len(offset), num_queries, num_keys, *heads, dim, dtype
-        )
+        query, key, value = draw(sizes[0], len(offset), *sizes, dim, dtype)
         starts, ends = (jnp.asarray(x, jnp.int32) for x in (offset, lengths))
         options: dict[str, Any] = {"dca": dca, "lengths": ends, "query_offset": starts}
         rows = op.make_rows(query.shape, rope=ROPE, **options)
-        shape = len(offset), heads[1], num_tiles(num_queries), -(-num_keys // BLOCK)
-        kept = np.random.default_rng(num_keys).random(shape) < share
+        shape = len(offset), sizes[3], num_tiles(sizes[0]), -(-sizes[1] // BLOCK)
+        kept = np.random.default_rng(sizes[1]).random(shape) < 0.4
         return cls(query, key, value, rows, kept, dca)
 
     def rotated(self) -> jax.Array:
         index = jnp.arange(self.key.shape[1], dtype=jnp.int32)[None]
         return op.rotate_keys(self.key, index, dca=self.dca, inv_freq=self.rows.inv_freq)
 
-    def blocks(self, most: int | None = None) -> KeyBlocks:
-        most = most or self.kept.shape[3]
-        return key_blocks(jnp.asarray(self.kept), rows=self.rows, dca=self.dca, most=most)
+    def blocks(self) -> KeyBlocks:
+        options = {"rows": self.rows, "dca": self.dca, "most": self.kept.shape[3]}
+        return key_blocks(jnp.asarray(self.kept), **options)
 
     def allowed(self) -> np.ndarray:
         """Which keys each query may read [B, K, T, S], by the definition."""
@@ -82,10 +79,9 @@ class Case(NamedTuple):
                 allowed[b, :, of_tile] = read.repeat(BLOCK, axis=1)[:, None, :num_keys]
         return allowed
 
-    def expected(self, allowed: np.ndarray | None = None, **changed: np.ndarray) -> np.ndarray:
-        arrays = {"query": self.query, "key": self.key, "value": self.value} | changed
+    def expected(self, allowed: np.ndarray | None = None) -> np.ndarray:
         return oracle.attention(
-            *(np.asarray(x, np.float64) for x in arrays.values()),
+            *(np.asarray(x, np.float64) for x in (self.query, self.key, self.value)),
             s=self.dca.chunk_len,
             largest=self.dca.max_query_position,
             offset=np.asarray(self.rows.offset).tolist(),
@@ -94,30 +90,52 @@ class Case(NamedTuple):
         )
 
 
-# A row in the middle of a chunk and of a tile, one at their edge, and one of a single token.
-RAGGED = [700, 640, 130, 0], [970, 1010, 301, 1], 270, 1010
-CASES = {
-    "chunks that blocks do not divide": Case.draw(*RAGGED),
-    "chunks that they divide": Case.draw([768, 256], [1152, 512], 384, 1152, EVEN, heads=(4, 1)),
-    "chunks shorter than a block": Case.draw(
-        [129], [430], 301, 430, DCAConfig(chunk_len=40, max_query_position=40), heads=(2, 2)
-    ),
-    "plain attention": Case.draw([0], [500], 500, 500, PLAIN, heads=(2, 1)),
-}
-BACKENDS = ("reference", "xla")
+def setting(s: int, largest: int) -> DCAConfig:
+    return DCAConfig(chunk_len=s, max_query_position=largest)
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+# A row that begins in the middle of a chunk and of a tile, one with padding, one of a single token.
+RAGGED = [640, 130, 0], [870, 301, 1], (230, 870, 2, 1), setting(300, 400)
+EVEN = [768], [1024], (256, 1024, 2, 2), setting(256, 300)  # chunks and pieces of whole blocks
+SHORT = [129], [330], (201, 330, 4, 1), setting(40, 40)  # chunks shorter than a block
+WHOLE = [0], [300], (300, 300, 1, 1), PLAIN
+CASES = {"ragged": RAGGED, "even": EVEN, "short": SHORT, "plain": WHOLE}
 
 
-def read(name: str, **options: Any) -> Any:
-    return jax.jit(partial(op.attend, implementation=name, **options), compiler_options=QUICK)
+@functools.cache
+def drawn(name: str, dim: int = 16, dtype: Any = jnp.float32) -> Case:
+    return Case.of(*CASES[name], dim=dim, dtype=dtype)
 
 
-def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(case: Case) -> None:
-    """As many keys as by the definition, no edge and no unmet block in a list."""
+@functools.cache
+def expected(name: str, dim: int, dtype: Any) -> np.ndarray:
+    """The masked oracle's output."""
+    case = drawn(name, dim, dtype)
+    return case.expected(case.allowed())
+
+
+def benches(*names: str) -> list[Any]:
+    return [pytest.param(BENCHES[name], marks=MARKS.get(name, ()), id=name) for name in names]
+
+
+def attend(bench: Bench, case: Case, **options: Any) -> jax.Array:
+    """By the bench's backend, over the keys laid out or over a pool in `options`."""
+    arrays = {"key": case.rotated(), "value": case.value} | options
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(query: jax.Array, rows: Rows, arrays: dict[str, Any]) -> jax.Array:
+        return op.attend(query, rows=rows, dca=case.dca, implementation=bench.name, **arrays)
+
+    return run(case.query, case.rows, arrays)
+
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) -> None:
+    """As many keys as by the definition; no edge and no unmet block in a list; in order."""
+    case = drawn(name)
     blocks, allowed = case.blocks(), case.allowed()
     sizes = {"num_queries": case.query.shape[1], "num_keys": case.key.shape[1]}
     mask = allowed_keys(blocks, case.rows, case.dca, **sizes)
@@ -125,25 +143,167 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(case: Case) -
     met = np.arange(sizes["num_keys"]) <= index[..., None]
     np.testing.assert_array_equal(np.asarray(mask) & met[:, None], allowed & met[:, None])
     counts, numbers = (np.asarray(x) for x in blocks)
+    s = case.dca.chunk_len
     for place in np.ndindex(*counts.shape[:3]):
         listed = numbers[place][: counts[place].sum()]
         assert (np.diff(listed) > 0).all()
         tile = int(case.rows.offset[place[0]]) // BLOCK + place[2]
-        first, last = tile * BLOCK // case.dca.chunk_len, (tile * BLOCK + 127) // case.dca.chunk_len
-        chunks = listed * BLOCK // case.dca.chunk_len
-        assert first == last or not (chunks > first - 2).any()
-        by_phase = [
-            (first - chunks >= 2).sum(),
-            (first - chunks == 1).sum(),
-            (chunks == first).sum(),
-        ]
+        first, last = tile * BLOCK // s, (tile * BLOCK + BLOCK - 1) // s
+        chunk = listed * BLOCK // s
+        assert first == last or (chunk <= first - 2).all()
+        by_phase = [(chunk <= first - 2).sum(), (chunk == first - 1).sum(), (chunk == first).sum()]
         assert counts[place].tolist() == by_phase
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_attention_over_lists(name: str, case: Case) -> None:
-    out = read(name, dca=case.dca)(
-        case.query, case.rotated(), case.value, rows=case.rows, blocks=case.blocks()
-    )
-    np.testing.assert_allclose(out, case.expected(case.allowed()), atol=2e-6)
-    assert np.abs(case.expected() - np.asarray(out)).max() > 1e-2
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
+def test_attention_over_lists(bench: Bench, name: str) -> None:
+    case = drawn(name, bench.dim, bench.dtype)
+    out = attend(bench, case, blocks=case.blocks())
+    bench.agrees(out, expected(name, bench.dim, bench.dtype))
+    if name == "even":  # something was left out
+        assert np.abs(case.expected() - np.asarray(out, np.float64)).max() > 0.1
+
+
+@pytest.mark.parametrize("bench", benches("xla"))
+def test_a_row_of_one_token_and_its_padding_have_their_log_sum_exp(bench: Bench) -> None:
+    case = drawn("ragged", bench.dim, bench.dtype)
+    backend = op.BACKENDS[bench.name]
+    options: dict[str, Any] = {"dca": case.dca, "phases": PHASES, "blocks": case.blocks()}
+
+    @jax.jit
+    def forward(*arrays: jax.Array) -> Any:
+        return backend.forward(*arrays, jnp.int32(0), case.rows, with_lse=True, **options)
+
+    _, lse = forward(case.query, case.rotated()[None], case.value[None])
+    assert np.isfinite(lse[0]).all()
+    assert np.isneginf(lse[2, :, 1:]).all()
+    # A text's first token reads itself alone.
+    own = (np.float64(case.query[2, 0, 0]) * np.float64(case.key[2, 0, 0])).sum()
+    assert float(lse[2, 0, 0]) == pytest.approx(own / np.sqrt(bench.dim), abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_full_list_is_the_dense_kernel_to_the_bit(dim: int) -> None:
+    case = Case.of(*EVEN[:2], (256, 1024, 8, 2), EVEN[3], dim=dim, dtype=jnp.bfloat16)
+    case = case._replace(kept=np.ones_like(case.kept))
+    out = attend(BENCHES["mosaic_gpu"], case, blocks=case.blocks())
+
+    @jax.jit
+    def dense(*arrays: jax.Array) -> jax.Array:
+        options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
+        tiles = forward_tiles.LIST_TILES[dim]
+        return flash_forward.forward(*arrays, jnp.int32(0), case.rows, tiles=tiles, **options)[0]
+
+    np.testing.assert_array_equal(out, dense(case.query, case.rotated()[None], case.value[None]))
+
+
+# --- pages -------------------------------------------------------------------------------------
+
+
+class Pool(NamedTuple):
+    """Pages in any order, of a cache of one layer; what no row has is 1e4."""
+
+    table: np.ndarray  # [B, pages of a row]
+    page: int
+
+    @classmethod
+    def of(cls, case: Case, page: int) -> "Pool":
+        batch, count = len(case.rows.offset), -(-case.key.shape[1] // page)
+        where = np.random.default_rng(page).permutation(batch * count + 2)[: batch * count]
+        return cls(where.reshape(batch, count).astype(np.int32), page)
+
+    def filled(self, x: jax.Array) -> jax.Array:
+        """[B, S, ...] as [1, P, page, ...]."""
+        batch, count = self.table.shape
+        room = [(0, 0), (0, count * self.page - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+        pieces = np.pad(np.asarray(x), room, constant_values=100)
+        pool = np.full((1, batch * count + 2, self.page, *x.shape[2:]), 100, pieces.dtype)
+        pool[0, self.table] = pieces.reshape(batch, count, self.page, *x.shape[2:])
+        return jnp.asarray(pool)
+
+
+@pytest.mark.parametrize(("name", "page"), [("ragged", 128), ("even", 256)])
+@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
+def test_pages(bench: Bench, name: str, page: int) -> None:
+    """Over lists, all that is met, and few queries: to the bit what keys give that are laid out."""
+    case = drawn(name, bench.dim, bench.dtype)
+    pool = Pool.of(case, page)
+    pages = {
+        "key": pool.filled(case.rotated()),
+        "value": pool.filled(case.value),
+        "pages": jnp.asarray(pool.table),
+        "layer": jnp.int32(0),
+    }
+    listed = {"blocks": case.blocks()}
+    bench.agrees(attend(bench, case, **pages, **listed), expected(name, bench.dim, bench.dtype))
+    few = case._replace(query=case.query[:, -1:])
+    few = few._replace(rows=case.rows._replace(offset=case.rows.lengths - 1))
+    for queries in (case, few):
+        found, contiguous = (attend(bench, queries, **options) for options in (pages, {}))
+        if bench.name == "mosaic_gpu":
+            np.testing.assert_array_equal(found, contiguous)
+        bench.agrees(found, np.asarray(contiguous, np.float64))
+
+
+@pytest.mark.parametrize("num_queries", [1, 200])
+@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
+def test_pages_of_keys_in_8_bits(bench: Bench, num_queries: int) -> None:
+    case = drawn("even", bench.dim, bench.dtype)
+    case = case._replace(query=case.query[:, -num_queries:])
+    case = case._replace(rows=case.rows._replace(offset=case.rows.lengths - num_queries))
+    pool = Pool.of(case, 128)
+    stored = [quantize(x, jnp.int8) for x in (case.rotated(), case.value)]
+    laid_out = {
+        **dict(zip(("key", "value"), (q[None] for q, _ in stored), strict=True)),
+        "scales": Scales(*(jnp.swapaxes(scale, 1, 2)[None] for _, scale in stored)),
+        "layer": jnp.int32(0),
+    }
+    pages = {
+        **dict(zip(("key", "value"), (pool.filled(q) for q, _ in stored), strict=True)),
+        "scales": Scales(*(jnp.swapaxes(pool.filled(scale), 2, 3) for _, scale in stored)),
+        "pages": jnp.asarray(pool.table),
+        "layer": jnp.int32(0),
+    }
+    found, contiguous = (attend(bench, case, **options) for options in (pages, laid_out))
+    bench.agrees(found, np.asarray(contiguous, np.float64))
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case, xla = drawn("even"), BENCHES["xla"]
+    blocks, table = case.blocks(), jnp.zeros((1, 8), jnp.int32)
+    pool = jnp.zeros((3, 128, 2, 16), jnp.float32)
+    for options, message in (
+        ({"blocks": blocks._replace(counts=blocks.counts[:, :1])}, "must have counts"),
+        ({"blocks": blocks._replace(numbers=blocks.numbers[:, :, 1:])}, "and numbers"),
+        ({"key": pool, "value": pool, "pages": table[:, :0]}, "a page table of 1 rows"),
+        ({"key": pool[:, :96], "value": pool[:, :96], "pages": table}, "a multiple of 128 tokens"),
+    ):
+        with pytest.raises(InputError, match=message):
+            attend(xla, case, **options)
+    with pytest.raises(InputError, match="room for at least one"):
+        key_blocks(jnp.asarray(case.kept), rows=case.rows, dca=case.dca, most=0)
+    with pytest.raises(InputError, match="not with ReRoPE"):
+        attend(xla, case._replace(dca=ReRoPE(window=8)), blocks=blocks)
+    with pytest.raises(InputError, match="'triton' cannot run: it reads neither lists"):
+        attend(BENCHES["triton"], case, blocks=blocks)
+
+
+@pytest.mark.parametrize("what", ["over lists of key blocks", "through pages"])
+def test_a_gradient_is_refused_by_name(what: str) -> None:
+    case = drawn("even")
+    pool = Pool.of(case, 128)
+    options: dict[str, Any] = {"blocks": case.blocks()}
+    if what == "through pages":
+        options = {name: pool.filled(getattr(case, name)) for name in ("key", "value")}
+        options |= {"pages": jnp.asarray(pool.table), "layer": jnp.int32(0)}
+
+    def loss(query: jax.Array) -> jax.Array:
+        return attend(BENCHES["xla"], case._replace(query=query), **options).sum()
+
+    with pytest.raises(InputError, match=f"attention {what} has no gradient"):
+        jax.grad(loss)(case.query)

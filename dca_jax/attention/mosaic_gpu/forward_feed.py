@@ -47,12 +47,8 @@ def feed(cta: CTA) -> None:
             (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
         ):
             pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
-            plgpu.copy_gmem_to_smem(
-                source.at[row, slots, kv_head],
-                target.at[slot],
-                loaded.at[slot],
-                collective_axes=axes,
-            )
+            keys = source.at[row, slots, kv_head]
+            plgpu.copy_gmem_to_smem(keys, target.at[slot], loaded.at[slot], collective_axes=axes)
 
     def block_of_full(n: Array) -> Array:
         if gmem.blocks is not None:
