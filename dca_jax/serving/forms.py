@@ -173,8 +173,10 @@ class CompletionForm(Form):
             text = self._tokens.shown(delta.token)[0]
             texts.append(text)
             own.append(finite(logprob))
-            likely = top[: self._top]
-            tops.append({self._tokens.shown(t)[0]: finite(one) for t, one in likely})
+            likely: dict[str, float] = {}
+            for token, one in top[: self._top]:  # of two that look alike, the likelier
+                likely.setdefault(self._tokens.shown(token)[0], finite(one))
+            tops.append(likely)
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
