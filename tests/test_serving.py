@@ -538,38 +538,40 @@ def test_other_caches_temperatures_and_meshes_serve_what_they_generate(form, fol
 
 @pytest.mark.processes
 def test_a_signal_lets_answers_end_and_a_second_one_does_not(folder, tmp_path):
-    options = "--port 0 --context 4k --rows 2 --cache 8k --name tiny --dtype float32".split()
+    options = "--port 0 --context 1k --rows 2 --cache 2k --name tiny --dtype float32".split()
     command = [sys.executable, "-m", "dca_jax", "serve", str(folder), *options]
-    environment = os.environ | {"COLUMNS": "200"}
     for signals in (1, 2):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | {"COLUMNS": "200"},
             cwd=Path(__file__).parents[1],
-        )
-        try:
-            lines = iter(process.stderr.readline, "")
-            address = next(filter(None, (re.search(r"http://\S+/v1", line) for line in lines)))[0]
-            with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
-                asked = {"model": "tiny", "prompt": "Call me", "stream": True, **GREEDY}
-                stream = iter(client.completions.create(max_tokens=400 * signals**3, **asked))
-                next(stream)
-                process.send_signal(signal.SIGTERM)
-                until(lambda: _refuses(client))
-                if signals == 2:
-                    process.send_signal(signal.SIGTERM)
-                    assert process.wait(10) == 128 + signal.SIGTERM
-                    with pytest.raises((openai.APIConnectionError, httpx2.TransportError)):
-                        list(stream)
-                else:
-                    *_, last = stream
-                    assert last.choices[0].finish_reason == "length"
-                    assert process.wait(30) == 0
-        finally:
-            process.kill()
-            process.wait()
+        ) as process:
+            try:
+                lines = iter(process.stderr.readline, "")
+                address = next(filter(None, (re.search(r"http://\S+/v1", x) for x in lines)))[0]
+                _signal(process, address, signals)
+            finally:
+                process.kill()
+
+
+def _signal(process, address, signals):
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        asked = {"model": "tiny", "prompt": "Call me", "stream": True, **GREEDY}
+        stream = iter(client.completions.create(max_tokens=300 if signals == 1 else 950, **asked))
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: _refuses(client))
+        if signals == 1:
+            *_, last = stream
+            assert last.choices[0].finish_reason == "length"
+            assert process.wait(30) == 0
+            return
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        with pytest.raises((openai.APIConnectionError, httpx2.TransportError)):
+            list(stream)
 
 
 def _refuses(client):
