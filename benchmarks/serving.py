@@ -149,7 +149,9 @@ def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
     texts = programs.texts(1)
     texts.slots[:], texts.prompts[:] = 0, length
     texts.pages[0] = np.arange(programs.table) % programs.num_pages
-    for width, start in itertools.product(programs.pieces, (0, length - programs.pieces[0])):
+    for width, start in itertools.product(
+        programs.pieces, (0, max(0, length - programs.pieces[0]))
+    ):
         texts.lengths[:] = start
         tokens = [1] * width
         seconds = _median(
