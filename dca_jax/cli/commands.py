@@ -25,6 +25,10 @@ COMMANDS = {
             "Continue a prompt, a file or many prompts, or answer a question about a document.",
         ),
         "chat": ("run", "Talk to a chat model; each turn reads only what is new."),
+        "serve": (
+            "serve",
+            "Serve a model to any client of OpenAI's protocol; many texts are written at once.",
+        ),
     },
     "Measure": {
         "eval": (
