@@ -17,7 +17,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat test test-all fuzz test-tpu-aot test-gpu-aot lint docs clean
+.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -39,6 +39,9 @@ test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, w
 
 fuzz: $(VENV)/.dev  ## Read thousands of damaged files of every kind (FUZZ of each; some minutes)
 	DCA_JAX_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -rP
+
+soak: $(VENV)/.dev  ## Ask a server many things at once for ten minutes, and compare its answers
+	PYTHONPATH=. $(BIN)/python benchmarks/serving.py load --requests 1000000 --minutes 10 --compare 200
 
 # JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
 test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, without one (a minute)

@@ -174,8 +174,9 @@ class Case(NamedTuple):
             lengths=jnp.asarray(ends, jnp.int32),
             query_offset=jnp.asarray(offset, jnp.int32),
         )
-        pools = (in_pages(x, where, page) for x in (key, value))
-        return cls(query, key, value, *pools, jnp.asarray(where.reshape(batch, count)), rows, dca)
+        key_pool, value_pool = (in_pages(x, where, page) for x in (key, value))
+        table = jnp.asarray(where.reshape(batch, count))
+        return cls(query, key, value, key_pool, value_pool, table, rows, dca)
 
     def blocks(self, share: float) -> KeyBlocks:
         """Lists of about so many of the blocks."""
@@ -288,7 +289,7 @@ def of_lists(programs: Programs, case: Case) -> Iterator[tuple[str, Test]]:
         return {"equal": same(listed, expected), "error": relative(listed, expected)}
 
     def paged() -> dict[str, Any]:
-        options = {"blocks": case.blocks(0.3)}
+        options: dict[str, Any] = {"blocks": case.blocks(0.3)}
         expected = programs.run(case, *keys, **options)
         options["pages"] = case.page_table
         return {
@@ -330,9 +331,9 @@ def of_pages(programs: Programs, case: Case, in_8_bits: bool) -> Iterator[tuple[
 
 def relative(found: Array, expected: Array) -> float:
     """The distance, relative, of the worst row and head."""
-    found, expected = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (found, expected))
-    size = np.linalg.norm(expected, axis=(2, 3))
-    return float((np.linalg.norm(found - expected, axis=(2, 3)) / np.maximum(size, 1e-9)).max())
+    ours, theirs = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (found, expected))
+    size = np.linalg.norm(theirs, axis=(2, 3))
+    return float((np.linalg.norm(ours - theirs, axis=(2, 3)) / np.maximum(size, 1e-9)).max())
 
 
 def same(found: Array, expected: Array) -> str:

@@ -140,12 +140,12 @@ def _kernel(
     widths: list[int],
 ) -> None:
     """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
-    *refs, out_ref = refs
-    count, column = len(refs) // len(widths), pl.program_id(0)
+    *stacked, out_ref = refs
+    count, column = len(stacked) // len(widths), pl.program_id(0)
     start = 0
     for number, width in enumerate(widths):
         stop = start + width // tile.outputs
-        stack = refs[number * count : (number + 1) * count]
+        stack = stacked[number * count : (number + 1) * count]
 
         def multiply(stack: Any = stack, first: Any = (column - start) * tile.outputs) -> None:
             total = _tiles(layer_ref[0], x_ref, stack, first, out_ref.shape[1], tile, steps, group)

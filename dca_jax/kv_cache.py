@@ -87,16 +87,9 @@ class KVCache:
             )
         sizes = {axis: axis_size(mesh, axis) for axis in AXES}
         arrays = cache_arrays(config, batch=batch, capacity=capacity, dtype=dtype, sizes=sizes)
-
-        def zeros(letters: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-            place = None
-            if mesh is not None:
-                place = NamedSharding(mesh, partition(letters, shape, sizes))
-            return jnp.zeros(shape, dtype, device=place)
-
         none = np.zeros((batch,), np.int32)
         return cls(
-            **{name: zeros(*array) for name, array in arrays.items()},
+            **{name: _zeros(mesh, *array) for name, array in arrays.items()},
             lengths=replicated(none, mesh),
             frequency_lengths=replicated(none, mesh),
         )
@@ -117,9 +110,9 @@ class KVCache:
         return sum(array.nbytes for array in jax.tree.leaves(self.stored))
 
     def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
-        """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
+        """The same texts cut to ``lengths`` tokens (never more than they hold); nothing is copied.
 
-        Rows beyond the `lengths` given, which fill the cache up, are emptied.
+        Rows beyond the ``lengths`` given, which fill the cache up, are emptied.
         """
         if isinstance(lengths, jax.Array) or isinstance(self.lengths, Tracer):
             return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
@@ -127,6 +120,59 @@ class KVCache:
         rest = self.lengths.shape[0] - len(lengths)
         kept = np.minimum(np.asarray([*lengths, *[0] * rest], np.int32), np.asarray(self.lengths))
         return replace(self, lengths=jax.device_put(kept, self.lengths.sharding))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """Keys and values in pages of a common pool; a table says which pages a row's text lies in.
+
+    Row b's token i lies in slot i % page of pages[b, i // page]. A page may stand in the tables of
+    many rows: a key is stored rotated to its own index, and nothing else, so a common beginning is
+    shared exactly. A page to which a row writes must be its own.
+
+    Attributes:
+        key, value, key_scale, value_scale: as in `KVCache`, pages in place of rows.
+        pages: each row's table. What it says beyond a row's length is never read.
+        lengths, frequency_lengths: as in `KVCache`.
+    """
+
+    key: Num[Array, "L P page KH"]
+    value: Num[Array, "L P page KH"]
+    key_scale: Float[Array, "L P 1 K page"] | None = None
+    value_scale: Float[Array, "L P 1 K page"] | None = None
+    pages: Int[Array, "B n"]
+    lengths: Int[Array, " B"]
+    frequency_lengths: Int[Array, " B"]
+
+    @property
+    def stored(self) -> Stored:
+        """Keys, values and scales."""
+        return Stored(self.key, self.value, self.key_scale, self.value_scale)
+
+
+def create_pool(
+    config: LlamaConfig, *, pages: int, page: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Stored:
+    """What a `PagedCache` holds, empty: so many pages of `page` tokens.
+
+    On a mesh its heads are cut by `tensor`, and nothing else is cut.
+
+    Args:
+        dtype: as of `KVCache.create`.
+    """
+    sizes = {axis: axis_size(mesh, axis) for axis in AXES}
+    dtype = parse_cache_dtype(dtype)
+    arrays = cache_arrays(config, batch=pages, capacity=page, dtype=dtype, sizes=sizes)
+    return Stored(**{name: _zeros(mesh, *array) for name, array in arrays.items()})
+
+
+def _zeros(mesh: Mesh | None, letters: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """An array of zeros, laid out on the mesh."""
+    place = None
+    if mesh is not None:
+        place = NamedSharding(mesh, partition(letters, shape, mesh.shape))
+    return jnp.zeros(shape, dtype, device=place)
 
 
 def cache_arrays(

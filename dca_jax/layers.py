@@ -133,8 +133,8 @@ def project(
     """
     products: dict[int, Array] = {}
     kernels = {number: linear.kernel[...] for number, (linear, _) in enumerate(linears)}
-    stacks = {n: k for n, k in kernels.items() if is_packed(k) and layer is not None}
-    if stacks:
+    stacks = {n: k for n, k in kernels.items() if is_packed(k)}
+    if stacks and layer is not None:
         subscripts = [f"BT{inputs},{inputs}{linears[n][1]}->BT{linears[n][1]}" for n in stacks]
         found = packed_products(subscripts, x, list(stacks.values()), layer)
         products |= zip(stacks, found, strict=True)
@@ -144,6 +144,7 @@ def project(
         if n not in products and kernel.ndim > len(inputs + linears[n][1])
     }
     if rows:
+        assert layer is not None  # or each kernel would be one layer's
         flat = [kernel.reshape(len(kernel), x[0, 0].size, -1) for kernel in rows.values()]
         found = row_products(x.reshape(1, -1), flat, layer[None])
         for (n, kernel), y in zip(rows.items(), found, strict=True):

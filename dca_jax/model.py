@@ -7,6 +7,7 @@ MLP and some a mixture of experts, by one for each run of layers that are alike.
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.experts import Balance, balance_of, load_balancing_loss
-from dca_jax.kv_cache import KVCache
+from dca_jax.kv_cache import KVCache, PagedCache
 from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm, Run
 from dca_jax.packed_product import packed_product, unpacked_inner
 from dca_jax.packed_weights import Packed, is_packed
@@ -136,11 +137,11 @@ class Llama(nnx.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         text_index: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedCache | None = None,
         context_lengths: Int[Array, " B"] | None = None,
         new_cache: DTypeLike | None = None,
         cache_layers: Int[Array, " L"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Normed hidden states of `tokens`, and the cache with them appended.
 
         On a mesh, whole texts are shared by the devices of `context`, and so are the hidden states
@@ -187,15 +188,14 @@ class Llama(nnx.Module):
             x, kept = self._read_after_cache(tokens, rows, cache, cache_layers, prompts)
         if kept is None:
             return x, None
-        return x, KVCache(
-            **kept._asdict(), lengths=rows.lengths, frequency_lengths=frequency_lengths
-        )
+        held = kept._asdict() | {"lengths": rows.lengths, "frequency_lengths": frequency_lengths}
+        return x, KVCache(**held) if cache is None else replace(cache, **held)
 
     def _place_rows(
         self,
         tokens: Int[Array, "B T"],
         lengths: Int[Array, " B"] | None,
-        cache: KVCache | None,
+        cache: KVCache | PagedCache | None,
         context_lengths: Int[Array, " B"] | None,
     ) -> tuple[Rows, Int[Array, " B"]]:
         """Each row's numbers for the attention, and the lengths its frequencies are made for."""
@@ -293,7 +293,7 @@ class Llama(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         rows: Rows,
-        cache: KVCache,
+        cache: KVCache | PagedCache,
         numbers: Int[Array, " L"] | None,
         prompts: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Stored]:
@@ -320,6 +320,7 @@ class Llama(nnx.Module):
                     implementation=self.implementation,
                     shards=shards,
                     sparse=self._sparse_text(prompts, number),
+                    pages=cache.pages if isinstance(cache, PagedCache) else None,
                 )
                 return out
 

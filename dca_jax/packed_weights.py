@@ -24,7 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class Packed:
         return wide.reshape(shape).astype(dtype)
 
 
-def is_packed(value: Any) -> bool:
+def is_packed(value: Any) -> TypeGuard[Packed]:
     """Whether it is a packed matrix: what `jax.tree` takes as `is_leaf` to stop at."""
     return isinstance(value, Packed)
 

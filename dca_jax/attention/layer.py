@@ -66,6 +66,8 @@ def attend_to_text(
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
+    if sparse is not None and pages is not None:
+        raise InputError("a cache in pages is read densely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
@@ -161,6 +163,7 @@ def attend_to_cache(
     implementation: str | None,
     shards: Shards,
     sparse: SparseText | None = None,
+    pages: Int[Array, "B n"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored]:
     """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
 
@@ -169,6 +172,8 @@ def attend_to_cache(
 
     Args:
         sparse: how the tokens, pieces of prompts, are read; None: densely.
+        pages: of a cache in pages, each row's table (`dca_jax.kv_cache.PagedCache`); `context` does
+            not cut it.
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
@@ -181,16 +186,21 @@ def attend_to_cache(
         cache: Stored,
         layer: Array,
         rows: Rows,
+        pages: Array | None,
         *of_text: Array,
     ) -> tuple[Array, Stored]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         with jax.named_scope("rope"):
             key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
         capacity = cache.key.shape[2]
+        row = jnp.arange(len(index), dtype=jnp.int32)[:, None]
         slots = index if context == 1 else zigzag_slots(index, capacity)
+        if pages is not None:
+            row = jnp.take_along_axis(pages, index // capacity, axis=1, mode="clip")
+            slots = index % capacity
         slots = jnp.where(index < rows.lengths[:, None], slots, capacity)  # dropped
         with jax.named_scope("cache_update"):
-            cache = write(cache, layer, slots, key, value)
+            cache = write(cache, layer, row, slots, key, value)
         heads = key.shape[2:]
         keys, values = (x.reshape(*x.shape[:3], *heads) for x in (cache.key, cache.value))
         scales = cache.scales
@@ -203,6 +213,7 @@ def attend_to_cache(
             options["blocks"] = _blocks(sparse.how, query, *stack, scales, of_text, dca, shards)
         with jax.named_scope("attention"):
             if context == 1:
+                options["pages"] = pages
                 out = attend(query, keys, values, rows=rows, layer=layer, **options)
             else:
                 out = decode_attention(query, keys, values, layer, rows, **options)
@@ -211,9 +222,10 @@ def attend_to_cache(
     q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
     of_text, more = _of_text(sparse, shards)
-    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), *more)
+    table: Any = None if pages is None else shards.spec("BS", whole="S")
+    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), table, *more)
     mapped = shards.local(local, specs, (q, kept))
-    return mapped(query, key, value, cache, layer, rows, *of_text)
+    return mapped(query, key, value, cache, layer, rows, pages, *of_text)
 
 
 def _of_text(sparse: SparseText | None, shards: Shards) -> tuple[tuple, tuple]:
@@ -297,12 +309,16 @@ def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
 def write(
     cache: Stored,
     layer: Int[Array, ""],
+    row: Int[Array, "B #T"],
     slots: Int[Array, "B T"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
 ) -> Stored:
-    """Writes token t of row b into slot `slots[b, t]` of a layer; slots beyond S are dropped."""
-    row = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    """Writes token t of text b into slot `slots[b, t]` of a layer; slots beyond S are dropped.
+
+    Args:
+        row: of each text, or of each token, its row or page.
+    """
 
     def put(all_slots: Array, new: Array) -> Array:
         return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")

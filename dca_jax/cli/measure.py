@@ -1,8 +1,6 @@
-"""Commands that measure: `eval ...`, and lm-evaluation-harness as `lm-eval`."""
+"""Commands that measure: `eval ...`."""
 
 import hashlib
-import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +17,8 @@ from dca_jax.cli.options import (
     ModelArgument,
     SparseOption,
     WeightsOption,
-    check_method,
     find_model,
     load_model,
-    refuse_several_processes,
 )
 from dca_jax.cli.record import contents, run, task_files
 from dca_jax.distributed import exit_on_input_error
@@ -43,8 +39,6 @@ from dca_jax.evaluation.haystacks import Haystack
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.inference.documents import read_document
 from dca_jax.lengths import parse_tokens
-from dca_jax.weights.hub import find_folder
-from dca_jax.weights.huggingface import read_config
 
 app = typer.Typer(
     name="eval",
@@ -53,6 +47,7 @@ app = typer.Typer(
     "table and pictures. Repeat an interrupted command to resume it. `dca-jax eval report` makes "
     "one page of many such folders.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
 )
 
@@ -474,65 +469,3 @@ def report_command(
     For example: `dca-jax eval report outputs`
     """
     print(report.write_page(folder))
-
-
-@exit_on_input_error()
-def lm_eval(
-    model: ModelArgument,
-    rest: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="OPTIONS OF LM-EVAL", help="Options that `lm-eval run` gets."),
-    ] = None,
-    method: MethodOption = "auto",
-    max_length: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="Longest request to accept, answer included (default: no limit).",
-        ),
-    ] = None,
-    dtype: DtypeOption = None,
-    cache_dtype: CacheDtypeOption = None,
-    mesh: MeshOption = None,
-    adapter: AdapterOption = None,
-    weights: WeightsOption = None,
-    sparse: SparseOption = "auto",
-) -> None:
-    """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
-
-    Options that are not listed here are those of `lm-eval run`, and are passed on to it.
-
-    For example:
-
-    - `dca-jax lm-eval ./Llama-2-7b-hf --method dca --max-length 32k --tasks longbench`
-
-    - `dca-jax lm-eval ./Llama-2-7b-hf --tasks ruler --metadata '{"max_seq_lengths":[32768]}'`
-    """
-    refuse_several_processes("lm-eval")
-    arguments: dict[str, str | int] = {"pretrained": model, "method": method}
-    if max_length is not None:
-        arguments["max_length"] = parse_tokens(max_length)
-    if dtype is not None:
-        arguments["dtype"] = dtype.value
-    if cache_dtype is not None:
-        arguments["cache_dtype"] = cache_dtype.value
-    if mesh is not None:
-        arguments["mesh"] = mesh
-    if adapter is not None:
-        arguments["peft"] = str(adapter)
-    if weights is not None:
-        arguments["weights"] = weights.value
-    if sparse != "auto":
-        arguments["sparse"] = sparse
-    # Before lm-eval builds its tasks, which takes minutes.
-    check_method(method, read_config(find_folder(model, weights=False)))
-    try:
-        from lm_eval.__main__ import cli_evaluate
-
-        import dca_jax.lm_eval  # noqa: F401 -- registers the model
-    except ModuleNotFoundError as error:
-        raise InputError(str(error)) from None
-    # Its parser reads what a program was started with.
-    sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
-    sys.argv += rest or []
-    cli_evaluate()

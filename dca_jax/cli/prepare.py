@@ -40,15 +40,17 @@ from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import parse_mesh
-from dca_jax.weights.files import refuse_existing
+from dca_jax.weights.files import is_converted, refuse_existing
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import is_converted
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
+
+@app.command()
 @exit_on_input_error()
 def convert(
     source: Annotated[
@@ -98,6 +100,7 @@ def convert(
     print(f"wrote {destination}")
 
 
+@app.command()
 @exit_on_input_error()
 def info(model: ModelArgument, config: ConfigOption = None) -> None:
     """Describe a checkpoint without reading its weights.
@@ -111,6 +114,7 @@ def info(model: ModelArgument, config: ConfigOption = None) -> None:
     Console().print(table)
 
 
+@app.command("plan")
 @exit_on_input_error()
 def plan_command(
     model: Annotated[
@@ -211,6 +215,7 @@ def plan_command(
     Console().print(table)
 
 
+@app.command("explain")
 @exit_on_input_error()
 def explain_command(
     model: Annotated[

@@ -46,12 +46,15 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.text_files import decode
 from dca_jax.weights.files import refuse_existing
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
 STDIN = "-"
 CONTEXT = 4  # trained lengths that `chat` prepares length-dependent methods for, unless told
 
 Requests = Callable[[LLM], list[Request]]
 
 
+@app.command()
 @exit_on_input_error()
 @with_sampler
 def generate(
@@ -175,6 +178,7 @@ def generate(
         )
 
 
+@app.command()
 @exit_on_input_error()
 @with_sampler
 def chat(

@@ -34,13 +34,14 @@ def chosen_products(
         x: in any order. groups: of each row.
         stacks: of one shape, packed or not; layer: which of each stack.
     """
-    if isinstance(stacks[0], Packed):
+    wide = [kernels for kernels in stacks if not isinstance(kernels, Packed)]
+    if not wide:
         if current_device().platform == "gpu":
             return tuple(_unpacked_sums(x, kernels, layer, groups) for kernels in stacks)
     else:
-        flat = [kernels.reshape(-1, *kernels.shape[2:]) for kernels in stacks]
+        flat = [kernels.reshape(-1, *kernels.shape[2:]) for kernels in wide]
         if can_multiply(x, flat):
-            found = row_products(x, flat, layer * stacks[0].shape[1] + groups)
+            found = row_products(x, flat, layer * wide[0].shape[1] + groups)
             return tuple(sums.astype(x.dtype) for sums in found)
     product = functools.partial(jnp.dot, precision=precision(x))
 

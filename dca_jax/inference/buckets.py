@@ -117,7 +117,7 @@ def cache_shape(
     """
     mesh, dtype = mesh_of(model), parse_cache_dtype(model.dtype if dtype is None else dtype)
     context = axis_size(mesh, "context")
-    total, free = _memory(model)
+    total, free = device_memory(model)
     shapes = (
         (1 if batch == 1 else max(8, power_of_two(batch)), _power_of_four(length), FEW),
         (power_of_two(batch), max(1024, power_of_two(length)), SEVERAL),
@@ -125,7 +125,7 @@ def cache_shape(
     for rows, capacity, share in shapes:
         rows = padded_batch(rows if more_rows else batch, mesh)
         capacity = multiple(capacity, max(1, 32 * context))
-        if _cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
+        if cache_bytes(model.config, rows, capacity, dtype, mesh) <= min(share * total, free / 2):
             return rows, capacity
     return padded_batch(batch, mesh), capacity_bucket(length, context)
 
@@ -225,9 +225,9 @@ def _fitting(
     """`cache_shape`, or InputError where even what the texts need does not fit."""
     config, mesh = model.config, mesh_of(model)
     rows, capacity = cache_shape(model, batch, length, dtype, more_rows=more_rows)
-    _, free = _memory(model)
-    room = free - _reading_bytes(config, batch, length, model.dtype)
-    needed = _cache_bytes(config, rows, capacity, dtype, mesh)
+    _, free = device_memory(model)
+    room = free - reading_bytes(config, batch, length, model.dtype)
+    needed = cache_bytes(config, rows, capacity, dtype, mesh)
     if needed > room:
         token = needed / capacity
         longest = min(LARGEST, max(0, int(room / token) // 128 * 128))
@@ -259,7 +259,7 @@ def _refused_if_too_large(rows: int, capacity: int) -> Iterator[None]:
         ) from None
 
 
-def _cache_bytes(
+def cache_bytes(
     config: LlamaConfig, rows: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
 ) -> int:
     """Bytes of keys, values and scales that one device holds."""
@@ -273,7 +273,7 @@ def _cache_bytes(
     return total
 
 
-def _reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
+def reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
     """About what reading a piece of the prompts takes beside the cache: a layer's activations."""
     tokens = min(read_at_once(config), batch * length)
     layer = 2 * config.hidden_size + 3 * config.intermediate_size
@@ -283,7 +283,7 @@ def _reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> 
     return tokens * layer * jnp.dtype(dtype).itemsize + 8 * batch * config.vocab_size
 
 
-def _memory(model: Llama) -> tuple[float, float]:
+def device_memory(model: Llama) -> tuple[float, float]:
     """Bytes of the memory of a model's device, and those that are free; inf where nobody knows."""
     if jax.process_count() > 1:
         return OF_MANY, math.inf

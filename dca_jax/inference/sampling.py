@@ -1,13 +1,14 @@
 """How the next token is drawn from the logits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
@@ -22,7 +23,8 @@ class Sampler:
 
     A pytree, for `jax.jit`: which filters are on is its structure, and their numbers are leaves.
     So another temperature runs the compiled program as it is, and a filter that is off costs
-    nothing. `traced` makes leaves of all of them: then one program serves every sampler.
+    nothing. `traced` makes leaves of all of them: then one program serves every sampler. Leaves may
+    also be arrays of one number for each row (`of_rows`).
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy: the most likely token, and `top_k`,
@@ -75,6 +77,15 @@ class Sampler:
         )
         return self.tree_unflatten(None, numbers)
 
+    @classmethod
+    def of_rows(cls, samplers: Sequence["Sampler"]) -> "Sampler":
+        """One for a batch in which each row has its own; `traced`, with an array for each setting.
+
+        A row draws what its own sampler would draw.
+        """
+        traced = [one.traced().tree_flatten()[0] for one in samplers]
+        return cls.tree_unflatten(None, tuple(map(np.stack, zip(*traced, strict=True))))
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken, and no key is needed. Static under jit.
@@ -113,20 +124,24 @@ class Sampler:
             return jax.vmap(jax.random.categorical)(key, filtered).astype(jnp.int32)
 
         is_greedy = jnp.asarray(self.temperature, jnp.float32) == 0
-        return jax.lax.cond(is_greedy, _most_likely, draw, logits)
+        if is_greedy.ndim == 0:
+            return jax.lax.cond(is_greedy, _most_likely, draw, logits)
+        token = jax.lax.cond(jnp.all(is_greedy), _most_likely, draw, logits)
+        return jnp.where(is_greedy, _most_likely(logits), token)
 
     def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The logits that are drawn from: tempered, and -inf where a filter removes the token."""
-        logits = logits / jnp.asarray(self.temperature, logits.dtype)
+        temperature = _column(self.temperature, logits.dtype)
+        logits = logits / jnp.where(temperature == 0, 1, temperature)  # a greedy row among others
         if self.top_k is not None or self.top_p is not None:
-            top_k = jnp.asarray(OFF if self.top_k is None else self.top_k, jnp.int32)
-            top_p = jnp.asarray(1 if self.top_p is None else self.top_p, logits.dtype)
-            off = (top_k >= logits.shape[-1]) & (top_p >= 1)
+            top_k = _column(OFF if self.top_k is None else self.top_k, jnp.int32)
+            top_p = _column(1 if self.top_p is None else self.top_p, logits.dtype)
+            off = jnp.all((top_k >= logits.shape[-1]) & (top_p >= 1))
             logits = jax.lax.cond(off, lambda *x: x[0], _keep_top, logits, top_k, top_p)
         if self.min_p is not None:
             # p / p_max = exp(logit - logit_max): no softmax is needed to compare with it.
             relative = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-            logits = jnp.where(relative < self.min_p, -jnp.inf, logits)
+            logits = jnp.where(relative < _column(self.min_p, logits.dtype), -jnp.inf, logits)
         return logits
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
@@ -146,11 +161,18 @@ class Sampler:
 
 
 def penalized(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Float[Array, ""]
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    penalty: float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " B"],
 ) -> Float[Array, "B V"]:
     """Makes the tokens in `seen` less likely (penalty above 1) or more (below 1)."""
-    penalty = jnp.asarray(penalty, logits.dtype)
+    penalty = _column(penalty, logits.dtype)
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _column(number: Any, dtype: DTypeLike) -> Array:
+    """A setting, or one for each row, beside logits [B, V]."""
+    return jnp.asarray(number, dtype).reshape(-1, 1)
 
 
 def _most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -158,14 +180,15 @@ def _most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def _keep_top(
-    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, "B V"], top_k: Int[Array, "#B 1"], top_p: Float[Array, "#B 1"]
 ) -> Float[Array, "B V"]:
     """top-k, then top-p among what is left, from one sort; a `top_p` of 1 removes nothing."""
     vocab = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1)  # ascending
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    kth = jnp.take(ranked, vocab - jnp.clip(top_k, 1, vocab), axis=-1)
-    ranked = jnp.where(ranked < kth[:, None], -jnp.inf, ranked)
+    place = jnp.broadcast_to(vocab - jnp.clip(top_k, 1, vocab), (len(logits), 1))
+    kth = jnp.take_along_axis(ranked, place, axis=-1)
+    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
     below = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
     rare = ((below <= 1.0 - top_p) & (top_p < 1)).at[:, -1].set(False)
     ranked = jnp.where(rare, -jnp.inf, ranked)

@@ -78,7 +78,7 @@ def read(
         tokens, lengths=lengths, cache=cache, context_lengths=context_lengths
     )
     assert cache_after is not None
-    return jnp.where((lengths > 0)[:, None], _at_last(piece, lengths), hidden), cache_after
+    return jnp.where((lengths > 0)[:, None], at_last(piece, lengths), hidden), cache_after
 
 
 def read_row(
@@ -119,7 +119,7 @@ def read_row(
         lengths=cache.lengths.at[row].set(after.lengths[0]),
         frequency_lengths=cache.frequency_lengths.at[row].set(after.frequency_lengths[0]),
     )
-    return hidden.at[row].set(_at_last(piece, lengths)[0]), cache_after
+    return hidden.at[row].set(at_last(piece, lengths)[0]), cache_after
 
 
 def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
@@ -150,10 +150,10 @@ def read_whole(
         )
     hidden, cache_after = model.hidden_states(tokens, lengths=lengths, new_cache=cache.key.dtype)
     assert cache_after is not None
-    return _at_last(hidden, lengths), cache_after
+    return at_last(hidden, lengths), cache_after
 
 
-def _at_last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+def at_last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
     """Each row's last real token: a sum with one term, for T may be cut between devices."""
     is_last = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :] == lengths[:, None] - 1
     return jnp.where(is_last[:, :, None], hidden, 0).sum(axis=1)

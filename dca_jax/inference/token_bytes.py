@@ -51,7 +51,7 @@ class TokenBytes:
         for token in reversed(tokens):
             if token in self.special:
                 continue
-            found = self._bytes(token)
+            found = self.of(token)
             if found is None:
                 break
             end = found + end
@@ -64,10 +64,10 @@ class TokenBytes:
 
     def continues_character(self, token: int) -> bool:
         """Whether the token begins inside a character."""
-        found = self._bytes(token)
+        found = self.of(token)
         return bool(found) and 0x80 <= found[0] < 0xC0
 
-    def _bytes(self, token: int) -> bytes | None:
+    def of(self, token: int) -> bytes | None:
         """The bytes of a token; None if it is a text of whole characters."""
         if token in self._added or not (self._byte_level or self._byte_fallback):
             return None

@@ -11,9 +11,9 @@ from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import cache_arrays
 from dca_jax.sharding import AXES
+from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
-from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.parameters import count_parameters
 
 

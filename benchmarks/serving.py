@@ -1,0 +1,362 @@
+"""A server's speed and its patience: steps, first tokens, clients; and answers under load.
+
+    python benchmarks/serving.py measure --out outputs/serving.json
+    python benchmarks/serving.py peer --out outputs/serving-peer.json
+    python benchmarks/serving.py load --requests 1000 --clients 32
+
+`measure` asks the engine in this process, with no HTTP: a model of random bfloat16 weights, greedy
+or not it makes no difference. `share` is the time that moving the weights and the keys once would
+take, at the rate the device copies (measured in the same run), over the time of a step. `peer` runs
+the same clients by transformers' continuous batching (`generate_batch`), a batch for each number of
+clients. `load` starts `dca-jax serve` with a small model and compares every answer with `generate`.
+"""
+
+import itertools
+import math
+import os
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from dca_jax.memory import GPU_SHARE
+
+os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+
+import jax
+import numpy as np
+import typer
+from common import Report, copy_bandwidth, machine, numbers, reason, require_live_device, say, show
+from generate import PRESETS, random_model
+from serving_load import load
+
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.options import Options
+from dca_jax.lengths import parse_tokens
+from dca_jax.serving.engine import Engine, Job
+from dca_jax.serving.sizing import choose_pages
+
+COLUMNS = ("what", "rows", "tokens", "ms", "share", "first token s", "between ms", "tokens/s")
+COLUMNS += ("longest pause s", "usual ms", "cached")
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
+app.command()(load)
+
+PresetOption = Annotated[str, typer.Option(help=f"The model's shape: {', '.join(PRESETS)}.")]
+ClientsOption = Annotated[str, typer.Option(help="Clients at once, separated by commas.")]
+PromptOption = Annotated[str, typer.Option(help="Tokens of a client's prompt.")]
+AnswerOption = Annotated[int, typer.Option(help="Tokens of its answer.")]
+
+
+@app.command()
+@exit_on_input_error()
+def measure(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/serving.json"
+    ),
+    preset: PresetOption = "llama-3-8b",
+    rows: Annotated[int, typer.Option(help="Texts at once.")] = 32,
+    clients: ClientsOption = "1,8,32",
+    prompt: PromptOption = "4k",
+    answer: AnswerOption = 256,
+    book: Annotated[str, typer.Option(help="Tokens of the long text.")] = "100k",
+    questions: Annotated[int, typer.Option(help="About the long text, all at once.")] = 100,
+    cache_dtype: Annotated[str, typer.Option(help="bfloat16, int8 or fp8.")] = "bfloat16",
+    cache: Annotated[
+        str | None, typer.Option(help="Tokens of the cache; default: what fits.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after so many.")] = math.inf,
+) -> None:
+    """Times steps, pieces, first tokens, pauses and clients, each as far as it runs."""
+    long, short = parse_tokens(book), parse_tokens(prompt)
+    report = Report(out, {"benchmark": "serving", "model": preset}, minutes=minutes)
+    report.facts |= machine()
+    bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
+    report.facts["copy GB/s"] = bandwidth / 1e9
+    model = random_model(PRESETS[preset], dca=True, implementation=None)
+    llm = LLM(
+        model=model,
+        tokenizer=None,
+        stop_ids=frozenset(),
+        cache_dtype=np.dtype(
+            jax.numpy.dtype({"fp8": "float8_e4m3fn"}.get(cache_dtype, cache_dtype))
+        ),
+    )
+    context = long + max(1024, 2 * answer)
+    tokens = None if cache is None else parse_tokens(cache)
+    pages = choose_pages(llm, context=context, rows=rows, tokens=tokens)
+    engine = Engine(llm, context=context, rows=rows, pages=pages)
+    start = time.perf_counter()
+    engine.start(lambda name: say(f"{time.perf_counter() - start:6.1f} s  compiling: {name}"))
+    report.add({"what": "start", "ms": 1e3 * (time.perf_counter() - start), "tokens": pages * 128})
+    parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
+        lambda: steps(engine, short, bandwidth),
+        lambda: pieces(engine, long),
+        lambda: about_a_book(engine, long, questions),
+        lambda: pauses(engine, long, min(8, rows - 1)),
+        *(
+            (lambda count=count: [several(engine, count, short, answer)])
+            for count in numbers(clients)
+        ),
+    ]
+    for part in parts:
+        if report.out_of_time():
+            break
+        try:
+            for row in part():
+                report.add(row)
+        except Exception as error:
+            report.add({"what": "failed", "failed": reason(error)})
+            require_live_device()
+    show(f"Serving on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+# --- single steps ------------------------------------------------------------------------------
+
+
+def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """A step for each number of texts of `length` tokens, each in pages of its own."""
+    programs, leaves = engine.programs, engine.llm.model
+    weights = sum(x.nbytes for x in jax.tree.leaves(leaves.params()))
+    weights -= leaves.embed_tokens.embedding[...].nbytes
+    pool = sum(x.nbytes for x in jax.tree.leaves(programs.state.stored))
+    of_token = pool / (programs.num_pages * programs.page)
+    for batch in programs.batches:
+        texts, used = programs.texts(batch), -(-(length + 1) // programs.page)
+        if batch * used > programs.num_pages:
+            continue
+        texts.slots[:] = np.arange(batch)
+        texts.lengths[:] = texts.prompts[:] = length
+        # Neighbours in a text lie far apart in the pool.
+        places = np.random.default_rng(0).permutation(programs.num_pages)[: batch * used]
+        texts.pages[:, :used] = places.reshape(batch, used)
+        seconds = _median(lambda texts=texts: programs.draw(texts).token)
+        moved = weights + batch * (length + 1) * of_token
+        share = moved / bandwidth / seconds
+        yield {"what": "step", "rows": batch, "tokens": length, "ms": 1e3 * seconds, "share": share}
+    programs.reset()
+
+
+def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
+    """A piece of each width, at the beginning of a text and at its end."""
+    programs = engine.programs
+    texts = programs.texts(1)
+    texts.slots[:], texts.prompts[:] = 0, length
+    texts.pages[0] = np.arange(programs.table) % programs.num_pages
+    for width, start in itertools.product(
+        programs.pieces, (0, max(0, length - programs.pieces[0]))
+    ):
+        texts.lengths[:] = start
+        tokens = [1] * width
+        seconds = _median(
+            lambda width=width, tokens=tokens: programs.read(texts, tokens, width).token
+        )
+        yield {"what": f"piece at {start}", "tokens": width, "ms": 1e3 * seconds}
+    programs.reset()
+
+
+def _median(step: Callable[[], Any], seconds: float = 0.3, blocks: int = 5) -> float:
+    """Seconds of a step, by blocks of steps that are queued at once."""
+    jax.block_until_ready(step())
+    start = time.perf_counter()
+    jax.block_until_ready(step())
+    count = max(1, int(seconds / (time.perf_counter() - start)))
+    found = []
+    for _ in range(blocks):
+        start, last = time.perf_counter(), None
+        for _ in range(count):
+            last = step()
+        jax.block_until_ready(last)
+        found.append((time.perf_counter() - start) / count)
+    return statistics.median(found)
+
+
+# --- texts through the engine ------------------------------------------------------------------
+
+
+class Asked:
+    """A text that has been asked for, and when its tokens came."""
+
+    def __init__(self, engine: Engine, prompt: list[int], new: int) -> None:
+        self.times: list[float] = []
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.begun = time.perf_counter()
+        self.jobs: list[Job] = engine.submit(
+            [prompt], Options(max_new_tokens=new), [self._take], ignore_stop_ids=True
+        )
+
+    def _take(self, delta: Any) -> None:
+        self.times.append(time.perf_counter())
+        if delta.finish_reason is not None:
+            self._ended.put(delta.error)
+
+    def wait(self) -> "Asked":
+        """Until it has ended."""
+        error = self._ended.get()
+        if error is not None:
+            raise RuntimeError(error)
+        return self
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.begun
+
+    @property
+    def between(self) -> list[float]:
+        """Seconds from each token to the next."""
+        return [b - a for a, b in itertools.pairwise(self.times)]
+
+
+def some_tokens(engine: Engine, length: int, seed: int) -> list[int]:
+    """A text that means nothing."""
+    vocab = engine.llm.model.config.vocab_size
+    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+
+
+def about_a_book(engine: Engine, length: int, questions: int) -> Iterator[dict[str, Any]]:
+    """A long text read; one question about it after the other; many at once."""
+    text = some_tokens(engine, length, 1)
+    read = Asked(engine, text, 1).wait()
+    yield {"what": "a book read", "tokens": length, "first token s": read.first}
+    alone = [Asked(engine, [*text, *some_tokens(engine, 64, n)], 8).wait() for n in range(2, 9)]
+    yield {
+        "what": "a question about it",
+        "tokens": length + 64,
+        "first token s": statistics.median(one.first for one in alone),
+        "between ms": 1e3 * statistics.median(x for one in alone for x in one.between),
+        "cached": alone[-1].jobs[0].cached_tokens,
+    }
+    start = time.perf_counter()
+    asked = [Asked(engine, [*text, *some_tokens(engine, 64, n)], 64) for n in range(questions)]
+    for one in asked:
+        one.wait()
+    seconds = time.perf_counter() - start
+    yield {
+        "what": f"{questions} questions at once",
+        "tokens": length + 64,
+        "first token s": statistics.median(one.first for one in asked),
+        "between ms": 1e3 * statistics.median(x for one in asked for x in one.between),
+        "tokens/s": 64 * questions / seconds,
+    }
+
+
+def pauses(engine: Engine, length: int, rows: int) -> Iterator[dict[str, Any]]:
+    """How long texts that are drawn wait for a token while a long text is read."""
+    short = [
+        Asked(engine, some_tokens(engine, 512, n), 2000 if length > 4096 else 64)
+        for n in range(rows)
+    ]
+    while any(len(one.times) < 8 for one in short):
+        time.sleep(0.01)
+    read = Asked(engine, some_tokens(engine, length, 99), 1).wait()
+    ended = read.times[0]
+    during = [
+        b - a
+        for one in short
+        for a, b in itertools.pairwise(one.times)
+        if read.begun <= a and b <= ended
+    ]
+    before = [b - a for one in short for a, b in itertools.pairwise(one.times) if b <= read.begun]
+    for one in short:
+        engine.cancel(one.jobs)
+    yield {
+        "what": "pauses while a book is read",
+        "rows": rows,
+        "tokens": length,
+        "first token s": read.first,
+        "longest pause s": max(during, default=math.nan),
+        "between ms": 1e3 * statistics.median(during) if during else math.nan,
+        "usual ms": 1e3 * statistics.median(before) if before else math.nan,
+    }
+
+
+def several(engine: Engine, clients: int, length: int, new: int) -> dict[str, Any]:
+    """Clients that ask one thing after the other, each prompt another one."""
+    each = max(2, 8 // clients)
+    found: list[Asked] = []
+
+    def client(number: int) -> None:
+        for turn in range(each):
+            prompt = some_tokens(engine, length, 1000 + 100 * number + turn)
+            found.append(Asked(engine, prompt, new).wait())
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    return {
+        "what": "clients",
+        "rows": clients,
+        "tokens": length,
+        "first token s": statistics.median(one.first for one in found),
+        "between ms": 1e3 * statistics.median(x for one in found for x in one.between),
+        "longest pause s": max(x for one in found for x in one.between),
+        "tokens/s": len(found) * new / seconds,
+    }
+
+
+# --- the peer ----------------------------------------------------------------------------------
+
+
+@app.command()
+@exit_on_input_error()
+def peer(
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/serving-peer.json"
+    ),
+    preset: PresetOption = "llama-3-8b",
+    clients: ClientsOption = "1,8,32",
+    prompt: PromptOption = "4k",
+    answer: AnswerOption = 256,
+) -> None:
+    """The same prompts and answers by transformers' continuous batching, each twice."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import LlamaConfig as HfConfig
+
+    report = Report(out, {"benchmark": "serving", "model": preset} | machine())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fields: dict[str, Any] = {**PRESETS[preset].to_hf(), "eos_token_id": None}
+    del fields["architectures"]
+    config: Any = HfConfig(**fields)
+    for attention in ("flash_attention_2", "sdpa"):
+        try:
+            with torch.device(device):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.bfloat16, attn_implementation=attention
+                ).eval()
+        except Exception as error:
+            say(f"{attention}: {reason(error)}")
+            continue
+        for count, turn in itertools.product(numbers(clients), range(2)):
+            rng = np.random.default_rng(count + 1000 * turn)
+            prompts = rng.integers(0, config.vocab_size, (count, parse_tokens(prompt))).tolist()
+            settings = GenerationConfig(
+                max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0
+            )
+            try:
+                start = time.perf_counter()
+                answers = model.generate_batch(prompts, generation_config=settings)
+                seconds = time.perf_counter() - start
+            except Exception as error:
+                report.add({"what": attention, "rows": count, "failed": reason(error)})
+                continue
+            drawn = sum(len(one.generated_tokens) for one in answers.values())
+            row = {"what": f"transformers, {attention}", "rows": count}
+            report.add(row | {"tokens": parse_tokens(prompt), "tokens/s": drawn / seconds})
+        del model
+    show(f"transformers on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+if __name__ == "__main__":
+    app()

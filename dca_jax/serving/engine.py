@@ -1,0 +1,433 @@
+"""One thread owns the model: it reads pieces of prompts and draws tokens, step by step.
+
+The scheduler says what the next step is, the programs run it. A step is launched before the tokens
+of the one before have come back, so the device does not wait for the host; where a text turns out
+to have ended, its token too many is dropped. Other threads ask for texts and withdraw them.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.stored import is_quantized
+from dca_jax.errors import InputError
+from dca_jax.inference.buckets import cut
+from dca_jax.inference.generate import check_prompts
+from dca_jax.inference.llm import LLM
+from dca_jax.inference.options import Options
+from dca_jax.inference.prefix import depends_on_length
+from dca_jax.inference.sampling import Sampler
+from dca_jax.inference.steps import FAILED
+from dca_jax.inference.text_stream import FinishReason, TextStream
+from dca_jax.serving.pages import Pages
+from dca_jax.serving.programs import Drawn, Programs, Texts
+from dca_jax.serving.scheduler import Draw, QueueFullError, Read, Row, Scheduler
+from dca_jax.sharding import axis_size, describe, mesh_of
+
+PAGE = 128  # tokens; what the attention's kernels read at once
+PIECE_SECONDS = 0.2  # that a piece of a prompt may take, if a narrower one takes less
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one more token brings to a text.
+
+    Attributes:
+        text: what has become certain.
+        token: its id; None if there was none to draw.
+        logprobs: of the token, and the most likely ones with theirs; None unless asked for.
+        finish_reason: None while the text goes on.
+        error: of an "error", what has happened.
+    """
+
+    text: str
+    token: int | None = None
+    logprobs: tuple[float, tuple[tuple[int, float], ...]] | None = None
+    finish_reason: FinishReason | Literal["error"] | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One text that is being written.
+
+    Attributes:
+        prompt_tokens: tokens of its prompt.
+    """
+
+    row: Row
+    options: Options
+    choice: int
+    logprobs: bool
+    deliver: Callable[[Delta], None]
+    stream: TextStream
+    table: np.ndarray = field(repr=False)
+    marked: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return self.row.prompt
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of them that did not have to be read."""
+        return self.row.cached
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that has been launched."""
+
+    step: Read | Draw
+    jobs: list[Job]
+    drawn: Drawn
+    started: float
+
+
+class Engine:
+    """Many texts written at once by one model.
+
+    Args:
+        llm: the model, reading by whatever method it reads.
+        context: tokens of the longest text, answer included.
+        rows: texts that are read or drawn at the same time. pages: of the cache, of `PAGE` tokens.
+        queue: texts that wait, at most.
+
+    Raises:
+        InputError: a model that pages cannot serve, or a cache too small for one text.
+    """
+
+    def __init__(
+        self, llm: LLM, *, context: int, rows: int = 32, pages: int, queue: int = 256
+    ) -> None:
+        _check(llm, context, pages)
+        self.llm, self.context = llm, context
+        self._options = {"context": context, "rows": rows, "pages": pages, "page": PAGE}
+        self._rows, self._queue = rows, queue
+        self.programs = Programs(llm.model, cache_dtype=llm.cache_dtype, **self._options)
+        self._by_length = depends_on_length(llm.model)
+        self._changed = threading.Condition()
+        self._scheduler = self._new_scheduler()
+        self._jobs: dict[Row, Job] = {}
+        self._base: dict[int, float] = {}  # seconds that a piece takes at the start of a text
+        self._slope = 0.0  # and more for each of its tokens and of those before it
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, progress: Callable[[str], None] = lambda name: None) -> None:
+        """Compiles what there is to compile, and starts the thread.
+
+        Args:
+            progress: told what is compiled next.
+        """
+        for name in self.programs.compile():
+            progress(name)
+        for width in self.programs.pieces:
+            for _ in range(2):  # the first run of a program is slower than the others
+                start = time.perf_counter()
+                drawn = self.programs.read(self.programs.texts(1), [], width)
+                jax.block_until_ready(drawn.token)
+                self._base[width] = time.perf_counter() - start
+        for batch in self.programs.batches:
+            jax.block_until_ready(self.programs.draw(self.programs.texts(batch)).token)
+        self._thread = threading.Thread(target=self._run, name="dca_jax engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread when every text has come to its end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Options,
+        deliver: Sequence[Callable[[Delta], None]],
+        *,
+        choices: int = 1,
+        logprobs: bool = False,
+        ignore_stop_ids: bool = False,
+    ) -> list[Job]:
+        """Asks for texts: `choices` of each prompt, one prompt after the other.
+
+        A text is what `LLM.generate([prompt] * choices, options)` gives for it.
+
+        Args:
+            options: `prefix`, `progress` and `thinking` say nothing here.
+            deliver: of each text, what is called with each `Delta`, in the engine's thread.
+            ignore_stop_ids: go on to `max_new_tokens` whatever is drawn.
+
+        Raises:
+            InputError: an empty prompt, an id outside the vocabulary, or more than `context`.
+            QueueFullError: too many are waiting.
+        """
+        check_prompts(prompts, self.llm.model.config.vocab_size)
+        longest, new = max(map(len, prompts)), options.max_new_tokens
+        if longest + new > self.context:
+            raise InputError(
+                f"a prompt of {longest} tokens and {new} new ones are {longest + new}, and this "
+                f"server reads {self.context}: give a prompt of at most "
+                f"{max(0, self.context - new)} tokens, or ask for at most "
+                f"{max(0, self.context - longest)} new ones"
+            )
+        stop_ids = () if ignore_stop_ids else self.llm.stop_ids | set(options.stop_ids)
+        texts = [(prompt, choice) for prompt in prompts for choice in range(choices)]
+        if len(texts) > self._queue:
+            raise InputError(
+                f"a request for {len(texts)} texts, and this server's queue takes {self._queue}; "
+                "ask for fewer at once"
+            )
+        streams = [
+            TextStream(self.llm.tokenizer, prompt, stop_ids=stop_ids, stop=options.stop)
+            for prompt, _ in texts
+        ]
+        with self._changed:
+            if self._stopping:
+                raise QueueFullError("the server is ending; ask another")
+            kinds = [len(prompt) if self._by_length else 0 for prompt, _ in texts]
+            rows = self._scheduler.submit(
+                [prompt for prompt, _ in texts], new, kinds=kinds, drawn_too=not self._by_length
+            )
+            jobs = [
+                Job(
+                    row=row,
+                    options=options,
+                    choice=choice,
+                    logprobs=logprobs,
+                    deliver=tell,
+                    stream=stream,
+                    table=np.zeros((self.programs.table,), np.int32),
+                )
+                for row, (_, choice), tell, stream in zip(
+                    rows, texts, deliver, streams, strict=True
+                )
+            ]
+            self._jobs |= dict(zip(rows, jobs, strict=True))
+            self._changed.notify()
+        return jobs
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody wants these texts any more; what they hold is free before the next step."""
+        with self._changed:
+            for job in jobs:
+                self._end(job)
+            self._changed.notify()
+
+    def counts(self) -> dict[str, int]:
+        """Texts that run and wait; pages that are in use, kept for others, and free."""
+        with self._changed:
+            pages = self._scheduler.pages
+            return {
+                "running": len(self._scheduler.running),
+                "waiting": len(self._scheduler.waiting),
+                "pages_used": pages.count - pages.available,
+                "pages_kept": pages.kept,
+                "pages_free": pages.available - pages.kept,
+            }
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        flight: _Flight | None = None
+        while True:
+            try:
+                with self._changed:
+                    step = self._scheduler.next(self._piece)
+                    if step is None and flight is None:
+                        if self._stopping:
+                            return
+                        self._changed.wait()
+                        continue
+                    prepared = None if step is None else self._prepare(step)
+                before, flight = flight, None
+                if prepared is not None:
+                    flight = self._launch(*prepared)
+                if before is not None:
+                    self._collect(before)
+                if flight is not None and isinstance(flight.step, Read):
+                    self._collect(flight)  # what it has read may be shared by the next step
+                    flight = None
+            except Exception:
+                log.exception("a step of the server failed; its texts are given up")
+                flight = None
+                self._begin_anew()
+
+    def _piece(self, row: Row) -> int:
+        """Tokens of a prompt to read at once: as many as take no longer than a piece may."""
+        widths = self.programs.pieces
+        quick = [w for w in widths if self._seconds(w, row.read) <= PIECE_SECONDS]
+        return cut(row.left, tuple(quick) or widths[-1:])[0][0]
+
+    def _seconds(self, width: int, start: int) -> float:
+        return self._base[width] + self._slope * width * start
+
+    def _prepare(self, step: Read | Draw) -> tuple[Read | Draw, list[Job], Texts]:
+        """What the step's texts are, as they are now."""
+        rows = [step.row] if isinstance(step, Read) else list(step.rows)
+        jobs = [self._jobs[row] for row in rows]
+        size = (
+            1 if isinstance(step, Read) else min(n for n in self.programs.batches if n >= len(rows))
+        )
+        texts, samplers = self.programs.texts(size), [job.options.sampler for job in jobs]
+        for n, (row, job) in enumerate(zip(rows, jobs, strict=True)):
+            job.table[row.changed : len(row.pages)] = row.pages[row.changed :]
+            row.changed = len(row.pages)
+            texts.pages[n] = job.table
+            texts.slots[n], texts.prompts[n] = row.slot, row.prompt
+            texts.lengths[n] = step.start if isinstance(step, Read) else row.read - 1
+            texts.seeds[n], texts.choices[n] = job.options.seed, job.choice
+        samplers += [Sampler()] * (size - len(jobs))
+        ranked = np.asarray(any(job.logprobs for job in jobs))
+        return step, jobs, texts._replace(sampler=Sampler.of_rows(samplers), ranked=ranked)
+
+    def _launch(self, step: Read | Draw, jobs: list[Job], texts: Texts) -> _Flight:
+        started = time.perf_counter()
+        if isinstance(step, Draw):
+            return _Flight(step, jobs, self.programs.draw(texts), started)
+        (job,), row = jobs, step.row
+        if not job.marked and job.options.sampler.penalizes:
+            self.programs.mark(row.slot, row.tokens)
+            job.marked = True
+        tokens = row.tokens[step.start : step.start + step.count]
+        width = min(width for width in self.programs.pieces if width >= step.count)
+        return _Flight(step, jobs, self.programs.read(texts, tokens, width), started)
+
+    def _collect(self, flight: _Flight) -> None:
+        """Waits for a step, and gives its tokens to their texts."""
+        step, drawn = flight.step, flight.drawn
+        tokens = np.asarray(drawn.token).tolist()
+        if isinstance(step, Read):
+            self._time(step, time.perf_counter() - flight.started)
+            (job,) = flight.jobs
+            if not np.asarray(drawn.finite)[0]:
+                self._fail(job, step.start + step.count)
+                return
+            with self._changed:
+                self._scheduler.has_read(step.row, step.start + step.count)
+            if not step.is_last:
+                return
+        ranked = any(job.logprobs for job in flight.jobs)
+        logprobs = [np.asarray(x).tolist() for x in drawn[1:4]] if ranked else None
+        for n, (job, token) in enumerate(zip(flight.jobs, tokens, strict=False)):
+            told = None
+            if job.logprobs and logprobs is not None:
+                own, top, of_top = (x[n] for x in logprobs)
+                told = own, tuple(zip(top, of_top, strict=True))
+            self._push(job, token, told)
+
+    def _time(self, step: Read, seconds: float) -> None:
+        """Learns what a piece takes."""
+        width = min(width for width in self.programs.pieces if width >= step.count)
+        if step.start > width:
+            more = max(0.0, seconds - self._base[width]) / (width * step.start)
+            self._slope += (more - self._slope) / 2
+
+    def _push(self, job: Job, token: int, logprobs: Any) -> None:
+        if job.row.stage == "ended":
+            return
+        if token == FAILED:
+            self._fail(job, len(job.row.tokens))
+            return
+        with self._changed:
+            self._scheduler.has_drawn(job.row, token)
+        try:
+            text = job.stream.push(token)
+            if len(job.stream.tokens) == job.options.max_new_tokens:
+                text += job.stream.close()
+        except InputError as error:
+            self._give_up(job, str(error))
+            return
+        reason = job.stream.finish_reason
+        if reason is not None:
+            with self._changed:
+                self._end(job)
+        job.deliver(Delta(text=text, token=token, logprobs=logprobs, finish_reason=reason))
+
+    def _fail(self, job: Job, position: int) -> None:
+        """A text whose numbers are not finite ends alone, and leaves no such number behind."""
+        with self._changed:
+            own = self._end(job)
+        self.programs.clear(own)
+        self._tell_error(
+            job,
+            f"the logits after token {position} are not finite: the weights hold NaN or infinity, "
+            f"or overflow {self.llm.model.dtype}; check the checkpoint, or compute in float32",
+        )
+
+    def _give_up(self, job: Job, error: str) -> None:
+        with self._changed:
+            self._end(job)
+        self._tell_error(job, error)
+
+    def _tell_error(self, job: Job, error: str) -> None:
+        job.deliver(Delta(text=job.stream.close(), finish_reason="error", error=error))
+
+    def _end(self, job: Job) -> list[int]:
+        self._jobs.pop(job.row, None)
+        return self._scheduler.end(job.row)
+
+    def _new_scheduler(self) -> Scheduler:
+        pages = Pages(self._options["pages"], PAGE)
+        return Scheduler(pages, rows=self._rows, queue=self._queue)
+
+    def _begin_anew(self) -> None:
+        """After a step that failed the cache may be lost: every text ends, and nothing is kept."""
+        with self._changed:
+            jobs, self._jobs = list(self._jobs.values()), {}
+            for job in jobs:
+                self._scheduler.end(job.row)
+            self._scheduler = self._new_scheduler()
+        for job in jobs:
+            self._tell_error(job, "the server failed while it wrote this text; ask again")
+        self.programs.reset()
+
+
+def _check(llm: LLM, context: int, pages: int) -> None:
+    """Refuses what cannot be served, before anything is compiled."""
+    model = llm.model
+    mesh, others = mesh_of(model), ("data", "fsdp", "context")
+    if axis_size(mesh, *others) > 1:
+        raise InputError(
+            "a server shares its model among devices by tensor only, and this mesh has "
+            f"{describe({axis: axis_size(mesh, axis) for axis in others})}; use tensor, or a "
+            "server for each device"
+        )
+    if isinstance(model.dca, PositionMethod):
+        raise InputError(
+            f"a server reads by DCA or plain attention, not by {type(model.dca).__name__}; use "
+            "the method dca or rope"
+        )
+    if model.sparse is not None:
+        raise InputError(
+            "a server reads prompts densely, and this model is to read them sparsely; load it with "
+            "sparse='off'"
+        )
+    if llm.cache_dtype != model.dtype and not is_quantized(llm.cache_dtype):
+        raise InputError(
+            f"a server's cache keeps keys in the model's dtype, {model.dtype}, or in int8 or fp8, "
+            f"not in {llm.cache_dtype}; leave the cache's dtype out, or choose one of these"
+        )
+    if not 2 <= context <= pages * PAGE:
+        raise InputError(
+            f"a text of {context} tokens does not fit into a cache of {pages * PAGE}; give a "
+            "context from 2 tokens up to that"
+        )
+    model.check_window(context)
