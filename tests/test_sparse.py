@@ -325,40 +325,42 @@ def pairs_read(weights: jax.Array) -> np.ndarray:
     return read[None]
 
 
-@pytest.fixture(scope="module")
-def expected(sparse_llm: dca_jax.LLM) -> np.ndarray:
-    """Log-probabilities [T, V] of TEXT by a model of our own in float64."""
+def in_float64(llm: dca_jax.LLM, chosen: dense_llama.Chosen) -> np.ndarray:
+    """Log-probabilities [T, V] of TEXT by a model that shares no code with ours."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(best, "LEAST", LEAST)
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), sparse_llm.model.params())
-        config = sparse_llm.model.config
-        found = dense_llama.logits(params, jnp.asarray([TEXT]), config, 48, 63, chosen=pairs_read)
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), llm.model.params())
+        text, config = jnp.asarray([TEXT]), llm.model.config
+        found = dense_llama.logits(params, text, config, 48, 63, chosen=chosen)
         return np.asarray(jax.nn.log_softmax(found[0], axis=-1))
 
 
-def test_a_text_is_read_sparsely(
-    sparse_llm: dca_jax.LLM, expected: np.ndarray, folder: Path
-) -> None:
+@pytest.fixture(scope="module")
+def expected(sparse_llm: dca_jax.LLM) -> np.ndarray:
+    return in_float64(sparse_llm, pairs_read)
+
+
+def test_a_text_is_read_sparsely(sparse_llm: dca_jax.LLM, expected: np.ndarray) -> None:
     """At once and in pieces, beside a model in float64 that masks what is not read."""
     whole = jax.nn.log_softmax(sparse_llm.logits([TEXT])[0])
     np.testing.assert_allclose(whole, expected, atol=1e-2)
     pieces = token_nll(sparse_llm.model, np.asarray([TEXT]), capacity=1280)[0]
     np.testing.assert_allclose(pieces, -expected[np.arange(999), TEXT[1:]], atol=1e-2)
-    dense = dca_jax.load(folder, dca=PAPER, dtype="float32")
-    assert np.abs(token_nll(dense.model, np.asarray([TEXT]))[0] - pieces).max() > 0.1
+    dense = in_float64(sparse_llm, lambda weights: True)
+    assert np.abs(dense[np.arange(999), TEXT[1:]] + pieces).max() > 0.1
 
 
 def test_a_prefix_reads_its_dense_end_again(sparse_llm: dca_jax.LLM) -> None:
     """What a cache holds is what one reading of the whole prompt leaves in it."""
-    whole = Run(sparse_llm.model, [TEXT], max_new_tokens=1, cache=room(sparse_llm, 1))
-    whole.read_prompts()
     prefix = sparse_llm.prefill(TEXT[:900], room=200)
     assert prefix.shared(TEXT) == (900 - 128) // 128 * 128
     assert prefix.shared(TEXT[:890]) == (890 - 128) // 128 * 128
     assert prefix.shared(TEXT[:300]) == 0  # read densely, all of it
     cache = prefix.take(sparse_llm.model, prefix.shared(TEXT), 1100)
-    run = Run(sparse_llm.model, [TEXT], max_new_tokens=1, cache=cache)
+    whole = room(sparse_llm, 1, cache.capacity)
+    run, whole = (Run(sparse_llm.model, [TEXT], max_new_tokens=1, cache=x) for x in (cache, whole))
     run.read_prompts()
+    whole.read_prompts()
     ours, theirs = (np.asarray(x.cache.value)[:, 0, :1000] for x in (run, whole))
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
     # Another prompt has been read in it, and its end densely, within the prefix.
@@ -368,8 +370,8 @@ def test_a_prefix_reads_its_dense_end_again(sparse_llm: dca_jax.LLM) -> None:
     assert prefix.shared(TEXT) == (600 - 128) // 128 * 128
 
 
-def room(llm: dca_jax.LLM, batch: int) -> KVCache:
-    return KVCache.create(llm.model.config, batch=batch, capacity=1280, dtype=jnp.float32)
+def room(llm: dca_jax.LLM, batch: int, capacity: int = 1280) -> KVCache:
+    return KVCache.create(llm.model.config, batch=batch, capacity=capacity, dtype=jnp.float32)
 
 
 def test_rows_of_a_batch_are_read_as_each_alone(

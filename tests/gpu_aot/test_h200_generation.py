@@ -88,7 +88,10 @@ def test_a_million_tokens_are_read_sparsely() -> None:
     lowered = lower("read", config, mesh, capacity=capacity, tokens=PIECE, sparse=sparse)
     program = lowered.compile(OPTIONS | GPU_OPTIONS)
     hlo, found = program.as_text(), program.memory_analysis()
-    usage = plan("qwen2.5-7b", config, device="h200", context_length=length, sparse=sparse).usage
+    one = parse_mesh("tensor=1")
+    usage = plan(
+        "qwen2.5-7b", config, device="h200", mesh=one, context_length=length, sparse=sparse
+    ).usage
     held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
     print(f"{held / 1e9:.2f} GB held, {working / 1e9:.2f} while it runs")
     kernels = [line for line in hlo.splitlines() if 'custom_call_target="mosaic_gpu_v2"' in line]
