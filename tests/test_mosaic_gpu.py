@@ -134,16 +134,16 @@ def test_decoding_from_8_bits_lowers(
     ("num_queries", "heads", "kv_heads", "dim", "listed", "page", "cache"),
     [
         (1000, 28, 4, 128, True, None, None),
-        (1000, 4, 4, 64, True, 128, None),
         (1000, 8, 1, 256, True, 256, None),
         (1000, 9, 3, 64, False, 256, None),
-        (1000, 4, 2, 128, False, 128, None),
         (1000, 4, 2, 128, True, 128, jnp.int8),
         (1, 28, 4, 128, False, 256, None),
-        (2, 4, 4, 64, False, 128, None),
-        (1, 8, 1, 256, False, 128, None),
         (1, 8, 2, 128, False, 128, jnp.int8),
-        (1, 8, 2, 64, True, None, None),
+        pytest.param(1000, 4, 4, 64, True, 128, None, marks=pytest.mark.slow),
+        pytest.param(1000, 4, 2, 128, False, 128, None, marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, 64, False, 128, None, marks=pytest.mark.slow),
+        pytest.param(1, 8, 1, 256, False, 128, None, marks=pytest.mark.slow),
+        pytest.param(1, 8, 2, 64, True, None, None, marks=pytest.mark.slow),
     ],
 )
 def test_lists_and_pages_lower(
