@@ -95,8 +95,6 @@ def test_a_million_tokens_are_read_sparsely() -> None:
     held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
     print(f"{held / 1e9:.2f} GB held, {working / 1e9:.2f} while it runs")
     kernels = [line for line in hlo.splitlines() if 'custom_call_target="mosaic_gpu_v2"' in line]
-    assert sorted(re.findall("dca_block_masses|dca_forward", "".join(kernels))) == [
-        "dca_block_masses",
-        "dca_forward",
-    ]
+    names = set(re.findall("dca_block_masses|dca_forward", "".join(kernels)))
+    assert names == {"dca_block_masses", "dca_forward"}
     assert held + working < usage.total
