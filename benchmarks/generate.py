@@ -13,9 +13,10 @@ one GPU: plain attention by SDPA, its default KV cache, the logits of the last t
 
 Each engine has a process of its own, one after the other, so that they do not share memory. `share`
 is the time that moving a device's weights and cache once would take, at the rate it copies
-(measured in the same run), over the time a token took. `TFLOP/s` are those of the prefill, for each
-device: two for every weight that a token is multiplied with, and causal attention's. Speeds are
-over transformers'.
+(measured in the same run), over the time a token took, which is that of the longest segments: the
+first ones are short, so that text streams, and each call has a cost of its own. `TFLOP/s` are those
+of the prefill, for each device: two for every weight that a token is multiplied with, and causal
+attention's. Speeds are over transformers'.
 """
 
 import itertools
@@ -394,11 +395,12 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     peak = max(filter(None, peaks), default=None)
     flops = _prefill_flops(model, length) / len(peaks)
+    longest = max(count for _, count in segments)
     return {
         "prefill ms": statistics.median(prefills) * 1e3,
         "TFLOP/s": flops / statistics.median(prefills) / 1e12,
         "first token ms": statistics.median(firsts) * 1e3,
-        "ms/token": statistics.median(seconds / count for seconds, count in segments) * 1e3,
+        "ms/token": statistics.median(s / n for s, n in segments if n == longest) * 1e3,
         "tokens/s": sum(count for _, count in segments) / sum(seconds for seconds, _ in segments),
         "GB/token": (weights + token_bytes * (length + new_tokens / 2)) / 1e9,
         "peak GB": peak and peak / 1e9,

@@ -30,7 +30,6 @@ ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
 INPUTS, OUTPUTS = 128, 128  # of a tile, at most
 STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
 PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
-GROUPED_PROGRAMS = 512  # where groups have scales: each tile waits for its own
 
 
 class Tile(NamedTuple):
@@ -110,17 +109,16 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
-    programs = GROUPED_PROGRAMS if group < inputs else PROGRAMS
-    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths), programs)
+    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths))
     if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
-        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths), programs)
+        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths))
     return tile
 
 
-def _split(inputs: int, outputs: int, deep: int, wide: int, programs: int) -> Tile:
+def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
     """A tile of this size, with as many splits of the inputs as give a device enough to do."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
-    while columns * splits < programs and not steps % (2 * splits):
+    while columns * splits < PROGRAMS and not steps % (2 * splits):
         splits *= 2
     return Tile(deep, wide, splits)
 
@@ -141,37 +139,40 @@ def _kernel(
 ) -> None:
     """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
     *stacked, out_ref = refs
-    count, column = len(stacked) // len(widths), pl.program_id(0)
+    count = len(stacked) // len(widths)
+    column, split = pl.program_id(0), pl.program_id(1)  # here, for the interpreter
     start = 0
     for number, width in enumerate(widths):
         stop = start + width // tile.outputs
         stack = stacked[number * count : (number + 1) * count]
 
         def multiply(stack: Any = stack, first: Any = (column - start) * tile.outputs) -> None:
-            total = _tiles(layer_ref[0], x_ref, stack, first, out_ref.shape[1], tile, steps, group)
-            _store(out_ref, total, column, tile)
+            where = layer_ref[0], split * steps, first
+            total = _tiles(where, x_ref, stack, out_ref.shape[1], tile, steps, group)
+            _store(out_ref, total, split, column * tile.outputs)
 
         pl.when((column >= start) & (column < stop))(multiply)
         start = stop
 
 
 def _tiles(
-    layer: Array,
+    where: tuple[Array, Array, Array],
     x_ref: Any,  # [rows, inputs]
     stack: Sequence[Any],
-    first: Array,
     num_rows: int,
     tile: Tile,
     steps: int,
     group: int,
 ) -> Float[Array, "ROWS outputs"]:
-    """The sums over a program's tiles of a matrix, of outputs from `first` on.
+    """The sums over a program's tiles of a matrix.
 
-    `stack`: values [L, outputs, inputs], or half the inputs where two share a byte; scales
-    [L, blocks of outputs, groups]; and zeros, if there are any.
+    Args:
+        where: the matrix's number, and the program's first tile and first output.
+        stack: values [L, outputs, inputs], or half the inputs where two share a byte; scales
+            [L, blocks of outputs, groups]; and zeros, if there are any.
     """
     values_ref, scale_ref, *zero_ref = stack
-    split = pl.program_id(1)
+    layer, begin, first = where
     outputs = pl.ds(first, tile.outputs)
     block_outputs = values_ref.shape[1] // scale_ref.shape[1]
     row = jnp.arange(ROWS, dtype=jnp.int32)
@@ -206,10 +207,10 @@ def _tiles(
         return [part(ref, number) for ref in (scale_ref, *zero_ref)] if grouped else []
 
     def step(n: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        number = split * steps + n
+        number = begin + n
         total, (*scale, zero) = carry if zero_ref else (carry[0], [*carry[1], None])
         # Those of the next step are on their way while this one computes.
-        following = parts(split * steps + jnp.minimum(n + 1, steps - 1))
+        following = parts(begin + jnp.minimum(n + 1, steps - 1))
         values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
         for half in range(halves):
@@ -224,20 +225,20 @@ def _tiles(
         return (total + scaled(found, scale[0]) if grouped else found), following
 
     total = jnp.zeros((ROWS, tile.outputs), jnp.float32)
-    total, _ = lax.fori_loop(0, steps, step, (total, parts(split * steps)))
+    total, _ = lax.fori_loop(0, steps, step, (total, parts(begin)))
     return total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
 
 
-def _store(out_ref: Any, total: Float[Array, "ROWS outputs"], column: Array, tile: Tile) -> None:
-    """Without the rows that fill up."""
-    split, num_rows = pl.program_id(1), out_ref.shape[1]
-    outputs = pl.ds(column * tile.outputs, tile.outputs)
+def _store(out_ref: Any, total: Float[Array, "ROWS outputs"], split: Array, first: Array) -> None:
+    """From output `first` on, without the rows that fill up."""
+    num_rows, outputs = out_ref.shape[1], pl.ds(first, total.shape[1])
     if INTERPRET:
         out_ref[split, :, outputs] = total[:num_rows]
         return
     row = jnp.arange(ROWS, dtype=jnp.int32)
     mask = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
-    plgpu.store(out_ref.at[split, jnp.minimum(row, num_rows - 1), outputs], total, mask=mask)
+    rows = jnp.minimum(row, num_rows - 1)
+    plgpu.store(out_ref.at[split, rows, outputs], total, mask=mask)
 
 
 def _dot(x: Array, kernel: Array) -> Array:
