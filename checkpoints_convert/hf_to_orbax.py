@@ -20,10 +20,10 @@ from checkpoints_convert.common import (
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.weights.adapters import with_adapter
-from dca_jax.weights.files import written_aside
+from dca_jax.weights.files import PARAMS, written_aside
 from dca_jax.weights.folder import copy_description
 from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
-from dca_jax.weights.orbax import PARAMS, StreamedArray, save
+from dca_jax.weights.orbax import StreamedArray, save
 from dca_jax.weights.parameters import Parameter, parameters
 
 

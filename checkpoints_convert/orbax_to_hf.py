@@ -20,9 +20,9 @@ from checkpoints_convert.common import (
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.weights.adapters import with_adapter
-from dca_jax.weights.files import copy_companions, read_json, written_aside
+from dca_jax.weights.files import PARAMS, copy_companions, is_converted, read_json, written_aside
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import PARAMS, is_converted, open_converted
+from dca_jax.weights.orbax import open_converted
 from dca_jax.weights.parameters import parameters
 from dca_jax.weights.safetensors_folder import SHARD_BYTES, write_weights
 

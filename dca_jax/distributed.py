@@ -8,6 +8,9 @@ as on one host, and nothing else in this package knows how many processes there 
     only the primary, process 0, prints results and writes files that are not sharded arrays
 
 Arrays that are cut between processes can be computed with, and cannot be brought to one host.
+
+JAX, which takes seconds to import, is imported only where several processes may be: the command
+line's help and its errors do without it.
 """
 
 import json
@@ -20,10 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from dca_jax.errors import InputError
 
@@ -61,6 +60,8 @@ def initialize(
         InputError: a number that is not given and not found, or out of range; an address that is
             none, or taken; a device was touched before.
     """
+    import jax
+
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     _check(coordinator, num_processes, process_id, start_timeout, peer_timeout)
     given = None not in (coordinator, num_processes, process_id)
@@ -98,12 +99,23 @@ def initialize(
 
 def is_primary() -> bool:
     """Whether this is the process that prints and writes: the only one, or process 0."""
-    return not several_processes() or jax.process_index() == 0
+    return not several_processes() or _number_of_all()[0] == 0
 
 
 def several_processes() -> bool:
     """Whether this program runs in several processes; asking touches no device if it does not."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return _number_of_all()[1] > 1
+
+
+def _number_of_all() -> tuple[int, int]:
+    """This process' number, and how many there are."""
+    if "jax" not in sys.modules:  # then nobody can have joined others
+        return 0, 1
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return 0, 1
+    return jax.process_index(), jax.process_count()
 
 
 def print_once() -> None:
@@ -126,6 +138,9 @@ def from_primary(make: Callable[[], Any]) -> Any:
     """
     if not several_processes():
         return make()
+    import numpy as np
+    from jax.experimental import multihost_utils
+
     reply = b""
     if is_primary():
         try:
@@ -154,31 +169,34 @@ def ending_together() -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit as end:
-        if several_processes() and end.code not in (None, 0) and not _meet(f"exit {end.code}"):
-            _leave(end.code if isinstance(end.code, int) else 1)
+    except BaseException as error:
+        if several_processes():
+            _end(error)
         raise
-    except InputError as error:
-        if not several_processes():
-            raise
+
+
+def _end(error: BaseException) -> None:
+    """What `ending_together` says of an exception; returns if all processes have it, said once."""
+    import jax
+
+    if isinstance(error, SystemExit):
+        if error.code not in (None, 0) and not _meet(f"exit {error.code}"):
+            _leave(error.code if isinstance(error.code, int) else 1)
+    elif isinstance(error, InputError):
         if not _meet(f"error: {error}"):
             _say(str(error))
             _leave(2)
         if is_primary():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except jax.errors.JaxRuntimeError as error:
-        if not several_processes():
-            raise
+    elif isinstance(error, jax.errors.JaxRuntimeError):
         _say(
             f"a computation shared with the other processes failed: {str(error)[:2000]}\n"
             "If this speaks of a connection or of a peer, another process ended first; what it "
             "said before tells why"
         )
         _leave(1)
-    except BaseException as error:
-        if not several_processes():
-            raise
+    else:
         traceback.print_exception(error)
         _say(f"ended by {type(error).__name__}")
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -227,6 +245,7 @@ def _give_up(coordinator: str | None, process_id: int | None, seconds: int) -> N
 
 def _meet(what: str) -> bool:
     """Whether every process comes here with the same `what`; waits for it a little."""
+    import jax
     from orbax.checkpoint import multihost  # slow to import, and needed at a bad end only
 
     everyone = set(range(jax.process_count()))
@@ -239,8 +258,8 @@ def _meet(what: str) -> bool:
 
 
 def _say(message: str) -> None:
-    where = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"error: {where}: {message}", file=sys.stderr)
+    number, processes = _number_of_all()
+    print(f"error: process {number} of {processes}: {message}", file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:

@@ -39,6 +39,7 @@ from dca_jax.grouped import (
     spread,
 )
 from dca_jax.packed_weights import Packed
+from dca_jax.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
 PIECE = 2**14  # tokens that are sorted at once: k copies of each are in memory
@@ -115,7 +116,7 @@ class Experts(nnx.Module):
             x: Array, router: Array, gate: Any, up: Any, down: Any, layer: Array
         ) -> tuple[Array, Routing]:
             with jax.named_scope("router"):
-                routing = self.route(x, jax.lax.dynamic_index_in_dim(router, layer, keepdims=False))
+                routing = self.route(x, router, layer)
             chosen, weights = routing.chosen, routing.weights
             first = jnp.int32(0)
             if shards.size("fsdp") > 1:
@@ -138,10 +139,18 @@ class Experts(nnx.Module):
         )
         return mapped(x, router, gate, up, down, layer)
 
-    def route(self, x: Float[Array, "B T D"], router: Float[Array, "D E"]) -> Routing:
+    def route(
+        self, x: Float[Array, "B T D"], routers: Float[Array, "L D E"], layer: Int[Array, ""]
+    ) -> Routing:
         """Which experts read each token: the k most likely, of equal ones those numbered lower."""
         wide = compute_dtype(x.dtype)
-        logits = jnp.matmul(x.astype(wide), router.astype(wide), precision="highest")
+        row = x.reshape(-1, x.shape[-1])
+        if len(row) == 1 and can_multiply(row, [routers]):
+            (logits,) = row_products(row, [routers], layer[None])
+            logits = logits.reshape(*x.shape[:2], -1)
+        else:
+            router = jax.lax.dynamic_index_in_dim(routers, layer, keepdims=False)
+            logits = jnp.matmul(x.astype(wide), router.astype(wide), precision="highest")
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, self.mixture.num_experts_per_tok)
         if self.mixture.norm_topk_prob:

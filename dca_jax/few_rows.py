@@ -10,7 +10,9 @@ register, and unpacks them there. Outputs side by side it would have to fetch a 
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
 INPUTS, OUTPUTS = 128, 128  # of a tile, at most
 STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
 PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
+GROUPED_PROGRAMS = 512  # where groups have scales: each tile waits for its own
 
 
 class Tile(NamedTuple):
@@ -50,65 +53,74 @@ def are_few(rows: int, dtype: Any) -> bool:
 
 def multiply(
     x: Float[Array, "rows inputs"],
-    matrices: Packed,
+    stacks: Sequence[Packed],
     layer: Int[Array, ""],
     tile: Tile | None = None,
-) -> Float[Array, "rows outputs"]:
-    """x times matrix `layer` of a stack, in float32.
+) -> tuple[Float[Array, "rows _"], ...]:
+    """x times matrix `layer` of each of the stacks, in float32; in one launch, if a tile fits all.
 
     Args:
         x: up to `ROWS` rows.
-        matrices: of one axis of outputs and one of inputs, stacked.
+        stacks: of one form, and of matrices with the same inputs; of one axis of outputs and one
+            of inputs, stacked.
         tile: sizes that divide those of a matrix, and groups or blocks; default: `choose_tile`'s.
     """
     rows, inputs = x.shape
-    outputs = matrices.inner_shape[1]
-    tile = choose_tile(matrices) if tile is None else tile
+    tile = choose_tile(stacks) if tile is None else tile
+    if tile is None and len(stacks) > 1:
+        return tuple(multiply(x, [matrices], layer)[0] for matrices in stacks)
     if tile is None:
         precision = "highest" if x.dtype == jnp.float32 else None
-        matrix = matrices.at(layer).unpack_inner(x.dtype)
-        return jnp.einsum(
-            "rD,VD->rV", x, matrix, precision=precision, preferred_element_type=jnp.float32
+        matrix = stacks[0].at(layer).unpack_inner(x.dtype)
+        return (
+            jnp.einsum(
+                "rD,VD->rV", x, matrix, precision=precision, preferred_element_type=jnp.float32
+            ),
         )
+    widths = [matrices.inner_shape[1] for matrices in stacks]
+    leaves = [jax.tree.leaves(matrices) for matrices in stacks]
     kernel = functools.partial(
         _kernel,
         tile=tile,
         steps=inputs // tile.inputs // tile.splits,
-        group=inputs // matrices.scale.shape[2],
-        block_outputs=outputs // matrices.scale.shape[1],
+        group=inputs // stacks[0].scale.shape[2],
+        widths=widths,
     )
     out = pl.pallas_call(
         kernel,
-        grid=(outputs // tile.outputs, tile.splits),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, rows, outputs), jnp.float32),
+        grid=(sum(widths) // tile.outputs, tile.splits),
+        out_shape=jax.ShapeDtypeStruct((tile.splits, rows, sum(widths)), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=INTERPRET,
         name="dca_few_rows",
-    )(layer.astype(jnp.int32).reshape(1), _filled_up(x), *jax.tree.leaves(matrices))
-    return out.sum(axis=0)
+    )(layer.astype(jnp.int32).reshape(1), _filled_up(x), *itertools.chain(*leaves))
+    ends = list(itertools.accumulate(widths))
+    return tuple(jnp.split(out.sum(axis=0), ends[:-1], axis=1))
 
 
-def choose_tile(matrices: Packed) -> Tile | None:
-    """Sizes for a stack of matrices; None if tensor cores cannot multiply by its groups.
+def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
+    """Sizes for stacks of matrices; None if tensor cores cannot multiply by their groups.
 
     Groups and tiles are powers of two, and tensor cores add 16 products.
     """
-    _, outputs, inputs = matrices.inner_shape
-    group = inputs // matrices.scale.shape[2]
+    inputs, widths = stacks[0].inner_shape[2], [matrices.inner_shape[1] for matrices in stacks]
+    groups = {matrices.scale.shape[2] for matrices in stacks}
+    group = inputs // stacks[0].scale.shape[2]
     deep = group if group < inputs else math.gcd(inputs, INPUTS)
-    least = 32 if matrices.form == "int4" else 16
-    if deep & (deep - 1) or deep < least or math.gcd(outputs, OUTPUTS) < 16:
+    least = 32 if stacks[0].form == "int4" else 16
+    if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
-    tile = _split(inputs, outputs, deep, math.gcd(outputs, OUTPUTS))
+    programs = GROUPED_PROGRAMS if group < inputs else PROGRAMS
+    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths), programs)
     if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
-        tile = _split(inputs, outputs, deep, math.gcd(outputs, OUTPUTS // 2))
+        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths), programs)
     return tile
 
 
-def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
+def _split(inputs: int, outputs: int, deep: int, wide: int, programs: int) -> Tile:
     """A tile of this size, with as many splits of the inputs as give a device enough to do."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
-    while columns * splits < PROGRAMS and not steps % (2 * splits):
+    while columns * splits < programs and not steps % (2 * splits):
         splits *= 2
     return Tile(deep, wide, splits)
 
@@ -121,19 +133,47 @@ def _filled_up(x: Array) -> Array:
 def _kernel(
     layer_ref: Any,  # [1]
     x_ref: Any,  # [rows, inputs]
-    values_ref: Any,  # [L, outputs, inputs], or half the inputs where two share a byte
-    scale_ref: Any,  # [L, blocks of outputs, groups]
-    *refs: Any,  # the zeros, if there are any; out: [splits, rows, outputs]
+    *refs: Any,  # values, scales and zeros, if any, of each stack; out: [splits, rows, outputs]
     tile: Tile,
     steps: int,
     group: int,
-    block_outputs: int,
+    widths: list[int],
 ) -> None:
-    *zero_ref, out_ref = refs
-    layer, split = layer_ref[0], pl.program_id(1)
-    first = pl.program_id(0) * tile.outputs
+    """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
+    *refs, out_ref = refs
+    count, column = len(refs) // len(widths), pl.program_id(0)
+    start = 0
+    for number, width in enumerate(widths):
+        stop = start + width // tile.outputs
+        stack = refs[number * count : (number + 1) * count]
+
+        def multiply(stack: Any = stack, first: Any = (column - start) * tile.outputs) -> None:
+            total = _tiles(layer_ref[0], x_ref, stack, first, out_ref.shape[1], tile, steps, group)
+            _store(out_ref, total, column, tile)
+
+        pl.when((column >= start) & (column < stop))(multiply)
+        start = stop
+
+
+def _tiles(
+    layer: Array,
+    x_ref: Any,  # [rows, inputs]
+    stack: Sequence[Any],
+    first: Array,
+    num_rows: int,
+    tile: Tile,
+    steps: int,
+    group: int,
+) -> Float[Array, "ROWS outputs"]:
+    """The sums over a program's tiles of a matrix, of outputs from `first` on.
+
+    `stack`: values [L, outputs, inputs], or half the inputs where two share a byte; scales
+    [L, blocks of outputs, groups]; and zeros, if there are any.
+    """
+    values_ref, scale_ref, *zero_ref = stack
+    split = pl.program_id(1)
     outputs = pl.ds(first, tile.outputs)
-    num_rows = out_ref.shape[1]
+    block_outputs = values_ref.shape[1] // scale_ref.shape[1]
     row = jnp.arange(ROWS, dtype=jnp.int32)
     # Rows that fill up are neither read nor stored.
     rows = slice(None) if INTERPRET else jnp.minimum(row, num_rows - 1)
@@ -174,21 +214,30 @@ def _kernel(
         found = jnp.zeros_like(total) if grouped else total
         for half in range(halves):
             x = load_x(pl.ds(number * tile.inputs + half * width, width))
-            if halves == 1:
-                kernel = values.astype(x.dtype)
-            else:
+            if halves == 2:
                 kernel = _half(values, zero, 4 * half, x.dtype)
+            elif values.dtype == jnp.int8:
+                kernel = _bytes(values, x.dtype)
+            else:
+                kernel = values.astype(x.dtype)
             found += _dot(x, kernel)
         return (total + scaled(found, scale[0]) if grouped else found), following
 
     total = jnp.zeros((ROWS, tile.outputs), jnp.float32)
     total, _ = lax.fori_loop(0, steps, step, (total, parts(split * steps)))
-    total = total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
+    return total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
+
+
+def _store(out_ref: Any, total: Float[Array, "ROWS outputs"], column: Array, tile: Tile) -> None:
+    """Without the rows that fill up."""
+    split, num_rows = pl.program_id(1), out_ref.shape[1]
+    outputs = pl.ds(column * tile.outputs, tile.outputs)
     if INTERPRET:
         out_ref[split, :, outputs] = total[:num_rows]
-    else:
-        mask = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
-        plgpu.store(out_ref.at[split, rows, outputs], total, mask=mask)
+        return
+    row = jnp.arange(ROWS, dtype=jnp.int32)
+    mask = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
+    plgpu.store(out_ref.at[split, jnp.minimum(row, num_rows - 1), outputs], total, mask=mask)
 
 
 def _dot(x: Array, kernel: Array) -> Array:
@@ -227,6 +276,41 @@ def _half(
         _HALVES.format(shift=shift),
         args=[values, jnp.broadcast_to(zero.astype(dtype)[:, None], values.shape)],
         constraints="=&r,=&r,r,r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, dtype)],
+    )
+    return found
+
+
+# Four bytes become four numbers in bfloat16: 0x4300 and the lower seven bits are 128 + q, from
+# which 0x4300 and the sign's bit are taken, 128 or 256: exactly. A conversion takes as long as four
+# other instructions.
+_BYTES = """
+{
+.reg .b32 one, wide, offset;
+mov.b32 one, 0x3f803f80;
+prmt.b32 wide, $2, 0x43434343, 0x4140;
+and.b32 offset, wide, 0xff80ff80;
+xor.b32 offset, offset, 0x80008000;
+and.b32 wide, wide, 0xff7fff7f;
+fma.rn.bf16x2 $0, wide, one, offset;
+prmt.b32 wide, $2, 0x43434343, 0x4342;
+and.b32 offset, wide, 0xff80ff80;
+xor.b32 offset, offset, 0x80008000;
+and.b32 wide, wide, 0xff7fff7f;
+fma.rn.bf16x2 $1, wide, one, offset;
+}
+"""
+
+
+def _bytes(values: Int[Array, "outputs inputs"], dtype: Any) -> Array:
+    """int8 as numbers of a floating dtype."""
+    if INTERPRET or dtype != jnp.bfloat16:
+        return values.astype(dtype)
+    (found,) = plgpu.elementwise_inline_asm(
+        _BYTES,
+        args=[values],
+        constraints="=&r,=&r,r",
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, dtype)],
     )

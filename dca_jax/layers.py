@@ -5,7 +5,7 @@ Shapes are those of `dca_jax.model`.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,14 +19,16 @@ from jaxtyping import Array, Float, Int
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
-from dca_jax.packed_product import packed_product
-from dca_jax.packed_weights import Packed, is_packed
+from dca_jax.packed_product import packed_product, packed_products
+from dca_jax.packed_weights import is_packed
+from dca_jax.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
 Attend = Callable[[Array, Array, Array], Array]
 
 ROWS = 8  # of the smallest product of matrices
+SMALL = 48 * 2**20  # bytes of a kernel that cuBLAS reads at much less than the memory's rate
 PRODUCT = "product"  # the name of what a `Linear` gives, for what is kept in training
 
 
@@ -69,36 +71,41 @@ class Linear(nnx.Module):
     ) -> Array:
         """[B, T, *inputs] to [B, T, *outputs].
 
-        With `layer` a packed kernel is not this layer's slice but the whole stack.
+        With `layer` a kernel that `stays_whole` is not this layer's slice but the whole stack.
         """
-        kernel = self.kernel[...]
-        shards = Shards.of(kernel)
+        return project(x, inputs, [(self, outputs)], layer)[0]
 
-        def product(subscripts: str, x: Array, kernel: Array) -> Array:
-            # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
-            precision = "highest" if x.dtype == jnp.float32 else None
-            kernel = kernel.astype(x.dtype)
-            place = shards.product(subscripts, x, kernel)
-            tokens = x.shape[1]
-            if self._is_one_row(x, shards):
-                x = jnp.pad(x, ((0, 0), (0, ROWS - 1)) + ((0, 0),) * (x.ndim - 2))
-            y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
-            return y[:, :tokens]
+    def multiply(self, x: Array, inputs: str, outputs: str) -> Array:
+        """x times the kernel, this layer's."""
+        kernel, subscripts = self.kernel[...], f"BT{inputs},{inputs}{outputs}->BT{outputs}"
+        if is_packed(kernel):
+            return packed_product(subscripts, x, kernel)
+        kernel = Shards.of(kernel).gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+        return self._product(subscripts, x, kernel)
 
-        subscripts = f"BT{inputs},{inputs}{outputs}->BT{outputs}"
-        if isinstance(kernel, Packed):
-            y = packed_product(subscripts, x, kernel, layer).astype(x.dtype)
-        else:
-            kernel = shards.gathered(kernel.astype(x.dtype))  # first narrow, then on its way
-            y = product(subscripts, x, kernel)
+    def finished(self, x: Array, y: Array, inputs: str, outputs: str) -> Array:
+        """y = einsum(x, kernel), and what LoRA and the bias add."""
         if self.lora is not None:
-            low = product(f"BT{inputs},{inputs}R->BTR", x, shards.gathered(self.lora_a[...]))
+            a, b = (Shards.of(w).gathered(w) for w in (self.lora_a[...], self.lora_b[...]))
+            low = self._product(f"BT{inputs},{inputs}R->BTR", x, a)
             low = checkpoint_name(low * self.lora.scale, PRODUCT)
-            y += product(f"BTR,R{outputs}->BT{outputs}", low, shards.gathered(self.lora_b[...]))
+            y += self._product(f"BTR,R{outputs}->BT{outputs}", low, b)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return checkpoint_name(y, PRODUCT)
+
+    def _product(self, subscripts: str, x: Array, kernel: Array) -> Array:
+        # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
+        precision = "highest" if x.dtype == jnp.float32 else None
+        shards = Shards.of(self.kernel[...])
+        kernel = kernel.astype(x.dtype)
+        place = shards.product(subscripts, x, kernel)
+        tokens = x.shape[1]
+        if self._is_one_row(x, shards):
+            x = jnp.pad(x, ((0, 0), (0, ROWS - 1)) + ((0, 0),) * (x.ndim - 2))
+        y = jnp.einsum(subscripts, x, kernel, precision=precision, out_sharding=place)
+        return y[:, :tokens]
 
     @staticmethod
     def _is_one_row(x: Array, shards: Shards) -> bool:
@@ -111,6 +118,44 @@ class Linear(nnx.Module):
         if x.shape[:2] != (1, 1) or current_device().platform != "gpu":
             return False
         return shards.size("tensor") == 1 or not any(jax.typeof(x).sharding.spec[2:])
+
+
+def project(
+    x: Array,
+    inputs: str,
+    linears: Sequence[tuple[Linear, str]],
+    layer: Int[Array, ""] | None = None,
+) -> list[Array]:
+    """What several `Linear`s make of the same [B, T, *inputs]; in one launch where that is faster.
+
+    Args:
+        linears: with the letters of their outputs. layer: as of `Linear`.
+    """
+    products: dict[int, Array] = {}
+    kernels = {number: linear.kernel[...] for number, (linear, _) in enumerate(linears)}
+    stacks = {n: k for n, k in kernels.items() if is_packed(k) and layer is not None}
+    if stacks:
+        subscripts = [f"BT{inputs},{inputs}{linears[n][1]}->BT{linears[n][1]}" for n in stacks]
+        found = packed_products(subscripts, x, list(stacks.values()), layer)
+        products |= zip(stacks, found, strict=True)
+    rows = {
+        n: kernel
+        for n, kernel in kernels.items()
+        if n not in products and kernel.ndim > len(inputs + linears[n][1])
+    }
+    if rows:
+        flat = [kernel.reshape(len(kernel), x[0, 0].size, -1) for kernel in rows.values()]
+        found = row_products(x.reshape(1, -1), flat, layer[None])
+        for (n, kernel), y in zip(rows.items(), found, strict=True):
+            shape = kernel.shape[1 + len(inputs) :]
+            products[n] = y.astype(x.dtype).reshape(1, 1, *shape)
+    for n, (linear, outputs) in enumerate(linears):
+        if n not in products:
+            products[n] = linear.multiply(x, inputs, outputs)
+    return [
+        linear.finished(x, products[n], inputs, outputs)
+        for n, (linear, outputs) in enumerate(linears)
+    ]
 
 
 class RMSNorm(nnx.Module):
@@ -151,9 +196,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], attend: Attend, layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         """What the tokens read of one another; `layer` as in `Linear`."""
-        query = self.q_proj(x, "D", "NH", layer)
-        key = self.k_proj(x, "D", "KH", layer)
-        value = self.v_proj(x, "D", "KH", layer)
+        projections = (self.q_proj, "NH"), (self.k_proj, "KH"), (self.v_proj, "KH")
+        query, key, value = project(x, "D", projections, layer)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return self.o_proj(attend(query, key, value), "NH", "D", layer)
@@ -172,8 +216,8 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         """Of each token alone; `layer` as in `Linear`."""
-        gate = jax.nn.silu(self.gate_proj(x, "D", "F", layer))
-        return self.down_proj(gate * self.up_proj(x, "D", "F", layer), "F", "D", layer)
+        gate, up = project(x, "D", [(self.gate_proj, "F"), (self.up_proj, "F")], layer)
+        return self.down_proj(jax.nn.silu(gate) * up, "F", "D", layer)
 
 
 class Place(NamedTuple):
@@ -226,10 +270,13 @@ class Run(NamedTuple):
     first: int
 
     @property
-    def places(self) -> Place:
-        """Each one's numbers, along a leading axis."""
-        numbers = jnp.arange(self.stop - self.start, dtype=jnp.int32)
-        return Place(self.start + numbers, self.first + numbers)
+    def numbers(self) -> Int[Array, " n"]:
+        """Of these layers, among all."""
+        return jnp.arange(self.start, self.stop, dtype=jnp.int32)
+
+    def place(self, number: Int[Array, ""]) -> Place:
+        """A layer's numbers."""
+        return Place(number, number + (self.first - self.start))
 
     @property
     def block(self) -> Block:
@@ -237,22 +284,25 @@ class Run(NamedTuple):
         last = self.first + self.stop - self.start
         return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
 
-    @property
-    def sliced(self) -> Block:
-        """`block` without experts and packed kernels, which are read where they lie in a stack."""
+    def sliced(self, rows: int) -> Block:
+        """`block` without what is read where it lies in a stack: experts, and `stays_whole`."""
         block = self._common if isinstance(self.whole.feed_forward, Experts) else self.block
-        return jax.tree.map(
-            lambda leaf: None if is_packed(leaf) else leaf, block, is_leaf=is_packed
-        )
 
-    def with_stacks(self, sliced: Block) -> Block:
+        def part(path: Any, leaf: Any) -> Any:
+            return None if stays_whole(path, leaf, rows) else leaf
+
+        return jax.tree_util.tree_map_with_path(part, block, is_leaf=is_packed)
+
+    def with_stacks(self, sliced: Block, rows: int) -> Block:
         """A slice of `sliced`, with whole stacks in the place of what it is without."""
         block = self.whole
         if isinstance(block.feed_forward, Experts):
             sliced = sliced._replace(feed_forward=block.feed_forward)
-        return jax.tree.map(
-            lambda whole, own: whole if is_packed(whole) else own, block, sliced, is_leaf=is_packed
-        )
+
+        def part(path: Any, whole: Any, own: Any) -> Any:
+            return whole if stays_whole(path, whole, rows) else own
+
+        return jax.tree_util.tree_map_with_path(part, block, sliced, is_leaf=is_packed)
 
     @property
     def _common(self) -> Block:
@@ -300,6 +350,24 @@ class Layers(nnx.Module):
             feed_forward = self.experts if sparse else self.mlp
             assert feed_forward is not None
             yield Run(Block(*common, feed_forward), start, stop, first)
+
+
+def stays_whole(path: Any, stack: Any, rows: int) -> bool:
+    """Whether so many rows are multiplied by this where it lies in its stack: it is not sliced.
+
+    That is a packed kernel; and on a GPU, by one row, a kernel that is small.
+    """
+    if is_packed(stack):
+        return True
+    *_, linear, name, _ = (getattr(key, "name", None) for key in path)
+    if rows != 1 or name != "kernel" or Shards.of(stack).mesh is not None:
+        return False
+    inputs = math.prod(stack.shape[1 : 3 if linear == "o_proj" else 2])
+    outputs = math.prod(stack.shape[1:]) // inputs
+    row = jax.ShapeDtypeStruct((1, inputs), stack.dtype)
+    matrices = jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)
+    is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
+    return is_small and can_multiply(row, [matrices])
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:

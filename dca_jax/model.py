@@ -5,6 +5,7 @@ L layers. The layers are stacked on a leading axis and run by one `lax.scan`, or
 MLP and some a mixture of experts, by one for each run of layers that are alike.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,16 +20,22 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import SAVED, Rows
 from dca_jax.attention.bands import PositionMethod
-from dca_jax.attention.layer import attend_to_cache, attend_to_text, attend_to_texts
+from dca_jax.attention.layer import (
+    SparseText,
+    attend_to_cache,
+    attend_to_text,
+    attend_to_texts,
+)
 from dca_jax.attention.op import make_rows
 from dca_jax.attention.parallel.zigzag import pad_to_zigzag, unpad_from_zigzag
+from dca_jax.attention.sparse import Sparse
 from dca_jax.attention.stored import Stored
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.experts import Balance, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache, PagedCache
-from dca_jax.layers import PRODUCT, Block, Layers, Linear, Place, RMSNorm, Run
+from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm, Run
 from dca_jax.packed_product import packed_product, unpacked_inner
 from dca_jax.packed_weights import Packed, is_packed
 from dca_jax.sharding import Shards
@@ -63,6 +70,7 @@ class Llama(nnx.Module):
         remat: what training keeps of each layer for the backward pass, a name of `REMAT`; None
             is everything.
         implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
+        sparse: how long prompts are read (`dca_jax.attention.sparse`); None: densely.
         lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
         rngs: initialization (normal, 0.02).
     """
@@ -76,11 +84,12 @@ class Llama(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         remat: str | None = None,
         implementation: str | None = None,
+        sparse: Sparse | None = None,
         lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         param_dtype = jnp.dtype(param_dtype)
-        self.config, self.dca = config, dca
+        self.config, self.dca, self.sparse = config, dca, sparse
         self.dtype, self.remat, self.implementation = jnp.dtype(dtype), remat, implementation
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
         self.lora = lora
@@ -113,8 +122,13 @@ class Llama(nnx.Module):
         float32; 0 for a model without experts.
         """
         self.check_window(tokens.shape[1])
+        if self.sparse is not None:
+            raise InputError(
+                f"this model reads long texts sparsely ({self.sparse.selector.name}), which is for "
+                "prompts and has no gradient; train one that is loaded with sparse='off'"
+            )
         rows, _ = self._place_rows(tokens, lengths, None, None)
-        x, _, balance = self._read_text(tokens, rows, text_index, None)
+        x, _, balance = self._read_text(tokens, rows, text_index, None, None)
         return x, jnp.float32(0) if balance is None else load_balancing_loss(balance)
 
     def hidden_states(
@@ -133,6 +147,10 @@ class Llama(nnx.Module):
         On a mesh, whole texts are shared by the devices of `context`, and so are the hidden states
         if their number divides T. Tokens that follow a cache are few, and every device has them.
 
+        A model that reads long prompts sparsely does so with whole texts beyond its threshold, and
+        with pieces of prompts, which `context_lengths` marks as such: its lengths decide. A piece
+        then begins at a multiple of `sparse.segment`, and T is one.
+
         Args:
             tokens: new tokens of each row, right-padded; without a cache, whole texts.
             lengths: how many of the T tokens are real in each row (default: all). Padding is not
@@ -142,8 +160,8 @@ class Llama(nnx.Module):
             cache: what the rows have read so far; `tokens` follow it, at cache.lengths[b]. Tokens
                 beyond the capacity would be lost: check before calling
                 (`dca_jax.inference.generate` does).
-            context_lengths: length of the row's whole prompt, for temperature and dynamic NTK
-                (default: the row's length after this call).
+            context_lengths: length of the row's whole prompt, for temperature, dynamic NTK and
+                sparse reading (default: the row's length after this call).
             new_cache: of whole texts, a dtype: makes a cache of it out of their keys and values,
                 with a capacity of T. It is how a cache shared along `context` is filled.
             cache_layers: which entry of the cache's first axis belongs to each layer (default: the
@@ -153,15 +171,21 @@ class Llama(nnx.Module):
             InputError: plain attention over whole texts longer than the model's sliding window
                 (how much of a cache is read is not known before it runs: `check_window` says
                 whether it may be); a batch, or the capacity of a new cache, that the mesh does not
-                divide.
+                divide; a piece of a prompt to be read sparsely that is no multiple of segments.
         """
         if cache is None:
             self.check_window(tokens.shape[1])
         rows, frequency_lengths = self._place_rows(tokens, lengths, cache, context_lengths)
+        prompts = rows.lengths if context_lengths is None else context_lengths
         if cache is None:
-            x, kept, _ = self._read_text(tokens, rows, text_index, new_cache)
+            prompts = prompts if self.reading(tokens.shape[1]).sparse else None
+            x, kept, _ = self._read_text(tokens, rows, text_index, new_cache, prompts)
         else:
-            x, kept = self._read_after_cache(tokens, rows, cache, cache_layers)
+            if self.sparse is None or context_lengths is None:  # tokens that have been drawn
+                prompts = None
+            else:
+                self.sparse.check_piece(tokens.shape[1])
+            x, kept = self._read_after_cache(tokens, rows, cache, cache_layers, prompts)
         if kept is None:
             return x, None
         held = kept._asdict() | {"lengths": rows.lengths, "frequency_lengths": frequency_lengths}
@@ -207,10 +231,12 @@ class Llama(nnx.Module):
         rows: Rows,
         text_index: Int[Array, "B T"] | None,
         new_cache: DTypeLike | None,
+        prompts: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Stored | None, Balance | None]:
         """Whole texts: hidden states; with `new_cache`, a cache of their keys and values.
 
-        And, of a mixture of experts, how they were chosen.
+        And, of a mixture of experts, how they were chosen. With `prompts`, their lengths, they are
+        read sparsely.
         """
         num_new, shards = tokens.shape[1], Shards.of(self.norm.scale[...])
         context = shards.size("context")
@@ -224,7 +250,10 @@ class Llama(nnx.Module):
             tokens = pad_to_zigzag(tokens, context)
             real = pad_to_zigzag(real.astype(jnp.int32), context) > 0
 
-        def run_layer(x: Array, block: Block) -> tuple[Array, tuple[Stored | None, Balance | None]]:
+        def run_layer(
+            x: Array, xs: tuple[Block, Array]
+        ) -> tuple[Array, tuple[Stored | None, Balance | None]]:
+            block, number = xs
             kept: Stored | None = None
 
             def attend(query: Array, key: Array, value: Array) -> Array:
@@ -237,6 +266,7 @@ class Llama(nnx.Module):
                 if text_index is not None:
                     rope = self.config.rope
                     return attend_to_texts(query, key, value, text_index, rope=rope, **options)
+                options["sparse"] = self._sparse_text(prompts, number)
                 out, kept = attend_to_text(
                     *(query, key, value), rows=rows, cache_dtype=new_cache, **options
                 )
@@ -249,7 +279,8 @@ class Llama(nnx.Module):
             run_layer = jax.checkpoint(run_layer, policy=REMAT[self.remat])
         x, of_layers = self._embed(tokens, shards.out("BTD")), []
         for run in self.layers.runs():
-            x, of_run = jax.lax.scan(run_layer, x, run.block)
+            layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
+            x, of_run = jax.lax.scan(run_layer, x, (run.block, layers))
             of_layers.append(of_run)
         kept, balance = (
             _joined([part for part in parts if part is not None])
@@ -264,42 +295,53 @@ class Llama(nnx.Module):
         rows: Rows,
         cache: KVCache | PagedCache,
         numbers: Int[Array, " L"] | None,
+        prompts: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Stored]:
-        """Tokens that follow a cache: hidden states, and its keys and values with theirs."""
+        """Tokens that follow a cache: hidden states, and its keys and values with theirs.
+
+        With `prompts`, their lengths, they are pieces of prompts that are read sparsely.
+        """
         shards = Shards.of(self.norm.scale[...])
-        if numbers is None:
-            numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def run_layer(
-            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array, Place]
+            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array]
         ) -> tuple[tuple[Array, Stored], None]:
             x, stored = carry
-            block, number, place = xs
-            block = run.with_stacks(block)
+            block, number = xs
+            block = run.with_stacks(block, tokens.size)
+            in_cache = number if numbers is None else numbers[number]
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 nonlocal stored
                 out, stored = attend_to_cache(
-                    *(query, key, value, stored, number),
+                    *(query, key, value, stored, in_cache),
                     dca=self.dca,
                     rows=rows,
                     implementation=self.implementation,
                     shards=shards,
+                    sparse=self._sparse_text(prompts, number),
                     pages=cache.pages if isinstance(cache, PagedCache) else None,
                 )
                 return out
 
-            x, _ = block(x, attend, place)
+            x, _ = block(x, attend, run.place(number))
             return (x, stored), None
 
         # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
         carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
         for run in self.layers.runs():
-            # Nor are experts and packed kernels, to be copied.
-            xs = run.sliced, numbers[run.start : run.stop], run.places
+            # Nor are experts, packed kernels and what one row is multiplied by, to be copied.
+            xs = run.sliced(tokens.size), run.numbers
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
         x, stored = carry
         return self.norm(x), stored
+
+    def _sparse_text(
+        self, prompts: Int[Array, " B"] | None, layer: Int[Array, ""]
+    ) -> SparseText | None:
+        if self.sparse is None or prompts is None:
+            return None
+        return SparseText(self.sparse, prompts, layer)
 
     def _embed(self, tokens: Int[Array, "B T"], place: Any) -> Float[Array, "B T D"]:
         table = self.embed_tokens.embedding[...]
@@ -426,6 +468,14 @@ class Llama(nnx.Module):
             extra = ", ".join(".".join(name) for name in sorted(given))
             raise InputError(f"unexpected parameters: {extra}")
         return jax.tree_util.tree_unflatten(treedef, leaves)
+
+    def reading(self, length: int) -> "Llama":
+        """The same model for texts of up to `length` tokens: dense, if it reads these densely."""
+        if self.sparse is None or length > self.sparse.threshold:
+            return self
+        dense = copy.copy(self)
+        dense.sparse = None
+        return dense
 
     def check_window(self, length: int) -> None:
         """Raises InputError if plain attention over `length` tokens would leave its window."""

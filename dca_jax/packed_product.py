@@ -1,6 +1,7 @@
 """Products with packed matrices: many rows by a matrix unpacked, few rows by the packed one."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,30 @@ def packed_product(
     )
 
 
+def packed_products(
+    subscripts: Sequence[str],
+    x: Array,
+    stacks: Sequence[Packed],
+    layer: Int[Array, ""],
+) -> list[Array]:
+    """`packed_product` with each of several stacks, in the dtype of x; few rows in one launch.
+
+    Args:
+        subscripts: of each, with the same letters for inputs.
+        stacks: of one form.
+    """
+    first, _ = subscripts[0].split(",")
+    inputs = sum(letter in first for letter in subscripts[0].partition("->")[0].split(",")[1])
+    lead = x.shape[: x.ndim - inputs]
+    together = Shards.of(stacks[0]).mesh is None and len({s.form for s in stacks}) == 1
+    if not together or not few_rows.are_few(math.prod(lead), x.dtype):
+        return [packed_product(s, x, m, layer) for s, m in zip(subscripts, stacks, strict=True)]
+    rows = x.reshape(math.prod(lead), -1)
+    found = few_rows.multiply(rows, [_flat(stack, inputs) for stack in stacks], layer)
+    shapes = [stack.inner_shape[1 : stack.ndim - inputs] for stack in stacks]
+    return [y.reshape(*lead, *s).astype(x.dtype) for y, s in zip(found, shapes, strict=True)]
+
+
 def unpacked_inner(matrix: Packed, dtype: DTypeLike) -> Array:
     """`Packed.unpack_inner`; on a mesh each device unpacks its own part."""
     shards = Shards.of(matrix)
@@ -78,14 +103,9 @@ def _few(
     axes: tuple[str, ...] = ()  # of the mesh, that cut inputs
 
     def local(x: Array, matrix: Packed, layer: Any) -> Array:
-        flat = jax.tree.map(
-            lambda part: part.reshape(
-                len(part), math.prod(part.shape[1:last]), math.prod(part.shape[last:])
-            ),
-            matrix,
-        )
+        flat = _flat(matrix, len(inputs))
         lead = x.shape[: x.ndim - len(inputs)]
-        y = few_rows.multiply(x.reshape(math.prod(lead), -1), flat, layer)
+        (y,) = few_rows.multiply(x.reshape(math.prod(lead), -1), [flat], layer)
         y = jax.lax.psum(y, axes) if axes else y
         return y.reshape(*lead, *matrix.inner_shape[1:last])
 
@@ -99,3 +119,13 @@ def _few(
             axes += cuts[letter] if isinstance(cuts[letter], tuple) else (cuts[letter],)
     out_spec = PartitionSpec(*(cuts[letter] for letter in out))
     return shards.local(local, (x_spec, specs, PartitionSpec()), out_spec)(x, matrix, layer)
+
+
+def _flat(stack: Packed, inputs: int) -> Packed:
+    """A stack with one axis of outputs and one of inputs, of which it has so many."""
+
+    def flat(part: Array) -> Array:
+        last = part.ndim - inputs
+        return part.reshape(len(part), math.prod(part.shape[1:last]), math.prod(part.shape[last:]))
+
+    return jax.tree.map(flat, stack)

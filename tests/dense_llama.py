@@ -18,6 +18,8 @@ from dca_jax.config import LlamaConfig
 # Of a layer, "key" or "value", and the keys rotated to their own positions, or the values: those
 # that are read in their place.
 Kept = Callable[[int, str, jax.Array], Any]
+# From the weights [B, N, T, T] of a layer's dense attention, which pairs are read.
+Chosen = Callable[[jax.Array], Any]
 
 
 def logits(
@@ -27,6 +29,7 @@ def logits(
     s: int,
     largest: int,
     kept: Kept = lambda layer, name, x: x,
+    chosen: Chosen = lambda weights: True,
 ):
     """[B, T, V] of whole texts; one layer after the other, as the parameters' tree has them."""
     length = tokens.shape[1]
@@ -38,7 +41,8 @@ def logits(
     for number in range(config.num_hidden_layers):
         layer = _layer(params, number)
         normed = _norm(x, layer["input_layernorm"]["scale"], config)
-        x = x + _attention(layer["self_attn"], normed, config, relative, s, partial(kept, number))
+        hooks = partial(kept, number), chosen
+        x = x + _attention(layer["self_attn"], normed, config, relative, s, *hooks)
         normed = _norm(x, layer["post_attention_layernorm"]["scale"], config)
         gate = normed @ layer["mlp"]["gate_proj"]["kernel"]
         up = normed @ layer["mlp"]["up_proj"]["kernel"]
@@ -79,6 +83,7 @@ def _attention(
     relative: np.ndarray,
     s: int,
     kept: Callable[[str, jax.Array], Any],
+    chosen: Chosen,
 ) -> jax.Array:
     query, key, value = (
         jnp.einsum("btd,dnh->btnh", x, layer[f"{name}_proj"]["kernel"]) for name in "qkv"
@@ -97,6 +102,8 @@ def _attention(
     causal = np.tril(np.ones(relative.shape, bool))
     scores = jnp.where(causal[None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
+    weights = jnp.where(chosen(weights), weights, 0)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
     read = jnp.einsum("bnij,bjnh->binh", weights, value)
     return jnp.einsum("btnh,nhd->btd", read, layer["o_proj"]["kernel"])
 

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+import typer
 from shared_fixtures import invoke
 from test_documents import write_pdf
 from tiny_llm import make_llm
 
 import dca_jax
 from dca_jax import Sampler
-from dca_jax.cli import measure
+from dca_jax.cli import app, measure
 from dca_jax.inference.methods import METHODS, reading
 
 PROMPT = "Call me Ishmael. Some years ago"
@@ -53,6 +54,32 @@ def test_help_teaches():
         own = invoke(command, "--help")
         assert own.exit_code == 0
         assert f"dca-jax {command}" in own.output  # an example
+
+
+def test_what_help_says_of_a_command_is_what_its_own_begins_with():
+    app_command = typer.main.get_command(app)
+    for later in app_command.commands.values():
+        command = later.load()
+        assert command.name == later.name
+        assert " ".join(command.help.partition("\n\n")[0].split()) == later.help
+
+
+def test_help_and_version_load_what_they_need():
+    """JAX takes seconds to import; `generate` needs it, and neither PyTorch nor Orbax."""
+    heavy = set("jax numpy flax orbax tensorstore transformers matplotlib torch".split())
+    code = f"""if True:
+        import contextlib, io, sys
+        from dca_jax.cli import main
+        for word in ("--version", "--help"):
+            sys.argv = ["dca-jax", word]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                main()
+        print(sorted({heavy!r} & set(sys.modules)))
+        import dca_jax.cli.run
+        print(sorted({heavy!r} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n['flax', 'jax', 'numpy']\n"
 
 
 def test_version():

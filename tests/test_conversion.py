@@ -34,7 +34,7 @@ from checkpoints_convert import hf_to_orbax, orbax_to_hf, verify
 from dca_jax.errors import InputError
 from dca_jax.weights import orbax as checkpoint
 from dca_jax.weights import parameters as parameters_module
-from dca_jax.weights.files import written_aside
+from dca_jax.weights.files import is_converted, written_aside
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.parameters import abstract_params
@@ -257,8 +257,8 @@ def test_load_converted(tmp_path, dtype):
     _, spread = load_converted(orbax, dtype=dtype, sharding=shardings(config))
     assert_same(spread, expected)
     assert len(spread["embed_tokens"]["embedding"].sharding.device_set) == 8
-    assert checkpoint.is_converted(orbax)
-    assert not checkpoint.is_converted(source)
+    assert is_converted(orbax)
+    assert not is_converted(source)
 
 
 def test_save_restore_and_export_of_arrays(tmp_path):

@@ -193,7 +193,7 @@ def test_two_processes_finetune_as_one_does(tmp_path, folder):
 
 def test_the_command_line_prints_once_and_a_killed_process_ends_the_other(tmp_path, folder, llm):
     arguments = ["generate", folder, PROMPTS[0], "--max-new-tokens", "4000"]
-    arguments += ["--mesh", "context=4,tensor=2"]
+    arguments += ["--mesh", "fsdp=4,tensor=2"]
     (expected,) = llm.generate(PROMPTS[0], max_new_tokens=60)
     assert expected.finish_reason == "length"  # so that there is something to kill
     with processes(tmp_path, flags(0, *arguments), flags(1, *arguments)) as (primary, other):

@@ -18,8 +18,8 @@ from lowering import lower
 from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
+from dca_jax import row_products
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
-from dca_jax.dca import DCAConfig
 from dca_jax.device import Device
 from dca_jax.errors import InputError
 from dca_jax.experts import Experts, balance_of, load_balancing_loss
@@ -29,7 +29,6 @@ from dca_jax.grouped import (
     choose,
     chosen_products,
     collect,
-    few,
     lay_out,
     spread,
 )
@@ -158,7 +157,9 @@ def test_the_gradient_of_uneven_choices_is_that_of_transformers() -> None:
     layer = layer_of()
 
     def loss(router: jax.Array) -> jax.Array:
-        balance = balance_of(layer.route(jnp.asarray(x), router), jnp.asarray(mask))
+        balance = balance_of(
+            layer.route(jnp.asarray(x), router[None], jnp.int32(0)), jnp.asarray(mask)
+        )
         return load_balancing_loss(jax.tree.map(lambda a: a[None], balance))
 
     got, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(router))
@@ -226,7 +227,7 @@ def test_every_row_has_one_place_and_every_block_one_group(block: int) -> None:
 
 @pytest.mark.parametrize("way", ["rows", "kernel"])
 def test_few_rows_times_their_own_matrices(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few, "INTERPRET", way == "kernel")
+    monkeypatch.setattr(row_products, "INTERPRET", way == "kernel")
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (4, 256))
     stacks = tuple(jax.random.normal(key, (2, 6, 256, 128)) for key in keys[1:])
@@ -382,7 +383,6 @@ def test_tokens_in_another_order_and_in_pieces(monkeypatch: pytest.MonkeyPatch) 
 LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)
 BATCH = np.random.default_rng(1).integers(0, 96, (8, 37)).astype(np.int32)
 IS_TEXT = np.arange(37)[None, :] < LENGTHS[:, None]
-DCA = DCAConfig(chunk_len=10, max_query_position=14)
 
 
 @functools.cache
@@ -423,12 +423,13 @@ def params() -> dict[str, np.ndarray]:
 
 
 def model_on(mesh: str | None) -> Llama:
+    """Of plain attention, which takes a third of DCA's compiling."""
     place = None if mesh is None else parameter_shardings(CONFIG, make_mesh(mesh))
     leaves = {
         name: jnp.asarray(leaf) if place is None else jax.device_put(leaf, place(name))
         for name, leaf in params().items()
     }
-    return Llama.from_params(CONFIG, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
+    return Llama.from_params(CONFIG, unflatten_dict(leaves, sep="."), dtype=jnp.float32)
 
 
 def loss_and_logits(model: Llama, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -489,7 +490,7 @@ def test_no_device_gathers_the_experts() -> None:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(name))
         for name, leaf in flatten_dict(shapes, sep=".").items()
     }
-    model = Llama.from_params(wide, unflatten_dict(leaves, sep="."), dca=DCA, dtype=jnp.float32)
+    model = Llama.from_params(wide, unflatten_dict(leaves, sep="."), dtype=jnp.float32)
     lowered = jax.jit(Llama.__call__).lower(
         model, jax.ShapeDtypeStruct((8, 16), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
     )

@@ -38,6 +38,7 @@ from dca_jax.weights.placement import parameter_shardings
 
 CONFIG = DIVISIBLE
 DCA = DCAConfig(chunk_len=10, max_query_position=14)
+ONE_CHUNK = DCAConfig(chunk_len=64, max_query_position=64)  # for these rows: plain attention
 LENGTHS = np.array([37, 5, 37, 20], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 37)).astype(np.int32)
 TRAINED = np.random.default_rng(1).random((4, 37)) < 0.4
@@ -70,25 +71,31 @@ def build(params: dict[str, Any], **options: Any) -> Llama:
     return Llama.from_params(CONFIG, params, **options)
 
 
+def plain(params: dict[str, Any]) -> Llama:
+    """For what is done with gradients, whatever of: it takes a third of the compiling."""
+    return build(params, dca=None, remat=None)
+
+
 # Compiled once for all tests that ask for it.
 gradients_of = jax.jit(functools.partial(summed_gradients, build))
+plain_gradients_of = jax.jit(functools.partial(summed_gradients, plain))
 
 
 @functools.cache
-def expected() -> tuple[float, dict[str, np.ndarray]]:
+def expected(dca: DCAConfig = DCA) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of all rows, float64 and dense."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         leaves = unflatten_dict(
             {k: jnp.asarray(v, jnp.float64) for k, v in params().items()}, sep="."
         )
-        sizes = CONFIG, DCA.chunk_len, DCA.max_query_position
+        sizes = CONFIG, dca.chunk_len, dca.max_query_position
         run = jax.jit(lambda leaves: dense_llama.mean_nll(leaves, TOKENS, TRAINED, *sizes))
         loss, gradient = jax.value_and_grad(run)(leaves)
         return float(loss), {k: np.asarray(v) for k, v in flatten_dict(gradient, sep=".").items()}
 
 
-def assert_expected(nll: Any, count: Any, gradients: Any) -> None:
-    loss, gradient = expected()
+def assert_expected(nll: Any, count: Any, gradients: Any, dca: DCAConfig = DCA) -> None:
+    loss, gradient = expected(dca)
     assert float(count) == TRAINED.sum()
     np.testing.assert_allclose(float(nll) / float(count), loss, rtol=1e-6)
     for name, leaf in flatten_dict(gradients, sep=".").items():
@@ -127,10 +134,11 @@ def test_a_tied_head_trains_the_embedding() -> None:
     [("data=4", 1), pytest.param("context=2,fsdp=2,tensor=2", 2, marks=pytest.mark.slow)],
 )
 def test_loss_and_gradient_on_meshes(sizes: str, accumulate: int) -> None:
+    """Plain attention: DCA on a mesh is test_sharding.py's."""
     batch = place(ROWS, accumulate, make_mesh(sizes))
     leaves = tree(sizes)
-    nll, count, gradients = gradients_of(leaves, {}, batch)
-    assert_expected(nll, count, gradients)
+    nll, count, gradients = plain_gradients_of(leaves, {}, batch)
+    assert_expected(nll, count, gradients, ONE_CHUNK)
     for name, leaf in flatten_dict(gradients, sep=".").items():
         there = flatten_dict(leaves, sep=".")[name].sharding
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
@@ -147,10 +155,9 @@ def test_packed_dialogues_are_trained_as_each_alone() -> None:
     rows = next(iter(stream))
     assert rows["lengths"].sum() == LENGTHS.sum()  # two rows hold all four
     batch = place(rows, 1, None)
-    assert_expected(*jax.jit(functools.partial(summed_gradients, build))(tree(), {}, batch))
+    assert_expected(*gradients_of(tree(), {}, batch))
     batch = place(rows, 1, make_mesh("fsdp=2,tensor=2"))
-    sums = jax.jit(functools.partial(summed_gradients, build))
-    assert_expected(*sums(tree("fsdp=2,tensor=2"), {}, batch))
+    assert_expected(*plain_gradients_of(tree("fsdp=2,tensor=2"), {}, batch), dca=ONE_CHUNK)
     with pytest.raises(InputError, match="this mesh shares rows among 2 along `context`"):
         summed_gradients(build, tree("context=2"), {}, place(rows, 1, make_mesh("context=2")))
 
@@ -211,10 +218,10 @@ def test_updates_are_adamw(sizes: str | None) -> None:
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, clip=0.7)
     steps, mesh = 3, None if sizes is None else make_mesh(sizes)
     batch = place(ROWS, 1, mesh)
-    update = jax.jit(make_update(build, chosen, steps))
+    update = jax.jit(make_update(plain, chosen, steps))
     state, gradients = start(tree(sizes)), []
     for _ in range(2):
-        _, count, found = gradients_of(state.params, {}, batch)
+        _, count, found = plain_gradients_of(state.params, {}, batch)
         gradients.append({
             k: np.asarray(v, np.float64) / float(count)
             for k, v in flatten_dict(found, sep=".").items()
@@ -236,7 +243,7 @@ def test_updates_are_adamw(sizes: str | None) -> None:
 
 
 # It learns from the first update on.
-update = jax.jit(make_update(build, settings(warmup=0.0), 10))
+update = jax.jit(make_update(plain, settings(warmup=0.0), 10))
 
 
 def test_an_update_that_is_not_finite_changes_nothing_and_says_so() -> None:
@@ -264,7 +271,7 @@ def test_a_second_update_compiles_nothing() -> None:
     """From weights that are bound to their device, as loaded ones are; on a mesh: above."""
     leaves = jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree())
     batch = place(ROWS, 1, None)
-    own = jax.jit(make_update(build, settings(warmup=0.0), 10))
+    own = jax.jit(make_update(plain, settings(warmup=0.0), 10))
     state, _ = own(start(leaves), {}, batch)
     own(state, {}, batch)
     assert own._cache_size() == 1
@@ -318,9 +325,9 @@ def test_updates_of_a_narrow_state_are_adamw_rounded(sizes: str | None) -> None:
     leaves = {k: jnp.asarray(v, jnp.bfloat16) for k, v in narrow.items()}
     mesh = None if sizes is None else make_mesh(sizes)
     before, batch = start(tree(sizes, leaves)), place(ROWS, 1, mesh)
-    wide = make_update(build, settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1), 10)
+    wide = make_update(plain, settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1), 10)
     wanted, _ = jax.jit(wide)(start(tree(sizes, narrow)), {}, batch)
-    found, metrics = jax.jit(make_update(build, chosen, 10))(before, {}, batch)
+    found, metrics = jax.jit(make_update(plain, chosen, 10))(before, {}, batch)
     assert bool(metrics.finite)
     for part, want, like in zip(found[:3], wanted[:3], ("params", "mean", "square"), strict=True):
         ours, theirs = flatten_dict(part, sep="."), flatten_dict(want, sep=".")

@@ -81,7 +81,7 @@ def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, count, monkeyp
     expected = continued(model, ragged, max_new_tokens=4)
     whole = jax.jit(Llama.__call__)(model, jnp.asarray(ragged[:1], jnp.int32))[:, -1]
     monkeypatch.setattr(engine, "SMALLEST", width)
-    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens: (3 * width, width))
+    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens, segment: (3 * width, width))
     pieces = []
     cache = empty_cache(model, 2)
     run = Run(model, ragged, max_new_tokens=4, cache=cache, on_piece=pieces.append)

@@ -30,7 +30,7 @@ def test_every_piece_knows_the_length_of_the_whole_prompt(model, golden, monkeyp
     config = replace(model.config, rope=rope)
     hot = replace(model.dca, trained_length=64, temperature_slope=0.1)
     model = Llama.from_params(config, model.params(), dca=hot, dtype=jnp.float32)
-    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens: (96, 64))
+    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens, segment: (96, 64))
     tokens = golden["input_ids"][:, :200]
     run = Run(
         model,

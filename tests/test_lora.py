@@ -20,7 +20,6 @@ from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
-from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.finetune.export import layers_on_host
 from dca_jax.finetune.lora import init_lora, join, split
@@ -29,9 +28,10 @@ from dca_jax.model import Llama
 from dca_jax.packed_weights import Packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.adapters import load_adapter, merge_lora, save_adapter
+from dca_jax.weights.files import PARAMS
 from dca_jax.weights.folder import load_weights, open_weights
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import PARAMS, StreamedArray, restore, save
+from dca_jax.weights.orbax import StreamedArray, restore, save
 from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import (
     abstract_params,
@@ -57,7 +57,6 @@ CONFIG = LlamaConfig(
     o_bias=True,
     mlp_bias=True,
 )
-DCA = DCAConfig(chunk_len=6, max_query_position=9)
 LORA = LoraConfig(rank=3, alpha=5.0)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 19)).astype(np.int32)
 Tree = dict[str, Any]
@@ -120,7 +119,8 @@ def merged(adapters: Tree, base: Tree, lora: LoraConfig = LORA) -> Tree:
 
 
 def model(params: Tree, **options: Any) -> Llama:
-    return Llama.from_params(CONFIG, params, **{"dca": DCA, "dtype": jnp.float32} | options)
+    """Of plain attention, which takes a third of DCA's compiling."""
+    return Llama.from_params(CONFIG, params, **{"dtype": jnp.float32} | options)
 
 
 logits = jax.jit(Llama.__call__)

@@ -15,6 +15,7 @@ from checkpoints_convert import hf_to_orbax
 from dca_jax.sharding import make_mesh
 from dca_jax.weights import orbax as checkpoint
 from dca_jax.weights import parameters as parameters_module
+from dca_jax.weights.files import PARAMS
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.parameters import abstract_params
@@ -113,6 +114,6 @@ def test_what_one_mesh_saved_is_restored_on_another(source, converted, whole, tm
         like = abstract_params(config, dtype=jnp.bfloat16, sharding=placed(source, mesh))
         return checkpoint.restore(params, like)
 
-    checkpoint.save(tmp_path / "saved", restored(converted / checkpoint.PARAMS, "fsdp=8"))
+    checkpoint.save(tmp_path / "saved", restored(converted / PARAMS, "fsdp=8"))
     for mesh in ("context=4,tensor=2", "fsdp=2,context=2,tensor=2"):
         assert_same_bits(restored(tmp_path / "saved", mesh), whole)

@@ -6,7 +6,7 @@ and where tokens are shared along `context`, `dca_jax.attention.parallel.context
 devices.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,33 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
+from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import attend, rotate_keys
 from dca_jax.attention.packed import attend_to_packed
 from dca_jax.attention.parallel.context import decode_attention
 from dca_jax.attention.parallel.ring import ring_attention
 from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
-from dca_jax.attention.stored import Stored, dequantize, is_quantized, quantize
+from dca_jax.attention.sparse import Piece, Sparse
+from dca_jax.attention.stored import Scales, Stored, dequantize, is_quantized, quantize
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import Shards
+
+
+class SparseText(NamedTuple):
+    """Prompts that are read sparsely.
+
+    Attributes:
+        how: the setting.
+        whole: tokens of each row's prompt.
+        number: of the model's layer.
+    """
+
+    how: Sparse
+    whole: Int[Array, " B"]
+    number: Int[Array, ""]
 
 
 def attend_to_text(
@@ -38,6 +53,7 @@ def attend_to_text(
     implementation: str | None,
     shards: Shards,
     cache_dtype: DTypeLike | None = None,
+    sparse: SparseText | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored | None]:
     """Whole texts from their first token: what the queries read; and what a cache keeps of them.
 
@@ -46,11 +62,17 @@ def attend_to_text(
 
     Args:
         cache_dtype: of the cache; None keeps nothing.
+        sparse: how the texts are read; None: densely.
     """
     context = _context(dca, shards)
+    _refuse_sparse_context(sparse, context)
+    if sparse is not None and pages is not None:
+        raise InputError("a cache in pages is read densely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
-    def local(query: Array, key: Array, value: Array, rows: Rows) -> tuple[Array, Stored | None]:
+    def local(
+        query: Array, key: Array, value: Array, rows: Rows, *of_text: Array
+    ) -> tuple[Array, Stored | None]:
         if context > 1:
             index = zigzag_positions(key.shape[1])
         else:
@@ -64,7 +86,10 @@ def attend_to_text(
         elif cache_dtype is not None:
             kept = Stored(*(flat(x).astype(cache_dtype) for x in (key, value)))
         read = attend if context == 1 else ring_attention
-        options = {"dca": dca, "implementation": implementation}
+        options: dict[str, Any] = {"dca": dca, "implementation": implementation}
+        if sparse is not None:
+            stack = key[None], jnp.int32(0), rows
+            options["blocks"] = _blocks(sparse.how, query, *stack, None, of_text, dca, shards)
         with jax.named_scope("attention"):
             out = read(query, key, value, rows=rows, **options)
         return out, kept
@@ -73,8 +98,9 @@ def attend_to_text(
     kept = None
     if cache_dtype is not None:
         kept = _stored_specs(shards, is_quantized(cache_dtype), layers="")
-    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards)), (q, kept))
-    return mapped(query, key, value, rows)
+    of_text, specs = _of_text(sparse, shards)
+    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards), *specs), (q, kept))
+    return mapped(query, key, value, rows, *of_text)
 
 
 def _quantized_text(
@@ -136,6 +162,7 @@ def attend_to_cache(
     rows: Rows,
     implementation: str | None,
     shards: Shards,
+    sparse: SparseText | None = None,
     pages: Int[Array, "B n"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored]:
     """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
@@ -144,10 +171,12 @@ def attend_to_cache(
     Where `context` cuts the cache, its slots lie in zigzag and every device has all new tokens.
 
     Args:
+        sparse: how the tokens, pieces of prompts, are read; None: densely.
         pages: of a cache in pages, each row's table (`dca_jax.kv_cache.PagedCache`); `context` does
             not cut it.
     """
     context = _context(dca, shards)
+    _refuse_sparse_context(sparse, context)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
@@ -158,6 +187,7 @@ def attend_to_cache(
         layer: Array,
         rows: Rows,
         pages: Array | None,
+        *of_text: Array,
     ) -> tuple[Array, Stored]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         with jax.named_scope("rope"):
@@ -177,7 +207,10 @@ def attend_to_cache(
         if scales is None and keys.dtype != query.dtype:  # converted a layer at a time
             keys, values = (x[layer][None].astype(query.dtype) for x in (keys, values))
             layer = jnp.int32(0)
-        options = {"dca": dca, "implementation": implementation, "scales": scales}
+        options: dict[str, Any] = {"dca": dca, "implementation": implementation, "scales": scales}
+        if sparse is not None:
+            stack = keys, layer, rows
+            options["blocks"] = _blocks(sparse.how, query, *stack, scales, of_text, dca, shards)
         with jax.named_scope("attention"):
             if context == 1:
                 options["pages"] = pages
@@ -188,10 +221,51 @@ def attend_to_cache(
 
     q, k = shards.spec("BTNH", whole="T"), shards.spec("BTKH", whole="T")
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
+    of_text, more = _of_text(sparse, shards)
     table: Any = None if pages is None else shards.spec("BS", whole="S")
-    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), table)
+    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), table, *more)
     mapped = shards.local(local, specs, (q, kept))
-    return mapped(query, key, value, cache, layer, rows, pages)
+    return mapped(query, key, value, cache, layer, rows, pages, *of_text)
+
+
+def _of_text(sparse: SparseText | None, shards: Shards) -> tuple[tuple, tuple]:
+    """The arrays that a sparse text comes with, and how they lie."""
+    if sparse is None:
+        return (), ()
+    return (sparse.whole, sparse.number), (shards.spec("B"), PartitionSpec())
+
+
+def _blocks(
+    how: Sparse,
+    query: Float[Array, "B T N H"],
+    key: Num[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    scales: Scales | None,
+    of_text: tuple[Array, ...],
+    dca: DCAConfig | PositionMethod | None,
+    shards: Shards,
+) -> KeyBlocks:
+    """Which blocks of keys a device's own heads read."""
+    if isinstance(dca, PositionMethod):
+        raise InputError(
+            f"{type(dca).__name__} reads texts densely; sparse reading takes DCA or plain attention"
+        )
+    whole, number = of_text
+    head = jnp.int32(0)
+    if shards.size("tensor") > 1:
+        head = jax.lax.axis_index("tensor") * query.shape[2]
+    with jax.named_scope("select_blocks"):
+        piece = Piece(query, key, layer, rows, whole, scales, number, head)
+        return how.blocks(piece, dca or PLAIN)
+
+
+def _refuse_sparse_context(sparse: SparseText | None, context: int) -> None:
+    if sparse is not None and context > 1:
+        raise InputError(
+            f"a prompt is read sparsely on one device, and this mesh shares it among {context} "
+            "along `context`; use tensor or data, or read densely (--sparse off)"
+        )
 
 
 def _context(dca: DCAConfig | PositionMethod | None, shards: Shards) -> int:

@@ -2,14 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from typer.core import TyperGroup
 
 import dca_jax
 from dca_jax.distributed import (
@@ -21,36 +16,11 @@ from dca_jax.distributed import (
 )
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
-from dca_jax.text_files import check_characters
 
 CACHE_BYTES = 2**32  # of compiled programs on disk; those longest unused go
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 PROCESSES = "Several processes (before COMMAND, the same on each host)"
-
-
-class Commands(TyperGroup):
-    """The commands; help shows the options of several processes last."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Click's own, of words that are text."""
-        with exit_on_input_error():
-            for number, word in enumerate(args, start=1):
-                check_characters(word, f"argument {number} of dca-jax")
-        return super().parse_args(ctx, args)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Typer's own, without those options; then these."""
-        last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
-        table = Table.grid(padding=(0, 2))
-        for option in last:
-            table.add_row(*(option.get_help_record(ctx) or ()))
-        kept, self.params = self.params, [p for p in self.params if p not in last]
-        try:
-            super().format_help(ctx, formatter)
-        finally:
-            self.params = kept
-        Console().print(Panel(table, title=PROCESSES, title_align="left", border_style="dim"))
 
 
 def _show_version(wanted: bool) -> bool:
@@ -118,6 +88,8 @@ def launch(
     XLA_CLIENT_MEM_FRACTION is set.
     """
     del version
+    import jax  # takes seconds, and what only shows help does without it
+
     # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

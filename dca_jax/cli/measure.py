@@ -1,8 +1,6 @@
-"""Commands that measure: `eval ...`, and lm-evaluation-harness as `lm-eval`."""
+"""Commands that measure: `eval ...`."""
 
 import hashlib
-import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +15,10 @@ from dca_jax.cli.options import (
     MethodOption,
     MethodsOption,
     ModelArgument,
+    SparseOption,
     WeightsOption,
-    check_method,
     find_model,
     load_model,
-    refuse_several_processes,
 )
 from dca_jax.cli.record import contents, run, task_files
 from dca_jax.distributed import exit_on_input_error
@@ -42,8 +39,6 @@ from dca_jax.evaluation.haystacks import Haystack
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.inference.documents import read_document
 from dca_jax.lengths import parse_tokens
-from dca_jax.weights.hub import find_folder
-from dca_jax.weights.huggingface import read_config
 
 app = typer.Typer(
     name="eval",
@@ -52,6 +47,7 @@ app = typer.Typer(
     "table and pictures. Repeat an interrupted command to resume it. `dca-jax eval report` makes "
     "one page of many such folders.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
 )
 
@@ -121,6 +117,7 @@ def perplexity(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -136,7 +133,7 @@ def perplexity(
     if (text is None) == (tokens is None):
         raise InputError("give either --text or --tokens")
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     if tokens is not None:
         source = texts.read_token_file(tokens, opened.llm.model.config.vocab_size)
@@ -192,6 +189,7 @@ def passkey_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
@@ -204,7 +202,7 @@ def passkey_command(
     - `dca-jax eval passkey ./Llama-2-13b-hf --grid 16 --method pi --method ntk --method dca`
     """
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     tokens = passkey.prompt_tokens(opened.llm, form.value, max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), tokens)])
@@ -254,6 +252,7 @@ def needle_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
 ) -> None:
     """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
@@ -273,7 +272,7 @@ def needle_command(
         **({"places": "any line"} if haystack is None else {}),
     }
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), max(lengths))])
     with run(output, "needle", model, llm, settings, None, adapter=adapter) as log:
@@ -335,6 +334,7 @@ def few_shot_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -357,7 +357,7 @@ def few_shot_command(
     chosen = {"max_length": length, "pools": pools, "choice": choice}
     # What is wrong with the files is said before any weight is read.
     items = few_shot.read_files(files, **chosen)
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [item.document for some in items.values() for item in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
@@ -398,6 +398,7 @@ def l_eval_command(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     batch: BatchOption = None,
     limit: LimitOption = None,
     paper: PaperOption = None,
@@ -413,7 +414,7 @@ def l_eval_command(
     files, length = task_files(data), parse_tokens(max_length)
     # What is wrong with the files is said before any weight is read.
     rows = l_eval.read_files(files, length)
-    loading = {"weights": weights, "cache_dtype": cache_dtype}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=length)
     documents = [row["input"] for some in rows.values() for row in some[:limit]]
     need = min(batch or 1, len(documents)), min(length, longest_text(opened.llm, documents))
@@ -449,7 +450,7 @@ def speed_command(
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
-    loading = {"weights": weights, "context": max(lengths)}
+    loading = {"weights": weights, "context": max(lengths), "sparse": "off"}
     opened = find_model(model, [method], dtype, mesh, adapter, **loading)
     # What does not fit is a result here, so only the shortest text must.
     llm = load_model(model, opened, [(1, min(lengths))])
@@ -468,62 +469,3 @@ def report_command(
     For example: `dca-jax eval report outputs`
     """
     print(report.write_page(folder))
-
-
-@exit_on_input_error()
-def lm_eval(
-    model: ModelArgument,
-    rest: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="OPTIONS OF LM-EVAL", help="Options that `lm-eval run` gets."),
-    ] = None,
-    method: MethodOption = "auto",
-    max_length: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="Longest request to accept, answer included (default: no limit).",
-        ),
-    ] = None,
-    dtype: DtypeOption = None,
-    cache_dtype: CacheDtypeOption = None,
-    mesh: MeshOption = None,
-    adapter: AdapterOption = None,
-    weights: WeightsOption = None,
-) -> None:
-    """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
-
-    Options that are not listed here are those of `lm-eval run`, and are passed on to it.
-
-    For example:
-
-    - `dca-jax lm-eval ./Llama-2-7b-hf --method dca --max-length 32k --tasks longbench`
-
-    - `dca-jax lm-eval ./Llama-2-7b-hf --tasks ruler --metadata '{"max_seq_lengths":[32768]}'`
-    """
-    refuse_several_processes("lm-eval")
-    arguments: dict[str, str | int] = {"pretrained": model, "method": method}
-    if max_length is not None:
-        arguments["max_length"] = parse_tokens(max_length)
-    if dtype is not None:
-        arguments["dtype"] = dtype.value
-    if cache_dtype is not None:
-        arguments["cache_dtype"] = cache_dtype.value
-    if mesh is not None:
-        arguments["mesh"] = mesh
-    if adapter is not None:
-        arguments["peft"] = str(adapter)
-    if weights is not None:
-        arguments["weights"] = weights.value
-    # Before lm-eval builds its tasks, which takes minutes.
-    check_method(method, read_config(find_folder(model, weights=False)))
-    try:
-        from lm_eval.__main__ import cli_evaluate
-
-        import dca_jax.lm_eval  # noqa: F401 -- registers the model
-    except ModuleNotFoundError as error:
-        raise InputError(str(error)) from None
-    # Its parser reads what a program was started with.
-    sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
-    sys.argv += rest or []
-    cli_evaluate()

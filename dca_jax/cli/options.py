@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dca_jax.attention.sparse import NAMES
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import is_primary, several_processes
 from dca_jax.errors import InputError
@@ -149,6 +150,14 @@ ThinkingOption = Annotated[
         "(Qwen3).",
     ),
 ]
+SparseOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"How to read long prompts: {NAMES}. **auto** does what the model asks for, **off** "
+        "reads every key, **rows:0.05** a twentieth of the blocks of keys.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
 NewTokensOption = Annotated[
     str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
@@ -205,6 +214,7 @@ def find_model(
     context: int | None = None,
     config: Path | None = None,
     cache_dtype: CacheDtype | None = None,
+    sparse: str = "auto",
 ) -> Opened:
     """The one place where a command opens its model: with its own rope, and no method yet.
 
@@ -218,7 +228,7 @@ def find_model(
         check_method(method, shape)
     named = {"dtype": dtype, "cache_dtype": cache_dtype, "weights": weights}
     options: dict[str, Any] = {n: None if one is None else one.value for n, one in named.items()}
-    options |= {"mesh": mesh, "adapter": adapter}
+    options |= {"mesh": mesh, "adapter": adapter, "sparse": sparse}
     return open_model(model, dca=None, context=context, config=config, **options)
 
 
@@ -235,6 +245,7 @@ def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> 
     for batch, length in needs:
         options = {"context_length": length, "batch": batch, "dtype": empty.dtype}
         options |= {"weights": opened.weights, "cache_dtype": opened.llm.cache_dtype}
+        options |= {"sparse": empty.sparse}
         check_room(empty.config, mesh_of(empty), **options)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):
         return opened.load()

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.sparse import Sparse, choose_sparse
 from dca_jax.cli.options import (
     AdapterOption,
     Base,
@@ -20,6 +22,7 @@ from dca_jax.cli.options import (
     MethodOption,
     ModelArgument,
     Remat,
+    SparseOption,
     State,
     WeightsOption,
     refuse_several_processes,
@@ -37,15 +40,17 @@ from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import parse_mesh
-from dca_jax.weights.files import refuse_existing
+from dca_jax.weights.files import is_converted, refuse_existing
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import is_converted
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
+
+@app.command()
 @exit_on_input_error()
 def convert(
     source: Annotated[
@@ -95,6 +100,7 @@ def convert(
     print(f"wrote {destination}")
 
 
+@app.command()
 @exit_on_input_error()
 def info(model: ModelArgument, config: ConfigOption = None) -> None:
     """Describe a checkpoint without reading its weights.
@@ -108,6 +114,7 @@ def info(model: ModelArgument, config: ConfigOption = None) -> None:
     Console().print(table)
 
 
+@app.command("plan")
 @exit_on_input_error()
 def plan_command(
     model: Annotated[
@@ -158,6 +165,7 @@ def plan_command(
         bool, typer.Option("--json", help="Print bytes, tokens and meshes as JSON, for scripts.")
     ] = False,
     config: ConfigOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Estimate memory per device before loading anything.
 
@@ -196,6 +204,7 @@ def plan_command(
         weights=packed,
         remat=remat.value,
         state=state.value,
+        sparse=None if train else _sparse(sparse, shape, shape.dca or PLAIN),
     )
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
@@ -206,6 +215,7 @@ def plan_command(
     Console().print(table)
 
 
+@app.command("explain")
 @exit_on_input_error()
 def explain_command(
     model: Annotated[
@@ -227,6 +237,7 @@ def explain_command(
         Path | None, typer.Option(help="Save a picture of the relative positions (PNG, PDF).")
     ] = None,
     config: ConfigOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Show the positions that a method gives to a text: chunks, distances, temperature.
 
@@ -265,9 +276,18 @@ def explain_command(
     dca, rope = method_by_name(method, shape, tokens)
     if plot is not None:
         _save_plot(plot, tokens, dca)
-    print(explain(dca, tokens, rope))
+    print(explain(dca, tokens, rope, _sparse(sparse, shape, dca)))
     if tokens <= MATRIX_TOKENS:
         print("\n" + _matrix(tokens, dca))
+
+
+def _sparse(name: str, shape: LlamaConfig, dca: DCAConfig | PositionMethod | None) -> Sparse | None:
+    """How a model reads long prompts by a method."""
+    sizes = {"layers": shape.num_hidden_layers, "heads": shape.num_attention_heads}
+    how = choose_sparse(name, shape.sparse_attention, **sizes)
+    if how is None or (how.by_checkpoint and dca is None):
+        return None
+    return how.for_method(dca)
 
 
 def _some_model(trained_length: int) -> LlamaConfig:

@@ -75,6 +75,8 @@ def run(
         identity["weights"] = packed
     if llm.cache_dtype != llm.model.dtype:
         identity["cache_dtype"] = cache_dtype_name(llm.cache_dtype)
+    if llm.model.sparse is not None:
+        identity["sparse"] = llm.model.sparse.described
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "-")
     folder = output or Path("outputs") / f"{task}-{name}-{short_name(checksums)}"
     start = time.monotonic()

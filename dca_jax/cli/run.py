@@ -23,6 +23,7 @@ from dca_jax.cli.options import (
     ModelArgument,
     NewTokensOption,
     SeedOption,
+    SparseOption,
     ThinkingOption,
     WeightsOption,
     find_model,
@@ -45,12 +46,15 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.text_files import decode
 from dca_jax.weights.files import refuse_existing
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
 STDIN = "-"
 CONTEXT = 4  # trained lengths that `chat` prepares length-dependent methods for, unless told
 
 Requests = Callable[[LLM], list[Request]]
 
 
+@app.command()
 @exit_on_input_error()
 @with_sampler
 def generate(
@@ -105,6 +109,7 @@ def generate(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
     context: ContextOption = None,
     config: ConfigOption = None,
     thinking: ThinkingOption = None,
@@ -144,7 +149,7 @@ def generate(
         _check_output(output)
     make = _requests(prompt, file, document, question, input, thinking)
     longest = None if context is None else parse_tokens(context)
-    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": sparse}
     opened = find_model(model, [method], dtype, mesh, adapter, context=longest, **loading)
     requests = make(opened.llm)
     together = batches(opened.llm.model.config, requests, method, batch, options)
@@ -173,6 +178,7 @@ def generate(
         )
 
 
+@app.command()
 @exit_on_input_error()
 @with_sampler
 def chat(
@@ -200,6 +206,7 @@ def chat(
     mesh: MeshOption = None,
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
+    sparse: SparseOption = "auto",
 ) -> None:
     """Talk to a chat model; each turn reads only what is new.
 
@@ -212,7 +219,7 @@ def chat(
         max_new_tokens=parse_tokens(max_new_tokens), sampler=sampler, seed=seed, thinking=thinking
     )
     length = None if context_length is None else parse_tokens(context_length)
-    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": sparse}
     opened = find_model(model, [method], dtype, mesh, adapter, context=length, **loading)
     llm = load_model(model, opened, [(1, length or options.max_new_tokens)])
     if length is None:

@@ -32,6 +32,10 @@ CONTEXT = 4  # trained lengths that are served unless told
 log = logging.getLogger(__name__)
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
 @exit_on_input_error()
 def serve(
     model: ModelArgument,
@@ -104,7 +108,7 @@ def serve(
     if key is None and not is_loopback(listening):
         log.warning("whoever reaches %s may use this server; %s sets a key", host, KEY)
     wanted = None if context is None else parse_tokens(context)
-    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config}
+    loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": "off"}
     opened = find_model(model, [method], dtype, mesh, adapter, context=wanted, **loading)
     length = wanted or CONTEXT * opened.llm.model.config.trained_length
     llm = reading(load_model(model, opened, [(1, length)]), method, length)

@@ -20,6 +20,8 @@ from dca_jax.distributed import exit_on_input_error, is_primary
 from dca_jax.errors import InputError
 from dca_jax.finetune.settings import Files, Settings, read_settings
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
 ConfigArgument = Annotated[
     Path | None,
     typer.Argument(
@@ -75,6 +77,7 @@ _METAVARS = {
 }
 
 
+@app.command()
 @exit_on_input_error()
 @with_settings
 def finetune(config: ConfigArgument = None, **flags: Any) -> None:
@@ -103,6 +106,7 @@ def finetune(config: ConfigArgument = None, **flags: Any) -> None:
         print(f"wrote {folder}")
 
 
+@app.command()
 @exit_on_input_error()
 @with_settings
 def preview(

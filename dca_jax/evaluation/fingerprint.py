@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dca_jax.errors import InputError
 from dca_jax.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
+from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
-from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.tensor_files import list_tensors
 
 # Beside the weights: what the model is, its tokenizer, its end of text and its chat templates.

@@ -20,9 +20,9 @@ from dca_jax.errors import InputError
 from dca_jax.finetune.setup import Setup
 from dca_jax.finetune.train import all_finite
 from dca_jax.weights.adapters import flat, merge_lora, on_host, save_adapter
-from dca_jax.weights.files import read_json
+from dca_jax.weights.files import PARAMS, read_json
 from dca_jax.weights.folder import copy_description, open_weights
-from dca_jax.weights.orbax import PARAMS, StreamedArray, save
+from dca_jax.weights.orbax import StreamedArray, save
 from dca_jax.weights.parameters import Parameter, Read, parameters
 from dca_jax.weights.safetensors_folder import write_weights
 

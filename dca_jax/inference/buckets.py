@@ -54,16 +54,17 @@ def piece_length(batch: int, tokens: int = PIECE) -> int:
     return max(128, tokens // power_of_two(batch))
 
 
-def piece_widths(batch: int, tokens: int = PIECE) -> tuple[int, ...]:
-    """The widths that pieces of a batch are padded to, the widest first."""
+def piece_widths(batch: int, tokens: int = PIECE, segment: int = 1) -> tuple[int, ...]:
+    """The widths that pieces of a batch are padded to, the widest first: multiples of `segment`."""
     width = piece_length(batch, tokens)
-    return tuple(w for w in (width, width // 8, width // 64) if w >= min(16, width))
+    widths = (w for w in (width, width // 8, width // 64) if w >= min(16, width))
+    return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
 
 
-def scoring_widths(batch: int) -> tuple[int, ...]:
+def scoring_widths(batch: int, segment: int = 1) -> tuple[int, ...]:
     """As `piece_widths`, and every power of two between them: lengths to be scored are few."""
-    width = piece_length(batch)
-    return tuple(1 << n for n in range(width.bit_length() - 1, 3, -1))
+    widths = (1 << n for n in range(piece_length(batch).bit_length() - 1, 3, -1))
+    return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
 
 
 def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -145,41 +145,45 @@ class Run:
         # Placed as `read` leaves it, or a second piece would compile once more.
         hidden, at = empty_hidden(self._model, len(self._prompts)), np.asarray(self._start)
         rows = 1 if mesh is None else len(self._prompts)
-        *wide, smallest = piece_widths(rows, read_at_once(self._model.config))
+        model = self._model.reading(max(map(len, self._prompts)))
+        widths = _widths(model, rows)
         if mesh is None and len(self._prompts) > 1:
             # Long pieces row by row, for rows differ in length; what is left, all rows together.
             for row in range(self._num_rows):
-                hidden = self._read_row(row, at, hidden, wide)
-            wide, smallest = [], SMALLEST
-        for count, width in cut(int((context_lengths - at).max()), (*wide, smallest)):
+                hidden = self._read_row(row, at, hidden)
+            model, widths = model.reading(0), (SMALLEST,)
+        for count, width in cut(int((context_lengths - at).max()), widths):
             lengths = np.clip(context_lengths - at, 0, count).astype(np.int32)
             tokens = np.zeros((len(at), width), np.int32)
             for row, length in enumerate(lengths):
                 tokens[row, :length] = self._prompts[row][at[row] : at[row] + length]
             hidden, self.cache = self._programs.read(
-                self._model, self.cache, hidden, tokens, lengths, context_lengths
+                model, self.cache, hidden, tokens, lengths, context_lengths
             )
             at = at + lengths
             self._tell(hidden, int(lengths.sum()))
         return hidden
 
     def _read_row(
-        self,
-        row: int,
-        at: Int[np.ndarray, " B"],
-        hidden: Float[Array, "B D"],
-        widths: Sequence[int],
+        self, row: int, at: Int[np.ndarray, " B"], hidden: Float[Array, "B D"]
     ) -> Float[Array, "B D"]:
-        """Reads what fills pieces of these widths of one row; moves `at`, where each row stands."""
+        """Reads one row as far as it fills wide pieces; moves `at`, where each row stands.
+
+        One that is read sparsely is read to its end.
+        """
         prompt = self._prompts[row]
-        for count, width in cut(len(prompt) - int(at[row]), (*widths, SMALLEST)):
+        model = self._model.reading(len(prompt))
+        widths = _widths(model, 1)
+        if model.sparse is None:
+            widths = (*widths[:-1], SMALLEST)
+        for count, width in cut(len(prompt) - int(at[row]), widths):
             if width == SMALLEST:
                 break
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :count] = prompt[at[row] : at[row] + count]
             lengths, whole = np.asarray([count], np.int32), np.asarray([len(prompt)], np.int32)
             hidden, self.cache = self._programs.read_row(
-                self._model, self.cache, hidden, row, tokens, lengths, whole
+                model, self.cache, hidden, row, tokens, lengths, whole
             )
             at[row] += count
             self._tell(hidden, count)
@@ -224,6 +228,12 @@ class Run:
             lengths[number] += len(new)
             rows.append(new)
         return rows
+
+
+def _widths(model: Llama, rows: int) -> tuple[int, ...]:
+    """What pieces of prompts are padded to."""
+    segment = 1 if model.sparse is None else model.sparse.segment
+    return piece_widths(rows, read_at_once(model.config), segment)
 
 
 class NotFiniteError(InputError):

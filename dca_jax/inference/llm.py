@@ -211,9 +211,11 @@ class LLM:
             raise InputError(f"room must be a number of tokens, at least 0, got {shown(room)}")
         cache, to_read = self._cache([tokens], max(room, 1), reuse)
         run = Run(self.model, [tokens], max_new_tokens=1, cache=cache)
-        with _progress_bar(to_read, progress) as run.on_piece:
+        label = self._reading_label(len(tokens))
+        with _progress_bar(to_read, progress, label) as run.on_piece:
             jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
-        return Prefix(run.cache, tuple(tokens), text if isinstance(text, str) else None)
+        given = text if isinstance(text, str) else None
+        return Prefix(run.cache, tuple(tokens), given, sparse=self.model.sparse)
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
@@ -289,6 +291,11 @@ class LLM:
             return prefix.copies(self.model, shared, length), to_read - sum(shared)
         return prefix.take(self.model, shared[0], length), to_read - shared[0]
 
+    def _reading_label(self, length: int) -> str:
+        """What is written beside the bar; how much is read of a text that is read sparsely."""
+        how = self.model.reading(length).sparse
+        return "reading" if how is None else f"reading ({how.told(length)})"
+
     def _generate(self, rows: list[list[int]], options: Options) -> list[Generation]:
         streams = self._text_streams(rows, options)
         failed: dict[int, NotFiniteError] = {}
@@ -352,7 +359,8 @@ class LLM:
         )
         try:
             segments = iter(run)
-            with _progress_bar(to_read, options.progress) as run.on_piece:
+            label = self._reading_label(max(map(len, rows)))
+            with _progress_bar(to_read, options.progress, label) as run.on_piece:
                 first = next(segments)  # reads the prompts
             for segment in itertools.chain([first], segments):
                 drawn += segment[0]
@@ -364,7 +372,7 @@ class LLM:
             yield [stream.close() for stream in streams]
         finally:
             if prefix is not None and len(rows) == 1:
-                prefix.give_back(run.cache, [*rows[0], *drawn])
+                prefix.give_back(run.cache, [*rows[0], *drawn], len(rows[0]))
 
 
 def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:
@@ -379,14 +387,16 @@ def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def _progress_bar(tokens: int, show: bool | None) -> Iterator[Callable[[int], None] | None]:
+def _progress_bar(
+    tokens: int, show: bool | None, label: str
+) -> Iterator[Callable[[int], None] | None]:
     """A bar over `tokens` prompt tokens; yields what to call after each piece, None without one."""
     if show is None:
         show = tokens >= LONG_PROMPT and sys.stderr.isatty()
     if not show or not is_primary():
         yield None
         return
-    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("reading", total=tokens)

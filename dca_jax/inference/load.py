@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import check_implementation
+from dca_jax.attention.sparse import Sparse, choose_sparse
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import several_processes
@@ -24,7 +25,7 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
 from dca_jax.packed_weights import check_form
 from dca_jax.rope import RopeConfig
-from dca_jax.sharding import make_mesh
+from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
@@ -63,6 +64,7 @@ class Opened:
             dca=model.dca,
             dtype=model.dtype,
             implementation=model.implementation,
+            sparse=model.sparse,
         )
         return replace(self.llm, model=loaded)
 
@@ -80,6 +82,7 @@ def load(
     context: int | str | None = None,
     config: str | Path | None = None,
     weights: str | None = None,
+    sparse: Sparse | str | None = "auto",
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -107,12 +110,18 @@ def load(
         weights: pack them while they are read (`dca_jax.packed_weights.FORMS`): "int8" by output,
             "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128.
             Products are computed in `dtype` all the same.
+        sparse: how long prompts are read (`dca_jax.attention.sparse.NAMES`): "auto" as the
+            checkpoint asks, and densely if it does not; "off", or None, densely; "rows" by the
+            blocks of keys that a few queries of each tile attend to most, a tenth of them, and
+            "rows:0.05" a twentieth. Tokens are always drawn densely.
 
     Raises:
         InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
             does not fit the devices or the model; all but the weights are checked before any is
             read.
     """
+    if sparse == "auto" and not isinstance(dca, DCAConfig | str):
+        sparse = "off"  # what a checkpoint asks for goes with its DCA
     opened = open_model(
         path,
         dca=dca,
@@ -125,6 +134,7 @@ def load(
         context=context,
         config=config,
         weights=weights,
+        sparse=sparse,
     )
     return opened.load()
 
@@ -142,6 +152,7 @@ def open_model(
     context: int | str | None = None,
     config: str | Path | None = None,
     weights: str | None = None,
+    sparse: Sparse | str | None = "auto",
 ) -> Opened:
     """All of `load` that comes before the weights are read; arguments and errors as there."""
     check_implementation(implementation)
@@ -157,6 +168,9 @@ def open_model(
             f"{jax.process_count()} processes share one model: give a mesh of all their "
             f"{jax.device_count()} devices, such as tensor={jax.device_count()}"
         )
+    how = _choose_sparse(sparse, shape, mesh)
+    if how is not None:
+        how = how.for_method(chosen)
     sharding = None if mesh is None else parameter_shardings(shape, mesh)
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
@@ -164,7 +178,8 @@ def open_model(
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, shape, tokenizer)
     like = abstract_params(shape, dtype=dtype, sharding=sharding)
-    model = Llama.from_params(shape, like, dca=chosen, dtype=dtype, implementation=implementation)
+    options = {"dtype": dtype, "implementation": implementation, "sparse": how}
+    model = Llama.from_params(shape, like, dca=chosen, **options)
 
     then = None if weights is None else packer(matrices(shape), weights)
 
@@ -188,12 +203,31 @@ def _read_config(folder: Path, context: int | str | None, config: str | Path | N
     shape = read_config(folder, file=file)
     if file.name == LONG_CONFIG and config is None:
         log.warning("%s is read by its %s, for a text of %d tokens", folder, LONG_CONFIG, tokens)
-    if shape.sparse_attention is not None and shape.sparse_attention.wanted:
-        log.warning(
-            "%s asks for sparse attention; dense attention, which it approximates, is computed",
-            file.name,
-        )
     return shape
+
+
+def _choose_sparse(
+    asked: Sparse | str | None, shape: LlamaConfig, mesh: Mesh | None
+) -> Sparse | None:
+    """How long prompts are read; says so where only the checkpoint asks for it."""
+    sizes = {"layers": shape.num_hidden_layers, "heads": shape.num_attention_heads}
+    how = choose_sparse(asked, shape.sparse_attention, **sizes)
+    if how is None:
+        return None
+    if axis_size(mesh, "context") > 1:
+        reason = "this mesh shares a text along `context`, where it is read densely"
+        if not how.by_checkpoint:
+            raise InputError(f"{how.selector.name}: {reason}; use tensor or data, or sparse='off'")
+        log.warning("the checkpoint asks for sparse attention; %s", reason)
+        return None
+    if how.by_checkpoint:
+        log.warning(
+            "prompts of more than %d tokens are read sparsely (%s), as the checkpoint asks; "
+            "sparse='off' reads them densely",
+            how.threshold,
+            how.selector.name,
+        )
+    return how
 
 
 def _dtype(dtype: DTypeLike | None, default: DTypeLike) -> jnp.dtype:

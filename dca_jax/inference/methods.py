@@ -303,6 +303,10 @@ def with_method(
     Arguments and errors as in `method_by_name`; `model` is as loaded: with its own rope.
     """
     dca, rope = method_by_name(name, model.config, context_length, trained_length=trained_length)
+    sparse = model.sparse
+    if sparse is not None:  # what a checkpoint asks for goes with its DCA
+        plain = dca is None and sparse.by_checkpoint
+        sparse = None if plain else sparse.for_method(dca)
     return Llama.from_params(
         replace(model.config, rope=rope),
         model.params(),
@@ -310,6 +314,7 @@ def with_method(
         dtype=model.dtype,
         remat=model.remat,
         implementation=model.implementation,
+        sparse=sparse,
         lora=model.lora,
     )
 

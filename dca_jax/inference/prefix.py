@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from dca_jax.attention.sparse import Sparse
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied
@@ -20,18 +21,28 @@ class Prefix:
     back; several at once continue in copies. Threads may share it: what would take a cache that is
     in use is refused.
 
+    What a long prompt's end reads densely, and a longer one's would not, is read again.
+
     Attributes:
         tokens: of the text.
         text: None if the prefix was given as tokens.
         room: tokens that a larger cache, when one is needed, has beyond the need.
+        sparse: how the model reads long prompts; None: densely.
     """
 
     def __init__(
-        self, cache: KVCache, tokens: tuple[int, ...], text: str | None, room: int = 0
+        self,
+        cache: KVCache,
+        tokens: tuple[int, ...],
+        text: str | None,
+        room: int = 0,
+        sparse: Sparse | None = None,
     ) -> None:
-        self.tokens, self.text, self.room = tokens, text, room
+        self.tokens, self.text, self.room, self.sparse = tokens, text, room, sparse
         self._cache: KVCache | None = cache
         self._read, self._held = tokens, len(tokens)  # what the cache holds; of the text
+        # Tokens of the prompts as which the text, and what the cache holds, have been read.
+        self._prompt = self._read_prompt = len(tokens)
         self._lock = threading.Lock()
 
     @property
@@ -67,12 +78,17 @@ class Prefix:
             cache = copied(model, self._usable_cache(), len(shared), length)
         return cache.rollback(shared)
 
-    def give_back(self, cache: KVCache, read: Sequence[int]) -> None:
-        """Returns the cache, which has read the beginning of `read`, if not all of it."""
+    def give_back(self, cache: KVCache, read: Sequence[int], prompt: int) -> None:
+        """Returns the cache, which has read the beginning of `read`, if not all of it.
+
+        Args:
+            prompt: how many tokens of it were a prompt, and not drawn.
+        """
         if not cache.key.is_deleted():
             held = min(int(np.asarray(cache.lengths)[0]), len(read))
             self._read, cache = tuple(read[:held]), cache.rollback([held])
-            self._held = common_beginning(self.tokens, self._read)
+            self._read_prompt = prompt
+            self._held = self._alike(common_beginning(self.tokens, self._read), prompt)
         self._cache = cache
 
     def shared(self, tokens: Sequence[int]) -> int:
@@ -81,11 +97,18 @@ class Prefix:
         Only tokens of the prefix itself count, so that a prompt's result does not depend on the
         prompts before it.
         """
-        return common_beginning(tokens, self.tokens[: self._held])
+        return self._alike(common_beginning(tokens, self.tokens[: self._held]), len(tokens))
 
     def keep(self) -> None:
         """Makes all that has been read the text of this prefix: a prompt and its answer, too."""
         self.tokens, self.text, self._held = self._read, None, len(self._read)
+        self._prompt = self._read_prompt
+
+    def _alike(self, common: int, prompt: int) -> int:
+        """How much of what a prompt of so many tokens has in common with the text is read alike."""
+        if self.sparse is None:
+            return common
+        return self.sparse.shared(common, self._prompt, prompt)
 
     def _usable_cache(self) -> KVCache:
         if self._cache is None or not self.usable:

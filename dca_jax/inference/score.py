@@ -92,7 +92,8 @@ class Reader:
         """The scores of texts that begin alike, at most `batch` such groups, each prefix read once.
 
         Not for a model whose reading depends on the length of a text
-        (`dca_jax.inference.prefix.depends_on_length`), unless the prefixes are empty.
+        (`dca_jax.inference.prefix.depends_on_length`), nor for texts that are read sparsely, unless
+        the prefixes are empty.
 
         Returns:
             Of each end its tokens' scores, but its first token's.
@@ -144,11 +145,13 @@ class Reader:
         nlls = [np.zeros((rows, 0), np.float32)]
         bests = [np.zeros((rows, 0), bool)]
         start, read = 0, _read_piece(rows, cache.capacity)
-        for count, width in cut(tokens.shape[2], scoring_widths(rows)):
+        model = self.model.reading(max(whole))
+        widths = scoring_widths(rows, 1 if model.sparse is None else model.sparse.segment)
+        for count, width in cut(tokens.shape[2], widths):
             lengths = np.clip(counts - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
             piece[:, :, :count] = tokens[:, :, start : start + count]
-            nll, is_best, cache = read(self.model, cache, *piece, lengths, context_lengths)
+            nll, is_best, cache = read(model, cache, *piece, lengths, context_lengths)
             nlls.append(np.asarray(nll)[:, :count])
             bests.append(np.asarray(is_best)[:, :count])
             start += count

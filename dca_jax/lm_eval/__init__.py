@@ -96,7 +96,7 @@ class DcaJaxLM(TemplateLM):
         chat_template_args: given to the chat template, as {"enable_thinking": False}.
         enable_thinking: the same for this argument alone.
         think_end_token: a string or id after which an answer begins.
-        dtype, cache_dtype, mesh, weights: as in `dca_jax.load`.
+        dtype, cache_dtype, mesh, weights, sparse: as in `dca_jax.load`.
         peft: folder of a LoRA adapter to merge into the weights.
         device: as lm-eval's --device; any but the one that JAX computes on is refused.
         **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
@@ -128,6 +128,7 @@ class DcaJaxLM(TemplateLM):
         cache_dtype: str | None = None,
         mesh: str | None = None,
         weights: str | None = None,
+        sparse: str = "auto",
         peft: str | None = None,
         device: str | None = None,
         **others: Any,
@@ -142,7 +143,7 @@ class DcaJaxLM(TemplateLM):
         self._most_rows = _batch_size(max_batch_size) or MOST_ROWS
         self.max_length = None if max_length is None else parse_tokens(str(max_length))
         options: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "mesh": mesh}
-        options |= {"adapter": peft, "weights": weights}
+        options |= {"adapter": peft, "weights": weights, "sparse": sparse}
         opened = open_model(pretrained, dca=None, context=self.max_length, **options)
         llm = opened.llm
         if tokenizer is not None:
@@ -159,6 +160,7 @@ class DcaJaxLM(TemplateLM):
             dtype=llm.model.dtype,
             cache_dtype=llm.cache_dtype,
             weights=weights,
+            sparse=llm.model.sparse,
         )
         self.llm = replace(opened.load(), tokenizer=llm.tokenizer)
         self.method, self.pretrained, self.seed = method, pretrained, seed
@@ -192,6 +194,7 @@ class DcaJaxLM(TemplateLM):
             adapter = None if self._adapter is None else Path(self._adapter)
             packed = packed_forms(self.llm.model)
             dtype, kept = self.llm.model.dtype, self.llm.cache_dtype
+            sparse = self.llm.model.sparse
             claim_cache(
                 cache_hook.dbdict,
                 {
@@ -204,6 +207,7 @@ class DcaJaxLM(TemplateLM):
                     "prefix_token_id": self._prefix_token_id,
                     "think_end_token": self.think_end_token,
                     **({"weights": packed} if packed else {}),
+                    **({} if sparse is None else {"sparse": sparse.described}),
                 },
             )
 
@@ -308,7 +312,8 @@ class DcaJaxLM(TemplateLM):
         texts = self._fitting(texts, [len(more) for _, _, more in requests], room=1)
         contexts = [len(t) - len(more) for t, (_, _, more) in zip(texts, requests, strict=True)]
         longest = max(map(len, texts), default=1)
-        share = not depends_on_length(self._reading(longest).model)
+        model = self._reading(longest).model
+        share = not depends_on_length(model) and model.reading(longest).sparse is None
         groups = families(texts, contexts, share=share)
         scored = self._scores(texts, groups, "loglikelihood", disable_tqdm)
         results = []

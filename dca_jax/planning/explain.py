@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from dca_jax.attention import bands
 from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.sparse import Sparse
 from dca_jax.dca import DCAConfig, relative_positions, temperature
 from dca_jax.rope import RopeConfig
 
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 
 
 def explain(
-    dca: DCAConfig | PositionMethod | None, length: int, rope: RopeConfig | None = None
+    dca: DCAConfig | PositionMethod | None,
+    length: int,
+    rope: RopeConfig | None = None,
+    sparse: Sparse | None = None,
 ) -> str:
     """What a method does to a text of `length` tokens, in words and figures.
 
     Args:
         dca: a setting of DCA, another method, or None for plain attention.
         rope: the frequencies, which are named if they are given and scaled.
+        sparse: how long prompts are read, which is told if it is given.
     """
     if isinstance(dca, DCAConfig):
         name, rows = "Dual Chunk Attention", _of_dca(dca, length)
@@ -34,6 +39,8 @@ def explain(
         name, rows = type(dca).__name__, _of_method(dca, length)
     if rope is not None and rope.rope_type != "default":
         rows["rope"] = f"{rope.rope_type}, factor {rope.factor:g}"
+    if sparse is not None:
+        rows["read as a prompt"] = sparse.told(length)
     width = max(map(len, rows))
     return "\n".join(
         [f"{name} on a text of {length} tokens"]

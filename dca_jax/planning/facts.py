@@ -5,14 +5,15 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from dca_jax.attention.sparse import choose_sparse
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import cache_arrays
 from dca_jax.sharding import AXES
+from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
-from dca_jax.weights.orbax import PARAMS, is_converted
 from dca_jax.weights.parameters import count_parameters
 
 
@@ -93,7 +94,12 @@ def _of_length(config: LlamaConfig) -> dict[str, str]:
     }
     sparse = config.sparse_attention
     if sparse is not None and sparse.wanted:
-        facts["sparse attention"] = f"asked for beyond {sparse.threshold} tokens; dense here"
+        sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+        try:
+            how = choose_sparse("auto", sparse, **sizes)
+            facts["long prompts (auto)"] = "densely" if how is None else how.described
+        except InputError as error:
+            facts["long prompts (auto)"] = str(error)
     return facts
 
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
@@ -130,6 +132,7 @@ class Job:
     remat: str = "attention"
     state: jnp.dtype = FLOAT32
     cache_dtype: jnp.dtype | None = None  # None: `dtype`
+    sparse: Sparse | None = None
 
     @property
     def width(self) -> int:
@@ -255,7 +258,20 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         slots = read * capacity_bucket(job.context_length)
         layer += 2 * job.width * slots * _head_sizes(job.config, sizes)[1]
     logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
-    return max(layer, logits)
+    return max(layer + choosing_bytes(job, sizes, tokens), logits)
+
+
+def choosing_bytes(job: Job, sizes: Mapping[str, int], tokens: int) -> int:
+    """What choosing the blocks of a sparse reading holds: a number for each row and block.
+
+    Of the rows that stand for a tile and all heads, in units of 64 as Hopper's kernel has them.
+    """
+    if job.sparse is None or job.context_length <= job.sparse.threshold:
+        return 0
+    query, key = (size // job.config.head_dim for size in _head_sizes(job.config, sizes))
+    tiles, blocks = -(-tokens // BLOCK), -(-capacity_bucket(job.context_length) // BLOCK)
+    units = -(-job.sparse.selector.rows_of_tile * (query // key) // 64)
+    return F32 * tiles * key * units * 64 * blocks
 
 
 def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.filesize import decimal
 
+from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.dtypes import cache_dtype_name, parse_cache_dtype
 from dca_jax.errors import InputError
@@ -49,6 +50,7 @@ class Plan:
     remat: str
     state: str
     cache_dtype: str
+    sparse: Sparse | None
     usage: Usage
     active: int | None
     fits: bool
@@ -92,6 +94,8 @@ class Plan:
         kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
         if self.cache_dtype in ("int8", "fp8"):
             kept["KV cache"] = f"in {self.cache_dtype}"
+        if self.sparse is not None:
+            kept["prompts"] = f"read by {self.sparse.told(self.context_length)}"
         parts = {name: decimal(size) for name, size in asdict(usage).items() if size}
         return {
             "devices": f"{count} x {device.name}, {describe(self.sizes)}",
@@ -121,6 +125,8 @@ class Plan:
             "remat": self.remat if self.train else None,
             "state": self.state if self.train else None,
             "cache_dtype": None if self.train else self.cache_dtype,
+            "sparse": self.sparse and self.sparse.selector.name,
+            "share_read": self.sparse and self.sparse.share(self.context_length),
             "bytes": asdict(self.usage) | {"total": self.usage.total},
             "active_weights": self.active,
             "memory": self.device.memory,
@@ -147,6 +153,7 @@ def plan(
     remat: str = "attention",
     state: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
+    sparse: Sparse | None = None,
 ) -> Plan:
     """Works out a plan.
 
@@ -163,6 +170,7 @@ def plan(
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
         state: dtype of trained weights, gradients and moments.
         cache_dtype: of the KV cache, as `dca_jax.load` takes it; default: `dtype`.
+        sparse: how long prompts are read; None: densely.
 
     Raises:
         InputError: an unknown device or `remat`, a mesh that does not divide the model or the
@@ -200,6 +208,7 @@ def plan(
         remat=remat,
         state=jnp.dtype(state),
         cache_dtype=kept,
+        sparse=sparse,
     )
     fewest = _fewest(job)
     if mesh is None and fewest is None:
@@ -229,6 +238,7 @@ def plan(
         remat=remat,
         state=jnp.dtype(state).name,
         cache_dtype=cache_dtype_name(kept),
+        sparse=sparse,
         usage=job.usage(sizes),
         active=None if train or config.mixture is None else active_bytes(job, sizes),
         fits=job.fits(sizes),

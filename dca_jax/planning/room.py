@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
@@ -36,6 +37,7 @@ def check_room(
     remat: str = "attention",
     state: DTypeLike = FLOAT32,
     cache_dtype: DTypeLike | None = None,
+    sparse: Sparse | None = None,
 ) -> None:
     """Refuses what cannot fit, with the lengths and batches that would.
 
@@ -60,6 +62,7 @@ def check_room(
         remat=remat,
         state=jnp.dtype(state),
         cache_dtype=None if cache_dtype is None else parse_cache_dtype(cache_dtype),
+        sparse=sparse,
     )
     if job.usage(sizes).total > TOLERANCE * device.memory:
         raise InputError(_refusal(job, sizes))

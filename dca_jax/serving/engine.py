@@ -415,6 +415,11 @@ def _check(llm: LLM, context: int, pages: int) -> None:
             f"a server reads by DCA or plain attention, not by {type(model.dca).__name__}; use "
             "the method dca or rope"
         )
+    if model.sparse is not None:
+        raise InputError(
+            "a server reads prompts densely, and this model is to read them sparsely; load it with "
+            "sparse='off'"
+        )
     if llm.cache_dtype != model.dtype and not is_quantized(llm.cache_dtype):
         raise InputError(
             f"a server's cache keeps keys in the model's dtype, {model.dtype}, or in int8 or fp8, "

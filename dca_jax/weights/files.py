@@ -14,6 +14,8 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import parse_json, read_text_file
 
+PARAMS = "params"  # the Orbax checkpoint's name inside a converted folder
+
 # Where transformers keeps all chat templates but the default one.
 TEMPLATES = "additional_chat_templates"
 
@@ -25,6 +27,23 @@ WEIGHTS = frozenset(
 )
 INDEX = re.compile(r"\.index(\.\w+)?\.json")
 NOT_COPIED = frozenset({"adapter_config.json", "provenance.json"})
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether `folder` is a converted one (Orbax weights) and not a Hugging Face one.
+
+    Raises:
+        InputError: its `params` is a link that leads elsewhere.
+    """
+    folder = Path(folder)
+    if not (folder / PARAMS).is_dir():
+        return False
+    if (folder / PARAMS).resolve() != folder.resolve() / PARAMS:
+        raise InputError(
+            f"{folder / PARAMS} is a link that leads out of its folder (to "
+            f"{(folder / PARAMS).resolve()}); put the folder itself there"
+        )
+    return True
 
 
 def member(folder: Path, name: str) -> Path:

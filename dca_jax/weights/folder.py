@@ -13,11 +13,10 @@ from jax.typing import DTypeLike
 
 from dca_jax.config import CONFIG, LlamaConfig
 from dca_jax.weights.adapters import with_adapter
-from dca_jax.weights.files import copy_companions, read_json
+from dca_jax.weights.files import copy_companions, is_converted, read_json
 from dca_jax.weights.gguf import write_companions
 from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, QUANTIZATION, open_checkpoint
-from dca_jax.weights.orbax import is_converted, open_converted
 from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
 
 log = logging.getLogger(__name__)
@@ -98,6 +97,8 @@ def open_weights(
             that is NaN or infinite.
     """
     if is_converted(Path(folder)):
+        from dca_jax.weights.orbax import open_converted  # slow to import, and seldom needed
+
         return open_converted(folder, config, dtype=dtype)
     checkpoint = open_checkpoint(folder, config)
     dtypes = {

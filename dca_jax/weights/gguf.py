@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from dca_jax import fields
-from dca_jax.config import FAMILIES, LlamaConfig
+from dca_jax.config import CONFIG, FAMILIES, LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.rope import RopeConfig, inverse_frequencies
@@ -281,6 +281,7 @@ def write_companions(path: Path, folder: Path) -> None:
         InputError: as `read_gguf_config` and `tokenizer_files`.
     """
     file = read_gguf(path)
-    for name, value in {"config.json": hf_config(file), **tokenizer_files(file)}.items():
-        text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    for name, value in {CONFIG: hf_config(file), **tokenizer_files(file)}.items():
+        # A tokenizer's merges, indented, would take a second: json's own C writes none.
+        text = json.dumps(value, ensure_ascii=False, indent=1 if name == CONFIG else None) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
+from dca_jax.weights.files import is_converted
 from dca_jax.weights.gguf_file import SUFFIX, gguf_files, is_gguf
-from dca_jax.weights.orbax import is_converted
 
 # What is fetched of a repository: configs, tokenizers and chat templates; and weights of the first
 # kind that it has. Many have the same weights under other names too (consolidated.safetensors).

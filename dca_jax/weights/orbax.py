@@ -28,7 +28,7 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import decode, parse_json, read_text_file
-from dca_jax.weights.files import refuse_existing
+from dca_jax.weights.files import PARAMS, refuse_existing
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
@@ -39,8 +39,6 @@ from dca_jax.weights.parameters import (
     pieces,
 )
 from dca_jax.weights.tensor_files import FLOATS, cast_weights
-
-PARAMS = "params"  # the checkpoint's name inside a converted folder
 
 ZARRAY = ".zarray"  # the description of an array
 ZARRAY_BYTES = 2**14  # of it, at most; those of weights have some 300
@@ -182,23 +180,6 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     if any("/" in name or name in ("", ".", "..") for name in names):
         raise InputError(f"{path / '_METADATA'} names an array outside its folder")
     return {name: _described_array(path, name) for name in names}
-
-
-def is_converted(folder: str | Path) -> bool:
-    """Whether `folder` is a converted one (Orbax weights) and not a Hugging Face one.
-
-    Raises:
-        InputError: its `params` is a link that leads elsewhere.
-    """
-    folder = Path(folder)
-    if not (folder / PARAMS).is_dir():
-        return False
-    if (folder / PARAMS).resolve() != folder.resolve() / PARAMS:
-        raise InputError(
-            f"{folder / PARAMS} is a link that leads out of its folder (to "
-            f"{(folder / PARAMS).resolve()}); put the folder itself there"
-        )
-    return True
 
 
 def open_converted(

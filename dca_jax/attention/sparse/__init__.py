@@ -1,0 +1,19 @@
+"""Sparse reading of long prompts: selectors of key blocks (`dca_jax.attention.sparse.selector`)."""
+
+from dca_jax.attention.sparse.piece import Piece, Selector
+from dca_jax.attention.sparse.pooled import PooledQueries
+from dca_jax.attention.sparse.qwen_1m import VerticalSlash
+from dca_jax.attention.sparse.rows import SampledRows
+from dca_jax.attention.sparse.selector import NAMES, THRESHOLD, Sparse, choose_sparse
+
+__all__ = [
+    "NAMES",
+    "THRESHOLD",
+    "Piece",
+    "PooledQueries",
+    "SampledRows",
+    "Selector",
+    "Sparse",
+    "VerticalSlash",
+    "choose_sparse",
+]

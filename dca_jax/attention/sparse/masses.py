@@ -1,0 +1,161 @@
+"""How much of its attention a query pays to each block of keys, in plain XLA.
+
+A few queries stand for a tile of them. Their logits against all earlier keys are taken a span of
+keys at a time, of which only each block's log-sum-exp is kept: never the logits of a whole text.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.sparse import hopper
+from dca_jax.attention.sparse.piece import Keys, Piece
+from dca_jax.dca import DCAConfig, Phase, key_range, phases_within
+from dca_jax.device import current_device
+from dca_jax.dtypes import compute_dtype
+
+# Keys whose logits are there at once: a CPU's caches are small, and a GPU has to launch each step.
+SPAN, CPU_SPAN = 16_384, 1024
+TOGETHER = 32  # queries of a head that are multiplied at once, whatever the length of a piece
+
+Queries = Mapping[Phase, Float[Array, "B K M H"]]
+
+
+def block_scores(
+    rotated: Mapping[Phase, Float[Array, "B tiles R N H"]],
+    index: Int[Array, "B tiles R"],
+    wanted: Bool[Array, "B tiles"],
+    piece: Piece,
+    dca: DCAConfig,
+    *,
+    of_maximum: float,
+) -> Float[Array, "B K tiles blocks"]:
+    """What R queries of each tile give to blocks of keys, over all heads that share a list.
+
+    The mean of their probabilities, and `of_maximum` times the largest: one softmax for each query
+    over the keys up to its own. The blocks are those of the cache. Tiles are taken in groups of one
+    size, so that their arithmetic is that of every piece.
+
+    Args:
+        rotated: the queries as each phase sees them, times the logit scale.
+        index: their text indices: keys beyond them are not met. They are the last query of each of
+            R equal parts of a tile.
+        wanted: tiles that are to be scored; the others' scores mean nothing.
+    """
+    batch, tiles, count = index.shape
+    if hopper.fits(piece, count, dca):
+        return hopper.block_scores(rotated, piece, dca, of_maximum)
+    together = max(1, TOGETHER // count)
+    keys = piece.keys()
+    kv_heads, heads = piece.key.shape[3], piece.query.shape[2]
+    group = heads // kv_heads
+
+    def split(x: Array) -> Array:
+        missing = -tiles % together
+        x = jnp.pad(x, [(0, missing if axis == 1 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0)
+
+    def of_some(args: tuple[dict[Phase, Array], Array, Array]) -> Array:
+        rotated, index, wanted = args
+        queries: dict[Phase, Array] = {
+            phase: by_kv_head(query, kv_heads) for phase, query in rotated.items()
+        }
+        wanted = jnp.broadcast_to(wanted[:, :, None], index.shape)
+        index, wanted = (jnp.repeat(x.reshape(batch, -1), group, axis=1) for x in (index, wanted))
+        masses = _log_masses(queries, index, wanted, keys, dca)
+        total = jax.nn.logsumexp(masses, axis=-1, keepdims=True)
+        p = jnp.exp(masses - jnp.where(jnp.isfinite(total), total, 0))
+        p = p.reshape(batch, kv_heads, together, count * group, -1)
+        return p.mean(axis=3) + of_maximum * p.max(axis=3)
+
+    dtype = piece.query.dtype
+    given = {phase: split(query.astype(dtype)) for phase, query in rotated.items()}
+    scores = jax.lax.map(of_some, (given, split(index), split(wanted)))
+    scores = jnp.moveaxis(scores, 0, 2)
+    return scores.reshape(batch, kv_heads, -1, scores.shape[-1])[:, :, :tiles]
+
+
+def by_kv_head(query: Float[Array, "B *rows N H"], kv_heads: int) -> Float[Array, "B K M H"]:
+    """Queries that share a kv head together: row after row, its query heads within."""
+    batch, head_dim = query.shape[0], query.shape[-1]
+    query = query.reshape(batch, -1, kv_heads, query.shape[-2] // kv_heads, head_dim)
+    return jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, -1, head_dim)
+
+
+def _log_masses(
+    queries: Queries,
+    index: Int[Array, "B M"],
+    wanted: Bool[Array, "B M"],
+    keys: Keys,
+    dca: DCAConfig,
+) -> Float[Array, "B K M blocks"]:
+    """The logits' log-sum-exp over each block of keys; -inf of one that is not met."""
+
+    def note(masses: Array, at: Array, logits: Array) -> Array:
+        new = jax.nn.logsumexp(logits.reshape(*logits.shape[:3], -1, BLOCK), axis=-1)
+        block = at // BLOCK
+        old = jax.lax.dynamic_slice_in_dim(masses, block, new.shape[3], axis=3)
+        # A border between chunks may cut a block into keys of two phases.
+        return jax.lax.dynamic_update_slice_in_dim(masses, jnp.logaddexp(old, new), block, axis=3)
+
+    some = next(iter(queries.values()))
+    shape = (*some.shape[:3], keys.count // BLOCK)
+    masses = jnp.full(shape, -jnp.inf, compute_dtype(some.dtype))
+    return walk_keys(queries, index, wanted, keys, dca, masses, note)
+
+
+def walk_keys[State](
+    queries: Queries,
+    index: Int[Array, "B M"],
+    wanted: Bool[Array, "B M"],
+    keys: Keys,
+    dca: DCAConfig,
+    state: State,
+    update: Callable[[State, Int[Array, ""], Float[Array, "B K M span"]], State],
+) -> State:
+    """Goes through all keys that some queries meet, phase by phase, a span of them at a time.
+
+    Args:
+        queries: as each phase sees them, rounded. index: where they stand in their texts.
+        wanted: those that meet anything.
+        keys: in whole blocks (`Piece.keys`).
+        update: the state after a span that begins at a key, a multiple of 128; logits are float32,
+            and -inf where a query does not meet the key in this phase.
+    """
+    num_keys = keys.count
+    span = min(CPU_SPAN if current_device().platform == "cpu" else SPAN, num_keys)
+    for phase in phases_within(num_keys, dca):
+        query = queries[phase]
+        start, stop = key_range(index, phase, dca)
+        stop = jnp.where(wanted, jnp.minimum(stop, num_keys), start)
+        meets = start < stop
+        first = jnp.min(jnp.where(meets, start, jnp.int32(2**31 - 1))) // span
+        last = (jnp.max(jnp.where(meets, stop, 0)) + (span - 1)) // span
+
+        def step(
+            n: Array, state: State, query: Array = query, start: Array = start, stop: Array = stop
+        ) -> State:
+            # The last span may begin early: what it has of the one before is masked.
+            at = jnp.minimum(n * span, num_keys - span)
+            logits = _product(query, keys.span(at, span).astype(query.dtype))
+            if keys.scale is not None:
+                logits = logits * keys.scales(at, span).astype(logits.dtype)
+            j = at + jnp.arange(span, dtype=jnp.int32)[None, None, :]
+            low = jnp.maximum(start, n * span)[:, :, None]
+            met = (j >= low) & (j < stop[:, :, None])
+            return update(state, at, jnp.where(met[:, None], logits, -jnp.inf))
+
+        state = jax.lax.fori_loop(first, last, step, state)
+    return state
+
+
+def _product(
+    query: Float[Array, "B K M H"], key: Float[Array, "B S K H"]
+) -> Float[Array, "B K M S"]:
+    """Logits, summed in float32 (float64 of float64); float32 inputs unrounded."""
+    precision = None if query.dtype.itemsize < 4 else "highest"
+    options = {"precision": precision, "preferred_element_type": compute_dtype(query.dtype)}
+    return jnp.einsum("BKMH,BSKH->BKMS", query, key, **options)

@@ -1,0 +1,197 @@
+"""Sparse reading of long prompts: which blocks of keys a tile of queries reads, and when.
+
+While a prompt is read, a tile of 128 queries reads some blocks of the keys before it instead of all
+(`dca_jax.attention.blocks`); a *selector* chooses them:
+
+    rows        eight exact query rows of each tile, and what they attend to most: the default
+    pooled      one mean query of each tile: cheaper, blind to what few queries look for
+    qwen-1m     vertical and slash lines, by a table that the checkpoint brings
+
+    text    0 ........................................................ L
+    read      each tile: first block, selected blocks, the one before, its own      | densely
+                                                            the last 128 tokens' tiles
+
+A tile's choice depends on its text only. Prompts up to a threshold are read densely, tokens are
+always drawn densely, and there is no gradient.
+"""
+
+import re
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.blocks import BLOCK, KeyBlocks, key_blocks, num_tiles
+from dca_jax.attention.sparse.best import always_kept
+from dca_jax.attention.sparse.piece import Piece, Selector
+from dca_jax.attention.sparse.pooled import PooledQueries
+from dca_jax.attention.sparse.qwen_1m import has_table, read_table
+from dca_jax.attention.sparse.rows import SampledRows
+from dca_jax.dca import DCAConfig, SparseConfig
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+
+THRESHOLD = 32_768  # tokens of a prompt up to which it is read densely
+TAIL = 128  # tokens at a prompt's end whose tiles are read densely: without, no selector answered
+NAMES = "auto, off, rows, rows:SHARE, rows4 or rows16, pooled, pooled:SHARE, qwen-1m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """How long prompts are read.
+
+    Attributes:
+        selector: chooses the blocks of each tile.
+        threshold: tokens of a prompt up to which it is read densely.
+        by_checkpoint: nobody but the checkpoint asked for it.
+    """
+
+    selector: Selector
+    threshold: int = THRESHOLD
+    by_checkpoint: bool = False
+
+    @property
+    def segment(self) -> int:
+        """Tokens: pieces of a prompt begin and end at multiples of it."""
+        return self.selector.segment
+
+    @property
+    def described(self) -> str:
+        """For people, and for the records of what has been measured."""
+        return f"{self.selector.name} beyond {self.threshold} tokens"
+
+    def share(self, length: int) -> float | None:
+        """Of the blocks of keys that a prompt's tiles meet, those that are read.
+
+        1 of a prompt that is read densely; None where only the text tells.
+        """
+        blocks = -(-length // BLOCK)
+        counts = self.selector.counts(blocks)
+        if length <= self.threshold:
+            return 1.0
+        if counts is None:
+            return None
+        met = np.arange(1, blocks + 1)
+        dense = met * BLOCK > length - TAIL
+        return float(np.where(dense, met, np.minimum(counts, met)).sum() / met.sum())
+
+    def told(self, length: int) -> str:
+        """How a prompt of so many tokens is read, in a few words."""
+        share = self.share(length)
+        if share is None:
+            return f"{self.selector.name}, by lines that the text tells"
+        if share == 1:
+            return "all keys"
+        return f"{self.selector.name}, {100 * share:.1f} % of the blocks of keys"
+
+    def dense_from(self, length: int) -> int:
+        """From which token on a prompt of `length` tokens is read densely; 0 if all of it is."""
+        return 0 if length <= self.threshold else max(0, length - TAIL) // BLOCK * BLOCK
+
+    def shared(self, common: int, one: int, other: int) -> int:
+        """How many first tokens two prompts read alike.
+
+        Args:
+            common: tokens they begin with alike. one, other: tokens of each.
+        """
+        dense = self.dense_from(one), self.dense_from(other)
+        if not any(dense):
+            return common
+        return min(common, *dense) // self.segment * self.segment
+
+    def for_method(self, dca: DCAConfig | PositionMethod | None) -> "Sparse | None":
+        """This, where texts are read by a method that can be read sparsely.
+
+        Raises:
+            InputError: by another one, though it was asked for.
+        """
+        if not isinstance(dca, PositionMethod):
+            return self
+        if self.by_checkpoint:
+            return None
+        raise InputError(
+            f"{type(dca).__name__} reads texts densely; sparse reading ({self.selector.name}) is "
+            "for DCA and plain attention, so leave out the one or the other"
+        )
+
+    def blocks(self, piece: Piece, dca: DCAConfig) -> KeyBlocks:
+        """The lists of a piece: what the selector keeps; all, where a prompt is read densely."""
+        # A short prompt may go on from anywhere, and then lies in a tile more.
+        more = num_tiles(piece.query.shape[1]) - piece.num_tiles
+        tile = piece.tiles(piece.num_tiles + more)
+        whole = piece.whole[:, None]
+        dense = (whole <= self.threshold) | ((tile + 1) * BLOCK > whole - TAIL)
+        wanted = ~dense & (tile * BLOCK < piece.rows.lengths[:, None])
+        kept = self.selector.kept(piece, wanted[:, : piece.num_tiles], dca)
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, more), (0, 0)))
+        always = always_kept(tile, piece.num_blocks) | dense[:, :, None]
+        return key_blocks(kept | always[:, None], rows=piece.rows, dca=dca, most=piece.num_blocks)
+
+    def check_piece(self, num_queries: int) -> None:
+        """Raises InputError for a piece of a prompt that ends within a segment."""
+        if num_queries % self.segment:
+            raise InputError(
+                f"a prompt that is read sparsely ({self.selector.name}) is read in pieces of a "
+                f"multiple of {self.segment} tokens, padding included; got {num_queries}"
+            )
+
+
+def choose_sparse(
+    asked: "Sparse | str | None", wish: SparseConfig | None, *, layers: int, heads: int
+) -> Sparse | None:
+    """How a model reads long prompts; None: densely.
+
+    Args:
+        asked: a name (`NAMES`), where a number after a colon is the share of blocks that is kept;
+            "auto" is what the checkpoint asks for; None is "off".
+        wish: the checkpoint's.
+        layers, heads: of the model.
+
+    Raises:
+        InputError: an unknown name, a share that is none, or `qwen-1m` without its table.
+    """
+    if isinstance(asked, Sparse):
+        return asked
+    if asked is None or asked == "off":
+        return None
+    wish = wish or SparseConfig()
+    threshold = wish.threshold
+    if asked == "auto":
+        if not wish.wanted:
+            return None
+        name = "qwen-1m" if has_table(wish.patterns) else "rows"
+        selector = _by_name(name, wish, layers, heads)
+        return Sparse(selector=selector, threshold=threshold, by_checkpoint=True)
+    return Sparse(selector=_by_name(asked, wish, layers, heads), threshold=threshold)
+
+
+def _by_name(name: str, wish: SparseConfig, layers: int, heads: int) -> Selector:
+    if name == "qwen-1m":
+        if wish.patterns is None or not has_table(wish.patterns):
+            raise InputError(
+                "--sparse qwen-1m needs the checkpoint's table of heads (sparse_attention_config."
+                "json beside its config), and there is none; rows needs no table"
+            )
+        return read_table(wish.patterns, layers=layers, heads=heads, last_q=wish.last_q)
+    known, _, share = name.partition(":")
+    options = {} if not share else {"share": _share(share, name)}
+    if known == "pooled":
+        return PooledQueries(**options)
+    found = re.fullmatch(r"rows(4|16)?", known)
+    if found is None or name.endswith(":"):
+        raise InputError(f"sparse reading {shown(name)} is not known; expected one of {NAMES}")
+    return SampledRows(**options, count=int(found[1] or 8))
+
+
+def _share(text: str, name: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(
+            f"sparse reading {shown(name)} must name a share of the blocks above 0 and up to 1, as "
+            "rows:0.05"
+        )
+    return share

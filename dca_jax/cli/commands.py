@@ -1,0 +1,114 @@
+"""The commands by name, each imported when it is used.
+
+So `--help`, `--version` and a misspelt name do without JAX, which takes seconds to import.
+"""
+
+import importlib
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from dca_jax.cli.launch import PROCESSES
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.text_files import check_characters
+
+# By panel and name: the file of `dca_jax/cli/` whose `app` has the command, and the first paragraph
+# of its help.
+COMMANDS = {
+    "Run": {
+        "generate": (
+            "run",
+            "Continue a prompt, a file or many prompts, or answer a question about a document.",
+        ),
+        "chat": ("run", "Talk to a chat model; each turn reads only what is new."),
+        "serve": (
+            "serve",
+            "Serve a model to any client of OpenAI's protocol; many texts are written at once.",
+        ),
+    },
+    "Measure": {
+        "eval": (
+            "measure",
+            "Evaluate a model on long texts: each of the paper's tables and figures is one "
+            "command.",
+        ),
+        "lm-eval": (
+            "harness",
+            "Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.",
+        ),
+    },
+    "Train": {
+        "finetune": (
+            "train",
+            "Finetune a model on dialogues with Dual Chunk Attention: all weights, or LoRA.",
+        ),
+        "preview": (
+            "train",
+            "Show the rows that `finetune` would train on, and which of their tokens count.",
+        ),
+    },
+    "Prepare": {
+        "convert": (
+            "prepare",
+            "Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.",
+        ),
+        "info": ("prepare", "Describe a checkpoint without reading its weights."),
+        "plan": ("prepare", "Estimate memory per device before loading anything."),
+        "explain": (
+            "prepare",
+            "Show the positions that a method gives to a text: chunks, distances, temperature.",
+        ),
+    },
+}
+
+
+class Later(TyperCommand):
+    """A command that is imported once its own words are parsed."""
+
+    def __init__(self, name: str, panel: str, file: str, summary: str) -> None:
+        super().__init__(name, help=summary, rich_help_panel=panel)
+        self.file = file
+
+    def load(self) -> Any:
+        """The command itself, or group of commands."""
+        module = importlib.import_module(f"dca_jax.cli.{self.file}")
+        found: Any = typer.main.get_command(module.app)
+        return found if found.name == self.name else found.commands[self.name]
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """The command's own; its `command` is not this one."""
+        return self.load().make_context(info_name, args, *rest, **extra)
+
+
+class Commands(TyperGroup):
+    """All of them; help shows the options of several processes last."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        for panel, commands in COMMANDS.items():
+            for name, (file, summary) in commands.items():
+                self.add_command(Later(name, panel, file, summary))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Click's own, of words that are text."""
+        with exit_on_input_error():
+            for number, word in enumerate(args, start=1):
+                check_characters(word, f"argument {number} of dca-jax")
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Typer's own, without those options; then these."""
+        last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
+        table = Table.grid(padding=(0, 2))
+        for option in last:
+            table.add_row(*(option.get_help_record(ctx) or ()))
+        kept, self.params = self.params, [p for p in self.params if p not in last]
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.params = kept
+        Console().print(Panel(table, title=PROCESSES, title_align="left", border_style="dim"))
