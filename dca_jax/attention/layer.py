@@ -66,8 +66,6 @@ def attend_to_text(
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
-    if sparse is not None and pages is not None:
-        raise InputError("a cache in pages is read densely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
@@ -177,6 +175,8 @@ def attend_to_cache(
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
+    if sparse is not None and pages is not None:
+        raise InputError("a cache in pages is read densely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
 
     def local(
