@@ -18,7 +18,7 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +95,7 @@ def measure(
     start = time.perf_counter()
     engine.start(lambda name: say(f"{time.perf_counter() - start:6.1f} s  compiling: {name}"))
     report.add({"what": "start", "ms": 1e3 * (time.perf_counter() - start), "tokens": pages * 128})
-    parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
+    parts: list[Callable[[], Iterable[dict[str, Any]]]] = [
         lambda: steps(engine, short, bandwidth),
         lambda: pieces(engine, long),
         lambda: about_a_book(engine, long, questions),

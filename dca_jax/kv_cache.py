@@ -110,9 +110,9 @@ class KVCache:
         return sum(array.nbytes for array in jax.tree.leaves(self.stored))
 
     def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
-        """The same texts cut to ``lengths`` tokens (never more than they hold); nothing is copied.
+        """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
 
-        Rows beyond the ``lengths`` given, which fill the cache up, are emptied.
+        Rows beyond the `lengths` given, which fill the cache up, are emptied.
         """
         if isinstance(lengths, jax.Array) or isinstance(self.lengths, Tracer):
             return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
@@ -134,7 +134,7 @@ class PagedCache:
     Attributes:
         key, value, key_scale, value_scale: as in `KVCache`, pages in place of rows.
         pages: each row's table. What it says beyond a row's length is never read.
-        lengths, frequency_lengths: as in `KVCache`.
+        lengths: as in `KVCache`. frequency_lengths: likewise.
     """
 
     key: Num[Array, "L P page KH"]

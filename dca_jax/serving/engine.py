@@ -420,6 +420,11 @@ def _check(llm: LLM, context: int, pages: int) -> None:
             "a server reads prompts densely, and this model is to read them sparsely; load it with "
             "sparse='off'"
         )
+    if model.sparse is not None:
+        raise InputError(
+            f"a server reads densely, and this model sparsely ({model.sparse.selector.name}); load "
+            "it with sparse='off'"
+        )
     if llm.cache_dtype != model.dtype and not is_quantized(llm.cache_dtype):
         raise InputError(
             f"a server's cache keeps keys in the model's dtype, {model.dtype}, or in int8 or fp8, "

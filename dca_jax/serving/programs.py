@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.stored import Stored
@@ -22,7 +23,7 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import FAILED, at_last, compiler_options, whole
 from dca_jax.kv_cache import PagedCache, create_pool
 from dca_jax.model import Llama
-from dca_jax.sharding import mesh_of, replicated
+from dca_jax.sharding import Shards, mesh_of, replicated
 
 PIECES = (64, 256, 1024, 2048, 4096)  # tokens of a prompt that are read at once
 BATCHES = (1, 4, 16)  # texts that are drawn from at once, besides the most there can be
@@ -114,8 +115,16 @@ def mark(state: State, slot: Int[Array, ""], seen: Bool[Array, " V"]) -> State:
 
 def clear(state: State, pages: Int[Array, " n"]) -> State:
     """Empties pages: a number that is not finite would spread even from where nothing is read."""
-    stored = jax.tree.map(lambda x: x.at[:, pages].set(0, mode="drop"), state.stored)
-    return state._replace(stored=stored)
+    shards = Shards.of(state.stored.key)
+
+    def emptied(x: Array) -> Array:
+        spec = shards.specs(x)
+        empty = shards.local(
+            lambda x, pages: x.at[:, pages].set(0, mode="drop"), (spec, PartitionSpec()), spec
+        )
+        return empty(x, pages)
+
+    return state._replace(stored=jax.tree.map(emptied, state.stored))
 
 
 def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
