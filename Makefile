@@ -17,7 +17,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot lint docs clean
+.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot check lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -28,10 +28,10 @@ demo: $(VENV)/.core  ## Convert the demo model, extend its context with DCA, pri
 demo-chat: $(VENV)/.core  ## Ask a real chat model about a long text (BOOK=file), with DCA and without
 	$(BIN)/python examples/demo_chat.py $(if $(BOOK),--book '$(BOOK)')
 
-test: lint docs  ## What every change must pass: lint, types, documentation, tests
+test: check  ## What every change must pass: lint, types, documentation, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: lint docs  ## Before a change lands: with demos, benchmarks and runs of several processes
+test-all: check  ## Before a change lands: with demos, benchmarks and runs of several processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not tpu_aot and not gpu_aot"
 
 test-tpu-aot: $(VENV)/.dev  ## Compile kernels and whole models for every TPU, without one (a quarter of an hour)
@@ -50,6 +50,10 @@ test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and gener
 $(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(@D) jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@
+
+# Pyright and Sphinx each keep one core busy; what each says stays together.
+check: $(VENV)/.dev  ## lint and docs, side by side
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint docs
 
 lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from dca_jax.errors import InputError
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes."""
+    """No file may grow beyond 100 bytes; nor may the one pytest reports into, so no fixture."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -29,22 +29,16 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.fixture
-def no_room() -> Iterator[None]:
-    with full_disk():
-        yield
-
-
-def test_a_refused_write_says_which_path_why_and_what_to_do(tmp_path: Path, no_room: None) -> None:
+def test_a_refused_write_says_which_path_why_and_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "out"
     expected = re.escape(f"{path} cannot be written: File too large; raise the limit")
-    with pytest.raises(InputError, match=expected), writing(path):
+    with pytest.raises(InputError, match=expected), full_disk(), writing(path):
         path.write_bytes(b"x" * 1000)
     # TensorStore raises a ValueError; Orbax may wrap it once more.
     spec = {"driver": "json", "kvstore": f"file://{path}"}
-    with pytest.raises(InputError, match=expected), writing(path):
+    with pytest.raises(InputError, match=expected), full_disk(), writing(path):
         ts.open(spec).result().write("x" * 1000).result()
-    with pytest.raises(InputError, match=expected), writing(path):
+    with pytest.raises(InputError, match=expected), full_disk(), writing(path):
         try:
             ts.open(spec).result().write("x" * 1000).result()
         except ValueError as error:
@@ -76,9 +70,9 @@ def test_a_full_and_a_read_only_disk(code: int, says: str) -> None:
         raise OSError(code, "of a disk")
 
 
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, no_room: None) -> None:
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "lines"
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab", buffering=0) as file, full_disk():
         append(file, b"x" * 60, path)
         with pytest.raises(InputError, match="File too large"):
             append(file, b"y" * 60, path)
