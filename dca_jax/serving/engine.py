@@ -417,11 +417,6 @@ def _check(llm: LLM, context: int, pages: int) -> None:
         )
     if model.sparse is not None:
         raise InputError(
-            "a server reads prompts densely, and this model is to read them sparsely; load it with "
-            "sparse='off'"
-        )
-    if model.sparse is not None:
-        raise InputError(
             f"a server reads densely, and this model sparsely ({model.sparse.selector.name}); load "
             "it with sparse='off'"
         )
