@@ -126,7 +126,7 @@ def project(
     linears: Sequence[tuple[Linear, str]],
     layer: Int[Array, ""] | None = None,
 ) -> list[Array]:
-    """What several `Linear`s make of the same [B, T, *inputs]; in one launch where that is faster.
+    """What several `Linear`s make of the same x; in one launch where that is faster.
 
     Args:
         linears: with the letters of their outputs. layer: as of `Linear`.
