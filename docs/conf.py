@@ -39,6 +39,9 @@ nitpicky = True
 # Other projects' inventories lie on the network; a reference into this one must resolve.
 nitpick_ignore_regex = [(r"py:.*", r"(?!dca_jax|checkpoints_convert).*")]
 
+# Several classes have an attribute `key`; which one a docstring means is its own.
+suppress_warnings = ["ref.python"]
+
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -47,7 +47,7 @@ class KeyBlocks(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend's module offers. `query` is raw, `key` rotated by `rotate_keys`.
+    """What a backend's module offers. Queries are raw, keys rotated by `rotate_keys`.
 
     Keys and values come as a stack of layers [L, B, S, K, H] (a KV cache, or L = 1) with the number
     of the one to read, so that a kernel reads a layer in place and nothing copies it out. They may

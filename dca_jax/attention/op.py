@@ -171,7 +171,7 @@ def attend(
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`dual_chunk_attention` with `key` already rotated by `rotate_keys` (a KV cache).
+    """`dual_chunk_attention` with keys already rotated by `rotate_keys` (a KV cache).
 
     Key and value are [B, S, K, H]; with `layer` all layers of a cache, [L, B, S, K, H], of which
     that one is read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN
@@ -333,7 +333,7 @@ def choose_implementation(
 ) -> str:
     """The implementation to run: the named one if it can, the best that can if None.
 
-    `query` is [B, T, N, H] and `key` [L, B, S, K, H], as `Backend` takes them: of a page table S
+    The query is [B, T, N, H], the key [L, B, S, K, H], as `Backend` takes them: of a page table S
     is the tokens it has room for. `listed` and `paged`: over lists of key blocks, through pages.
 
     Raises:

@@ -64,9 +64,9 @@ def forward(
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Output and natural log-sum-exp over the keys of `phases`; `key` is rotated.
+    """Output and natural log-sum-exp over the keys of `phases`, which come rotated.
 
-    For a `PositionMethod`, `key` is raw, and it has no phases.
+    For a `PositionMethod` they come raw, and there are no phases.
     """
     if blocks is not None:
         assert isinstance(dca, DCAConfig)  # `attend` has refused others

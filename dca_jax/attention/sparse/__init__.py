@@ -1,6 +1,6 @@
 """Sparse reading of long prompts: selectors of key blocks (`dca_jax.attention.sparse.selector`)."""
 
-from dca_jax.attention.sparse.piece import Piece, Selector
+from dca_jax.attention.sparse.piece import Keys, Piece, Selector
 from dca_jax.attention.sparse.pooled import PooledQueries
 from dca_jax.attention.sparse.qwen_1m import VerticalSlash
 from dca_jax.attention.sparse.rows import SampledRows
@@ -9,6 +9,7 @@ from dca_jax.attention.sparse.selector import NAMES, THRESHOLD, Sparse, choose_s
 __all__ = [
     "NAMES",
     "THRESHOLD",
+    "Keys",
     "Piece",
     "PooledQueries",
     "SampledRows",
