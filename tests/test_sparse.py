@@ -437,7 +437,7 @@ def test_a_checkpoint_is_read_as_it_asks(folder: Path, tmp_path: Path, caplog: A
     assert (how.described, how.by_checkpoint) == ("qwen-1m beyond 500 tokens", True)
     assert "as the checkpoint asks" in caplog.text
     told = invoke("info", copied)
-    assert re.search(r"long prompts \(auto\) +qwen-1m beyond 500 tokens", told.stdout)
+    assert re.search(r"long prompts \(auto\)\W+qwen-1m beyond 500 tokens", told.stdout)
     opened = open_model(copied, dca=None).llm.model
     assert with_method(opened, "dca", 64).sparse == how
     for method in ("rope", "rerope"):
