@@ -480,7 +480,7 @@ def time_decoding(
         return query, *pools, lengths, table
 
     compiled = {
-        page: start_compiling(pool, chain, *jax.eval_shape(lambda: inputs(page, False)))  # noqa: B023
+        page: start_compiling(pool, chain, *jax.eval_shape(functools.partial(inputs, page, False)))
         for page in (None, *pages)
     }
     wait(compiled.values())

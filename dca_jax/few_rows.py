@@ -284,8 +284,7 @@ def _half(
 
 
 # Four bytes become four numbers in bfloat16: 0x4300 and the lower seven bits are 128 + q, from
-# which 0x4300 and the sign's bit are taken, 128 or 256: exactly. A conversion takes as long as four
-# other instructions.
+# which 0x4300 and the sign's bit are taken, 128 or 256: exactly, and with no conversion.
 _BYTES = """
 {
 .reg .b32 one, wide, offset;

@@ -363,6 +363,7 @@ def stays_whole(path: Any, stack: Any, rows: int) -> bool:
     *_, linear, name, _ = (getattr(key, "name", None) for key in path)
     if rows != 1 or name != "kernel" or Shards.of(stack).mesh is not None:
         return False
+    # Of o_proj heads and their elements are inputs, of all others the width of the model or MLP.
     inputs = math.prod(stack.shape[1 : 3 if linear == "o_proj" else 2])
     outputs = math.prod(stack.shape[1:]) // inputs
     row = jax.ShapeDtypeStruct((1, inputs), stack.dtype)

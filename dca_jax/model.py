@@ -279,8 +279,7 @@ class Llama(nnx.Module):
             run_layer = jax.checkpoint(run_layer, policy=REMAT[self.remat])
         x, of_layers = self._embed(tokens, shards.out("BTD")), []
         for run in self.layers.runs():
-            layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
-            x, of_run = jax.lax.scan(run_layer, x, (run.block, layers))
+            x, of_run = jax.lax.scan(run_layer, x, (run.block, run.numbers))
             of_layers.append(of_run)
         kept, balance = (
             _joined([part for part in parts if part is not None])

@@ -40,8 +40,9 @@ from dca_jax.inference.generate import Run
 from dca_jax.inference.load import open_model
 from dca_jax.inference.methods import with_method
 from dca_jax.inference.score import token_nll
-from dca_jax.kv_cache import KVCache
+from dca_jax.kv_cache import KVCache, PagedCache, create_pool
 from dca_jax.rope import RopeConfig
+from dca_jax.serving.engine import Engine
 from dca_jax.sharding import make_mesh
 
 S, Q = 200, 300  # a chunk ends within a tile
@@ -411,6 +412,14 @@ def test_what_is_refused(folder: Path, sparse_llm: dca_jax.LLM) -> None:
         sparse_llm.model.hidden_states(
             tokens[:, :64], cache=room(sparse_llm, 1), context_lengths=lengths
         )
+    table, two = jnp.zeros((1, 2), jnp.int32), {"pages": 2, "page": 128, "dtype": jnp.float32}
+    pool = create_pool(sparse_llm.model.config, **two)._asdict()
+    none = jnp.zeros((1,), jnp.int32)
+    paged = PagedCache(**pool, pages=table, lengths=none, frequency_lengths=none)
+    with pytest.raises(InputError, match="a cache in pages is read densely"):
+        sparse_llm.model.hidden_states(tokens, cache=paged, context_lengths=lengths)
+    with pytest.raises(InputError, match=r"a server reads densely, .*sparse='off'"):
+        Engine(sparse_llm, context=128, rows=1, pages=2)
     refused = invoke("generate", folder, "Call me", "--sparse", "xattention")
     assert refused.exit_code == 2
     assert "expected one of auto, off, rows" in refused.stderr

@@ -1,5 +1,6 @@
 """What answers look like: OpenAI's objects, whole and as chunks of a stream."""
 
+import abc
 import math
 import time
 import uuid
@@ -54,7 +55,7 @@ class Tokens:
         return found.decode(errors="replace"), list(found)
 
 
-class Form:
+class Form(abc.ABC):
     """One of the two protocols.
 
     Args:
@@ -89,13 +90,13 @@ class Form:
         """The chunk that says what it took."""
         return self._object(self.chunk_kind, []) | {"usage": usage}
 
+    @abc.abstractmethod
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """One text of an answer that is not streamed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """One piece of a text."""
-        raise NotImplementedError
 
 
 class ChatForm(Form):

@@ -4,6 +4,7 @@ A field that would change the answer and is not computed here is an error, never
 changes nothing (`user`, a penalty of 0) is taken.
 """
 
+import abc
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Wanted:
     top: int | None
 
 
-class Generation(Fields):
+class Generation(Fields, abc.ABC):
     """What both ways to ask for a text have."""
 
     model: str | None = None
@@ -171,17 +172,17 @@ class Generation(Fields):
             new = min(NEW_TOKENS, context - longest)
         return Wanted(prompts=prompts, options=self.options(new), choices=self.n, top=self.top())
 
+    @abc.abstractmethod
     def prompts(self, llm: LLM) -> list[list[int]]:
         """The prompts in tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def new_tokens(self) -> int | None:
         """Tokens to draw at most; None for what is usual."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def top(self) -> int | None:
         """As of `Wanted`."""
-        raise NotImplementedError
 
 
 class ChatRequest(Generation):
