@@ -64,7 +64,7 @@ from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import FORMS, Packed, pack
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, mesh_of
-from dca_jax.weights.packer import inner_order, matrices, packer
+from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, count_parameters, parameters
 from dca_jax.weights.placement import parameter_shardings
 
@@ -315,7 +315,7 @@ def random_model(
         if len(shape) > len(row.axes):
             keys = jax.random.split(key, shape[0])
             return jax.lax.map(lambda key: normal_packed(key, shape[1:], row), keys)
-        order = inner_order(row)
+        order = row.inner_order
         matrix = 0.02 * jax.random.normal(key, [shape[axis] for axis in order], jnp.bfloat16)
         return pack(matrix, weights, len(row.groups[1]), order=order)
 
@@ -340,7 +340,8 @@ def random_model(
     made = []
     for name, maker, key in zip(names, makers, keys, strict=True):
         leaf = maker.result()(*([] if name.endswith("scale") else [key]))
-        made.append(leaf if then is None else then(rows[name], leaf)[name])
+        change = None if then is None else then(rows[name])
+        made.append(leaf if change is None else change(leaf))
     return Llama.from_params(config, jax.tree.unflatten(structure, made), **options)
 
 
