@@ -5,6 +5,8 @@ program takes a tile of outputs through its share of the inputs, unpacking in re
 cores multiply. Values less their zero are multiplied, exactly, and sums of a block by its scale.
 The matrix is read where it lies in its stack, so no layer is copied out of it.
 
+On Hopper one row by large matrices has a kernel of its own (`dca_jax.packed_row`).
+
 The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
 register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
 """
@@ -24,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
+from dca_jax.packed_row import choose_plan, multiply_row
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
@@ -66,6 +69,9 @@ def multiply(
         tile: sizes that divide those of a matrix, and groups or blocks; default: `choose_tile`'s.
     """
     rows, inputs = x.shape
+    plan = None if tile or INTERPRET else choose_plan(x, stacks)
+    if plan is not None:
+        return multiply_row(x, stacks, layer, plan)
     tile = choose_tile(stacks) if tile is None else tile
     if tile is None and len(stacks) > 1:
         return tuple(multiply(x, [matrices], layer)[0] for matrices in stacks)
