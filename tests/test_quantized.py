@@ -265,6 +265,7 @@ def check_kept(found, config, expected, kept):
     for row in parameters(config):
         leaf = functools.reduce(dict.__getitem__, row.path.split("."), found)
         assert is_packed(leaf) == (row.path.split(".")[-2] in kept)
+        leaf = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), leaf)  # from all devices
         ours = np.asarray(leaf.unpack(jnp.float32) if is_packed(leaf) else leaf)
         theirs = [row.to_ours(expected[n], row.sizes(config)) for n in row.their_names(config)]
         theirs = np.stack(theirs) if row.stacked else theirs[0]

@@ -225,7 +225,7 @@ def plan_command(
 
 
 def _kept(model: str, shape: LlamaConfig, keep: str | None) -> dict[str, Kept]:
-    """How weights stay packed; where they are not here to look at, it says that it does not know."""
+    """How weights stay packed; says so where they are not here to look at."""
     try:
         return kept_forms(find_folder(model, weights=False), shape, keep)
     except InputError as error:
