@@ -96,7 +96,7 @@ class _Shared(NamedTuple):
     free: Any
 
 
-def choose_plan(x: Array, stacks: Sequence[Packed]) -> Plan | None:
+def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
     """How to multiply by these stacks; None if it cannot be done here, or is not faster so.
 
     Args:
