@@ -73,11 +73,11 @@ def promised(layer, columns, dtype, key, value, key_scale, value_scale, pages, p
     return jnp.asarray(outs), jnp.asarray(stats)
 
 
-@pytest.fixture(params=["promised", pytest.param("kernel", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[0, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (64, 128, 256))])
 def bench(request, monkeypatch):
-    """mosaic_gpu; on a CPU with the kernel's promise in its place, in float32."""
-    if request.param == "kernel":
-        return BENCHES["mosaic_gpu"]
+    """mosaic_gpu by head_dim; on a CPU with the kernel's promise in its place, in float32."""
+    if request.param:
+        return BENCHES["mosaic_gpu"]._replace(dim=request.param)
     monkeypatch.setattr(decode, "_attend_shares", promised)
     return Bench("promised", dim=64)
 
@@ -114,7 +114,9 @@ SETTINGS = [setting(300, 400), setting(40, 40), PLAIN]
 @pytest.mark.parametrize("dca", SETTINGS, ids=["s=300", "s=40", "plain"])
 def test_a_short_piece_is_read_in_tiles(bench: Bench, dca: DCAConfig) -> None:
     """Ragged rows: one in the middle of a chunk, one of a single token, one that is not there."""
-    case = Case.of([597, 0, 130], [650, 1, 130], (64, 700, 8, 2), dca, dim=64, dtype=bench.dtype)
+    case = Case.of(
+        [597, 0, 130], [650, 1, 130], (64, 700, 8, 2), dca, dim=bench.dim, dtype=bench.dtype
+    )
     found = read(bench, case, Pool.of(case, PAGE))
     bench.agrees(found, case.expected())
 
@@ -124,7 +126,7 @@ def test_what_rows_have_in_common_is_read_once(bench: Bench, dca: DCAConfig) -> 
     """Two groups and two rows of none; in a group some are a chunk further than others."""
     lengths = [513, 900, 640, 257, 385, 512, 1]
     starts = [n - 1 for n in lengths]
-    case = Case.of(starts, lengths, (1, 900, 8, 2), dca, dim=64, dtype=bench.dtype)
+    case = Case.of(starts, lengths, (1, 900, 8, 2), dca, dim=bench.dim, dtype=bench.dtype)
     pool = Pool.of(case, PAGE)
     key, value, table = case.key, case.value, pool.table.copy()
     for rows, pages in (([0, 1, 2], 4), ([3, 4], 2)):
