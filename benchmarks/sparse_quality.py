@@ -199,8 +199,8 @@ def cells_of(
 
     def new(tokens: int, name: str, share: float, kind: str) -> Iterator[tuple[Cell, str]]:
         kept = blocks_to_keep(share, -(-tokens // BLOCK)).tobytes()
-        if (tokens, name, kept) not in seen:
-            seen.add((tokens, name, kept))
+        if (tokens, name, kept, kind) not in seen:
+            seen.add((tokens, name, kept, kind))
             yield Cell(tokens, name, share), kind
 
     where = [(tokens, "needles") for tokens in short] + [(tokens, "window") for tokens in long]
@@ -378,7 +378,12 @@ class Study:
         kept = jax.ShapeDtypeStruct((self.capacity // BLOCK,), jnp.int32)
         jitted = jax.jit(run, donate_argnums=2, compiler_options=compiler_options())
         arguments = self.llm.model.params(), kept, self.cache, row, row, one, one
-        return pool.submit(jitted.lower(*arguments).compile)
+        try:
+            return pool.submit(jitted.lower(*arguments).compile)
+        except Exception as error:  # whoever reads by it is told
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
 
     def _model(self, params: Any, name: str, kept: Array, watched: bool) -> Llama:
         sparse = None
