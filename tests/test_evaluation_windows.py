@@ -245,7 +245,7 @@ def test_a_text_with_a_number_that_is_none_is_refused(plain_llm, tokens, monkeyp
     reader = perplexity.Reader(plain_llm.model, 2, 64)
     piece = (np.ones((2, 64), np.float32), np.ones((2, 64), bool), reader._cache)
     piece[0][1, 5] = math.inf
-    monkeypatch.setattr(perplexity, "_read_piece", lambda *_: lambda *_: piece)
+    monkeypatch.setattr(perplexity, "compiled", lambda *_, **__: lambda *_: piece)
     with pytest.raises(InputError, match="the NLL of token 6 of text 1 is not finite"):
         reader.read([tokens[:32], tokens[:32]])
     scores = reader.read([tokens[:32], tokens[:6]])  # beyond a text's end it counts for nothing
