@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2
-import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -171,12 +170,8 @@ def test_a_beginning_is_read_once(engine, paper_llm):
     assert found == alone(paper_llm, [*book, *tokens, 5], options)
 
 
-def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm):
+def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm, compilations):
     """More texts than the cache has pages for, all different: what was kept makes room."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
-    )
     rng = np.random.default_rng(8)
     prompts = [rng.integers(3, 300, 260).tolist() for _ in range(QUEUE)] * 2
     options = Options(max_new_tokens=4)
@@ -184,7 +179,7 @@ def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm):
         written(engine, prompts[:QUEUE], options)[1],
         written(engine, prompts[QUEUE:], options)[1],
     ]
-    assert compiled == []
+    assert compilations == []
     assert found[0] == found[1]
     assert found[0][:2] == [alone(paper_llm, one, options)[0] for one in prompts[:2]]
 

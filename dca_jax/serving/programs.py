@@ -21,8 +21,9 @@ from dca_jax.attention.op import common_rows
 from dca_jax.attention.pages import Common
 from dca_jax.attention.stored import Stored
 from dca_jax.inference.buckets import on_device, power_of_two
+from dca_jax.inference.compiled import compiler_options
 from dca_jax.inference.sampling import Sampler
-from dca_jax.inference.steps import FAILED, at_last, compiler_options, whole
+from dca_jax.inference.steps import FAILED, at_last, whole
 from dca_jax.kv_cache import PagedCache, create_pool
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards, mesh_of, replicated
