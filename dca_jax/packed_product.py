@@ -70,7 +70,8 @@ def packed_products(
     first, _ = subscripts[0].split(",")
     inputs = sum(letter in first for letter in subscripts[0].partition("->")[0].split(",")[1])
     lead = x.shape[: x.ndim - inputs]
-    together = Shards.of(stacks[0]).mesh is None and len({s.form for s in stacks}) == 1
+    alike = {(jax.tree.structure(s), *(part.dtype for part in jax.tree.leaves(s))) for s in stacks}
+    together = Shards.of(stacks[0]).mesh is None and len(alike) == 1
     if not together or not few_rows.are_few(math.prod(lead), x.dtype):
         return [packed_product(s, x, m, layer) for s, m in zip(subscripts, stacks, strict=True)]
     rows = x.reshape(math.prod(lead), -1)

@@ -1,9 +1,11 @@
 """Packed matrices: int8 by output, int4 in groups of inputs, float8 in blocks.
 
-A packed matrix stands where an array of its shape would: w = (value - zero) * scale, where a scale
-is for a block of the matrix, and so is a zero, which only int4 has. Three forms:
+A packed matrix stands where an array of its shape would: w = (value - zero) * scale + offset, where
+a scale is for a block of the matrix, and so is a zero, which only int4 has, or an offset, which only
+some files' weights have in place of it. Three forms:
 
-    int8   a scale for each output: its inputs have one; values -127 to 127
+    int8   a scale for each output: its inputs have one; values -127 to 127 (of some files -128, and
+           scales for groups of inputs)
     int4   a scale and a zero for each group of inputs of one output; values and zeros 0 to 15; two
            values in a byte, those of a group's first half in the lower halves of its bytes
     fp8    a scale for each block of inputs and outputs; float8 (e4m3)
@@ -16,8 +18,8 @@ of scale's
 divide those of values. So a packed matrix is cut on a mesh as an array is, scales with their
 weights.
 
-int4 is the form of AWQ and of GPTQ without `desc_act`, and holds GGUF's Q4_0. Activations are never
-packed, and no gradient reaches a packed matrix.
+They hold what AWQ, GPTQ, compressed-tensors and GGUF's commonest types pack, to the bit
+(`dca_jax.weights.kept`). Activations are never packed, and no gradient reaches a packed matrix.
 """
 
 import math
@@ -45,7 +47,7 @@ SCALE = jnp.dtype(jnp.bfloat16)  # of int4's scales, where we choose them; other
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "zero"),
+    data_fields=("values", "scale", "zero", "offset"),
     meta_fields=("order",),
 )
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Packed:
     Attributes:
         values: int8, float8_e4m3fn, or uint8 with two of int4 in a byte; outputs before inputs.
         scale: of a floating dtype; each axis is that of `values`, or a divisor of it.
-        zero: like `scale`, of int4 alone; uint8.
+        zero: like `scale`, of int4 alone; uint8. None: zeros are 0.
         order: which axis of the matrix it stands for each of its last axes is.
+        offset: like `scale`, and of a floating dtype; None: there is none.
     """
 
     # Arrays, or what stands for them in a tree of that shape: how each is cut.
@@ -64,6 +67,7 @@ class Packed:
     scale: Any
     zero: Any
     order: tuple[int, ...]
+    offset: Any = None
 
     @property
     def form(self) -> str:
@@ -73,9 +77,10 @@ class Packed:
     @property
     def name(self) -> str:
         """The form as in `FORMS`, with the size of groups that it really has: "int4:64"."""
-        if self.form != "int4":
+        groups = self.scale.shape[-1]
+        if self.form == "fp8" or (self.form == "int8" and groups == 1):
             return self.form
-        return f"int4:{self.inner_shape[-1] // self.scale.shape[-1]}"
+        return f"{self.form}:{self.inner_shape[-1] // groups}"
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
@@ -127,20 +132,25 @@ class Packed:
 
     def unpack_inner(self, dtype: DTypeLike) -> Array:
         """As `unpack`, outputs before inputs."""
-        values, scale, zero = jax.lax.stop_gradient((self.values, self.scale, self.zero))
+        parts = self.values, self.scale, self.zero, self.offset
+        values, scale, zero, offset = jax.lax.stop_gradient(parts)
         shape, blocked, spread = self.inner_shape, [], []
         for size, count in zip(shape, scale.shape, strict=True):
             # An axis with one scale, or one each, needs no splitting (nor that a mesh allows it).
             whole = count in (1, size)
             blocked += [size] if whole else [count, size // count]
             spread += [count] if whole else [count, 1]
-        if zero is not None:
+        if self.form == "int4":
             groups = scale.shape[-1]
             values = values.reshape(*values.shape[:-1], groups, 1, values.shape[-1] // groups)
             shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (values.ndim - 2) + (2, 1))
             values = ((values >> shifts) & jnp.uint8(15)).astype(FLOAT32)
-            values = values.reshape(blocked) - zero.reshape(spread).astype(FLOAT32)
-        wide = values.reshape(blocked).astype(FLOAT32) * scale.reshape(spread).astype(FLOAT32)
+        wide = values.reshape(blocked).astype(FLOAT32)
+        if zero is not None:
+            wide -= zero.reshape(spread).astype(FLOAT32)
+        wide *= scale.reshape(spread).astype(FLOAT32)
+        if offset is not None:
+            wide += offset.reshape(spread).astype(FLOAT32)
         return wide.reshape(shape).astype(dtype)
 
 

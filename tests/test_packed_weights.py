@@ -22,7 +22,7 @@ from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack, packed_forms
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.packer import inner_order, matrices, packer
+from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, abstract_params, parameters
 from dca_jax.weights.placement import parameter_shardings
 
@@ -88,7 +88,8 @@ def packed_params(config: LlamaConfig, form: str, mesh: str | None = None) -> Tr
     for row in parameters(config):
         leaf = arrays(config)[row.path]
         array = jnp.array(leaf) if place is None else jax.device_put(leaf, place(row.path))
-        leaves |= then(row, array)
+        change = then(row)
+        leaves[row.path] = array if change is None else change(array)
         assert array.is_deleted() == (row in matrices(config))
     return unflatten_dict(leaves, sep=".")
 
@@ -204,7 +205,7 @@ def test_a_mesh_gives_what_one_device_does(mesh: str, form: str, config: LlamaCo
     for row in matrices(config):
         packed = flatten_dict(params, sep=".")[row.path]
         spec = place(row.path).spec
-        turned = [*range(row.leading), *(row.leading + axis for axis in inner_order(row))]
+        turned = [*range(row.leading), *(row.leading + axis for axis in row.inner_order)]
         assert packed.values.sharding.spec == PartitionSpec(*(spec[axis] for axis in turned))
     close(logits(model(params, config), config, mesh), logits(unpacked_model(config, form), config))
 

@@ -28,7 +28,7 @@ from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
-from dca_jax.weights.packer import inner_order, matrices
+from dca_jax.weights.packer import matrices
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
 
@@ -166,7 +166,7 @@ class Job:
         if self.weights is None or row not in self.packed:
             return self.width * _share(spec, shape, sizes)
         own = [_share(PartitionSpec(cut), (n,), sizes) for cut, n in zip(spec, shape, strict=True)]
-        matrix = [own[row.leading + axis] for axis in inner_order(row)]
+        matrix = row.inner(own)
         size = packed_bytes(self.weights, matrix, len(row.groups[1]))
         return math.prod(own[: row.leading]) * size
 

@@ -1,6 +1,6 @@
 """Packs a model's matrices one after another, on the devices they lie on, while it is loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,7 +10,7 @@ from jaxtyping import Array
 from dca_jax.config import LlamaConfig
 from dca_jax.packed_weights import Packed, check_form, pack
 from dca_jax.sharding import Shards
-from dca_jax.weights.parameters import Parameter, parameters
+from dca_jax.weights.parameters import Parameter, Then, parameters
 
 ROUTER = "layers.experts.router.kernel"
 
@@ -20,13 +20,11 @@ def matrices(config: LlamaConfig) -> list[Parameter]:
     return [row for row in parameters(config) if len(row.axes) > 1 and row.path != ROUTER]
 
 
-def packer(
-    rows: Sequence[Parameter], form: str
-) -> Callable[[Parameter, Array], dict[str, Array | Packed]]:
-    """What packs parameters as they come: `then` of `dca_jax.weights.folder.load_weights`.
+def packer(rows: Sequence[Parameter], form: str) -> Then:
+    """What packs parameters as they come: `then` of `dca_jax.weights.parameters.load_tree`.
 
-    The array is deleted, so that no more than one is held unpacked. On a mesh a packed matrix is
-    cut as the array was. All that is not in `rows` stays as it is.
+    The array is deleted. On a mesh a packed matrix is cut as the array was. All that is not in
+    `rows` stays as it is.
 
     Args:
         rows: of a model, those to pack: its `matrices`, or `projections`.
@@ -38,26 +36,18 @@ def packer(
     check_form(form)
     paths = {row.path for row in rows}
 
-    def packed(row: Parameter, leaf: Array) -> dict[str, Array | Packed]:
-        if row.path not in paths:
-            return {row.path: leaf}
+    def packed(row: Parameter, leaf: Array) -> Packed:
         found = jax.block_until_ready(packed_stack(leaf, form, row))
         leaf.delete()
-        return {row.path: found}
+        return found
 
-    return packed
-
-
-def inner_order(row: Parameter) -> tuple[int, ...]:
-    """The axes of a row's matrix, without those that stack it, outputs before inputs."""
-    outputs, inputs = row.groups
-    return tuple(row.axes.index(axis) for axis in outputs + inputs)
+    return lambda row: partial(packed, row) if row.path in paths else None
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     """Every matrix of a row's array, packed, each device its own part."""
-    shards, leading, order = Shards.of(stack), row.leading, inner_order(row)
+    shards, leading, order = Shards.of(stack), row.leading, row.inner_order
     turned = [*range(leading), *(leading + axis for axis in order)]
     num_inputs = len(row.groups[1])
 
