@@ -226,8 +226,9 @@ def attend_to_cache(
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
     of_text, more = _of_text(sparse, shards)
     table: Any = None if pages is None else shards.spec("BS", whole="S")
-    everywhere: Any = None if common is None else Common(*[PartitionSpec()] * len(common))
-    placed = PartitionSpec(), _rows_specs(rows, shards), table, everywhere
+    everywhere: Any = PartitionSpec()
+    of_all = None if common is None else Common(everywhere, everywhere, everywhere)
+    placed = everywhere, _rows_specs(rows, shards), table, of_all
     mapped = shards.local(local, (q, k, k, kept, *placed, *more), (q, kept))
     return mapped(query, key, value, cache, layer, rows, pages, common, *of_text)
 

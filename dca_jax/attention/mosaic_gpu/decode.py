@@ -229,9 +229,9 @@ def _attend_shares(
     batch, num_phases, kv_heads, width, head_dim = columns.query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
     f32, quantized = jnp.float32, key_scale is not None
-    query, *places, index, end = columns
+    query, offset, lengths, key_offset, index, end = columns
     stored = key, value, key_scale, value_scale
-    arrays = layer, *places, query, *stored, index, end, pages
+    arrays = layer, offset, lengths, key_offset, query, *stored, index, end, pages
     scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
