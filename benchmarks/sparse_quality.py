@@ -14,7 +14,7 @@ seven digits is the likeliest token after those before it: what greedy decoding 
 Perplexity is that of the tokens of the same texts, and of windows of `--long` tokens without
 needles; `loss` is the part by which it grows beside dense reading, `error` the standard error of
 its mean over texts. `missed` are needles that dense reading finds and this does not, `gained` the
-other way round.
+other way round; `answer` is the mean NLL of a needle's digits together.
 
 The share is an argument of what is compiled, so there is one program for a selector, and all
 lengths are read through one cache. At least 32 blocks are kept, as always: shares that come to
@@ -72,7 +72,7 @@ PIECE, ASKED = 4096, 384  # tokens read at once; and of the rest of a text, a qu
 DENSE = "off"
 COLUMNS = (
     *("tokens", "sparse", "share", "texts", "perplexity", "loss", "error"),
-    *("needles", "found", "missed", "gained"),
+    *("needles", "found", "missed", "gained", "answer"),
 )
 MASSES = ("rows", "pooled")  # of which the part of the attention that is kept is noted
 
@@ -108,9 +108,9 @@ def measure(
     shares: Annotated[str, typer.Option(help="The first matter most.")] = "0.1,0.05,0.2",
     lengths: Annotated[str, typer.Option(help="Tokens of texts with needles.")] = "64k,16k,32k",
     long: Annotated[str, typer.Option(help="Tokens of windows without; may be empty.")] = "128k",
-    texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 10,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 25,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each long length.")] = 3,
-    needles: Annotated[int, typer.Option(min=1, help="Needles of a text.")] = 10,
+    needles: Annotated[int, typer.Option(min=1, help="Needles of a text.")] = 4,
     masses: Annotated[bool, typer.Option(help="Note what the blocks kept hold.")] = True,
     dtype: Annotated[str | None, typer.Option(help="Of weights and activations.")] = None,
     minutes: Annotated[float, typer.Option(help="After which nothing new is read.")] = math.inf,
@@ -441,21 +441,22 @@ class Study:
         nll = np.concatenate(nll)[:known].astype(np.float64)
         row = {"nll": nll.mean(), "late": nll[len(nll) // 2 :].mean(), "read": len(text.read)}
         if text.questions:
-            row["found"] = [
+            asked = [
                 self._ask(programs["ask"], kept, len(text.read), *question)
                 for question in text.questions
             ]
+            row["found"], row["answers"] = map(list, zip(*asked, strict=True))
         return row
 
     def _ask(
         self, program: Future, kept: Array, read: int, question: np.ndarray, digits: np.ndarray
-    ) -> bool:
-        """Whether the digits are what would be written after a question."""
+    ) -> tuple[bool, float]:
+        """Whether the digits are what would be written after a question; and their NLL."""
         assert self.cache is not None
         self.cache = self.cache.rollback([read])
         ids = np.concatenate([question, digits])
-        _, best = self._run(program, kept, ids[:-1], ids[1:], ASKED, read + len(question))
-        return bool(best[-len(digits) :].all())
+        nll, best = self._run(program, kept, ids[:-1], ids[1:], ASKED, read + len(question))
+        return bool(best[-len(digits) :].all()), float(nll[-len(digits) :].sum())
 
     def _run(
         self,
@@ -557,6 +558,7 @@ def _summary(cell: Cell, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> 
         )
         row |= {"needles": len(ours), "found": float(ours.mean())}
         row |= {"missed": int((theirs & ~ours).sum()), "gained": int((ours & ~theirs).sum())}
+        row["answer"] = float(np.mean([row["answers"] for row, _ in pairs]))
     return row
 
 

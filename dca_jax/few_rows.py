@@ -5,6 +5,8 @@ program takes a tile of outputs through its share of the inputs, unpacking in re
 cores multiply. Values less their zero are multiplied, exactly, and sums of a block by its scale.
 The matrix is read where it lies in its stack, so no layer is copied out of it.
 
+On Hopper one row by large matrices has a kernel of its own (`dca_jax.packed_row`).
+
 The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
 register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
 """
@@ -24,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
+from dca_jax.packed_row import choose_plan, multiply_row
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
@@ -66,6 +69,9 @@ def multiply(
         tile: sizes that divide those of a matrix, and groups or blocks; default: `choose_tile`'s.
     """
     rows, inputs = x.shape
+    plan = None if tile or INTERPRET else choose_plan(x, stacks)
+    if plan is not None:
+        return multiply_row(x, stacks, layer, plan)
     tile = choose_tile(stacks) if tile is None else tile
     if tile is None and len(stacks) > 1:
         return tuple(multiply(x, [matrices], layer)[0] for matrices in stacks)
@@ -83,7 +89,7 @@ def multiply(
         _kernel,
         tile=tile,
         steps=inputs // tile.inputs // tile.splits,
-        group=inputs // stacks[0].scale.shape[2],
+        group=inputs // stacks[0].scale.shape[1],
         widths=widths,
         tree=tree,
     )
@@ -105,8 +111,8 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     Groups and tiles are powers of two, and tensor cores add 16 products.
     """
     inputs, widths = stacks[0].inner_shape[2], [matrices.inner_shape[1] for matrices in stacks]
-    groups = {matrices.scale.shape[2] for matrices in stacks}
-    group = inputs // stacks[0].scale.shape[2]
+    groups = {matrices.scale.shape[1] for matrices in stacks}
+    group = inputs // stacks[0].scale.shape[1]
     deep = group if group < inputs else math.gcd(inputs, INPUTS)
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
@@ -171,12 +177,12 @@ def _tiles(
     Args:
         where: the matrix's number, and the program's first tile and first output.
         stack: of references: values [L, outputs, inputs], or half the inputs where two share a
-            byte; scales [L, blocks of outputs, groups]; zeros and offsets, if there are any.
+            byte; scales [L, groups, blocks of outputs]; zeros and offsets, if there are any.
     """
     values_ref, scale_ref = stack.values, stack.scale
     layer, begin, first = where
     outputs = pl.ds(first, tile.outputs)
-    block_outputs = values_ref.shape[1] // scale_ref.shape[1]
+    block_outputs = values_ref.shape[1] // scale_ref.shape[2]
     row = jnp.arange(ROWS, dtype=jnp.int32)
     # Rows that fill up are neither read nor stored.
     rows = slice(None) if INTERPRET else jnp.minimum(row, num_rows - 1)
@@ -193,7 +199,7 @@ def _tiles(
         else:
             every = first + jnp.arange(tile.outputs, dtype=jnp.int32)
             at = lax.div(every, jnp.int32(block_outputs))
-        return plgpu.load(ref.at[layer, at, number])
+        return plgpu.load(ref.at[layer, number, at])
 
     def load_x(inputs: Any) -> Array:
         if INTERPRET:

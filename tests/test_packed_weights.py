@@ -50,7 +50,11 @@ Tree = dict[str, Any]
 
 def by_hand(packed: Packed, row: Parameter) -> np.ndarray:
     """The array that a packed parameter stands for, float64."""
-    values, (scale, zero) = np.asarray(packed.values), (packed.scale, packed.zero)
+    values, lead, inputs = np.asarray(packed.values), packed.lead, packed.num_inputs
+    scale, zero = (  # outputs before inputs, as the values have them
+        part if part is None else np.moveaxis(part, range(lead, lead + inputs), range(-inputs, 0))
+        for part in (packed.scale, packed.zero)
+    )
     if values.dtype == np.uint8:  # the halves of each group side by side
         groups = values.reshape(*values.shape[:-1], np.asarray(scale).shape[-1], -1)
         groups = np.concatenate([groups % 16, groups // 16], axis=-1)
@@ -140,6 +144,7 @@ def test_packing_is_off_by_no_more_than_it_says(form: str, num_inputs: int) -> N
     assert packed.shape == matrix.shape
     got = np.asarray(jax.jit(Packed.unpack, static_argnums=1)(packed, "float32"))
     scale = np.asarray(packed.scale).astype(np.float32)
+    scale = np.moveaxis(scale, range(num_inputs), range(-num_inputs, 0))
     for axis, (count, size) in enumerate(zip(scale.shape, matrix.shape, strict=True)):
         scale = scale.repeat(size // count, axis=axis)
     error = np.abs(got - matrix)

@@ -73,7 +73,6 @@ class Job:
     deliver: Callable[[Delta], None]
     stream: TextStream
     table: np.ndarray = field(repr=False)
-    marked: int = 0  # how often it had begun when the device was told its tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -329,10 +328,10 @@ class Engine:
         started = time.perf_counter()
         if isinstance(step, Draw):
             return _Flight(step, jobs, self.programs.draw(texts), started)
-        for row, job in zip(step.rows, jobs, strict=True):
-            if job.marked < row.begun and job.options.sampler.penalizes:
-                self.programs.mark(row.slot, row.tokens)
-                job.marked = row.begun
+        for piece, job in zip(step.pieces, jobs, strict=True):
+            # Here and not before: what earlier pieces draw is not of the text.
+            if piece.is_last and job.options.sampler.penalizes:
+                self.programs.mark(piece.row.slot, piece.row.tokens)
         tokens = [piece.row.tokens[piece.start : piece.end] for piece in step.pieces]
         return _Flight(step, jobs, self.programs.read(texts, tokens, self._width(step)), started)
 

@@ -7,9 +7,10 @@ inputs are cut where heads end, where devices part, and at 128; a scale then sta
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,26 +102,27 @@ class Scales(NamedTuple):
     offset: Num[np.ndarray, "rows columns"] | None = None
 
 
-class KeptTensor(Protocol):
-    """A tensor of a file whose weights can be kept packed."""
+class KeptTensor:
+    """A tensor of a file, whose weights can perhaps be kept packed.
 
-    @property
-    def name(self) -> str:
-        """As a message calls it."""
-        ...
+    Attributes:
+        name: as a message calls it.
+    """
+
+    name: str
 
     @property
     def kept(self) -> Kept | None:
-        """How they are packed; None if they cannot be kept so."""
-        ...
+        """How they are packed; None if they cannot be kept so, or are not packed."""
+        return None
 
     def read_values(self, index: Index) -> np.ndarray:
         """A piece of the integers, int4 one in a byte of uint8, or of the float8."""
-        ...
+        raise NotImplementedError(self.name)
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
         """Those of each block of a piece; blocks of that size lie each in one tile."""
-        ...
+        raise NotImplementedError(self.name)
 
 
 def corners(index: Index, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,12 +225,21 @@ def _placed(
     shard: Packed, piece: Packed, corner: Sequence[int], sizes: Sequence[int], device: jax.Device
 ) -> Packed:
     """A device's part, of these sizes, with a piece of it in its place."""
+    order = scale_order(shard.lead, shard.num_inputs, shard.ndim)
 
-    def place(buffer: jax.Array, part: np.ndarray) -> jax.Array:
-        at = zip(corner, buffer.shape, sizes, strict=True)
-        return placed(buffer, part, [n * own // whole for n, own, whole in at], device)
+    def place(buffer: jax.Array, part: np.ndarray, axes: Sequence[int]) -> jax.Array:
+        at = zip(buffer.shape, axes, strict=True)
+        return placed(buffer, part, [corner[n] * own // sizes[n] for own, n in at], device)
 
-    return jax.tree.map(place, shard, piece)
+    values = place(shard.values, piece.values, range(shard.ndim))
+    others = (replace(each, values=None) for each in (shard, piece))
+    return replace(jax.tree.map(partial(place, axes=order), *others), values=values)
+
+
+def scale_order(lead: int, num_inputs: int, ndim: int) -> list[int]:
+    """Axes of values as scales have them: inputs before outputs."""
+    first = ndim - num_inputs
+    return [*range(lead), *range(first, ndim), *range(lead, first)]
 
 
 def _abstract(
@@ -243,6 +254,7 @@ def _abstract(
     leading = row.leading
     blocks = (1,) * leading + tuple(blocks)
     counts = [size // block for size, block in zip(shape, blocks, strict=True)]
+    order = scale_order(leading, len(row.groups[1]), len(shape))
     places: tuple[Sharding, Sharding] = sharding, sharding
     if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
@@ -251,9 +263,11 @@ def _abstract(
         if kept.form != "int4" and kept.tile[1] == EVERY:  # one scale for all inputs
             inputs = len(row.groups[1])
             counts[-inputs:], scales[-inputs:] = [1] * inputs, [None] * inputs
+        scales = [scales[axis] for axis in order]
         places = tuple(
             NamedSharding(sharding.mesh, PartitionSpec(*each)) for each in (spec, scales)
         )
+    counts = [counts[axis] for axis in order]
 
     def abstract(sizes: Sequence[int], dtype: Any, place: Sharding = places[1]) -> Any:
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=place)
@@ -265,6 +279,7 @@ def _abstract(
         scale=abstract(counts, kept.scale),
         zero=abstract(counts, jnp.uint8) if kept.has_zeros else None,
         order=row.inner_order,
+        num_inputs=len(row.groups[1]),
         offset=None if kept.offset is None else abstract(counts, kept.offset),
     )
 
@@ -325,8 +340,11 @@ def read_piece(
     if not all(np.isfinite(part).all() for part in wide) or _has_nan(values):
         raise InputError(f"tensor {tensor.name} holds nan or inf, or a scale of it is")
     counts = [size // block for size, block in zip(sizes, blocks, strict=True)]
-    scale, zero, offset = (None if each is None else each.reshape(counts) for each in scales)
-    return Packed(values, scale, zero, row.inner_order, offset)
+    order = scale_order(0, len(sizes) - count, len(sizes))
+    scale, zero, offset = (
+        None if each is None else each.reshape(counts).transpose(order) for each in scales
+    )
+    return Packed(values, scale, zero, row.inner_order, len(row.groups[1]), offset)
 
 
 def _has_nan(values: np.ndarray) -> bool:

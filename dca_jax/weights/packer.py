@@ -64,10 +64,13 @@ def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     if shards.mesh is None:
         return local(stack)
     spec = shards.specs(stack)
-    values = scale = PartitionSpec(*(spec[axis] for axis in turned))
+    values = PartitionSpec(*(spec[axis] for axis in turned))
+    inputs, outputs = values[-num_inputs:], values[leading:-num_inputs]
     if form == "int8":  # one scale for all inputs, on whichever devices they lie
-        for entry in values[-num_inputs:]:
+        for entry in inputs:
             axes += () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        scale = PartitionSpec(*values[:-num_inputs], *(None,) * num_inputs)
+        inputs = (None,) * num_inputs
+    scale = PartitionSpec(*values[:leading], *inputs, *outputs)
     zero = scale if form.startswith("int4") else None
-    return shards.local(local, (spec,), Packed(values, scale, zero, order))(stack)
+    specs = Packed(values, scale, zero, order, num_inputs)
+    return shards.local(local, (spec,), specs)(stack)

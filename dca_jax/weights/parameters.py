@@ -336,6 +336,7 @@ def load_tree(
     *,
     rows: Sequence[Parameter] | None = None,
     then: Then | None = None,
+    instead: Callable[[Parameter], Any] | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree, every device with the pieces of its own shards.
 
@@ -347,6 +348,7 @@ def load_tree(
         rows: of the tree; None for those of `parameters`.
         then: what becomes of an array once it is filled, which is not kept: of a stack, layer by
             layer. It may say so of some rows alone, and give None for the others.
+        instead: what stands in the place of an array, which is then not read; or None.
 
     Raises:
         InputError: they do not fit into the devices' memory; before any is read, where `then` does
@@ -357,6 +359,9 @@ def load_tree(
     leaves: dict[str, Any] = {}
     try:
         for row in parameters(config) if rows is None else rows:
+            if instead is not None and (found := instead(row)) is not None:
+                leaves[row.path] = found
+                continue
             change = None if then is None else then(row)
             load = partial(_load_leaf, row, config, progress=progress)
             if change is None:

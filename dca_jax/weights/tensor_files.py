@@ -22,7 +22,7 @@ from dca_jax import fields
 from dca_jax.config import CONFIG
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.weights.files import member, read_json
-from dca_jax.weights.kept import Index, Kept, Scales
+from dca_jax.weights.kept import KeptTensor
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
@@ -46,7 +46,7 @@ PACKED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(KeptTensor):
     """A tensor in a file: what its header says. `read` is the only thing that touches the data.
 
     Attributes:
@@ -66,19 +66,6 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def kept(self) -> Kept | None:
-        """How its weights can be kept packed; None if they cannot, or are not packed."""
-        return None
-
-    def read_values(self, index: Index) -> np.ndarray:
-        """As `dca_jax.weights.kept.KeptTensor.read_values`."""
-        raise NotImplementedError(self.name)
-
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """As `dca_jax.weights.kept.KeptTensor.read_scales`."""
-        raise NotImplementedError(self.name)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The piece `tensor[index]`, in memory of its own; one slice with both ends per axis.
