@@ -4,7 +4,8 @@
 
 Each variant reads the same windows, spread over the text, and answers the same passkey prompts, by
 the same method; `loss` is the part by which perplexity grows, and `least` and `most` are those of
-single windows. A variant is weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8".
+single windows. A variant is weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". Of
+weights that are packed in the file give it an unpacked copy (`dca-jax convert --dtype bfloat16`).
 Each has a process of its own, and `--at-once` of them share the device: most of the time goes into
 compiling.
 """
@@ -125,7 +126,7 @@ def measured(
 
 def loaded(model: str, variant: str) -> LLM:
     """The model as a variant has it."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"weights": "unpacked"}
     for part in variant.split("+"):
         if part != "exact":
             name, _, dtype = part.partition("cache:")

@@ -1,7 +1,7 @@
 """Packed matrices: int8 by output, int4 in groups of inputs, float8 in blocks.
 
-A packed matrix stands where an array of its shape would: w = (value - zero) * scale + offset, where
-a scale is for a block of the matrix, and so is a zero, which only int4 has, or an offset, which some
+A packed matrix stands where an array of its shape would: w = (value - zero) * scale + offset. A
+scale is for a block of the matrix, and so is a zero, which only int4 has, or an offset, which some
 files' weights have in place of it. Three forms:
 
     int8   a scale for each output: its inputs have one; values -127 to 127 (of some files -128, and

@@ -23,14 +23,13 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
-from dca_jax.packed_weights import STORED, UNPACKED, check_form
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
 from dca_jax.weights.kept import Kept
-from dca_jax.weights.packer import matrices, packer
+from dca_jax.weights.packer import matrices, packer, packing
 from dca_jax.weights.parameters import abstract_params
 from dca_jax.weights.placement import parameter_shardings
 
@@ -162,7 +161,7 @@ def open_model(
 ) -> Opened:
     """All of `load` that comes before the weights are read; arguments and errors as there."""
     check_implementation(implementation)
-    form, keep = _packing(weights)
+    form, keep = packing(weights, on_cpu=jax.default_backend() == "cpu")
     folder = find_folder(path)
     shape = _read_config(folder, context, config)
     if rope is not None:
@@ -202,16 +201,6 @@ def open_model(
     )
     kept = kept_forms(folder, shape, keep)
     return Opened(llm=llm, read_weights=read_weights, weights=form, kept=kept)
-
-
-def _packing(weights: str | None) -> tuple[str | None, str | None]:
-    """The form to pack weights in, and which are kept as they are stored."""
-    if weights is None:
-        weights = UNPACKED if jax.default_backend() == "cpu" else STORED
-    if weights in (STORED, UNPACKED):
-        return None, STORED if weights == STORED else None
-    check_form(weights)
-    return weights, weights
 
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:

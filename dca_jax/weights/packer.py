@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
-from dca_jax.packed_weights import Packed, check_form, pack
+from dca_jax.packed_weights import STORED, UNPACKED, Packed, check_form, pack
 from dca_jax.sharding import Shards
 from dca_jax.weights.parameters import Parameter, Then, parameters
 
@@ -44,7 +44,24 @@ def packer(rows: Sequence[Parameter], form: str) -> Then:
     return lambda row: partial(packed, row) if row.path in paths else None
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+def packing(weights: str | None, *, on_cpu: bool) -> tuple[str | None, str | None]:
+    """The form to pack weights in, and which are kept (`dca_jax.weights.folder.open_weights`).
+
+    Args:
+        weights: as `dca_jax.load` takes it.
+
+    Raises:
+        InputError: a name that is none.
+    """
+    if weights is None:
+        weights = UNPACKED if on_cpu else STORED
+    if weights in (STORED, UNPACKED):
+        return None, STORED if weights == STORED else None
+    check_form(weights)
+    return weights, weights
+
+
+@partial(jax.jit, static_argnames=("form", "row"))
 def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     """Every matrix of a row's array, packed, each device its own part."""
     shards, leading, order = Shards.of(stack), row.leading, row.inner_order
