@@ -157,7 +157,7 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) ->
     index = np.asarray(case.rows.offset)[:, None] + np.arange(sizes["num_queries"])
     met = np.arange(sizes["num_keys"]) <= index[..., None]
     np.testing.assert_array_equal(np.asarray(mask) & met[:, None], allowed & met[:, None])
-    counts, numbers = (np.asarray(x) for x in blocks)
+    counts, numbers = (np.asarray(x) for x in blocks[:2])
     s = case.dca.chunk_len
     for place in np.ndindex(*counts.shape[:3]):
         listed = numbers[place][: counts[place].sum()]
@@ -236,6 +236,10 @@ def test_blocks_of_small_logits_are_passed_by(bench: Bench) -> None:
     expected = by_head.expected(allowed)
     bench.agrees(out, expected)
     assert np.abs(case.expected() - expected)[0].max() > 0.01
+    half = case._replace(query=case.query[:, BLOCK:], kept=case.kept[:, :, 1:])
+    half = half._replace(rows=case.rows._replace(offset=case.rows.offset + BLOCK))
+    piece = attend(bench, half, blocks=half.blocks()._replace(skip=skip))
+    bench.agrees(piece, expected[:, BLOCK:])
 
 
 def test_who_cannot_pass_by_blocks_says_so() -> None:
