@@ -126,8 +126,9 @@ def _keep_programs() -> None:
     if folder and "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(4096))
+                file.flush()
         except OSError as error:
             reason = error.strerror or error
             log.warning("%s cannot be written (%s): compiled programs are not kept", folder, reason)
