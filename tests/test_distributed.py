@@ -102,7 +102,6 @@ def processes(folder: Path, *commands: list, **environment: str) -> Iterator[lis
         common = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "4",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
             "XLA_FLAGS": "--xla_backend_optimization_level=0"
             " --xla_llvm_disable_expensive_passes=true"
             " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
