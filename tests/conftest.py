@@ -63,6 +63,12 @@ mpl.use("Agg")
 hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dca_jax")
 
+# Tests ask in turn for caches of more shapes than a process of a user's keeps programs for. The
+# modules that read this number are imported later.
+from dca_jax.inference import buckets  # noqa: E402
+
+buckets.SHAPES = 64
+
 pytest_plugins = ["shared_fixtures"]  # "fixtures" is a plugin of pytest's own
 
 MOST_MAPS = 40_000
