@@ -16,12 +16,12 @@ from pathlib import Path
 # Read at import, so before any import: nothing may reach for a network, and the two processes of
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What one has compiled, the others need not: pytest's workers and the processes that tests start. A
-# run has a folder of its own, for what an earlier one compiled has no part in this one.
+# The processes that tests start keep what they compile for each other, in a folder of this run: no
+# part in it has what an earlier one compiled.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dca_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"  # as the command line has it
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Eight devices on two busy cores can keep one another waiting for longer than the 40 s after which
 # XLA takes a collective for stuck and aborts the process.
@@ -50,6 +50,8 @@ gc.disable()  # Until the tests run: what imports and collection make is to stay
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
 
+# Not in this process, which keeps its programs itself: to write one takes a tenth of compiling it.
+jax.config.update("jax_compilation_cache_dir", None)
 jax.config.update("jax_num_cpu_devices", 8)
 # Or the next program is compiled while eight devices meet in this one's collectives, and waits are
 # so long on two cores that XLA gives up.

@@ -22,6 +22,7 @@ import pytest
 import torch
 from conversion_helpers import TINY, read_safetensors
 from flax.traverse_util import flatten_dict
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_llm import fast_tokenizer, make_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -44,6 +45,22 @@ from dca_jax.weights.adapters import ADAPTERS, load_adapter
 
 CLI = "import sys; from dca_jax.cli import main; sys.argv[0] = 'dca-jax'; main()"
 STEPS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As the command line has it: what one run has compiled, the next need not."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +340,11 @@ def test_killed_and_resumed_it_has_the_same_losses_bit_for_bit(
     output = tmp_path / "run"
     chosen = settings(model, dialogues, output)
     command = [sys.executable, "-c", CLI, "finetune", *flags_of(chosen)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
