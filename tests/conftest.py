@@ -16,8 +16,8 @@ from pathlib import Path
 # Read at import, so before any import: nothing may reach for a network, and the two processes of
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The processes that tests start keep what they compile for each other, in a folder of this run: no
-# part in it has what an earlier one compiled.
+# The processes that tests start keep what they compile for each other, in a folder that is thrown
+# away at the end: what an earlier run compiled has no part in this one.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dca_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
