@@ -28,6 +28,8 @@ from dca_jax.evaluation.results import (
     write_json,
     write_text,
 )
+from dca_jax.evaluation.ruler import results as ruler_results
+from dca_jax.evaluation.ruler import task as ruler
 from dca_jax.evaluation.tables import Outcome
 from dca_jax.fields import shown
 from dca_jax.text_files import parse_json, read_text_file
@@ -47,6 +49,7 @@ TASKS = {
     "perplexity": Task(windows.FORM, windows.outcome),
     "passkey": Task(passkey.FORM, passkey.outcome),
     "needle": Task(needle.FORM, needle.outcome),
+    "ruler": Task(ruler.FORM, ruler_results.outcome),
     "few-shot": Task(few_shot.FORM, few_shot.outcome),
     "l-eval": Task(l_eval.FORM, l_eval.outcome),
     "speed": Task(speed.FORM, speed.outcome),
