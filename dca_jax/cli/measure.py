@@ -415,6 +415,8 @@ def l_eval_command(
 
 
 app.command(name="ruler")(benchmarks.ruler_command)
+app.command(name="infinite-bench")(benchmarks.infinite_bench_command)
+app.command(name="longbench-v2")(benchmarks.longbench_v2_command)
 
 
 @app.command(name="speed")

@@ -31,3 +31,10 @@ def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
     below = math.sqrt(math.fsum((mean - low) ** 2 for mean, low, _ in ends)) / len(cells)
     above = math.sqrt(math.fsum((high - mean) ** 2 for mean, _, high in ends)) / len(cells)
     return max(0.0, mean - below), min(1.0, mean + above)
+
+
+def in_per_cent(cell: tuple[float, int]) -> str:
+    """A mean with its interval and the number of its samples, for a table."""
+    mean, samples = cell
+    low, high = wilson(mean, samples)
+    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f}; {samples})"

@@ -134,6 +134,8 @@ def read_essays(path: Path) -> str:
     if path.suffix == ".json":
         found = parse_json(text, f"{path}")
         text = found.get("text") if isinstance(found, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{path} has no text, as RULER's PaulGrahamEssays.json has")
         check_text(text, f"{path}: text")
     if not text.strip():
         raise InputError(f"{path} holds no text")
