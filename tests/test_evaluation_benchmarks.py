@@ -18,6 +18,23 @@ from dca_jax.evaluation import answers, infinite_bench, longbench_v2
 from dca_jax.evaluation.benchmark_files import cut_in_the_middle
 from dca_jax.evaluation.results import Record, read_run
 
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch):
+    """Puts words into the model's mouth, which would write noise and take seconds to compile."""
+
+    def say(text: str) -> None:
+        ids = byte_level_tokenizer().encode(text, add_special_tokens=False).ids
+
+        def generate(model, prompts, *, max_new_tokens, stop_ids, cache, on_piece):
+            return [ids[:max_new_tokens] for _ in prompts]
+
+        monkeypatch.setattr(answers, "generate", generate)
+        monkeypatch.setattr(answers, "answer_about", answers.answer)
+
+    return say
+
+
 # --- InfiniteBench -----------------------------------------------------------------------------
 
 
@@ -66,7 +83,8 @@ def test_made_questions_have_their_answer_once(task: str):
         assert re.findall("[0-9]+", long.context) == [long.answer] * 2
 
 
-def test_questions_are_made_and_read(tmp_path: Path, folder: Path):
+def test_questions_are_made_and_read(tmp_path: Path, folder: Path, says):
+    says(" 12.")
     rows = [
         {"id": n, "context": "word " * 300, "input": "What?", "answer": ["12"], "options": []}
         for n in range(2)
@@ -83,6 +101,8 @@ def test_questions_are_made_and_read(tmp_path: Path, folder: Path):
     assert made.value is not None
     assert 390 <= read.value["tokens"] <= 400 - 6 + 1  # and a BOS
     assert 300 < made.value["tokens"] <= 400 - 6
+    assert (read.value["found"], made.value["found"]) == (True, False)
+    assert "| dca | 100.0 (20.7 to 100.0; 1) |" in done.stdout
     assert "InfiniteBench's files" in done.stdout
     assert "InfiniteBench, made: passkey" in done.stdout
 
@@ -169,18 +189,12 @@ def test_letters_are_as_likely_as_transformers_has_them(plain_llm: dca_jax.LLM, 
 
 
 @pytest.mark.parametrize("form", ["answer", "letter"])
-def test_questions_of_longbench_are_asked(tmp_path: Path, folder: Path, monkeypatch, form: str):
-    """Both forms end to end; the model's words are given, for it would write noise."""
+def test_questions_of_longbench_are_asked(tmp_path: Path, folder: Path, says, monkeypatch, form):
+    says("The correct answer is (A).")
+    given = {"A": -1.0, "B": -2.0, "C": -3.0, "D": -4.0}
+    monkeypatch.setattr(longbench_v2, "letter_likelihoods", lambda *_, **__: given)
     path = tmp_path / "data.json"
     path.write_text(json.dumps([row(n) for n in range(4)]))
-
-    def generate(model, prompts, *, max_new_tokens, stop_ids, cache, on_piece):
-        assert max_new_tokens == 128
-        said = "The correct answer is (A)."
-        return [byte_level_tokenizer().encode(said, add_special_tokens=False).ids for _ in prompts]
-
-    monkeypatch.setattr(answers, "generate", generate)
-    monkeypatch.setattr(answers, "answer_about", answers.answer)
     words = ["longbench-v2", folder, "--data", path, "--form", form, "--max-length", "300"]
     done = invoke(*words, "--limit", "3", "--batch", "2", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
@@ -188,14 +202,9 @@ def test_questions_of_longbench_are_asked(tmp_path: Path, folder: Path, monkeypa
     assert [r.key["id"] for r in records] == ["id0", "id1", "id2"]
     values = [r.value for r in records if r.value is not None]
     assert all(290 <= value["tokens"] <= 303 for value in values)
-    if form == "answer":
-        assert [value["chosen"] for value in values] == ["A", "A", "A"]
-        assert [value["right"] for value in values] == [True, False, False]
-        assert "| dca | 33.3 (6.1 to 79.2; 3) | 50.0" in done.stdout
-    else:
-        for value in values:
-            best = max(value["likelihoods"].values())
-            assert value["likelihoods"][value["chosen"]] == best
+    assert [value["chosen"] for value in values] == ["A", "A", "A"]
+    assert [value["right"] for value in values] == [True, False, False]
+    assert "| dca | 33.3 (6.1 to 79.2; 3) | 50.0" in done.stdout
 
 
 def test_longbench_is_told_by_difficulty_and_length():

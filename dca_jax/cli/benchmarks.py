@@ -104,7 +104,7 @@ def ruler_command(
     llm = load_model(model, opened, [(min(batch or 1, trials), max(lengths))])
     words = hashlib.sha256("\n".join(map(" ".join, sources.words)).encode()).hexdigest()
     settings = {"seed": seed, "chat": chat, "words": words}
-    read = contents(files)
+    read = dict(contents(files))
     if haystack is not None:
         named = contents({"haystack": haystack})["haystack"]
         checksum = hashlib.sha256(f"{splitter} {named['sha256']}".encode()).hexdigest()
@@ -175,10 +175,11 @@ def infinite_bench_command(
     longest = parse_tokens(max_length)
     contexts = [asked.context for some in files.values() for asked in some[:limit]]
     loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
-    context = max([*lengths, *([longest] if contexts else [])])
+    longest_made = max(lengths, default=0)
+    context = max(longest_made, longest if contexts else 0)
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=context)
-    texts = [min(longest, longest_text(opened.llm, contexts))] if contexts else []
-    need = max([*lengths, *texts])
+    longest_read = min(longest, longest_text(opened.llm, contexts)) if contexts else 0
+    need = max(longest_made, longest_read)
     llm = load_model(model, opened, [(batch or 1, need)])
     settings = {"chat": chat, "max_length": longest}
     with run(

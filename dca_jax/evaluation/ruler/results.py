@@ -13,12 +13,11 @@ import numpy as np
 
 from dca_jax.evaluation.grids import mean_by
 from dca_jax.evaluation.intervals import mean_interval, wilson
+from dca_jax.evaluation.needle import THRESHOLD, effective_length
 from dca_jax.evaluation.results import Record
 from dca_jax.evaluation.ruler.benchmark import TASKS
 from dca_jax.evaluation.ruler.published import at_length, published
 from dca_jax.evaluation.tables import Outcome, Table, number, tokens
-
-THRESHOLD = 85.6  # per cent
 
 
 class Score(NamedTuple):
@@ -39,12 +38,6 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
-
-
-def effective_length(means: Mapping[int, float]) -> int | None:
-    """The greatest length whose mean (per cent, by length) is enough; None if none is."""
-    enough = [length for length, mean in means.items() if round(mean, 1) >= THRESHOLD]
-    return max(enough, default=None)
 
 
 def outcome(
