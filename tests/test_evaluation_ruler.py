@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 from shared_fixtures import invoke_eval as invoke
+from tiny_llm import byte_level_tokenizer
 
+from dca_jax.evaluation import answers
 from dca_jax.evaluation.intervals import mean_interval, wilson
 from dca_jax.evaluation.results import Record, read_run
 from dca_jax.evaluation.ruler import results
@@ -162,7 +164,17 @@ def test_published_figures_stand_beside():
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_asks_and_goes_on(tmp_path: Path, folder: Path):
+def test_the_command_asks_and_goes_on(tmp_path: Path, folder: Path, monkeypatch):
+    """The model's words are given: its own would be noise, and take seconds to compile."""
+
+    def generate(model, prompts, *, max_new_tokens, stop_ids, cache, on_piece):
+        assert max_new_tokens == 50
+        prompts_seen.extend(prompts)
+        return [byte_level_tokenizer().encode(" the", add_special_tokens=False).ids] * len(prompts)
+
+    prompts_seen: list[list[int]] = []
+    monkeypatch.setattr(answers, "generate", generate)
+    monkeypatch.setattr(answers, "answer_about", answers.answer)
     words = ["ruler", folder, "--length", "700", "--method", "dca", "--output", tmp_path / "out"]
     words += ["--task", "fwe"]
     done = invoke(*words, "--trials", "1")
@@ -179,7 +191,8 @@ def test_the_command_asks_and_goes_on(tmp_path: Path, folder: Path):
     done = invoke(*words, "--trials", "2")
     assert done.exit_code == 0, done.stderr
     again = read_run(tmp_path / "out").records
-    assert again[0] == first  # not asked again
+    assert again[0] == first
+    assert len(prompts_seen) == 2  # and not asked again
     assert again[1].value is not None
     assert again[1].value["expected"] != first.value["expected"]
 

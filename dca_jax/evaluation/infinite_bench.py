@@ -35,12 +35,13 @@ QUOTED = "There is an important info hidden inside a lot of irrelevant text. Fin
 QUIZ = "I will quiz you about the important information"
 NOISE = " ".join(FILLER) + "\n"
 MAX_LENGTH = 131_072  # tokens of prompt and answer, beyond which InfiniteBench cuts
+CHAT_TOKENS = 128  # of an answer by chat, a sentence; GPT-4's had no limit
 SAMPLE = 40  # lines or pairs, to see how many tokens they have
 SIGNS = re.compile(r"[\n:\"'.,?!{}]")  # that the scorer of kv_retrieval takes as spaces
 
 
 class Task(NamedTuple):
-    """A task's prompts, with {context} and {input}, and how many new tokens it gets."""
+    """A task's prompts, with {context} and {input}, and how many new tokens a base model gets."""
 
     base: str
     chat: str
@@ -72,6 +73,11 @@ FORM = Form(
     settings={"trained_length": int},
     optional=frozenset({"length", "trial", "id"}),
 )
+
+
+def new_tokens(task: str, chat: bool) -> int:
+    """How many tokens an answer may have."""
+    return CHAT_TOKENS if chat else TASKS[task].new_tokens
 
 
 def is_right(task: str, answer: str, expected: str) -> bool:
@@ -203,7 +209,7 @@ def evaluate(
             log,
             name=f"infinite-bench: {task}",
             methods=methods,
-            max_new_tokens=TASKS[task].new_tokens,
+            max_new_tokens=new_tokens(task, chat),
             batch=batch,
         )
 
@@ -212,7 +218,7 @@ def _prompt(llm: LLM, task: str, asked: Asked, max_length: int | None, chat: boo
     words = TASKS[task].chat if chat else TASKS[task].base
     text = words.format(context=asked.context, input=asked.question)
     if max_length is not None:
-        text = cut_in_the_middle(llm, text, max_length - TASKS[task].new_tokens)
+        text = cut_in_the_middle(llm, text, max_length - new_tokens(task, chat))
     if chat:
         return llm.apply_chat_template([{"role": "user", "content": text}])
     return llm.tokenize(text)
@@ -227,7 +233,7 @@ def _question(llm: LLM, task: str, asked: Asked, max_length: int | None, chat: b
 
 def _made_question(llm: LLM, task: str, length: int, trial: int, chat: bool) -> Question:
     asked = made(task, np.random.default_rng([list(TASKS).index(task), length, trial]))
-    room = length - TASKS[task].new_tokens
+    room = length - new_tokens(task, chat)
 
     def tokens(units: int) -> int:
         return len(_prompt(llm, task, asked(units), None, chat))

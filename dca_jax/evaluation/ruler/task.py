@@ -24,6 +24,8 @@ from dca_jax.evaluation.ruler.sources import READERS, KeyWords, Sources
 from dca_jax.evaluation.texts import encode
 from dca_jax.inference.llm import LLM
 
+ROOMY = 16_384  # tokens; every task's smallest prompt has fewer
+
 FORM = Form(
     key={"method": str, "task": TASKS, "length": int, "trial": int},
     value={"score": float, "tokens": int},
@@ -152,8 +154,10 @@ def check_room(
             for a sample, or with room for more words than there are.
     """
     for task in tasks:
-        # Of longer lists of words there may be too few.
-        for length in sorted(set(lengths)) if task == "cwe" else [min(lengths)]:
+        some = [min(lengths)] if min(lengths) < ROOMY else []
+        if task == "cwe" and sources.more_words is None:
+            some = sorted(set(lengths))  # of longer lists there may be too few words
+        for length in some:
             stream(room_for(llm, task, length, chat=chat), sources, task, seed).sample(0)
 
 
