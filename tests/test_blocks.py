@@ -19,6 +19,8 @@ from dca_jax.attention import op
 from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK, allowed_keys, key_blocks, num_tiles
 from dca_jax.attention.mosaic_gpu import flash_forward, forward_tiles
+from dca_jax.attention.mosaic_tpu import lists as tpu_lists
+from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.errors import InputError
@@ -169,9 +171,15 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
-def test_attention_over_lists(bench: Bench, name: str) -> None:
+@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_tpu", "mosaic_gpu"))
+def test_attention_over_lists(
+    bench: Bench, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = drawn(name, bench.dim, bench.dtype)
+    if bench.name == "mosaic_tpu":
+        request.getfixturevalue("interpreted_mosaic_tpu")
+        words = tpu_lists.words_of_tile(case.key.shape[1], case.key.shape[2], 3, case.dca)
+        monkeypatch.setattr(tiles, "SMEM", 2 * 4 * words)  # for two tiles of three rows
     out = attend(bench, case, blocks=lists_of(name))
     bench.agrees(out, expected(name, bench.dim, bench.dtype))
     if name == "even":  # something was left out

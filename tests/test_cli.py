@@ -3,8 +3,10 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +19,7 @@ from test_documents import write_pdf
 from tiny_llm import make_llm
 
 import dca_jax
-from dca_jax import Sampler
+from dca_jax import Sampler, cli
 from dca_jax.cli import app, measure
 from dca_jax.inference.methods import METHODS, reading
 
@@ -453,3 +455,19 @@ def test_as_a_user_runs_it(folder, llm, tmp_path):
 def test_questions_are_read_as_by_the_papers_scripts(command):
     """ChunkLlama's scripts behind Tables 3 and 4 call `replace_with_chunkllama(4096)`."""
     assert inspect.signature(command).parameters["method"].default == ["dca:chunkllama"]
+
+
+def test_a_signal_before_a_command_has_begun_is_answered_with_a_word(monkeypatch, capsys):
+    """As while it is imported, or reads weights; commands that write for long say more later."""
+
+    def ended():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", ended)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2
-import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -26,8 +25,10 @@ from dca_jax import Sampler
 from dca_jax.errors import InputError
 from dca_jax.inference.methods import reading
 from dca_jax.inference.options import Options
-from dca_jax.serving.engine import Engine
+from dca_jax.serving.engine import PAGE, Engine
 from dca_jax.serving.http import make_app
+from dca_jax.serving.pages import Pages
+from dca_jax.serving.scheduler import Scheduler
 from dca_jax.serving.server import Server, listen
 from dca_jax.serving.sizing import choose_pages
 
@@ -171,12 +172,8 @@ def test_a_beginning_is_read_once(engine, paper_llm):
     assert found == alone(paper_llm, [*book, *tokens, 5], options)
 
 
-def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm):
+def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm, compilations):
     """More texts than the cache has pages for, all different: what was kept makes room."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
-    )
     rng = np.random.default_rng(8)
     prompts = [rng.integers(3, 300, 260).tolist() for _ in range(QUEUE)] * 2
     options = Options(max_new_tokens=4)
@@ -184,9 +181,64 @@ def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm):
         written(engine, prompts[:QUEUE], options)[1],
         written(engine, prompts[QUEUE:], options)[1],
     ]
-    assert compiled == []
+    assert compilations == []
     assert found[0] == found[1]
     assert found[0][:2] == [alone(paper_llm, one, options)[0] for one in prompts[:2]]
+
+
+def test_texts_that_are_put_back_are_those_of_generate(engine, paper_llm, monkeypatch):
+    """Four texts of two pages each in the end, and room for five pages."""
+    few = Scheduler(Pages(5, PAGE), rows=ROWS, queue=QUEUE)
+    monkeypatch.setattr(engine, "_scheduler", few)
+    rng = np.random.default_rng(11)
+    prompts = [rng.integers(3, 300, 90).tolist() for _ in SAMPLERS]
+    begun = []
+
+    def write(number):
+        options = Options(max_new_tokens=100, sampler=SAMPLERS[number], seed=number)
+        (job,), (found,) = written(engine, [prompts[number]], options, ignore_stop_ids=True)
+        begun.append(job.row.begun)
+        assert (job.prompt_tokens, job.cached_tokens) == (90, 0)
+        return found
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(write, range(len(prompts))))
+    assert max(begun) > 1
+    assert few.pages.available == 5
+    for number, found in enumerate(together):
+        options = Options(max_new_tokens=100, sampler=SAMPLERS[number], seed=number)
+        whole = alone(paper_llm, prompts[number], options)[0][0]
+        assert found[0][: len(whole)] == whole
+
+
+def test_what_texts_have_in_common_is_told_to_the_device(engine, paper_llm, monkeypatch):
+    """As on a GPU that reads it once; here the program that reads it for each stands in for it."""
+    seen = []
+
+    def together(leaves, state, texts):
+        common = texts.common
+        for group, tokens in zip(common.rows, common.tokens, strict=True):
+            members = group[group < len(texts.slots)]
+            assert (tokens > 0) == (len(members) > 1)
+            shared = texts.pages[members, : tokens // PAGE]
+            assert (shared == shared[:1]).all()
+            assert (texts.lengths[members] >= tokens).all()
+            seen.append((len(members), tokens))
+            assert (common.rows.reshape(-1)[common.place[members]] == members).all()
+        return engine.programs._draw[ROWS, False](leaves, state, texts._replace(common=None))
+
+    monkeypatch.setattr("dca_jax.serving.engine.WORTH", 1)
+    monkeypatch.setattr(engine.programs, "members", 3)
+    monkeypatch.setitem(engine.programs._draw, (ROWS, True), together)
+    rng = np.random.default_rng(12)
+    book, options = rng.integers(3, 300, 300).tolist(), Options(max_new_tokens=8)
+    prompts = [[*book, n + 5] for n in range(3)] + [[7, 8, 9]]
+    written(engine, [book], Options(max_new_tokens=1))
+    _, found = written(engine, prompts, options, ignore_stop_ids=True)
+    assert (3, 256) in seen
+    for prompt, text in zip(prompts, found, strict=True):
+        whole = alone(paper_llm, prompt, options)[0][0]
+        assert text[0][: len(whole)] == whole
 
 
 def test_numbers_that_are_not_finite_end_one_text_and_stay_in_none(engine, paper_llm, monkeypatch):

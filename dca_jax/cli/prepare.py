@@ -41,8 +41,11 @@ from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import parse_mesh
 from dca_jax.weights.files import is_converted, refuse_existing
+from dca_jax.weights.folder import kept_forms
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.kept import Kept
+from dca_jax.weights.packer import packing
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
@@ -189,7 +192,12 @@ def plan_command(
         raise InputError(f"--base {base.value} goes with --lora-rank")
     if weights is not None and lora_rank:
         raise InputError("give --base with --lora-rank, and --weights without")
-    packed = weights.value if weights else None if base is Base.dtype else base.value
+    form, kept = None if base is Base.dtype else base.value, {}
+    if not train:
+        form, keep = packing(None if weights is None else weights.value, on_cpu=False)
+        kept = {} if model in SHAPES else _kept(model, shape, keep)
+    elif weights is not None:
+        form = weights.value
     found = plan(
         model,
         shape,
@@ -201,7 +209,8 @@ def plan_command(
         dtype=dtype.value,
         cache_dtype=None if cache_dtype is None else cache_dtype.value,
         lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
-        weights=packed,
+        weights=form,
+        kept=kept,
         remat=remat.value,
         state=state.value,
         sparse=None if train else _sparse(sparse, shape, shape.dca or PLAIN),
@@ -213,6 +222,16 @@ def plan_command(
     for name, value in found.facts().items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _kept(model: str, shape: LlamaConfig, keep: str | None) -> dict[str, Kept]:
+    """How weights stay packed; says so where they are not here to look at."""
+    try:
+        return kept_forms(find_folder(model, weights=False), shape, keep)
+    except InputError as error:
+        told = f"what stays packed is not known, so all is counted unpacked: {error}"
+        print(told, file=sys.stderr)
+        return {}
 
 
 @app.command("explain")
