@@ -166,6 +166,26 @@ NewTokensOption = Annotated[
     str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
 ]
 
+# Of what measures.
+LengthOption = Annotated[
+    list[str],
+    typer.Option(
+        "--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be given several times."
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
+        "of the model's files)."
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Maximum number of samples of each kind, for a first look."),
+]
+
 _SAMPLING = {
     "temperature": (float, "0 always takes the most likely token; 1 samples from the model."),
     "top_k": (int | None, "Sample from the K most likely tokens."),

@@ -10,7 +10,7 @@ from h200 import OPTIONS, h200s
 
 from dca_jax.attention.sparse import SampledRows, Sparse
 from dca_jax.inference.buckets import MIXTURE_PIECE, PIECE, capacity_bucket
-from dca_jax.inference.steps import GPU_OPTIONS
+from dca_jax.inference.compiled import GPU_OPTIONS
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
