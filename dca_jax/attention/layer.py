@@ -311,6 +311,24 @@ def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
     return Stored(kept, kept, scale, scale)
 
 
+def _put_one(
+    all_slots: Num[Array, "L R S KH"],
+    place: tuple[Array, Array, Array],
+    new: Num[Array, "1 1 KH"],
+) -> Num[Array, "L R S KH"]:
+    """`new` in a layer's, row's and slot's place; nothing if the slot is beyond S.
+
+    A slice, for one kernel: of a scatter XLA's GPU compiler makes three, one of which only asks
+    whether it stays inside.
+    """
+    layer, row, slot = place
+    last = all_slots.shape[2] - 1
+    at = layer, row, jnp.minimum(slot, last), jnp.zeros_like(slot)
+    before = jax.lax.dynamic_slice(all_slots, at, (1, *new.shape))
+    new = jnp.where(slot <= last, new[None], before)
+    return jax.lax.dynamic_update_slice(all_slots, new, at)
+
+
 def write(
     cache: Stored,
     layer: Int[Array, ""],
@@ -326,7 +344,10 @@ def write(
     """
 
     def put(all_slots: Array, new: Array) -> Array:
-        return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")
+        new = new.astype(all_slots.dtype)
+        if slots.size == 1:
+            return _put_one(all_slots, (layer, row[0, 0], slots[0, 0]), new)
+        return all_slots.at[layer, row, slots].set(new, mode="drop")
 
     if cache.key_scale is None or cache.value_scale is None:
         return Stored(put(cache.key, flat(key)), put(cache.value, flat(value)))
