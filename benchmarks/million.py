@@ -11,6 +11,7 @@ sum over pieces of a straight line through those that were timed; the first toke
 a check of that line.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from dca_jax import DCAConfig, KVCache, Llama
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import capacity_bucket, piece_length, read_at_once
-from dca_jax.inference.steps import empty_hidden, programs
+from dca_jax.inference.compiled import compiled
+from dca_jax.inference.steps import empty_hidden, read
 from dca_jax.lengths import parse_tokens
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
@@ -79,7 +81,7 @@ def measure(
     )
     cache = filled_cache(model, capacity_bucket(length))
     text = np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)
-    read = programs(1, cache.capacity).read
+    program = compiled(read, model, 1, cache.capacity, width, donated=1)
     places = [round(n * (length // width - 1) / (PLACES - 1)) * width for n in range(PLACES)]
     line: list[float] = []
     for place in [places[0], *places]:  # the first time it is compiled
@@ -87,7 +89,7 @@ def measure(
         for _ in range(2):
             cache = at(cache, place)
             start = time.perf_counter()
-            hidden, cache = step(read, model, cache, text, place, width)
+            hidden, cache = step(program, model, cache, text, place, width)
             seconds.append(time.perf_counter() - start)
         line.append(min(seconds))
         if len(line) > 1:
@@ -100,7 +102,7 @@ def measure(
 
     start, cache = time.perf_counter(), at(cache, 0)
     for place in range(0, first, width):
-        hidden, cache = step(read, model, cache, text, place, width)
+        hidden, cache = step(program, model, cache, text, place, width)
     seconds = time.perf_counter() - start
     report.add({"tokens before": 0, "read s": seconds, "said s": said(first), "whole": first})
     planned = plan(preset, config, device=device, mesh={}, context_length=length).usage.total
@@ -111,13 +113,13 @@ def measure(
 
 
 def step(
-    read: Any, model: Llama, cache: KVCache, text: np.ndarray, place: int, width: int
+    program: Any, model: Llama, cache: KVCache, text: np.ndarray, place: int, width: int
 ) -> tuple[Array, KVCache]:
     """One piece, to its end."""
     hidden = empty_hidden(model, 1)
     piece, lengths = text[:, place : place + width], np.asarray([width], np.int32)
     total = np.asarray([text.shape[1]], np.int32)
-    return jax.block_until_ready(read(model, cache, hidden, piece, lengths, total))
+    return jax.block_until_ready(program(cache, hidden, piece, lengths, total))
 
 
 def at(cache: KVCache, length: int) -> KVCache:
@@ -127,11 +129,20 @@ def at(cache: KVCache, length: int) -> KVCache:
 
 
 def filled_cache(model: Llama, capacity: int) -> KVCache:
-    """A cache full of normal numbers, made a layer at a time."""
+    """A cache full of normal numbers, made some tokens of a layer at a time.
+
+    So few that making them takes less memory than reading will: the peak is to be that of reading.
+    """
     cache = KVCache.create(model.config, batch=1, capacity=capacity, dtype=model.dtype)
+    at_once = math.gcd(capacity, 32_768)
 
     def fill(stack: Array, layer: Array, key: Array) -> Array:
-        return stack.at[layer].set(jax.random.normal(key, stack.shape[1:], stack.dtype))
+        def fill_some(n: Array, stack: Array) -> Array:
+            shape = (1, stack.shape[1], at_once, *stack.shape[3:])
+            some = jax.random.normal(jax.random.fold_in(key, n), shape, stack.dtype)
+            return jax.lax.dynamic_update_slice(stack, some, (layer, 0, n * at_once, 0))
+
+        return jax.lax.fori_loop(0, capacity // at_once, fill_some, stack)
 
     filling = jax.jit(fill, donate_argnums=0)
     stacks = []

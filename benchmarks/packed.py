@@ -36,7 +36,7 @@ from common import (
 from dca_jax import few_rows
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.few_rows import Tile
-from dca_jax.inference.steps import GPU_OPTIONS
+from dca_jax.inference.compiled import GPU_OPTIONS
 from dca_jax.packed_weights import Packed, pack
 
 MATRICES = {

@@ -24,7 +24,7 @@ from dca_jax import Llama
 from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.op import attend, choose_implementation, make_rows
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.inference.buckets import cache_shape, cut, piece_length, scoring_widths
+from dca_jax.inference.buckets import cache_shape, cut, piece_length, piece_widths
 from dca_jax.inference.score import Reader
 from dca_jax.planning.shapes import SHAPES, find_shape
 
@@ -99,7 +99,7 @@ def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
 
     milliseconds = 0.0
     heads, start = (config.num_attention_heads, config.head_dim), 0
-    for count, padded in cut(length - 1, scoring_widths(1)):
+    for count, padded in cut(length - 1, piece_widths(1)):
         query = jax.random.normal(jax.random.key(2), (1, padded, *heads), model.dtype)
         milliseconds += timed(piece, query, key, value, jnp.int32(start)).median
         start += count

@@ -57,8 +57,10 @@ from dca_jax.attention.sparse import (
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
+from dca_jax.inference import steps
 from dca_jax.inference.buckets import capacity_bucket, piece_length, read_at_once
-from dca_jax.inference.steps import empty_hidden, programs
+from dca_jax.inference.compiled import compiler_options
+from dca_jax.inference.steps import empty_hidden
 from dca_jax.lengths import parse_tokens
 from dca_jax.planning.shapes import SHAPES
 
@@ -351,7 +353,7 @@ class Reader:
     def start(self, names: Iterable[str]) -> KVCache:
         """A cache full of random numbers, when the programs of these models are compiled."""
         cache = self.filled()
-        jitted = programs(1, cache.capacity).read
+        jitted = jax.jit(steps.read, donate_argnames="cache", compiler_options=compiler_options())
         tokens, number = self.text[:, : self.width], np.asarray([self.width], np.int32)
         with ThreadPoolExecutor() as pool:
             for name in names:

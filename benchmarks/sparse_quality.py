@@ -54,9 +54,9 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation.haystacks import Haystack
 from dca_jax.evaluation.needle import ADJECTIVES, NEEDLE, NOUNS
 from dca_jax.evaluation.texts import encode
+from dca_jax.inference.compiled import compiler_options
 from dca_jax.inference.documents import read_document
 from dca_jax.inference.score import read_piece
-from dca_jax.inference.steps import compiler_options
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Int
 import dca_jax
 from dca_jax import KVCache, Llama, Sampler
 from dca_jax.inference.buckets import capacity_bucket
-from dca_jax.inference.steps import PAD, compiler_options, decode, first_token, read
+from dca_jax.inference.compiled import compiler_options
+from dca_jax.inference.steps import PAD, decode, first_token, read
 
 
 @functools.partial(jax.jit, static_argnames="new_tokens", compiler_options=compiler_options())

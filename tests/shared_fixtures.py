@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import golden_llama
+import jax
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -46,6 +47,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(folder: Path) -> dca_jax.LLM:
     """`folder` as a user loads it who asks for nothing."""
     return dca_jax.load(folder)
+
+
+@pytest.fixture
+def compilations() -> Generator[list[str]]:
+    """Grows by every program that XLA compiles, those of operations outside `jax.jit` too."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **more: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(more.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,42 @@ def test_a_stopped_run_reads_only_what_is_missing(
         assert (tmp_path / "a/results.jsonl").stat().st_size == size
 
 
+def test_a_stopped_run_goes_on_in_the_batches_of_one_that_was_not(
+    tmp_path, plain_llm, tokens, no_model, monkeypatch
+):
+    """Also from the middle of a batch: how sums are rounded depends on all that is read with it."""
+    options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 100, "batch": 3}
+    read = []
+    nll, add = perplexity.Reader.nll, ResultLog.add
+
+    def noted(self, rows):
+        read.append((self.batch, rows.tolist()))
+        return nll(self, rows)
+
+    def stopped(self, *record):
+        if len(self.records) == 4:
+            raise KeyboardInterrupt
+        add(self, *record)
+
+    monkeypatch.setattr(perplexity.Reader, "nll", noted)
+    with ResultLog(tmp_path / "whole", "perplexity", {}) as log:
+        windows.evaluate(plain_llm.model, tokens, log, **options)
+        expected = {str(r.key): r.value for r in log.records}
+    whole, read[:] = list(read), []
+    assert [len(rows) for _, rows in whole] == [3, 3]
+    with ResultLog(tmp_path / "stopped", "perplexity", {}) as log, monkeypatch.context() as patch:
+        patch.setattr(ResultLog, "add", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            windows.evaluate(plain_llm.model, tokens, log, **options)
+    read.clear()
+    with ResultLog(tmp_path / "stopped", "perplexity", {}) as log:
+        windows.evaluate(plain_llm.model, tokens, log, **options)
+        assert {str(r.key): r.value for r in log.records} == expected
+    assert read == whole[1:]
+    lines = (tmp_path / "stopped" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == len(expected)  # none is noted twice
+
+
 def test_what_fails_is_noted_and_tried_alone(tmp_path, plain_llm, tokens, no_model, monkeypatch):
     nll = perplexity.Reader.nll
     bad = tokens[200:264]
@@ -245,7 +281,7 @@ def test_a_text_with_a_number_that_is_none_is_refused(plain_llm, tokens, monkeyp
     reader = perplexity.Reader(plain_llm.model, 2, 64)
     piece = (np.ones((2, 64), np.float32), np.ones((2, 64), bool), reader._cache)
     piece[0][1, 5] = math.inf
-    monkeypatch.setattr(perplexity, "_read_piece", lambda *_: lambda *_: piece)
+    monkeypatch.setattr(perplexity, "compiled", lambda *_, **__: lambda *_: piece)
     with pytest.raises(InputError, match="the NLL of token 6 of text 1 is not finite"):
         reader.read([tokens[:32], tokens[:32]])
     scores = reader.read([tokens[:32], tokens[:6]])  # beyond a text's end it counts for nothing

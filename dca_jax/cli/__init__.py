@@ -4,6 +4,12 @@ One file a group of commands (`commands.py` has their names); `options.py` has w
 `launch.py` what comes before them.
 """
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
 import typer
 
 from dca_jax.cli.commands import Commands
@@ -22,7 +28,31 @@ app = typer.Typer(
 app.callback()(launch)
 
 
+@contextmanager
+def _told_if_ended() -> Iterator[None]:
+    """SIGTERM ends the program with a word and 128 plus its number, as Ctrl-C does with its own.
+
+    Commands that write for long take its place once they have begun, and say how far they came.
+    """
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        if asked:
+            print("stopped by SIGTERM", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """The entry point of the command `dca-jax`."""
-    with ending_together(), exit_on_input_error(), output_written():
+    with _told_if_ended(), ending_together(), exit_on_input_error(), output_written():
         app()

@@ -25,10 +25,11 @@ from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
 from dca_jax.inference.buckets import new_cache, read_at_once, widest_piece
+from dca_jax.inference.compiled import compiler_options
 from dca_jax.inference.generate import Run
 from dca_jax.inference.methods import method_by_name, with_method
 from dca_jax.inference.progress import progress, reading_work
-from dca_jax.inference.steps import compiler_options, read
+from dca_jax.inference.steps import read
 from dca_jax.model import Llama
 
 ATTENTIONS = ("dense", "flash", "dca")

@@ -164,6 +164,9 @@ def evaluate(
 ) -> None:
     """Notes the mean NLL of every window, for every method and length, that the log lacks.
 
+    Windows are read in the same batches whatever the log has, for how sums are rounded depends on
+    the batch: a run that was interrupted goes on to the figures of one that was not.
+
     Args:
         model: with its own rope, as loaded.
         tokens: the text; for "rolling", from the prefix token on.
@@ -182,21 +185,34 @@ def evaluate(
     cells = [(method, length) for method in methods for length in lengths]
     for method, length in cells:  # what would fail fails now
         method_by_name(method, model.config, length)
-    missing = {cell: [w for w in windows[cell[1]] if _key(*cell, w) not in log] for cell in cells}
+    due = {cell: list(_due(windows[cell[1]], cell, batch, log)) for cell in cells}
     work = {length: reading_work(model.config, length) for length in lengths}
-    total = sum(work[length] * len(some) for (_, length), some in missing.items())
+    total = sum(
+        work[length] * len(some) for (_, length), groups in due.items() for some, _ in groups
+    )
     with progress("perplexity", total) as advance:
-        for (method, length), some in missing.items():
+        for (method, length), groups in due.items():
             reading = with_method(model, method, length)
 
             def on_piece(read: int, length: int = length) -> None:
                 advance(work[length] * read / max(1, length - 1))  # the last token is not read
 
-            for _, group in groupby(some, lambda window: window.stop - window.start):
-                same = list(group)
-                size = _rows(len(same), length, batch)
+            for some, size in groups:
                 make = partial(Reader, reading, on_piece=on_piece, cache_dtype=cache_dtype)
-                _read(make, tokens, same, size, log, (method, length))
+                _read(make, tokens, some, size, log, (method, length))
+
+
+def _due(
+    windows: Sequence[Window], cell: tuple[str, int], batch: int | None, log: ResultLog
+) -> Iterator[tuple[list[Window], int]]:
+    """Those of batches that lack one in the log: windows as long as each other, and the batch."""
+    for _, group in groupby(windows, lambda window: window.stop - window.start):
+        same = list(group)
+        size = _rows(len(same), cell[1], batch)
+        batches = (same[start : start + size] for start in range(0, len(same), size))
+        lacking = [some for some in batches if any(_key(*cell, w) not in log for w in some)]
+        if lacking:
+            yield [window for some in lacking for window in some], size
 
 
 def _read(
@@ -226,9 +242,14 @@ def _read(
         seconds = (time.perf_counter() - begin) / len(some)
         for window, mean in zip(some, means, strict=True):
             value = {"nll": mean, "tokens": window.stop - window.first, "weight": window.weight}
-            log.add(_key(*cell, window), value, seconds)
+            if (key := _key(*cell, window)) not in log:
+                log.add(key, value, seconds)
 
-    in_batches(windows, batch, run, lambda w, error: log.fail(_key(*cell, w), error, 0.0))
+    def fail(window: Window, error: Exception) -> None:
+        if (key := _key(*cell, window)) not in log:
+            log.fail(key, error, 0.0)
+
+    in_batches(windows, batch, run, fail)
 
 
 def _key(method: str, length: int, window: Window) -> dict[str, str | int]:

@@ -7,9 +7,9 @@ it is made as the texts need it. Slots that no text needs take memory; nothing r
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.fields import LARGEST
+from dca_jax.inference.compiled import compiled
 from dca_jax.kv_cache import KVCache, cache_arrays
 from dca_jax.memory import free_bytes, total_bytes
 from dca_jax.model import Llama
@@ -36,7 +37,6 @@ SMALLEST = 64  # tokens of the smallest piece: fewer cost a GPU, which reads all
 # several.
 FEW, SEVERAL = 1 / 32, 1 / 16
 OF_MANY = 2**34  # bytes taken for a device's memory by each of several processes, which must agree
-SHAPES = 8  # of caches whose programs are kept; those used last
 
 # --- pieces of texts ---------------------------------------------------------------------------
 
@@ -58,12 +58,6 @@ def piece_widths(batch: int, tokens: int = PIECE, segment: int = 1) -> tuple[int
     """The widths that pieces of a batch are padded to, the widest first: multiples of `segment`."""
     width = piece_length(batch, tokens)
     widths = (w for w in (width, width // 8, width // 64) if w >= min(16, width))
-    return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
-
-
-def scoring_widths(batch: int, segment: int = 1) -> tuple[int, ...]:
-    """As `piece_widths`, and every power of two between them: lengths to be scored are few."""
-    widths = (1 << n for n in range(piece_length(batch).bit_length() - 1, 3, -1))
     return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
 
 
@@ -166,18 +160,24 @@ def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
     rows = cache.lengths.shape[0]
     if rows != padded_batch(1, mesh_of(cache)):
         raise InputError(f"expected a cache of one row to copy, got {rows} rows")
-    shape = _fitting(model, batch, length, cache.key.dtype)
-    with _refused_if_too_large(*shape):
-        copies = jax.block_until_ready(_copier(*shape)(cache))
+    shape = _Shape(*_fitting(model, batch, length, cache.key.dtype))
+    with _refused_if_too_large(shape.rows, shape.capacity):
+        copy = compiled(_copy_rows, shape, rows, cache.capacity)
+        copies = jax.block_until_ready(copy(cache))
     return copies.rollback([copies.capacity] * batch)
 
 
-@functools.lru_cache(maxsize=SHAPES)
-def _copier(batch: int, capacity: int) -> Any:
-    return jax.jit(functools.partial(_copy_rows, batch=batch, capacity=capacity))
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Shape:
+    """Of a cache, for a program to be made for."""
+
+    rows: int
+    capacity: int
 
 
-def _copy_rows(cache: KVCache, *, batch: int, capacity: int) -> KVCache:
+def _copy_rows(shape: _Shape, cache: KVCache) -> KVCache:
+    batch, capacity = shape.rows, shape.capacity
     kept = min(cache.capacity, capacity)
     shards = Shards.of(cache.key)
     context = shards.size("context")

@@ -15,20 +15,30 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.inference.buckets import SMALLEST, cut, new_cache, piece_widths, read_at_once
+from dca_jax.inference.buckets import (
+    SMALLEST,
+    cut,
+    new_cache,
+    on_device,
+    piece_widths,
+    read_at_once,
+)
+from dca_jax.inference.compiled import compiled
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import (
     FAILED,
     SEGMENT,
-    Programs,
     State,
     begin,
     empty_hidden,
-    programs,
+    read,
+    read_row,
+    read_whole,
+    stop_and_decode,
 )
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.sharding import axis_size, mesh_of
+from dca_jax.sharding import axis_size, mesh_of, replicated
 
 STOP_IDS = 64  # for which a program has room; if there are more, it has room for all ids
 SEGMENT_SECONDS = 0.05  # a segment that took longer is not made longer: text streams smoothly
@@ -112,8 +122,12 @@ class Run:
                     array.delete()
 
     def _segments(self) -> Iterator[list[list[int]]]:
-        state = self._draw_first(self.read_prompts())
-        decode = self._programs.decode
+        hidden = self.read_prompts()
+        # Once: to hand them over at every call takes longer than a token of a small model.
+        numbers = replicated((self._sampler, self._stop_ids), mesh_of(self._model))
+        sampler, stop_ids = on_device(self._model, numbers)
+        state = self._draw_first(hidden, sampler, stop_ids)
+        decode = self._compiled(stop_and_decode, self._model, len(stop_ids))
         lengths = [len(prompt) for prompt in self._prompts]
         yield self._rows(np.asarray(state.token)[:, None], lengths)
         drawn, segment = 1, 1
@@ -121,9 +135,7 @@ class Run:
             limit = min(segment, self._max_new_tokens - drawn)
             start = time.perf_counter()
             stopped = self._finished.copy()
-            state, tokens = decode(
-                self._model, state, stopped, self._sampler, self._stop_ids, limit
-            )
+            state, tokens = decode(state, stopped, sampler, stop_ids, limit)
             self.cache = state.cache
             rows = self._rows(np.asarray(tokens), lengths)
             # Several processes must ask for the same, and their clocks differ.
@@ -157,9 +169,8 @@ class Run:
             tokens = np.zeros((len(at), width), np.int32)
             for row, length in enumerate(lengths):
                 tokens[row, :length] = self._prompts[row][at[row] : at[row] + length]
-            hidden, self.cache = self._programs.read(
-                model, self.cache, hidden, tokens, lengths, context_lengths
-            )
+            program = self._compiled(read, model, width)
+            hidden, self.cache = program(self.cache, hidden, tokens, lengths, context_lengths)
             at = at + lengths
             self._tell(hidden, int(lengths.sum()))
         return hidden
@@ -182,9 +193,8 @@ class Run:
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :count] = prompt[at[row] : at[row] + count]
             lengths, whole = np.asarray([count], np.int32), np.asarray([len(prompt)], np.int32)
-            hidden, self.cache = self._programs.read_row(
-                model, self.cache, hidden, row, tokens, lengths, whole
-            )
+            program = self._compiled(read_row, model, width)
+            hidden, self.cache = program(self.cache, hidden, row, tokens, lengths, whole)
             at[row] += count
             self._tell(hidden, count)
         return hidden
@@ -193,26 +203,32 @@ class Run:
         tokens = np.zeros((len(self._prompts), self.cache.capacity), np.int32)
         for row, prompt in enumerate(self._prompts):
             tokens[row, : len(prompt)] = prompt
-        hidden, self.cache = self._programs.read_whole(self._model, self.cache, tokens, lengths)
+        program = self._compiled(read_whole, self._model)
+        hidden, self.cache = program(self.cache, tokens, lengths)
         self._tell(hidden, int(lengths.sum()))
         return hidden
 
-    @property
-    def _programs(self) -> Programs:
-        return programs(len(self._prompts), self.cache.capacity)
+    def _compiled(
+        self, function: Callable[..., Any], model: Llama, *widths: int
+    ) -> Callable[..., Any]:
+        """One of the steps for this batch; its second argument, the cache or state, is used up."""
+        shape = len(self._prompts), self.cache.capacity, *widths
+        return compiled(function, model, *shape, donated=1)
 
     def _tell(self, hidden: Float[Array, "B D"], tokens: int) -> None:
         if self.on_piece is not None:
             jax.block_until_ready(hidden)  # or the bar would run ahead of the device
             self.on_piece(tokens)
 
-    def _draw_first(self, hidden: Float[Array, "B D"]) -> State:
+    def _draw_first(
+        self, hidden: Float[Array, "B D"], sampler: Sampler, stop_ids: Int[Array, " n"]
+    ) -> State:
         seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
         if self._sampler.repetition_penalty != 1:
             for row, prompt in enumerate(self._prompts):
                 seen[row, np.asarray(prompt)] = True
-        lengths = self.cache.lengths
-        state = begin(self._model, lengths, hidden, self._seed, self._sampler, self._stop_ids, seen)
+        program = compiled(begin, self._model, len(self._prompts), len(stop_ids))
+        state = program(self.cache.lengths, hidden, self._seed, sampler, stop_ids, seen)
         return State(cache=self.cache, **state)
 
     def _rows(self, tokens: Int[np.ndarray, "B n"], lengths: list[int]) -> list[list[int]]:

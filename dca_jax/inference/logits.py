@@ -1,27 +1,25 @@
 """Logits of whole texts, in few shapes, whatever their number and lengths."""
 
-import functools
-from typing import Any
-
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import SHAPES, multiple, power_of_two
-from dca_jax.inference.steps import compiler_options, whole
+from dca_jax.inference.buckets import multiple, power_of_two
+from dca_jax.inference.compiled import compiled
+from dca_jax.inference.steps import whole
 from dca_jax.memory import free_bytes
 from dca_jax.model import Llama
 from dca_jax.sharding import axis_size, mesh_of
 
-SHORTEST, SHORT = 64, 256  # tokens that texts are padded to at least; and below which all are
-TOGETHER = 8  # short texts read at once, if there are several; long ones go one by one
+WIDTHS = (64, 256, 1024)  # tokens that texts are padded to, or else to a power of two
+TOGETHER = 8  # of the shortest texts are read at once, if there are several; others one by one
 
 
 def text_logits(model: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
     """Logits, float32, of whole texts of one length, read in few shapes.
 
-    Texts are padded to 64, 256, 512, 1024 ... tokens, and what padding gives is cut off on the
+    Texts are padded to 64, 256, 1024, 2048 ... tokens, and what padding gives is cut off on the
     host, where cutting compiles nothing.
 
     Raises:
@@ -38,27 +36,21 @@ def text_logits(model: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarra
             f"{free / 2**30:.1f} GiB are free; give fewer tokens, or ask for the perplexity"
         )
     mesh = mesh_of(model)
-    width = SHORTEST if length <= SHORTEST else max(SHORT, power_of_two(length))
+    width = next((width for width in WIDTHS if width >= length), power_of_two(length))
     width = multiple(width, 32 * axis_size(mesh, "context"))
     if model.dca is None and model.config.sliding_window is not None:
         width = min(width, model.config.sliding_window)
-    some = TOGETHER if batch > 1 and width <= SHORT else 1
+    some = TOGETHER if batch > 1 and length <= WIDTHS[0] else 1
     rows = multiple(some, axis_size(mesh, "data", "fsdp"))
     padded = np.zeros((multiple(batch, rows), width), np.int32)
     padded[:batch, :length] = tokens
     lengths = np.full((rows,), length, np.int32)
-    read = programs(rows, width)
+    read = compiled(_logits, model, rows, width)
     found = np.empty((batch, length, model.config.vocab_size), np.float32)
     for first in range(0, batch, rows):
-        logits = np.asarray(read(model, padded[first : first + rows], lengths))
+        logits = np.asarray(read(padded[first : first + rows], lengths))
         found[first : first + rows] = logits[: batch - first, :length]
     return found
-
-
-@functools.lru_cache(maxsize=SHAPES)
-def programs(rows: int, width: int) -> Any:
-    """A jitted function of its own for each shape: those longest unused are dropped."""
-    return jax.jit(functools.partial(_logits), compiler_options=compiler_options())
 
 
 def _logits(

@@ -6,7 +6,6 @@ window length that fits in it. There is no second path for short texts; they are
 once. `dca_jax.evaluation.windows` has the protocols that are built on this.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import SHAPES, cut, new_cache, scoring_widths
-from dca_jax.inference.steps import compiler_options
+from dca_jax.inference.buckets import PIECE, cut, new_cache, piece_widths
+from dca_jax.inference.compiled import compiled
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
@@ -144,14 +143,15 @@ class Reader:
             tokens[:, row, : len(given)] = given, wanted
         nlls = [np.zeros((rows, 0), np.float32)]
         bests = [np.zeros((rows, 0), bool)]
-        start, read = 0, _read_piece(rows, cache.capacity)
-        model = self.model.reading(max(whole))
-        widths = scoring_widths(rows, 1 if model.sparse is None else model.sparse.segment)
+        start, model = 0, self.model.reading(max(whole))
+        segment = 1 if model.sparse is None else model.sparse.segment
+        widths = piece_widths(rows, PIECE, segment)
         for count, width in cut(tokens.shape[2], widths):
             lengths = np.clip(counts - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
             piece[:, :, :count] = tokens[:, :, start : start + count]
-            nll, is_best, cache = read(model, cache, *piece, lengths, context_lengths)
+            read = compiled(read_piece, model, rows, cache.capacity, width, donated=1)
+            nll, is_best, cache = read(cache, *piece, lengths, context_lengths)
             nlls.append(np.asarray(nll)[:, :count])
             bests.append(np.asarray(is_best)[:, :count])
             start += count
@@ -323,13 +323,6 @@ def read_piece(
     nll, is_best = (jnp.moveaxis(x, 0, 1).reshape(rows, width) for x in scores)
     shards = Shards.of(model.norm.scale[...])  # every process is to see all of them
     return shards.put(nll, None), shards.put(is_best, None), cache_after
-
-
-@functools.lru_cache(maxsize=SHAPES)
-def _read_piece(rows: int, capacity: int) -> Any:
-    """`read_piece` compiled for caches of this shape; those longest unused are dropped."""
-    read = functools.partial(read_piece)  # what is compiled for it goes when it goes
-    return jax.jit(read, donate_argnames="cache", compiler_options=compiler_options())
 
 
 def _capacity(length: int, capacity: int | None) -> int:

@@ -10,10 +10,8 @@ Pure functions, usable under `jax.jit` in a script of your own (examples/jitted_
 `dca_jax.inference.generate` calls them for prompts of any length.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import SHAPES, on_device
+from dca_jax.inference.buckets import on_device
 from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
@@ -252,50 +250,6 @@ def whole(model: Llama, x: Any) -> Any:
     return jax.tree.map(lambda leaf: shards.put(leaf, None), x)
 
 
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-
-
-def compiler_options() -> dict[str, Any] | None:
-    """What to give `jax.jit(..., compiler_options=)` for a function that calls `read` or `decode`.
-
-    A layer's weights lie in a stack. Left to itself, XLA on a GPU copies them out of it for
-    Triton's products, and joins those of q, k and v, which copies them too; cuBLAS reads them where
-    they lie. 7B at 32k tokens on an H200: the prompt in 1.24 s instead of 1.34, and a token in 9.6
-    ms instead of 15.3.
-    """
-    return GPU_OPTIONS if jax.default_backend() == "gpu" else None
-
-
-class Programs(NamedTuple):
-    """What is compiled for caches of one shape, each once for each width of a piece."""
-
-    read: Any
-    read_row: Any
-    read_whole: Any
-    decode: Any
-
-
-@functools.lru_cache(maxsize=SHAPES)
-def programs(rows: int, capacity: int) -> Programs:
-    """Those for caches of so many rows of `capacity` tokens; the ones longest unused are dropped.
-
-    The cache is donated: it is updated where it lies, never copied.
-    """
-
-    def compiled(function: Callable[..., Any], **options: Any) -> Any:
-        # A function of its own: what is compiled for it goes when it goes.
-        own = functools.partial(function)
-        return jax.jit(own, compiler_options=compiler_options(), **options)
-
-    return Programs(
-        read=compiled(read, donate_argnames="cache"),
-        read_row=compiled(read_row, donate_argnames="cache"),
-        read_whole=compiled(read_whole, donate_argnames="cache", keep_unused=True),
-        decode=compiled(stop_and_decode, donate_argnames="state"),
-    )
-
-
-@jax.jit
 def begin(
     model: Llama,
     lengths: Int[Array, " B"],

@@ -10,7 +10,7 @@ from h200 import OPTIONS, h200s
 
 from dca_jax.attention.sparse import SampledRows, Sparse
 from dca_jax.inference.buckets import MIXTURE_PIECE, PIECE, capacity_bucket
-from dca_jax.inference.steps import GPU_OPTIONS
+from dca_jax.inference.compiled import GPU_OPTIONS
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
@@ -78,6 +78,26 @@ def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
     lowered = lower("decode", config, mesh, capacity=32_896, dtype=jnp.bfloat16)
     program = lowered.compile(OPTIONS | GPU_OPTIONS)
     assert program.memory_analysis().temp_size_in_bytes < 100e6
+
+
+@pytest.mark.parametrize(("step", "tokens"), [("read", 4096), ("decode", 1)])
+def test_seventy_billion_in_int4_fit_one_device(step: str, tokens: int) -> None:
+    """No more than a layer is unpacked at a time; large matrices have the kernel for one row."""
+    mesh, capacity = make_mesh("tensor=1", h200s(1)), capacity_bucket(32_768, 1)
+    options = {"capacity": capacity, "tokens": tokens, "weights": "int4:128"}
+    program = lower(step, MODEL, mesh, **options).compile(OPTIONS | GPU_OPTIONS)
+    found, one = program.memory_analysis(), parse_mesh("tensor=1")
+    usage = plan(
+        *("llama-2-70b", MODEL), device="h200", mesh=one, context_length=32_768, weights="int4:128"
+    ).usage
+    held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(
+        f"{step}: {held / 1e9:.2f} GB held (plan {(usage.weights + usage.cache) / 1e9:.2f}), "
+        f"{working / 1e9:.2f} while it runs"
+    )
+    assert held + working < usage.total
+    assert working < 3e9
+    assert ("dca_packed_row" in program.as_text()) == (step == "decode")
 
 
 def test_a_million_tokens_are_read_sparsely() -> None:
