@@ -414,6 +414,20 @@ def test_info_says_what_a_checkpoint_is(folder, llm):
         (["explain", "--trained-length", "64", "--plot", "{folder}/no/m.png"], "is no folder"),
         (["explain", "--trained-length", "64", "--plot", "{folder}/m.doc"], "cannot be written"),
         (["convert", "{folder}/absent", "{folder}/new"], "absent is no folder"),
+        # What others call it.
+        (["serve", "{folder}", "--max-model-len", "4096"], "no option --max-model-len; here it is"),
+        (["serve", "{folder}", "--tensor-parallel-size=2"], "here it is --mesh tensor=N"),
+        (["serve", "{folder}", "--api-key", "x"], "here it is DCA_JAX_API_KEY in the environment"),
+        (["generate", "{folder}", "x", "--load-in-8bit"], "here it is --weights int8"),
+        # All of it before weights are read.
+        (
+            ["serve", "{folder}", "--port", "0", "--host", "x" * 70],
+            "label too long; choose",
+        ),
+        (["serve", "{folder}", "--port", "0", "--host", ""], "cannot listen on '' port 0"),
+        (["serve", "{folder}", "--port", "0", "--cache", "1G"], "'1G' is no number of tokens"),
+        (["serve", "{folder}", "--port", "0", "--context", "1"], "has no room for a prompt and"),
+        (["serve", "{folder}", "--port", "0", "--method", "rerope:4"], "not by ReRoPE; use the"),
     ],
     ids=lambda value: " ".join(value[:1] + value[2:]) if isinstance(value, list) else "",
 )
@@ -432,6 +446,12 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_an_option_that_another_command_has_is_not_advised(folder):
+    refused = invoke("info", folder, "--max-num-seqs", "4")
+    assert refused.exit_code == 2
+    assert "No such option: --max-num-seqs" in refused.stderr
 
 
 @pytest.mark.processes

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import pytest
 import tensorstore as ts
 from shared_fixtures import invoke
@@ -159,3 +160,24 @@ def test_a_command_says_that_its_path_leads_nowhere(
     assert refused.exit_code == 2, refused.output
     assert re.search("^error: .*file.*(no|is a) (folder|file)|folders only", refused.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_where_compiled_programs_cannot_be_kept_it_is_said_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache is no reason to refuse; JAX would speak of it at every program."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    kept = jax.config.jax_compilation_cache_dir
+    try:
+        for home, reason in (("file/home", "Not a directory"), ("home", "File too large")):
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+            caplog.clear()
+            with full_disk():
+                assert invoke("info", folder).exit_code == 0
+            xla = tmp_path / home / "dca_jax" / "xla"
+            expected = f"{xla} cannot be written ({reason}): compiled programs are not kept"
+            assert caplog.messages == [expected]
+            assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)

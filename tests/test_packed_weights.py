@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,9 +177,11 @@ def test_a_model_computes_with_what_its_weights_stand_for(config: LlamaConfig, f
 
 
 @pytest.fixture
-def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(few_rows, "INTERPRET", True)
-    jax.clear_caches()
+    all_logits.clear_cache()
+    yield
+    all_logits.clear_cache()
 
 
 @pytest.mark.parametrize(

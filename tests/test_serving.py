@@ -398,6 +398,17 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
         ({"chat_template": "{{ 7 * 7 }}"}, "chat_template is not supported"),
         ({"cache_salt\ud800": 1}, "no field"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"best_of": 2}, "best_of is not supported"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"echo": True}, "echo is not supported"),
+        ({"min_tokens": 3}, "min_tokens is not supported"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
+        ({"max_completion_tokens": 5}, "no field 'max_completion_tokens'"),
+        ({"prompt": ["a", [1]]}, "prompt: of a kind"),
+        ({"stream_options": {"include_usage": True}}, "stream_options are of streams"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options: there is no field 'x'"),
         ({"messages": []}, "no field 'messages'"),
         ({"max_tokens": CONTEXT}, f"reads {CONTEXT}: give a prompt of at most 0 tokens"),
     ]
@@ -419,6 +430,15 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         "frequency_penalty": 0,
         "tools": [],
         "response_format": {"type": "text"},
+        "logit_bias": {},
+        "best_of": 1,
+        "echo": False,
+        "suffix": None,
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "stop_token_ids": [],
+        "logprobs": 0,
+        "top_k": -1,
     }
     assert http.post("/v1/completions", json=good | ignored).status_code == 200
 
@@ -432,12 +452,31 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ([{"role": "robot", "content": "Hi"}], "unknown role robot"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "text only"),
         ([{"role": "user", "content": "Hi", "tool_calls": [1]}], "tool_calls"),
+        ([{"role": "assistant", "content": "Hi", "reasoning_content": "?"}], "reasoning_content"),
     ],
     ids=str,
 )
 def test_messages_that_are_none_are_refused(client, messages, said):
     with pytest.raises(openai.BadRequestError, match=said):
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"top_logprobs": 2}, "set logprobs, too"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "no field 'thinking'"),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+    ids=str,
+)
+def test_what_a_conversation_cannot_ask_for_is_refused(client, more, said):
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(model="tiny", messages=messages, **more)
 
 
 def test_a_body_may_have_so_many_bytes(http):

@@ -47,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": xla,
 }
 IMPLEMENTATIONS = ("reference", *BACKENDS)
+SKIPPING = "mosaic_gpu", "xla"  # those that know `KeyBlocks.skip`
 
 
 def dual_chunk_attention(
@@ -207,6 +208,11 @@ def attend(
         )
     kinds = {"listed": blocks is not None, "paged": pages is not None}
     name = choose_implementation(implementation, _like(query), like, dca, **kinds)
+    if blocks is not None and blocks.skip is not None and name not in SKIPPING:
+        raise InputError(
+            f"skip-softmax runs with {' and '.join(SKIPPING)}, and attention is by {name!r} here; "
+            "choose another --sparse, or implementation='xla'"
+        )
     if name == "reference":
         return _by_definition(query, key, value, number, rows, dca, scales, blocks, pages)
     phases = () if isinstance(dca, PositionMethod) else phases_within(like.shape[2], dca)

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dca_jax.cli.launch import PROCESSES
 from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.text_files import check_characters
 
 # By panel and name: the file of `dca_jax/cli/` whose `app` has the command, and the first paragraph
@@ -65,6 +66,27 @@ COMMANDS = {
     },
 }
 
+# What others call an option, and what it is called here.
+ELSEWHERE = {
+    "--api-key": "DCA_JAX_API_KEY in the environment",
+    "--ctx-size": "--context",
+    "--do-sample": "--temperature above 0",
+    "--gpu-memory-utilization": "XLA_CLIENT_MEM_FRACTION in the environment",
+    "--kv-cache-dtype": "--cache-dtype",
+    "--load-in-4bit": "--weights int4",
+    "--load-in-8bit": "--weights int8",
+    "--lora": "--adapter",
+    "--max-length": "--max-new-tokens, which counts new tokens alone",
+    "--max-model-len": "--context",
+    "--max-num-seqs": "--rows",
+    "--max-tokens": "--max-new-tokens",
+    "--n-predict": "--max-new-tokens",
+    "--quantization": "--weights",
+    "--served-model-name": "--name",
+    "--tensor-parallel-size": "--mesh tensor=N",
+    "--torch-dtype": "--dtype",
+}
+
 
 class Later(TyperCommand):
     """A command that is imported once its own words are parsed."""
@@ -81,7 +103,18 @@ class Later(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         """The command's own; its `command` is not this one."""
-        return self.load().make_context(info_name, args, *rest, **extra)
+        command = self.load()
+        with exit_on_input_error():
+            try:
+                return command.make_context(info_name, args, *rest, **extra)
+            except Exception as error:  # Typer's kind for an option that is not there is private
+                asked = getattr(error, "option_name", None)
+                meant = ELSEWHERE.get(asked or "", "")
+                own = {name for param in getattr(command, "params", ()) for name in param.opts}
+                name = meant.partition(" ")[0].rstrip(",")
+                if not meant or (name.startswith("--") and name not in own):
+                    raise
+                raise InputError(f"there is no option {asked}; here it is {meant}") from None
 
 
 class Commands(TyperGroup):

@@ -1,6 +1,9 @@
 """What comes before COMMAND: the version, and the options of several processes."""
 
+import logging
 import os
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +22,8 @@ from dca_jax.memory import GPU_SHARE
 
 CACHE_BYTES = 2**32  # of compiled programs on disk; those longest unused go
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+log = logging.getLogger(__name__)
 
 PROCESSES = "Several processes (before COMMAND, the same on each host)"
 
@@ -88,17 +93,9 @@ def launch(
     XLA_CLIENT_MEM_FRACTION is set.
     """
     del version
-    import jax  # takes seconds, and what only shows help does without it
-
     # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "dca_jax" / "xla"))
-        # By default only what took a second is kept, and a command compiles several such things.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        if jax.config.jax_compilation_cache_max_size == -1:  # it has no bound, unless one is given
-            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    _keep_programs()
     if not any(name in os.environ for name in FRACTIONS):
         os.environ[FRACTIONS[0]] = str(GPU_SHARE)  # read when JAX first meets its devices
     if coordinator is not None or distributed:
@@ -112,3 +109,30 @@ def launch(
         print_once()
     elif not (num_processes is None and process_id is None):
         raise InputError("the number of processes and a process id go with --coordinator")
+
+
+def _keep_programs() -> None:
+    """Has JAX keep what it compiles, unless there is nowhere to: then it says so, once."""
+    import jax  # takes seconds, and what only shows help does without it
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = str(home / "dca_jax" / "xla")
+        # By default only what took a second is kept, and a command compiles several such things.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        if jax.config.jax_compilation_cache_max_size == -1:  # it has no bound, unless one is given
+            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    if folder and "://" not in folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning("%s cannot be written (%s): compiled programs are not kept", folder, reason)
+            folder = ""
+    jax.config.update("jax_compilation_cache_dir", folder or None)
+    # Of a disk that fills up meanwhile JAX would speak at every program.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -98,34 +98,34 @@ def serve(
         raise InputError(
             f"serving needs the package {error.name}: pip install 'dca_jax[serve]'"
         ) from None
-    from dca_jax.serving.engine import Engine
+    from dca_jax.serving.engine import Engine, check_served
     from dca_jax.serving.sizing import choose_pages
 
     key = os.environ.get(KEY)
     if key is not None and not key.strip():
         raise InputError(f"{KEY} is empty; give a key, or leave it out of the environment")
-    listening = listen(host, port)
-    if key is None and not is_loopback(listening):
-        log.warning("whoever reaches %s may use this server; %s sets a key", host, KEY)
-    wanted = None if context is None else parse_tokens(context)
+    wanted, tokens = (None if one is None else parse_tokens(one) for one in (context, cache))
     loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": "off"}
-    opened = find_model(model, [method], dtype, mesh, adapter, context=wanted, **loading)
-    length = wanted or CONTEXT * opened.llm.model.config.trained_length
-    llm = reading(load_model(model, opened, [(1, length)]), method, length)
-    tokens = None if cache is None else parse_tokens(cache)
-    pages = choose_pages(llm, context=length, rows=rows, tokens=tokens)
-    engine = Engine(llm, context=length, rows=rows, pages=pages)
-    console = Console(stderr=True, highlight=False)
-    with console.status("compiling") as status:
-        engine.start(lambda what: status.update(f"compiling: {what}"))
-    served = name or Path(model).name
-    address, bound = listening.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    console.print(
-        f"{served} at http://{shown}:{bound}/v1: texts of up to {length:,} tokens, {rows} at once, "
-        f"a cache of {pages * engine.programs.page:,}",
-        markup=False,
-        soft_wrap=True,
-    )
-    Server(make_app(engine, served, key=key)).run(sockets=[listening])
-    engine.stop()
+    with listen(host, port) as listening:  # now, and not after minutes
+        if key is None and not is_loopback(listening):
+            log.warning("whoever reaches %s may use this server; %s sets a key", host, KEY)
+        opened = find_model(model, [method], dtype, mesh, adapter, context=wanted, **loading)
+        length = wanted or CONTEXT * opened.llm.model.config.trained_length
+        check_served(reading(opened.llm, method, length), length)
+        llm = reading(load_model(model, opened, [(1, length)]), method, length)
+        pages = choose_pages(llm, context=length, rows=rows, tokens=tokens)
+        engine = Engine(llm, context=length, rows=rows, pages=pages)
+        console = Console(stderr=True, highlight=False)
+        with console.status("compiling") as status:
+            engine.start(lambda what: status.update(f"compiling: {what}"))
+        served = name or Path(model).resolve().name
+        address, bound = listening.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        console.print(
+            f"{served} at http://{shown}:{bound}/v1: texts of up to {length:,} tokens, {rows} at "
+            f"once, a cache of {pages * engine.programs.page:,}",
+            markup=False,
+            soft_wrap=True,
+        )
+        Server(make_app(engine, served, key=key)).run(sockets=[listening])
+        engine.stop()

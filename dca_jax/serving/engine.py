@@ -111,7 +111,12 @@ class Engine:
     def __init__(
         self, llm: LLM, *, context: int, rows: int = 32, pages: int, queue: int = 256
     ) -> None:
-        _check(llm, context, pages)
+        check_served(llm, context)
+        if context > pages * PAGE:
+            raise InputError(
+                f"a text of {context} tokens does not fit into a cache of {pages * PAGE}; give a "
+                "context of at most that, or more pages"
+            )
         self.llm, self.context = llm, context
         self._options = {"context": context, "rows": rows, "pages": pages, "page": PAGE}
         self._rows, self._queue = rows, queue
@@ -440,8 +445,15 @@ class Engine:
         self.programs.reset()
 
 
-def _check(llm: LLM, context: int, pages: int) -> None:
-    """Refuses what cannot be served, before anything is compiled."""
+def check_served(llm: LLM, context: int) -> None:
+    """Refuses what cannot be served; of a model that may still be without its weights.
+
+    Args:
+        context: tokens of the longest text, answer included.
+
+    Raises:
+        InputError: a mesh, a method, a cache or a context that a server does not have.
+    """
     model = llm.model
     mesh, others = mesh_of(model), ("data", "fsdp", "context")
     if axis_size(mesh, *others) > 1:
@@ -465,9 +477,8 @@ def _check(llm: LLM, context: int, pages: int) -> None:
             f"a server's cache keeps keys in the model's dtype, {model.dtype}, or in int8 or fp8, "
             f"not in {llm.cache_dtype}; leave the cache's dtype out, or choose one of these"
         )
-    if not 2 <= context <= pages * PAGE:
+    if context < 2:
         raise InputError(
-            f"a text of {context} tokens does not fit into a cache of {pages * PAGE}; give a "
-            "context from 2 tokens up to that"
+            f"a context of {context} has no room for a prompt and an answer; give at least 2 tokens"
         )
     model.check_window(context)

@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 
 BACKLOG = 2048  # connections that wait to be taken
 
@@ -22,10 +23,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(place[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a part of a name that is too long
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or "
-            "--port"
+            f"cannot listen on {shown(host)} port {port}: {reason}; choose another --host or --port"
         ) from None
 
 
