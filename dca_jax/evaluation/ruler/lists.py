@@ -1,11 +1,11 @@
 """RULER's common words (cwe) and frequent coded words (fwe)."""
 
 import functools
+import math
 import string
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.special import zeta
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation.ruler.benchmark import CODED_WORDS, COMMON_WORDS
@@ -91,7 +91,8 @@ def _numbered(
 
 # --- coded words -------------------------------------------------------------------------------
 
-LETTERS, ALPHA, ASKED = 6, 2.0, 3
+LETTERS, ASKED = 6, 3
+ALPHA, ZETA = 2.0, math.pi**2 / 6  # of the distribution, and the zeta function there
 TOKENS_A_WORD = 50  # of the length, for each word of the vocabulary
 PARTS = 32  # of the length, by which the number of words grows until it is too large
 
@@ -132,7 +133,7 @@ def _vocabulary(draws: Draws, size: int) -> list[str]:
 
 def _draw_coded(draws: Draws, vocabulary: Sequence[str], count: int) -> Drawn:
     ranks = np.arange(1, len(vocabulary) + 1)
-    counts = (count * (ranks**-ALPHA) / zeta(ALPHA)).astype(int)
+    counts = (count * (ranks**-ALPHA) / ZETA).astype(int)
     words = [w for word, often in zip(vocabulary, counts, strict=True) for w in [word] * often]
     draws.shuffle(words)
     question = CODED_WORDS.question.format(context=" ".join(words))
