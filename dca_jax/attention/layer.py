@@ -226,7 +226,7 @@ def attend_to_cache(
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
     of_text, more = _of_text(sparse, shards)
     table: Any = None if pages is None else shards.spec("BS", whole="S")
-    everywhere: Any = None if common is None else Common(*[PartitionSpec()] * len(common))
+    everywhere: Any = None if common is None else Common._make([PartitionSpec()] * len(common))
     placed = PartitionSpec(), _rows_specs(rows, shards), table, everywhere
     mapped = shards.local(local, (q, k, k, kept, *placed, *more), (q, kept))
     return mapped(query, key, value, cache, layer, rows, pages, common, *of_text)

@@ -317,7 +317,7 @@ class Programs:
             rows[n, : len(members)] = members
             tokens[n] = pages * self.page
             place[np.asarray(members)] = n * self.members + np.arange(len(members))
-        return Common(rows, tokens, place)
+        return Common._make((rows, tokens, place))
 
     def read(self, texts: Texts, tokens: Sequence[Sequence[int]], width: int) -> Drawn:
         """Reads a piece of each text, padded to a width; together they are one of `reads`."""
