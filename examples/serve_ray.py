@@ -50,7 +50,7 @@ class Replica:
     def __init__(
         self, model: str, *, context: int, rows: int, key: str | None, alone: bool
     ) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         llm = dca_jax.load(model, sparse="off")
         pages = choose_pages(llm, context=context, rows=rows)
@@ -158,11 +158,12 @@ def deploy(
     port: int,
 ) -> None:
     """Starts the replicas and the address; returns when they serve."""
-    import ray
-    from ray import serve
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     serve.start(http_options={"host": host, "port": port})
-    options = {"context": context, "rows": rows, "key": os.environ.get("DCA_JAX_API_KEY")}
+    options: dict[str, Any] = {"context": context, "rows": rows}
+    options["key"] = os.environ.get("DCA_JAX_API_KEY")
     options["alone"] = len(ray.nodes()) == 1
     own = serve.deployment(ray_actor_options={"num_gpus": gpus})(Replica)
     several = [
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="texts at once, of each replica")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    options = vars(parser.parse_args())
+    options: dict[str, Any] = vars(parser.parse_args())
     deploy(**options | {"context": parse_tokens(options["context"])})
     print(f"{options['replicas']} replicas at http://{options['host']}:{options['port']}/v1")
     while True:

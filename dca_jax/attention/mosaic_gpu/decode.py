@@ -262,7 +262,7 @@ def _attend_shares(
     )
     # What is None takes no argument.
     given, scratch = jax.tree.leaves(arrays), jax.tree.leaves(shared)
-    tree = jax.tree.structure((_Refs(*arrays, *out_type), shared))
+    tree = jax.tree.structure((_Refs._make((*arrays, *out_type)), shared))
     return plgpu.kernel(
         kernel,
         out_type=out_type,
