@@ -38,8 +38,9 @@ STEP = 128  # bytes of an output that are read at a time
 WARPGROUPS, MOST_STAGES = 4, 6
 MARGIN = 4096  # bytes of shared memory for sums and barriers
 TILE_STEPS = 1.5  # the time of beginning and ending a tile, in steps
-# On an H200 fewer weights, or outputs of int8, are read as fast by `dca_jax.few_rows`, or faster.
-INT4_WEIGHTS, INT8_OUTPUTS = 2**25, 2**14
+# On an H200 fewer weights, or outputs of int8, are read as fast by `dca_jax.few_rows`, or faster;
+# and so are those whose tiles leave more of the device idle.
+INT4_WEIGHTS, INT8_OUTPUTS, BUSY = 2**24, 2**14, 0.8
 ROW = plgpu.Layout.WGMMA.reduce(1)
 WORDS = plgpu.Layout.WGMMA_UPCAST_2X
 
@@ -119,7 +120,7 @@ def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
     if not known or any(stack.inner_shape[1] % tile for stack in stacks):
         return None
     step = STEP * (2 if first.form == "int4" else 1)
-    found: list[tuple[float, Plan]] = []
+    found: list[tuple[float, float, Plan]] = []  # time in steps, and how much of it CTAs are busy
     for splits in (1, 2, 4, 8, 16, 32):
         part = inputs // splits
         x_bytes, stage = COLUMNS * 2 * part, tile * (STEP + 3 * step // group)
@@ -127,9 +128,13 @@ def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
         if inputs % (splits * step) or stages < 3:
             continue
         plan = Plan(splits, WARPGROUPS, stages)
-        rounds = -(-outputs // tile // (plan.ctas // splits))
-        found.append((rounds * (part / step + TILE_STEPS), plan))
-    return min(found)[1] if found else None
+        tiles, across = outputs // tile, plan.ctas // splits
+        rounds = -(-tiles // across)
+        found.append((rounds * (part / step + TILE_STEPS), tiles / (rounds * across), plan))
+    if not found:
+        return None
+    _, busy, plan = min(found)
+    return plan if busy >= BUSY else None
 
 
 def multiply_row(

@@ -153,9 +153,10 @@ def open_weights(
         tensors, own = checkpoint.tensors, None if dtype is None else jnp.dtype(dtype)
         dtypes = {row.path: own or checkpoint.dtype(row) for row in rows}
 
-        def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        def unpacked(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
             return checkpoint.read(row, index, dtypes[row.path])
 
+        read = unpacked
     forms = _kept_names(config, tensors, keep)
     _say_how(folder, rows, tensors, dtypes, forms)
     return Source(dtypes, read, {path: tensors[path] for path in forms}, rows)

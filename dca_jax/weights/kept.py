@@ -222,7 +222,7 @@ def load_kept(
 
 
 def _placed(
-    shard: Packed, piece: Packed, corner: Sequence[int], sizes: Sequence[int], device: jax.Device
+    shard: Packed, piece: Packed, corner: Sequence[int], sizes: Sequence[int], device: Any
 ) -> Packed:
     """A device's part, of these sizes, with a piece of it in its place."""
     order = scale_order(shard.lead, shard.num_inputs, shard.ndim)
@@ -255,7 +255,7 @@ def _abstract(
     blocks = (1,) * leading + tuple(blocks)
     counts = [size // block for size, block in zip(shape, blocks, strict=True)]
     order = scale_order(leading, len(row.groups[1]), len(shape))
-    places: tuple[Sharding, Sharding] = sharding, sharding
+    places: tuple[Sharding, ...] = sharding, sharding
     if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
         spec = [spec[axis] for axis in turned]
@@ -264,9 +264,8 @@ def _abstract(
             inputs = len(row.groups[1])
             counts[-inputs:], scales[-inputs:] = [1] * inputs, [None] * inputs
         scales = [scales[axis] for axis in order]
-        places = tuple(
-            NamedSharding(sharding.mesh, PartitionSpec(*each)) for each in (spec, scales)
-        )
+        mesh = sharding.mesh
+        places = tuple(NamedSharding(mesh, PartitionSpec(*each)) for each in (spec, scales))
     counts = [counts[axis] for axis in order]
 
     def abstract(sizes: Sequence[int], dtype: Any, place: Sharding = places[1]) -> Any:

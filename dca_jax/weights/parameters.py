@@ -472,9 +472,7 @@ def _load_leaf(
     )
 
 
-def placed(
-    buffer: jax.Array, piece: np.ndarray, corner: Sequence[int], device: jax.Device
-) -> jax.Array:
+def placed(buffer: jax.Array, piece: np.ndarray, corner: Sequence[int], device: Any) -> jax.Array:
     """A device's buffer with a piece in it that begins at a corner; the buffer is used up."""
     # A caller may be inside `jax.set_mesh` of all devices; this concerns one of them.
     with jax.set_mesh(Mesh(np.array([device]), ("device",))):
