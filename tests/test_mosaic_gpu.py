@@ -179,6 +179,25 @@ def test_lists_and_pages_lower(
     assert ("dca_decode" if num_queries < 3 and not listed else "dca_forward") in text
 
 
+@pytest.mark.parametrize("dim", [64, 256])
+def test_blocks_are_passed_by_together(dim: int) -> None:
+    """All threads of a warpgroup vote; heads whose blocks are of fewer keys are refused."""
+    query, key, _, layer, rows = shapes(2, 300, 1024, 4, 2, dim, jnp.bfloat16)
+    of_tiles = 2, 2, num_tiles(300)
+    lists = ((*of_tiles, 3), jnp.int32), ((*of_tiles, 8), jnp.int32), ((2,), jnp.float32)
+    blocks = KeyBlocks(*(jax.ShapeDtypeStruct(*x) for x in lists))
+
+    def forward(query: Any, key: Any, layer: Any, rows: Any, blocks: Any) -> Any:
+        static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
+        return attend(query, key, key, layer=layer, rows=rows, blocks=blocks, **static)
+
+    if dim == 256:
+        with pytest.raises(InputError, match="takes heads of 64 or 128"):
+            lower(forward, query, key, layer, rows, blocks)
+    else:
+        assert "dca_forward" in lower(forward, query, key, layer, rows, blocks)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_bytes_are_widened_where_wgmma_wants_them(dim: int) -> None:
     """By the layouts' own account of which thread holds which element, in which register."""

@@ -343,7 +343,8 @@ def _attend_block(
     if skip is None or state.largest is None:
         return add(state, logits)
     largest = logits.max(axis=1)
-    wanted = any_in_warpgroup(largest - state.largest - skip)
+    # A difference could be one of infinities, and a NaN would take a thread's other query along.
+    wanted = any_in_warpgroup(jnp.where(largest > state.largest + skip, 1.0, 0.0))
     state = state._replace(largest=jnp.maximum(state.largest, largest))
     pass_by = functools.partial(_pass_by, queries, n, num_steps)
     return lax.cond(wanted, add, lambda state, _: pass_by(state), state, logits)
