@@ -126,14 +126,14 @@ class Report:
         self.path, self.facts, self.rows = path, facts, []
         self._start, self._seconds = time.monotonic(), 60 * minutes
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
+        self.write()
 
     def add(self, row: dict[str, Any]) -> None:
         """Prints a row and writes the file anew."""
         self.rows.append(row)
         cells = (f"{name} {cell(value)}" for name, value in row.items() if value is not None)
         say(f"{time.monotonic() - self._start:6.1f} s  " + "  ".join(cells))
-        self._write()
+        self.write()
 
     def minutes_left(self) -> float:
         """How many of the minutes are left."""
@@ -146,7 +146,8 @@ class Report:
             say("out of time: the rest is not measured")
         return over
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Writes the file anew, after a change of its rows."""
         aside = self.path.with_name(f".{self.path.name}.partial")
         aside.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n")
         aside.replace(self.path)

@@ -44,8 +44,8 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, RopeConfig
 from dca_jax.attention import attend
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_gpu.decode import decode as decode_on_hopper
 from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
+from dca_jax.attention.mosaic_gpu.few_queries import decode as decode_on_hopper
 from dca_jax.attention.op import BACKENDS, make_rows
 from dca_jax.attention.stored import Scales
 from dca_jax.dca import phases_within

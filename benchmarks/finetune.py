@@ -96,7 +96,9 @@ def measure_here(variant: Variant) -> dict[str, Any]:
     packed = None if variant.base == "dtype" else packer(projections(config), variant.base)
     for number, row in enumerate(parameters(config)):
         leaf = random_leaf(number, row)
-        leaves |= {row.path: leaf} if packed is None else packed(row, leaf)
+        change = None if packed is None else packed(row)
+        leaves[row.path] = leaf if change is None else change(leaf)
+        del leaf
     params, frozen = unflatten_dict(leaves, sep="."), {}
     del leaves
     if lora is not None:

@@ -61,11 +61,11 @@ from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, piece_length, read_at_once, widest_piece
 from dca_jax.inference.generate import Run
 from dca_jax.memory import GPU_SHARE
-from dca_jax.packed_weights import FORMS
+from dca_jax.packed_weights import FORMS, Packed, pack
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, mesh_of
 from dca_jax.weights.packer import matrices, packer
-from dca_jax.weights.parameters import count_parameters, parameters
+from dca_jax.weights.parameters import Parameter, count_parameters, parameters
 from dca_jax.weights.placement import parameter_shardings
 
 PRESETS = {
@@ -286,7 +286,10 @@ def random_model(
     mesh: Mesh | None = None,
     weights: str = "bfloat16",
 ) -> Llama:
-    """A model of normal weights, made in bfloat16 on the devices a layer at a time, and packed."""
+    """A model of normal weights, made in bfloat16 on the devices a layer at a time.
+
+    If they are packed, then so on one device; on a mesh once all layers are there.
+    """
     options: dict[str, Any] = {
         "dca": DCAConfig.paper(config.max_position_embeddings) if dca else None,
         "dtype": jnp.bfloat16,
@@ -308,25 +311,37 @@ def random_model(
         places = list(map(parameter_shardings(config, mesh), names))
     keys = [jax.random.key(number, impl="rbg") for number in range(len(leaves))]  # quick, and good
 
+    def normal_packed(key: Array, shape: tuple[int, ...], row: Parameter) -> Packed:
+        if len(shape) > len(row.axes):
+            keys = jax.random.split(key, shape[0])
+            return jax.lax.map(lambda key: normal_packed(key, shape[1:], row), keys)
+        order = row.inner_order
+        matrix = 0.02 * jax.random.normal(key, [shape[axis] for axis in order], jnp.bfloat16)
+        return pack(matrix, weights, len(row.groups[1]), order=order)
+
     def start(name: str, leaf: Any, place: Any) -> Future:
-        scale = name.endswith("scale")
-        make = (
-            (lambda key: jnp.ones(leaf.shape, leaf.dtype))
-            if scale
-            else partial(normal, shape=leaf.shape)
-        )
+        make = partial(normal, shape=leaf.shape)
+        if name.endswith("scale"):
+            make = partial(jnp.ones, leaf.shape, leaf.dtype)
+            return pool.submit(jax.jit(make, out_shardings=place).lower().compile)
+        if mesh is None and name in packed:
+            make = partial(normal_packed, shape=leaf.shape, row=rows[name])
         return pool.submit(jax.jit(make, out_shardings=place).lower(keys[0]).compile)
+
+    rows = {row.path: row for row in parameters(config)}
+    packed = [row.path for row in matrices(config)] if weights != "bfloat16" else []
 
     with ThreadPoolExecutor() as pool:
         makers = [
             start(name, leaf, place)
             for name, (_, leaf), place in zip(names, leaves, places, strict=True)
         ]
-    then = None if weights == "bfloat16" else packer(matrices(config), weights)
-    rows, made = {row.path: row for row in parameters(config)}, []
+    then = packer(matrices(config), weights) if packed and mesh is not None else None
+    made = []
     for name, maker, key in zip(names, makers, keys, strict=True):
-        leaf = maker.result()(key)
-        made.append(leaf if then is None else then(rows[name], leaf)[name])
+        leaf = maker.result()(*([] if name.endswith("scale") else [key]))
+        change = None if then is None else then(rows[name])
+        made.append(leaf if change is None else change(leaf))
     return Llama.from_params(config, jax.tree.unflatten(structure, made), **options)
 
 

@@ -4,11 +4,13 @@
 
 First small cases of every head_dim beside the masked oracle in float32: `error` is the relative
 distance from it, and `equal` whether two ways are equal to the bit: a full list and none (where
-chunks are of whole blocks), pages in any order and no pages. Then times of the last queries of a
-long text, Qwen2.5-7B-1M in shape: lists of `share` of the blocks at random, `kept` with the edges
-that every tile reads; `of ideal` is the dense time, times what is kept, over the time taken, moving
-the queries to their tiles included. Last, decoding from layer to layer of a cache as a model does,
-through pages of several sizes in any order: `of ideal` is the time without pages, over the time.
+chunks are of whole blocks), pages in any order and no pages. Where quiet blocks are passed by
+(skip-softmax) the oracle is plain XLA, and `moved` the distance from reading them. Then times of
+the last queries of a long text, Qwen2.5-7B-1M in shape: lists of `share` of the blocks at random,
+`kept` with the edges that every tile reads; `of ideal` is the dense time, times what is kept, over
+the time taken, moving the queries to their tiles included; and skip-softmax over all blocks, where
+all are loud or few. Last, decoding from layer to layer of a cache as a model does, through pages of
+several sizes in any order: `of ideal` is the time without pages, over the time.
 """
 
 import functools
@@ -50,9 +52,11 @@ from dca_jax.dca import PHASES, key_range
 from dca_jax.distributed import exit_on_input_error
 
 QWEN = DCAConfig(chunk_len=253_952, max_query_position=262_144)
+SKIP = 0.1  # lambda of skip-softmax: small beside loud keys, large beside quiet ones
+LOUD = 1.0, 0.1  # shares of the blocks
 CHAIN = 0.02  # seconds a chain of decoding calls should take, at a guess
 KEY = ("what", "keys", "batch", "variant")
-COLUMNS = (*KEY, "kept", "ms", "of ideal", "error", "equal")
+COLUMNS = (*KEY, "kept", "ms", "of ideal", "of dense", "error", "equal", "moved")
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -223,6 +227,12 @@ class Programs:
         with jax.default_matmul_precision("highest"):
             return self._run("reference", wide, key, value, options)
 
+    def plainly(self, case: Case, **options: Any) -> Array:
+        """Plain XLA's, in float32."""
+        query, key, value = (x.astype(jnp.float32) for x in case[:3])
+        with jax.default_matmul_precision("highest"):
+            return self._run("xla", case._replace(query=query), key, value, options)
+
     def _run(self, name: str, case: Case, key: Array, value: Array, options: Any) -> Array:
         def attention(query: Array, key: Array, value: Array, rows: Rows, options: Any) -> Array:
             static = {"dca": case.dca, "implementation": name, "layer": jnp.int32(1)}
@@ -296,10 +306,32 @@ def of_lists(programs: Programs, case: Case) -> Iterator[tuple[str, Test]]:
             "equal": same(programs.run(case, case.key_pool, case.value_pool, **options), expected)
         }
 
+    def passed_by() -> dict[str, Any]:
+        quiet = case._replace(key=with_loud_blocks(case.key, 0.5))
+        options = {"blocks": case.blocks(1.0)._replace(skip=jnp.log(jnp.full(2, SKIP)))}
+        found = programs.run(case, quiet.key, case.value, **options)
+        every = programs.run(case, quiet.key, case.value, blocks=case.blocks(1.0))
+        error = relative(found, programs.plainly(quiet, **options))
+        return {"error": error, "moved": relative(found, every)}
+
     yield "30 %", functools.partial(beside_oracle, 0.3)
     yield "nothing but edges", functools.partial(beside_oracle, 0.0)
     yield "full list, dense", full
     yield "30 %, pages", paged
+    if (
+        programs.name == "mosaic_gpu"
+        and case.query.shape[3] < 256
+        and not case.dca.chunk_len % BLOCK
+    ):
+        yield "quiet blocks passed by", passed_by
+
+
+def with_loud_blocks(key: Array, share: float) -> Array:
+    """Keys [L, B, S, K, H] of which the first block and others at random are loud, most quiet."""
+    chance = np.random.default_rng(11).random(-(-key.shape[2] // BLOCK))
+    loud = (chance < share) | (np.arange(len(chance)) == 0)
+    factor = np.where(loud, 3, 0.05).repeat(BLOCK)[: key.shape[2]]
+    return key * jnp.asarray(factor, key.dtype)[None, None, :, None, None]
 
 
 def of_pages(programs: Programs, case: Case, in_8_bits: bool) -> Iterator[tuple[str, Test]]:
@@ -375,7 +407,10 @@ def time_lists(
         lists[f"lists of {percent} %"] = texts.lists(rows, kv_heads, percent / 100)
     arrays = query, key, value, rows
     compiled = {x: start_compiling(pool, run, *arrays, lists[x]) for x in lists}
-    wait(compiled.values())  # compiling and timing would disturb each other
+    every = texts.lists(rows, kv_heads, 1.0)
+    with_skip = every._replace(skip=jnp.zeros(1))
+    skipping = start_compiling(pool, run, *arrays, with_skip)
+    wait([*compiled.values(), skipping])  # compiling and timing would disturb each other
     dense = math.nan
 
     def time(title: str) -> dict[str, Any]:
@@ -388,8 +423,17 @@ def time_lists(
         kept = texts.share_read(blocks)
         return {"ms": ms, "kept": kept, "of ideal": dense * kept / ms}
 
+    def time_skipping(keys: Array) -> dict[str, Any]:
+        blocks = every._replace(skip=jnp.log(jnp.full(1, SKIP)))
+        ms = timed(skipping.result(), query, keys, value, rows, blocks).median
+        return {"ms": ms, "of dense": ms / dense}
+
     for title in lists:
         guarded(report, row | {"variant": title}, functools.partial(time, title))
+    for share in LOUD:
+        title = f"skip-softmax, {share:.0%} of the blocks loud"
+        loud = with_loud_blocks(key[None], share)[0]
+        guarded(report, row | {"variant": title}, functools.partial(time_skipping, loud))
 
 
 class Tiles(NamedTuple):

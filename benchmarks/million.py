@@ -11,6 +11,7 @@ sum over pieces of a straight line through those that were timed; the first toke
 a check of that line.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -128,11 +129,20 @@ def at(cache: KVCache, length: int) -> KVCache:
 
 
 def filled_cache(model: Llama, capacity: int) -> KVCache:
-    """A cache full of normal numbers, made a layer at a time."""
+    """A cache full of normal numbers, made some tokens of a layer at a time.
+
+    So few that making them takes less memory than reading will: the peak is to be that of reading.
+    """
     cache = KVCache.create(model.config, batch=1, capacity=capacity, dtype=model.dtype)
+    at_once = math.gcd(capacity, 32_768)
 
     def fill(stack: Array, layer: Array, key: Array) -> Array:
-        return stack.at[layer].set(jax.random.normal(key, stack.shape[1:], stack.dtype))
+        def fill_some(n: Array, stack: Array) -> Array:
+            shape = (1, stack.shape[1], at_once, *stack.shape[3:])
+            some = jax.random.normal(jax.random.fold_in(key, n), shape, stack.dtype)
+            return jax.lax.dynamic_update_slice(stack, some, (layer, 0, n * at_once, 0))
+
+        return jax.lax.fori_loop(0, capacity // at_once, fill_some, stack)
 
     filling = jax.jit(fill, donate_argnums=0)
     stacks = []

@@ -4,22 +4,31 @@
 
 Each variant reads the same windows, spread over the text, and answers the same passkey prompts, by
 the same method; `loss` is the part by which perplexity grows, and `least` and `most` are those of
-single windows. A variant is weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8".
+single windows. A variant is weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". Of
+weights that are packed in the file give it an unpacked copy (`dca-jax convert --dtype bfloat16`).
+Each has a process of its own, and `--at-once` of them share the device: most of the time goes into
+compiling.
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import typer
 from common import Report, machine, numbers, say, show
 
 import dca_jax
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.evaluation.passkey import is_found, key_tokens, passkey_prompt
+from dca_jax.evaluation.passkey import is_found, key_tokens, passkey_prompt, passkey_text
 from dca_jax.evaluation.texts import read_text
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.score import Reader
@@ -42,36 +51,82 @@ def main(
     trials: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Prompts read at once.")] = 10,
     variants: Annotated[str, typer.Option(help="Separated by commas, `exact` first.")] = VARIANTS,
+    at_once: Annotated[int, typer.Option(min=1, help="Variants that share the device.")] = 1,
+    child: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Perplexity and passkeys found, by variant."""
-    report = Report(out, machine() | {"benchmark": "quality", "model": Path(model).name})
-    report.facts["text"] = text.name
-    exact: dict[int, list[float]] = {}
-    prompts: dict[int, list[tuple[list[int], list[list[int]]]]] = {}
-    for variant in variants.split(","):
+    if child:
+        found = measured(
+            *(model, variants, text, numbers(lengths), windows),
+            *(numbers(passkeys) if passkeys else [], trials, batch),
+        )
+        for row in found:
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+        return
+    report = Report(out, {"benchmark": "quality", "model": Path(model).name, "text": text.name})
+    options = ["--text", text, "--lengths", lengths, "--windows", windows, "--passkeys", passkeys]
+    options += ["--trials", trials, "--batch", batch]
+    command = [sys.executable, __file__, model, *map(str, options), "--child", "--variants"]
+    environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"}
+    nlls: dict[tuple[str, int], list[float]] = {}
+    lock = threading.Lock()
+
+    def run(variant: str) -> None:
         start = time.monotonic()
-        llm = loaded(model, variant)
-        tokens = np.asarray(read_text(llm, text).tokens, np.int32)
-        for length in numbers(lengths):
-            nlls = losses(llm, tokens, length, windows)
-            row = {"variant": variant, "task": "perplexity", "tokens": length, "samples": windows}
-            row |= compared(nlls, exact.setdefault(length, nlls))
-            report.add(row)
-        for length in numbers(passkeys) if passkeys else ():
-            if length not in prompts:
-                prompts[length] = [prompt(llm, length, trial) for trial in range(trials)]
-            found = retrieved(llm, prompts[length], batch)
-            row = {"variant": variant, "task": "passkey", "tokens": length, "samples": trials}
-            report.add(row | {"found": found})
+        with subprocess.Popen(
+            [*command, variant], stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            for line in process.stdout or ():
+                found = json.loads(line)
+                if "task" not in found:
+                    report.facts |= found
+                    continue
+                if "nlls" in found:
+                    nlls[variant, found["tokens"]] = found.pop("nlls")
+                with lock:
+                    report.add({"variant": variant} | found)
+        if process.returncode:
+            report.add({"variant": variant, "failed": f"exit code {process.returncode}; see above"})
         say(f"{variant}: {time.monotonic() - start:.0f} s")
-        del llm
-        jax.clear_caches()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, variants.split(",")))
+    for row in report.rows:
+        own, exact = (nlls.get((name, row.get("tokens", 0))) for name in (row["variant"], "exact"))
+        if row.get("task") == "perplexity" and own and exact:
+            row |= compared(own, exact)
+    report.rows.sort(key=lambda row: (row.get("task", ""), row.get("tokens", 0)))
+    report.write()
     show(f"{report.facts['model']} on {text.name}", COLUMNS, report.rows)
+
+
+def measured(
+    model: str,
+    variant: str,
+    text: Path,
+    lengths: list[int],
+    windows: int,
+    passkeys: list[int],
+    trials: int,
+    batch: int,
+) -> Iterator[dict[str, Any]]:
+    """The machine, then a row a length and task, of one variant."""
+    llm = loaded(model, variant)
+    yield machine()
+    tokens = np.asarray(read_text(llm, text).tokens, np.int32)
+    for length in lengths:
+        nlls = losses(llm, tokens, length, windows)
+        row = {"task": "perplexity", "tokens": length, "samples": windows, "nlls": nlls}
+        yield row | {"perplexity": math.exp(sum(nlls) / windows)}
+    for length in passkeys:
+        found = retrieved(llm, prompts(llm, length, trials), batch)
+        yield {"task": "passkey", "tokens": length, "samples": trials, "found": found}
 
 
 def loaded(model: str, variant: str) -> LLM:
     """The model as a variant has it."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"weights": "unpacked"}
     for part in variant.split("+"):
         if part != "exact":
             name, _, dtype = part.partition("cache:")
@@ -88,22 +143,29 @@ def losses(llm: LLM, tokens: np.ndarray, length: int, windows: int) -> list[floa
 
 
 def compared(nlls: list[float], exact: list[float]) -> dict[str, float]:
-    """Perplexity, and how much larger it is than the exact one."""
+    """How much larger perplexity is than the exact one."""
     moved = [math.expm1(a - b) for a, b in zip(nlls, exact, strict=True)]
-    count = len(nlls)
     return {
-        "perplexity": math.exp(sum(nlls) / count),
-        "loss": math.expm1((sum(nlls) - sum(exact)) / count),
+        "loss": math.expm1((sum(nlls) - sum(exact)) / len(nlls)),
         "least": min(moved),
         "most": max(moved),
     }
 
 
-def prompt(llm: LLM, length: int, trial: int) -> tuple[list[int], list[list[int]]]:
-    """A passkey prompt at a random depth, and the tokens that answer it."""
-    rng = np.random.default_rng([0, length, trial])
-    made = passkey_prompt(lambda text: len(llm.tokenize(text)), length, rng.random(), rng)
-    return llm.tokenize(made.text), key_tokens(llm, made.key)
+def prompts(llm: LLM, length: int, trials: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Passkey prompts at random depths, and the tokens that answer each.
+
+    All have as much filler as the first has room for, less a sentence for keys of more tokens.
+    """
+    rng = np.random.default_rng([0, length])
+    first = passkey_prompt(lambda text: len(llm.tokenize(text)), length, 0.5, rng)
+    sentences = first.text.count(".") - passkey_text(0, 0.5, first.key).count(".") - 1
+    made = []
+    for _ in range(trials):
+        key, depth = str(rng.integers(10_000, 100_000)), rng.random()
+        prompt = llm.tokenize(passkey_text(sentences, depth, key))
+        made.append((prompt, key_tokens(llm, key)))
+    return made
 
 
 def retrieved(llm: LLM, prompts: list[tuple[list[int], list[list[int]]]], batch: int) -> float:

@@ -38,6 +38,8 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.options import Options
 from dca_jax.lengths import parse_tokens
 from dca_jax.serving.engine import Engine, Job
+from dca_jax.serving.pages import common_beginnings
+from dca_jax.serving.programs import COMMON, Programs, Texts, groups_of
 from dca_jax.serving.sizing import choose_pages
 
 COLUMNS = ("what", "rows", "tokens", "ms", "share", "first token s", "between ms", "tokens/s")
@@ -62,7 +64,7 @@ def measure(
     ),
     preset: PresetOption = "llama-3-8b",
     rows: Annotated[int, typer.Option(help="Texts at once.")] = 32,
-    clients: ClientsOption = "1,8,32",
+    clients: ClientsOption = "32,8,1",
     prompt: PromptOption = "4k",
     answer: AnswerOption = 256,
     book: Annotated[str, typer.Option(help="Tokens of the long text.")] = "100k",
@@ -95,15 +97,18 @@ def measure(
     start = time.perf_counter()
     engine.start(lambda name: say(f"{time.perf_counter() - start:6.1f} s  compiling: {name}"))
     report.add({"what": "start", "ms": 1e3 * (time.perf_counter() - start), "tokens": pages * 128})
+    most, *fewer = (
+        (lambda count=count: [several(engine, count, short, answer)]) for count in numbers(clients)
+    )
     parts: list[Callable[[], Iterable[dict[str, Any]]]] = [
-        lambda: steps(engine, short, bandwidth),
-        lambda: pieces(engine, long),
+        most,
+        lambda: steps_in_common(engine, long),
+        lambda: rests(engine, long),
         lambda: about_a_book(engine, long, questions),
+        lambda: steps(engine, short, bandwidth),
+        *fewer,
         lambda: pauses(engine, long, min(8, rows - 1)),
-        *(
-            (lambda count=count: [several(engine, count, short, answer)])
-            for count in numbers(clients)
-        ),
+        lambda: pieces(engine, long),
     ]
     for part in parts:
         if report.out_of_time():
@@ -127,7 +132,7 @@ def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, A
     weights -= leaves.embed_tokens.embedding[...].nbytes
     pool = sum(x.nbytes for x in jax.tree.leaves(programs.state.stored))
     of_token = pool / (programs.num_pages * programs.page)
-    for batch in programs.batches:
+    for batch in reversed(programs.batches):
         texts, used = programs.texts(batch), -(-(length + 1) // programs.page)
         if batch * used > programs.num_pages:
             continue
@@ -143,6 +148,51 @@ def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, A
     programs.reset()
 
 
+def steps_in_common(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
+    """A step of texts that share all of a long text but its end, read for each and in common."""
+    programs = engine.programs
+    shared = length // programs.page - 1
+    for batch in reversed(programs.batches):
+        if batch < COMMON or shared + 2 * batch > programs.num_pages:
+            continue
+        texts = _long_texts(programs, batch, shared)
+        ways = {"step, each for itself": texts}
+        if programs.members:
+            limits = {"members": programs.members, "most": groups_of(batch)}
+            groups = common_beginnings(texts.pages.tolist(), **limits)
+            ways["step, in common"] = texts._replace(common=programs.common(batch, groups))
+        for name, texts in ways.items():
+            seconds = _median(lambda texts=texts: programs.draw(texts).token)
+            yield {"what": name, "rows": batch, "tokens": length, "ms": 1e3 * seconds}
+    programs.reset()
+
+
+def rests(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
+    """The last tokens of prompts about one long text, of one and of several at once."""
+    programs = engine.programs
+    width, shared = programs.pieces[-1], length // programs.page - 1
+    for batch in sorted({1, programs.rests}):
+        texts, tokens = _long_texts(programs, batch, shared), [[1] * width] * batch
+        seconds = _median(
+            lambda texts=texts, tokens=tokens: programs.read(texts, tokens, width).token
+        )
+        name = f"rests after {shared * programs.page}"
+        yield {"what": name, "rows": batch, "tokens": width, "ms": 1e3 * seconds}
+    programs.reset()
+
+
+def _long_texts(programs: Programs, batch: int, shared: int) -> Texts:
+    """Texts that share so many pages, and have two of their own each."""
+    texts, count = programs.texts(batch), shared + 2 * batch
+    texts.slots[:] = np.arange(batch)
+    texts.lengths[:] = shared * programs.page + np.arange(batch)
+    texts.prompts[:] = texts.lengths + programs.pieces[-1]
+    places = np.random.default_rng(0).permutation(programs.num_pages)[:count]
+    texts.pages[:, :shared] = places[:shared]
+    texts.pages[:, shared : shared + 2] = places[shared:].reshape(batch, 2)
+    return texts
+
+
 def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
     """A piece of each width, at the beginning of a text and at its end."""
     programs = engine.programs
@@ -153,7 +203,7 @@ def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
         programs.pieces, (0, max(0, length - programs.pieces[0]))
     ):
         texts.lengths[:] = start
-        tokens = [1] * width
+        tokens = [[1] * width]
         seconds = _median(
             lambda width=width, tokens=tokens: programs.read(texts, tokens, width).token
         )
@@ -315,16 +365,20 @@ def peer(
         "outputs/serving-peer.json"
     ),
     preset: PresetOption = "llama-3-8b",
-    clients: ClientsOption = "1,8,32",
+    clients: ClientsOption = "32,8,1",
     prompt: PromptOption = "4k",
     answer: AnswerOption = 256,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after so many.")] = math.inf,
 ) -> None:
-    """The same prompts and answers by transformers' continuous batching, each twice."""
+    """The same prompts and answers by transformers' continuous batching, as it comes.
+
+    Its own warm-up does not count: the time is from when the prompts were given to the last token.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
     from transformers import LlamaConfig as HfConfig
 
-    report = Report(out, {"benchmark": "serving", "model": preset} | machine())
+    report = Report(out, {"benchmark": "serving", "model": preset} | machine(), minutes=minutes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields: dict[str, Any] = {**PRESETS[preset].to_hf(), "eos_token_id": None}
     del fields["architectures"]
@@ -338,24 +392,44 @@ def peer(
         except Exception as error:
             say(f"{attention}: {reason(error)}")
             continue
-        for count, turn in itertools.product(numbers(clients), range(2)):
-            rng = np.random.default_rng(count + 1000 * turn)
+        for count in numbers(clients):
+            if report.out_of_time():
+                break
+            rng = np.random.default_rng(count)
             prompts = rng.integers(0, config.vocab_size, (count, parse_tokens(prompt))).tolist()
-            settings = GenerationConfig(
-                max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0
-            )
-            try:
-                start = time.perf_counter()
-                answers = model.generate_batch(prompts, generation_config=settings)
-                seconds = time.perf_counter() - start
-            except Exception as error:
-                report.add({"what": attention, "rows": count, "failed": reason(error)})
-                continue
-            drawn = sum(len(one.generated_tokens) for one in answers.values())
             row = {"what": f"transformers, {attention}", "rows": count}
-            report.add(row | {"tokens": parse_tokens(prompt), "tokens/s": drawn / seconds})
+            try:
+                row |= answered(model, prompts, answer)
+            except Exception as error:
+                row["failed"] = reason(error)
+            report.add(row | {"tokens": parse_tokens(prompt)})
         del model
     show(f"transformers on {report.facts.get('device')}", COLUMNS, report.rows)
+
+
+def answered(model: Any, prompts: list[list[int]], new: int) -> dict[str, Any]:
+    """What transformers takes for answers to prompts that come at once."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    answers = model.generate_batch(
+        prompts, generation_config=settings, record_timestamps=True
+    ).values()
+    drawn = [len(one.generated_tokens) for one in answers]
+    if drawn != [new] * len(prompts):
+        raise RuntimeError(f"{len(drawn)} answers of {min(drawn, default=0)} tokens and more")
+    begun = min(one.created_time for one in answers)
+    seconds = max(one.timestamps[-1] for one in answers) - begun
+    return {
+        "first token s": statistics.median(one.timestamps[0] - one.created_time for one in answers),
+        "between ms": 1e3
+        * statistics.median(
+            b - a for one in answers for a, b in itertools.pairwise(one.timestamps)
+        ),
+        "tokens/s": sum(drawn) / seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Qwen2.5-7B in shape, with DCA as Qwen2.5-7B-Instruct-1M asks for it, random bflo
 shares that are read are fixed by their names, so times mean what they would with real weights, and
 answers mean nothing. In this order, each on its own, so that one that fails costs only itself:
 
-    check    the kernel that scores beside the same scores in plain XLA on the CPU
+    check    the kernel that scores beside the same scores in plain XLA on the CPU; also with the
+             heads of SmolLM2-135M (`pooled`: the lists alone)
     choose   scoring and choosing for one piece at the end of the long text, beside attention to all
              of its keys and to those that are chosen
     middle   a prompt of middle length read whole, densely and sparsely
@@ -45,7 +46,14 @@ from dca_jax import DCAConfig, KVCache, Llama
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.op import attend, make_rows
-from dca_jax.attention.sparse import Piece, SampledRows, Sparse, choose_sparse
+from dca_jax.attention.sparse import (
+    Piece,
+    PooledQueries,
+    SampledRows,
+    Sparse,
+    VerticalSlash,
+    choose_sparse,
+)
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
@@ -58,8 +66,10 @@ from dca_jax.planning.shapes import SHAPES
 
 MIDDLE = ("off", "rows:0.1", "rows:0.05", "pooled:0.05")
 LONG = ("rows:0.1", "rows:0.05", "pooled:0.05")
-CHOOSE = ("rows:0.05", "rows4:0.05", "rows16:0.05", "pooled:0.05")
-ATTEND = ("rows:0.1", "rows:0.05")
+CHOOSE = ("rows:0.05", "rows4:0.05", "rows16:0.05", "pooled:0.05", "qwen-1m")
+ATTEND = ("rows:0.1", "rows:0.05", "qwen-1m")
+LINES = 1000, 6096  # of each head: the most frequent entry of MInference's table for Qwen2.5-7B-1M
+CHECKED = {"heads of the model": None, "9/3 heads of 64": (9, 3, 64)}
 PLACES = 5  # where pieces are timed, from the text's first to its last
 SPARE = 1.1, 20.0  # a reading is begun where so many times what it will take are left, and seconds
 COLUMNS = ("what", "sparse", "ms", "of dense", "of ideal", "read s", "said s", "peak GB", "finite")
@@ -100,8 +110,13 @@ def measure(
     facts = machine() | {"benchmark": "sparse_prefill", "model": preset, **lengths}
     report = Report(out, facts, minutes=minutes)
     wanted = only or ["check", "choose", "middle", "pieces", "whole"]
-    if "check" in wanted:
-        guarded(report, "check", "rows", lambda: check_scores(report, config, parse_tokens(check)))
+    for name, heads in CHECKED.items() if "check" in wanted else ():
+        shape = config
+        if heads is not None:
+            names = "num_attention_heads", "num_key_value_heads", "head_dim"
+            shape = replace(config, **dict(zip(names, heads, strict=True)))
+        run = partial(check_scores, report, shape, parse_tokens(check), name)
+        guarded(report, "check", name, run)
     if "choose" in wanted:
         choose(report, config, lengths["long"], width)
     if {"middle", "pieces", "whole"} & set(wanted):
@@ -158,19 +173,22 @@ def piece_of(query: Array, key: Array, rows: Rows) -> Piece:
     return Piece(query, key, zero, rows, whole, None, zero, zero)
 
 
-def check_scores(report: Report, config: LlamaConfig, keys: int) -> None:
+def check_scores(report: Report, config: LlamaConfig, keys: int, heads: str) -> None:
     """The scores of this device beside those of the CPU's plain XLA, over three phases of DCA."""
     dca = DCAConfig(chunk_len=keys // 4 // 512 * 512 or BLOCK, max_query_position=keys // 3)
     tokens = min(1024, keys)
     query, key = draw(config, tokens, keys)
     rows = rows_of(config, dca, tokens, keys)
-    for selector in (SampledRows(0.1), SampledRows(0.1, 16), SampledRows(0.1, 4)):
+    sampled = (SampledRows(0.1, count) for count in (8, 16, 4))
+    for selector in (*sampled, PooledQueries(0.1)):
 
         def scores(query: Array, key: Array, rows: Rows, selector: Any = selector) -> Any:
             piece = piece_of(query, key, rows)
             wanted = jnp.ones((1, piece.num_tiles), bool)
-            how = Sparse(selector=selector, threshold=0)
-            return selector.scores(piece, wanted, dca), how.blocks(piece, dca)
+            blocks = Sparse(selector=selector, threshold=0).blocks(piece, dca)
+            if isinstance(selector, PooledQueries):
+                return jnp.where(selector.kept(piece, wanted, dca), 1.0, 0.0), blocks
+            return selector.scores(piece, wanted, dca), blocks
 
         ours, blocks = jax.tree.map(np.asarray, jax.jit(scores)(query, key, rows))
         with jax.default_device(jax.devices("cpu")[0]):
@@ -183,7 +201,7 @@ def check_scores(report: Report, config: LlamaConfig, keys: int) -> None:
         differ = sum(len(a ^ b) for a, b in lists)
         report.add(
             {
-                "what": "check",
+                "what": f"check, {heads}",
                 "sparse": selector.name,
                 "largest error": float(error),
                 "blocks chosen otherwise": differ,
@@ -270,8 +288,11 @@ def _all_blocks(shape: tuple[int, ...], keys: int, tokens: int) -> float:
 
 def named(config: LlamaConfig, name: str) -> Sparse:
     """A setting that has no threshold: even short texts are read so, here."""
-    sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
-    found = choose_sparse(name, None, **sizes)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if name == "qwen-1m":  # needs a checkpoint's table: this one has the same lines everywhere
+        vertical, slash = (((count,) * heads,) * layers for count in LINES)
+        return Sparse(selector=VerticalSlash(vertical=vertical, slash=slash), threshold=0)
+    found = choose_sparse(name, None, layers=layers, heads=heads)
     assert found is not None
     return replace(found, threshold=0)
 

@@ -1,160 +1,566 @@
-"""What sparse reading costs in quality: perplexity and needles of a real model, by selector.
+"""What sparse reading costs in quality: needles and perplexity of a real model, by selector.
 
-    python benchmarks/sparse_quality.py MODEL --text book.txt --lengths 16k,64k --windows 8
-    python benchmarks/sparse_quality.py MODEL --text book.txt --lengths 16k --needles 100 --chat
+    python benchmarks/sparse_quality.py measure MODEL --text moby-dick.txt --text alice.txt
+    python benchmarks/sparse_quality.py show outputs/sparse_quality
+    python benchmarks/sparse_quality.py draw outputs/sparse_quality --to masses.png
 
-Every selector reads the same windows, spread over the text, and the same needles, with DCA by
-`--method`, beside dense reading. Repeat an interrupted command to go on: what is in OUT is not
-read again. `threshold` is lowered to 0, so that short windows are read sparsely too. `loss` is the
-part by which perplexity grows, `least` and `most` those of single windows; `found` the needles.
+Every selector reads the same texts, each beginning at another sentence of a book, with DCA as
+`dca-jax` sets it. In a text stand so many needles ("One of the special magic numbers for
+bold-ladder is: 5213971."), far apart; once it is read, each is asked for by itself, in the model's
+chat form. What has been read before a question serves all of them, as it does in `dca-jax`: of a
+prompt that is read sparsely, all but the last tiles is common. A needle is found if each of its
+seven digits is the likeliest token after those before it: what greedy decoding would write.
+
+Perplexity is that of the tokens of the same texts, and of windows of `--long` tokens without
+needles; `loss` is the part by which it grows beside dense reading, `error` the standard error of
+its mean over texts. `missed` are needles that dense reading finds and this does not, `gained` the
+other way round; `answer` is the mean NLL of a needle's digits together.
+
+The share is an argument of what is compiled, so there is one program for a selector, and all
+lengths are read through one cache. At least 32 blocks are kept, as always: shares that come to
+the same blocks at a length are read once. Repeat an interrupted command to go on: what is in OUT is
+not read again. The most telling cells come first.
 """
 
+import functools
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import typer
-from common import machine, numbers, say, show
+from common import machine, numbers, reason, say, show
+from jax.experimental import io_callback
+from jaxtyping import Array
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import dca_jax
-from dca_jax.attention.sparse import choose_sparse
+from dca_jax.attention.backend import KeyBlocks
+from dca_jax.attention.op import BACKENDS, choose_implementation
+from dca_jax.attention.sparse import Piece, PooledQueries, SampledRows, Sparse
+from dca_jax.attention.sparse.best import blocks_to_keep
+from dca_jax.config import choose_dca
+from dca_jax.dca import DCAConfig, phases_within
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.evaluation import needle
 from dca_jax.evaluation.haystacks import Haystack
-from dca_jax.evaluation.results import ResultLog
-from dca_jax.evaluation.texts import read_text
+from dca_jax.evaluation.needle import ADJECTIVES, NEEDLE, NOUNS
+from dca_jax.evaluation.texts import encode
+from dca_jax.inference.compiled import compiler_options
 from dca_jax.inference.documents import read_document
-from dca_jax.inference.methods import reading
-from dca_jax.inference.score import Reader
+from dca_jax.inference.score import read_piece
+from dca_jax.kv_cache import KVCache
+from dca_jax.model import Llama
 
-COLUMNS = ("sparse", "tokens", "share", "windows", "perplexity", "loss", "least", "most", "found")
-OFF = "off"
+HEAD = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I "
+    "will quiz you about the numbers afterwards.\n"
+)
+QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
+BEGINNING = " The special magic number for {key} mentioned in the provided text is "
+BLOCK = 128
+REST = 100  # tokens of a text that are read with the question: with it, they are the last tiles
+PIECE, ASKED = 4096, 384  # tokens read at once; and of the rest of a text, a question, its answer
+DENSE = "off"
+COLUMNS = (
+    *("tokens", "sparse", "share", "texts", "perplexity", "loss", "error"),
+    *("needles", "found", "missed", "gained", "answer"),
+)
+MASSES = ("rows", "pooled")  # of which the part of the attention that is kept is noted
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
+)
 
 
+class Cell(NamedTuple):
+    """A selector by name with its share, reading texts of one length."""
+
+    tokens: int
+    selector: str
+    share: float
+
+    @property
+    def sparse(self) -> str:
+        """As `--sparse` takes it."""
+        return DENSE if self.selector == DENSE else f"{self.selector}:{self.share:g}"
+
+
+@app.command()
 @exit_on_input_error()
-def main(
+def measure(
     model: Annotated[str, typer.Argument(help="A folder or file, as dca-jax takes it.")],
-    text: Annotated[Path, typer.Option(help="A text file (UTF-8) or a PDF.")],
+    text: Annotated[list[Path], typer.Option(help="Books (UTF-8), taken in turn.")],
     out: Annotated[Path, typer.Option(help="A folder for what has been read.")] = Path(
         "outputs/sparse_quality"
     ),
-    selectors: Annotated[str, typer.Option(help="As --sparse takes them.")] = (
-        "rows:0.05,rows:0.1,rows:0.2,pooled:0.1"
+    selectors: Annotated[str, typer.Option(help="The first matter most.")] = (
+        "rows,pooled,rows16,rows4"
     ),
-    lengths: Annotated[str, typer.Option(help="Tokens of a window; 16k is 16384.")] = "16k",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each length.")] = 8,
-    needles: Annotated[int, typer.Option(min=0, help="Needles of each length.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask by the chat template.")] = False,
-    method: Annotated[str, typer.Option(help="As dca-jax takes it.")] = "dca",
+    shares: Annotated[str, typer.Option(help="The first matter most.")] = "0.1,0.05,0.2",
+    lengths: Annotated[str, typer.Option(help="Tokens of texts with needles.")] = "64k,16k,32k",
+    long: Annotated[str, typer.Option(help="Tokens of windows without; may be empty.")] = "128k",
+    texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 25,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each long length.")] = 3,
+    needles: Annotated[int, typer.Option(min=1, help="Needles of a text.")] = 4,
+    masses: Annotated[bool, typer.Option(help="Note what the blocks kept hold.")] = True,
     dtype: Annotated[str | None, typer.Option(help="Of weights and activations.")] = None,
+    minutes: Annotated[float, typer.Option(help="After which nothing new is read.")] = math.inf,
 ) -> None:
-    """Perplexity and needles by length and selector."""
-    llm = dca_jax.load(model, dca=None, dtype=dtype)
-    names = [OFF, *filter(None, selectors.split(","))]
-    readers = {name: _reading_by(llm, name) for name in names}
-    tokens = np.asarray(read_text(llm, text).tokens, np.int32)
-    facts = {"model": Path(model).name, "text": text.name, "method": method}
-    facts["dtype"] = llm.model.dtype.name
-    log = _Windows(out / "windows.jsonl", facts)
-    rows = []
-    for length in numbers(lengths):
-        starts = np.linspace(0, len(tokens) - length, windows).astype(int).tolist()
-        if starts[-1] < 0:
-            raise InputError(f"{text} has {len(tokens)} tokens, fewer than {length}")
-        for name, reader in readers.items():
-            log.read(reading(reader, method, length), name, tokens, length, starts)
-            row = log.summary(name, length, starts)
-            sparse = reader.model.sparse
-            row["share"] = 1.0 if sparse is None else sparse.share(length)
-            if needles:
-                folder = out / f"needle-{name.replace(':', '-')}"
-                row["found"] = _needles(reader, folder, facts, text, length, needles, chat)
-            rows.append(row)
-            say(json.dumps(row))
-    show(f"{facts['model']} on {facts['text']}", COLUMNS, rows)
-
-
-def _reading_by(llm: dca_jax.LLM, name: str) -> dca_jax.LLM:
-    """The model with a selector that reads even short texts sparsely; nothing is copied."""
-    config, model = llm.model.config, llm.model.reading(0)
-    sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
-    how = choose_sparse(name, config.sparse_attention, **sizes)
-    options = {"dtype": model.dtype, "sparse": how and replace(how, threshold=0)}
-    return replace(llm, model=dca_jax.Llama.from_params(config, model.params(), **options))
-
-
-def _needles(
-    llm: dca_jax.LLM,
-    folder: Path,
-    facts: dict[str, Any],
-    text: Path,
-    length: int,
-    trials: int,
-    chat: bool,
-) -> float:
-    """The part of single needles that is found, each noted as it comes."""
-    hay = Haystack.of_text(read_document(text))
-    method = facts["method"]
-    with ResultLog(folder, "needle", {**facts, "chat": chat}) as log:
-        options = {"tasks": ["single"], "methods": [method], "lengths": [length]}
-        needle.evaluate(llm, hay, log, trials=trials, chat=chat, batch=1, **options)
-        found = [
-            r.value for r in log.records if r.key.get("length") == length and r.value is not None
+    """Reads all texts by all selectors, as far as the minutes go, and prints what `show` does."""
+    begin = time.monotonic()
+    llm = dca_jax.load(model, dtype=dtype, sparse="off")
+    short, more = numbers(lengths), numbers(long) if long else []
+    names = [name for name in selectors.split(",") if name]
+    percents = [float(share) for share in shares.split(",")]
+    facts = {"model": Path(model).name, "dtype": llm.model.dtype.name, "needles": needles}
+    log = Log(out / "readings.jsonl", facts)
+    study = Study(llm, text, max(*short, *more, 1), needles)
+    programs = study.compiled(names, masses)
+    say(f"{time.monotonic() - begin:.1f} s: loaded and traced")
+    cells = list(cells_of(short, more, names, percents))
+    wanted = [
+        (cell, number, kind)
+        for cell, kind in cells
+        for number in range(texts if kind == "needles" else windows)
+    ]
+    if masses:
+        wanted[len(wanted) // 4 : 0] = [
+            (Cell(short[0], name, percents[0]), 0, "masses") for name in MASSES if name in names
         ]
-    return float(np.mean(np.asarray(found, np.float64)))
+    for cell, number, kind in wanted:
+        if time.monotonic() - begin > 60 * minutes:
+            say("out of time: the rest is not read")
+            break
+        if (*cell, number, kind) in log.rows:
+            continue
+        row = {**cell._asdict(), "text": number, "kind": kind}
+        start = time.monotonic()
+        try:
+            found = study.read(programs, cell, number, kind)
+        except InputError:
+            raise
+        except Exception as error:  # one cell's failure loses no other
+            say(f"{row}: {reason(error)}")
+            continue
+        row |= found | {"seconds": time.monotonic() - start}
+        log.add(row)
+        shown = {name: value for name, value in row.items() if name != "masses"}
+        say(f"{time.monotonic() - begin:.1f} s: {json.dumps(shown)}")
+    show_folder(out)
 
 
-class _Windows:
-    """The NLL of windows, a line each, appended as they come."""
+@app.command("show")
+@exit_on_input_error()
+def show_folder(folder: Annotated[Path, typer.Argument(help="OUT of `measure`.")]) -> None:
+    """Prints a row for each selector, share and length."""
+    log = Log(folder / "readings.jsonl", None)
+    show(f"{log.facts['model']} on {log.facts['device']}", COLUMNS, log.summary())
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.nlls = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(machine() | facts) + "\n")
-        head, *lines = path.read_text().splitlines()
-        noted = {name: json.loads(head).get(name) for name in facts}
-        if noted != facts:
-            raise InputError(f"{path} is of {noted}, and not of {facts}; give another --out")
-        for line in lines:
-            row = json.loads(line)
-            self.nlls[row["sparse"], row["tokens"], row["start"]] = row["nll"]
+
+@app.command()
+@exit_on_input_error()
+def draw(
+    folder: Annotated[Path, typer.Argument(help="OUT of `measure`.")],
+    to: Annotated[Path, typer.Option(help="The picture, PNG or SVG.")],
+) -> None:
+    """Draws what part of each head's attention the blocks that are kept hold."""
+    log = Log(folder / "readings.jsonl", None)
+    rows = [row for row in log.rows.values() if row["kind"] == "masses"]
+    if not rows:
+        raise InputError(f"{folder} has no masses; run measure with --masses")
+    figure = Figure(figsize=(4.2 * len(rows), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(np.ravel(figure.subplots(1, len(rows), sharey=True)), rows, strict=True):
+        kept = np.asarray(row["masses"])
+        image = axes.imshow(kept, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        axes.set_title(f"{row['selector']}:{row['share']:g}, {row['tokens']:,} tokens", fontsize=10)
+        axes.set_xlabel("query head")
+        axes.set_xticks(range(kept.shape[1]))
+        axes.label_outer()
+    figure.axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=figure.axes, label="share of the attention in the blocks kept")
+    figure.savefig(to, dpi=150)
+
+
+def cells_of(
+    short: list[int], long: list[int], names: list[str], shares: list[float]
+) -> Iterator[tuple[Cell, str]]:
+    """Cells and their kinds, the most telling first; shares that keep the same blocks once."""
+    seen = set()
+
+    def new(tokens: int, name: str, share: float, kind: str) -> Iterator[tuple[Cell, str]]:
+        kept = blocks_to_keep(share, -(-tokens // BLOCK)).tobytes()
+        if (tokens, name, kept, kind) not in seen:
+            seen.add((tokens, name, kept, kind))
+            yield Cell(tokens, name, share), kind
+
+    where = [(tokens, "needles") for tokens in short] + [(tokens, "window") for tokens in long]
+    for tokens, kind in where:
+        yield Cell(tokens, DENSE, 1.0), kind
+        yield from new(tokens, names[0], shares[0], kind)
+    rounds = [
+        *((name, shares[0]) for name in names[:2]),
+        *((names[0], share) for share in shares[1:]),
+        *((name, share) for share in shares for name in names[1:]),
+    ]
+    for name, share in rounds:
+        for tokens, kind in where:
+            yield from new(tokens, name, share, kind)
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Tokens that are read once, and what is asked about them.
+
+    Attributes:
+        read: what all questions have in common.
+        questions: what follows it in each, and the digits that are expected.
+    """
+
+    read: np.ndarray
+    questions: list[tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the prompts: all of them have the same tiles."""
+        return len(self.read) + max((len(ids) for ids, _ in self.questions), default=0)
+
+
+def with_needles(
+    llm: dca_jax.LLM, sentences: list[list[int]], number: int, tokens: int, needles: int
+) -> Text:
+    """A text of about `tokens` tokens with needles, and a question for each."""
+    draw = np.random.default_rng([tokens, number])
+    pairs = draw.choice(len(ADJECTIVES) * len(NOUNS), needles, replace=False)
+    keys = [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in pairs]
+    values = [str(value) for value in draw.integers(1_000_000, 10_000_000, needles)]
+    first, last = _around(llm)
+    questions = []
+    for key in keys:
+        asked = encode(llm, QUESTION.format(key=key))
+        questions.append([*asked, *last, *encode(llm, BEGINNING.format(key=key))])
+    room = (tokens - REST - max(map(len, questions)) - 8) // BLOCK * BLOCK
+    # A needle stands somewhere in the middle of its part of the text.
+    head = [*first, *encode(llm, HEAD)]
+    places = ((np.arange(needles) + draw.uniform(0.2, 0.8, needles)) / needles * room).astype(int)
+    ids, at, hidden = list(head), int(draw.integers(len(sentences))), 0
+    while len(ids) < room + REST:
+        if hidden < needles and len(ids) >= places[hidden]:
+            ids += encode(llm, " " + NEEDLE.format(key=keys[hidden], value=values[hidden]))
+            hidden += 1
+        ids += sentences[at % len(sentences)]
+        at += 1
+    rest = ids[room : room + REST]
+    asked = [
+        (np.asarray([*rest, *question], np.int32), np.asarray(encode(llm, value), np.int32))
+        for question, value in zip(questions, values, strict=True)
+    ]
+    return Text(np.asarray(ids[:room], np.int32), asked)
+
+
+def _around(llm: dca_jax.LLM) -> tuple[list[int], list[int]]:
+    """The ids that the chat form puts before a user's message, and after it."""
+    one, two = (
+        list(llm.apply_chat_template([{"role": "user", "content": word}])) for word in ("A", "B")
+    )
+    same = [a == b for a, b in zip(one, two, strict=True)]
+    at = same.index(False)
+    return one[:at], one[at + 1 :]
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """How many blocks each tile keeps, by the tile's number: an argument of the program."""
+
+    counts: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(SampledRows):
+    """`rows`, of which it is an argument how many blocks are kept."""
+
+    given: Kept | None = None
+
+    def counts(self, blocks: int) -> Any:
+        """As `Selector.counts`."""
+        assert self.given is not None
+        return self.given.counts[:blocks]
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled(PooledQueries):
+    """`pooled`, likewise."""
+
+    given: Kept | None = None
+
+    def counts(self, blocks: int) -> Any:
+        """As `Selector.counts`."""
+        assert self.given is not None
+        return self.given.counts[:blocks]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Watched(Sparse):
+    """Reads as it is told, and notes what part of each head's attention is in the blocks kept."""
+
+    note: Callable[..., None]
+
+    def blocks(self, piece: Piece, dca: DCAConfig) -> KeyBlocks:
+        """As `Sparse.blocks`."""
+        blocks = super().blocks(piece, dca)
+        query, key, layer, rows = piece.query, piece.key, piece.layer, piece.rows
+        shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
+        like = jax.ShapeDtypeStruct(key.shape, key.dtype)
+        name = choose_implementation(None, shape, like, dca, listed=True)
+        phases = phases_within(key.shape[2], dca)
+        options = {"dca": dca, "phases": phases, "with_lse": True}
+        forward = functools.partial(BACKENDS[name].forward, query, key, key, layer, rows, **options)
+        whole, kept = forward()[1], forward(blocks=blocks)[1]
+        assert whole is not None
+        assert kept is not None
+        meets = jnp.isfinite(whole)
+        share = jnp.where(meets, jnp.exp(kept - jnp.where(meets, whole, 0)), 0)
+        sums = share.sum(axis=(0, 2)), meets.sum(axis=(0, 2))
+        io_callback(self.note, None, piece.number, *sums)
+        return blocks
+
+
+class Study:
+    """The model, its texts, and one cache that all are read through."""
+
+    def __init__(self, llm: dca_jax.LLM, books: list[Path], longest: int, needles: int) -> None:
+        self.llm, self.needles = llm, needles
+        self.config = llm.model.config
+        self.dca = choose_dca("auto", self.config)
+        texts = [read_document(path) for path in books]
+        self.sentences = [
+            [encode(llm, f" {unit}") for unit in Haystack.of_text(text).units] for text in texts
+        ]
+        self.ids = [np.asarray(encode(llm, text), np.int32) for text in texts]
+        self.capacity = -(-longest // PIECE) * PIECE + PIECE
+        options = {"batch": 1, "capacity": self.capacity, "dtype": llm.model.dtype}
+        self.cache: KVCache | None = KVCache.create(self.config, **options)
+        self.sums: dict[int, list[np.ndarray]] = {}
+        self._text = functools.lru_cache(maxsize=64)(self._make_text)
+
+    def compiled(self, names: list[str], masses: bool) -> dict[str, Future]:
+        """What reads a piece, by selector; and what asks. Traced here, compiled in threads."""
+        pool = ThreadPoolExecutor()
+        found = {"ask": self._start(pool, DENSE, ASKED)}
+        for name in (DENSE, *names):
+            found[name] = self._start(pool, name, PIECE)
+        for name in MASSES if masses else ():
+            found[f"masses of {name}"] = self._start(pool, name, PIECE, watched=True)
+        return found
+
+    def _start(
+        self, pool: ThreadPoolExecutor, name: str, width: int, *, watched: bool = False
+    ) -> Future:
+        def run(params: Any, kept: Array, cache: KVCache, *arrays: Array) -> Any:
+            return read_piece(self._model(params, name, kept, watched), cache, *arrays)
+
+        row = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        one = jax.ShapeDtypeStruct((1,), jnp.int32)
+        kept = jax.ShapeDtypeStruct((self.capacity // BLOCK,), jnp.int32)
+        jitted = jax.jit(run, donate_argnums=2, compiler_options=compiler_options())
+        arguments = self.llm.model.params(), kept, self.cache, row, row, one, one
+        try:
+            return pool.submit(jitted.lower(*arguments).compile)
+        except Exception as error:  # whoever reads by it is told
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _model(self, params: Any, name: str, kept: Array, watched: bool) -> Llama:
+        sparse = None
+        if name != DENSE:
+            given = Kept(kept)
+            selector = Pooled(given=given)
+            if name != "pooled":
+                selector = Rows(count=int(name.removeprefix("rows") or 8), given=given)
+            sparse = Sparse(selector=selector, threshold=0)
+            if watched:
+                sparse = Watched(selector=selector, threshold=0, note=self._note)
+        options = {"dca": self.dca, "dtype": self.llm.model.dtype, "sparse": sparse}
+        return Llama.from_params(self.config, params, **options)
+
+    def _note(self, layer: Any, share: Any, count: Any) -> None:
+        sums = np.asarray(share, np.float64), np.asarray(count, np.float64)
+        old = self.sums.setdefault(int(layer), [np.zeros_like(x) for x in sums])
+        self.sums[int(layer)] = [a + b for a, b in zip(old, sums, strict=True)]
+
+    def _make_text(self, tokens: int, number: int, kind: str) -> Text:
+        if kind != "window":
+            sentences = self.sentences[number % len(self.sentences)]
+            return with_needles(self.llm, sentences, number, tokens, self.needles)
+        # Windows lie one behind the other, as far as the books go.
+        starts = [
+            (book, at)
+            for book, ids in enumerate(self.ids)
+            for at in range(0, len(ids) - tokens + 1, tokens)
+        ]
+        if number >= len(starts):
+            raise InputError(f"the texts have {len(starts)} windows of {tokens} tokens")
+        book, at = starts[number]
+        return Text(self.ids[book][at : at + tokens], [])
 
     def read(
-        self, llm: dca_jax.LLM, name: str, tokens: np.ndarray, length: int, starts: Iterable[int]
-    ) -> None:
-        """Reads the windows that are not there yet."""
-        missing = [start for start in starts if (name, length, start) not in self.nlls]
-        reader = Reader(llm.model, 1, length) if missing else None
-        for start in missing:
-            assert reader is not None
-            nll = float(reader.nll(tokens[None, start : start + length]).mean(dtype=np.float64))
-            self.nlls[name, length, start] = nll
-            row = {"sparse": name, "tokens": length, "start": start, "nll": nll}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            say(json.dumps(row))
+        self, programs: dict[str, Future], cell: Cell, number: int, kind: str
+    ) -> dict[str, Any]:
+        """NLL of the text, and of its second half; which needles are found; or masses."""
+        text = self._text(cell.tokens, number, kind)
+        kept = jnp.asarray(blocks_to_keep(cell.share, self.capacity // BLOCK))
+        name = cell.selector if kind != "masses" else f"masses of {cell.selector}"
+        self.sums.clear()
+        self._empty()
+        nll = []
+        targets = np.append(text.read[1:], text.questions[0][0][0] if text.questions else 0)
+        for at in range(0, len(text.read), PIECE):
+            ids = text.read[at : at + PIECE], targets[at : at + PIECE]
+            found, _ = self._run(programs[name], kept, *ids, PIECE, text.whole)
+            nll.append(found)
+        if kind == "masses":
+            jax.effects_barrier()
+            pairs = [self.sums[layer] for layer in sorted(self.sums)]
+            return {"masses": [(share / count).round(4).tolist() for share, count in pairs]}
+        known = len(text.read) - (not text.questions)
+        nll = np.concatenate(nll)[:known].astype(np.float64)
+        row = {"nll": nll.mean(), "late": nll[len(nll) // 2 :].mean(), "read": len(text.read)}
+        if text.questions:
+            asked = [
+                self._ask(programs["ask"], kept, len(text.read), *question)
+                for question in text.questions
+            ]
+            row["found"], row["answers"] = map(list, zip(*asked, strict=True))
+        return row
 
-    def summary(self, name: str, length: int, starts: Iterable[int]) -> dict[str, Any]:
-        """Perplexity over all windows, and beside dense reading."""
-        pairs = [(self.nlls[name, length, at], self.nlls[OFF, length, at]) for at in starts]
-        moved = [math.expm1(nll - dense) for nll, dense in pairs]
-        mean, dense = (float(np.mean(column)) for column in zip(*pairs, strict=True))
-        return {
-            "sparse": name,
-            "tokens": length,
-            "windows": len(pairs),
-            "perplexity": math.exp(mean),
-            "loss": math.expm1(mean - dense),
-            "least": min(moved),
-            "most": max(moved),
-        }
+    def _ask(
+        self, program: Future, kept: Array, read: int, question: np.ndarray, digits: np.ndarray
+    ) -> tuple[bool, float]:
+        """Whether the digits are what would be written after a question; and their NLL."""
+        assert self.cache is not None
+        self.cache = self.cache.rollback([read])
+        ids = np.concatenate([question, digits])
+        nll, best = self._run(program, kept, ids[:-1], ids[1:], ASKED, read + len(question))
+        return bool(best[-len(digits) :].all()), float(nll[-len(digits) :].sum())
+
+    def _run(
+        self,
+        program: Future,
+        kept: Array,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        width: int,
+        whole: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Reads some tokens: the NLL of the one after each, and whether it is the likeliest."""
+        count = len(ids)
+        given = np.zeros((2, 1, width), np.int32)
+        given[:, 0, :count] = ids, targets
+        cache, self.cache = self.cache, None
+        arrays = *given, np.asarray([count], np.int32), np.asarray([whole], np.int32)
+        nll, best, self.cache = program.result()(self.llm.model.params(), kept, cache, *arrays)
+        return np.asarray(nll)[0, :count], np.asarray(best)[0, :count]
+
+    def _empty(self) -> None:
+        if self.cache is None:  # it went with a reading that failed
+            options = {"batch": 1, "capacity": self.capacity, "dtype": self.llm.model.dtype}
+            self.cache = KVCache.create(self.config, **options)
+        self.cache = self.cache.rollback([0])
+
+
+# --- what came of it ---------------------------------------------------------------------------
+
+
+class Log:
+    """Readings by cell, text and kind: a line each, appended as they come.
+
+    Args:
+        facts: what holds for all of them; None takes those of the file, which must be there.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any] | None) -> None:
+        self.path, self.rows = path, {}
+        if facts is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(machine() | facts) + "\n")
+        if not path.exists():
+            raise InputError(f"{path} is not there; measure writes it")
+        head, *lines = path.read_text().splitlines()
+        self.facts = json.loads(head)
+        noted = {name: self.facts.get(name) for name in facts or {}}
+        if facts is not None and noted != facts:
+            raise InputError(f"{path} is of {noted}, and not of {facts}; give another --out")
+        for line in lines:
+            self._take(json.loads(line))
+
+    def _take(self, row: dict[str, Any]) -> None:
+        key = *(row[name] for name in Cell._fields), row["text"], row["kind"]
+        self.rows[key] = row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Notes a reading."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._take(row)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row for each cell, over the texts that dense reading has read too."""
+        groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
+        for row in self.rows.values():
+            if row["kind"] != "masses":
+                cell = Cell(*(row[name] for name in Cell._fields))
+                groups.setdefault((cell, row["kind"]), []).append(row)
+        found = []
+        for (cell, kind), rows in sorted(groups.items(), key=lambda item: item[0]):
+            dense = {
+                row["text"]: row for row in groups.get((Cell(cell.tokens, DENSE, 1.0), kind), ())
+            }
+            pairs = [(row, dense[row["text"]]) for row in rows if row["text"] in dense]
+            if pairs:
+                found.append(_summary(cell, pairs))
+        return found
+
+
+def _summary(cell: Cell, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """A cell's texts beside those that were read densely."""
+    nll, dense = (np.asarray([row["nll"] for row in column]) for column in zip(*pairs, strict=True))
+    moved = nll - dense
+    error = float(moved.std(ddof=1) / math.sqrt(len(moved))) if len(moved) > 1 else None
+    met = np.arange(1, -(-cell.tokens // BLOCK) + 1)
+    share = np.minimum(blocks_to_keep(cell.share, len(met)), met).sum() / met.sum()
+    row: dict[str, Any] = {
+        "tokens": cell.tokens,
+        "sparse": cell.sparse,
+        "share": float(share),
+        "texts": len(pairs),
+        "perplexity": math.exp(nll.mean()),
+        "loss": math.expm1(moved.mean()),
+        "error": error,
+    }
+    if "found" in pairs[0][0]:
+        ours, theirs = (
+            np.concatenate([row["found"] for row in x]) for x in zip(*pairs, strict=True)
+        )
+        row |= {"needles": len(ours), "found": float(ours.mean())}
+        row |= {"missed": int((theirs & ~ours).sum()), "gained": int((ours & ~theirs).sum())}
+        row["answer"] = float(np.mean([row["answers"] for row, _ in pairs]))
+    return row
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

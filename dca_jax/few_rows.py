@@ -5,6 +5,8 @@ program takes a tile of outputs through its share of the inputs, unpacking in re
 cores multiply. Values less their zero are multiplied, exactly, and sums of a block by its scale.
 The matrix is read where it lies in its stack, so no layer is copied out of it.
 
+On Hopper one row by large matrices has a kernel of its own (`dca_jax.packed_row`).
+
 The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
 register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
 """
@@ -13,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
+from dca_jax.packed_row import choose_plan, multiply_row
 from dca_jax.packed_weights import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
@@ -65,6 +69,9 @@ def multiply(
         tile: sizes that divide those of a matrix, and groups or blocks; default: `choose_tile`'s.
     """
     rows, inputs = x.shape
+    plan = None if tile or INTERPRET else choose_plan(x, stacks)
+    if plan is not None:
+        return multiply_row(x, stacks, layer, plan)
     tile = choose_tile(stacks) if tile is None else tile
     if tile is None and len(stacks) > 1:
         return tuple(multiply(x, [matrices], layer)[0] for matrices in stacks)
@@ -77,13 +84,14 @@ def multiply(
             ),
         )
     widths = [matrices.inner_shape[1] for matrices in stacks]
-    leaves = [jax.tree.leaves(matrices) for matrices in stacks]
+    leaves, tree = jax.tree.flatten(list(stacks))
     kernel = functools.partial(
         _kernel,
         tile=tile,
         steps=inputs // tile.inputs // tile.splits,
-        group=inputs // stacks[0].scale.shape[2],
+        group=inputs // stacks[0].scale.shape[1],
         widths=widths,
+        tree=tree,
     )
     out = pl.pallas_call(
         kernel,
@@ -92,7 +100,7 @@ def multiply(
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=INTERPRET,
         name="dca_few_rows",
-    )(layer.astype(jnp.int32).reshape(1), _filled_up(x), *itertools.chain(*leaves))
+    )(layer.astype(jnp.int32).reshape(1), _filled_up(x), *leaves)
     ends = list(itertools.accumulate(widths))
     return tuple(jnp.split(out.sum(axis=0), ends[:-1], axis=1))
 
@@ -103,8 +111,8 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     Groups and tiles are powers of two, and tensor cores add 16 products.
     """
     inputs, widths = stacks[0].inner_shape[2], [matrices.inner_shape[1] for matrices in stacks]
-    groups = {matrices.scale.shape[2] for matrices in stacks}
-    group = inputs // stacks[0].scale.shape[2]
+    groups = {matrices.scale.shape[1] for matrices in stacks}
+    group = inputs // stacks[0].scale.shape[1]
     deep = group if group < inputs else math.gcd(inputs, INPUTS)
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
@@ -131,20 +139,20 @@ def _filled_up(x: Array) -> Array:
 def _kernel(
     layer_ref: Any,  # [1]
     x_ref: Any,  # [rows, inputs]
-    *refs: Any,  # values, scales and zeros, if any, of each stack; out: [splits, rows, outputs]
+    *refs: Any,  # the parts of each stack; out: [splits, rows, outputs]
     tile: Tile,
     steps: int,
     group: int,
     widths: list[int],
+    tree: Any,
 ) -> None:
     """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
-    *stacked, out_ref = refs
-    count = len(stacked) // len(widths)
+    *parts, out_ref = refs
+    stacks = jax.tree.unflatten(tree, parts)
     column, split = pl.program_id(0), pl.program_id(1)  # here, for the interpreter
     start = 0
-    for number, width in enumerate(widths):
+    for stack, width in zip(stacks, widths, strict=True):
         stop = start + width // tile.outputs
-        stack = stacked[number * count : (number + 1) * count]
 
         def multiply(stack: Any = stack, first: Any = (column - start) * tile.outputs) -> None:
             where = layer_ref[0], split * steps, first
@@ -158,7 +166,7 @@ def _kernel(
 def _tiles(
     where: tuple[Array, Array, Array],
     x_ref: Any,  # [rows, inputs]
-    stack: Sequence[Any],
+    stack: Packed,
     num_rows: int,
     tile: Tile,
     steps: int,
@@ -168,17 +176,17 @@ def _tiles(
 
     Args:
         where: the matrix's number, and the program's first tile and first output.
-        stack: values [L, outputs, inputs], or half the inputs where two share a byte; scales
-            [L, blocks of outputs, groups]; and zeros, if there are any.
+        stack: of references: values [L, outputs, inputs], or half the inputs where two share a
+            byte; scales [L, groups, blocks of outputs]; zeros and offsets, if there are any.
     """
-    values_ref, scale_ref, *zero_ref = stack
+    values_ref, scale_ref = stack.values, stack.scale
     layer, begin, first = where
     outputs = pl.ds(first, tile.outputs)
-    block_outputs = values_ref.shape[1] // scale_ref.shape[1]
+    block_outputs = values_ref.shape[1] // scale_ref.shape[2]
     row = jnp.arange(ROWS, dtype=jnp.int32)
     # Rows that fill up are neither read nor stored.
     rows = slice(None) if INTERPRET else jnp.minimum(row, num_rows - 1)
-    halves = 2 if zero_ref else 1
+    halves = 2 if stack.form == "int4" else 1
     width = tile.inputs // halves
     grouped = group == tile.inputs
 
@@ -191,7 +199,7 @@ def _tiles(
         else:
             every = first + jnp.arange(tile.outputs, dtype=jnp.int32)
             at = lax.div(every, jnp.int32(block_outputs))
-        return plgpu.load(ref.at[layer, at, number])
+        return plgpu.load(ref.at[layer, number, at])
 
     def load_x(inputs: Any) -> Array:
         if INTERPRET:
@@ -203,26 +211,33 @@ def _tiles(
         scale = scale.astype(jnp.float32)
         return x * (scale[None, :] if scale.ndim else scale)
 
-    def parts(number: Array) -> list[Array]:
-        return [part(ref, number) for ref in (scale_ref, *zero_ref)] if grouped else []
+    def parts(number: Array) -> Packed:
+        """Scales, zeros and offsets of a tile."""
+        of_groups = replace(stack, values=None)
+        return jax.tree.map(lambda ref: part(ref, number) if grouped else None, of_groups)
 
-    def step(n: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+    def step(n: Array, carry: tuple[Array, Packed]) -> tuple[Array, Packed]:
         number = begin + n
-        total, (*scale, zero) = carry if zero_ref else (carry[0], [*carry[1], None])
+        total, own = carry
         # Those of the next step are on their way while this one computes.
         following = parts(begin + jnp.minimum(n + 1, steps - 1))
         values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
+        sums = jnp.zeros(ROWS, jnp.float32)
         for half in range(halves):
             x = load_x(pl.ds(number * tile.inputs + half * width, width))
             if halves == 2:
-                kernel = _half(values, zero, 4 * half, x.dtype)
+                kernel = _half(values, own.zero, 4 * half, x.dtype)
             elif values.dtype == jnp.int8:
                 kernel = _bytes(values, x.dtype)
             else:
                 kernel = values.astype(x.dtype)
             found += _dot(x, kernel)
-        return (total + scaled(found, scale[0]) if grouped else found), following
+            if own.offset is not None:
+                sums += x.astype(jnp.float32).sum(axis=1)
+        if own.offset is not None:
+            total += scaled(sums[:, None], own.offset)
+        return (total + scaled(found, own.scale) if grouped else found), following
 
     total = jnp.zeros((ROWS, tile.outputs), jnp.float32)
     total, _ = lax.fori_loop(0, steps, step, (total, parts(begin)))
@@ -266,9 +281,13 @@ fma.rn.bf16x2 $1, $1, one, $4;
 
 
 def _half(
-    values: UInt8[Array, "outputs inputs"], zero: UInt8[Array, " outputs"], shift: int, dtype: Any
+    values: UInt8[Array, "outputs inputs"],
+    zero: UInt8[Array, " outputs"] | None,
+    shift: int,
+    dtype: Any,
 ) -> Array:
     """The lower (`shift` 0) or the upper (4) halves of bytes, less their zeros."""
+    zero = jnp.zeros(len(values), jnp.uint8) if zero is None else zero
     if INTERPRET or dtype != jnp.bfloat16:
         found = (values >> jnp.uint8(shift)) & jnp.uint8(15)
         return found.astype(dtype) - zero.astype(dtype)[:, None]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from dca_jax.attention.pages import Common
 from dca_jax.attention.stored import Stored, is_quantized
 from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import parse_cache_dtype
@@ -135,6 +136,7 @@ class PagedCache:
         key, value, key_scale, value_scale: as in `KVCache`, pages in place of rows.
         pages: each row's table. What it says beyond a row's length is never read.
         lengths: as in `KVCache`. frequency_lengths: likewise.
+        common: of texts of which one token is read next, what they have in common, if known.
     """
 
     key: Num[Array, "L P page KH"]
@@ -144,6 +146,7 @@ class PagedCache:
     pages: Int[Array, "B n"]
     lengths: Int[Array, " B"]
     frequency_lengths: Int[Array, " B"]
+    common: Common | None = None
 
     @property
     def stored(self) -> Stored:

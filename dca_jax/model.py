@@ -301,6 +301,9 @@ class Llama(nnx.Module):
         With `prompts`, their lengths, they are pieces of prompts that are read sparsely.
         """
         shards = Shards.of(self.norm.scale[...])
+        paged: dict[str, Any] = {}
+        if isinstance(cache, PagedCache):
+            paged = {"pages": cache.pages, "common": cache.common}
 
         def run_layer(
             run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array]
@@ -319,7 +322,7 @@ class Llama(nnx.Module):
                     implementation=self.implementation,
                     shards=shards,
                     sparse=self._sparse_text(prompts, number),
-                    pages=cache.pages if isinstance(cache, PagedCache) else None,
+                    **paged,
                 )
                 return out
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -70,7 +71,8 @@ def packed_products(
     first, _ = subscripts[0].split(",")
     inputs = sum(letter in first for letter in subscripts[0].partition("->")[0].split(",")[1])
     lead = x.shape[: x.ndim - inputs]
-    together = Shards.of(stacks[0]).mesh is None and len({s.form for s in stacks}) == 1
+    alike = {(jax.tree.structure(s), *(part.dtype for part in jax.tree.leaves(s))) for s in stacks}
+    together = Shards.of(stacks[0]).mesh is None and len(alike) == 1
     if not together or not few_rows.are_few(math.prod(lead), x.dtype):
         return [packed_product(s, x, m, layer) for s, m in zip(subscripts, stacks, strict=True)]
     rows = x.reshape(math.prod(lead), -1)
@@ -124,8 +126,11 @@ def _few(
 def _flat(stack: Packed, inputs: int) -> Packed:
     """A stack with one axis of outputs and one of inputs, of which it has so many."""
 
-    def flat(part: Array) -> Array:
-        last = part.ndim - inputs
-        return part.reshape(len(part), math.prod(part.shape[1:last]), math.prod(part.shape[last:]))
+    def flat(part: Array, first: int) -> Array:
+        """With its first so many axes as one, and the others."""
+        sizes = part.shape[1 : 1 + first], part.shape[1 + first :]
+        return part.reshape(len(part), *map(math.prod, sizes))
 
-    return jax.tree.map(flat, stack)
+    values = flat(stack.values, stack.ndim - 1 - inputs)
+    others = jax.tree.map(lambda part: flat(part, inputs), replace(stack, values=None))
+    return replace(others, values=values, order=(1, 0), num_inputs=1)

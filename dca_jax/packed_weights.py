@@ -1,9 +1,11 @@
 """Packed matrices: int8 by output, int4 in groups of inputs, float8 in blocks.
 
-A packed matrix stands where an array of its shape would: w = (value - zero) * scale, where a scale
-is for a block of the matrix, and so is a zero, which only int4 has. Three forms:
+A packed matrix stands where an array of its shape would: w = (value - zero) * scale + offset. A
+scale is for a block of the matrix, and so is a zero, which only int4 has, or an offset, which some
+files' weights have in place of it. Three forms:
 
-    int8   a scale for each output: its inputs have one; values -127 to 127
+    int8   a scale for each output: its inputs have one; values -127 to 127 (of some files -128, and
+           scales for groups of inputs)
     int4   a scale and a zero for each group of inputs of one output; values and zeros 0 to 15; two
            values in a byte, those of a group's first half in the lower halves of its bytes
     fp8    a scale for each block of inputs and outputs; float8 (e4m3)
@@ -11,18 +13,17 @@ is for a block of the matrix, and so is a zero, which only int4 has. Three forms
 Outputs stand before inputs, whatever the array's order: so a product reads the inputs of an output
 side by side. Matrices of layers, and of experts, are stacked on leading axes, and those of
 attention have more than one axis of inputs or outputs: groups and blocks lie along the last one.
-What a scale is for follows from the shapes: `values` and `scale` have the same axes, and the sizes
-of scale's
-divide those of values. So a packed matrix is cut on a mesh as an array is, scales with their
-weights.
+What a scale is for follows from the shapes: `scale` has the axes of `values`, whose sizes its own
+divide, but with inputs before outputs, for a kernel reads those of many outputs at once. So a
+packed matrix is cut on a mesh as an array is, scales with their weights.
 
-int4 is the form of AWQ and of GPTQ without `desc_act`, and holds GGUF's Q4_0. Activations are never
-packed, and no gradient reaches a packed matrix.
+They hold what AWQ, GPTQ, compressed-tensors and GGUF's commonest types pack, to the bit
+(`dca_jax.weights.kept`). Activations are never packed, and no gradient reaches a packed matrix.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -36,6 +37,8 @@ from dca_jax.errors import InputError
 # How many inputs (and, of fp8, outputs) a scale is for at most; an axis that this does not divide
 # has the largest common divisor.
 FORMS = {"int8": 1, "int4": 64, "int4:32": 32, "int4:128": 128, "fp8": 128}
+# Instead of a form: as the checkpoint has them, where one of the forms holds that; or none packed.
+STORED, UNPACKED = "stored", "unpacked"
 FP8 = jnp.float8_e4m3fn
 DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.dtype(FP8)}
 LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
@@ -45,8 +48,8 @@ SCALE = jnp.dtype(jnp.bfloat16)  # of int4's scales, where we choose them; other
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "zero"),
-    meta_fields=("order",),
+    data_fields=("values", "scale", "zero", "offset"),
+    meta_fields=("order", "num_inputs"),
 )
 @dataclass(frozen=True)
 class Packed:
@@ -54,9 +57,12 @@ class Packed:
 
     Attributes:
         values: int8, float8_e4m3fn, or uint8 with two of int4 in a byte; outputs before inputs.
-        scale: of a floating dtype; each axis is that of `values`, or a divisor of it.
-        zero: like `scale`, of int4 alone; uint8.
+        scale: of a floating dtype; inputs before outputs; each axis is that of `values`, or a
+            divisor of it.
+        zero: like `scale`, of int4 alone; uint8. None: zeros are 0.
         order: which axis of the matrix it stands for each of its last axes is.
+        num_inputs: how many of these are inputs.
+        offset: like `scale`, and of a floating dtype; None: there is none.
     """
 
     # Arrays, or what stands for them in a tree of that shape: how each is cut.
@@ -64,6 +70,8 @@ class Packed:
     scale: Any
     zero: Any
     order: tuple[int, ...]
+    num_inputs: int
+    offset: Any = None
 
     @property
     def form(self) -> str:
@@ -73,9 +81,10 @@ class Packed:
     @property
     def name(self) -> str:
         """The form as in `FORMS`, with the size of groups that it really has: "int4:64"."""
-        if self.form != "int4":
+        groups = self.scale.shape[self.lead + self.num_inputs - 1]
+        if self.form == "fp8" or (self.form == "int8" and groups == 1):
             return self.form
-        return f"int4:{self.inner_shape[-1] // self.scale.shape[-1]}"
+        return f"{self.form}:{self.inner_shape[-1] // groups}"
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
@@ -86,11 +95,15 @@ class Packed:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the array it stands for."""
-        lead = self.ndim - len(self.order)
-        inner = self.inner_shape
+        lead, inner = self.lead, self.inner_shape
         return inner[:lead] + tuple(
             inner[lead + self.order.index(axis)] for axis in range(len(self.order))
         )
+
+    @property
+    def lead(self) -> int:
+        """How many axes stack it."""
+        return self.ndim - len(self.order)
 
     @property
     def ndim(self) -> int:
@@ -114,33 +127,43 @@ class Packed:
         """The inputs of some outputs of a matrix, unpacked; no other is read."""
 
         def taken(part: Array) -> Array:
-            each = len(self) // len(part)  # rows that share a scale
-            return part[numbers if each == 1 else numbers // each]
+            each = len(self) // part.shape[-1]  # rows that share a scale
+            found = part[:, numbers if each == 1 else numbers // each]
+            return jnp.moveaxis(found, 0, -2)
 
-        return jax.tree.map(taken, self).unpack_inner(dtype)
+        others = jax.tree.map(taken, replace(self, values=None))
+        return replace(others, values=self.values[numbers]).unpack_inner(dtype)
 
     def unpack(self, dtype: DTypeLike) -> Array:
         """The array it stands for: computed in float32, in `dtype`. Without gradients of scales."""
-        lead = self.ndim - len(self.order)
+        lead = self.lead
         back = [lead + self.order.index(axis) for axis in range(len(self.order))]
         return self.unpack_inner(dtype).transpose([*range(lead), *back])
 
     def unpack_inner(self, dtype: DTypeLike) -> Array:
         """As `unpack`, outputs before inputs."""
-        values, scale, zero = jax.lax.stop_gradient((self.values, self.scale, self.zero))
+        values, others = self.values, (self.scale, self.zero, self.offset)
+        lead, first = self.lead, self.lead + self.num_inputs
+        turned = [*range(lead), *range(first, self.ndim), *range(lead, first)]
+        scale, zero, offset = jax.tree.map(lambda part: part.transpose(turned), others)
+        values, scale, zero, offset = jax.lax.stop_gradient((values, scale, zero, offset))
         shape, blocked, spread = self.inner_shape, [], []
         for size, count in zip(shape, scale.shape, strict=True):
             # An axis with one scale, or one each, needs no splitting (nor that a mesh allows it).
             whole = count in (1, size)
             blocked += [size] if whole else [count, size // count]
             spread += [count] if whole else [count, 1]
-        if zero is not None:
+        if self.form == "int4":
             groups = scale.shape[-1]
             values = values.reshape(*values.shape[:-1], groups, 1, values.shape[-1] // groups)
             shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (values.ndim - 2) + (2, 1))
             values = ((values >> shifts) & jnp.uint8(15)).astype(FLOAT32)
-            values = values.reshape(blocked) - zero.reshape(spread).astype(FLOAT32)
-        wide = values.reshape(blocked).astype(FLOAT32) * scale.reshape(spread).astype(FLOAT32)
+        wide = values.reshape(blocked).astype(FLOAT32)
+        if zero is not None:
+            wide -= zero.reshape(spread).astype(FLOAT32)
+        wide *= scale.reshape(spread).astype(FLOAT32)
+        if offset is not None:
+            wide += offset.reshape(spread).astype(FLOAT32)
         return wide.reshape(shape).astype(dtype)
 
 
@@ -158,7 +181,8 @@ def packed_forms(tree: Any) -> str:
 def check_form(name: str | None) -> None:
     """Raises InputError for a name that is not one of `FORMS`, and not None."""
     if name is not None and name not in FORMS:
-        raise InputError(f"weights must be one of {', '.join(FORMS)}, or not given, got {name!r}")
+        known = ", ".join([*FORMS, STORED, UNPACKED])
+        raise InputError(f"weights must be one of {known}, or not given, got {name!r}")
 
 
 def block_sizes(form: str, shape: Sequence[int], num_inputs: int) -> tuple[int, ...]:
@@ -220,6 +244,8 @@ def pack(
     counts = [size // block for size, block in zip(matrix.shape, blocks, strict=True)]
     split = [size for pair in zip(counts, blocks, strict=True) for size in pair]
     inner = tuple(range(1, len(split), 2))
+    outputs = matrix.ndim - num_inputs
+    turned = [*range(outputs, matrix.ndim), *range(outputs)]
     wide = matrix.astype(FLOAT32).reshape(split)
     if kind == "int4":
         low = jnp.minimum(wide.min(axis=inner, keepdims=True), 0)
@@ -230,7 +256,8 @@ def pack(
         values = jnp.clip(jnp.round(wide / step) + zero, 0, LARGEST[kind]).astype(jnp.uint8)
         first, second = jnp.split(values.reshape(*counts, -1), 2, axis=-1)
         values = (first | (second << jnp.uint8(4))).reshape(*matrix.shape[:-1], -1)
-        return Packed(values, scale.reshape(counts), zero.astype(jnp.uint8).reshape(counts), order)
+        scale, zero = (part.reshape(counts).transpose(turned) for part in (scale, zero))
+        return Packed(values, scale, zero.astype(jnp.uint8), order, num_inputs)
     largest = jnp.abs(wide).max(axis=inner, keepdims=True)
     if kind == "int8" and axes:
         largest = jax.lax.pmax(largest, axes)
@@ -240,4 +267,5 @@ def pack(
         values = jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8)
     else:
         values = jnp.clip(values, -LARGEST[kind], LARGEST[kind]).astype(FP8)
-    return Packed(values.reshape(matrix.shape), scale.reshape(counts), None, order)
+    scale = scale.reshape(counts).transpose(turned)
+    return Packed(values.reshape(matrix.shape), scale, None, order, num_inputs)

@@ -24,6 +24,7 @@ from dca_jax.weights.parameters import parameters
 
 DEPTHS = tuple(float(depth) for depth in np.linspace(0, 1, 11))
 PROMPTS_PER_DEPTH = 8
+READ, SEARCHED = (1, 4, 16), (1, 8)  # times the trained length: for perplexity, and for a passkey
 BATCH_TOKENS = 8192  # of windows that are read together
 
 
@@ -55,19 +56,20 @@ def evaluate(
     dca = Llama.from_params(config, params, dca=DCAConfig.paper(context), dtype=jnp.float32)
     held_out = encode(tokenizer, [held_out_text])[0]
     characters_per_token = len(held_out_text) / len(held_out)
-    held_out = held_out[: len(held_out) // (16 * context) * 16 * context]  # one text at any length
+    longest = max(READ) * context
+    held_out = held_out[: len(held_out) // longest * longest]  # one text at any length
     return {
         "held_out_tokens": len(held_out),
         "characters_per_token": characters_per_token,
         "perplexity": {
             f"{name} {times * context}": perplexity(model, held_out, times * context)
             for name, model in (("RoPE", plain), ("DCA", dca))
-            for times in (1, 4, 16)
+            for times in READ
         },
         "passkey": {
             f"{name} {times * context}": passkey_accuracy(model, tokenizer, times * context, seed)
             for name, model in (("RoPE", plain), ("DCA", dca))
-            for times in (1, 8)
+            for times in SEARCHED
         },
     }
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import partition
+from dca_jax.weights.packer import matrices, packed_stack
 from dca_jax.weights.parameters import abstract_params, parameters
 from dca_jax.weights.placement import parameter_shardings
 
@@ -38,13 +40,14 @@ def lower(
     dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
     sparse: Sparse | None = None,
+    weights: str | None = None,
 ) -> Any:
     """`read` (a piece of so many tokens), `read_whole` or `decode`, for the devices of a mesh."""
 
     def whole(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    model = abstract_model(config, mesh, dtype, implementation, sparse)
+    model = abstract_model(config, mesh, dtype, implementation, sparse, weights)
     cache = abstract_cache(config, mesh, batch, capacity, dtype)
     # The mesh names its kind of device: what the attention looks at to choose its kernel.
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -134,11 +137,22 @@ def abstract_model(
     dtype: Any,
     implementation: str | None,
     sparse: Sparse | None = None,
+    weights: str | None = None,
 ) -> Llama:
     place = parameter_shardings(config, mesh)
-    leaves = {
+    leaves: dict[tuple[str, ...], Any] = {
         tuple(row.path.split(".")): row.abstract(config, dtype, place) for row in parameters(config)
     }
+    for row in matrices(config) if weights else ():
+        path = tuple(row.path.split("."))
+        with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            found = jax.eval_shape(partial(packed_stack, form=weights, row=row), leaves[path])
+        leaves[path] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+            ),
+            found,
+        )
     dca = DCAConfig.paper(config.max_position_embeddings)
     options: dict[str, Any] = {"dca": dca, "dtype": dtype, "implementation": implementation}
     return Llama.from_params(config, unflatten_dict(leaves), sparse=sparse, **options)

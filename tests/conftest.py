@@ -4,18 +4,24 @@ On a machine with a GPU and JAX's CUDA plugin the suite runs on the GPU, in full
 except for tests marked ``gpu``, which choose their own; ``JAX_PLATFORMS=cpu`` keeps it on the CPU.
 """
 
+import atexit
 import gc
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
 # Read at import, so before any import: nothing may reach for a network, and the two processes of
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Named, so that a command called in this process does not keep programs under the user's home; and
-# no folder: what an earlier run compiled has no part in this one.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# The processes that tests start keep what they compile for each other, in a folder that is thrown
+# away at the end: what an earlier run compiled has no part in this one.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dca_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"  # as the command line has it
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Eight devices on two busy cores can keep one another waiting for longer than the 40 s after which
 # XLA takes a collective for stuck and aborts the process.
@@ -44,6 +50,7 @@ gc.disable()  # Until the tests run: what imports and collection make is to stay
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
 
+# Not in this process, which keeps its programs itself: to write one takes a tenth of compiling it.
 jax.config.update("jax_compilation_cache_dir", None)
 jax.config.update("jax_num_cpu_devices", 8)
 # Or the next program is compiled while eight devices meet in this one's collectives, and waits are
@@ -57,6 +64,12 @@ mpl.use("Agg")
 # No deadline: a first example compiles. Derandomized: a run on one commit says the same twice.
 hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dca_jax")
+
+# Tests ask in turn for caches of more shapes than a process of a user's keeps programs for. The
+# modules that read this number are imported later.
+from dca_jax.inference import buckets  # noqa: E402
+
+buckets.SHAPES = 64
 
 pytest_plugins = ["shared_fixtures"]  # "fixtures" is a plugin of pytest's own
 

@@ -1,7 +1,7 @@
-"""One of several processes in `test_distributed`: python distributed_worker.py TASK OUT [FOLDER].
+"""One of several in `test_distributed`: python distributed_worker.py TASK OUT FOLDER [ARGUMENT ..].
 
 Its place among them comes from the environment, as under a launcher. What it found goes into OUT as
-JSON; it prints nothing.
+JSON; then it runs `dca-jax` with the arguments, if there are any.
 """
 
 import json
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import dca_jax
 from dca_jax import distributed
+from dca_jax.cli import app
 from dca_jax.errors import InputError
 from dca_jax.evaluation import windows
 from dca_jax.evaluation.results import ResultLog
@@ -108,7 +109,7 @@ def compute_forever(out: Path) -> None:
         time.sleep(0.05)
 
 
-def main(task: str, out: Path, folder: Path) -> None:
+def main(task: str, out: Path, folder: Path, arguments: list[str]) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with distributed.ending_together():
@@ -122,10 +123,16 @@ def main(task: str, out: Path, folder: Path) -> None:
         if task == "forever":
             compute_forever(out)
         found = generate_and_evaluate(folder, out) | read_and_save(folder, out) | ask_the_primary()
+        found["printed"] = Path(os.environ["PRINTED"]).read_text()
         out.write_text(json.dumps(found))
+        if arguments:
+            distributed.print_once()
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):  # the command is not to join again
+                del os.environ[name]
+            app(arguments, standalone_mode=False)
 
 
 if __name__ == "__main__":
     # Apart from what the CPU's collectives print.
     with Path(os.environ["PRINTED"]).open("w", buffering=1) as sys.stdout:
-        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -121,20 +121,19 @@ def edge_gradients(
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
-@pytest.mark.parametrize("lengths", [EDGES, [1], [2 * S + 1]], ids=["rows", "1", "2s+1"])
 @pytest.mark.usefixtures("small_tiles")
-def test_edges_in_gradient_float64(lengths: list[int]) -> None:
-    """Fused, and in three passes."""
-    batch, length = len(lengths), max(lengths)
+def test_edges_in_gradient_float64() -> None:
+    """Fused, and in three passes. Lengths as shapes: test_backends.py."""
+    batch, length = len(EDGES), max(EDGES)
     with jax.enable_x64(True):
         q, k, v = draw(length, batch, length, length, 4, 2, 16, jnp.float64)
         weight = draw(1, batch, length, length, 4, 4, 16, jnp.float64)[0]
-        inputs = q, k, v, weight, jnp.asarray(lengths, jnp.int32)
+        inputs = q, k, v, weight, jnp.asarray(EDGES, jnp.int32)
         expected = edge_gradients(*inputs, form="reference")
         for form in ("xla", "three_pass"):
             for ours, theirs in zip(edge_gradients(*inputs, form=form), expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-10, rtol=0)
-                for row, end in enumerate(lengths):
+                for row, end in enumerate(EDGES):
                     assert end == 1 or np.abs(theirs[row]).max() > 1e-3
 
 
@@ -260,7 +259,7 @@ def test_dropping_the_gradient_of_the_log_sum_exp_is_wrong() -> None:
 
 
 def test_memory_is_linear_in_length() -> None:
-    """What the compiler allocates for 8k, 16k and 32k tokens, forward and backward."""
+    """What the compiler allocates for 8k and 32k tokens, forward and backward."""
     dca = DCAConfig.paper(4096)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -272,10 +271,9 @@ def test_memory_is_linear_in_length() -> None:
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    small, middle, large = (temporary_bytes(n) for n in (8192, 16384, 32768))
-    print(f"temporary MiB at 8k, 16k, 32k: {[round(x / 2**20, 1) for x in (small, middle, large)]}")
-    assert middle < 2.2 * small
-    assert large < 2.2 * middle
+    small, large = temporary_bytes(8192), temporary_bytes(32768)
+    print(f"temporary MiB at 8k, 32k: {small / 2**20:.1f}, {large / 2**20:.1f}")
+    assert large < 4.4 * small
     assert large < 32768 * 2 * 64 * 4 * 12  # a dozen arrays of q's size; [T, T] would be 512
 
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import key_blocks
 import numpy as np
 import pytest
+import sparse_quality
 import tune_attention
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 
 pytestmark = pytest.mark.benchmarks
+SHARES = 0.1, 0.05, 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +160,48 @@ def test_key_blocks_rows(tmp_path):
     # Of tiles 3 and 4, one block and one of 3 and 4 full ones, and each its own.
     assert rows["lists of 20 %"]["kept"] == (2 + 2) / (3 + 4 + 2)
     assert {"pages of 128, in order", "pages of 128, in any order"} < set(rows)
+
+
+def test_cells_of_the_quality_study():
+    """Dense and the default first at every length; shares that keep the same blocks once."""
+    cells = list(
+        sparse_quality.cells_of([65_536, 16_384], [131_072], ["rows", "pooled"], [0.1, 0.05, 0.2])
+    )
+    assert len(cells) == len(set(cells))
+    names = [(cell.tokens, cell.sparse) for cell, _ in cells]
+    long, short = (65_536, 131_072), 16_384
+    assert names[:2] == [(65_536, "off"), (65_536, "rows:0.1")]
+    wanted = {
+        (n, f"{name}:{share}") for n in long for name in ("rows", "pooled") for share in SHARES
+    }
+    assert set(names) == wanted | {(n, "off") for n in (*long, short)} | {
+        (short, "rows:0.1"),  # at least 32 of 128 blocks: 5 and 20 % are no others
+        (short, "pooled:0.1"),
+    }
+
+
+def test_summary_of_the_quality_study(tmp_path):
+    log = sparse_quality.Log(tmp_path / "readings.jsonl", {"model": "m"})
+    for selector, share, moved, found in (
+        *(("off", 1.0, 0.0, [True, False]), ("rows", 0.1, 0.02, [False, True])),
+    ):
+        for text in (0, 1):
+            cell = {"tokens": 65_536, "selector": selector, "share": share}
+            row = {"nll": 2.0 + text + moved * text, "found": found, "answers": [1.0, 3.0]}
+            log.add(cell | {"text": text, "kind": "needles"} | row)
+    log.add(
+        {"tokens": 16_384, "selector": "rows", "share": 0.1, "text": 0, "kind": "needles"} | row
+    )
+    dense, sparse = sparse_quality.Log(log.path, {"model": "m"}).summary()  # no row without dense
+    assert dense["sparse"] == "off"
+    assert dense["loss"] == 0
+    assert sparse["sparse"] == "rows:0.1"
+    assert sparse["loss"] == pytest.approx(np.expm1(0.01))
+    assert sparse["error"] == pytest.approx(0.01)
+    assert [sparse[name] for name in ("needles", "missed", "gained", "answer")] == [4, 2, 2, 2.0]
+    assert 0.13 < sparse["share"] < 0.14  # the first tiles keep 32 blocks
+    with pytest.raises(InputError, match="give another --out"):
+        sparse_quality.Log(log.path, {"model": "other"})
 
 
 def test_decode_rows(tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ from dca_jax.attention import op
 from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK, allowed_keys, key_blocks, num_tiles
 from dca_jax.attention.mosaic_gpu import flash_forward, forward_tiles
+from dca_jax.attention.mosaic_tpu import lists as tpu_lists
+from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.errors import InputError
@@ -155,7 +157,7 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) ->
     index = np.asarray(case.rows.offset)[:, None] + np.arange(sizes["num_queries"])
     met = np.arange(sizes["num_keys"]) <= index[..., None]
     np.testing.assert_array_equal(np.asarray(mask) & met[:, None], allowed & met[:, None])
-    counts, numbers = (np.asarray(x) for x in blocks)
+    counts, numbers = (np.asarray(x) for x in blocks[:2])
     s = case.dca.chunk_len
     for place in np.ndindex(*counts.shape[:3]):
         listed = numbers[place][: counts[place].sum()]
@@ -169,13 +171,83 @@ def test_a_list_leaves_out_what_was_not_kept_of_blocks_met_in_full(name: str) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
-def test_attention_over_lists(bench: Bench, name: str) -> None:
+@pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_tpu", "mosaic_gpu"))
+def test_attention_over_lists(
+    bench: Bench, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = drawn(name, bench.dim, bench.dtype)
+    if bench.name == "mosaic_tpu":
+        request.getfixturevalue("interpreted_mosaic_tpu")
+        words = tpu_lists.words_of_tile(case.key.shape[1], case.key.shape[2], 3, case.dca)
+        monkeypatch.setattr(tiles, "SMEM", 2 * 4 * words)  # for two tiles of three rows
     out = attend(bench, case, blocks=lists_of(name))
     bench.agrees(out, expected(name, bench.dim, bench.dtype))
     if name == "even":  # something was left out
         assert np.abs(case.expected() - np.asarray(out, np.float64)).max() > 0.1
+
+
+def with_quiet_blocks(bench: Bench) -> Case:
+    """Two rows; of one head the odd blocks' logits are small, of the other every third's."""
+    sizes, dca = (256, 1024, 4, 2), setting(256, 300)
+    case = Case.of([768, 768], [1024, 900], sizes, dca, dim=bench.dim, dtype=bench.dtype)
+    block = np.arange(1024) // BLOCK
+    quiet = np.stack([block % 2 == 1, block % 3 == 1], axis=1)[None, :, :, None]
+    key = case.key * jnp.asarray(np.where(quiet, 0.03, 1), bench.dtype)
+    return case._replace(key=key, kept=np.ones_like(case.kept))
+
+
+def passed_by(case: Case, part: float) -> np.ndarray:
+    """Which blocks half a tile of each head passes by, by the definition [B, N, halves, blocks]."""
+    s, largest = case.dca.chunk_len, case.dca.max_query_position
+    query, key = (np.asarray(x, np.float64) for x in (case.query, case.key))
+    heads, half = query.shape[2], query.shape[3] // 2
+    frequency = 10_000.0 ** (-np.arange(half) / half)
+    found = np.zeros((len(query), heads, query.shape[1] // 64, key.shape[1] // BLOCK), bool)
+    for b, n in np.ndindex(found.shape[:2]):
+        own = key[b, :, n // (heads // key.shape[2])]
+        k = own[:, :half] + 1j * own[:, half:]
+        index = int(case.rows.offset[b]) + np.arange(query.shape[1])
+        logits = np.full((len(index), len(k)), -np.inf)
+        for t, i in enumerate(index[index < int(case.rows.lengths[b])]):
+            turn = [oracle.relative_position(i, j, s, largest) for j in range(i + 1)]
+            q = query[b, t, n, :half] + 1j * query[b, t, n, half:]
+            turned = q * np.exp(1j * np.outer(turn, frequency)) * np.conj(k[: i + 1])
+            logits[t, : i + 1] = turned.real.sum(1) / np.sqrt(2 * half)
+        of_block = logits.reshape(len(index), -1, BLOCK).max(axis=2)
+        before = np.maximum.accumulate(of_block, axis=1)
+        before = np.concatenate([np.full((len(index), 1), -np.inf), before[:, :-1]], axis=1)
+        large = of_block > before + np.log(part)
+        found[b, n] = ~large.reshape(-1, 64, large.shape[1]).any(axis=1)
+    return found
+
+
+@pytest.mark.parametrize("bench", benches("xla", "mosaic_gpu"))
+def test_blocks_of_small_logits_are_passed_by(bench: Bench) -> None:
+    """By half a tile of each query head; in a row whose number is -inf, none."""
+    case, part = with_quiet_blocks(bench), 0.3
+    left_out = passed_by(case, part)
+    left_out[1] = False
+    assert 0.1 < left_out[0].mean() < 0.6
+    assert (left_out[0, 0] != left_out[0, 3]).any()
+    skip = jnp.asarray([np.log(part), -np.inf], jnp.float32)
+    out = attend(bench, case, blocks=case.blocks()._replace(skip=skip))
+    allowed = ~left_out.repeat(64, axis=2).repeat(BLOCK, axis=3)
+    by_head = case._replace(key=case.key.repeat(2, axis=2), value=case.value.repeat(2, axis=2))
+    expected = by_head.expected(allowed)
+    bench.agrees(out, expected)
+    assert np.abs(case.expected() - expected)[0].max() > 0.01
+    half = case._replace(query=case.query[:, BLOCK:], kept=case.kept[:, :, 1:])
+    half = half._replace(rows=case.rows._replace(offset=case.rows.offset + BLOCK))
+    piece = attend(bench, half, blocks=half.blocks()._replace(skip=skip))
+    bench.agrees(piece, expected[:, BLOCK:])
+
+
+def test_who_cannot_pass_by_blocks_says_so() -> None:
+    blocks = lists_of("even")._replace(skip=jnp.zeros(1, jnp.float32))
+    with pytest.raises(InputError, match="skip-softmax runs with mosaic_gpu and xla"):
+        attend(BENCHES["reference"], drawn("even"), blocks=blocks)
+    with pytest.raises(InputError, match="a number for each of 1 rows"):
+        attend(BENCHES["xla"], drawn("even"), blocks=blocks._replace(skip=jnp.zeros(2)))
 
 
 @pytest.mark.parametrize("bench", benches("xla"))
@@ -204,12 +276,13 @@ def test_a_full_list_is_the_dense_kernel_to_the_bit(dim: int) -> None:
     out = attend(BENCHES["mosaic_gpu"], case, blocks=case.blocks())
 
     @jax.jit
-    def dense(*arrays: jax.Array) -> jax.Array:
+    def dense(rows: Rows, *arrays: jax.Array) -> jax.Array:  # constant rows would turn otherwise
         options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
         tiles = forward_tiles.LIST_TILES[dim]
-        return flash_forward.forward(*arrays, jnp.int32(0), case.rows, tiles=tiles, **options)[0]
+        return flash_forward.forward(*arrays, jnp.int32(0), rows, tiles=tiles, **options)[0]
 
-    np.testing.assert_array_equal(out, dense(case.query, case.rotated()[None], case.value[None]))
+    arrays = case.query, case.rotated()[None], case.value[None]
+    np.testing.assert_array_equal(out, dense(case.rows, *arrays))
 
 
 # --- pages -------------------------------------------------------------------------------------
@@ -222,9 +295,12 @@ class Pool(NamedTuple):
     page: int
 
     @classmethod
-    def of(cls, case: Case, page: int) -> "Pool":
+    def of(cls, case: Case, page: int, *, shuffled: bool = True) -> "Pool":
         batch, count = len(case.rows.offset), -(-case.key.shape[1] // page)
-        where = np.random.default_rng(page).permutation(batch * count + 2)[: batch * count]
+        where = np.arange(batch * count + 2)
+        if shuffled:
+            where = np.random.default_rng(page).permutation(where)
+        where = where[: batch * count]
         return cls(where.reshape(batch, count).astype(np.int32), page)
 
     def filled(self, x: jax.Array) -> jax.Array:
@@ -240,15 +316,20 @@ class Pool(NamedTuple):
 @pytest.mark.parametrize(("name", "page"), [("ragged", 128), ("even", 256)])
 @pytest.mark.parametrize("bench", benches("reference", "xla", "mosaic_gpu"))
 def test_pages(bench: Bench, name: str, page: int) -> None:
-    """Over lists, all that is met, and few queries; by our kernels, as keys laid out to the bit."""
+    """Over lists, all that is met, and few queries; by our kernels, as pages in order to the bit.
+
+    Where a block of the dense kernel lies in one page, that is also as keys laid out.
+    """
     case = drawn(name, bench.dim, bench.dtype)
-    pool = Pool.of(case, page)
-    pages = {
-        "key": pool.filled(case.rotated()),
-        "value": pool.filled(case.value),
-        "pages": jnp.asarray(pool.table),
-        "layer": jnp.int32(0),
-    }
+    pages, in_order = (
+        {
+            "key": pool.filled(case.rotated()),
+            "value": pool.filled(case.value),
+            "pages": jnp.asarray(pool.table),
+            "layer": jnp.int32(0),
+        }
+        for pool in (Pool.of(case, page), Pool.of(case, page, shuffled=False))
+    )
     over_lists = attend(bench, case, blocks=lists_of(name), **pages)
     bench.agrees(over_lists, expected(name, bench.dim, bench.dtype))
     few = case._replace(query=case.query[:, -1:])
@@ -257,7 +338,8 @@ def test_pages(bench: Bench, name: str, page: int) -> None:
         found = attend(bench, queries, **pages)
         bench.agrees(found, queries.expected())
         if bench.name == "mosaic_gpu":
-            np.testing.assert_array_equal(found, attend(bench, queries))
+            laid_out = {} if page == 256 else in_order
+            np.testing.assert_array_equal(found, attend(bench, queries, **laid_out))
 
 
 @pytest.mark.parametrize("num_queries", [1, 200])

@@ -102,7 +102,6 @@ def processes(folder: Path, *commands: list, **environment: str) -> Iterator[lis
         common = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "4",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
             "XLA_FLAGS": "--xla_backend_optimization_level=0"
             " --xla_llvm_disable_expensive_passes=true"
             " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
@@ -123,8 +122,8 @@ def processes(folder: Path, *commands: list, **environment: str) -> Iterator[lis
                 process.wait()
 
 
-def worker(task: str, out: Path, folder: Path) -> list:
-    return [Path(__file__).with_name("distributed_worker.py"), task, out, folder]
+def worker(task: str, out: Path, folder: Path, *more) -> list:
+    return [Path(__file__).with_name("distributed_worker.py"), task, out, folder, *more]
 
 
 def flags(number: int, *more) -> list[str]:
@@ -135,13 +134,34 @@ def flags(number: int, *more) -> list[str]:
 RANKS = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "{n}"}
 
 
-def test_two_processes_give_what_one_gives(tmp_path, folder, llm):
-    outs = [tmp_path / f"found.{n}" for n in range(2)]
-    with processes(tmp_path, *(worker("all", out, folder) for out in outs), **RANKS) as both:
-        for process in both:
-            assert process.wait() == 0, process.said
-            assert process.printed == ""
-    found = [json.loads(out.read_text()) for out in outs]
+def finetuning(folder: Path, data: Path) -> list:
+    words = ["finetune", "--model", folder, "--data", data, "--eval-data", data, "--length", "64"]
+    words += ["--lora-rank", "2", "--batch", "2", "--steps", "3", "--save-every", "2"]
+    return [*words, "--learning-rate", "3e-3", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, folder):
+    """Where two processes have written what they found, and finetuned: to begin takes them long.
+
+    What lies between the processes is the outermost axis; the others are within each of them.
+    """
+    place = tmp_path_factory.mktemp("pair")
+    dialogues = [{"instruction": f"Say {n}.", "output": f"This is {n}."} for n in range(12)]
+    (place / "data.json").write_text(json.dumps(dialogues))
+    words = finetuning(folder, place / "data.json")
+    words += ["--output", place / "both", "--mesh", "fsdp=2,tensor=4"]
+    outs = [place / f"found.{n}" for n in range(2)]
+    with processes(place, *(worker("all", out, folder, *words) for out in outs), **RANKS) as both:
+        codes = [process.wait(3 * PATIENCE) for process in both]
+        assert codes == [0, 0], both[0].said + both[1].said
+        assert both[0].printed.endswith(f"wrote {place / 'both' / 'model'}\n")
+        assert both[1].printed == ""
+    return place
+
+
+def test_two_processes_give_what_one_gives(tmp_path, folder, llm, pair):
+    found = [json.loads((pair / f"found.{n}").read_text()) for n in range(2)]
     generations = llm.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
     nll = evaluate(llm, tmp_path / "alone")
     for own in found:
@@ -153,40 +173,30 @@ def test_two_processes_give_what_one_gives(tmp_path, folder, llm):
         assert own["read"] == (own["whole"] - scales) // 2 + scales
         assert own["learned"] == {"text": "ünïcode", "numbers": [1, 2.5, None]}
         assert own["refused"] == "there is no such folder"
+        assert own["printed"] == ""
     assert [own["called"] for own in found] == [[0], []]
-    lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    lines = (pair / "results" / "results.jsonl").read_text().splitlines()
     assert len(lines) == len(nll) == 3  # written by one of them
     config = llm.model.config
-    saved = restore(tmp_path / "saved", abstract_params(config, dtype=np.float32))
+    saved = restore(pair / "saved", abstract_params(config, dtype=np.float32))
     for got, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(llm.model), strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_two_processes_finetune_as_one_does(tmp_path, folder):
-    """LoRA, whose adapters lie on both: the same losses, and files written once.
-
-    What lies between the processes is the outermost axis; the others are within each of them.
-    """
-    dialogues = [{"instruction": f"Say {n}.", "output": f"This is {n}."} for n in range(12)]
-    (tmp_path / "data.json").write_text(json.dumps(dialogues))
-    common = ["finetune", "--model", folder, "--data", tmp_path / "data.json", "--lora-rank", "2"]
-    common += ["--eval-data", tmp_path / "data.json", "--length", "64", "--batch", "2"]
-    common += ["--steps", "3", "--save-every", "2", "--learning-rate", "3e-3", "--dtype", "float32"]
-    arguments = [*common, "--output", tmp_path / "both", "--mesh", "fsdp=2,tensor=4"]
-    with processes(tmp_path, flags(0, *arguments), flags(1, *arguments)) as both:
-        assert [process.wait() for process in both] == [0, 0], both[0].said + both[1].said
-        assert both[0].printed.endswith(f"wrote {tmp_path / 'both' / 'model'}\n")
-        assert both[1].printed == ""
-    found = CliRunner().invoke(app, list(map(str, [*common, "--output", tmp_path / "one"])))
+def test_two_processes_finetune_as_one_does(tmp_path, folder, pair):
+    """LoRA, whose adapters lie on both: the same losses, and files written once."""
+    words = [*finetuning(folder, pair / "data.json"), "--output", tmp_path / "one"]
+    found = CliRunner().invoke(app, list(map(str, words)))
     assert found.exit_code == 0, found.output
+    places = pair / "both", tmp_path / "one"
     runs = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("both", "one")
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in places
     ]
     for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3), ("eval_loss", 1e-4)):
         noted = [[line.get(name, 0) for line in run] for run in runs]
         np.testing.assert_allclose(*noted, rtol=tolerance, err_msg=name)
-    ours, theirs = (dca_jax.load(tmp_path / run / "model").model for run in ("both", "one"))
+    ours, theirs = (dca_jax.load(place / "model").model for place in places)
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-3)
 

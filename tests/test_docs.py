@@ -58,7 +58,7 @@ def test_quickstart_runs(monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     program = "\n".join(blocks)
     assert program.count("12_000") == 1
-    program = program.replace("12_000", "6_000")  # characters of a text that is read four times
+    program = program.replace("12_000", "4_000")  # characters of a text that is read four times
     # A token takes a quarter of a second as the tests compile; 120 show no more than 12.
     program, count = re.subn(r"max_new_tokens=\d+", "max_new_tokens=3", program)
     assert count == 3

@@ -135,8 +135,8 @@ def test_scores_are_those_of_ruler():
     assert score("12\n34", ["1234"]) == 0.0
 
 
-def test_the_effective_length_is_the_greatest_above_the_threshold():
-    scores = {4096: 96.0, 8192: 85.7, 16_384: 85.6, 32_768: 3.0}
+def test_the_effective_length_is_the_greatest_with_enough():
+    scores = {4096: 96.0, 8192: 85.6, 16_384: 85.5, 32_768: 3.0}
     assert effective_length(scores) == 8192
     assert effective_length(scores | {32_768: 86.0}) == 32_768
     assert effective_length({4096: 50.0}) is None

@@ -327,7 +327,14 @@ def test_few_shot_runs_scores_and_goes_on(folder, tmp_path):
     assert all(150 < r.value["tokens"] <= 464 - 64 for r in records)
 
 
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Of models that find no end: a token takes long as the tests compile."""
+    monkeypatch.setattr(l_eval, "NEW_TOKENS", 16)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_answers")
 def test_l_eval_on_the_real_files(shared, tmp_path):
     """Scores of a model of 656k parameters are noise; the run, its files and resumption count."""
     data, model = shared / "data/l-eval", shared / "models/tinystories-656k"
@@ -367,6 +374,7 @@ def test_few_shot_on_the_real_files(shared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_answers")
 def test_l_eval_by_a_chat_template(folder, tmp_path):
     rows = [{"input": "Text. " * 90, "instructions": ["A or B?\nA. a\nB. b"], "outputs": ["A"]}]
     path = write_lines(tmp_path / "a.jsonl", *rows)

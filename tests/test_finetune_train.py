@@ -192,7 +192,7 @@ def test_no_array_holds_the_logits_of_a_whole_row() -> None:
 
 # --- the update --------------------------------------------------------------------------------
 
-ON_MESHES = [None, pytest.param("fsdp=2", marks=pytest.mark.slow)]
+SHARED = "fsdp=2"  # an update by two devices, where its state lies in halves
 
 
 def adamw(gradients: list[dict[str, np.ndarray]], chosen: Settings, rates: list[float]) -> dict:
@@ -212,14 +212,12 @@ def adamw(gradients: list[dict[str, np.ndarray]], chosen: Settings, rates: list[
     return found
 
 
-@pytest.mark.parametrize("sizes", ON_MESHES)
-def test_updates_are_adamw(sizes: str | None) -> None:
+def test_updates_are_adamw() -> None:
     """Of two updates: gradients of the package, arithmetic of the paper."""
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, clip=0.7)
-    steps, mesh = 3, None if sizes is None else make_mesh(sizes)
-    batch = place(ROWS, 1, mesh)
+    steps, batch = 3, place(ROWS, 1, make_mesh(SHARED))
     update = jax.jit(make_update(plain, chosen, steps))
-    state, gradients = start(tree(sizes)), []
+    state, gradients = start(tree(SHARED)), []
     for _ in range(2):
         _, count, found = plain_gradients_of(state.params, {}, batch)
         gradients.append({
@@ -229,8 +227,7 @@ def test_updates_are_adamw(sizes: str | None) -> None:
         state, metrics = update(state, {}, batch)
         norm = np.sqrt(sum((g**2).sum() for g in gradients[-1].values()))
         np.testing.assert_allclose(float(metrics.grad_norm), norm, rtol=1e-5)
-    if sizes is not None:  # from weights that are bound to their devices
-        assert update._cache_size() == 1
+    assert update._cache_size() == 1  # from weights that are bound to their devices
     assert int(state.step) == 2
     rates = [float(learning_rate(chosen, steps)(n)) for n in range(2)]
     want = adamw(gradients, chosen, rates)
@@ -238,7 +235,7 @@ def test_updates_are_adamw(sizes: str | None) -> None:
         np.testing.assert_allclose(leaf, want[name], atol=2e-6, err_msg=name)
     for part in state[:3]:  # fsdp cuts the moments too
         for name, leaf in flatten_dict(part, sep=".").items():
-            there = flatten_dict(tree(sizes), sep=".")[name].sharding
+            there = flatten_dict(tree(SHARED), sep=".")[name].sharding
             assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
 
 
@@ -317,16 +314,14 @@ def test_stochastic_rounding_is_right_on_average_and_never_far() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), far, rtol=2**-7)
 
 
-@pytest.mark.parametrize("sizes", ON_MESHES)
-def test_updates_of_a_narrow_state_are_adamw_rounded(sizes: str | None) -> None:
+def test_updates_of_a_narrow_state_are_adamw_rounded() -> None:
     """Every number is one of the two of bfloat16 around what float32 arithmetic gives."""
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, state="bfloat16")
     narrow = {k: np.asarray(jnp.asarray(v, jnp.bfloat16), np.float32) for k, v in params().items()}
     leaves = {k: jnp.asarray(v, jnp.bfloat16) for k, v in narrow.items()}
-    mesh = None if sizes is None else make_mesh(sizes)
-    before, batch = start(tree(sizes, leaves)), place(ROWS, 1, mesh)
+    before, batch = start(tree(SHARED, leaves)), place(ROWS, 1, make_mesh(SHARED))
     wide = make_update(plain, settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1), 10)
-    wanted, _ = jax.jit(wide)(start(tree(sizes, narrow)), {}, batch)
+    wanted, _ = jax.jit(wide)(start(tree(SHARED, narrow)), {}, batch)
     found, metrics = jax.jit(make_update(plain, chosen, 10))(before, {}, batch)
     assert bool(metrics.finite)
     for part, want, like in zip(found[:3], wanted[:3], ("params", "mean", "square"), strict=True):

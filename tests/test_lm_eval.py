@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -191,14 +192,24 @@ def test_a_bad_method_is_refused_before_the_tasks_are_built(folder):
         DcaJaxLM(str(folder), method="alibi")
 
 
+# `python -m dca_jax.lm_eval`, without lm-eval's own 14,000 files of tasks, which take it long.
+MODULE = """
+from functools import partial
+from runpy import run_module
+from lm_eval import tasks
+tasks.TaskManager = partial(tasks.TaskManager, include_defaults=False)
+run_module("dca_jax.lm_eval", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.processes
 def test_as_a_user_runs_it(folder, task_folder, tmp_path):
-    """`python -m dca_jax.lm_eval`: lm-eval's own command, with this model in its list."""
+    """lm-eval's own command, with this model in its list."""
     arguments = ["run", "--model", "dca_jax", "--tasks", "local_answer", "--batch_size", "2"]
     arguments += ["--model_args", f"pretrained={folder},method=dca,max_length=4096,dtype=float32"]
     arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]
     done = subprocess.run(
-        [sys.executable, "-m", "dca_jax.lm_eval", *map(str, arguments)],
+        [sys.executable, "-c", MODULE, *map(str, arguments)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -213,6 +224,10 @@ def test_as_a_user_runs_it(folder, task_folder, tmp_path):
 @pytest.mark.slow
 def test_by_our_own_command(folder, task_folder, tmp_path, monkeypatch):
     """`dca-jax lm-eval`: our options, and lm-eval's for the rest."""
+    from lm_eval import tasks
+
+    only_ours = partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", only_ours)
     arguments = ["lm-eval", folder, "--method", "dca:40,60", "--max-length", "4k"]
     arguments += ["--dtype", "float32", "--tasks", "local_answer", "--batch_size", "2"]
     arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]

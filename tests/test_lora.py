@@ -103,7 +103,8 @@ def trained(lora: LoraConfig = LORA, mesh: str | None = None) -> Tree:
 def packed(base: Tree, form: str = "int8") -> Tree:
     leaves, then = flat(base), packer(projections(CONFIG), form)
     for row in parameters(CONFIG):
-        leaves |= then(row, leaves[row.path])
+        if (change := then(row)) is not None:
+            leaves[row.path] = change(leaves[row.path])
     return unflatten_dict(leaves, sep=".")
 
 
@@ -268,20 +269,27 @@ def test_a_packed_base_computes_with_what_it_stands_for(form: str) -> None:
 
 
 def test_a_base_is_packed_while_it_is_read(tmp_path: Path) -> None:
-    """No two kernels are whole at once."""
+    """No two layers of kernels are whole at once."""
     config = read_config(make_tiny(tmp_path / "hf", dtype=np.dtype(np.float32)))
     before = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32))
     kernels = {row.path for row in projections(config)}
     pack = packer(projections(config), "int8")
     held: list[jax.Array] = []
 
-    def then(row: Any, leaf: jax.Array) -> dict[str, Any]:
-        assert all(kernel.is_deleted() for kernel in held)
-        held.extend([leaf] if row.path in kernels else [])
-        return pack(row, leaf)
+    def then(row: Any) -> Any:
+        change = pack(row)
+        assert (change is not None) == (row.path in kernels)
+
+        def watched(leaf: jax.Array) -> Any:
+            assert len(leaf) == 1
+            assert all(kernel.is_deleted() for kernel in held)
+            held.append(leaf)
+            return change(leaf)
+
+        return change and watched
 
     after = flat(load_weights(tmp_path / "hf", config, dtype=jnp.float32, then=then))
-    assert len(held) == len(kernels)
+    assert len(held) == len(kernels) * config.num_hidden_layers
     for name, leaf in before.items():
         if name in kernels:
             error = np.abs(np.asarray(after[name].unpack(jnp.float32)) - np.asarray(leaf))

@@ -358,7 +358,7 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
     case = Case.of(**sizes)
     offset, length, key_offset = (x[0] for x in case.rows[2:])
     problem = decode._Problem(
-        num_queries=sizes["num_queries"],
+        reach=sizes["num_queries"],
         group=1,
         shares=1,
         num_keys=sizes["num_keys"],

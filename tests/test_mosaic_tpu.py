@@ -350,16 +350,20 @@ def test_says_why_it_cannot_run() -> None:
                 assert reason(Device("tpu", kind, None), dim=dim, dtype=dtype) is None
 
 
-def test_lists_and_pages_are_read_by_plain_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_read_by_plain_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a TPU runs where nobody names an implementation; the one that is named says no."""
     monkeypatch.setattr(op, "current_device", lambda: V5E)
     query = jax.ShapeDtypeStruct((1, 512, 8, 128), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, 1, 4096, 2, 128), jnp.bfloat16)
-    assert op.choose_implementation(None, query, key, DCA) == "mosaic_tpu"
-    for kinds in ({"listed": True}, {"paged": True}):
-        assert op.choose_implementation(None, query, key, DCA, **kinds) == "xla"
-        with pytest.raises(InputError, match="it reads neither lists of key blocks nor pages"):
-            op.choose_implementation("mosaic_tpu", query, key, DCA, **kinds)
+    for kinds in ({}, {"listed": True}):
+        assert op.choose_implementation(None, query, key, DCA, **kinds) == "mosaic_tpu"
+    assert op.choose_implementation(None, query, key, DCA, paged=True) == "xla"
+    with pytest.raises(InputError, match="it does not read pages"):
+        op.choose_implementation("mosaic_tpu", query, key, DCA, paged=True)
+    # The lists of a tile of all rows and heads are to fit into scalar memory.
+    many = jax.ShapeDtypeStruct((1, 8, 2**21, 8, 128), jnp.bfloat16)
+    queries = jax.ShapeDtypeStruct((8, 512, 8, 128), jnp.bfloat16)
+    assert op.choose_implementation(None, queries, many, op.PLAIN, listed=True) == "xla"
 
 
 def test_it_says_that_it_needs_a_tpu() -> None:

@@ -2,12 +2,14 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,14 +17,14 @@ from jax.sharding import PartitionSpec
 from shared_fixtures import invoke
 
 import dca_jax
-from dca_jax import few_rows
+from dca_jax import few_rows, packed_row
 from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack, packed_forms
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.packer import inner_order, matrices, packer
+from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, abstract_params, parameters
 from dca_jax.weights.placement import parameter_shardings
 
@@ -50,7 +52,11 @@ Tree = dict[str, Any]
 
 def by_hand(packed: Packed, row: Parameter) -> np.ndarray:
     """The array that a packed parameter stands for, float64."""
-    values, (scale, zero) = np.asarray(packed.values), (packed.scale, packed.zero)
+    values, lead, inputs = np.asarray(packed.values), packed.lead, packed.num_inputs
+    scale, zero = (  # outputs before inputs, as the values have them
+        part if part is None else np.moveaxis(part, range(lead, lead + inputs), range(-inputs, 0))
+        for part in (packed.scale, packed.zero)
+    )
     if values.dtype == np.uint8:  # the halves of each group side by side
         groups = values.reshape(*values.shape[:-1], np.asarray(scale).shape[-1], -1)
         groups = np.concatenate([groups % 16, groups // 16], axis=-1)
@@ -88,7 +94,8 @@ def packed_params(config: LlamaConfig, form: str, mesh: str | None = None) -> Tr
     for row in parameters(config):
         leaf = arrays(config)[row.path]
         array = jnp.array(leaf) if place is None else jax.device_put(leaf, place(row.path))
-        leaves |= then(row, array)
+        change = then(row)
+        leaves[row.path] = array if change is None else change(array)
         assert array.is_deleted() == (row in matrices(config))
     return unflatten_dict(leaves, sep=".")
 
@@ -139,6 +146,7 @@ def test_packing_is_off_by_no_more_than_it_says(form: str, num_inputs: int) -> N
     assert packed.shape == matrix.shape
     got = np.asarray(jax.jit(Packed.unpack, static_argnums=1)(packed, "float32"))
     scale = np.asarray(packed.scale).astype(np.float32)
+    scale = np.moveaxis(scale, range(num_inputs), range(-num_inputs, 0))
     for axis, (count, size) in enumerate(zip(scale.shape, matrix.shape, strict=True)):
         scale = scale.repeat(size // count, axis=axis)
     error = np.abs(got - matrix)
@@ -169,9 +177,11 @@ def test_a_model_computes_with_what_its_weights_stand_for(config: LlamaConfig, f
 
 
 @pytest.fixture
-def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(few_rows, "INTERPRET", True)
-    jax.clear_caches()
+    all_logits.clear_cache()
+    yield
+    all_logits.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -204,9 +214,52 @@ def test_a_mesh_gives_what_one_device_does(mesh: str, form: str, config: LlamaCo
     for row in matrices(config):
         packed = flatten_dict(params, sep=".")[row.path]
         spec = place(row.path).spec
-        turned = [*range(row.leading), *(row.leading + axis for axis in inner_order(row))]
+        turned = [*range(row.leading), *(row.leading + axis for axis in row.inner_order)]
         assert packed.values.sharding.spec == PartitionSpec(*(spec[axis] for axis in turned))
     close(logits(model(params, config), config, mesh), logits(unpacked_model(config, form), config))
+
+
+# --- one row on Hopper --------------------------------------------------------------------------
+
+
+def random_stack(form: str, inputs: int, outputs: int) -> Packed:
+    """Two matrices, of which the second is to be multiplied by."""
+    matrices = np.random.default_rng(outputs).standard_normal((2, outputs, inputs))
+    packed = [pack(jnp.asarray(m, jnp.float32), form, 1, order=(1, 0)) for m in matrices]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int8", "int4:32", "int4", "int4:128"])
+def test_one_row_on_a_gpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two stacks in one launch, and split inputs, against float64."""
+    monkeypatch.setattr(packed_row, "INT4_WEIGHTS", 0)
+    monkeypatch.setattr(packed_row, "INT8_OUTPUTS", 0)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4096)), jnp.bfloat16)
+    stacks = [random_stack(form, 4096, outputs) for outputs in (512, 256)]
+    if jax.devices()[0].device_kind.split()[-1] in ("H100", "H200"):
+        assert packed_row.choose_plan(x, stacks) is not None
+    got = jax.jit(few_rows.multiply)(x, stacks, jnp.int32(1))
+    for ours, stack in zip(got, stacks, strict=True):
+        matrix = np.asarray(stack[1].unpack_inner(jnp.float32), np.float64)
+        want = np.asarray(x, np.float64) @ matrix.T
+        np.testing.assert_allclose(ours, want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("form", ["int8", "int4:32", "int4:128"])
+def test_one_row_by_large_matrices_has_its_kernel(form: str) -> None:
+    """Compiled for an H200 as far as the kernel's own compiler goes; on no other GPU."""
+    whole = functools.partial(pack, form=form, num_inputs=1, order=(1, 0))
+    ones = [jax.eval_shape(whole, jax.ShapeDtypeStruct((n, 4096), "float32")) for n in (2**14, 512)]
+    stacks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), ones)
+    shapes = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), stacks
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    assert "dca_packed_row" in lowering.lower(few_rows.multiply, *shapes, layer)
+    with lowering.device("NVIDIA A100"):
+        assert packed_row.choose_plan(*shapes) is None
+    with lowering.device("NVIDIA H200"):
+        assert packed_row.choose_plan(*shapes) is not None
+        assert packed_row.choose_plan(jax.ShapeDtypeStruct((2, 4096), jnp.bfloat16), stacks) is None
 
 
 # --- what a user does ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from dca_jax.model import REMAT, Llama
 from dca_jax.planning import plan as planning
 from dca_jax.planning.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.planning.plan import Plan, plan, recommend, written
+from dca_jax.planning.server import plan_server
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import make_mesh, parse_mesh
 from dca_jax.weights.parameters import parameters
@@ -246,11 +247,11 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
         ({"train": True, "cache_dtype": "int8"}, "training keeps no KV cache"),
         ({"cache_dtype": "int4"}, "cache dtype 'int4' is not supported; expected one of bfloat16"),
-        ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 64 devices"),
+        ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 8 devices"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "MOST_DEVICES", 64)  # all their meshes are tried
+    monkeypatch.setattr(planning, "MOST_DEVICES", 8)  # all their meshes are tried
     common: dict[str, Any] = {"device": "h200", "mesh": None, "context_length": 4096}
     with pytest.raises(InputError, match=message):
         plan("llama-2-7b", SHAPES["llama-2-7b"], **common | options)
@@ -307,3 +308,46 @@ def test_the_command_refuses() -> None:
     result = invoke("plan", "llama-9-1t", *options)
     assert result.exit_code == 2
     assert "llama-3-70b" in result.stderr
+
+
+# --- a server ----------------------------------------------------------------------------------
+
+MEASURED = 864_640  # tokens of the cache that `dca-jax serve` chose on an H200
+
+
+def test_a_server_holds_what_it_was_seen_to_hold() -> None:
+    options: dict[str, Any] = {"device": "h200", "mesh": None, "context": 103_424}
+    found = plan_server("llama-3-8b", SHAPES["llama-3-8b"], **options)
+    assert found.pages * 128 == pytest.approx(MEASURED, rel=0.01)
+    assert found.sizes["tensor"] == 1
+    for each in found.texts():
+        pages = -(-each["tokens"] // 128)
+        assert each["texts"] == min(32, found.pages // pages)
+        assert each["texts"] * pages * 128 + each["kept"] == found.pages * 128
+    assert found.texts()[-1]["tokens"] == 103_424
+    half = plan_server("llama-3-8b", SHAPES["llama-3-8b"], **options, cache_dtype="int8")
+    assert half.pages == pytest.approx(2 * found.pages, rel=0.04)  # scales, too
+
+
+def test_a_server_of_a_large_model_shares_it_by_tensor_and_by_nothing_else() -> None:
+    config = SHAPES["llama-2-70b"]
+    options: dict[str, Any] = {"device": "h200", "context": 102_400}
+    found = plan_server("llama-2-70b", config, mesh=None, **options)
+    assert found.sizes["tensor"] == 2
+    one = plan_server("llama-2-70b", config, mesh={"tensor": 1}, **options)
+    assert not one.fits
+    assert one.facts()["fits"].startswith("no: not one text of 102,400")
+    with pytest.raises(InputError, match="by tensor only, and this mesh has"):
+        plan_server("llama-2-70b", config, mesh={"data": 2}, **options)
+    with pytest.raises(InputError, match="at least 1 text"):
+        plan_server("llama-2-70b", config, mesh=None, rows=0, **options)
+
+
+def test_the_command_plans_a_server() -> None:
+    options = "--device h200 --context-length 64k --serve --batch 8 --json".split()
+    told = json.loads(invoke("plan", "llama-2-7b", *options).stdout)
+    assert told["fits"] is True
+    assert told["texts"][0] == {"tokens": 1024, "texts": 8, "kept": told["cache_tokens"] - 8192}
+    result = invoke("plan", "llama-2-7b", *options, "--train")
+    assert result.exit_code == 2
+    assert "does not train" in result.stderr

@@ -1,5 +1,6 @@
 """Packed checkpoints of Hugging Face: packed here bit by bit, as the formats say, and read."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conversion_helpers import random_tensors, read_safetensors, tiny_config
+from jax.sharding import PartitionSpec
 from safetensors.torch import save_file
+from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.errors import InputError
+from dca_jax.packed_weights import is_packed
 from dca_jax.sharding import make_mesh
-from dca_jax.weights.folder import load_weights
+from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.huggingface import open_checkpoint, read_config
+from dca_jax.weights.packer import matrices
+from dca_jax.weights.parameters import parameters
 from dca_jax.weights.placement import parameter_shardings
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 16, "num_hidden_layers": 2}
@@ -209,6 +215,75 @@ def test_packed_weights(tmp_path, name):
             (slice(rows - 1, rows), slice(columns - 1, columns)),
         ):
             np.testing.assert_allclose(tensor.read(index), whole[index], rtol=2e-7, atol=0)
+
+
+UNPACKED = ("gptq-desc_act", "gptq-8", "w4a16-actorder")  # in no form of ours
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_that_stay_packed(tmp_path, name, caplog):
+    """To the bit what they stand for; those of a row whose modules are not all packed are not."""
+    expected = write(tmp_path, name)
+    config = read_config(tmp_path)
+    found = load_weights(tmp_path, config, dtype=jnp.float32, keep="stored")
+    check_kept(found, config, expected, [] if name in UNPACKED else KEPT)
+    if name in UNPACKED:
+        assert "they are unpacked into float32" in caplog.text
+    else:
+        form = {"aw": "int4", "gp": "int4", "w4": "int4", "w8": "int8", "fp": "fp8"}[name[:2]]
+        assert f"they stay so ({form}" in caplog.text
+        assert "but down_proj: unpacked into float32 as they are read" in caplog.text
+    kept = kept_forms(tmp_path, config, "stored")
+    leaves = jax.tree.leaves(found, is_leaf=is_packed)
+    sizes = [x.nbytes for leaf in leaves if is_packed(leaf) for x in jax.tree.leaves(leaf)]
+    rows = [row for row in matrices(config) if row.path in kept]
+    assert sum(sizes) == 2 * sum(kept[r.path].bytes(r, r.inner(r.shape(config))) for r in rows)
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8", "w8a16"])
+def test_weights_stay_packed_on_a_mesh(tmp_path, name):
+    """Groups end where devices part: 32 inputs of 96 on two devices are 16 of 48."""
+    expected = write(tmp_path, name)
+    config, mesh = read_config(tmp_path), make_mesh("fsdp=2,tensor=2")
+    where = parameter_shardings(config, mesh)
+    found = load_weights(tmp_path, config, dtype=jnp.float32, sharding=where, keep="stored")
+    check_kept(found, config, expected, KEPT)
+    for row in matrices(config):
+        leaf = functools.reduce(dict.__getitem__, row.path.split("."), found)
+        if is_packed(leaf):
+            spec = where(row.path).spec
+            spec = [*spec, *[None] * (leaf.ndim - len(spec))]
+            turned = [spec[0], *(spec[1 + axis] for axis in row.inner_order)]
+            assert leaf.values.sharding.spec == PartitionSpec(*turned)
+
+
+KEPT = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")]
+
+
+def check_kept(found, config, expected, kept):
+    """Which matrices are packed, and what all stand for."""
+    for row in parameters(config):
+        leaf = functools.reduce(dict.__getitem__, row.path.split("."), found)
+        assert is_packed(leaf) == (row.path.split(".")[-2] in kept)
+        leaf = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), leaf)  # from all devices
+        ours = np.asarray(leaf.unpack(jnp.float32) if is_packed(leaf) else leaf)
+        theirs = [row.to_ours(expected[n], row.sizes(config)) for n in row.their_names(config)]
+        theirs = np.stack(theirs) if row.stacked else theirs[0]
+        np.testing.assert_allclose(ours, theirs, rtol=2e-7, atol=0)
+
+
+def test_commands_know_what_stays_packed(tmp_path):
+    """`plan` and `info`; and `--weights` that packs, or does not."""
+    write(tmp_path, "awq")
+    shape = ["--device", "h200", "--context-length", "64", "--json"]
+    sizes = {
+        how: json.loads(invoke("plan", tmp_path, *shape, *how).stdout)["bytes"]["weights"]
+        for how in ((), ("--weights", "stored"), ("--weights", "unpacked"), ("--weights", "int8"))
+    }
+    assert sizes[()] == sizes["--weights", "stored"] < sizes["--weights", "unpacked"] / 1.4
+    assert sizes["--weights", "stored"] != sizes["--weights", "int8"]
+    shown = "".join(invoke("info", tmp_path).stdout.replace("│", "").split())
+    assert "inbfloat16andint4:16,int4:32(6of9matricesstaypacked)" in shown
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq-desc_act", "fp8-ragged"])

@@ -25,8 +25,10 @@ from dca_jax import Sampler
 from dca_jax.errors import InputError
 from dca_jax.inference.methods import reading
 from dca_jax.inference.options import Options
-from dca_jax.serving.engine import Engine
+from dca_jax.serving.engine import PAGE, Engine
 from dca_jax.serving.http import make_app
+from dca_jax.serving.pages import Pages
+from dca_jax.serving.scheduler import Scheduler
 from dca_jax.serving.server import Server, listen
 from dca_jax.serving.sizing import choose_pages
 
@@ -182,6 +184,61 @@ def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm, compila
     assert compilations == []
     assert found[0] == found[1]
     assert found[0][:2] == [alone(paper_llm, one, options)[0] for one in prompts[:2]]
+
+
+def test_texts_that_are_put_back_are_those_of_generate(engine, paper_llm, monkeypatch):
+    """Four texts of two pages each in the end, and room for five pages."""
+    few = Scheduler(Pages(5, PAGE), rows=ROWS, queue=QUEUE)
+    monkeypatch.setattr(engine, "_scheduler", few)
+    rng = np.random.default_rng(11)
+    prompts = [rng.integers(3, 300, 90).tolist() for _ in SAMPLERS]
+    begun = []
+
+    def write(number):
+        options = Options(max_new_tokens=100, sampler=SAMPLERS[number], seed=number)
+        (job,), (found,) = written(engine, [prompts[number]], options, ignore_stop_ids=True)
+        begun.append(job.row.begun)
+        assert (job.prompt_tokens, job.cached_tokens) == (90, 0)
+        return found
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(write, range(len(prompts))))
+    assert max(begun) > 1
+    assert few.pages.available == 5
+    for number, found in enumerate(together):
+        options = Options(max_new_tokens=100, sampler=SAMPLERS[number], seed=number)
+        whole = alone(paper_llm, prompts[number], options)[0][0]
+        assert found[0][: len(whole)] == whole
+
+
+def test_what_texts_have_in_common_is_told_to_the_device(engine, paper_llm, monkeypatch):
+    """As on a GPU that reads it once; here the program that reads it for each stands in for it."""
+    seen = []
+
+    def together(leaves, state, texts):
+        common = texts.common
+        for group, tokens in zip(common.rows, common.tokens, strict=True):
+            members = group[group < len(texts.slots)]
+            assert (tokens > 0) == (len(members) > 1)
+            shared = texts.pages[members, : tokens // PAGE]
+            assert (shared == shared[:1]).all()
+            assert (texts.lengths[members] >= tokens).all()
+            seen.append((len(members), tokens))
+            assert (common.rows.reshape(-1)[common.place[members]] == members).all()
+        return engine.programs._draw[ROWS, False](leaves, state, texts._replace(common=None))
+
+    monkeypatch.setattr("dca_jax.serving.engine.WORTH", 1)
+    monkeypatch.setattr(engine.programs, "members", 3)
+    monkeypatch.setitem(engine.programs._draw, (ROWS, True), together)
+    rng = np.random.default_rng(12)
+    book, options = rng.integers(3, 300, 300).tolist(), Options(max_new_tokens=8)
+    prompts = [[*book, n + 5] for n in range(3)] + [[7, 8, 9]]
+    written(engine, [book], Options(max_new_tokens=1))
+    _, found = written(engine, prompts, options, ignore_stop_ids=True)
+    assert (3, 256) in seen
+    for prompt, text in zip(prompts, found, strict=True):
+        whole = alone(paper_llm, prompt, options)[0][0]
+        assert text[0][: len(whole)] == whole
 
 
 def test_numbers_that_are_not_finite_end_one_text_and_stay_in_none(engine, paper_llm, monkeypatch):
@@ -341,6 +398,17 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
         ({"chat_template": "{{ 7 * 7 }}"}, "chat_template is not supported"),
         ({"cache_salt\ud800": 1}, "no field"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"best_of": 2}, "best_of is not supported"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"echo": True}, "echo is not supported"),
+        ({"min_tokens": 3}, "min_tokens is not supported"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
+        ({"max_completion_tokens": 5}, "no field 'max_completion_tokens'"),
+        ({"prompt": ["a", [1]]}, "prompt: of a kind"),
+        ({"stream_options": {"include_usage": True}}, "stream_options are of streams"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options: there is no field 'x'"),
         ({"messages": []}, "no field 'messages'"),
         ({"max_tokens": CONTEXT}, f"reads {CONTEXT}: give a prompt of at most 0 tokens"),
     ]
@@ -362,6 +430,15 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         "frequency_penalty": 0,
         "tools": [],
         "response_format": {"type": "text"},
+        "logit_bias": {},
+        "best_of": 1,
+        "echo": False,
+        "suffix": None,
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "stop_token_ids": [],
+        "logprobs": 0,
+        "top_k": -1,
     }
     assert http.post("/v1/completions", json=good | ignored).status_code == 200
 
@@ -375,12 +452,31 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ([{"role": "robot", "content": "Hi"}], "unknown role robot"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "text only"),
         ([{"role": "user", "content": "Hi", "tool_calls": [1]}], "tool_calls"),
+        ([{"role": "assistant", "content": "Hi", "reasoning_content": "?"}], "reasoning_content"),
     ],
     ids=str,
 )
 def test_messages_that_are_none_are_refused(client, messages, said):
     with pytest.raises(openai.BadRequestError, match=said):
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"top_logprobs": 2}, "set logprobs, too"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "no field 'thinking'"),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ],
+    ids=str,
+)
+def test_what_a_conversation_cannot_ask_for_is_refused(client, more, said):
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(model="tiny", messages=messages, **more)
 
 
 def test_a_body_may_have_so_many_bytes(http):

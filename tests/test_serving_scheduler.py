@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dca_jax.serving.pages import Pages
+from dca_jax.serving.pages import Pages, common_beginnings
 from dca_jax.serving.scheduler import Draw, QueueFullError, Read, Scheduler
 
 SIZE = 4
@@ -30,30 +30,42 @@ class Device:
             row for row in scheduler.running if row.stage == "drawing" and row.drawn < row.limit
         ]
         had_read = scheduler._has_read
-        step = scheduler.next(lambda row: min(row.left, self.random.randint(1, largest)))
+
+        def pieces(rows):
+            count = self.random.randint(1, len(rows))
+            return [min(row.left, self.random.randint(1, largest)) for row in rows[:count]]
+
+        step = scheduler.next(pieces)
         before, self.pending = self.pending, None
+        drawn = step.rows if isinstance(step, Draw) else ()
+        # Nobody who draws is passed over but where room has run out, and a text is about to go.
+        short = [row for row in waiting if row in scheduler.running and row not in drawn]
+        if short and (isinstance(step, Draw) or had_read):
+            going = [row for row in scheduler.running if row.stage == "leaving"]
+            assert going or any(row.drawn == row.limit for row in scheduler.running)
+            assert all(row in going or len(row.pages) * SIZE == row.read for row in short)
         if isinstance(step, Read):
-            assert not (had_read and waiting), "a row that draws waits for two pieces"
-            self.write(step.row, step.start, step.count)
-            if step.is_last:
-                self.texts[step.row] = [*step.row.tokens, self.random.randint(0, 2)]
+            for piece in step.pieces:
+                self.write(piece.row, piece.start, piece.count)
+                if piece.is_last:
+                    self.texts[piece.row] = [*piece.row.tokens, self.random.randint(0, 2)]
         elif isinstance(step, Draw):
-            assert set(waiting) <= set(step.rows)
             for row in step.rows:
                 self.write(row, row.read - 1, 1)
                 self.texts[row].append(self.random.randint(0, 2))
             self.pending = [(row, self.texts[row][-1]) for row in step.rows]
         for row, token in before or []:
             self.came(row, token)
-        if isinstance(step, Read):
-            scheduler.has_read(step.row, step.start + step.count)
-            if step.is_last:
-                self.came(step.row, self.texts[step.row][-1])
-        return step is not None or before is not None
+        for piece in step.pieces if isinstance(step, Read) else ():
+            scheduler.has_read(piece.row, piece.end)
+            if piece.is_last:
+                self.came(piece.row, self.texts[piece.row][-1])
+        return step is not None or before is not None or scheduler.leaving
 
     def came(self, row, token):
         if row.stage == "ended":  # a step too many, after a stop token or a cancellation
             return
+        assert row.stage in ("drawing", "leaving"), "a token of a text that has been put back"
         self.scheduler.has_drawn(row, token)
         drawn = len(row.tokens) - row.prompt
         if drawn == row.limit or self.random.random() < 0.05:
@@ -78,7 +90,8 @@ class Device:
 def test_pages_hold_what_their_texts_say_and_all_come_back(seed):
     rng = random.Random(seed)
     pages = Pages(rng.randint(6, 40), SIZE)
-    scheduler = Scheduler(pages, rows=rng.randint(1, 6), queue=12)
+    again = seed % 3 > 0
+    scheduler = Scheduler(pages, rows=rng.randint(1, 6), queue=12, again=again)
     device = Device(scheduler, seed)
     roots = [[rng.randint(0, 2) for _ in range(30)] for _ in range(3)]
     rows, refused, cached = [], 0, 0
@@ -101,7 +114,8 @@ def test_pages_hold_what_their_texts_say_and_all_come_back(seed):
         pass
     assert not list(scheduler.rows())
     assert all(row.stage == "ended" for row in rows)
-    assert scheduler._reserved == 0
+    assert scheduler._room() == pages.count
+    assert again or all(row.begun < 2 for row in rows)
     assert sorted(scheduler._slots) == list(range(len(scheduler._slots)))
     assert pages.available == pages.count
     assert not any(pages._holders)
@@ -113,11 +127,14 @@ def test_pages_hold_what_their_texts_say_and_all_come_back(seed):
 def read_to_the_end(scheduler):
     """Every row read and drawn; the pieces read, as (row, start, count)."""
     pieces = []
-    while (step := scheduler.next(lambda row: min(row.left, 8))) is not None:
+    while (step := scheduler.next(lambda rows: [min(rows[0].left, 8)])) or scheduler.leaving:
+        drawn = step.rows if isinstance(step, Draw) else []
         if isinstance(step, Read):
-            pieces.append((step.row, step.start, step.count))
-            scheduler.has_read(step.row, step.start + step.count)
-        for row in step.rows if isinstance(step, Draw) else [step.row] if step.is_last else []:
+            (piece,) = step.pieces
+            pieces.append((piece.row, piece.start, piece.count))
+            scheduler.has_read(piece.row, piece.end)
+            drawn = [piece.row] if piece.is_last else []
+        for row in drawn:
             scheduler.has_drawn(row, 7)
             if row.drawn == row.limit:
                 scheduler.end(row)
@@ -186,16 +203,74 @@ def test_a_short_prompt_passes_a_long_one_which_gets_on_too():
     assert long in order[:2]
 
 
-def test_no_row_begins_that_could_not_end_and_none_is_passed_over():
-    scheduler = Scheduler(Pages(10, SIZE), rows=8, queue=50)
+def all_of_the_first(rows):
+    return [rows[0].left]
+
+
+def test_no_row_begins_that_could_not_end_where_none_is_read_again():
+    scheduler = Scheduler(Pages(10, SIZE), rows=8, queue=50, again=False)
     (large,) = scheduler.submit([[1] * 20], 12)  # 8 pages
     (larger,) = scheduler.submit([[2] * 20], 17)  # 9
     (small,) = scheduler.submit([[3]], 1)
-    scheduler.next(lambda row: row.left)
+    scheduler.next(all_of_the_first)
     assert [row.stage for row in (large, larger, small)] == ["drawing", "waiting", "waiting"]
     scheduler.end(large)
-    scheduler.next(lambda row: row.left)
+    scheduler.next(all_of_the_first)
     assert larger.stage == "drawing"
+
+
+def test_where_room_runs_out_the_last_goes_back_and_is_read_again_with_what_it_drew():
+    scheduler = Scheduler(Pages(10, SIZE), rows=8, queue=50)
+    rows = [scheduler.submit([[first] * 8], 24)[0] for first in (1, 2)]  # 8 pages each in the end
+    pieces = read_to_the_end(scheduler)
+    assert [len(row.tokens) for row in rows] == [32, 32]
+    assert [row.begun for row in rows] == [1, 2]
+    *_, (row, start, count) = pieces
+    assert row is rows[1]
+    assert start + count == row.until > row.prompt
+    assert row.cached == 0  # of its prompt: it was read when it first came
+    # Most of what it had written was still there.
+    again = sum(n for one, _, n in pieces if one is row) - row.prompt
+    assert again < row.until
+
+
+def test_several_short_rests_are_one_piece_and_a_long_one_is_not_joined():
+    scheduler = Scheduler(Pages(100, SIZE), rows=8, queue=50)
+    (long,) = scheduler.submit([list(range(40))], 2)
+    short = [scheduler.submit([[50 + n] * 3], 2)[0] for n in range(3)]
+
+    def pieces(rows):
+        return [row.left for row in rows if row.left < 5] or [min(rows[0].left, 16)]
+
+    step = scheduler.next(pieces)
+    assert step.rows == tuple(short)
+    assert all(piece.is_last for piece in step.pieces)
+    for piece in step.pieces:
+        scheduler.has_read(piece.row, piece.end)
+        scheduler.has_drawn(piece.row, 7)
+    assert scheduler.next(pieces).rows == tuple(short)  # each gets its token before more is read
+    assert scheduler.next(pieces).rows == (long,)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_beginnings_in_common_are_of_the_same_pages_and_save_most(seed):
+    rng = random.Random(seed)
+    tree = [list(range(100 * n, 100 * n + rng.randint(5, 30))) for n in range(4)]
+    tables = [
+        [1, 2, 3, *rng.choice(tree), *(1000 + 100 * n + m for m in range(rng.randint(1, 4)))]
+        for n in range(12)
+    ] + [[7]]
+    groups = common_beginnings(tables, members=5, most=4)
+    assert len(groups) <= 4
+    rows = [row for members, _ in groups for row in members]
+    assert len(set(rows)) == len(rows)
+    for members, pages in groups:
+        assert 2 <= len(members) <= 5
+        assert len({tuple(tables[row][:pages]) for row in members}) == 1
+        assert pages < min(len(tables[row]) for row in members)
+    # The four books are worth more than what all begin with.
+    assert max(pages for _, pages in groups) > 3
+    assert common_beginnings([[1], [2]], members=5, most=4) == []
 
 
 def test_the_queue_has_a_bound_for_all_of_a_request():
@@ -209,9 +284,9 @@ def test_the_queue_has_a_bound_for_all_of_a_request():
 def test_a_row_that_waits_no_longer_leaves_the_queue():
     scheduler = Scheduler(Pages(10, SIZE), rows=1, queue=3)
     first, second = (scheduler.submit([[1, 2, 3]], 4)[0] for _ in range(2))
-    scheduler.next(lambda row: row.left)
+    scheduler.next(all_of_the_first)
     assert scheduler.end(second) == []
     own = scheduler.end(first)
     assert len(own) == 1  # what it read has not been said to be fit to be shared
-    assert scheduler.next(lambda row: row.left) is None
+    assert scheduler.next(all_of_the_first) is None
     assert scheduler.pages.available == 10

@@ -19,12 +19,14 @@ from oracle import relative_position
 from shared_fixtures import invoke
 
 import dca_jax
+from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.op import make_rows, rotate_keys
 from dca_jax.attention.sparse import (
     Piece,
     PooledQueries,
     SampledRows,
     Selector,
+    SkipSoftmax,
     Sparse,
     VerticalSlash,
     best,
@@ -87,7 +89,7 @@ def lists(
     batch, tokens = query.shape[:2]
     place = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
     whole = jnp.broadcast_to(jnp.asarray(whole, jnp.int32), (batch,))
-    counts, numbers = _lists(
+    counts, numbers, _ = _lists(
         selector, threshold, jnp.asarray(query), jnp.asarray(key), place, whole, scales
     )
     counts, numbers = np.asarray(counts), np.asarray(numbers)
@@ -464,8 +466,10 @@ def test_a_checkpoint_is_read_as_it_asks(folder: Path, tmp_path: Path, caplog: A
 # --- the kernel ---
 
 
-@pytest.mark.parametrize(("count", "heads"), [(8, 28), (16, 28), (8, 8)])
-def test_the_kernel_lowers_where_it_fits(count: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "heads", "dim"), [(8, 28, 128), (16, 28, 128), (4, 4, 64), (8, 4, 256)]
+)
+def test_the_kernel_lowers_where_it_fits(count: int, heads: int, dim: int) -> None:
     dca = DCAConfig(chunk_len=1024, max_query_position=1536)
 
     def scores(query: jax.Array, key: jax.Array, _: Any, layer: jax.Array, rows: Any) -> jax.Array:
@@ -473,8 +477,8 @@ def test_the_kernel_lowers_where_it_fits(count: int, heads: int) -> None:
         wanted = jnp.ones((1, piece.num_tiles), bool)
         return SampledRows(0.1, count).scores(piece, wanted, dca)
 
-    text = lower(scores, *shapes(1, 512, 8192, heads, 4, 128, jnp.bfloat16))
-    assert ("dca_block_masses" in text) == (heads > 8)
+    text = lower(scores, *shapes(1, 512, 8192, heads, 4, dim, jnp.bfloat16))
+    assert ("dca_block_masses" in text) == (dim < 256)
 
 
 @pytest.mark.gpu
@@ -514,6 +518,7 @@ def test_names() -> None:
         "rows16:0.2": SampledRows(0.2, 16),
         "pooled": PooledQueries(0.1),
         "pooled:0.05": PooledQueries(0.05),
+        "skip-softmax:0.001": SkipSoftmax(0.001),
     }.items():
         found = choose_sparse(name, wish, **options)
         assert found == Sparse(selector=selector, threshold=4096)
@@ -521,6 +526,23 @@ def test_names() -> None:
     for name in ("rows:", "rows:0", "rows:1.5", "rows:x", "rows3", "xattention", "qwen-1m"):
         with pytest.raises(InputError, match=r"rows"):
             choose_sparse(name, wish, **options)
+    for name in ("skip-softmax", "skip-softmax:1", "skip-softmax:x"):
+        with pytest.raises(InputError, match="part of the largest weight"):
+            choose_sparse(name, wish, **options)
+
+
+def test_short_prompts_pass_by_nothing() -> None:
+    """Of a batch, the rows up to the threshold; what is passed by of others is not known before."""
+    how = Sparse(selector=SkipSoftmax(0.01), threshold=500)
+    query, key = jnp.zeros((2, 256, 2, 16)), jnp.zeros((1, 2, 512, 1, 16))
+    offset, whole = jnp.asarray([0, 256], jnp.int32), jnp.asarray([400, 900], jnp.int32)
+    rows = make_rows(query.shape, dca=None, rope=RopeConfig(), query_offset=offset)
+    piece = Piece(query, key, jnp.int32(0), rows, whole, None, *[jnp.int32(0)] * 2)
+    blocks = how.blocks(piece, PLAIN)
+    np.testing.assert_allclose(np.asarray(blocks.skip), [-np.inf, np.log(0.01)], rtol=1e-6)
+    assert np.asarray(blocks.counts.sum(axis=(1, 3)))[:, :2].tolist() == [[0, 1], [2, 3]]
+    assert how.told(400) == "all keys"
+    assert how.told(900) == "skip-softmax:0.01, all keys scored"
 
 
 def test_what_a_checkpoint_asks_for() -> None:

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits beside NumPy's own numbers."""
+"""Keys and values as they are stored, in 8 bits too, beside NumPy's own numbers."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dca_jax.attention.stored import dequantize, quantize
+from dca_jax.attention.layer import write
+from dca_jax.attention.stored import Stored, dequantize, quantize
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,19 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
         read = dequantize(*quantize(jnp.asarray(x), dtype), jnp.float32)
         assert np.isfinite(read[0]).all()
         assert not np.isfinite(read[1]).all()
+
+
+@pytest.mark.parametrize("slot", [0, 3, 4, 9])
+def test_one_token_is_written_in_its_place_or_not_at_all(slot: int) -> None:
+    """As NumPy writes it; a slot beyond the cache's four is dropped."""
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((3, 2, 4, 10)).astype(np.float32)
+    new = rng.standard_normal((2, 1, 1, 2, 5)).astype(np.float32)
+    cache = Stored(jnp.array(before), jnp.array(before), None, None)
+    at = jnp.int32(2), jnp.array([[1]]), jnp.array([[slot]])
+    got = jax.jit(write)(cache, *at, *jnp.array(new))
+    for ours, each in zip((got.key, got.value), new, strict=True):
+        want = before.copy()
+        if slot < 4:
+            want[2, 1, slot] = each.reshape(10)
+        np.testing.assert_array_equal(ours, want)

@@ -40,10 +40,13 @@ class KeyBlocks(NamedTuple):
         counts: how many blocks of each phase, in the order of `dca_jax.dca.PHASES`.
         numbers: of the blocks, counted from the text's first key: those of inter, then those of
             succ, then those of intra, each in ascending order. What lies beyond is not read.
+        skip: of each row, ln lambda: of the blocks that are read, those whose logits are small are
+            passed by (`dca_jax.attention.sparse.skip_softmax`); -inf: none. None: in no row.
     """
 
     counts: Int[Array, "B K tiles 3"]
     numbers: Int[Array, "B K tiles most"]
+    skip: Float[Array, " B"] | None = None
 
 
 class Backend(Protocol):

@@ -33,6 +33,7 @@ from dca_jax.dca import PHASES, DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 
 BLOCK = 128  # queries a tile, and keys a block
+SKIPPING = 64  # queries of a head that pass by a block together (`KeyBlocks.skip`)
 Range = tuple[Int[Array, "..."], Int[Array, "..."]]
 
 
@@ -138,7 +139,7 @@ def check_blocks(blocks: KeyBlocks, query_shape: tuple[int, ...], kv_heads: int)
     """
     batch, num_queries = query_shape[:2]
     expected = batch, kv_heads, num_tiles(num_queries)
-    for name, array in blocks._asdict().items():
+    for name, array in (("counts", blocks.counts), ("numbers", blocks.numbers)):
         if array.dtype != jnp.int32:
             raise InputError(f"key blocks must be int32, got {name} of {array.dtype}")
     if blocks.counts.shape != (*expected, len(PHASES)) or blocks.numbers.shape[:3] != expected:
@@ -147,6 +148,8 @@ def check_blocks(blocks: KeyBlocks, query_shape: tuple[int, ...], kv_heads: int)
             f"counts {[*expected, len(PHASES)]} and numbers {[*expected, 'most']}, got "
             f"{list(blocks.counts.shape)} and {list(blocks.numbers.shape)}"
         )
+    if blocks.skip is not None and blocks.skip.shape != (batch,):
+        raise InputError(f"skip must be a number for each of {batch} rows, got {blocks.skip.shape}")
 
 
 def _tiles(rows: Rows, count: int) -> Int[Array, "B tiles"]:

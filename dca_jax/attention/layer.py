@@ -18,6 +18,7 @@ from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.bands import PositionMethod
 from dca_jax.attention.op import attend, rotate_keys
 from dca_jax.attention.packed import attend_to_packed
+from dca_jax.attention.pages import Common
 from dca_jax.attention.parallel.context import decode_attention
 from dca_jax.attention.parallel.ring import ring_attention
 from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
@@ -162,6 +163,7 @@ def attend_to_cache(
     shards: Shards,
     sparse: SparseText | None = None,
     pages: Int[Array, "B n"] | None = None,
+    common: Common | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored]:
     """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
 
@@ -171,7 +173,7 @@ def attend_to_cache(
     Args:
         sparse: how the tokens, pieces of prompts, are read; None: densely.
         pages: of a cache in pages, each row's table (`dca_jax.kv_cache.PagedCache`); `context` does
-            not cut it.
+            not cut it. common: what rows have in common there, as of `attend`.
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
@@ -187,6 +189,7 @@ def attend_to_cache(
         layer: Array,
         rows: Rows,
         pages: Array | None,
+        common: Common | None,
         *of_text: Array,
     ) -> tuple[Array, Stored]:
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
@@ -213,7 +216,7 @@ def attend_to_cache(
             options["blocks"] = _blocks(sparse.how, query, *stack, scales, of_text, dca, shards)
         with jax.named_scope("attention"):
             if context == 1:
-                options["pages"] = pages
+                options |= {"pages": pages, "common": common}
                 out = attend(query, keys, values, rows=rows, layer=layer, **options)
             else:
                 out = decode_attention(query, keys, values, layer, rows, **options)
@@ -223,9 +226,11 @@ def attend_to_cache(
     kept = _stored_specs(shards, cache.scales is not None, layers="L")
     of_text, more = _of_text(sparse, shards)
     table: Any = None if pages is None else shards.spec("BS", whole="S")
-    specs = (q, k, k, kept, PartitionSpec(), _rows_specs(rows, shards), table, *more)
-    mapped = shards.local(local, specs, (q, kept))
-    return mapped(query, key, value, cache, layer, rows, pages, *of_text)
+    everywhere: Any = PartitionSpec()
+    of_all = None if common is None else Common(everywhere, everywhere, everywhere)
+    placed = everywhere, _rows_specs(rows, shards), table, of_all
+    mapped = shards.local(local, (q, k, k, kept, *placed, *more), (q, kept))
+    return mapped(query, key, value, cache, layer, rows, pages, common, *of_text)
 
 
 def _of_text(sparse: SparseText | None, shards: Shards) -> tuple[tuple, tuple]:
@@ -306,6 +311,24 @@ def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
     return Stored(kept, kept, scale, scale)
 
 
+def _put_one(
+    all_slots: Num[Array, "L R S KH"],
+    place: tuple[Array, Array, Array],
+    new: Num[Array, "1 1 KH"],
+) -> Num[Array, "L R S KH"]:
+    """`new` in a layer's, row's and slot's place; nothing if the slot is beyond S.
+
+    A slice, for one kernel: of a scatter XLA's GPU compiler makes three, one of which only asks
+    whether it stays inside.
+    """
+    layer, row, slot = place
+    last = all_slots.shape[2] - 1
+    at = layer, row, jnp.minimum(slot, last), jnp.zeros_like(slot)
+    before = jax.lax.dynamic_slice(all_slots, at, (1, *new.shape))
+    new = jnp.where(slot <= last, new[None], before)
+    return jax.lax.dynamic_update_slice(all_slots, new, at)
+
+
 def write(
     cache: Stored,
     layer: Int[Array, ""],
@@ -321,7 +344,10 @@ def write(
     """
 
     def put(all_slots: Array, new: Array) -> Array:
-        return all_slots.at[layer, row, slots].set(new.astype(all_slots.dtype), mode="drop")
+        new = new.astype(all_slots.dtype)
+        if slots.size == 1:
+            return _put_one(all_slots, (layer, row[0, 0], slots[0, 0]), new)
+        return all_slots.at[layer, row, slots].set(new, mode="drop")
 
     if cache.key_scale is None or cache.value_scale is None:
         return Stored(put(cache.key, flat(key)), put(cache.value, flat(value)))

@@ -21,7 +21,7 @@ from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
 from dca_jax.attention.bands import PositionMethod, dense_method_attention
 from dca_jax.attention.blocks import allowed_keys, check_blocks
-from dca_jax.attention.pages import check_pages, unpaged
+from dca_jax.attention.pages import Common, check_pages, unpaged
 from dca_jax.attention.softmax import output_delta
 from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import (
@@ -47,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": xla,
 }
 IMPLEMENTATIONS = ("reference", *BACKENDS)
+SKIPPING = "mosaic_gpu", "xla"  # those that know `KeyBlocks.skip`
 
 
 def dual_chunk_attention(
@@ -170,6 +171,7 @@ def attend(
     scales: Scales | None = None,
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
+    common: Common | None = None,
 ) -> Float[Array, "B T N H"]:
     """`dual_chunk_attention` with keys already rotated by `rotate_keys` (a KV cache).
 
@@ -183,8 +185,10 @@ def attend(
             (`dca_jax.attention.blocks`); default: all that it meets.
         pages: where each row's keys lie in a pool of pages [L, P, page, K, H], which key and value
             then are (`dca_jax.attention.pages`); the row's first key is its text's first.
+        common: of one query a row, through pages: beginnings that rows have in common, read once
+            for all by implementations that can (`common_rows`), and as often as ever by others.
 
-    With any of these three, there is no gradient.
+    With any of these, there is no gradient.
 
     Raises:
         InputError: shapes that do not fit, an implementation that cannot run, or a gradient asked
@@ -204,10 +208,17 @@ def attend(
         )
     kinds = {"listed": blocks is not None, "paged": pages is not None}
     name = choose_implementation(implementation, _like(query), like, dca, **kinds)
+    if blocks is not None and blocks.skip is not None and name not in SKIPPING:
+        raise InputError(
+            f"skip-softmax runs with {' and '.join(SKIPPING)}, and attention is by {name!r} here; "
+            "choose another --sparse, or implementation='xla'"
+        )
     if name == "reference":
-        return _by_definition(query, key, value, number, rows, dca, Extras(scales, blocks, pages))
+        return _by_definition(query, key, value, number, rows, dca, scales, blocks, pages)
     phases = () if isinstance(dca, PositionMethod) else phases_within(like.shape[2], dca)
-    extras = Extras(scales, blocks, pages)
+    if name != "mosaic_gpu":
+        common = None
+    extras = Extras(scales, blocks, pages, common)
     if any(x is not None for x in extras):
         return _read_only(name, dca, phases, query, key, value, number, rows, extras)
     out, _ = _flash(name, dca, phases, False, query, key, value, number, rows)
@@ -220,6 +231,21 @@ class Extras(NamedTuple):
     scales: Scales | None
     blocks: KeyBlocks | None
     pages: Int[Array, "B pages_per_row"] | None
+    common: Common | None
+
+
+def common_rows(
+    implementation: str | None,
+    query: jax.ShapeDtypeStruct,
+    key: jax.ShapeDtypeStruct,
+    dca: DCAConfig | PositionMethod | None,
+) -> int:
+    """How many rows' queries are read at once over what they have in common; 0: none are.
+
+    Arguments as of `choose_implementation`, through pages.
+    """
+    name = choose_implementation(implementation, query, key, dca or PLAIN, paged=True)
+    return mosaic_gpu.rows_at_once(query, key) if name == "mosaic_gpu" else 0
 
 
 def _by_definition(
@@ -229,10 +255,11 @@ def _by_definition(
     layer: Array,
     rows: Rows,
     dca: DCAConfig | PositionMethod,
-    extras: Extras,
+    scales: Scales | None,
+    blocks: KeyBlocks | None,
+    pages: Array | None,
 ) -> Array:
     """The dense attention over a layer of keys that are laid out, unpacked and masked for it."""
-    scales, blocks, pages = extras
     if pages is not None:
         key, value, scales = unpaged(key, value, scales, layer, pages)
         layer = jnp.int32(0)
@@ -261,7 +288,8 @@ def _read_only(
     rows: Rows,
     extras: Extras,
 ) -> Array:
-    options = {"dca": dca, "phases": phases, "with_lse": False, **extras._asdict()}
+    given = {name: extra for name, extra in extras._asdict().items() if extra is not None}
+    options = {"dca": dca, "phases": phases, "with_lse": False, **given}
     return BACKENDS[name].forward(query, key, value, layer, rows, **options)[0]
 
 
@@ -269,7 +297,7 @@ def _read_only(
 def _refuse_gradient(
     name: str, dca: DCAConfig | PositionMethod, phases: tuple, primals: tuple, tangents: tuple
 ) -> Any:
-    scales, blocks, pages = primals[-1]
+    scales, blocks, pages, _ = primals[-1]
     found = [
         what
         for what, extra in (

@@ -15,12 +15,42 @@ Scales of keys and values in 8 bits lie in a pool of their own, [L, P, K, page].
 token of a row's text lies in may be any number of the pool: it is not read.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.stored import Scales
 from dca_jax.errors import InputError
+
+
+class Common(NamedTuple):
+    """What texts that are drawn from have in common: each such beginning may be read once for all.
+
+    It changes nothing but how often a page is read. A row is in one group at most.
+
+    Attributes:
+        rows: of each group, its rows, which begin with the same pages; the number of rows of the
+            batch where there is none.
+        tokens: of each group, how many they share: whole pages, and fewer than any of them has; 0
+            where there is no group.
+        place: where each row stands in `rows`, counted through; rows.size where it does not.
+    """
+
+    rows: Int[Array, "groups members"]
+    tokens: Int[Array, " groups"]
+    place: Int[Array, " B"]
+
+
+def own_pages(
+    common: Common, pages: Int[Array, "B pages_per_row"], page: int
+) -> tuple[Int[Array, " B"], Int[Array, "B pages_per_row"]]:
+    """How many tokens are read in common for each row; and its table of the pages after them."""
+    members, count = common.rows.shape[1], pages.shape[1]
+    begun = common.tokens.at[common.place // members].get(mode="fill", fill_value=0)
+    number = begun[:, None] // page + jnp.arange(count, dtype=jnp.int32)[None, :]
+    return begun, jnp.take_along_axis(pages, jnp.minimum(number, count - 1), axis=1)
 
 
 def unpaged(

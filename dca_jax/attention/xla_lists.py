@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import Band, bands_of
-from dca_jax.attention.blocks import BLOCK, KeyBlocks, edge_blocks, full_blocks
+from dca_jax.attention.blocks import BLOCK, SKIPPING, KeyBlocks, edge_blocks, full_blocks
 from dca_jax.attention.stored import Scales
 from dca_jax.attention.xla_tiles import (
     Softmax,
@@ -80,6 +80,8 @@ def attend_to_blocks(
                 if scales is not None:
                     logits = logits * read_scales(scales.key)
                 logits = jnp.where(met[:, :, None], logits, -jnp.inf)
+                if blocks.skip is not None:
+                    logits = _without_small(logits, state.m_i, blocks.skip)
 
                 def weighted(p: Array) -> Array:
                     if scales is not None:
@@ -94,7 +96,7 @@ def attend_to_blocks(
 
     with jax.named_scope("dca_xla_lists"):
         number = jnp.arange(blocks.counts.shape[2], dtype=jnp.int32)
-        lists = (jnp.moveaxis(x, 2, 0) for x in blocks)
+        lists = (jnp.moveaxis(x, 2, 0) for x in (blocks.counts, blocks.numbers))
         out, lse = jax.lax.map(one_tile, (tiles, number, *lists))
     back = jnp.arange(num_queries, dtype=jnp.int32)[None, :] + shift
     out = _taken(join_tiles(out, slots.shape[1]), back)
@@ -142,6 +144,21 @@ def _walk(
         return jnp.where(edge < 0, of_list, of_edges), n < total
 
     return walk, jnp.max(total)
+
+
+def _without_small(
+    logits: Float[Array, "B K G t S"], largest: Float[Array, "B K G t"], skip: Float[Array, " B"]
+) -> Float[Array, "B K G t S"]:
+    """Logits of a block, -inf for queries that pass it by, half a tile of a head at a time.
+
+    Args:
+        largest: of each query's logits before this block.
+        skip: as in `KeyBlocks`.
+    """
+    limit = largest + skip.astype(largest.dtype)[:, None, None, None]
+    large = (logits.max(axis=-1) > limit).reshape(*limit.shape[:3], -1, SKIPPING)
+    large = jnp.repeat(large.any(axis=-1), SKIPPING, axis=-1)
+    return jnp.where(large[..., None], logits, -jnp.inf)
 
 
 def _met(

@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
+from dca_jax.cli import benchmarks
 from dca_jax.cli.options import (
     AdapterOption,
+    BatchOption,
     CacheDtypeOption,
     DtypeOption,
+    LengthOption,
+    LimitOption,
     MeshOption,
     MethodOption,
     MethodsOption,
     ModelArgument,
+    OutputOption,
     SparseOption,
     WeightsOption,
     find_model,
@@ -67,24 +72,6 @@ class PasskeyForm(StrEnum):
     fitted = "fitted"
 
 
-LengthOption = Annotated[
-    list[str],
-    typer.Option(
-        "--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be given several times."
-    ),
-]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
-        "of the model's files)."
-    ),
-]
-BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Maximum number of samples of each kind, for a first look."),
-]
 PaperOption = Annotated[
     str | None,
     typer.Option(
@@ -425,6 +412,11 @@ def l_eval_command(
     ) as log:
         options = {"methods": method, "max_length": length, "limit": limit, "batch": batch}
         l_eval.evaluate(llm, log, files=files, chat=chat, **options)
+
+
+app.command(name="ruler")(benchmarks.ruler_command)
+app.command(name="infinite-bench")(benchmarks.infinite_bench_command)
+app.command(name="longbench-v2")(benchmarks.longbench_v2_command)
 
 
 @app.command(name="speed")

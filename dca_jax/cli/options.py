@@ -18,6 +18,7 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import Opened, open_model
 from dca_jax.inference.methods import METHODS, method_by_name
 from dca_jax.inference.sampling import Sampler
+from dca_jax.packed_weights import STORED, UNPACKED
 from dca_jax.planning.room import check_room
 from dca_jax.sharding import mesh_of
 from dca_jax.weights.hub import find_folder
@@ -33,13 +34,15 @@ class Dtype(StrEnum):
 
 
 class Weights(StrEnum):
-    """The choices of `--weights`; `dca_jax.packed_weights.FORMS`."""
+    """The choices of `--weights`; `dca_jax.packed_weights.FORMS`, and what packs none."""
 
     int8 = "int8"
     int4 = "int4"
     int4_32 = "int4:32"
     int4_128 = "int4:128"
     fp8 = "fp8"
+    stored = STORED
+    unpacked = UNPACKED
 
 
 class CacheDtype(StrEnum):
@@ -163,6 +166,26 @@ NewTokensOption = Annotated[
     str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
 ]
 
+# Of what measures.
+LengthOption = Annotated[
+    list[str],
+    typer.Option(
+        "--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be given several times."
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
+        "of the model's files)."
+    ),
+]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Maximum number of samples of each kind, for a first look."),
+]
+
 _SAMPLING = {
     "temperature": (float, "0 always takes the most likely token; 1 samples from the model."),
     "top_k": (int | None, "Sample from the K most likely tokens."),
@@ -244,7 +267,8 @@ def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> 
     empty = opened.llm.model
     for batch, length in needs:
         options = {"context_length": length, "batch": batch, "dtype": empty.dtype}
-        options |= {"weights": opened.weights, "cache_dtype": opened.llm.cache_dtype}
+        options |= {"weights": opened.weights, "kept": opened.kept}
+        options |= {"cache_dtype": opened.llm.cache_dtype}
         options |= {"sparse": empty.sparse}
         check_room(empty.config, mesh_of(empty), **options)
     with Console(stderr=True, quiet=not is_primary()).status(f"loading {model}"):

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -37,12 +37,16 @@ from dca_jax.lengths import parse_tokens
 from dca_jax.planning.explain import explain, plot_relative_positions, position_matrix
 from dca_jax.planning.facts import checkpoint_facts
 from dca_jax.planning.memory import DEVICES
-from dca_jax.planning.plan import plan
+from dca_jax.planning.plan import Plan, plan
+from dca_jax.planning.server import ROWS, ServerPlan, plan_server
 from dca_jax.planning.shapes import SHAPES, find_shape
 from dca_jax.sharding import parse_mesh
 from dca_jax.weights.files import is_converted, refuse_existing
+from dca_jax.weights.folder import kept_forms
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.kept import Kept
+from dca_jax.weights.packer import packing
 
 MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
 PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
@@ -137,7 +141,20 @@ def plan_command(
             help="Device mesh, as in other commands (default: the fewest devices that suffice).",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Number of texts at once, over all devices.")] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of texts at once, over all devices (default: 1; with --serve, 32 at most)."
+        ),
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Plan a server: how many texts of which length it holds at once, and how much it "
+            "keeps of others; --context-length is the longest, answer included.",
+        ),
+    ] = False,
     train: Annotated[
         bool, typer.Option("--train", help="Plan for training with AdamW instead of generating.")
     ] = False,
@@ -182,6 +199,8 @@ def plan_command(
     - `dca-jax plan llama-2-70b --device h200 --context-length 16k --train --lora-rank 16`
 
     - `dca-jax plan llama-2-7b --device h200 --context-length 256k --cache-dtype int8`
+
+    - `dca-jax plan llama-3-8b --device h200 --context-length 128k --serve`
     """
     tokens = parse_tokens(context_length)
     shape = find_shape(model, context=tokens, file=config)
@@ -189,30 +208,59 @@ def plan_command(
         raise InputError(f"--base {base.value} goes with --lora-rank")
     if weights is not None and lora_rank:
         raise InputError("give --base with --lora-rank, and --weights without")
-    packed = weights.value if weights else None if base is Base.dtype else base.value
+    form, kept = None if base is Base.dtype else base.value, {}
+    if not train:
+        form, keep = packing(None if weights is None else weights.value, on_cpu=False)
+        kept = {} if model in SHAPES else _kept(model, shape, keep)
+    elif weights is not None:
+        form = weights.value
+    common: dict[str, Any] = {
+        "device": device,
+        "mesh": None if mesh is None else parse_mesh(mesh),
+        "dtype": dtype.value,
+        "cache_dtype": None if cache_dtype is None else cache_dtype.value,
+        "weights": form,
+        "kept": kept,
+    }
+    if serve:
+        if train or lora_rank:
+            raise InputError("--serve is about a server, which does not train")
+        _tell(plan_server(model, shape, context=tokens, rows=batch or ROWS, **common), as_json)
+        return
     found = plan(
         model,
         shape,
-        device=device,
-        mesh=None if mesh is None else parse_mesh(mesh),
         context_length=tokens,
-        batch=batch,
+        batch=1 if batch is None else batch,
         train=train,
-        dtype=dtype.value,
-        cache_dtype=None if cache_dtype is None else cache_dtype.value,
         lora=LoraConfig(rank=lora_rank, targets=lora_targets(shape)) if lora_rank else None,
-        weights=packed,
         remat=remat.value,
         state=state.value,
         sparse=None if train else _sparse(sparse, shape, shape.dca or PLAIN),
+        **common,
     )
+    _tell(found, as_json)
+
+
+def _tell(found: Plan | ServerPlan, as_json: bool) -> None:
+    """Prints a plan."""
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
-    table = Table(title=model, show_header=False)
+    table = Table(title=found.model, show_header=False)
     for name, value in found.facts().items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _kept(model: str, shape: LlamaConfig, keep: str | None) -> dict[str, Kept]:
+    """How weights stay packed; says so where they are not here to look at."""
+    try:
+        return kept_forms(find_folder(model, weights=False), shape, keep)
+    except InputError as error:
+        told = f"what stays packed is not known, so all is counted unpacked: {error}"
+        print(told, file=sys.stderr)
+        return {}
 
 
 @app.command("explain")

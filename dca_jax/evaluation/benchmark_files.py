@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dca_jax.errors import InputError
+from dca_jax.evaluation.texts import encode
 from dca_jax.fields import shown
 from dca_jax.inference.llm import LLM
+from dca_jax.inference.tokenizer import decode
 from dca_jax.text_files import check_characters, json_lines, read_text_file
 
 CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
@@ -62,6 +64,16 @@ def _check_name(value: Any, where: str) -> None:
         check_text(value, where)
 
 
+def _check_answers(value: Any, where: str) -> None:
+    """One answer, or a list of them."""
+    if isinstance(value, str):
+        _check_answer(value, where)
+        return
+    _list_of(_check_answer)(value, where)
+    if not value:
+        raise InputError(f"{where} is empty, expected an answer")
+
+
 def _list_of(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
     def check_all(values: Any, where: str) -> None:
         if not isinstance(values, list):
@@ -83,6 +95,8 @@ FIELDS: dict[str, Callable[[Any, str], None]] = {
     "output_examples": _list_of(check_text),
     "id": _check_name,
     "gt": _check_answer,
+    "context": check_text,
+    "answer": _check_answers,
 }
 PAIRS = (("instructions", "outputs"), ("query_examples", "output_examples"))
 
@@ -120,6 +134,20 @@ class Document:
         if not text:
             raise InputError(f"{self.limit} tokens are no room for a document")
         return text
+
+
+def cut_in_the_middle(llm: LLM, text: str, limit: int) -> str:
+    """A text of at most about `limit` tokens, half of its beginning and half of its end.
+
+    As InfiniteBench and LongBench v2 cut; where the halves meet, tokens may come to it.
+    """
+    ids = encode(llm, text)
+    if len(ids) <= limit:
+        return text
+    half = limit // 2
+    if half < 1:
+        raise InputError(f"{limit} tokens are no room for a prompt")
+    return decode(llm.tokenizer, [*ids[:half], *ids[-half:]])
 
 
 def cached_cut(document: Document, count_tokens: Callable[[str], int]) -> Callable[[], str]:

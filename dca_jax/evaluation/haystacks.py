@@ -38,10 +38,9 @@ class Haystack:
         flat = " ".join(text.split())
         if not flat:
             raise InputError("the haystack is empty; give a text")
-        sentences = re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”’)\]])\s+", flat)
         units = [
             " ".join(words[start : start + LONGEST])
-            for words in map(str.split, sentences)
+            for words in map(str.split, sentences_of(flat))
             for start in range(0, len(words), LONGEST)
         ]
         return cls(units, " ")
@@ -79,6 +78,11 @@ class Haystack:
         for needle, depth in reversed(list(zip(needles, depths, strict=True))):
             units.insert(int(count * depth), needle.removesuffix(stop) + stop)
         return self.joiner.join(units)
+
+
+def sentences_of(text: str) -> list[str]:
+    """A text cut at the spaces after full stops, question and exclamation marks."""
+    return re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”’)\]])\s+", text)
 
 
 def largest_fitting(measure: Callable[[int], int], limit: int, first_guess: int) -> int:

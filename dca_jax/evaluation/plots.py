@@ -6,9 +6,9 @@ told apart by people with any color vision, and every curve has a marker of its 
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -39,6 +39,14 @@ class Grid(Protocol):
     def depths(self) -> tuple[float, ...]: ...  # noqa: D102
     @property
     def accuracy(self) -> Float[np.ndarray, "lengths depths"]: ...  # noqa: D102
+
+
+class Panel(NamedTuple):
+    """A heat map: accuracy, from 0 to 1, by length (tokens) and by whatever its rows are."""
+
+    lengths: Sequence[int]
+    rows: Sequence[str]
+    accuracy: Float[np.ndarray, "lengths rows"]
 
 
 def plot_perplexity(
@@ -102,21 +110,37 @@ def plot_passkey(
     """
     if not grids:
         raise InputError("there is no passkey grid to draw")
-    columns = min(4, len(grids))
-    rows = -(-len(grids) // columns)
-    size = (1.5 + 3.8 * columns, 0.4 + 3.8 * rows)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False)
-    for axes in all_axes.flat[len(grids) :]:
-        axes.set_axis_off()
-    for axes, (method, grid) in zip(all_axes.flat, grids.items(), strict=False):
-        image = _heat_map(axes, grid, trained_length)
-        known = grid.accuracy[grid.accuracy == grid.accuracy]
-        axes.set_title(f"{method}: {known.mean():.0%} found" if known.size else method)
-    for axes in all_axes[:, 0]:
-        axes.set_ylabel(f"{depth} (0: beginning)")
-    figure.colorbar(image, ax=list(all_axes.flat), label="accuracy", shrink=0.9)
-    _save(figure, path)
+    panels = {
+        method: Panel(grid.lengths, [f"{depth:.2g}" for depth in grid.depths], grid.accuracy)
+        for method, grid in grids.items()
+    }
+    _heat_maps(panels, path, trained_length=trained_length, rows=f"{depth} (0: beginning)")
+
+
+def plot_tasks(
+    grids: Mapping[str, Float[np.ndarray, "lengths tasks"]],
+    path: Path,
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    trained_length: int,
+) -> None:
+    """Draws one heat map of scores (0 to 1; NaN: not known) by task and length for each method.
+
+    Args:
+        grids: for each method, its scores.
+        path: file to write; it appears when it is whole.
+        tasks: in the order in which they stand, from above.
+        lengths: tokens, rising.
+        trained_length: tokens; lengths beyond it are marked off by a line.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not grids:
+        raise InputError("there is no score to draw")
+    panels = {method: Panel(lengths, tasks, grid) for method, grid in grids.items()}
+    _heat_maps(panels, path, trained_length=trained_length, rows="")
 
 
 def plot_speed(
@@ -193,7 +217,26 @@ def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> 
     return figure, axes
 
 
-def _heat_map(axes: Axes, grid: Grid, trained_length: int) -> AxesImage:
+def _heat_maps(panels: Mapping[str, Panel], path: Path, *, trained_length: int, rows: str) -> None:
+    """One heat map a method, side by side; `rows` says what the vertical axes are."""
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (1.5 + 3.8 * columns, 0.4 + 3.8 * lines)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(lines, columns, squeeze=False)
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (method, panel) in zip(all_axes.flat, panels.items(), strict=False):
+        image = _heat_map(axes, panel, trained_length)
+        known = panel.accuracy[panel.accuracy == panel.accuracy]
+        axes.set_title(f"{method}: {known.mean():.0%} found" if known.size else method)
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel(rows)
+    figure.colorbar(image, ax=list(all_axes.flat), label="accuracy", shrink=0.9)
+    _save(figure, path)
+
+
+def _heat_map(axes: Axes, grid: Panel, trained_length: int) -> AxesImage:
     accuracy = grid.accuracy.T  # depth downwards, length to the right, as in the paper
     image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     if accuracy.size <= CELLS:
@@ -204,7 +247,7 @@ def _heat_map(axes: Axes, grid: Grid, trained_length: int) -> AxesImage:
     crowded = len(grid.lengths) > 6
     labels = [f"{length:,}" for length in grid.lengths]
     axes.set_xticks(range(len(labels)), labels, rotation=45 if crowded else 0)
-    axes.set_yticks(range(len(grid.depths)), [f"{depth:.2g}" for depth in grid.depths])
+    axes.set_yticks(range(len(grid.rows)), grid.rows)
     axes.set_xlabel("length (tokens)")
     beyond = [n for n, length in enumerate(grid.lengths) if length > trained_length]
     if beyond and beyond[0] > 0:

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import jax
 
 from dca_jax.errors import InputError
-from dca_jax.evaluation import few_shot, l_eval, needle, passkey, speed, windows
+from dca_jax.evaluation import (
+    few_shot,
+    infinite_bench,
+    l_eval,
+    longbench_v2,
+    needle,
+    passkey,
+    speed,
+    windows,
+)
 from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import (
     RUN,
@@ -28,6 +37,8 @@ from dca_jax.evaluation.results import (
     write_json,
     write_text,
 )
+from dca_jax.evaluation.ruler import results as ruler_results
+from dca_jax.evaluation.ruler import task as ruler
 from dca_jax.evaluation.tables import Outcome
 from dca_jax.fields import shown
 from dca_jax.text_files import parse_json, read_text_file
@@ -47,6 +58,9 @@ TASKS = {
     "perplexity": Task(windows.FORM, windows.outcome),
     "passkey": Task(passkey.FORM, passkey.outcome),
     "needle": Task(needle.FORM, needle.outcome),
+    "ruler": Task(ruler.FORM, ruler_results.outcome),
+    "infinite-bench": Task(infinite_bench.FORM, infinite_bench.outcome),
+    "longbench-v2": Task(longbench_v2.FORM, longbench_v2.outcome),
     "few-shot": Task(few_shot.FORM, few_shot.outcome),
     "l-eval": Task(l_eval.FORM, l_eval.outcome),
     "speed": Task(speed.FORM, speed.outcome),

@@ -59,7 +59,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
             with writing(output / "adapter"):
                 base = settings.model
                 save_adapter(output / "adapter", params, config, setup.lora, base_model=base)
-        _, read = open_weights(setup.folder, config, dtype=dtype)
+        read = open_weights(setup.folder, config, dtype=dtype).read
         read = merge_lora(read, params, setup.lora)
     aside = output / ".model.partial"
 

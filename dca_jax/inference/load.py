@@ -1,7 +1,7 @@
 """From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
-from dca_jax.packed_weights import check_form
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import axis_size, make_mesh
-from dca_jax.weights.folder import load_weights
+from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import LONG_CONFIG, config_file, read_config
-from dca_jax.weights.packer import matrices, packer
+from dca_jax.weights.kept import Kept
+from dca_jax.weights.packer import matrices, packer, packing
 from dca_jax.weights.parameters import abstract_params
 from dca_jax.weights.placement import parameter_shardings
 
@@ -44,12 +44,14 @@ class Opened:
         llm: what `load` will return, with shapes (`jax.ShapeDtypeStruct`) in place of its weights:
             it makes tokens of texts, and knows what its arrays will take.
         read_weights: returns the parameters; reads them each time.
-        weights: how they are packed; None if they are not.
+        weights: the form that they are packed in as they are read; None if they are not.
+        kept: how those are packed that are kept as they are stored, by path.
     """
 
     llm: LLM
     read_weights: Callable[[], dict[str, Any]]
     weights: str | None
+    kept: Mapping[str, Kept]
 
     def load(self) -> LLM:
         """Reads the weights.
@@ -108,8 +110,11 @@ def load(
             it, which is logged. It limits nothing.
         config: another file than the folder's `config.json`.
         weights: pack them while they are read (`dca_jax.packed_weights.FORMS`): "int8" by output,
-            "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128.
-            Products are computed in `dtype` all the same.
+            "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128;
+            what the checkpoint has in just this form stays as it is. "stored" packs nothing, and
+            keeps what the checkpoint has packed in a form that ours hold to the bit; "unpacked"
+            unpacks it. Default: "stored", on a CPU, where that is slower, "unpacked". Products are
+            computed in `dtype` all the same.
         sparse: how long prompts are read (`dca_jax.attention.sparse.NAMES`): "auto" as the
             checkpoint asks, and densely if it does not; "off", or None, densely; "rows" by the
             blocks of keys that a few queries of each tile attend to most, a tenth of them, and
@@ -156,7 +161,7 @@ def open_model(
 ) -> Opened:
     """All of `load` that comes before the weights are read; arguments and errors as there."""
     check_implementation(implementation)
-    check_form(weights)
+    form, keep = packing(weights, on_cpu=jax.default_backend() == "cpu")
     folder = find_folder(path)
     shape = _read_config(folder, context, config)
     if rope is not None:
@@ -181,10 +186,11 @@ def open_model(
     options = {"dtype": dtype, "implementation": implementation, "sparse": how}
     model = Llama.from_params(shape, like, dca=chosen, **options)
 
-    then = None if weights is None else packer(matrices(shape), weights)
+    then = None if form is None else packer(matrices(shape), form)
+    keep = None if adapter is not None else keep
 
     def read_weights() -> dict[str, Any]:
-        options = {"dtype": dtype, "sharding": sharding, "adapter": adapter}
+        options = {"dtype": dtype, "sharding": sharding, "adapter": adapter, "keep": keep}
         return load_weights(folder, shape, then=then, **options)
 
     llm = LLM(
@@ -193,7 +199,8 @@ def open_model(
         stop_ids=stop_ids,
         cache_dtype=kept,
     )
-    return Opened(llm=llm, read_weights=read_weights, weights=weights)
+    kept = kept_forms(folder, shape, keep)
+    return Opened(llm=llm, read_weights=read_weights, weights=form, kept=kept)
 
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:

@@ -10,11 +10,14 @@ from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import cache_arrays
+from dca_jax.packed_weights import STORED
 from dca_jax.sharding import AXES
 from dca_jax.weights.files import PARAMS, is_converted
+from dca_jax.weights.folder import kept_forms
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
-from dca_jax.weights.parameters import count_parameters
+from dca_jax.weights.packer import matrices
+from dca_jax.weights.parameters import count_parameters, parameters
 
 
 def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
@@ -34,6 +37,7 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
         kind, files = ", ".join(["GGUF", *packed]), gguf_files(folder)
     stored = sum(file.stat().st_size for file in files if file.is_file())
     rope = config.rope
+    stays = _of_packed(folder, config) if stored else {}
 
     def cached(dtype: str) -> int:
         one = {"batch": 1, "capacity": 1, "dtype": parse_cache_dtype(dtype)}
@@ -49,6 +53,7 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
         "parameters": f"{count_parameters(config):,}",
         **_of_experts(config),
         "weights": f"{decimal(stored)} ({kind})" if stored else "not here",
+        **stays,
         "layers": str(config.num_hidden_layers),
         "hidden, feed-forward": f"{config.hidden_size}, {width}",
         "heads": f"{config.num_attention_heads} of {config.head_dim}, "
@@ -61,6 +66,24 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
         "KV cache": f"{decimal(cached('bfloat16'))} a token in bfloat16, "
         f"{decimal(cached('int8'))} in int8 or fp8",
     }
+
+
+def _of_packed(folder: Path, config: LlamaConfig) -> dict[str, str]:
+    """What of its weights stays packed, and what all take then."""
+    kept = kept_forms(folder, config, STORED)
+    if not kept:
+        return {}
+    size, names = 0, set()
+    for row in parameters(config):
+        shape = row.shape(config)
+        if row.path not in kept:
+            size += 2 * math.prod(shape)
+            continue
+        inner = row.inner(shape)
+        size += math.prod(shape[: row.leading]) * kept[row.path].bytes(row, inner)
+        names.add(kept[row.path].name(row, inner))
+    told = f"{len(kept)} of {len(matrices(config))} matrices stay packed"
+    return {"in memory": f"{decimal(size)} in bfloat16 and {', '.join(sorted(names))} ({told})"}
 
 
 def _of_experts(config: LlamaConfig) -> dict[str, str]:

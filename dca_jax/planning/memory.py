@@ -14,7 +14,7 @@ trained; the base is in the dtype, or its layers' kernels are int8.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -28,7 +28,8 @@ from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
 from dca_jax.packed_weights import packed_bytes
 from dca_jax.sharding import partition
-from dca_jax.weights.packer import inner_order, matrices
+from dca_jax.weights.kept import Kept
+from dca_jax.weights.packer import matrices
 from dca_jax.weights.parameters import Parameter, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_partition
 
@@ -129,6 +130,7 @@ class Job:
     dtype: jnp.dtype
     lora: LoraConfig | None = None
     weights: str | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)
     remat: str = "attention"
     state: jnp.dtype = FLOAT32
     cache_dtype: jnp.dtype | None = None  # None: `dtype`
@@ -156,18 +158,22 @@ class Job:
     @property
     def packed(self) -> list[Parameter]:
         """Those of them that are packed."""
-        if self.weights is None:
-            return []
-        return projections(self.config) if self.train else matrices(self.config)
+        rows = projections(self.config) if self.train else matrices(self.config)
+        return rows if self.weights is not None else [row for row in rows if row.path in self.kept]
 
     def held(self, row: Parameter, sizes: Mapping[str, int]) -> int:
         """Bytes on one device of a parameter that is not trained."""
         spec, shape, _ = _placed(row, self.config, sizes)
-        if self.weights is None or row not in self.packed:
+        kept = self.kept.get(row.path)
+        if kept is None and (self.weights is None or row not in self.packed):
             return self.width * _share(spec, shape, sizes)
         own = [_share(PartitionSpec(cut), (n,), sizes) for cut, n in zip(spec, shape, strict=True)]
-        matrix = [own[row.leading + axis] for axis in inner_order(row)]
-        size = packed_bytes(self.weights, matrix, len(row.groups[1]))
+        matrix = row.inner(own)
+        if kept is not None:
+            size = kept.bytes(row, matrix)
+        else:
+            assert self.weights is not None
+            size = packed_bytes(self.weights, matrix, len(row.groups[1]))
         return math.prod(own[: row.leading]) * size
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:

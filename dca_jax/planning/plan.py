@@ -21,6 +21,8 @@ from dca_jax.model import REMAT
 from dca_jax.packed_weights import check_form
 from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage, active_bytes
 from dca_jax.sharding import AXES, describe
+from dca_jax.weights.kept import Kept
+from dca_jax.weights.parameters import parameters
 from dca_jax.weights.placement import check_mesh, cut_by_fsdp, cut_by_tensor
 
 MOST_DEVICES = 1024  # of a mesh that is recommended
@@ -150,6 +152,7 @@ def plan(
     dtype: DTypeLike = jnp.bfloat16,
     lora: LoraConfig | None = None,
     weights: str | None = None,
+    kept: Mapping[str, Kept] | None = None,
     remat: str = "attention",
     state: DTypeLike = jnp.float32,
     cache_dtype: DTypeLike | None = None,
@@ -167,6 +170,7 @@ def plan(
         lora: train these adapters only.
         weights: packed as `dca_jax.packed_weights.FORMS` says: all matrices, or with `lora` the
             kernels of the layers.
+        kept: how those are packed that stay so, by path (`dca_jax.weights.folder.kept_forms`).
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
         state: dtype of trained weights, gradients and moments.
         cache_dtype: of the KV cache, as `dca_jax.load` takes it; default: `dtype`.
@@ -195,7 +199,13 @@ def plan(
         )
     if train and cache_dtype is not None:
         raise InputError("training keeps no KV cache, so it takes no cache dtype; leave it out")
-    kept = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
+    cached = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
+    kept = {} if train or kept is None else kept
+    names = {
+        kept[row.path].name(row, row.inner(row.shape(config)))
+        for row in parameters(config)
+        if row.path in kept
+    }
     job = Job(
         config=config,
         device=DEVICES[device],
@@ -205,9 +215,10 @@ def plan(
         dtype=jnp.dtype(dtype),
         lora=lora,
         weights=weights,
+        kept=kept,
         remat=remat,
         state=jnp.dtype(state),
-        cache_dtype=kept,
+        cache_dtype=cached,
         sparse=sparse,
     )
     fewest = _fewest(job)
@@ -234,10 +245,10 @@ def plan(
         context_length=context_length,
         train=train,
         lora=lora,
-        weights=weights,
+        weights=weights or ", ".join(sorted(names)) or None,
         remat=remat,
         state=jnp.dtype(state).name,
-        cache_dtype=cache_dtype_name(kept),
+        cache_dtype=cache_dtype_name(cached),
         sparse=sparse,
         usage=job.usage(sizes),
         active=None if train or config.mixture is None else active_bytes(job, sizes),

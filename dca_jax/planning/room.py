@@ -4,6 +4,7 @@ What it takes is counted by `dca_jax.planning.memory`, as for `dca-jax plan`; wh
 devices say (`dca_jax.memory`).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from dca_jax.errors import InputError
 from dca_jax.memory import free_bytes
 from dca_jax.planning.memory import FLOAT32, GIB, DeviceKind, Job
 from dca_jax.sharding import AXES, axis_size
+from dca_jax.weights.kept import Kept
 
 # What is counted was within 7 % of the peaks measured: what is beyond memory by less may still run.
 TOLERANCE = 1.07
@@ -34,6 +36,7 @@ def check_room(
     train: bool = False,
     lora: LoraConfig | None = None,
     weights: str | None = None,
+    kept: Mapping[str, Kept] | None = None,
     remat: str = "attention",
     state: DTypeLike = FLOAT32,
     cache_dtype: DTypeLike | None = None,
@@ -59,6 +62,7 @@ def check_room(
         dtype=jnp.dtype(dtype),
         lora=lora,
         weights=weights,
+        kept=kept or {},
         remat=remat,
         state=jnp.dtype(state),
         cache_dtype=None if cache_dtype is None else parse_cache_dtype(cache_dtype),

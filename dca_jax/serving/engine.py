@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.pages import Common
 from dca_jax.attention.stored import is_quantized
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import cut
@@ -26,12 +27,13 @@ from dca_jax.inference.prefix import depends_on_length
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import FAILED
 from dca_jax.inference.text_stream import FinishReason, TextStream
-from dca_jax.serving.pages import Pages
-from dca_jax.serving.programs import Drawn, Programs, Texts
+from dca_jax.serving.pages import Pages, common_beginnings
+from dca_jax.serving.programs import COMMON, Drawn, Programs, Texts, groups_of
 from dca_jax.serving.scheduler import Draw, QueueFullError, Read, Row, Scheduler
 from dca_jax.sharding import axis_size, describe, mesh_of
 
 PAGE = 128  # tokens; what the attention's kernels read at once
+WORTH = 256  # pages that a step must read less to read beginnings in common: it is two more kernels
 PIECE_SECONDS = 0.2  # that a piece of a prompt may take, if a narrower one takes less
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,6 @@ class Job:
     deliver: Callable[[Delta], None]
     stream: TextStream
     table: np.ndarray = field(repr=False)
-    marked: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -124,7 +125,8 @@ class Engine:
         self._changed = threading.Condition()
         self._scheduler = self._new_scheduler()
         self._jobs: dict[Row, Job] = {}
-        self._base: dict[int, float] = {}  # seconds that a piece takes at the start of a text
+        # Seconds that so many pieces of a width take at the start of their texts.
+        self._base: dict[tuple[int, int], float] = {}
         self._slope = 0.0  # and more for each of its tokens and of those before it
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -137,12 +139,12 @@ class Engine:
         """
         for name in self.programs.compile():
             progress(name)
-        for width in self.programs.pieces:
+        for batch, width in self.programs.reads:
             for _ in range(2):  # the first run of a program is slower than the others
                 start = time.perf_counter()
-                drawn = self.programs.read(self.programs.texts(1), [], width)
+                drawn = self.programs.read(self.programs.texts(batch), [], width)
                 jax.block_until_ready(drawn.token)
-                self._base[width] = time.perf_counter() - start
+                self._base[batch, width] = time.perf_counter() - start
         for batch in self.programs.batches:
             jax.block_until_ready(self.programs.draw(self.programs.texts(batch)).token)
         self._thread = threading.Thread(target=self._run, name="dca_jax engine", daemon=True)
@@ -255,8 +257,10 @@ class Engine:
         while True:
             try:
                 with self._changed:
-                    step = self._scheduler.next(self._piece)
+                    step = self._scheduler.next(self._pieces)
                     if step is None and flight is None:
+                        if self._scheduler.leaving:
+                            continue
                         if self._stopping:
                             return
                         self._changed.wait()
@@ -275,74 +279,108 @@ class Engine:
                 flight = None
                 self._begin_anew()
 
-    def _piece(self, row: Row) -> int:
-        """Tokens of a prompt to read at once: as many as take no longer than a piece may."""
-        widths = self.programs.pieces
-        quick = [w for w in widths if self._seconds(w, row.read) <= PIECE_SECONDS]
-        return cut(row.left, tuple(quick) or widths[-1:])[0][0]
+    def _pieces(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens to read at once of the first rows: as many as take no longer than a piece may."""
+        widths, first = self.programs.pieces, rows[0]
+        quick = [w for w in widths if self._seconds([first], w) <= PIECE_SECONDS]
+        counts = [cut(first.left, tuple(quick) or widths[-1:])[0][0]]
+        narrow = widths[-1]
+        rests = [row for row in rows[: self.programs.rests] if row.left <= narrow]
+        if counts[0] == first.left <= narrow:
+            while len(counts) < len(rests):
+                if self._seconds(rows[: len(counts) + 1], narrow) > PIECE_SECONDS:
+                    break
+                counts.append(rows[len(counts)].left)
+        return counts
 
-    def _seconds(self, width: int, start: int) -> float:
-        return self._base[width] + self._slope * width * start
+    def _seconds(self, rows: Sequence[Row], width: int) -> float:
+        """What a piece of each row takes."""
+        batch = 1 if len(rows) == 1 else self.programs.rests
+        return self._base[batch, width] + self._slope * width * sum(row.read for row in rows)
 
     def _prepare(self, step: Read | Draw) -> tuple[Read | Draw, list[Job], Texts]:
         """What the step's texts are, as they are now."""
-        rows = [step.row] if isinstance(step, Read) else list(step.rows)
-        jobs = [self._jobs[row] for row in rows]
-        size = (
-            1 if isinstance(step, Read) else min(n for n in self.programs.batches if n >= len(rows))
-        )
+        jobs, count = [self._jobs[row] for row in step.rows], len(step.rows)
+        if isinstance(step, Read):
+            size = 1 if count == 1 else self.programs.rests
+            lengths = [piece.start for piece in step.pieces]
+        else:
+            size = min(n for n in self.programs.batches if n >= count)
+            lengths = [row.read - 1 for row in step.rows]
         texts, samplers = self.programs.texts(size), [job.options.sampler for job in jobs]
-        for n, (row, job) in enumerate(zip(rows, jobs, strict=True)):
+        for n, (row, job) in enumerate(zip(step.rows, jobs, strict=True)):
             job.table[row.changed : len(row.pages)] = row.pages[row.changed :]
             row.changed = len(row.pages)
             texts.pages[n] = job.table
-            texts.slots[n], texts.prompts[n] = row.slot, row.prompt
-            texts.lengths[n] = step.start if isinstance(step, Read) else row.read - 1
+            texts.slots[n], texts.prompts[n], texts.lengths[n] = row.slot, row.prompt, lengths[n]
             texts.seeds[n], texts.choices[n] = job.options.seed, job.choice
         samplers += [Sampler()] * (size - len(jobs))
         ranked = np.asarray(any(job.logprobs for job in jobs))
-        return step, jobs, texts._replace(sampler=Sampler.of_rows(samplers), ranked=ranked)
+        common = None
+        if isinstance(step, Draw) and self.programs.members and size >= COMMON:
+            common = self._common([row.pages for row in step.rows], size)
+        sampler = Sampler.of_rows(samplers)
+        return step, jobs, texts._replace(sampler=sampler, ranked=ranked, common=common)
+
+    def _common(self, tables: Sequence[Sequence[int]], size: int) -> Common | None:
+        """What these texts read in common, if it saves enough."""
+        limits = {"members": self.programs.members, "most": groups_of(size)}
+        groups = common_beginnings(tables, **limits)
+        saved = sum((len(rows) - 1) * pages for rows, pages in groups)
+        return self.programs.common(size, groups) if saved >= WORTH else None
 
     def _launch(self, step: Read | Draw, jobs: list[Job], texts: Texts) -> _Flight:
         started = time.perf_counter()
         if isinstance(step, Draw):
             return _Flight(step, jobs, self.programs.draw(texts), started)
-        (job,), row = jobs, step.row
-        if not job.marked and job.options.sampler.penalizes:
-            self.programs.mark(row.slot, row.tokens)
-            job.marked = True
-        tokens = row.tokens[step.start : step.start + step.count]
-        width = min(width for width in self.programs.pieces if width >= step.count)
-        return _Flight(step, jobs, self.programs.read(texts, tokens, width), started)
+        for piece, job in zip(step.pieces, jobs, strict=True):
+            # Here and not before: what earlier pieces draw is not of the text.
+            if piece.is_last and job.options.sampler.penalizes:
+                self.programs.mark(piece.row.slot, piece.row.tokens)
+        tokens = [piece.row.tokens[piece.start : piece.end] for piece in step.pieces]
+        return _Flight(step, jobs, self.programs.read(texts, tokens, self._width(step)), started)
+
+    def _width(self, step: Read) -> int:
+        most = max(piece.count for piece in step.pieces)
+        return min(width for width in self.programs.pieces if width >= most)
 
     def _collect(self, flight: _Flight) -> None:
         """Waits for a step, and gives its tokens to their texts."""
         step, drawn = flight.step, flight.drawn
         tokens = np.asarray(drawn.token).tolist()
+        drawn_from = [True] * len(flight.jobs)
         if isinstance(step, Read):
             self._time(step, time.perf_counter() - flight.started)
-            (job,) = flight.jobs
-            if not np.asarray(drawn.finite)[0]:
-                self._fail(job, step.start + step.count)
-                return
-            with self._changed:
-                self._scheduler.has_read(step.row, step.start + step.count)
-            if not step.is_last:
-                return
+            drawn_from = self._collect_pieces(step, flight.jobs, np.asarray(drawn.finite))
         ranked = any(job.logprobs for job in flight.jobs)
         logprobs = [np.asarray(x).tolist() for x in drawn[1:4]] if ranked else None
         for n, (job, token) in enumerate(zip(flight.jobs, tokens, strict=False)):
+            if not drawn_from[n]:
+                continue
             told = None
             if job.logprobs and logprobs is not None:
                 own, top, of_top = (x[n] for x in logprobs)
                 told = own, tuple(zip(top, of_top, strict=True))
             self._push(job, token, told)
 
+    def _collect_pieces(self, step: Read, jobs: list[Job], finite: np.ndarray) -> list[bool]:
+        """Which of the texts a token has been drawn for; those whose numbers are not finite end."""
+        drawn_from = []
+        for piece, job, is_finite in zip(step.pieces, jobs, finite, strict=False):
+            drawn_from.append(bool(is_finite) and piece.is_last)
+            if not is_finite:
+                self._fail(job, piece.end)
+                continue
+            with self._changed:
+                self._scheduler.has_read(piece.row, piece.end)
+        return drawn_from
+
     def _time(self, step: Read, seconds: float) -> None:
         """Learns what a piece takes."""
-        width = min(width for width in self.programs.pieces if width >= step.count)
-        if step.start > width:
-            more = max(0.0, seconds - self._base[width]) / (width * step.start)
+        width, before = self._width(step), sum(piece.start for piece in step.pieces)
+        if before > width:
+            batch = 1 if len(step.pieces) == 1 else self.programs.rests
+            more = max(0.0, seconds - self._base[batch, width]) / (width * before)
             self._slope += (more - self._slope) / 2
 
     def _push(self, job: Job, token: int, logprobs: Any) -> None:
@@ -391,7 +429,9 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         pages = Pages(self._options["pages"], PAGE)
-        return Scheduler(pages, rows=self._rows, queue=self._queue)
+        # A token that sees the length of its text is read otherwise than it is drawn.
+        again = not self._by_length
+        return Scheduler(pages, rows=self._rows, queue=self._queue, again=again)
 
     def _begin_anew(self) -> None:
         """After a step that failed the cache may be lost: every text ends, and nothing is kept."""

@@ -111,7 +111,7 @@ class Room:
         answer = await run_in_threadpool(Answer, self._engine, self._metrics, body, loop)
         written = form(self._name, self._tokens, answer.top)
         if body.stream:
-            return Stream(answer, written, usage=body.stream_options.include_usage)
+            return Stream(answer, written, usage=body.with_usage)
         try:
             return await _unless_gone(request, _whole(answer, written))
         finally:

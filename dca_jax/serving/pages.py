@@ -108,3 +108,67 @@ def page_keys(tokens: Sequence[int], size: int) -> list[bytes]:
     data = array("i", tokens).tobytes()
     width = size * array("i").itemsize
     return [data[at : at + width] for at in range(0, len(data) // width * width, width)]
+
+
+def common_beginnings(
+    tables: Sequence[Sequence[int]], *, members: int, most: int
+) -> list[tuple[list[int], int]]:
+    """Groups of texts whose beginnings lie in the same pages, so that reading each once saves most.
+
+    Pages that several texts hold are full, and stand in the tree: where two texts have the same
+    page, they have the same ones before it.
+
+    Args:
+        tables: of each text, its pages. members: texts of a group, at most. most: groups.
+
+    Returns:
+        Of each group, the texts' numbers, two or more, and how many pages they have in common.
+    """
+    found = [
+        (part, pages)
+        for rows, pages in _best_groups(tables, list(range(len(tables))), 0)
+        for part in _parts(rows, members)
+        if len(part) > 1
+    ]
+    found.sort(key=lambda group: (1 - len(group[0])) * group[1])
+    return found[:most]
+
+
+def _best_groups(
+    tables: Sequence[Sequence[int]], rows: list[int], known: int
+) -> list[tuple[list[int], int]]:
+    """Of rows that have `known` pages in common: all as one group, or several that have more."""
+    common = _common_pages([tables[row] for row in rows], known)
+    after: dict[int, list[int]] = {}
+    for row in rows:
+        if len(tables[row]) > common:
+            after.setdefault(tables[row][common], []).append(row)
+    several = [
+        group
+        for part in after.values()
+        if 1 < len(part) < len(rows)
+        for group in _best_groups(tables, part, common + 1)
+    ]
+    saved = sum((len(part) - 1) * pages for part, pages in several)
+    if (len(rows) - 1) * common >= saved:
+        return [(rows, common)] if common else []
+    return several
+
+
+def _common_pages(tables: Sequence[Sequence[int]], known: int) -> int:
+    """How many pages all have in common, by bisection."""
+    low, high = known, min(map(len, tables))
+    while low < high:
+        middle = (low + high + 1) // 2
+        page = tables[0][middle - 1]
+        if all(table[middle - 1] == page for table in tables):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _parts(rows: list[int], most: int) -> list[list[int]]:
+    """Rows in parts of about equal size."""
+    count = -(-len(rows) // most)
+    return [rows[n::count] for n in range(count)]

@@ -1,4 +1,4 @@
-"""What a server has compiled: a piece of one prompt read, and a token drawn for many texts.
+"""What a server has compiled: pieces of prompts read, and a token drawn for many texts.
 
 Everything is compiled before the first request, for a few widths of pieces and numbers of texts,
 and nothing afterwards: a compiled program refuses other shapes. What a step is told of its texts
@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from dca_jax.attention.op import common_rows
+from dca_jax.attention.pages import Common
 from dca_jax.attention.stored import Stored
 from dca_jax.inference.buckets import on_device, power_of_two
 from dca_jax.inference.compiled import compiler_options
@@ -27,7 +29,9 @@ from dca_jax.model import Llama
 from dca_jax.sharding import Shards, mesh_of, replicated
 
 PIECES = (64, 256, 1024, 2048, 4096)  # tokens of a prompt that are read at once
+RESTS = 4  # prompts of which the last tokens, as many as the narrowest piece, are read at once
 BATCHES = (1, 4, 16)  # texts that are drawn from at once, besides the most there can be
+COMMON = 4  # texts of a step in which beginnings may be read in common, at least; and of a group
 CLEARED = 64  # pages emptied at once
 TOP = 20  # tokens whose log-probabilities are told, at most
 
@@ -56,6 +60,7 @@ class Texts(NamedTuple):
         seeds, choices: [b], of their draws: choice r draws as row r of a batch does in `Run`.
         sampler: of all (`Sampler.of_rows`).
         ranked: [], bool, whether log-probabilities are asked for.
+        common: what texts that are drawn from have in common; None: nothing that is worth it.
     """
 
     slots: Any
@@ -66,6 +71,7 @@ class Texts(NamedTuple):
     choices: Any
     sampler: Sampler
     ranked: Any
+    common: Common | None = None
 
 
 class Drawn(NamedTuple):
@@ -89,10 +95,10 @@ def read(
     model: Llama,
     state: State,
     texts: Texts,
-    tokens: Int[Array, "1 T"],
-    count: Int[Array, " 1"],
+    tokens: Int[Array, "b T"],
+    count: Int[Array, " b"],
 ) -> tuple[State, Drawn]:
-    """Reads a piece of one prompt, and draws what would follow it."""
+    """Reads a piece of each prompt, and draws what would follow it."""
     hidden, cache = model.hidden_states(
         tokens, lengths=count, cache=_paged(state, texts), context_lengths=texts.prompts
     )
@@ -139,6 +145,7 @@ def _paged(state: State, texts: Texts) -> PagedCache:
         pages=texts.pages,
         lengths=texts.lengths,
         frequency_lengths=texts.prompts,
+        common=texts.common,
     )
 
 
@@ -191,7 +198,9 @@ class Programs:
 
     Attributes:
         pieces: the widths a piece of a prompt may have, the widest first.
+        rests: prompts of which a piece of the narrowest width is read at once.
         batches: the numbers of texts that may be drawn from.
+        members: texts that read at once what they have in common; 0: none do.
         table: pages of the longest text.
     """
 
@@ -201,14 +210,26 @@ class Programs:
         self.rows, self.num_pages, self.page, self.table = rows, pages, page, -(-context // page)
         widest = max(PIECES[0], power_of_two(context))
         self.pieces = tuple(width for width in reversed(PIECES) if width <= widest)
+        self.rests = min(RESTS, rows)
         self.batches = tuple(sorted({n for n in BATCHES if n < rows} | {rows}))
         self.vocab_size = model.config.vocab_size
         self._model, self._cache_dtype = model, cache_dtype
         self._leaves, self._tree = jax.tree.flatten(model)
-        self._read: dict[int, Any] = {}
-        self._draw: dict[int, Any] = {}
+        self.members = self._members()
+        self._read: dict[tuple[int, int], Any] = {}
+        self._draw: dict[tuple[int, bool], Any] = {}
         self._small: dict[Callable[..., Any], Any] = {}
         self.state: State = self._empty()
+
+    def _members(self) -> int:
+        config, heads = self._model.config, (self._model.config.head_dim,)
+        query = (1, 1, config.num_attention_heads, *heads)
+        key = (1, 1, self.table * self.page, config.num_key_value_heads, *heads)
+        like = (
+            jax.ShapeDtypeStruct(query, self._model.dtype),
+            jax.ShapeDtypeStruct(key, self._cache_dtype),
+        )
+        return common_rows(self._model.implementation, *like, self._model.dca)
 
     def _empty(self) -> State:
         mesh = mesh_of(self._model)
@@ -223,16 +244,27 @@ class Programs:
             array.delete()
         self.state = self._empty()
 
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """How many prompts are read at once, and how many tokens of each: the widest first."""
+        rests = [(self.rests, self.pieces[-1])] if self.rests > 1 else []
+        return [*((1, width) for width in self.pieces), *rests]
+
     def compile(self) -> Iterator[str]:
         """Compiles everything, several at once; yields the name of what is waited for next."""
-        one = np.zeros((1,), np.int32)
         wanted: list[tuple[str, dict[Any, Any], Any, Callable[..., Any], tuple[Any, ...]]] = []
-        for width in self.pieces:
-            args = self.texts(1), np.zeros((1, width), np.int32), one
-            wanted.append((f"reading {width} tokens", self._read, width, read, args))
+        for batch, width in self.reads:
+            tokens, count = np.zeros((batch, width), np.int32), np.zeros((batch,), np.int32)
+            name = f"reading {width} tokens" if batch == 1 else f"reading {batch} times {width}"
+            args = self.texts(batch), tokens, count
+            wanted.append((name, self._read, (batch, width), read, args))
         for batch in self.batches:
-            args = (self.texts(batch),)
-            wanted.append((f"drawing {batch} tokens", self._draw, batch, draw, args))
+            name, texts = f"drawing {batch} tokens", self.texts(batch)
+            wanted.append((name, self._draw, (batch, False), draw, (texts,)))
+            if self.members and batch >= COMMON:
+                texts = texts._replace(common=self.common(batch, []))
+                name += " after common beginnings"
+                wanted.append((name, self._draw, (batch, True), draw, (texts,)))
         seen, some = np.zeros((self.vocab_size,), bool), np.zeros((CLEARED,), np.int32)
         for function, args in ((mark, (np.int32(0), seen)), (clear, (some,))):
             wanted.append((function.__name__, self._small, function, _alone(function), args))
@@ -272,18 +304,37 @@ class Programs:
             ranked=np.asarray(False),
         )
 
-    def read(self, texts: Texts, tokens: Sequence[int], width: int) -> Drawn:
-        """Reads a piece of one prompt, padded to one of `pieces`."""
-        padded = np.zeros((1, width), np.int32)
-        padded[0, : len(tokens)] = tokens
-        count = np.asarray([len(tokens)], np.int32)
+    def common(self, batch: int, groups: Sequence[tuple[Sequence[int], int]]) -> Common:
+        """What so many texts have in common.
+
+        Args:
+            groups: the numbers of texts, at most `members`, and how many pages they share; at most
+                `groups_of(batch)`.
+        """
+        count = groups_of(batch)
+        rows = np.full((count, self.members), batch, np.int32)
+        tokens, place = np.zeros((count,), np.int32), np.full((batch,), rows.size, np.int32)
+        for n, (members, pages) in enumerate(groups):
+            rows[n, : len(members)] = members
+            tokens[n] = pages * self.page
+            place[np.asarray(members)] = n * self.members + np.arange(len(members))
+        arrays: Any = rows, tokens, place  # of the host, to travel with the call
+        return Common(*arrays)
+
+    def read(self, texts: Texts, tokens: Sequence[Sequence[int]], width: int) -> Drawn:
+        """Reads a piece of each text, padded to a width; together they are one of `reads`."""
+        padded = np.zeros((len(texts.slots), width), np.int32)
+        count = np.zeros((len(texts.slots),), np.int32)
+        for n, piece in enumerate(tokens):
+            padded[n, : len(piece)], count[n] = piece, len(piece)
         args = self._leaves, self.state, texts, padded, count
-        self.state, drawn = self._read[width](*args)
+        self.state, drawn = self._read[padded.shape](*args)
         return drawn
 
     def draw(self, texts: Texts) -> Drawn:
         """Draws a token for each text; they are as many as one of `batches`."""
-        self.state, drawn = self._draw[len(texts.slots)](self._leaves, self.state, texts)
+        shape = len(texts.slots), texts.common is not None
+        self.state, drawn = self._draw[shape](self._leaves, self.state, texts)
         return drawn
 
     def mark(self, slot: int, tokens: Sequence[int]) -> None:
@@ -298,3 +349,8 @@ class Programs:
             some = np.full((CLEARED,), self.num_pages, np.int32)
             some[: len(pages[start : start + CLEARED])] = pages[start : start + CLEARED]
             self.state = self._small[clear](self._leaves, self.state, some)
+
+
+def groups_of(batch: int) -> int:
+    """Beginnings that may be read in common in a step of so many texts."""
+    return max(1, batch // COMMON)

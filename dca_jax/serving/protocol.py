@@ -43,6 +43,19 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
     "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "logits_processors": ([],),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "priority": (0,),
     "use_beam_search": (False,),
     "chat_template": (),
     "documents": ([],),
@@ -58,7 +71,7 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
 # Fields that say nothing about the answer.
 ASIDE = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "verbosity request_id".split()
+    "verbosity request_id include_obfuscation".split()
 )
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -128,7 +141,18 @@ class Generation(Fields, abc.ABC):
     stop_token_ids: Annotated[list[int], Field(max_length=256)] = []
     ignore_eos: bool = False
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _of_streams(self) -> "Generation":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are of streams; set stream, or leave them out")
+        return self
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self, new_tokens: int) -> Options:
         """How to generate.
@@ -193,6 +217,12 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=TOP)] = 0
     chat_template_kwargs: TemplateOptions = TemplateOptions()
+
+    @model_validator(mode="after")
+    def _of_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs asks for more of logprobs; set logprobs, too")
+        return self
 
     def prompts(self, llm: LLM) -> list[list[int]]:
         """The conversation as its template writes it."""

@@ -2,6 +2,9 @@
 
 import math
 
+from jax.typing import DTypeLike
+
+from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import cache_bytes, device_memory, reading_bytes
 from dca_jax.inference.llm import LLM
@@ -27,8 +30,7 @@ def choose_pages(llm: LLM, *, context: int, rows: int, tokens: int | None = None
     config, mesh = llm.model.config, mesh_of(llm.model)
     page = cache_bytes(config, 1, PAGE, llm.cache_dtype, mesh)
     _, free = device_memory(llm.model)
-    beside = reading_bytes(config, 1, min(context, PIECES[-1]), llm.model.dtype)
-    beside += LOGITS * 4 * rows * config.vocab_size
+    beside = beside_bytes(config, context=context, rows=rows, dtype=llm.model.dtype)
     on_cpu = next(iter(llm.model.norm.scale[...].devices())).platform == "cpu"
     room = (CPU_SHARE if on_cpu else SHARE) * free - beside
     most = math.inf if room == math.inf else max(0, int(room // page))
@@ -47,3 +49,13 @@ def choose_pages(llm: LLM, *, context: int, rows: int, tokens: int | None = None
             "--cache, --cache-dtype int8, packed weights, or a mesh"
         )
     return pages
+
+
+def beside_bytes(config: LlamaConfig, *, context: int, rows: int, dtype: DTypeLike) -> int:
+    """Bytes that reading a piece and drawing a token for each text take beside weights and cache.
+
+    Args:
+        context, rows: as of `choose_pages`. dtype: of activations.
+    """
+    reading = reading_bytes(config, 1, min(context, PIECES[-1]), dtype)
+    return reading + LOGITS * 4 * rows * config.vocab_size

@@ -2,22 +2,33 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import CONFIG, LlamaConfig
+from dca_jax.packed_weights import FORMS, STORED, Packed
 from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import copy_companions, is_converted, read_json
 from dca_jax.weights.gguf import write_companions
 from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, QUANTIZATION, open_checkpoint
-from dca_jax.weights.parameters import Parameter, Progress, Read, Shardings, load_tree, parameters
+from dca_jax.weights.kept import Kept, KeptTensor, kept_rows, load_kept
+from dca_jax.weights.packer import matrices
+from dca_jax.weights.parameters import (
+    Parameter,
+    Progress,
+    Read,
+    Shardings,
+    Then,
+    load_tree,
+    parameters,
+)
+from dca_jax.weights.tensor_files import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +40,8 @@ def load_weights(
     dtype: DTypeLike | None = None,
     sharding: Shardings = None,
     adapter: str | Path | None = None,
-    then: Callable[[Parameter, jax.Array], Mapping[str, Any]] | None = None,
+    then: Then | None = None,
+    keep: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of a Hugging Face or converted folder or a GGUF file, streamed to devices.
@@ -43,22 +55,32 @@ def load_weights(
         sharding: one for all, or a function of the path; None is the first local device.
         adapter: folder of a LoRA adapter (PEFT's) to merge into the weights; the sums are float32.
         then: as in `dca_jax.weights.parameters.load_tree`.
+        keep: as of `open_weights`; with an adapter, which is merged, all are unpacked.
         progress: told the path and the bytes placed, after each piece.
 
     Returns:
-        The parameter tree: nested dicts of arrays, layers stacked on a leading axis.
+        The parameter tree: nested dicts of arrays, or of packed matrices; layers stacked on a
+        leading axis.
 
     Raises:
         InputError: what `open_weights` and `load_adapter` refuse, before the weights are read; a
             damaged array, or a weight that is NaN or infinite, when it is met.
     """
-    dtypes, read = open_weights(folder, config, dtype=dtype)
+    source = open_weights(folder, config, dtype=dtype, keep=keep if adapter is None else None)
+    read = source.read
     if adapter is not None:
         read = with_adapter(read, adapter, config)
-    like = {
-        row.path: row.abstract(config, dtypes[row.path], sharding) for row in parameters(config)
+    every = {
+        row.path: row.abstract(config, source.dtypes[row.path], sharding) for row in source.rows
     }
-    return load_tree(config, like, read, progress, then=then)
+    like = {path: leaf for path, leaf in every.items() if path not in source.kept}
+
+    def kept(row: Parameter) -> Packed | None:
+        if row.path not in source.kept:
+            return None
+        return load_kept(row, config, source.kept[row.path], every[row.path].sharding, progress)
+
+    return load_tree(config, like, read, progress, then=then, instead=kept)
 
 
 def copy_description(source: Path, destination: Path) -> list[Path]:
@@ -85,30 +107,111 @@ def copy_description(source: Path, destination: Path) -> list[Path]:
     return originals
 
 
-def open_weights(
-    folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
-) -> tuple[dict[str, np.dtype], Read]:
-    """The dtype of each parameter, by path, and what reads pieces of them in it.
+class Source(NamedTuple):
+    """A checkpoint's weights, none of which has been read.
 
-    Packed weights are unpacked as they are read, which is logged.
+    Attributes:
+        dtypes: of each parameter that is read unpacked, by path.
+        read: gives pieces of them in it.
+        kept: the tensors of each parameter that is kept packed.
+        rows: all parameters.
+    """
+
+    dtypes: dict[str, np.dtype]
+    read: Read
+    kept: dict[str, Sequence[KeptTensor]]
+    rows: list[Parameter]
+
+
+def open_weights(
+    folder: str | Path,
+    config: LlamaConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    keep: str | None = None,
+) -> Source:
+    """The weights of a Hugging Face or converted folder or a GGUF file.
+
+    How packed ones are read is logged.
+
+    Args:
+        dtype: of what is unpacked; None for each as it is stored.
+        keep: which are kept packed as they are stored: "stored" for all that can be, a name in
+            `dca_jax.packed_weights.FORMS` for those of this form, None for none.
 
     Raises:
         InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight
             that is NaN or infinite.
     """
+    rows, tensors = parameters(config), dict[str, Sequence[StoredTensor]]()
     if is_converted(Path(folder)):
         from dca_jax.weights.orbax import open_converted  # slow to import, and seldom needed
 
-        return open_converted(folder, config, dtype=dtype)
-    checkpoint = open_checkpoint(folder, config)
-    dtypes = {
-        row.path: checkpoint.dtype(row) if dtype is None else jnp.dtype(dtype)
-        for row in parameters(config)
+        dtypes, read = open_converted(folder, config, dtype=dtype)
+    else:
+        checkpoint = open_checkpoint(folder, config)
+        tensors, own = checkpoint.tensors, None if dtype is None else jnp.dtype(dtype)
+        dtypes = {row.path: own or checkpoint.dtype(row) for row in rows}
+
+        def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+            return checkpoint.read(row, index, dtypes[row.path])
+
+    forms = _kept_names(config, tensors, keep)
+    _say_how(folder, rows, tensors, dtypes, forms)
+    return Source(dtypes, read, {path: tensors[path] for path in forms}, rows)
+
+
+def kept_forms(folder: Path, config: LlamaConfig, keep: str | None) -> dict[str, Kept]:
+    """How weights are kept packed that `open_weights` would keep, by path; nothing is logged.
+
+    Raises:
+        InputError: as `open_weights`.
+    """
+    if keep is None or is_converted(folder):
+        return {}
+    if not is_gguf(folder) and QUANTIZATION not in read_json(folder, CONFIG):
+        return {}
+    tensors = open_checkpoint(folder, config).tensors
+    names = _kept_names(config, tensors, keep)
+    return {path: kept for path in names if (kept := tensors[path][0].kept) is not None}
+
+
+def _kept_names(
+    config: LlamaConfig, tensors: Mapping[str, Sequence[KeptTensor]], keep: str | None
+) -> dict[str, str]:
+    """The form of each parameter that is kept, by path."""
+    if keep is None:
+        return {}
+    rows = matrices(config)
+    shapes = {row.path: row.inner(row.shape(config)) for row in rows}
+    kept = kept_rows(rows, config, tensors)
+    names = {
+        row.path: kept[row.path].name(row, shapes[row.path]) for row in rows if row.path in kept
     }
-    if checkpoint.packed:
-        names = ", ".join(sorted({f"{each}" for each in dtypes.values()}))
-        log.warning(
-            "the weights of %s are packed (%s); they are unpacked into %s as they are read",
-            *(folder, ", ".join(checkpoint.packed), names),
-        )
-    return dtypes, lambda row, index: checkpoint.read(row, index, dtypes[row.path])
+    wanted = f"int4:{FORMS[keep]}" if keep == "int4" else keep
+    return {path: name for path, name in names.items() if keep == STORED or name == wanted}
+
+
+def _say_how(
+    folder: str | Path,
+    rows: Sequence[Parameter],
+    tensors: Mapping[str, Sequence[StoredTensor]],
+    dtypes: Mapping[str, np.dtype],
+    forms: Mapping[str, str],
+) -> None:
+    packed = {row.path: {t.packed for t in tensors.get(row.path, []) if t.packed} for row in rows}
+    packed = {path: names for path, names in packed.items() if names}
+    if not packed:
+        return
+    others = [path for path in packed if path not in forms]
+    kinds = ", ".join(sorted(set().union(*packed.values())))
+    dtype = ", ".join(sorted({f"{dtypes[path]}" for path in others}))
+    kept = ", ".join(sorted(set(forms.values())))
+    if not forms:
+        how = f"they are unpacked into {dtype} as they are read"
+    elif not others:
+        how = f"they stay so ({kept})"
+    else:
+        names = ", ".join(path.removesuffix(".kernel").rpartition(".")[2] for path in others)
+        how = f"they stay so ({kept}), but {names}: unpacked into {dtype} as they are read"
+    log.warning("the weights of %s are packed (%s); %s", folder, kinds, how)

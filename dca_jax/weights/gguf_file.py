@@ -22,6 +22,8 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.weights.files import member
+from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values
+from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
 
 SUFFIX = ".gguf"
@@ -103,6 +105,37 @@ class GGUFTensor(StoredTensor):
         if self.head_dim and len(index) == 1:  # a bias: its rows are its values
             whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
             return whole[self._rows(index)]
+        packed, first = self._blocks(index)
+        packed = packed.reshape(*packed.shape[:-2], -1)
+        if not self.packed:
+            return packed.view(self.dtype)
+        cut = slice(index[-1].start - first, index[-1].stop - first)
+        with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
+            return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
+
+    @property
+    def kept(self) -> Kept | None:
+        """How its weights can be kept packed."""
+        return KEPT.get(self.packed)
+
+    def read_values(self, index: Index) -> np.ndarray:
+        """A piece of the integers."""
+        blocks, first = self._blocks(index)
+        values = block_values(self.packed, blocks)
+        return values[:, index[1].start - first : index[1].stop - first]
+
+    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
+        """Those of each block of a piece."""
+        blocks, first = self._blocks(index)
+        scale, offset = block_scales(self.packed, blocks)
+        groups = (corners(index, block)[1] - first) // GROUP
+        scale, offset = (each if each is None else each[:, groups] for each in (scale, offset))
+        assert scale is not None
+        zero = np.full(scale.shape, 8, np.uint8) if self.packed == "Q4_0" else None
+        return Scales(scale, zero, offset)
+
+    def _blocks(self, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
+        """The bytes of all blocks that a piece has a part of, and where in a row they begin."""
         values_of_block, block_bytes = self._block
         *outer, width = self.shape
         *rows, columns = index
@@ -111,13 +144,8 @@ class GGUFTensor(StoredTensor):
         with _reading(self.path):
             data = np.memmap(self.path, np.uint8, "r", self.offset, shape)
         picked = self._rows(rows)
-        packed = np.array(data[(*picked, slice(first, last))])  # in memory of its own
-        packed = packed.reshape(*packed.shape[:-2], -1)
-        if not self.packed:
-            return packed.view(self.dtype)
-        cut = slice(columns.start - first * values_of_block, columns.stop - first * values_of_block)
-        with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
-            return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
+        found = np.array(data[(*picked, slice(first, last))])  # in memory of its own
+        return found, first * values_of_block
 
     def _rows(self, rows: Sequence[slice]) -> tuple[Any, ...]:
         """Where Hugging Face's rows are in the file.

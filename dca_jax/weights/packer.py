@@ -1,6 +1,6 @@
 """Packs a model's matrices one after another, on the devices they lie on, while it is loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
-from dca_jax.packed_weights import Packed, check_form, pack
+from dca_jax.packed_weights import STORED, UNPACKED, Packed, check_form, pack
 from dca_jax.sharding import Shards
-from dca_jax.weights.parameters import Parameter, parameters
+from dca_jax.weights.parameters import Parameter, Then, parameters
 
 ROUTER = "layers.experts.router.kernel"
 
@@ -20,13 +20,11 @@ def matrices(config: LlamaConfig) -> list[Parameter]:
     return [row for row in parameters(config) if len(row.axes) > 1 and row.path != ROUTER]
 
 
-def packer(
-    rows: Sequence[Parameter], form: str
-) -> Callable[[Parameter, Array], dict[str, Array | Packed]]:
-    """What packs parameters as they come: `then` of `dca_jax.weights.folder.load_weights`.
+def packer(rows: Sequence[Parameter], form: str) -> Then:
+    """What packs parameters as they come: `then` of `dca_jax.weights.parameters.load_tree`.
 
-    The array is deleted, so that no more than one is held unpacked. On a mesh a packed matrix is
-    cut as the array was. All that is not in `rows` stays as it is.
+    The array is deleted. On a mesh a packed matrix is cut as the array was. All that is not in
+    `rows` stays as it is.
 
     Args:
         rows: of a model, those to pack: its `matrices`, or `projections`.
@@ -38,26 +36,35 @@ def packer(
     check_form(form)
     paths = {row.path for row in rows}
 
-    def packed(row: Parameter, leaf: Array) -> dict[str, Array | Packed]:
-        if row.path not in paths:
-            return {row.path: leaf}
+    def packed(row: Parameter, leaf: Array) -> Packed:
         found = jax.block_until_ready(packed_stack(leaf, form, row))
         leaf.delete()
-        return {row.path: found}
+        return found
 
-    return packed
-
-
-def inner_order(row: Parameter) -> tuple[int, ...]:
-    """The axes of a row's matrix, without those that stack it, outputs before inputs."""
-    outputs, inputs = row.groups
-    return tuple(row.axes.index(axis) for axis in outputs + inputs)
+    return lambda row: partial(packed, row) if row.path in paths else None
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+def packing(weights: str | None, *, on_cpu: bool) -> tuple[str | None, str | None]:
+    """The form to pack weights in, and which are kept (`dca_jax.weights.folder.open_weights`).
+
+    Args:
+        weights: as `dca_jax.load` takes it.
+
+    Raises:
+        InputError: a name that is none.
+    """
+    if weights is None:
+        weights = UNPACKED if on_cpu else STORED
+    if weights in (STORED, UNPACKED):
+        return None, STORED if weights == STORED else None
+    check_form(weights)
+    return weights, weights
+
+
+@partial(jax.jit, static_argnames=("form", "row"))
 def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     """Every matrix of a row's array, packed, each device its own part."""
-    shards, leading, order = Shards.of(stack), row.leading, inner_order(row)
+    shards, leading, order = Shards.of(stack), row.leading, row.inner_order
     turned = [*range(leading), *(leading + axis for axis in order)]
     num_inputs = len(row.groups[1])
 
@@ -74,10 +81,13 @@ def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     if shards.mesh is None:
         return local(stack)
     spec = shards.specs(stack)
-    values = scale = PartitionSpec(*(spec[axis] for axis in turned))
+    values = PartitionSpec(*(spec[axis] for axis in turned))
+    inputs, outputs = values[-num_inputs:], values[leading:-num_inputs]
     if form == "int8":  # one scale for all inputs, on whichever devices they lie
-        for entry in values[-num_inputs:]:
+        for entry in inputs:
             axes += () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        scale = PartitionSpec(*values[:-num_inputs], *(None,) * num_inputs)
+        inputs = (None,) * num_inputs
+    scale = PartitionSpec(*values[:leading], *inputs, *outputs)
     zero = scale if form.startswith("int4") else None
-    return shards.local(local, (spec,), Packed(values, scale, zero, order))(stack)
+    specs = Packed(values, scale, zero, order, num_inputs)
+    return shards.local(local, (spec,), specs)(stack)

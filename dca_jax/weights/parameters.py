@@ -32,6 +32,8 @@ PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 Progress = Callable[[str, int], None]
 # Where arrays go: one sharding for all, or one for each path ("layers.mlp.up_proj.kernel").
 Shardings = Sharding | Callable[[str], Sharding] | None
+# What a row's array becomes, of the same leading axes: it takes the array, and deletes it.
+Then = Callable[["Parameter"], Callable[[jax.Array], Any] | None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,15 @@ class Parameter:
         """`theirs`, parsed: "(N H) D" is (("N", "H"), ("D",))."""
         tokens = re.findall(r"\(([^)]*)\)|(\w+)", self.theirs)
         return tuple(tuple((group or single).split()) for group, single in tokens)
+
+    @property
+    def inner_order(self) -> tuple[int, ...]:
+        """Its axes, without leading ones, outputs before inputs: as Hugging Face has them."""
+        return tuple(self.axes.index(axis) for group in self.groups for axis in group)
+
+    def inner(self, shape: Sequence[int]) -> list[int]:
+        """Of the sizes of our array, or of a part of it, those of one matrix in that order."""
+        return [shape[self.leading + axis] for axis in self.inner_order]
 
     def sizes(self, config: LlamaConfig) -> dict[str, int]:
         """What each letter of its axes stands for."""
@@ -324,7 +335,8 @@ def load_tree(
     progress: Progress | None = None,
     *,
     rows: Sequence[Parameter] | None = None,
-    then: Callable[[Parameter, jax.Array], Mapping[str, Any]] | None = None,
+    then: Then | None = None,
+    instead: Callable[[Parameter], Any] | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree, every device with the pieces of its own shards.
 
@@ -334,7 +346,9 @@ def load_tree(
         read: gives pieces, in the array's dtype.
         progress: told of every piece.
         rows: of the tree; None for those of `parameters`.
-        then: what becomes of an array once it is filled, by path; it is not kept till the end.
+        then: what becomes of an array once it is filled, which is not kept: of a stack, layer by
+            layer. It may say so of some rows alone, and give None for the others.
+        instead: what stands in the place of an array, which is then not read; or None.
 
     Raises:
         InputError: they do not fit into the devices' memory; before any is read, where `then` does
@@ -342,11 +356,18 @@ def load_tree(
     """
     if then is None and not _fits(like):
         raise InputError(_too_large(like))
-    leaves: dict[str, jax.Array] = {}
+    leaves: dict[str, Any] = {}
     try:
         for row in parameters(config) if rows is None else rows:
-            leaf = _load_leaf(row, config, like[row.path], read, progress)
-            leaves |= {row.path: leaf} if then is None else then(row, leaf)
+            if instead is not None and (found := instead(row)) is not None:
+                leaves[row.path] = found
+                continue
+            change = None if then is None else then(row)
+            load = partial(_load_leaf, row, config, progress=progress)
+            if change is None:
+                leaves[row.path] = load(like[row.path], read)
+            else:
+                leaves[row.path] = _load_changed(row, like[row.path], read, load, change)
     except (MemoryError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or not is_out_of_memory(error):
             raise
@@ -382,6 +403,41 @@ def _too_large(like: Mapping[str, jax.ShapeDtypeStruct]) -> str:
     )
 
 
+def _load_changed(
+    row: Parameter,
+    leaf: jax.ShapeDtypeStruct,
+    read: Read,
+    load: Callable[[jax.ShapeDtypeStruct, Read], jax.Array],
+    change: Callable[[jax.Array], Any],
+) -> Any:
+    """What an array becomes. No more than a layer of it is there at one time as it is read."""
+    if not row.stacked:
+        return change(load(leaf, read))
+    count, *shape = leaf.shape
+    one = jax.ShapeDtypeStruct((1, *shape), leaf.dtype, sharding=leaf.sharding)
+    stack: Any = None
+    for number in range(count):
+
+        def read_layer(row: Parameter, index: tuple[slice, ...], n: int = number) -> np.ndarray:
+            return read(row, (slice(n, n + 1), *index[1:]))
+
+        layer = change(load(one, read_layer))
+        if stack is None:
+            stack = jax.tree.map(
+                lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype, device=x.sharding), layer
+            )
+        stack = _place_layer(stack, layer, np.int32(number))
+        jax.block_until_ready(stack)
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place_layer(stack: Any, layer: Any, number: jax.Array) -> Any:
+    return jax.tree.map(
+        lambda s, x: jax.lax.dynamic_update_slice_in_dim(s, x, number, axis=0), stack, layer
+    )
+
+
 def _load_leaf(
     row: Parameter,
     config: LlamaConfig,
@@ -406,11 +462,7 @@ def _load_leaf(
             piece = read(row, index)
             corner = [own.start - whole.start for own, whole in zip(index, part, strict=True)]
             for device in devices:
-                # A caller may be inside `jax.set_mesh` of all devices; this concerns one of them.
-                with jax.set_mesh(Mesh(np.array([device]), ("device",))):
-                    shards[device] = _place(
-                        shards[device], jax.device_put(piece, device), np.array(corner, np.int32)
-                    )
+                shards[device] = placed(shards[device], piece, corner, device)
             # Without this, pieces would pile up on the host faster than the devices take them.
             jax.block_until_ready([shards[device] for device in devices])
             if progress is not None:
@@ -418,6 +470,15 @@ def _load_leaf(
     return jax.make_array_from_single_device_arrays(
         leaf.shape, leaf.sharding, [shards[device] for device in placement]
     )
+
+
+def placed(
+    buffer: jax.Array, piece: np.ndarray, corner: Sequence[int], device: jax.Device
+) -> jax.Array:
+    """A device's buffer with a piece in it that begins at a corner; the buffer is used up."""
+    # A caller may be inside `jax.set_mesh` of all devices; this concerns one of them.
+    with jax.set_mesh(Mesh(np.array([device]), ("device",))):
+        return _place(buffer, jax.device_put(piece, device), np.array(corner, np.int32))
 
 
 @partial(jax.jit, donate_argnums=0)

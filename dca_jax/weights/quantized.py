@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints with packed weights (`quantization_config`), unpacked as they are read.
+"""Hugging Face checkpoints with packed weights (`quantization_config`): unpacked, or kept so.
 
 Each packed weight [out, in] is w = (q - zero) * scale, with a scale, and a zero where there is one,
 for a tile of it: the whole matrix, a row, a group of columns of one row, or a block. Read are
@@ -13,7 +13,6 @@ for a tile of it: the whole matrix, a row, a group of columns of one row, or a b
 What runs these elsewhere may round activations too; here only the weights are rounded.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,14 +22,21 @@ import numpy as np
 from dca_jax import fields
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.weights.tensor_files import StoredTensor
+from dca_jax.weights.kept import EVERY, Index, Kept, Scales, sampled
+from dca_jax.weights.packed_words import (
+    check_shape,
+    part_of,
+    read_words,
+    scaled,
+    scales_of_blocks,
+    whole,
+)
+from dca_jax.weights.tensor_files import FLOATS, StoredTensor
 
 WHERE = "quantization_config of config.json"
 METHODS = ("fp8", "compressed-tensors", "awq", "gptq")
 # In an int32 of AWQ's, where the four bits of each of eight columns lie.
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-
-Index = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Scheme:
         others: suffixes of those that belong to it; what of them is not there need not be.
         shape: [out, in] of the weights, from the module's tensors.
         read: a piece of the weights in float32, from the module's tensors.
+        kept: how they can be kept packed, from the module's tensors; None if they cannot.
+        values, scales: as `dca_jax.weights.kept.KeptTensor` reads them.
         plain: modules that are not packed, by name.
     """
 
@@ -51,6 +59,9 @@ class Scheme:
     others: tuple[str, ...]
     shape: Callable[[Mapping[str, StoredTensor]], tuple[int, int]]
     read: Callable[[Mapping[str, StoredTensor], Index], np.ndarray]
+    kept: Callable[[Mapping[str, StoredTensor]], Kept | None]
+    values: Callable[[Mapping[str, StoredTensor], Index], np.ndarray]
+    scales: Callable[[Mapping[str, StoredTensor], Index, tuple[int, int]], Scales]
     plain: frozenset[str] = frozenset()
 
 
@@ -74,6 +85,19 @@ class PackedTensor(StoredTensor):
         rows, columns = index
         with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
             return self.scheme.read(self.parts, (rows, columns))
+
+    @property
+    def kept(self) -> Kept | None:
+        """How its weights can be kept packed."""
+        return self.scheme.kept(self.parts)
+
+    def read_values(self, index: Index) -> np.ndarray:
+        """A piece of the integers, or of the float8."""
+        return self.scheme.values(self.parts, index)
+
+    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
+        """Those of each block of a piece."""
+        return self.scheme.scales(self.parts, index, block)
 
 
 def unpack(stored: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, StoredTensor]:
@@ -144,81 +168,6 @@ def _plain(quantization: Mapping[str, Any], key: str) -> frozenset[str]:
     return frozenset(names)
 
 
-# --- the one formula ---------------------------------------------------------------------------
-
-
-def _part(parts: Mapping[str, StoredTensor], suffix: str) -> StoredTensor:
-    if suffix not in parts:
-        first = next(iter(parts.values()))
-        raise InputError(f"tensor {first.name} in {first.path.name} has no {suffix} beside it")
-    return parts[suffix]
-
-
-def _whole(tensor: StoredTensor) -> np.ndarray:
-    return tensor.read(tuple(slice(0, size) for size in tensor.shape))
-
-
-def _check(tensor: StoredTensor, *expected: tuple[int, ...]) -> None:
-    if tensor.shape not in expected:
-        raise InputError(
-            f"tensor {tensor.name} in {tensor.path.name} has shape {shown(tensor.shape)}; expected "
-            f"{' or '.join(map(str, expected))}"
-        )
-
-
-def _tiles(index: Index, tile: tuple[int, int], shape: tuple[int, int]) -> tuple[Index, Any]:
-    """Which scales a piece has, and what spreads them over it.
-
-    `tile` is what a scale is for, `shape` that of the array of scales.
-    """
-    bounds, places = [], []
-    for part, size, count in zip(index, tile, shape, strict=True):
-        number = np.minimum(np.arange(part.start, part.stop) // size, count - 1)
-        bounds.append(slice(int(number[0]), int(number[-1]) + 1))
-        places.append(number - number[0])
-    return (bounds[0], bounds[1]), np.ix_(*places)
-
-
-def _scaled(
-    values: np.ndarray, scales: StoredTensor, index: Index, tile: tuple[int, int]
-) -> np.ndarray:
-    """Values in float32, times the scales of their tiles; scales have two axes, or one value."""
-    if math.prod(scales.shape) == 1:
-        return values * _whole(scales).astype(np.float32).reshape(())
-    shape = (scales.shape[0], math.prod(scales.shape[1:]))  # one for each row may have one axis
-    bounds, spread = _tiles(index, tile, shape)
-    found = scales.read(bounds[: len(scales.shape)]).astype(np.float32)
-    return values * found.reshape(bounds[0].stop - bounds[0].start, -1)[spread]
-
-
-def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Integers of so many bits, the lowest bits first, that are packed into int32 along an axis."""
-    count = 32 // bits
-    shifts = np.arange(count, dtype=np.uint32) * bits
-    words = np.moveaxis(words.view(np.uint32), axis, -1)[..., None]
-    found = (words >> shifts) & np.uint32(2**bits - 1)
-    found = found.reshape(*found.shape[:-2], -1).astype(np.int32)
-    return np.moveaxis(found, -1, axis)
-
-
-def _read_words(
-    tensor: StoredTensor, index: Index, bits: int, axis: int, order: np.ndarray | None = None
-) -> np.ndarray:
-    """The piece `[index]` of the integers that a tensor packs along an axis."""
-    count = 32 // bits
-    part = index[axis]
-    first, last = part.start // count, -(-part.stop // count)
-    bounds = list(index)
-    bounds[axis] = slice(first, last)
-    found = _unpacked(tensor.read(tuple(bounds)), bits, axis)
-    if order is not None:
-        grouped = found.reshape(found.shape[0], -1, count)
-        found = grouped[..., order].reshape(found.shape)
-    cut: list[slice] = [slice(None)] * 2
-    cut[axis] = slice(part.start - first * count, part.stop - first * count)
-    return found[tuple(cut)]
-
-
 # --- fp8 in blocks -----------------------------------------------------------------------------
 
 
@@ -234,11 +183,22 @@ def _fp8(quantization: Mapping[str, Any]) -> Scheme:
         suffix="weight",
         others=("weight_scale_inv", "input_scale"),
         shape=lambda parts: _blocked_shape(parts, "weight_scale_inv", tile),
-        read=lambda parts, index: _scaled(
+        read=lambda parts, index: scaled(
             parts["weight"].read(index).astype(np.float32), parts["weight_scale_inv"], index, tile
+        ),
+        kept=lambda parts: _kept("fp8", tile, parts["weight_scale_inv"]),
+        values=lambda parts, index: parts["weight"].read(index),
+        scales=lambda parts, index, block: Scales(
+            scales_of_blocks(parts["weight_scale_inv"], index, block, tile)
         ),
         plain=_plain(quantization, "modules_to_not_convert"),
     )
+
+
+def _kept(form: str, tile: tuple[int, int], scales: StoredTensor) -> Kept | None:
+    """What `Packed` has with scales of these dtypes; of no others."""
+    known = [FLOATS[name] for name in ("F32", "F16", "BF16")]
+    return Kept(form, tile, scales.dtype) if scales.dtype in known else None
 
 
 def _is_size(value: Any) -> bool:
@@ -250,7 +210,7 @@ def _blocked_shape(
 ) -> tuple[int, int]:
     rows, columns = _two_axes(parts["weight"])
     blocks = (-(-rows // tile[0]), -(-columns // tile[1]))
-    _check(_part(parts, scale), blocks)
+    check_shape(part_of(parts, scale), blocks)
     return rows, columns
 
 
@@ -300,6 +260,9 @@ def _compressed(quantization: Mapping[str, Any]) -> Scheme:
             others=("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
             shape=lambda parts: _packed_shape(parts, bits, tile),
             read=lambda parts, index: _read_packed(parts, index, bits, tile),
+            kept=lambda parts: _kept_packed(parts, bits, tile),
+            values=lambda parts, index: _packed_values(parts, index, bits),
+            scales=lambda parts, index, block: _packed_scales(parts, index, block, bits, tile),
             plain=plain,
         )
     if weights.get("symmetric") is False:
@@ -309,14 +272,16 @@ def _compressed(quantization: Mapping[str, Any]) -> Scheme:
         suffix="weight",
         others=("weight_scale", "input_scale"),
         shape=lambda parts: _scaled_shape(parts, tile),
-        read=lambda parts, index: _scaled(
+        read=lambda parts, index: scaled(
             parts["weight"].read(index).astype(np.float32), parts["weight_scale"], index, tile
+        ),
+        kept=lambda parts: _kept("fp8" if kind == "float" else "int8", tile, parts["weight_scale"]),
+        values=lambda parts, index: parts["weight"].read(index),
+        scales=lambda parts, index, block: Scales(
+            scales_of_blocks(parts["weight_scale"], index, block, tile)
         ),
         plain=plain,
     )
-
-
-EVERY = 2**62  # all rows or columns, in the size of a tile
 
 
 def _compressed_tile(weights: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -347,7 +312,7 @@ def _scale_shapes(shape: tuple[int, int], tile: tuple[int, int]) -> list[tuple[i
 
 def _scaled_shape(parts: Mapping[str, StoredTensor], tile: tuple[int, int]) -> tuple[int, int]:
     shape = _two_axes(parts["weight"])
-    _check(_part(parts, "weight_scale"), *_scale_shapes(shape, tile))
+    check_shape(part_of(parts, "weight_scale"), *_scale_shapes(shape, tile))
     return shape
 
 
@@ -356,8 +321,8 @@ def _packed_shape(
 ) -> tuple[int, int]:
     packed = parts["weight_packed"]
     rows, words = _two_axes(packed)
-    _check(_part(parts, "weight_shape"), (2,))
-    said = _whole(parts["weight_shape"]).tolist()
+    check_shape(part_of(parts, "weight_shape"), (2,))
+    said = whole(parts["weight_shape"]).tolist()
     if said[0] != rows or not 0 <= words * 32 // bits - said[1] < 32 // bits or said[1] < 1:
         raise InputError(
             f"tensor {packed.name} in {packed.path.name} has shape {packed.shape}, and its "
@@ -365,11 +330,11 @@ def _packed_shape(
         )
     shape = (rows, int(said[1]))
     scales = _scale_shapes(shape, tile)
-    _check(_part(parts, "weight_scale"), *scales)
+    check_shape(part_of(parts, "weight_scale"), *scales)
     if "weight_zero_point" in parts:
-        _check(parts["weight_zero_point"], (-(-scales[0][0] * bits // 32), scales[0][1]))
+        check_shape(parts["weight_zero_point"], (-(-scales[0][0] * bits // 32), scales[0][1]))
     if "weight_g_idx" in parts:
-        _check(parts["weight_g_idx"], (shape[1],))
+        check_shape(parts["weight_g_idx"], (shape[1],))
     return shape
 
 
@@ -377,18 +342,50 @@ def _read_packed(
     parts: Mapping[str, StoredTensor], index: Index, bits: int, tile: tuple[int, int]
 ) -> np.ndarray:
     rows, columns = index
-    values = _read_words(parts["weight_packed"], index, bits, 1)
+    values = read_words(parts["weight_packed"], index, bits, 1)
     scales = parts["weight_scale"]
     if "weight_g_idx" not in parts and "weight_zero_point" not in parts:
-        return _scaled((values - 2 ** (bits - 1)).astype(np.float32), scales, index, tile)
+        return scaled((values - 2 ** (bits - 1)).astype(np.float32), scales, index, tile)
     group = _groups(parts, "weight_g_idx", columns, tile[1], scales)
     if "weight_zero_point" in parts:
         every = slice(0, scales.shape[1])
-        zeros = _read_words(parts["weight_zero_point"], (rows, every), bits, 0)[:, group]
+        zeros = read_words(parts["weight_zero_point"], (rows, every), bits, 0)[:, group]
     else:
         zeros = np.int32(2 ** (bits - 1))
     scale = scales.read((rows, slice(0, scales.shape[1]))).astype(np.float32)[:, group]
     return (values - zeros).astype(np.float32) * scale
+
+
+def _kept_packed(
+    parts: Mapping[str, StoredTensor], bits: int, tile: tuple[int, int]
+) -> Kept | None:
+    """Not inputs in an order of their own, and not int8 with zeros."""
+    if "weight_g_idx" in parts or (bits == 8 and "weight_zero_point" in parts):
+        return None
+    return _kept(f"int{bits}", tile, parts["weight_scale"])
+
+
+def _packed_values(parts: Mapping[str, StoredTensor], index: Index, bits: int) -> np.ndarray:
+    values = read_words(parts["weight_packed"], index, bits, 1)
+    return values.astype(np.uint8) if bits == 4 else (values - 128).astype(np.int8)
+
+
+def _packed_scales(
+    parts: Mapping[str, StoredTensor],
+    index: Index,
+    block: tuple[int, int],
+    bits: int,
+    tile: tuple[int, int],
+) -> Scales:
+    scale = scales_of_blocks(parts["weight_scale"], index, block, tile)
+    if bits == 8:
+        return Scales(scale)
+    if "weight_zero_point" not in parts:
+        return Scales(scale, np.full(scale.shape, 8, np.uint8))
+    zeros = parts["weight_zero_point"]
+    shape = (parts["weight_packed"].shape[0], zeros.shape[1])
+    zero = sampled(lambda bounds: read_words(zeros, bounds, 4, 0), index, block, tile, shape)
+    return Scales(scale, zero.astype(np.uint8))
 
 
 def _groups(
@@ -425,16 +422,49 @@ def _awq(quantization: Mapping[str, Any]) -> Scheme:
         others=("qzeros", "scales"),
         shape=lambda parts: _grouped_shape(parts, 4, group, packed_axis=1),
         read=lambda parts, index: _read_awq(parts, index, group),
+        kept=lambda parts: _kept("int4", (1, group), parts["scales"]),
+        values=lambda parts, index: _words_turned(parts["qweight"], index, 1, AWQ_ORDER),
+        scales=lambda parts, index, block: _grouped_scales(parts, index, block, group, AWQ_ORDER),
         plain=_plain(quantization, "modules_to_not_convert"),
     )
 
 
+def _words_turned(
+    words: StoredTensor, index: Index, axis: int, order: np.ndarray | None = None
+) -> np.ndarray:
+    """A piece of int4 that are stored as [in, out], packed along an axis of that."""
+    rows, columns = index
+    return read_words(words, (columns, rows), 4, axis, order).T.astype(np.uint8)
+
+
+def _grouped_scales(
+    parts: Mapping[str, StoredTensor],
+    index: Index,
+    block: tuple[int, int],
+    group: int,
+    order: np.ndarray | None = None,
+    more: int = 0,
+) -> Scales:
+    """Of int4 whose scales and zeros are stored as [groups, out]."""
+    groups, outputs = parts["scales"].shape
+    shape = outputs, groups
+
+    def zeros(bounds: Index) -> np.ndarray:
+        found = _words_turned(parts["qzeros"], bounds, 1, order)
+        return (found + np.uint8(more)) & np.uint8(15)
+
+    def scales(bounds: Index) -> np.ndarray:
+        return parts["scales"].read(bounds[::-1]).T
+
+    return Scales(*(sampled(read, index, block, (1, group), shape) for read in (scales, zeros)))
+
+
 def _read_awq(parts: Mapping[str, StoredTensor], index: Index, group: int) -> np.ndarray:
     rows, columns = index
-    values = _read_words(parts["qweight"], (columns, rows), 4, 1, AWQ_ORDER)
+    values = read_words(parts["qweight"], (columns, rows), 4, 1, AWQ_ORDER)
     number = np.arange(columns.start, columns.stop) // group
     groups = slice(int(number[0]), int(number[-1]) + 1)
-    zeros = _read_words(parts["qzeros"], (groups, rows), 4, 1, AWQ_ORDER)
+    zeros = read_words(parts["qzeros"], (groups, rows), 4, 1, AWQ_ORDER)
     scales = parts["scales"].read((groups, rows)).astype(np.float32)
     number = number - number[0]
     return ((values - zeros[number]).astype(np.float32) * scales[number]).T
@@ -455,19 +485,33 @@ def _gptq(quantization: Mapping[str, Any]) -> Scheme:
         others=("qzeros", "scales", "g_idx"),
         shape=lambda parts: _grouped_shape(parts, bits, group, packed_axis=0),
         read=lambda parts, index: _read_gptq(parts, index, bits, group, more),
+        kept=lambda parts: _kept_gptq(parts, bits, group),
+        values=lambda parts, index: _words_turned(parts["qweight"], index, 0),
+        scales=lambda parts, index, block: _grouped_scales(parts, index, block, group, more=more),
         plain=_plain(quantization, "modules_to_not_convert"),
     )
+
+
+def _kept_gptq(parts: Mapping[str, StoredTensor], bits: int, group: int) -> Kept | None:
+    """int4 whose groups are of inputs that follow one another."""
+    if bits != 4:
+        return None
+    if "g_idx" in parts:
+        found = whole(parts["g_idx"])
+        if not np.array_equal(found, np.arange(len(found)) // group):
+            return None
+    return _kept("int4", (1, group), parts["scales"])
 
 
 def _read_gptq(
     parts: Mapping[str, StoredTensor], index: Index, bits: int, group: int, more: int
 ) -> np.ndarray:
     rows, columns = index
-    values = _read_words(parts["qweight"], (columns, rows), bits, 0)
+    values = read_words(parts["qweight"], (columns, rows), bits, 0)
     scales = parts["scales"]
     number = _groups(parts, "g_idx", columns, group, scales)
     every = slice(0, scales.shape[0])
-    zeros = (_read_words(parts["qzeros"], (every, rows), bits, 1) + more) & (2**bits - 1)
+    zeros = (read_words(parts["qzeros"], (every, rows), bits, 1) + more) & (2**bits - 1)
     scale = scales.read((every, rows)).astype(np.float32)
     return ((values - zeros[number]).astype(np.float32) * scale[number]).T
 
@@ -493,8 +537,8 @@ def _grouped_shape(
             f"tensor {parts['qweight'].name} in {parts['qweight'].path.name} has {outs} columns; "
             f"expected a multiple of {32 // bits}"
         )
-    _check(_part(parts, "scales"), (groups, outs))
-    _check(_part(parts, "qzeros"), (groups, outs * bits // 32))
+    check_shape(part_of(parts, "scales"), (groups, outs))
+    check_shape(part_of(parts, "qzeros"), (groups, outs * bits // 32))
     if "g_idx" in parts:
-        _check(parts["g_idx"], (ins,))
+        check_shape(parts["g_idx"], (ins,))
     return outs, ins

@@ -22,6 +22,7 @@ from dca_jax import fields
 from dca_jax.config import CONFIG
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.weights.files import member, read_json
+from dca_jax.weights.kept import KeptTensor
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
@@ -45,7 +46,7 @@ PACKED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(KeptTensor):
     """A tensor in a file: what its header says. `read` is the only thing that touches the data.
 
     Attributes:

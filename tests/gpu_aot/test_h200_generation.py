@@ -80,6 +80,26 @@ def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
     assert program.memory_analysis().temp_size_in_bytes < 100e6
 
 
+@pytest.mark.parametrize(("step", "tokens"), [("read", 4096), ("decode", 1)])
+def test_seventy_billion_in_int4_fit_one_device(step: str, tokens: int) -> None:
+    """No more than a layer is unpacked at a time; large matrices have the kernel for one row."""
+    mesh, capacity = make_mesh("tensor=1", h200s(1)), capacity_bucket(32_768, 1)
+    options = {"capacity": capacity, "tokens": tokens, "weights": "int4:128"}
+    program = lower(step, MODEL, mesh, **options).compile(OPTIONS | GPU_OPTIONS)
+    found, one = program.memory_analysis(), parse_mesh("tensor=1")
+    usage = plan(
+        *("llama-2-70b", MODEL), device="h200", mesh=one, context_length=32_768, weights="int4:128"
+    ).usage
+    held, working = found.argument_size_in_bytes, found.temp_size_in_bytes
+    print(
+        f"{step}: {held / 1e9:.2f} GB held (plan {(usage.weights + usage.cache) / 1e9:.2f}), "
+        f"{working / 1e9:.2f} while it runs"
+    )
+    assert held + working < usage.total
+    assert working < 3e9
+    assert ("dca_packed_row" in program.as_text()) == (step == "decode")
+
+
 def test_a_million_tokens_are_read_sparsely() -> None:
     """A piece of Qwen2.5-7B's prompt on one H200: blocks are scored and read by our two kernels."""
     config, mesh, length = SHAPES["qwen2.5-7b"], make_mesh("tensor=1", h200s(1)), 1_048_576

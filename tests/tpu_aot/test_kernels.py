@@ -17,6 +17,8 @@ from jax.experimental import topologies
 from kernels import ROPE
 
 from dca_jax.attention import mosaic_tpu, op
+from dca_jax.attention.backend import KeyBlocks
+from dca_jax.attention.blocks import BLOCK, num_tiles
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.mosaic_tpu.heads import Heads
 from dca_jax.attention.stored import Scales
@@ -233,3 +235,43 @@ def test_blocks_that_divide_other_chunks(name: str, part: str, chunk_len: int) -
 )
 def test_float32(name: str, heads: Heads, part: str) -> None:
     check(name, part, 32768, heads, dtype=jnp.float32)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", ["v5p", "v6e"])
+@pytest.mark.parametrize("heads", [Heads(query=28, kv=4, head_dim=128), NARROW, WIDE])
+def test_lists_of_a_million_keys_are_read_in_place(name: str, heads: Heads) -> None:
+    """The last 4,096 queries, of which scalar memory holds the words of a few tiles at once."""
+    device, length, tokens = chip(name), 2**20, 4096
+    dca = DCAConfig(chunk_len=253_952, max_query_position=262_144)
+
+    def like(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    query_shape = 1, tokens, heads.query, heads.head_dim
+    cache_shape = 2, 1, length, heads.kv, heads.head_dim
+
+    def run(query: Any, key: Any, value: Any, offset: Any, blocks: KeyBlocks) -> Any:
+        query, key, value = (
+            x.reshape(shape)
+            for x, shape in ((query, query_shape), (key, cache_shape), (value, cache_shape))
+        )
+        rows = op.make_rows(query_shape, dca=dca, rope=ROPE, query_offset=offset)
+        options = {"dca": dca, "phases": PHASES, "with_lse": False, "blocks": blocks}
+        return mosaic_tpu.forward(query, key, value, jnp.int32(1), rows, **options)[0]
+
+    tiles_of = num_tiles(tokens)
+    lists = KeyBlocks(like(1, heads.kv, tiles_of, 3), like(1, heads.kv, tiles_of, length // BLOCK))
+    kept = like(2, 1, length, heads.kv * heads.head_dim, dtype=jnp.bfloat16)
+    query = like(1, tokens, heads.query * heads.head_dim, dtype=jnp.bfloat16)
+    abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        compiled = jax.jit(run).lower(query, kept, kept, like(1), lists).compile()
+    used, expected = vmem(compiled)["dca_tpu_lists"], mosaic_tpu.lists.vmem_bytes(heads, 2)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{name}, {heads}: {used / 1e6:.2f} MB of VMEM, expected {expected / 1e6:.2f}")
+    print(f"  HBM: {temporary / 1e6:.1f} MB beside arguments")
+    assert used <= expected <= tiles.CHIPS[device.device_kind].vmem
+    assert temporary < 1e9  # no copy of the keys, of which a layer has more

@@ -1,20 +1,28 @@
 """DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
-from dca_jax.attention.mosaic_gpu import decode, decode_tiles, flash_forward, forward_tiles
+from dca_jax.attention.mosaic_gpu import (
+    decode_tiles,
+    few_queries,
+    flash_forward,
+    forward_tiles,
+)
 from dca_jax.attention.mosaic_gpu.backward import backward
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
-from dca_jax.attention.pages import unpaged
+from dca_jax.attention.mosaic_gpu.few_queries import rows_at_once
+from dca_jax.attention.pages import Common, unpaged
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.device import SHARED_BYTES, Device, describe
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "rows_at_once", "unsupported"]
 
 
 def unsupported(
@@ -73,16 +81,28 @@ def forward(
     scales: Scales | None = None,
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
+    common: Common | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """As `Backend.forward`: a few queries by the decode kernel, many by the prefill kernel."""
-    options = {"dca": dca, "phases": phases, "with_lse": with_lse}
+    """As `Backend.forward`: few queries by the decode kernel, many by the prefill kernel.
+
+    Args:
+        common: of one query a row, through pages: what rows have in common. No log-sum-exp then.
+    """
+    options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": with_lse}
     shape = key.shape
     if pages is not None:
         shape = (shape[0], pages.shape[0], pages.shape[1] * shape[2], *shape[3:])
     like = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(shape, key.dtype))
+    arrays = query, key, value, layer, rows
+    if common is not None and pages is not None:
+        static: Any = {"dca": dca, "phases": phases}
+        paged: Any = {"scales": scales, "pages": pages, "common": common}
+        return few_queries.decode_after_common(*arrays, **static, **paged), None
     if blocks is None and decode_tiles.fits(*like):
-        options |= {"scales": scales, "pages": pages}
-        return decode.decode(query, key, value, layer, rows, **options)
+        return few_queries.decode(*arrays, scales=scales, pages=pages, **options)
+    if blocks is None and pages is not None and (tile := few_queries.tile_of(*like)):
+        options |= {"tile": tile, "scales": scales, "pages": pages}
+        return few_queries.decode_piece(*arrays, **options)
     if scales is not None and pages is not None:
         key, value, scales = unpaged(key, value, scales, layer, pages)
         layer, pages = jnp.int32(0), None

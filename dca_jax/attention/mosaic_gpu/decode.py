@@ -29,15 +29,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.decode_tiles import (
     QUANTIZED_TILES,
     TILES,
     DecodeTiles,
-    columns_of,
     fitting,
 )
-from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.attention.mosaic_gpu.widening import (
     ROWS,
@@ -55,32 +52,56 @@ from dca_jax.errors import InputError
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-def decode(
-    query: Float[Array, "B T N H"],
+class Columns(NamedTuple):
+    """Queries as the kernel takes them: of each row, those of a kv head are the columns.
+
+    Attributes:
+        query: rotated for each phase.
+        offset: the least text index of a row's queries. lengths: keys from there on are not read.
+        key_offset: as in `Rows`.
+        index: text index of each column's query, -1 for none; None: they follow `offset`, each
+            query's heads side by side.
+        end: no key of a row from this text index on is read; None: all that its queries meet.
+    """
+
+    query: Float[Array, "B P K columns H"]
+    offset: Int[Array, " B"]
+    lengths: Int[Array, " B"]
+    key_offset: Int[Array, " B"]
+    index: Int[Array, "B columns"] | None = None
+    end: Int[Array, " B"] | None = None
+
+
+def attend_columns(
+    columns: Columns,
     key: Num[Array, "L R S K H"],
     value: Num[Array, "L R S K H"],
     layer: Int[Array, ""],
-    rows: Rows,
     *,
+    dtype: jnp.dtype,
+    num_queries: int,
+    group: int,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
-    with_lse: bool,
     scales: Scales | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
+    reach: int | None = None,
     tiles: DecodeTiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`Backend.forward` for shapes that `decode_tiles.fits` takes."""
-    batch, num_queries, num_heads, head_dim = query.shape
+) -> tuple[Float[Array, "B K columns H"], Float[Array, "B K columns"]]:
+    """Output and natural log-sum-exp of num_queries * group columns, float32.
+
+    Args:
+        dtype: of the queries as they came. group: query heads of a kv head.
+        reach: text indices among which a row's queries lie; by default they follow one another.
+    """
+    batch, _, _, width, head_dim = columns.query.shape
     layers, num_rows, capacity, kv_heads = key.shape[:4]
     num_keys = capacity if pages is None else pages.shape[1] * capacity
-    group = num_heads // kv_heads
-    dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
-    queries = _query_columns(query, kv_heads, rows, dca, phases, dtype)
-    if scales is not None:
-        queries = ordered_for_keys(queries)
-    quantized, columns = scales is not None, queries.shape[3]
+    quantized = scales is not None
+    if quantized:
+        columns = columns._replace(query=ordered_for_keys(columns.query))
     tiles = tiles or (QUANTIZED_TILES if quantized else TILES)[head_dim]
-    tiles = fitting(tiles, columns, head_dim, len(phases), quantized=quantized)
+    tiles = fitting(tiles, width, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
             f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
@@ -88,7 +109,7 @@ def decode(
         )
     shares = min(max(1, tiles.ctas // kv_heads), tiles.max_shares)
     problem = _Problem(
-        num_queries=num_queries,
+        reach=reach or num_queries,
         group=group,
         shares=min(shares, batch * -(-num_keys // tiles.block)),
         num_keys=num_keys,
@@ -99,11 +120,8 @@ def decode(
     )
     outs, stats = _attend_shares(
         jnp.reshape(jnp.asarray(layer, jnp.int32), (1,)),
-        rows.offset,
-        rows.lengths,
-        rows.key_offset,
-        queries,
-        query.dtype,
+        columns,
+        dtype,
         key.reshape(layers * num_rows, capacity, kv_heads, head_dim),
         value.reshape(layers * num_rows, capacity, kv_heads, head_dim),
         None if scales is None else scales.key.reshape(layers * num_rows, kv_heads, capacity),
@@ -113,32 +131,7 @@ def decode(
     )
     used = num_queries * group
     out, lse = _merge_shares(outs[..., :used, :], stats[..., :used])
-    if scales is not None:
-        out = in_order_of_head(out)
-    out = out.reshape(batch, kv_heads, num_queries, group, head_dim)
-    out = jnp.swapaxes(out, 1, 2).reshape(query.shape).astype(query.dtype)
-    if not with_lse:
-        return out, None
-    lse = lse.reshape(batch, kv_heads, num_queries, group)
-    return out, jnp.swapaxes(lse, 2, 3).reshape(batch, num_heads, num_queries)
-
-
-def _query_columns(
-    query: Float[Array, "B T N H"],
-    kv_heads: int,
-    rows: Rows,
-    dca: DCAConfig,
-    phases: tuple[Phase, ...],
-    dtype: jnp.dtype,
-) -> Float[Array, "B P K columns H"]:
-    """Queries as each phase sees them, those that share a kv head together, padded with zeros."""
-    batch, num_queries, num_heads, head_dim = query.shape
-    group, columns = num_heads // kv_heads, columns_of(num_queries, num_heads // kv_heads)
-    seen = jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
-    seen = seen.reshape(len(phases), batch, num_queries, kv_heads, group, head_dim)
-    seen = seen.transpose(1, 0, 3, 2, 4, 5)
-    seen = seen.reshape(batch, len(phases), kv_heads, num_queries * group, head_dim)
-    return jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, columns - num_queries * group), (0, 0)))
+    return (in_order_of_head(out) if quantized else out), lse
 
 
 def _merge_shares(
@@ -169,7 +162,7 @@ def _merge_shares(
 class _Problem(NamedTuple):
     """What is static about a call."""
 
-    num_queries: int  # of a row
+    reach: int  # text indices, from a row's offset on, among which its queries lie
     group: int  # query heads of a kv head
     shares: int  # parts that the work of a kv head is cut into
     num_keys: int  # a row has room for
@@ -191,6 +184,8 @@ class _Refs(NamedTuple):
     value: Any
     key_scale: Any  # None, as the other, of keys and values that are exact
     value_scale: Any
+    index: Any  # None, as `end`, where queries follow the offset, and read all that they meet
+    end: Any
     pages: Any  # None where a row's keys lie one behind the other
     outs: Any
     stats: Any
@@ -217,10 +212,7 @@ class _Shared(NamedTuple):
 
 def _attend_shares(
     layer: Int[Array, " 1"],
-    offset: Int[Array, " B"],
-    lengths: Int[Array, " B"],
-    key_offset: Int[Array, " B"],
-    query: Float[Array, "B P K columns H"],
+    columns: Columns,
     dtype: jnp.dtype,
     key: Num[Array, "LR S K H"],
     value: Num[Array, "LR S K H"],
@@ -234,10 +226,12 @@ def _attend_shares(
     Share n's output for row b lies in slot n + b, which is nobody else's: shares and rows ascend
     together. Where the share has no part in the row, its sum is 0, and the slot is not written.
     """
-    batch, num_phases, kv_heads, columns, head_dim = query.shape
+    batch, num_phases, kv_heads, width, head_dim = columns.query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
     f32, quantized = jnp.float32, key_scale is not None
-    arrays = layer, offset, lengths, key_offset, query, key, value, key_scale, value_scale, pages
+    query, offset, lengths, key_offset, index, end = columns
+    stored = key, value, key_scale, value_scale
+    arrays = layer, offset, lengths, key_offset, query, *stored, index, end, pages
     scale = plgpu.SMEM((num_stages, block), f32) if quantized else None
 
     def kernel(*refs: Any) -> None:
@@ -247,19 +241,19 @@ def _attend_shares(
         pl.when(lax.axis_index("warpgroup") == 0)(lambda: _compute(gmem, smem, problem, share))
 
     out_type = (
-        jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, columns, head_dim), f32),
-        jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, columns), f32),
+        jax.ShapeDtypeStruct((shares + batch - 1, kv_heads, width, head_dim), f32),
+        jax.ShapeDtypeStruct((shares, batch, kv_heads, 2, width), f32),
     )
     shared = _Shared(
-        query=plgpu.SMEM((num_phases, columns, head_dim), query.dtype),
-        span=plgpu.SMEM((num_phases, 2, columns), jnp.int32),
+        query=plgpu.SMEM((num_phases, width, head_dim), query.dtype),
+        span=plgpu.SMEM((num_phases, 2, width), jnp.int32),
         key=plgpu.SMEM((num_stages, block, head_dim), key.dtype),
         value=plgpu.SMEM((num_stages, block, head_dim), value.dtype),
         key_scale=scale,
         value_scale=scale,
-        p=plgpu.SMEM((columns, block), dtype),
-        out=plgpu.SMEM((columns, head_dim), f32),
-        stat=plgpu.SMEM((2, columns), f32),
+        p=plgpu.SMEM((width, block), dtype),
+        out=plgpu.SMEM((width, head_dim), f32),
+        stat=plgpu.SMEM((2, width), f32),
         query_ready=plgpu.Barrier(num_arrivals=num_phases),
         key_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
         value_ready=plgpu.Barrier(num_arrivals=1 + quantized, num_barriers=num_stages),
@@ -268,7 +262,7 @@ def _attend_shares(
     )
     # What is None takes no argument.
     given, scratch = jax.tree.leaves(arrays), jax.tree.leaves(shared)
-    tree = jax.tree.structure((_Refs(*arrays, *out_type), shared))
+    tree = jax.tree.structure((_Refs._make((*arrays, *out_type)), shared))
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -322,12 +316,12 @@ class _Work(NamedTuple):
 
 def _work_of(gmem: _Refs, row: Array, problem: _Problem) -> _Work:
     first = gmem.offset[row]
-    last = jnp.minimum(first + problem.num_queries, gmem.lengths[row]) - 1
+    last = jnp.minimum(first + problem.reach, gmem.lengths[row]) - 1
     return _Work.of(first, last, _keys(gmem, row, problem), problem)
 
 
 def _keys(gmem: _Refs, row: Array, problem: _Problem) -> Keys:
-    return Keys(gmem.key_offset[row], problem.num_keys)
+    return Keys(gmem.key_offset[row], problem.num_keys if gmem.end is None else gmem.end[row])
 
 
 def _place(
@@ -450,9 +444,12 @@ def _place_queries(gmem: _Refs, smem: _Shared, row: Array, problem: _Problem) ->
     for p in range(num_phases):
         source = gmem.query.at[row, p, lax.axis_index("head")]
         plgpu.copy_gmem_to_smem(source, smem.query.at[p], smem.query_ready)
-    column = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=COLUMNS)
-    index = lax.div(column, jnp.int32(problem.group)) + gmem.offset[row]
-    is_text = index < gmem.lengths[row]
+    if gmem.index is None:
+        column = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=COLUMNS)
+        index = lax.div(column, jnp.int32(problem.group)) + gmem.offset[row]
+    else:
+        index = plgpu.load(gmem.index.at[row], layout=COLUMNS, optimized=False)
+    is_text = (index >= 0) & (index < gmem.lengths[row])
     for p, phase in enumerate(problem.phases):
         start, stop = map(_keys(gmem, row, problem).slot, key_range(index, phase, problem.dca))
         smem.span[p, 0] = plgpu.layout_cast(start, COLUMNS)

@@ -40,7 +40,7 @@ from dca_jax.attention.mosaic_gpu.ranges import (
     recall,
     steps,
 )
-from dca_jax.attention.mosaic_gpu.vote import any_in_warp
+from dca_jax.attention.mosaic_gpu.vote import any_in_warp, any_in_warpgroup
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.errors import InputError
@@ -67,6 +67,11 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output and natural log-sum-exp over the keys of `phases`; as `Backend.forward`."""
     if blocks is not None:
+        if blocks.skip is not None and LIST_TILES[query.shape[3]].block_k != BLOCK:
+            raise InputError(
+                f"skip-softmax on a Hopper GPU takes heads of 64 or 128, got {query.shape[3]}; "
+                "choose another --sparse"
+            )
         options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
         return _by_tiles_of_the_text(query, key, value, layer, rows, blocks, tiles, **options)
     tiles = tiles or _tiles_for(query.shape[3], None if pages is None else key.shape[2])
@@ -197,11 +202,16 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
 
 
 class _Softmax(NamedTuple):
-    """The state of an online softmax, in registers; maxima in log2 units."""
+    """The state of an online softmax, in registers; maxima in log2 units.
+
+    `m_i` is what weights are relative to, which may lag behind the largest logit by SLACK;
+    `largest` is that logit, and only known where small blocks are passed by.
+    """
 
     acc: Float[Array, "queries H"]
     m_i: Float[Array, " queries"]
     l_i: Float[Array, " queries"]
+    largest: Float[Array, " queries"] | None
 
 
 class _Queries(NamedTuple):
@@ -254,10 +264,12 @@ def _switch(smem: Shared) -> None:
 def _attend_full(queries: _Queries, full: list[Walk], num_steps: Array) -> _Softmax:
     """Through the blocks of keys, phase by phase, that all the tile's queries meet."""
     tiles, head_dim = queries.cta.problem.tiles, queries.cta.smem.q.shape[-1]
+    skip = _skip(queries)
     state = _Softmax(
         _splat((WARPGROUP_Q, head_dim), 0.0, plgpu.Layout.WGMMA),
         _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
         _splat((WARPGROUP_Q,), 0.0, PER_QUERY),
+        None if skip is None else _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
     )
     done = jnp.int32(0)
     for walk in full:
@@ -313,7 +325,6 @@ def _attend_block(
 ) -> _Softmax:
     """Step n of the online softmax, with the block of keys that is in flight for it."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
-    head_dim = smem.v.shape[-1]
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
 
     def logits_of(acc: Any) -> Array:
@@ -327,6 +338,50 @@ def _attend_block(
     plgpu.barrier_arrive(smem.k_consumed.at[slot])
     if mask is not None:
         logits = mask(logits)
+    add = functools.partial(_add_values, queries, n, num_steps)
+    skip = _skip(queries)
+    if skip is None or state.largest is None:
+        return add(state, logits)
+    largest = logits.max(axis=1)
+    wanted = any_in_warpgroup(largest - state.largest - skip)
+    state = state._replace(largest=jnp.maximum(state.largest, largest))
+    pass_by = functools.partial(_pass_by, queries, n, num_steps)
+    return lax.cond(wanted, add, lambda state, _: pass_by(state), state, logits)
+
+
+def _skip(queries: _Queries) -> Float[Array, ""] | None:
+    """`KeyBlocks.skip` of the row, in log2 units."""
+    blocks = queries.cta.gmem.blocks
+    return None if blocks is None or blocks.skip is None else blocks.skip[queries.cta.batch] * LOG2E
+
+
+def _pass_by(queries: _Queries, n: Array, num_steps: Array, state: _Softmax) -> _Softmax:
+    """Leaves out a block of values: keeps step with those who load, and the other warpgroup."""
+    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
+    slot = lax.rem(n, jnp.int32(tiles.num_stages))
+    plgpu.barrier_arrive(smem.ping_pong)
+    plgpu.barrier_wait(smem.v_loaded.at[slot])
+    plgpu.barrier_wait(smem.ping_pong)
+
+    @pl.when(n + 1 < num_steps)
+    def _wait_for_next() -> None:
+        plgpu.barrier_wait(smem.k_loaded.at[lax.rem(n + 1, jnp.int32(tiles.num_stages))])
+
+    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+    return state
+
+
+def _add_values(
+    queries: _Queries,
+    n: Array,
+    num_steps: Array,
+    state: _Softmax,
+    logits: Float[Array, "queries block_k"],
+) -> _Softmax:
+    """The state with the block's values, weighted."""
+    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
+    head_dim = smem.v.shape[-1]
+    slot = lax.rem(n, jnp.int32(tiles.num_stages))
     state = _raise_maxima(state, logits)
     p = jnp.exp2(logits - _along_keys(state.m_i, tiles.block_k))
     narrow = p.astype(smem.v.dtype)
@@ -349,7 +404,7 @@ def _attend_block(
         add_values, plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, head_dim), jnp.float32)
     )
     plgpu.barrier_arrive(smem.v_consumed.at[slot])
-    return _Softmax(acc, state.m_i, l_i)
+    return state._replace(acc=acc, l_i=l_i)
 
 
 def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _Softmax:
@@ -365,12 +420,13 @@ def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _
         return acc, m_next, l_i * decay
 
     grown = any_in_warp(m_next - state.m_i, SLACK)
-    return _Softmax(*lax.cond(grown, rescale, lambda *state: state, *state))
+    acc, m_i, l_i = lax.cond(grown, rescale, lambda *state: state, *state[:3])
+    return state._replace(acc=acc, m_i=m_i, l_i=l_i)
 
 
 def _write(queries: _Queries, state: _Softmax) -> None:
     """The output and the log-sum-exp, by way of shared memory; 0 and -inf for padding."""
-    cta, (acc, m_i, l_i) = queries.cta, state
+    cta, (acc, m_i, l_i, _) = queries.cta, state
     gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
     is_text = (queries.index() < gmem.place[cta.batch, 2]) & (l_i > 0)
     inverse = jnp.where(is_text, 1 / jnp.where(l_i > 0, l_i, 1.0), 0.0)

@@ -25,7 +25,7 @@ class Keys(NamedTuple):
     """The keys at hand: slots 0 .. count - 1 hold the text's keys offset .. offset + count - 1."""
 
     offset: Int[Array, "..."]
-    count: int
+    count: int | Int[Array, "..."]
 
     def slot(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where a text index lies; clipped, so that it serves as an end of a range of slots."""

@@ -1,4 +1,4 @@
-"""A vote among the 32 threads of a warp, which Pallas has no word for."""
+"""Votes among the threads of a warp, and of a warpgroup, which Pallas has no word for."""
 
 import functools
 from typing import Any
@@ -10,13 +10,32 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Bool, Float
 
+_IN_WARP = (
+    "{ .reg .pred p, q; setp.ne.s32 p, $1, 0;"
+    " vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }"
+)
+# By a barrier of the hardware for each warpgroup; Mosaic uses those numbered from 0 on.
+_IN_WARPGROUP = (
+    "{ .reg .pred p, q; .reg .u32 b; setp.ne.s32 p, $1, 0;"
+    " mov.u32 b, %tid.x; shr.u32 b, b, 7; add.u32 b, b, 8;"
+    " bar.red.or.pred q, b, 128, p; selp.s32 $0, 1, 0, q; }"
+)
+
 
 def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""]:
     """Whether any of a warp's queries exceeds `threshold`; x is laid out as WGMMA's rows are.
 
     The answer differs from warp to warp: what depends on it must not synchronize a warpgroup.
     """
+    return _vote(x, threshold, _IN_WARP)
 
+
+def any_in_warpgroup(x: Float[Array, " queries"]) -> Bool[Array, ""]:
+    """Whether any of a warpgroup's queries is positive; all of its threads get the same answer."""
+    return _vote(x, 0.0, _IN_WARPGROUP)
+
+
+def _vote(x: Float[Array, " queries"], threshold: float, assembly: str) -> Bool[Array, ""]:
     def vote(ctx: Any, x: Any) -> Any:
         del ctx
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
@@ -25,14 +44,7 @@ def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""
         largest = functools.reduce(arith.maximumf, values)
         limit = arith.constant(f32, threshold)
         exceeds = arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, largest, limit))
-        result = llvm.inline_asm(
-            i32,
-            [exceeds],
-            "{ .reg .pred p, q; setp.ne.s32 p, $1, 0;"
-            " vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }",
-            "=r,r",
-            has_side_effects=True,
-        )
+        result = llvm.inline_asm(i32, [exceeds], assembly, "=r,r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(result, (), is_signed=True)
 
     inline = plgpu.inline_mgpu(

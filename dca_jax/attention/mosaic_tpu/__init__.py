@@ -1,10 +1,10 @@
 """Attention in Pallas-Mosaic, for TPUs from v4 on.
 
-Each kernel (`flash_forward`, `dq`, `dkv`, `decode`) is one flash-attention loop over the blocks of
-all phases. `runs` finds the blocks to process under each rotation of the queries, and `steps`
-encodes them as one word for each step of the grid. Keys and values are read in place,
-[L, B, S, K * H], with heads along the lanes. The kernels rotate the queries themselves
-(`rotation`), once for each run. `tiles` chooses block_q and block_kv.
+`lists` reads lists of key blocks. Each other kernel (`flash_forward`, `dq`, `dkv`, `decode`) is one
+flash-attention loop over the blocks of all phases. `runs` finds the blocks to process under each
+rotation of the queries, and `steps` encodes them as one word for each step of the grid. Keys and
+values are read in place, [L, B, S, K * H], with heads along the lanes. The kernels rotate the
+queries themselves (`rotation`), once for each run. `tiles` chooses block_q and block_kv.
 """
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.mosaic_tpu import lists
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu.decode import decode
 from dca_jax.attention.mosaic_tpu.dkv import dkv
@@ -43,8 +44,8 @@ def unsupported(
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
-    if listed or paged:
-        return "it reads neither lists of key blocks nor pages"
+    if paged:
+        return "it does not read pages"
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     if head_dim not in (64, 128, 256):
@@ -56,6 +57,10 @@ def unsupported(
         return f"it needs a TPU (one of {names}), got {device.kind} ({device.platform})"
     heads = Heads(query=num_heads, kv=kv_heads, head_dim=head_dim)
     itemsize = query.dtype.itemsize
+    if listed:
+        need = lists.vmem_bytes(heads, itemsize)
+        words = lists.words_of_tile(num_keys, kv_heads, batch, dca)
+        return _too_much(device, need, 4 * words)
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     num_head_queries = num_queries * num_heads
     if num_head_queries <= tiling.DECODE_QUERIES:
@@ -70,13 +75,17 @@ def unsupported(
             tiling.dkv_vmem(tiles.dkv, heads, itemsize),
         )
         words = _words(num_queries, num_keys, dca, tiles)
+    return _too_much(device, need, 4 * batch * words)
+
+
+def _too_much(device: Device, vmem: int, smem: int) -> str | None:
+    """Which memory of a chip is too small, if one is; bytes."""
     have = tiling.CHIPS[device.kind].vmem
-    if need > have:
-        return f"its tiles need {need} bytes of VMEM, and {device.kind} has {have}"
-    need = 4 * batch * words
-    if need > tiling.SMEM:
+    if vmem > have:
+        return f"its tiles need {vmem} bytes of VMEM, and {device.kind} has {have}"
+    if smem > tiling.SMEM:
         return (
-            f"its steps for this text need {need} bytes of scalar memory, of {tiling.SMEM}; "
+            f"its steps for this text need {smem} bytes of scalar memory, of {tiling.SMEM}; "
             "read the text in smaller pieces, or in a smaller batch"
         )
     return None
@@ -110,12 +119,18 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
-    assert blocks is None  # `unsupported` has refused them, and pages
-    assert pages is None
+    assert pages is None  # `unsupported` has refused them
     num_head_queries = query.shape[1] * query.shape[2]
     heads = Heads(query=query.shape[2], kv=key.shape[3], head_dim=query.shape[3])
     itemsize = query.dtype.itemsize
     device = current_device()
+    if blocks is not None:
+        if scales is not None:
+            key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+            layer = jnp.int32(0)
+        limit = tiling.vmem_limit(device, lists.vmem_bytes(heads, itemsize))
+        options = {"dca": dca, "phases": phases, "vmem_limit": limit}
+        return lists.attend_to_blocks(query, key, value, layer, rows, heads, blocks, **options)
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     few = num_head_queries <= tiling.DECODE_QUERIES
     if scales is not None and not few:

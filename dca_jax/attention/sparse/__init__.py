@@ -5,6 +5,7 @@ from dca_jax.attention.sparse.pooled import PooledQueries
 from dca_jax.attention.sparse.qwen_1m import VerticalSlash
 from dca_jax.attention.sparse.rows import SampledRows
 from dca_jax.attention.sparse.selector import NAMES, THRESHOLD, Sparse, choose_sparse
+from dca_jax.attention.sparse.skip_softmax import SkipSoftmax
 
 __all__ = [
     "NAMES",
@@ -14,6 +15,7 @@ __all__ = [
     "PooledQueries",
     "SampledRows",
     "Selector",
+    "SkipSoftmax",
     "Sparse",
     "VerticalSlash",
     "choose_sparse",

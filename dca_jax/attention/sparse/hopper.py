@@ -33,22 +33,19 @@ UNIT = 64  # rows that one WGMMA multiplies
 WARPGROUPS = 4  # that compute, a unit each; one more feeds them
 SPAN = 64  # blocks of keys a CTA goes through
 STAGES = 3  # blocks of keys in flight: 96 KiB, beside 64 of queries and 64 of results
-LEAST_ROWS = 32  # of a unit: fewer are wasted on it
 HEAD_DIMS = (64, 128)
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 Rotated = Mapping[Phase, Float[Array, "B tiles R N H"]]
 
 
-def fits(piece: Piece, count: int, dca: DCAConfig) -> bool:
-    """Whether the kernel takes `count` rows of each tile of this piece on this device."""
-    heads, head_dim = piece.query.shape[2:]
+def fits(piece: Piece, dca: DCAConfig) -> bool:
+    """Whether the kernel takes this piece on this device."""
     return (
         current_device().capability == (9, 0)
         and not miscompiling_cuda()
         and piece.query.dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim in HEAD_DIMS
+        and piece.query.shape[3] in HEAD_DIMS
         and dca.chunk_len % BLOCK == 0
-        and count * (heads // piece.key.shape[3]) >= LEAST_ROWS
     )
 
 

@@ -46,7 +46,7 @@ def block_scores(
         wanted: tiles that are to be scored; the others' scores mean nothing.
     """
     batch, tiles, count = index.shape
-    if hopper.fits(piece, count, dca):
+    if hopper.fits(piece, dca):
         return hopper.block_scores(rotated, piece, dca, of_maximum)
     together = max(1, TOGETHER // count)
     keys = piece.keys()

@@ -131,6 +131,11 @@ class Selector(abc.ABC):
     def rows_of_tile(self) -> int:
         """Queries that stand for a tile."""
 
+    @property
+    def skip(self) -> float | None:
+        """As in `KeyBlocks`, if blocks that are read may be passed by."""
+        return None
+
     @abc.abstractmethod
     def counts(self, blocks: int) -> Int[np.ndarray, " blocks"] | None:
         """How many blocks each tile of a text keeps, if there are so many; None: the text tells."""

@@ -3,9 +3,10 @@
 While a prompt is read, a tile of 128 queries reads some blocks of the keys before it instead of all
 (`dca_jax.attention.blocks`); a *selector* chooses them:
 
-    rows        eight exact query rows of each tile, and what they attend to most: the default
-    pooled      one mean query of each tile: cheaper, blind to what few queries look for
-    qwen-1m     vertical and slash lines, by a table that the checkpoint brings
+    rows          eight exact query rows of each tile, and what they attend to most: the default
+    pooled        one mean query of each tile: cheaper, blind to what few queries look for
+    qwen-1m       vertical and slash lines, by a table that the checkpoint brings
+    skip-softmax  all are scored, and of those with small logits the values are left out
 
     text    0 ........................................................ L
     read      each tile: first block, selected blocks, the one before, its own      | densely
@@ -28,13 +29,17 @@ from dca_jax.attention.sparse.piece import Piece, Selector
 from dca_jax.attention.sparse.pooled import PooledQueries
 from dca_jax.attention.sparse.qwen_1m import has_table, read_table
 from dca_jax.attention.sparse.rows import SampledRows
+from dca_jax.attention.sparse.skip_softmax import SkipSoftmax
 from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
 THRESHOLD = 32_768  # tokens of a prompt up to which it is read densely
 TAIL = 128  # tokens at a prompt's end whose tiles are read densely: without, no selector answered
-NAMES = "auto, off, rows, rows:SHARE, rows4 or rows16, pooled, pooled:SHARE, qwen-1m"
+NAMES = (
+    "auto, off, rows, rows:SHARE, rows4 or rows16, pooled, pooled:SHARE, qwen-1m, "
+    "skip-softmax:LAMBDA"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,8 @@ class Sparse:
     def told(self, length: int) -> str:
         """How a prompt of so many tokens is read, in a few words."""
         share = self.share(length)
+        if self.selector.skip is not None and length > self.threshold:
+            return f"{self.selector.name}, all keys scored"
         if share is None:
             return f"{self.selector.name}, by lines that the text tells"
         if share == 1:
@@ -126,7 +133,12 @@ class Sparse:
         kept = self.selector.kept(piece, wanted[:, : piece.num_tiles], dca)
         kept = jnp.pad(kept, ((0, 0), (0, 0), (0, more), (0, 0)))
         always = always_kept(tile, piece.num_blocks) | dense[:, :, None]
-        return key_blocks(kept | always[:, None], rows=piece.rows, dca=dca, most=piece.num_blocks)
+        kept = kept | always[:, None]
+        blocks = key_blocks(kept, rows=piece.rows, dca=dca, most=piece.num_blocks)
+        if self.selector.skip is None:
+            return blocks
+        short = piece.whole <= self.threshold
+        return blocks._replace(skip=jnp.where(short, -jnp.inf, jnp.float32(self.selector.skip)))
 
     def check_piece(self, num_queries: int) -> None:
         """Raises InputError for a piece of a prompt that ends within a segment."""
@@ -175,6 +187,8 @@ def _by_name(name: str, wish: SparseConfig, layers: int, heads: int) -> Selector
             )
         return read_table(wish.patterns, layers=layers, heads=heads, last_q=wish.last_q)
     known, _, share = name.partition(":")
+    if known == "skip-softmax":
+        return SkipSoftmax(_lambda(share, name))
     options = {} if not share else {"share": _share(share, name)}
     if known == "pooled":
         return PooledQueries(**options)
@@ -182,6 +196,19 @@ def _by_name(name: str, wish: SparseConfig, layers: int, heads: int) -> Selector
     if found is None or name.endswith(":"):
         raise InputError(f"sparse reading {shown(name)} is not known; expected one of {NAMES}")
     return SampledRows(**options, count=int(found[1] or 8))
+
+
+def _lambda(text: str, name: str) -> float:
+    try:
+        part = float(text)
+    except ValueError:
+        part = 0.0
+    if not 0 < part < 1:
+        raise InputError(
+            f"sparse reading {shown(name)} must name the part of the largest weight, above 0 and "
+            "below 1, up to which keys are left out, as skip-softmax:0.001"
+        )
+    return part
 
 
 def _share(text: str, name: str) -> float:

@@ -1,0 +1,70 @@
+"""GGUF's packed blocks that can be kept so: their integers and scales, without unpacking.
+
+Of each row of a tensor so many values stand in a block of bytes (ggml's `ggml-common.h`):
+
+    Q4_0   32: a scale; w = (q - 8) * scale
+    Q4_1   32: a scale and a minimum; w = q * scale + minimum
+    Q4_K   256: 8 groups, whose scales and minima are of 6 bits, and two scales of those
+    Q8_0   32: a scale; w = q * scale
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from dca_jax.weights.kept import Kept
+
+GROUP = 32  # values of a scale, in each of them
+_HALF, _WIDE = np.dtype(np.float16), np.dtype(np.float32)
+KEPT = {
+    "Q4_0": Kept("int4", (1, GROUP), _HALF),
+    "Q4_1": Kept("int4", (1, GROUP), _HALF, offset=_HALF),
+    "Q4_K": Kept("int4", (1, GROUP), _WIDE, offset=_WIDE),
+    "Q8_0": Kept("int8", (1, GROUP), _HALF),
+}
+# Where in a block the integers begin.
+_BEGIN = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16, "Q8_0": 2}
+
+
+def block_values(
+    kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
+) -> Int[np.ndarray, "rows values"]:
+    """The integers of whole blocks: int8, or int4 one in a byte of uint8."""
+    stored = blocks[..., _BEGIN[kind] :]
+    rows = len(blocks)
+    if kind == "Q8_0":
+        return stored.reshape(rows, -1).view(np.int8)
+    stored = stored.reshape(rows, -1, GROUP if kind == "Q4_K" else GROUP // 2)
+    halves = np.stack([stored & 15, stored >> 4], axis=-2)
+    return halves.reshape(rows, -1)
+
+
+def block_scales(
+    kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scale, and what is added if anything is, of each group of whole blocks: [rows, groups]."""
+    first, second = _number(blocks, 0), _number(blocks, 2)
+    if kind != "Q4_K":
+        return first, second if kind == "Q4_1" else None
+    scale, minimum = _of_six_bits(blocks[..., 4:16])
+    with np.errstate(all="ignore"):  # those that are not finite are refused by who reads
+        scale = first[..., None].astype(np.float32) * scale.astype(np.float32)
+        minimum = second[..., None].astype(np.float32) * minimum.astype(np.float32)
+    return scale.reshape(len(blocks), -1), -minimum.reshape(len(blocks), -1)
+
+
+def _number(blocks: np.ndarray, begin: int) -> Any:
+    return np.ascontiguousarray(blocks[..., begin : begin + 2]).view(np.float16)[..., 0]
+
+
+def _of_six_bits(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight scales and eight minima, of 12 bytes.
+
+    The lower six bits of the first eight bytes are four of each; the last four bytes have the lower
+    halves of the others, whose upper two bits are those of the first eight bytes.
+    """
+    first, second, third = (stored[..., n : n + 4] for n in (0, 4, 8))
+    scales = [first & 63, (third & 15) | (first >> 6 << 4)]
+    minima = [second & 63, (third >> 4) | (second >> 6 << 4)]
+    return np.concatenate(scales, axis=-1), np.concatenate(minima, axis=-1)

@@ -1,0 +1,196 @@
+"""Several servers behind one address, by Ray Serve: texts that begin alike go to the same one.
+
+    pip install '.[serve]' 'ray[serve]'
+    python examples/serve_ray.py ./Qwen2.5-7B-Instruct-1M --replicas 2 --gpus 1 --context 256k
+
+Each replica is a server as `dca-jax serve` starts it, in a process of its own, on any machine of
+Ray's cluster. The one that is asked passes a request on to the replica that has read its beginning
+before, if any has: of a book and a hundred questions, one replica reads the book, and reads it
+once. Where that replica has far more to do than the others, another one gets the request, and reads
+the beginning, too. DCA_JAX_API_KEY is what clients need, as of `dca-jax serve`; set it where the
+cluster has several machines, for then the replicas listen on the network. What has no text, such as
+/metrics, is answered by one of them for itself.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+import dca_jax
+from dca_jax.lengths import parse_tokens
+from dca_jax.serving.engine import Engine
+from dca_jax.serving.http import make_app
+from dca_jax.serving.server import Server, listen
+from dca_jax.serving.sizing import choose_pages
+
+BEGINNING = 2000  # characters of a request's text that say where it goes
+UNEVEN = 2  # times as many requests as the average that a replica may have, and a few more
+FEW = 4
+# What belongs to one connection, and not to the answer.
+HOP = frozenset("connection content-length host keep-alive transfer-encoding upgrade".split())
+
+
+class Replica:
+    """A server of one model, listening on an address of its own.
+
+    Args:
+        alone: whether all replicas are on this machine, and need not be reached from others.
+    """
+
+    def __init__(
+        self, model: str, *, context: int, rows: int, key: str | None, alone: bool
+    ) -> None:
+        import ray  # pyright: ignore[reportMissingImports]
+
+        llm = dca_jax.load(model, sparse="off")
+        pages = choose_pages(llm, context=context, rows=rows)
+        self._engine = Engine(llm, context=context, rows=rows, pages=pages)
+        self._engine.start()
+        listening = listen("127.0.0.1" if alone else ray.util.get_node_ip_address(), 0)
+        self._address = "http://{}:{}".format(*listening.getsockname()[:2])
+        self._server = Server(make_app(self._engine, Path(model).name, key=key))
+        threading.Thread(
+            target=self._server.run, kwargs={"sockets": [listening]}, daemon=True
+        ).start()
+
+    def address(self) -> str:
+        """Where it listens."""
+        return self._address
+
+    def check_health(self) -> None:
+        """Asked by Ray, which starts another replica if this one has failed."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has ended")
+
+
+class Router:
+    """Passes requests on, those that begin alike to the same replica.
+
+    Args:
+        replicas: handles of Ray's, with the method `address`.
+    """
+
+    def __init__(self, *replicas: Any) -> None:
+        self._replicas, self._busy = replicas, [0] * len(replicas)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __call__(self, request: Request) -> Response:
+        """One request, answered by a replica; a stream is passed on as it comes."""
+        if self._session is None:  # here, where there is an event loop
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        body = await request.body()
+        number = choose(beginning(body), self._busy)
+        self._busy[number] += 1
+        try:
+            address = await self._replicas[number].address.remote()
+            answer = await self._session.request(
+                request.method,
+                address + request.url.path,
+                data=body,
+                headers={k: v for k, v in request.headers.items() if k.lower() not in HOP},
+            )
+        except aiohttp.ClientError as error:
+            self._busy[number] -= 1
+            told = {"message": f"a replica does not answer: {error}", "type": "server_error"}
+            return JSONResponse({"error": told}, 503, {"Retry-After": "1"})
+        except BaseException:
+            self._busy[number] -= 1
+            raise
+        kept = {k: v for k, v in answer.headers.items() if k.lower() not in HOP}
+        return StreamingResponse(self._passed_on(answer, number), answer.status, kept)
+
+    async def _passed_on(self, answer: aiohttp.ClientResponse, number: int) -> AsyncIterator[bytes]:
+        """An answer's bytes; a client that goes away closes the replica's connection, too."""
+        try:
+            async for piece in answer.content.iter_any():
+                yield piece
+        finally:
+            answer.close()
+            self._busy[number] -= 1
+
+
+def beginning(body: bytes) -> str:
+    """What a request's text begins with; nothing of a request that has none."""
+    try:
+        asked = json.loads(body)
+        text = asked.get("messages") or asked.get("prompt")
+    except (ValueError, AttributeError):
+        return ""
+    return json.dumps(text)[:BEGINNING] if text else ""
+
+
+def choose(text: str, busy: Sequence[int]) -> int:
+    """The number of the replica for a text that begins so.
+
+    Every replica has a rank for every beginning (rendezvous hashing): the first that is not far
+    busier than the others gets it, so the same one as before, and few move where one is added.
+
+    Args:
+        busy: requests that each replica has.
+    """
+    most = UNEVEN * sum(busy) / len(busy) + FEW
+
+    def rank(number: int) -> bytes:
+        return hashlib.sha256(f"{number} {text}".encode(errors="replace")).digest()
+
+    able = [number for number, count in enumerate(busy) if count <= most]
+    return min(able, key=rank)
+
+
+def deploy(
+    model: str,
+    *,
+    replicas: int,
+    context: int,
+    rows: int = 32,
+    gpus: float = 0,
+    host: str,
+    port: int,
+) -> None:
+    """Starts the replicas and the address; returns when they serve."""
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    serve.start(http_options={"host": host, "port": port})
+    options: dict[str, Any] = {"context": context, "rows": rows}
+    options["key"] = os.environ.get("DCA_JAX_API_KEY")
+    options["alone"] = len(ray.nodes()) == 1
+    own = serve.deployment(ray_actor_options={"num_gpus": gpus})(Replica)
+    several = [
+        own.options(name=f"replica-{number}").bind(str(Path(model).absolute()), **options)
+        for number in range(replicas)
+    ]
+    serve.run(serve.deployment(max_ongoing_requests=10_000)(Router).bind(*several))
+
+
+def main() -> None:
+    """Serves until it is interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a folder that every machine of the cluster has")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--gpus", type=float, default=0, help="of each replica")
+    parser.add_argument("--context", default="32k", help="tokens of the longest text")
+    parser.add_argument("--rows", type=int, default=32, help="texts at once, of each replica")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    options: dict[str, Any] = vars(parser.parse_args())
+    deploy(**options | {"context": parse_tokens(options["context"])})
+    print(f"{options['replicas']} replicas at http://{options['host']}:{options['port']}/v1")
+    while True:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()
