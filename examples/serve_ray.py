@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options: dict[str, Any] = vars(parser.parse_args())
-    deploy(**options | {"context": parse_tokens(options["context"])})
+    options["context"] = parse_tokens(options["context"])
+    deploy(**options)
     print(f"{options['replicas']} replicas at http://{options['host']}:{options['port']}/v1")
     while True:
         time.sleep(3600)
