@@ -31,6 +31,7 @@ from checkpoints_convert import hf_to_orbax, orbax_to_hf, verify
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation.fingerprint import fingerprint
+from dca_jax.packed_weights import is_packed, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.gguf_file import read_gguf
@@ -74,6 +75,20 @@ def test_every_format_is_unpacked_as_the_library_does(tmp_path, kind):
     for rows, columns in (((0, 20), (0, 768)), ((3, 11), (250, 519)), ((19, 20), (767, 768))):
         index = (slice(*rows), slice(*columns))
         np.testing.assert_array_equal(tensor.read(index).astype(np.float32), expected[index])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q8_0"])
+def test_weights_that_stay_packed(tmp_path, kind):
+    """To the bit what the library unpacks; rows of q and k in Hugging Face's order."""
+    path = write_gguf(tmp_path / "m.gguf", wide(), [kind])
+    config = read_config(path)
+    plain = load_weights(path, config, dtype=np.float32)
+    kept = load_weights(path, config, dtype=np.float32, keep="stored")
+    assert packed_forms(kept) == ("int8:32" if kind == "Q8_0" else "int4:32")
+    unpacked = jax.tree.map(
+        lambda x: x.unpack(np.float32) if is_packed(x) else x, kept, is_leaf=is_packed
+    )
+    jax.tree.map(np.testing.assert_array_equal, unpacked, plain)
 
 
 def test_weights_are_those_of_transformers_to_the_bit(model, tmp_path, caplog):
