@@ -170,7 +170,9 @@ def deploy(
         own.options(name=f"replica-{number}").bind(str(Path(model).absolute()), **options)
         for number in range(replicas)
     ]
-    serve.run(serve.deployment(max_ongoing_requests=10_000)(Router).bind(*several))
+    # It only waits: on a small machine the replicas may have every CPU that Ray counts.
+    passing = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
+    serve.run(serve.deployment(**passing)(Router).bind(*several))
 
 
 def main() -> None:
