@@ -82,11 +82,11 @@ def test_weights_that_stay_packed(tmp_path, kind):
     """To the bit what the library unpacks; rows of q and k in Hugging Face's order."""
     path = write_gguf(tmp_path / "m.gguf", wide(), [kind])
     config = read_config(path)
-    plain = load_weights(path, config, dtype=np.float32)
-    kept = load_weights(path, config, dtype=np.float32, keep="stored")
+    plain = load_weights(path, config, dtype=jax.numpy.float32)
+    kept = load_weights(path, config, dtype=jax.numpy.float32, keep="stored")
     assert packed_forms(kept) == ("int8:32" if kind == "Q8_0" else "int4:32")
     unpacked = jax.tree.map(
-        lambda x: x.unpack(np.float32) if is_packed(x) else x, kept, is_leaf=is_packed
+        lambda x: x.unpack(jax.numpy.float32) if is_packed(x) else x, kept, is_leaf=is_packed
     )
     jax.tree.map(np.testing.assert_array_equal, unpacked, plain)
 

@@ -11,7 +11,7 @@ Of each row of a tensor so many values stand in a block of bytes (ggml's `ggml-c
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
 from dca_jax.weights.kept import Kept
 
@@ -29,7 +29,7 @@ _BEGIN = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16, "Q8_0": 2}
 
 def block_values(
     kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
-) -> Int[np.ndarray, "rows values"]:
+) -> Integer[np.ndarray, "rows values"]:
     """The integers of whole blocks: int8, or int4 one in a byte of uint8."""
     stored = blocks[..., _BEGIN[kind] :]
     rows = len(blocks)
