@@ -27,8 +27,8 @@ from dca_jax.model import REMAT, Llama
 from dca_jax.planning import plan as planning
 from dca_jax.planning.memory import DEVICES, LOSS_TOKENS, Job
 from dca_jax.planning.plan import Plan, plan, recommend, written
-from dca_jax.planning.server import plan_server
 from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.serving.plan import plan_server
 from dca_jax.sharding import make_mesh, parse_mesh
 from dca_jax.weights.parameters import parameters
 from dca_jax.weights.placement import parameter_shardings

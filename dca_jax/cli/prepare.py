@@ -38,8 +38,8 @@ from dca_jax.planning.explain import explain, plot_relative_positions, position_
 from dca_jax.planning.facts import checkpoint_facts
 from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import Plan, plan
-from dca_jax.planning.server import ROWS, ServerPlan, plan_server
 from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.serving.plan import ROWS, ServerPlan, plan_server
 from dca_jax.sharding import parse_mesh
 from dca_jax.weights.files import is_converted, refuse_existing
 from dca_jax.weights.folder import kept_forms
