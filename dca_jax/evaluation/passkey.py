@@ -129,9 +129,12 @@ def passkey_prompt(
     def tokens(sentences: int) -> int:
         return count_tokens(passkey_text(sentences, depth, key))
 
-    # Filler has as many tokens anywhere, so what some of it has tells about how much fits. Where
-    # that is not so: a sentence has a token at least, and `length` of them never fit.
-    guess = int((length - bare) * SAMPLE / (tokens(SAMPLE) - bare))
+    # Filler has as many tokens anywhere, so what some of it has tells about how much fits, and what
+    # that much has tells exactly. Where that is not so: a sentence has a token at least, and
+    # `length` of them never fit.
+    each = (tokens(SAMPLE) - bare) / SAMPLE
+    guess = int((length - bare) / each)
+    guess = max(guess + round((length - tokens(guess)) / each), 0)
     low, high = max(guess - 2, 0), guess + 3
     if not tokens(low) <= length < tokens(high):
         low, high = 0, length
