@@ -126,6 +126,7 @@ def passkey_prompt(
     if bare > length:
         raise InputError(f"a passkey prompt has at least {bare} tokens, got length {length}")
 
+    @functools.cache
     def tokens(sentences: int) -> int:
         return count_tokens(passkey_text(sentences, depth, key))
 
