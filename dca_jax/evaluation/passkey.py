@@ -136,7 +136,7 @@ def passkey_prompt(
     each = (tokens(SAMPLE) - bare) / SAMPLE
     guess = int((length - bare) / each)
     guess = max(guess + round((length - tokens(guess)) / each), 0)
-    low, high = max(guess - 2, 0), guess + 3
+    low, high = max(guess - 1, 0), guess + 2
     if not tokens(low) <= length < tokens(high):
         low, high = 0, length
     fits = bisect.bisect_right(range(low, high), length, key=tokens) + low - 1
