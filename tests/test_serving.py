@@ -77,6 +77,18 @@ def until(holds, seconds=20):
         time.sleep(0.01)
 
 
+@pytest.fixture
+def unhurried(engine, monkeypatch):
+    """Texts that take seconds, so that one who looks meanwhile sees them on a busy machine too."""
+    draw = engine.programs.draw
+
+    def later(*args):
+        time.sleep(0.01)
+        return draw(*args)
+
+    monkeypatch.setattr(engine.programs, "draw", later)
+
+
 def quiet(engine):
     counts = engine.counts()
     return counts["running"] == counts["waiting"] == counts["pages_used"] == 0
@@ -538,7 +550,7 @@ def test_metrics_count(client, http):
 # --- those who go, and those who wait ----------------------------------------------------------
 
 
-def test_whoever_goes_away_frees_the_row(client, http, engine):
+def test_whoever_goes_away_frees_the_row(client, http, engine, unhurried):
     long = {"model": "tiny", "max_tokens": 450, **GREEDY}
     messages = [{"role": "user", "content": "Hi"}]
     for ask in (
@@ -555,7 +567,7 @@ def test_whoever_goes_away_frees_the_row(client, http, engine):
     until(lambda: quiet(engine), 5)
 
 
-def test_a_full_queue_says_when_to_come_again(client, engine):
+def test_a_full_queue_says_when_to_come_again(client, engine, unhurried):
     asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 1, "temperature": 0}
     options = Options(max_new_tokens=500)
     jobs = []
