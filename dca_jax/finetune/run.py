@@ -133,7 +133,8 @@ def open_setup(settings: Settings) -> Setup:
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; put its files beside config.json")
     chat_template = None
-    if settings.template != "chunkllama":
+    own = settings.template == "chat"  # a tokenizer without one does for texts
+    if settings.template != "chunkllama" and not (own and not tokenizer.chat_template):
         chat_template = template_source(tokenizer, settings.template)
     setup = Setup(
         settings=settings,
