@@ -89,12 +89,16 @@ def test_weights_that_stay_packed(tmp_path, kind):
         lambda x: x.unpack(jax.numpy.float32) if is_packed(x) else x, kept, is_leaf=is_packed
     )
     jax.tree.map(np.testing.assert_array_equal, unpacked, plain)
+    hf_to_orbax.convert(path, tmp_path / "orbax")
+    for keep, found in ((None, plain), ("stored", kept)):
+        again = load_weights(tmp_path / "orbax", config, dtype=jax.numpy.float32, keep=keep)
+        jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_weights_are_those_of_transformers_to_the_bit(model, tmp_path, caplog):
     """Through Orbax and back to Hugging Face; their logits too."""
     hf_to_orbax.convert(model, tmp_path / "orbax", dtype=np.dtype(np.float32))
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf", dtype=np.dtype(np.float32))
     ours, expected = read_safetensors(tmp_path / "hf"), theirs(model).state_dict()
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -140,7 +144,7 @@ def test_qwen3_is_that_of_transformers(tmp_path, kind):
     assert found.qk_norm
     assert kind == "qwen3" or found.mixture.norm_topk_prob
     hf_to_orbax.convert(path, tmp_path / "orbax")
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf", dtype=np.dtype(np.float32))
     ours, expected = read_safetensors(tmp_path / "hf"), theirs(path).state_dict()
     for name, tensor in expected.items():
         if "experts" not in name:

@@ -335,9 +335,7 @@ def read_piece(
     if kept.form == "int4":
         values = halves_in_bytes(values, blocks[-1])
     scales = tensor.read_scales(where, flat)
-    wide = [part.astype(np.float32) for part in (scales.scale, scales.offset) if part is not None]
-    if not all(np.isfinite(part).all() for part in wide) or _has_nan(values):
-        raise InputError(f"tensor {tensor.name} holds nan or inf, or a scale of it is")
+    check_finite(tensor.name, values, scales.scale, scales.offset)
     counts = [size // block for size, block in zip(sizes, blocks, strict=True)]
     order = scale_order(0, len(sizes) - count, len(sizes))
     scale, zero, offset = (
@@ -346,10 +344,16 @@ def read_piece(
     return Packed(values, scale, zero, row.inner_order, len(row.groups[1]), offset)
 
 
-def _has_nan(values: np.ndarray) -> bool:
-    if values.dtype != ml_dtypes.float8_e4m3fn:
-        return False
-    return bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
+def check_finite(name: str, *parts: np.ndarray | None) -> None:
+    """Raises InputError if values or scales of the tensor of this name are NaN or infinite."""
+    if not all(part is None or _all_finite(part) for part in parts):
+        raise InputError(f"tensor {name} holds nan or inf, or a scale of it is")
+
+
+def _all_finite(part: np.ndarray) -> bool:
+    if part.dtype == ml_dtypes.float8_e4m3fn:  # which has no infinity; five times as fast
+        return not ((part.view(np.uint8) & 0x7F) == 0x7F).any()
+    return np.issubdtype(part.dtype, np.integer) or bool(np.isfinite(part).all())
 
 
 def halves_in_bytes(values: np.ndarray, group: int) -> np.ndarray:
@@ -357,3 +361,10 @@ def halves_in_bytes(values: np.ndarray, group: int) -> np.ndarray:
     parts = values.reshape(*values.shape[:-1], -1, 2, group // 2)
     packed = parts[..., 0, :] | (parts[..., 1, :] << 4)
     return packed.reshape(*values.shape[:-1], -1).astype(np.uint8)
+
+
+def integers_of(values: Any, group: int) -> Any:
+    """The inverse of `halves_in_bytes`: int4 one in a byte."""
+    parts = values.reshape(*values.shape[:-1], -1, 1, group // 2)
+    both = np.concatenate([parts & 15, parts >> 4], axis=-2)
+    return both.reshape(*values.shape[:-1], -1)

@@ -1,7 +1,8 @@
 """Orbax checkpoints: trees of plain arrays under stable names, restored onto any mesh.
 
 On disk a checkpoint is Orbax's, one zarr array per parameter, compressed in chunks; any Orbax, and
-any zarr reader, opens it. Orbax writes it aside and renames it when it is whole.
+any zarr reader, opens it. Orbax writes it aside and renames it when it is whole. Packed matrices
+have an array for each of their parts (`dca_jax.weights.orbax_packed`).
 
 A converted folder (`checkpoints_convert`) keeps one as `params/`, beside the model's own
 `config.json` and tokenizer files.
@@ -18,12 +19,10 @@ from types import FrameType
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
-from jax.typing import DTypeLike
 
 from dca_jax import fields
 from dca_jax.config import LlamaConfig
@@ -31,17 +30,16 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import decode, parse_json, read_text_file
-from dca_jax.weights.files import PARAMS, refuse_existing
+from dca_jax.weights.files import refuse_existing
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
     Read,
-    abstract_params,
     piece_shape,
     pieces,
 )
-from dca_jax.weights.tensor_files import FLOATS, cast_weights
+from dca_jax.weights.tensor_files import FLOATS
 
 ZARRAY = ".zarray"  # the description of an array
 ZARRAY_BYTES = 2**14  # of it, at most; those of weights have some 300
@@ -161,7 +159,7 @@ def check_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, np.dtype]:
                 f"parameter {name} in {path} has shape {shown(found[name].shape)}, expected "
                 f"{tuple(leaf.shape)}"
             )
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and found[name].dtype not in FLOATS.values():
+        if leaf.dtype in FLOATS.values() and found[name].dtype not in FLOATS.values():
             raise InputError(
                 f"parameter {name} in {path} has dtype {found[name].dtype}; expected one of "
                 f"{', '.join(map(str, FLOATS.values()))}"
@@ -188,26 +186,6 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     if any("/" in name or name in ("", ".", "..") for name in names):
         raise InputError(f"{path / '_METADATA'} names an array outside its folder")
     return {name: _described_array(path, name) for name in names}
-
-
-def open_converted(
-    folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
-) -> tuple[dict[str, np.dtype], Read]:
-    """The dtype of each array of a converted folder, by path, and what reads pieces of them in it.
-
-    Raises:
-        InputError: what `check_arrays` refuses; when reading, a damaged array, or a weight that is
-            NaN or infinite.
-    """
-    path = Path(folder) / PARAMS
-    dtypes = check_arrays(path, abstract_params(config, dtype=jnp.float32))
-    if dtype is not None:
-        dtypes = dict.fromkeys(dtypes, jnp.dtype(dtype))
-
-    def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
-        return cast_weights(read_piece(path, row.path, index), dtypes[row.path], row.path)
-
-    return dtypes, read
 
 
 def read_piece(path: str | Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -259,8 +237,8 @@ def _described_array(path: Path, name: str) -> jax.ShapeDtypeStruct:
     if math.prod(chunks) > max(math.prod(shape), PIECE_SIZE):
         raise InputError(f"{where}: chunks of {shown(list(chunks))} are larger than the array")
     dtype = fields.text(described, "dtype", where)
-    with _damage_reported(path):
-        known = FLOATS["BF16"] if dtype == "bfloat16" else np.dtype(dtype or "no dtype")
+    with _damage_reported(path):  # ml_dtypes' are known to NumPy by name
+        known = np.dtype(dtype or "no dtype")
     return jax.ShapeDtypeStruct(shape, known)
 
 
