@@ -18,7 +18,7 @@ from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.errors import InputError
-from dca_jax.packed_weights import is_packed
+from dca_jax.products.packed import is_packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.huggingface import open_checkpoint, read_config

@@ -10,7 +10,7 @@ from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import cache_arrays
-from dca_jax.packed_weights import STORED
+from dca_jax.products.packed import STORED
 from dca_jax.sharding import AXES
 from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.folder import kept_forms

@@ -26,7 +26,7 @@ from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
 from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
-from dca_jax.packed_weights import packed_bytes
+from dca_jax.products.packed import packed_bytes
 from dca_jax.sharding import partition
 from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import matrices

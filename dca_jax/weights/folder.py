@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import CONFIG, LlamaConfig
-from dca_jax.packed_weights import FORMS, STORED, Packed
+from dca_jax.products.packed import FORMS, STORED, Packed
 from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import copy_companions, is_converted, read_json
 from dca_jax.weights.gguf import write_companions
@@ -137,7 +137,7 @@ def open_weights(
     Args:
         dtype: of what is unpacked; None for each as it is stored.
         keep: which are kept packed as they are stored: "stored" for all that can be, a name in
-            `dca_jax.packed_weights.FORMS` for those of this form, None for none.
+            `dca_jax.products.packed.FORMS` for those of this form, None for none.
 
     Raises:
         InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight

@@ -21,7 +21,7 @@ from jaxtyping import Num
 
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
-from dca_jax.packed_weights import DTYPES, Packed
+from dca_jax.products.packed import DTYPES, Packed
 from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress, placed
 
 EVERY = 2**62  # all rows or columns, in the size of a tile

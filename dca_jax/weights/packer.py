@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
-from dca_jax.packed_weights import STORED, UNPACKED, Packed, check_form, pack
+from dca_jax.products.packed import STORED, UNPACKED, Packed, check_form, pack
 from dca_jax.sharding import Shards
 from dca_jax.weights.parameters import Parameter, Then, parameters
 
@@ -28,7 +28,7 @@ def packer(rows: Sequence[Parameter], form: str) -> Then:
 
     Args:
         rows: of a model, those to pack: its `matrices`, or `projections`.
-        form: a name in `dca_jax.packed_weights.FORMS`.
+        form: a name in `dca_jax.products.packed.FORMS`.
 
     Raises:
         InputError: a name that is none.

@@ -5,7 +5,7 @@ program takes a tile of outputs through its share of the inputs, unpacking in re
 cores multiply. Values less their zero are multiplied, exactly, and sums of a block by its scale.
 The matrix is read where it lies in its stack, so no layer is copied out of it.
 
-On Hopper one row by large matrices has a kernel of its own (`dca_jax.packed_row`).
+On Hopper one row by large matrices has a kernel of its own (`dca_jax.products.packed_row`).
 
 The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
 register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
@@ -26,8 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
-from dca_jax.packed_row import choose_plan, multiply_row
-from dca_jax.packed_weights import Packed
+from dca_jax.products.packed import Packed
+from dca_jax.products.packed_row import choose_plan, multiply_row
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 ROWS = 16  # of a product of tensor cores, at least; fewer are filled up

@@ -30,7 +30,7 @@ from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
 from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES, current_device
-from dca_jax.packed_weights import Packed
+from dca_jax.products.packed import Packed
 
 COLUMNS = 8  # of WGMMA's right side, at least
 ROWS = 64  # outputs of a warpgroup: rows of WGMMA
@@ -38,8 +38,8 @@ STEP = 128  # bytes of an output that are read at a time
 WARPGROUPS, MOST_STAGES = 4, 6
 MARGIN = 4096  # bytes of shared memory for sums and barriers
 TILE_STEPS = 1.5  # the time of beginning and ending a tile, in steps
-# On an H200 fewer weights, or outputs of int8, are read as fast by `dca_jax.few_rows`, or faster;
-# and so are those whose tiles leave more of the device idle.
+# On an H200 `dca_jax.products.few_rows` reads fewer weights, or outputs of int8, as fast or faster,
+# and so it does where the tiles leave more of the device idle.
 INT4_WEIGHTS, INT8_OUTPUTS, BUSY = 2**24, 2**14, 0.8
 ROW = plgpu.Layout.WGMMA.reduce(1)
 WORDS = plgpu.Layout.WGMMA_UPCAST_2X

@@ -6,7 +6,7 @@ by in one launch: where a matrix is small, XLA's product of one row takes mostly
 beginning and ending, and of matrices that are chosen XLA would write down what it gathers.
 
 Each thread multiplies and adds for itself, and sums meet at a program's end: one row does not fill
-tensor cores. Packed matrices have a kernel of their own (`dca_jax.few_rows`).
+tensor cores. Packed matrices have a kernel of their own (`dca_jax.products.few_rows`).
 """
 
 import functools

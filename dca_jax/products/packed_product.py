@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from dca_jax import few_rows
-from dca_jax.packed_weights import Packed
+from dca_jax.products import few_rows
+from dca_jax.products.packed import Packed
 from dca_jax.sharding import Shards
 
 
