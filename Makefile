@@ -17,7 +17,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot dist test-wheel check lint docs clean
+.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot dist test-wheel notebooks check lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -57,6 +57,9 @@ dist: $(VENV)/.build  ## Build the sdist, and the wheel from it, into dist/
 
 test-wheel: dist  ## Install the wheel into clean environments, core and each extra, and use it there (needs the network)
 	$(BIN)/python tests/installed.py dist/*.whl
+
+notebooks: $(VENV)/pyvenv.cfg  ## Write the notebooks (.ipynb) anew from their scripts (.py)
+	$(BIN)/python tests/notebook_files.py
 
 # Pyright and Sphinx each keep one core busy; what each says stays together.
 check: $(VENV)/.dev  ## lint and docs, side by side

@@ -64,7 +64,16 @@ def install(wheel: Path, extras: str, folder: Path, *options: str) -> Path:
     """A new environment with the wheel; returns its `bin`."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     named = f"{wheel}[{extras}]" if extras else str(wheel)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "-qq", *options, named]
+    pip = [
+        folder / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--no-compile",
+        *options,
+        named,
+    ]
     subprocess.run(pip, check=True)
     return folder / "bin"
 

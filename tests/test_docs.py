@@ -1,73 +1,96 @@
-"""The quickstart's Python runs, block after block, and every command that is printed is one."""
+"""Every command that a page prints is one: its options, scripts, extras and targets are there."""
 
+import importlib
 import re
-import shlex
+import tomllib
 from pathlib import Path
 
+import pages
 import pytest
 import typer.main
+from pages import REPOSITORY
 
-from dca_jax.cli import app
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*/*.md"))]
-
-
-def commands() -> list[list[str]]:
-    """The words of each line of the pages' shell blocks, without comments."""
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+TARGETS = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
+# Programs of other people, whose options are theirs.
+OTHERS = [".", "echo", "export", "git", "mv", "unzip"]
 
 
-def test_commands_have_the_options_they_are_printed_with():
-    """Parsed and not run: their models are not here."""
-    found = set()
-    for words in commands():
-        if "dca-jax" not in words:
+def check(words: list[str]) -> None:
+    """Fails unless the command could be given as it is printed."""
+    program, *rest = words
+    program = program.removeprefix(".venv/bin/")
+    if program == "dca-jax":
+        if rest[-1] == "...":  # what several processes are told alike
+            rest = [*rest[:-1], "model", "prompt"]
+        pages.parse(rest)
+    elif program == "make":
+        (target,) = (word for word in rest if "=" not in word)
+        assert target in TARGETS
+    elif program == "pip":
+        for names in re.findall(r"(?:^|dca_jax|\.)\[(.+?)\]", " ".join(rest)):
+            assert set(names.split(",")) <= set(EXTRAS)
+    elif program == "bash":
+        script, _name, _zone, *command = rest
+        assert (REPOSITORY / script).is_file()
+        pages.parse(command)
+    elif program in ("python", "python3"):
+        check_python(rest)
+    else:
+        assert program in OTHERS
+
+
+def check_python(words: list[str]) -> None:
+    """`python -m MODULE` and `python FOLDER/SCRIPT.py`, by the script's own command line."""
+    if words[:2] == ["-m", "pytest"]:
+        files = [word.partition("::")[0] for word in words if word.startswith("tests/")]
+        assert all((REPOSITORY / file).exists() for file in files)
+        return
+    if words[0] == "-m":
+        name, words = words[1], words[2:]
+    else:
+        path, *words = words
+        assert (REPOSITORY / path).is_file()
+        name = path.removesuffix(".py").rpartition("/")[2]
+    if "--help" in words or name in ("mutations", "kills", "venv"):  # without options of ours
+        return
+    module = importlib.import_module(name)
+    app = getattr(module, "app", None)
+    if app is None and hasattr(module, "argparse"):
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+        return
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    pages.parse(words, typer.main.get_command(app), name)
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_commands_are_as_they_are_printed(page):
+    for block in pages.blocks(page):
+        assert block.language in pages.LANGUAGES + pages.OTHERS, f"{page}:{block.line}"
+        if block.language != "sh":
             continue
-        words = words[words.index("dca-jax") + 1 :]
-        if "<" in words:
-            words = words[: words.index("<")]
-        command = typer.main.get_command(app)
-        context = command.make_context("dca-jax", list(words))
-        while hasattr(command, "commands"):
-            words = [*context._protected_args, *context.args]
-            name, command, rest = command.resolve_command(context, words)
-            context = command.make_context(name, rest, parent=context)
-            command = context.command  # `command` itself may be one that is imported later
-            found.add(name)
-    assert {"generate", "chat", "convert", "passkey", "finetune", "lm-eval", "plan"} <= found
+        for line in block.commands():
+            for words, _ in pages.simple(line):
+                try:
+                    check(words)
+                except Exception as error:
+                    raise AssertionError(f"{page}:{block.line}: {' '.join(words)}") from error
 
 
-def test_scripts_and_targets_that_are_named_are_there():
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    for words in commands():
-        if words[0] == "make":
-            assert words[1] in targets, words
-        for word in words:
-            if re.fullmatch(r"(examples|benchmarks|tests)/.*", word):
-                assert (REPOSITORY / word).exists(), words
-
-
-@pytest.mark.slow
-def test_quickstart_runs(monkeypatch, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    page = (REPOSITORY / "docs/guides/generate.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    program = "\n".join(blocks)
-    assert program.count("12_000") == 1
-    program = program.replace("12_000", "4_000")  # characters of a text that is read four times
-    # A token takes a quarter of a second as the tests compile; 120 show no more than 12.
-    program, count = re.subn(r"max_new_tokens=\d+", "max_new_tokens=3", program)
-    assert count == 3
-    for model in re.findall(r'load\("([^"]+)"', program):
-        if not Path(model).is_dir():
-            pytest.skip(f"needs {model}")
-    exec(compile(program, "quickstart.md", "exec"), {})
-    printed = capsys.readouterr().out
-    perplexities = [float(number) for number in re.findall(r"perplexity ([\d.]+)", printed)]
-    with_dca, without = perplexities
-    assert with_dca < 0.5 * without
-    assert "the text is empty" in printed
+def test_the_pages_show_every_group_of_commands():
+    shown = {
+        words[1]
+        for page in pages.PAGES
+        for block in pages.blocks(page)
+        if block.language == "sh"
+        for line in block.commands()
+        for words, _ in pages.simple(line)
+        if words[0] == "dca-jax"
+    }
+    named = "generate chat serve eval lm-eval finetune preview convert info plan explain"
+    assert set(named.split()) <= shown
