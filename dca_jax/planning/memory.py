@@ -158,8 +158,9 @@ class Job:
     @property
     def packed(self) -> list[Parameter]:
         """Those of them that are packed."""
-        rows = projections(self.config) if self.train else matrices(self.config)
-        return rows if self.weights is not None else [row for row in rows if row.path in self.kept]
+        if self.weights is None:
+            return [row for row in matrices(self.config) if row.path in self.kept]
+        return projections(self.config) if self.train else matrices(self.config)
 
     def held(self, row: Parameter, sizes: Mapping[str, int]) -> int:
         """Bytes on one device of a parameter that is not trained."""
