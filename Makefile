@@ -17,7 +17,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot check lint docs clean
+.PHONY: help demo demo-chat test test-all fuzz soak test-tpu-aot test-gpu-aot dist test-wheel check lint docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -51,6 +51,13 @@ $(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(@D) jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@
 
+dist: $(VENV)/.build  ## Build the sdist, and the wheel from it, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+test-wheel: dist  ## Install the wheel into clean environments, core and each extra, and use it there (needs the network)
+	$(BIN)/python tests/installed.py dist/*.whl
+
 # Pyright and Sphinx each keep one core busy; what each says stays together.
 check: $(VENV)/.dev  ## lint and docs, side by side
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint docs
@@ -77,6 +84,10 @@ $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing dca_jax and what its tests need into $(VENV) (some minutes; 6 GB, most of it PyTorch)"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.core $@
+
+$(VENV)/.build: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@$(PIP_INSTALL) build hatchling
+	@touch $@
 
 $(VENV)/pyvenv.cfg:
 	@command -v '$(PYTHON)' >/dev/null || { \

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dca_jax.model import Llama
     from dca_jax.rope import RopeConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when first asked for (PEP 562): the attention alone needs no checkpoint library.
 _HOMES = {

@@ -10,7 +10,7 @@ import typer.main
 from dca_jax.cli import app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*/*.md"))]
 
 
 def commands() -> list[list[str]]:
@@ -54,7 +54,7 @@ def test_scripts_and_targets_that_are_named_are_there():
 @pytest.mark.slow
 def test_quickstart_runs(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    page = (REPOSITORY / "docs/quickstart.md").read_text()
+    page = (REPOSITORY / "docs/guides/generate.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     program = "\n".join(blocks)
     assert program.count("12_000") == 1

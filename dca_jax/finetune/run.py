@@ -76,18 +76,22 @@ from dca_jax.weights.parameters import lora_parameters, parameters, projections
 SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
 
 
-def finetune(settings: Settings) -> Path:
+def finetune(settings: Settings, *, implementation: str | None = None) -> Path:
     """Runs, or goes on with, what the settings say; returns the folder of the finished model.
 
     Interrupted by SIGTERM or Ctrl-C, it saves and leaves by `SystemExit` (143 or 130); killed, it
     goes on from its last checkpoint. Either way the losses are those of a run that was not
     interrupted: bit for bit where the device computes the same thing twice alike, as CPUs do.
 
+    Args:
+        implementation: of the attention, a name of `dca_jax.attention.op.BACKENDS`; None is the
+            best on the device. It is no setting of the run: all of them compute the same.
+
     Raises:
         InputError: settings, data or a checkpoint that do not fit, before any weight is read; a
             loss that is not finite, with the step; a checkpoint that cannot be written.
     """
-    setup = open_setup(settings)
+    setup = replace(open_setup(settings), implementation=implementation)
     output = Path(settings.output)
     from_primary(lambda: check_output(output, settings))
     if settings.pack != "none":  # its rows are as long as its dialogues
@@ -135,7 +139,8 @@ def open_setup(settings: Settings) -> Setup:
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; put its files beside config.json")
     chat_template = None
-    if settings.template != "chunkllama":
+    own = settings.template == "chat"  # a tokenizer without one does for texts
+    if settings.template != "chunkllama" and not (own and not tokenizer.chat_template):
         chat_template = template_source(tokenizer, settings.template)
     setup = Setup(
         settings=settings,

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.errors import InputError
 from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
 from dca_jax.kv_cache import cache_arrays
@@ -194,8 +195,11 @@ class Job:
         )
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a device has that much."""
-        return self.usage(sizes).total <= self.device.memory
+        """Whether a device has that much, and a part that can be packed."""
+        try:
+            return self.usage(sizes).total <= self.device.memory
+        except InputError:  # of int4, an odd number of inputs
+            return False
 
     def longest(self, sizes: Mapping[str, int]) -> int:
         """The largest `context_length` that fits; 0 if none does."""

@@ -9,10 +9,13 @@ A converted folder (`checkpoints_convert`) keeps one as `params/`, beside the mo
 """
 
 import math
+import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import jax
@@ -95,13 +98,18 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
 
     Atomic: `path` appears when everything is written. With several processes, all call it.
 
+    SIGTERM and Ctrl-C wait until nothing is on its way to the disk: after a piece of a
+    `StreamedArray`, or at the end.
+
     Raises:
         InputError: `path` exists.
     """
     path = Path(path).absolute()
     refuse_existing(path)
+    signals = _HeldSignals()
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, _StreamedArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (StreamedArray, _StreamedArrayHandler(signals)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
     # Small chunks, one layer at most, so that an export reads one layer and not all of them.
@@ -112,7 +120,7 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
         ),
         tree,
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with signals, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
@@ -268,11 +276,51 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return cast(dict[str, Any], flatten_dict(tree, sep="."))
 
 
+class _HeldSignals:
+    """SIGTERM and SIGINT kept back in a block, for handlers that raise.
+
+    An exception in the middle of Orbax ends the event loop while TensorStore still writes, which
+    then reports to a loop that is closed: a traceback each.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._came: int | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may ask for signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._keep)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._came is not None:
+            signal.raise_signal(self._came)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        self._came = number
+
+    def deliver(self) -> None:
+        """Hands on a signal that has come; raises what its handler raises."""
+        if self._came is None:
+            return
+        number, self._came = self._came, None
+        signal.signal(number, self._before[number])
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, self._keep)
+
+
 class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
     """Writes a `StreamedArray` as Orbax writes a `jax.Array`, one piece after another.
 
     One process reads and writes; with several, Orbax has all wait for it.
     """
+
+    def __init__(self, signals: _HeldSignals) -> None:
+        self._signals = signals
 
     def typestr(self) -> str:
         return "jax.Array"  # so it is recorded, and restored, as one
@@ -296,13 +344,17 @@ class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
             }
             store = await ts.open(spec, dtype=value.dtype, create=True, context=info.ts_context)
             written: Awaitable[None] | None = None
-            for index, piece in value.pieces():
-                # The last piece is compressed while this one was read; never more than the two.
+            try:
+                for index, piece in value.pieces():
+                    # The last piece is compressed while this one was read; never more than the two.
+                    if written is not None:
+                        await written
+                    written = None
+                    self._signals.deliver()
+                    written = store[index].write(piece, can_reference_source_data_indefinitely=True)
+            finally:
                 if written is not None:
                     await written
-                written = store[index].write(piece, can_reference_source_data_indefinitely=True)
-            if written is not None:
-                await written
         return []  # nothing is left to wait for
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
