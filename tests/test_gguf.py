@@ -348,8 +348,9 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[tensor.offset : tensor.offset + 2] = np.float16("nan").tobytes()
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight holds nan, and weights must be"):
-        load_weights(path, read_config(path), dtype="float32")
+    for keep, message in ((None, ", and weights must be"), ("stored", " or inf, or a scale of it")):
+        with pytest.raises(InputError, match=rf"blk.1.ffn_up.weight holds nan{message}"):
+            load_weights(path, read_config(path), dtype="float32", keep=keep)
 
 
 def test_split_files(tmp_path):

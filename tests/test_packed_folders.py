@@ -59,8 +59,8 @@ def test_a_checkpoint_is_packed_into_the_folder(
 ) -> None:
     """To the bit as on loading, but in pieces; on a mesh it stands for the same weights."""
     monkeypatch.setattr(orbax_packed, "PIECE_SIZE", 40 * 96)
-    more = {"moe_intermediate_size": 32} if family else {}
-    source = make_tiny(tmp_path / "hf", **SIZES | family | more)
+    more: dict[str, Any] = {"moe_intermediate_size": 32} if family else {}
+    source = make_tiny(tmp_path / "hf", **(SIZES | family | more))
     config = read_config(source)
     hf_to_orbax.convert(source, tmp_path / "orbax", weights=form)
     options: dict[str, Any] = {"dtype": jnp.float32}

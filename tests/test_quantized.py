@@ -18,6 +18,7 @@ from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.errors import InputError
+from dca_jax.evaluation.fingerprint import fingerprint
 from dca_jax.products.packed import Packed as Kept
 from dca_jax.products.packed import is_packed
 from dca_jax.sharding import make_mesh
@@ -302,8 +303,11 @@ def check_kept(found, config, expected, kept):
 
 
 def test_commands_know_what_stays_packed(tmp_path):
-    """`plan` and `info`; and `--weights` that packs, or does not."""
+    """`plan` and `info`; and `--weights` that packs, or does not; an evaluation knows it again."""
     write(tmp_path, "awq")
+    before = fingerprint(tmp_path)
+    damage(tmp_path, {f"{Q}qweight": 1})
+    assert fingerprint(tmp_path) != before
     shape = ["--device", "h200", "--context-length", "64", "--json"]
     sizes = {
         how: json.loads(invoke("plan", tmp_path, *shape, *how).stdout)["bytes"]["weights"]
@@ -426,6 +430,7 @@ def damage(folder: Path, change: dict[str, Any]) -> None:
     [
         ("awq", {f"{Q}scales": float("nan")}, "q_proj.qweight holds nan"),
         ("fp8", {f"{Q}weight_scale_inv": float("inf")}, "q_proj.weight holds "),
+        ("fp8", {f"{Q}weight": float("nan")}, "q_proj.weight holds nan"),
         ("gptq", {f"{Q}g_idx": 99}, "g_idx in model.safetensors names group 99 of 3"),
         ("gptq", {f"{Q}g_idx": -1}, "g_idx in model.safetensors names group -1 of 3"),
     ],
@@ -433,8 +438,9 @@ def damage(folder: Path, change: dict[str, Any]) -> None:
 def test_values_that_make_no_weights_are_refused(tmp_path, name, change, message):
     write(tmp_path, name)
     damage(tmp_path, change)
-    with pytest.raises(InputError, match=message):
-        load_weights(tmp_path, read_config(tmp_path), dtype=jnp.float32)
+    for keep in (None, "stored"):
+        with pytest.raises(InputError, match=message):
+            load_weights(tmp_path, read_config(tmp_path), dtype=jnp.float32, keep=keep)
 
 
 def test_modules_to_not_convert(tmp_path):

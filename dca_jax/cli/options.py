@@ -69,6 +69,7 @@ class Base(StrEnum):
     dtype = "dtype"
     int8 = "int8"
     int4 = "int4"
+    stored = STORED
 
 
 class State(StrEnum):

@@ -40,6 +40,7 @@ from dca_jax.planning.facts import checkpoint_facts
 from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import Plan, plan
 from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.products.packed import STORED
 from dca_jax.serving.plan import ROWS, ServerPlan, plan_server
 from dca_jax.sharding import parse_mesh
 from dca_jax.weights.files import is_converted, refuse_existing
@@ -235,8 +236,15 @@ def plan_command(
         raise InputError(f"--base {base.value} goes with --lora-rank")
     if weights is not None and lora_rank:
         raise InputError("give --base with --lora-rank, and --weights without")
-    form, kept = None if base is Base.dtype else base.value, {}
-    if not train:
+    form, kept = None if base in (Base.dtype, Base.stored) else base.value, {}
+    if base is Base.stored:
+        kept = {} if model in SHAPES else _kept(model, shape, STORED)
+        if not kept:
+            raise InputError(
+                f"--base {STORED} keeps what is packed in the checkpoint, and of {model} nothing "
+                "is known to be; choose int8 or int4, which pack it, or dtype"
+            )
+    elif not train:
         form, keep = packing(None if weights is None else weights.value, on_cpu=False)
         kept = {} if model in SHAPES else _kept(model, shape, keep)
     elif weights is not None:

@@ -63,11 +63,13 @@ from dca_jax.finetune.train import (
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.planning.room import check_room
+from dca_jax.products.packed import STORED
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.adapters import load_adapter, open_adapter
-from dca_jax.weights.folder import load_weights
+from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import lora_parameters, parameters, projections
 
@@ -208,7 +210,7 @@ def check_memory(setup: Setup, length: int) -> None:
     """Refuses rows of `length` tokens that the devices have no room to train on.
 
     Raises:
-        InputError: as `dca_jax.planning.room.check_room`.
+        InputError: as `dca_jax.planning.room.check_room` and `kept_base`.
     """
     settings = setup.settings
     check_room(
@@ -219,10 +221,33 @@ def check_memory(setup: Setup, length: int) -> None:
         dtype=settings.dtype,
         train=True,
         lora=setup.lora,
-        weights=None if settings.base == "dtype" else settings.base,
+        weights=packed_base(settings),
+        kept=kept_base(setup),
         remat=settings.remat,
         state=settings.state,
     )
+
+
+def packed_base(settings: Settings) -> str | None:
+    """The form that the layers' frozen kernels are packed in as they are read; None for none."""
+    return None if settings.base in ("dtype", STORED) else settings.base
+
+
+def kept_base(setup: Setup) -> dict[str, Kept]:
+    """How frozen weights stay packed as the checkpoint has them, by path: with base `stored`.
+
+    Raises:
+        InputError: none of them can.
+    """
+    if setup.settings.base != STORED:
+        return {}
+    kept = kept_forms(setup.folder, setup.config, STORED)
+    if not kept:
+        raise InputError(
+            f"base {STORED} keeps what is packed in the checkpoint, and {setup.folder} has nothing "
+            "that can be kept so; choose base int8 or int4, which pack it, or dtype"
+        )
+    return kept
 
 
 def settings_before(output: Path) -> Settings | None:
@@ -347,10 +372,10 @@ def load_state(
         rows = parameters(config)
     else:
         rows = lora_parameters(config, lora)
-        packed = settings.base != "dtype"
-        then = packer(projections(config), settings.base) if packed else None
-        dtype = jnp.dtype(settings.dtype)
-        frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
+        form, keep = packed_base(settings), STORED if kept_base(setup) else None
+        then = None if form is None else packer(projections(config), form)
+        options = {"dtype": jnp.dtype(settings.dtype), "sharding": where, "keep": keep}
+        frozen = load_weights(setup.folder, config, then=then, **options)
     if checkpoints.latest is not None:
         like = {row.path: row.abstract(config, jnp.dtype(settings.state), where) for row in rows}
         state, place_in_rows = checkpoints.restore(abstract_state(unflatten_dict(like, sep=".")))

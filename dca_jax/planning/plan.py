@@ -200,7 +200,7 @@ def plan(
     if train and cache_dtype is not None:
         raise InputError("training keeps no KV cache, so it takes no cache dtype; leave it out")
     cached = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
-    kept = {} if train or kept is None else kept
+    kept = {} if kept is None or (train and lora is None) else kept
     names = {
         kept[row.path].name(row, row.inner(row.shape(config)))
         for row in parameters(config)

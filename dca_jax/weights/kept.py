@@ -67,19 +67,31 @@ class Kept:
             inputs = _cut(self.tile[1], inputs)
         return None if self.form == "int4" and inputs[-1] % 2 else outputs + inputs
 
-    def bytes(self, row: Parameter, own: Sequence[int]) -> int:
-        """What a matrix takes, or a device's part of it; arguments as of `blocks`."""
+    def blocks_of_part(self, row: Parameter, own: Sequence[int]) -> tuple[int, ...]:
+        """As `blocks`, of a matrix that can be kept so.
+
+        Raises:
+            InputError: halves of groups would not fill bytes of a device's part.
+        """
         blocks = self.blocks(row, own)
-        assert blocks is not None
+        if blocks is None:
+            raise InputError(
+                f"{row.path} is packed in int4, and a device would have {tuple(own)} of a matrix, "
+                "no even number of inputs; choose another mesh, or weights unpacked"
+            )
+        return blocks
+
+    def bytes(self, row: Parameter, own: Sequence[int]) -> int:
+        """What a matrix takes, or a device's part of it; arguments and errors as there."""
+        blocks = self.blocks_of_part(row, own)
         count = math.prod(size // block for size, block in zip(own, blocks, strict=True))
         offset = self.has_zeros if self.offset is None else self.offset.itemsize
         size = math.prod(own) // (2 if self.form == "int4" else 1)
         return size + count * (self.scale.itemsize + offset)
 
     def name(self, row: Parameter, own: Sequence[int]) -> str:
-        """The form as `Packed.name` has it."""
-        blocks = self.blocks(row, own)
-        assert blocks is not None
+        """The form as `Packed.name` has it; arguments and errors as there."""
+        blocks = self.blocks_of_part(row, own)
         whole = self.form == "fp8" or (self.form == "int8" and self.tile[1] == EVERY)
         return self.form if whole else f"{self.form}:{blocks[-1]}"
 
@@ -187,12 +199,7 @@ def load_kept(
     turned = [*range(row.leading), *(row.leading + axis for axis in row.inner_order)]
     shape = row.shape(config)
     own = sharding.shard_shape(shape)
-    blocks = kept.blocks(row, row.inner(own))
-    if blocks is None:
-        raise InputError(
-            f"{row.path} is packed in int4, and a device would have {own} of it, no even number of "
-            "inputs; choose another mesh, or weights unpacked"
-        )
+    blocks = kept.blocks_of_part(row, row.inner(own))
     like = _abstract(row, kept, [shape[axis] for axis in turned], blocks, sharding, turned)
     devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     placement = sharding.addressable_devices_indices_map(shape)
