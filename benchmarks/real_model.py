@@ -34,7 +34,7 @@ import study_check
 import study_finetune
 import study_report
 import typer
-from common import machine, numbers, say, show
+from common import machine, numbers, on_gpu, say, show
 from study_cells import PARTS, Cell, Extent, files_of, plan
 from study_reading import Given, checksum, is_done
 from study_workers import Done, read_cells
@@ -52,7 +52,7 @@ from dca_jax.inference.progress import reading_work
 from dca_jax.weights.hub import find_folder
 
 OUT = Path("outputs/real_model")
-TOGETHER = 131_072  # tokens of prompts that a worker on a GPU reads together
+TOGETHER = 262_144  # tokens of prompts that a worker on a GPU reads together
 PLAN = ("part", "task", "method", "length", "samples", "tokens", "PFLOP", "done")
 # For processes on one device: none takes most of its memory for itself, and none spends more time
 # on the choice of matrix products than short programs can win back.
@@ -126,7 +126,8 @@ def measure(
         out=out,
         identity=identity(model, opened, text, haystack),
         dtype=dtype,
-        together=TOGETHER if jax.default_backend() == "gpu" else 0,
+        rows=max(1, TOGETHER // max(extent.lengths)) if on_gpu() else None,
+        longest=max(extent.lengths) if on_gpu() else 0,
     )
     log = study_report.Log(out, given.identity)
     ran = machine()

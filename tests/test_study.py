@@ -98,7 +98,8 @@ def given(folder, tmp_path):
             "texts": {"book.txt": "0"},
         },
         dtype="float32",
-        together=0,
+        rows=2,
+        longest=512,
     )
 
 
