@@ -129,30 +129,40 @@ def measure(
         rows=max(1, TOGETHER // max(extent.lengths)) if on_gpu() else None,
         longest=max(extent.lengths) if on_gpu() else 0,
     )
-    log = study_report.Log(out, given.identity)
-    ran = machine()
-    ran["versions"]["dca_jax"] = dca_jax.__version__
     count = workers or max(1, min(6, (os.cpu_count() or 1) // 2))
     say(f"{len(cells) - len(left)} of {len(cells)} cells are there; {count} workers")
+    failed = read_all(left, given, count, minutes - (time.monotonic() - begin) / 60)
+    if len(left) < len(cells):
+        study_report.write(out)
+    if failed:
+        say(f"{failed} cells failed, see above; repeat the command to try them again")
+        raise SystemExit(1)
+    say(f"{len(left)} cells are left: repeat the command to go on" if left else "all is read")
+
+
+def read_all(left: list[Cell], given: Given, workers: int, minutes: float) -> int:
+    """Reads the cells, takes those that have ended out of the list, and counts the failed ones."""
+    log, begin, failed = study_report.Log(given.out, given.identity), time.monotonic(), 0
+    ran = machine()
+    ran["versions"]["dca_jax"] = dca_jax.__version__
 
     def on_done(done: Done) -> None:
-        if done.failed is None:
-            left.remove(done.cell)
+        nonlocal failed
+        left.remove(done.cell)
+        failed += done.failed is not None
         result = done.found.get("said") or f"FAILED: {done.failed}"
         spent = time.monotonic() - begin
         say(f"{spent:7.1f} s  {done.cell}: {result} ({done.seconds:.1f} s; {len(left)} left)")
 
-    stopped = minutes - (time.monotonic() - begin) / 60
-    options = {"workers": count, "minutes": stopped, "logs": out / "logs"}
+    options = {"workers": workers, "minutes": minutes, "logs": given.out / "logs"}
     try:
-        whole = read_cells(list(left), given, on_done=on_done, **options)
+        read_cells(list(left), given, on_done=on_done, **options)
     except (KeyboardInterrupt, SystemExit):
         say(f"stopped; repeat the command to go on ({len(left)} cells are left)")
         raise
     finally:
         log.add(ran | {"minutes": (time.monotonic() - begin) / 60, "left": len(left)})
-    say("all is read" if whole else f"out of time; repeat the command to go on ({len(left)} left)")
-    study_report.write(out)
+    return failed
 
 
 def chosen(extent: Extent, parts: list[str], files: set[str]) -> list[Cell]:
