@@ -34,7 +34,7 @@ import study_check
 import study_finetune
 import study_report
 import typer
-from common import machine, numbers, say, show
+from common import machine, numbers, on_gpu, say, show
 from study_cells import PARTS, Cell, Extent, files_of, plan
 from study_reading import Given, checksum, is_done
 from study_workers import Done, read_cells
@@ -52,7 +52,7 @@ from dca_jax.inference.progress import reading_work
 from dca_jax.weights.hub import find_folder
 
 OUT = Path("outputs/real_model")
-TOGETHER = 131_072  # tokens of prompts that a worker on a GPU reads together
+TOGETHER = 262_144  # tokens of prompts that a worker on a GPU reads together
 PLAN = ("part", "task", "method", "length", "samples", "tokens", "PFLOP", "done")
 # For processes on one device: none takes most of its memory for itself, and none spends more time
 # on the choice of matrix products than short programs can win back.
@@ -126,32 +126,43 @@ def measure(
         out=out,
         identity=identity(model, opened, text, haystack),
         dtype=dtype,
-        together=TOGETHER if jax.default_backend() == "gpu" else 0,
+        rows=max(1, TOGETHER // max(extent.lengths)) if on_gpu() else None,
+        longest=max(extent.lengths) if on_gpu() else 0,
     )
-    log = study_report.Log(out, given.identity)
-    ran = machine()
-    ran["versions"]["dca_jax"] = dca_jax.__version__
     count = workers or max(1, min(6, (os.cpu_count() or 1) // 2))
     say(f"{len(cells) - len(left)} of {len(cells)} cells are there; {count} workers")
+    failed = read_all(left, given, count, minutes - (time.monotonic() - begin) / 60)
+    if len(left) < len(cells):
+        study_report.write(out)
+    if failed:
+        say(f"{failed} cells failed, see above; repeat the command to try them again")
+        raise SystemExit(1)
+    say(f"{len(left)} cells are left: repeat the command to go on" if left else "all is read")
+
+
+def read_all(left: list[Cell], given: Given, workers: int, minutes: float) -> int:
+    """Reads the cells, takes those that have ended out of the list, and counts the failed ones."""
+    log, begin, failed = study_report.Log(given.out, given.identity), time.monotonic(), 0
+    ran = machine()
+    ran["versions"]["dca_jax"] = dca_jax.__version__
 
     def on_done(done: Done) -> None:
-        if done.failed is None:
-            left.remove(done.cell)
+        nonlocal failed
+        left.remove(done.cell)
+        failed += done.failed is not None
         result = done.found.get("said") or f"FAILED: {done.failed}"
         spent = time.monotonic() - begin
         say(f"{spent:7.1f} s  {done.cell}: {result} ({done.seconds:.1f} s; {len(left)} left)")
 
-    stopped = minutes - (time.monotonic() - begin) / 60
-    options = {"workers": count, "minutes": stopped, "logs": out / "logs"}
+    options = {"workers": workers, "minutes": minutes, "logs": given.out / "logs"}
     try:
-        whole = read_cells(list(left), given, on_done=on_done, **options)
+        read_cells(list(left), given, on_done=on_done, **options)
     except (KeyboardInterrupt, SystemExit):
         say(f"stopped; repeat the command to go on ({len(left)} cells are left)")
         raise
     finally:
         log.add(ran | {"minutes": (time.monotonic() - begin) / 60, "left": len(left)})
-    say("all is read" if whole else f"out of time; repeat the command to go on ({len(left)} left)")
-    study_report.write(out)
+    return failed
 
 
 def chosen(extent: Extent, parts: list[str], files: set[str]) -> list[Cell]:

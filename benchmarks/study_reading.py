@@ -25,7 +25,6 @@ from dca_jax.evaluation.texts import read_text
 from dca_jax.inference.documents import read_document
 
 DONE = "done.json"  # of a cell's folder: how many samples it has been asked for
-MOST_ROWS = 32  # prompts read together
 SCORES = {"passkey": "found", "needle": "score", "ruler": "score", "few-shot": "f1"}
 
 
@@ -40,7 +39,9 @@ class Given:
         questions: L-Eval's folder, or None.
         out: the study's folder.
         identity: what holds for all results: the model's and texts' checksums, the device.
-        together: tokens of the prompts that are read together; 0 leaves it to the library.
+        rows: prompts that are read together; None leaves it to the library.
+        longest: tokens of the longest prompt. All are read through a cache of that size, for what
+            is compiled is compiled for a cache.
     """
 
     model: str
@@ -50,7 +51,8 @@ class Given:
     out: Path
     identity: Mapping[str, Any]
     dtype: str | None
-    together: int
+    rows: int | None
+    longest: int
 
     def __call__(self) -> Callable[[Cell], dict[str, Any]]:
         """Loads the model."""
@@ -100,9 +102,9 @@ class Reading:
 
     def _evaluate(self, cell: Cell, log: ResultLog) -> None:
         methods, length = [cell.method], cell.length
-        rows = max(1, min(MOST_ROWS, self.given.together // length, cell.samples))
-        asked = {"methods": methods, "batch": rows if self.given.together else None}
+        asked = {"methods": methods, "batch": self.given.rows}
         prompts = {**asked, "lengths": [length], "trials": cell.samples}
+        prompts["capacity"] = self.given.longest
         kind, _, choice = cell.part.partition("few-shot-")
         if kind == "perplexity":
             options = {"form": "paper", "methods": methods, "lengths": [length]}

@@ -139,6 +139,22 @@ def test_by_chat_the_answers_beginning_follows_the_users_message(plain_llm, form
         assert len(asked.prompt) > len(plain_llm.tokenize(paper_prompt(3072, 3, 0.5).text))
 
 
+def test_lengths_share_a_cache_of_the_capacity_asked_for(tmp_path, plain_llm, monkeypatch):
+    capacities = []
+
+    def generate(model, prompts, *, cache, **options):
+        capacities.append(cache.capacity)
+        return [[1] for _ in prompts]
+
+    monkeypatch.setattr(answers, "generate", generate)
+    with ResultLog(tmp_path, "passkey", {}) as log:
+        asked = {"form": "fitted", "methods": ["rope"], "lengths": [300, 5000], "depths": None}
+        passkey.evaluate(plain_llm, log, trials=1, **asked)
+        assert capacities[0] < capacities[1]
+        passkey.evaluate(plain_llm, log, trials=2, capacity=5100, **asked)
+    assert capacities[2] == capacities[3] >= 5100
+
+
 def test_random_depths_have_no_heat_map(tmp_path, plain_llm, replies):
     settings = {"form": "fitted", "trained_length": 512}
     with ResultLog(tmp_path, "passkey", settings, paper="llama2-13b") as log:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import real_model
 import study_cells
+import study_finetune
 import study_report
 from study_cells import Cell, Extent, plan
 from study_reading import Given, Reading, is_done
 from study_workers import read_cells
 
+import dca_jax
+from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation.results import read_run
 from dca_jax.evaluation.windows import make_windows
@@ -95,7 +98,8 @@ def given(folder, tmp_path):
             "texts": {"book.txt": "0"},
         },
         dtype="float32",
-        together=0,
+        rows=2,
+        longest=512,
     )
 
 
@@ -182,3 +186,27 @@ def test_workers_read_all_and_end_with_the_time(tmp_path):
     done.clear()
     assert not read_cells(cells, make, minutes=0, workers=1, **options)
     assert done == []
+
+
+@pytest.mark.slow
+def test_finetuning_by_both_gradients(folder, tmp_path):
+    """On rows of several chunks the detached gradient is another; what is written can be read."""
+    words = "The whale swam. The ship sank. " * 40
+    for name in ("book", "apart"):
+        (tmp_path / f"{name}.txt").write_text(words)
+    talk = [{"instruction": "Who swam?", "input": "", "output": "The whale, I think."}] * 3
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    out = tmp_path / "out"
+    options = {"length": "256", "method": "dca:24,40", "steps": 2, "batch": 1, "dtype": "float32"}
+    texts = {"book": [tmp_path / "book.txt"], "held_out": tmp_path / "apart.txt"}
+    study_finetune.run(str(folder), data=[tmp_path / "talk.json"], out=out, **texts, **options)
+    found = json.loads((out / "results.json").read_text())
+    errors = found["gradient_error"]
+    assert errors["q_proj"] > 1e-3
+    assert errors["k_proj"] > 1e-3
+    exact, detached = found["runs"]["exact"], found["runs"]["detached"]
+    assert exact["held_out_before"] == detached["held_out_before"]
+    assert exact["held_out_after"] < exact["held_out_before"]
+    tuned = dca_jax.load(out / "exact/model")
+    assert tuned.model.dca == DCAConfig(chunk_len=24, max_query_position=40)
+    assert tuned.model.config.trained_length == dca_jax.load(folder).model.config.trained_length

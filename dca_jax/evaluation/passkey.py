@@ -175,6 +175,7 @@ def evaluate(
     trials: int,
     chat: bool = False,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> None:
     """Asks for keys at every length and depth, `trials` times each, and notes what was found.
 
@@ -185,6 +186,7 @@ def evaluate(
         trials: prompts of each length and depth; their seeds are 0, 1 ...
         chat: asked by the model's chat template, whose tokens come to a prompt's in the paper's
             form, and are part of a fitted one's.
+        batch, capacity: as for `ask`.
 
     Raises:
         InputError: an unknown form, a bad depth, no trial, chat with a model that has no template,
@@ -221,6 +223,7 @@ def evaluate(
         methods=methods,
         max_new_tokens=ANSWER_TOKENS,
         batch=batch,
+        capacity=capacity,
     )
 
 
