@@ -88,7 +88,7 @@ def test_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert provenance["dtype"] == ["bfloat16", "int4:16", "int4:32"]
     shown = " ".join(invoke("info", folder).stdout.replace("│", "").split())
     assert "(Orbax, int4:16, int4:32)" in shown
-    assert "(9 of 9 matrices stay packed)" in shown
+    assert "(9 of 9 matrices stay packed; a CPU unpacks them)" in shown
     plan = ["--device", "h200", "--context-length", "64", "--json"]
     size = {
         path: json.loads(invoke("plan", path, *plan, *how).stdout)["bytes"]["weights"]

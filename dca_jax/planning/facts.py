@@ -84,7 +84,7 @@ def _of_packed(folder: Path, config: LlamaConfig) -> dict[str, str]:
             size += math.prod(shape[: row.leading]) * kept[row.path].bytes(row, row.inner(shape))
         else:
             size += 2 * math.prod(shape)
-    told = f"{len(kept)} of {len(matrices(config))} matrices stay packed"
+    told = f"{len(kept)} of {len(matrices(config))} matrices stay packed; a CPU unpacks them"
     forms = ", ".join(_forms(kept, config))
     return {"in memory": f"{decimal(size)} in bfloat16 and {forms} ({told})"}
 
