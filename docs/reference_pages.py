@@ -1,6 +1,7 @@
 """Reference pages written from the code at every build: commands, models, finetuning settings."""
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,5 +97,6 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """One table cell of Markdown."""
+    """One table cell of Markdown; options are code, or their dashes would become one long one."""
+    text = re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<").replace("$", "\\$")

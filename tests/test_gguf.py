@@ -390,6 +390,7 @@ def test_where_a_gguf_is_found(model, tmp_path):
     assert find_folder(model.parent) == model
     (tmp_path / "a.gguf").symlink_to(model)
     assert find_folder(tmp_path) == tmp_path / "a.gguf"
+    assert open_model(tmp_path / "a.gguf").llm.model.config == open_model(model).llm.model.config
     (tmp_path / "b.gguf").symlink_to(model)
     with pytest.raises(InputError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\); name the one"):
         find_folder(tmp_path)

@@ -90,8 +90,10 @@ def config_file(
         InputError: no such folder or file.
     """
     folder = Path(folder)
-    if file is not None:
-        return member(Path(file).parent, Path(file).name)
+    if file is not None:  # named by the user, who may keep it anywhere, behind a link too
+        if not Path(file).is_file():
+            raise InputError(f"{Path(file).parent}: file {shown(Path(file).name)} is missing")
+        return Path(file)
     if is_gguf(folder):
         return folder
     if not folder.is_dir():
