@@ -90,10 +90,13 @@ def test_annotations_of_flax_modules_are_checked(tmp_path, monkeypatch):
             module.first(x, y)
 
 
-def test_nothing_needs_torch():
+def test_attention_alone_loads_no_checkpoint_library_and_nothing_needs_torch():
     """Every module of both packages imports where PyTorch does not."""
-    code = """
+    heavy = set("orbax tensorstore optax rich transformers matplotlib".split())
+    code = f"""
         import importlib, pkgutil, sys
+        import dca_jax.attention
+        print(sorted({heavy!r} & {{name.partition(".")[0] for name in sys.modules}}))
         sys.modules["torch"] = None  # makes `import torch` raise
         for name in ("dca_jax", "checkpoints_convert"):
             package = importlib.import_module(name)
@@ -108,6 +111,7 @@ def test_nothing_needs_torch():
         text=True,
     )
     assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -136,17 +140,6 @@ def test_make_says_which_python_it_needs(tmp_path, script, message):
     assert message in run.stderr
     assert "Python 3.12 or newer" in run.stderr
     assert not venv.exists()
-
-
-def test_attention_alone_loads_no_checkpoint_library():
-    heavy = "orbax tensorstore optax rich transformers matplotlib".split()
-    code = (
-        "import sys, dca_jax.attention\n"
-        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        f"print(sorted(loaded & set({heavy!r})))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
 
 
 def imports() -> dict[str, set[str]]:
