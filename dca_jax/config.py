@@ -485,7 +485,8 @@ def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
                 "model computes and is not supported"
             )
     layer_types = config.get("layer_types")
-    if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:
+    listed = isinstance(layer_types, list) and set(map(str, layer_types)) == {"full_attention"}
+    if layer_types is not None and not listed:
         raise InputError(
             f"config.json has layer_types {fields.shown(layer_types)}: only layers of "
             "full_attention are supported"
