@@ -61,8 +61,8 @@ from dca_jax.errors import InputError
 from dca_jax.inference.buckets import new_cache, piece_length, read_at_once, widest_piece
 from dca_jax.inference.generate import Run
 from dca_jax.memory import GPU_SHARE
-from dca_jax.packed_weights import FORMS, Packed, pack
 from dca_jax.planning.shapes import SHAPES
+from dca_jax.products.packed import FORMS, Packed, pack
 from dca_jax.sharding import make_mesh, mesh_of
 from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, count_parameters, parameters

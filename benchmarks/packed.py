@@ -33,11 +33,11 @@ from common import (
     show,
 )
 
-from dca_jax import few_rows
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.few_rows import Tile
 from dca_jax.inference.compiled import GPU_OPTIONS
-from dca_jax.packed_weights import Packed, pack
+from dca_jax.products import few_rows
+from dca_jax.products.few_rows import Tile
+from dca_jax.products.packed import Packed, pack
 
 MATRICES = {
     "8B-qo": (4096, 4096),

@@ -4,7 +4,7 @@
 
 Nothing is measured here. A time is what the larger of two takes: all arithmetic at the chip's peak
 in bfloat16, or all bytes at its memory's bandwidth. The bytes are those that our kernels' blocks
-move; the tables are those of docs/tpu.md. Per chip, whole; JAX counts a v7x as two devices.
+move; the tables are those of docs/lab/tpu.md. Per chip, whole; JAX counts a v7x as two devices.
 """
 
 import math
@@ -195,7 +195,7 @@ def models() -> str:
 
 
 def main() -> None:
-    """Prints the tables of docs/tpu.md."""
+    """Prints the tables of docs/lab/tpu.md."""
     print("\n\n".join([peaks(), attention(), models()]))
 
 

@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from dca_jax.dtypes import parse_dtype
+from dca_jax.products.packed import FORMS, STORED, UNPACKED
 from dca_jax.weights.adapters import CONFIG_FILE, WEIGHTS_FILE
 from dca_jax.weights.parameters import Progress
 
@@ -54,6 +55,15 @@ AdapterOption = Annotated[
     ),
 ]
 
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FORM",
+        help=f"How matrices are packed: {', '.join(FORMS)}; **{STORED}** as they are, and "
+        f"**{UNPACKED}** not at all.",
+    ),
+]
+
 
 def write_provenance(
     path: Path,
@@ -61,15 +71,16 @@ def write_provenance(
     files: Iterable[Path],
     dtypes: Iterable[np.dtype],
     *,
+    forms: Iterable[str] = (),
     adapter: Path | None = None,
 ) -> None:
-    """Writes what was converted (names, sizes, SHA-256), into which dtype, by what and when."""
+    """Writes what was converted (names, sizes, SHA-256), into what, by what and when."""
     folder = source if source.is_dir() else source.parent
     provenance = {
         "source": source.resolve().name,
         "files": _checksums(folder, files),
         **({} if adapter is None else {"adapter": _adapter_files(adapter)}),
-        "dtype": sorted({str(dtype) for dtype in dtypes}),
+        "dtype": sorted({str(dtype) for dtype in dtypes} | set(forms)),
         "dca_jax": version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

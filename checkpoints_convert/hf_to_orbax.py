@@ -1,8 +1,9 @@
 """Hugging Face or GGUF -> Orbax folder: `python -m checkpoints_convert.hf_to_orbax SRC DST`."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -12,19 +13,25 @@ from rich import print
 from checkpoints_convert.common import (
     AdapterOption,
     Dtype,
+    WeightsOption,
     prepare_process,
     progress_bar,
     told_if_stopped,
     write_provenance,
 )
+from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
+from dca_jax.products.packed import STORED
 from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import PARAMS, written_aside
-from dca_jax.weights.folder import copy_description
-from dca_jax.weights.huggingface import Checkpoint, open_checkpoint, read_config
+from dca_jax.weights.folder import copy_description, open_weights
+from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.kept import Kept
 from dca_jax.weights.orbax import StreamedArray, save
-from dca_jax.weights.parameters import Parameter, parameters
+from dca_jax.weights.orbax_packed import part_shapes, streamed_parts
+from dca_jax.weights.packer import matrices, packed_on_reading, packing
+from dca_jax.weights.parameters import Parameter
 
 
 def convert(
@@ -32,61 +39,85 @@ def convert(
     destination: Path,
     *,
     dtype: np.dtype | None = None,
+    weights: str = STORED,
     adapter: Path | None = None,
     show: bool = False,
 ) -> None:
     """Converts a Hugging Face folder, or a GGUF file, into a folder with Orbax weights.
 
     `destination` gets `config.json` and the tokenizer's files as they are, or as a GGUF file's
-    metadata says them, `params/` (Orbax) and `provenance.json`. It appears when everything is
-    written; whatever happens before, it does not. The weights stream through in pieces: no tensor
-    is ever whole in memory.
+    metadata says them, `params/` (Orbax) and `provenance.json`. Where matrices are packed in it,
+    its `config.json` says how. It appears when everything is written; whatever happens before, it
+    does not. The weights stream through in pieces: no tensor is ever whole in memory.
 
     Args:
         source: folder with config.json and safetensors or `.bin` weights, or a `.gguf` file.
         destination: folder to make.
-        dtype: of the converted weights; None keeps each as it is stored, and packed ones in the
-            dtype of their values.
-        adapter: folder of a LoRA adapter (PEFT's) to merge into the weights.
+        dtype: of what is not packed in `destination`; None keeps each as it is stored, and what is
+            unpacked in the dtype of its values.
+        weights: how matrices are packed in `destination`, as `dca_jax.load` takes it: what is
+            packed already as it is ("stored"), all ("int8" and its like), or none ("unpacked").
+        adapter: folder of a LoRA adapter (PEFT's) to merge into the weights, for which they are
+            unpacked.
         show: a progress bar on stderr.
 
     Raises:
         InputError: `destination` exists, or `source` is not a whole and sound checkpoint, or what
-            `dca_jax.weights.adapters.load_adapter` refuses.
+            `dca_jax.weights.adapters.load_adapter` refuses; `weights` that is no such name.
     """
     config = read_config(source)
-    checkpoint = open_checkpoint(source, config)
-    rows = parameters(config)
-    dtypes = {row.path: _own_dtype(checkpoint, row) if dtype is None else dtype for row in rows}
-
-    def stored(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
-        return checkpoint.read(row, index, dtypes[row.path])
-
-    read = stored if adapter is None else with_adapter(stored, adapter, config)
-    total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows)
+    form, keep = packing(weights, on_cpu=False)
+    found = open_weights(source, config, dtype=dtype, keep=None if adapter else keep)
+    read = found.read if adapter is None else with_adapter(found.read, adapter, config)
+    tensors = dict(found.kept)
+    if form is not None:
+        rows = [row for row in matrices(config) if row.path not in tensors]
+        tensors |= {row.path: packed_on_reading(row, config, read, form) for row in rows}
+    kept = {path: how for path, each in tensors.items() if (how := each[0].kept) is not None}
+    dtypes = {path: dtype for path, dtype in found.dtypes.items() if path not in tensors}
+    _refuse_wide(dtypes)
     with written_aside(destination) as aside:
-        companions = copy_description(source, aside)
+        companions = copy_description(source, aside, kept)
+        total = sum(_bytes(row, config, dtypes, kept) for row in found.rows)
         with progress_bar(total, show) as progress:
-            tree = {
-                row.path: StreamedArray.of(row, config, read, dtypes[row.path], progress)
-                for row in rows
-            }
+            tree: dict[str, Any] = {}
+            for row in found.rows:
+                if row.path in tensors:
+                    tree[row.path] = streamed_parts(row, config, tensors[row.path], progress)
+                else:
+                    own = dtypes[row.path]
+                    tree[row.path] = StreamedArray.of(row, config, read, own, progress)
             save(aside / PARAMS, unflatten_dict(tree, sep="."))
-        weights = {t.path for tensors in checkpoint.tensors.values() for t in tensors}
         write_provenance(
             aside / "provenance.json",
             source,
-            [*companions, *sorted(weights)],
+            [*companions, *found.files],
             dtypes.values(),
+            forms=_names(found.rows, config, kept),
             adapter=adapter,
         )
 
 
-def _own_dtype(checkpoint: Checkpoint, row: Parameter) -> np.dtype:
-    dtype = checkpoint.dtype(row)
-    if dtype == np.float64:
-        raise InputError(f"{row.path} is stored as float64; choose --dtype float32 or bfloat16")
-    return dtype
+def _bytes(
+    row: Parameter, config: LlamaConfig, dtypes: Mapping[str, np.dtype], kept: Mapping[str, Kept]
+) -> int:
+    """What a parameter takes, before it is compressed."""
+    if row.path in dtypes:
+        return math.prod(row.shape(config)) * dtypes[row.path].itemsize
+    parts = part_shapes(row, config, kept[row.path]).values()
+    return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+
+
+def _names(rows: Sequence[Parameter], config: LlamaConfig, kept: Mapping[str, Kept]) -> set[str]:
+    """The forms of packed matrices."""
+    packed = [row for row in rows if row.path in kept]
+    return {kept[row.path].name(row, row.inner(row.shape(config))) for row in packed}
+
+
+def _refuse_wide(dtypes: Mapping[str, np.dtype]) -> None:
+    for path, dtype in dtypes.items():
+        if dtype == np.float64:
+            raise InputError(f"{path} is stored as float64; choose --dtype float32 or bfloat16")
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -107,8 +138,11 @@ def main(
     ],
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of the converted weights; **keep** leaves each value as it is."),
+        typer.Option(
+            help="Dtype of the weights that are not packed; **keep** leaves each value as it is."
+        ),
     ] = Dtype.keep,
+    weights: WeightsOption = STORED,
     adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face Llama-family checkpoint to Orbax.
@@ -120,7 +154,9 @@ def main(
     """
     prepare_process()
     with told_if_stopped(destination):
-        convert(source, destination, dtype=dtype.wanted, adapter=adapter, show=True)
+        convert(
+            source, destination, dtype=dtype.wanted, weights=weights, adapter=adapter, show=True
+        )
     print(f"wrote {destination}")
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
 import numpy as np
 import typer
 from rich import print
@@ -20,10 +21,9 @@ from checkpoints_convert.common import (
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.weights.adapters import with_adapter
-from dca_jax.weights.files import PARAMS, copy_companions, is_converted, read_json, written_aside
+from dca_jax.weights.files import PARAMS, is_converted, read_json, written_aside
+from dca_jax.weights.folder import copy_description, open_weights
 from dca_jax.weights.huggingface import read_config
-from dca_jax.weights.orbax import open_converted
-from dca_jax.weights.parameters import parameters
 from dca_jax.weights.safetensors_folder import SHARD_BYTES, write_weights
 
 
@@ -36,7 +36,7 @@ def convert(
     adapter: Path | None = None,
     show: bool = False,
 ) -> None:
-    """Converts a folder with Orbax weights into a Hugging Face one, bit for bit.
+    """Converts a folder with Orbax weights into a Hugging Face one, bit for bit; packed unpacked.
 
     `destination` gets `config.json`, the tokenizer's files and the weights as safetensors: one
     `model.safetensors`, or shards with their index. Tied embeddings are written once, as
@@ -46,7 +46,8 @@ def convert(
     Args:
         source: folder as `hf_to_orbax` writes it.
         destination: folder to make.
-        dtype: of the written weights; None keeps each as it is stored.
+        dtype: of the written weights; None keeps each as it is stored, and makes bfloat16 of packed
+            ones, which is logged.
         shard_bytes: most bytes of weights in a file (but a tensor is never split).
         adapter: folder of a LoRA adapter (PEFT's) to merge into the weights.
         show: a progress bar on stderr.
@@ -58,14 +59,13 @@ def convert(
     config = read_config(source)
     if not is_converted(source):
         raise InputError(f"{source} is no Orbax checkpoint (it has no folder {PARAMS})")
-    dtypes, read = open_converted(source, config, dtype=dtype)
+    found = open_weights(source, config, dtype=dtype, unpacked=jnp.bfloat16)
+    dtypes, read = found.dtypes, found.read
     if adapter is not None:
         read = with_adapter(read, adapter, config)
-    total = sum(
-        math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in parameters(config)
-    )
+    total = sum(math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in found.rows)
     with written_aside(destination) as aside:
-        copy_companions(source, aside)
+        copy_description(source, aside)
         _say_dtype(aside, set(dtypes.values()))
         with progress_bar(total, show) as progress:
             write_weights(aside, config, read, dtypes, shard_bytes=shard_bytes, progress=progress)
@@ -107,7 +107,10 @@ def main(
     ],
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of the written weights; **keep** leaves each bit as it is."),
+        typer.Option(
+            help="Dtype of the written weights; **keep** leaves each bit as it is, and makes "
+            "bfloat16 of packed ones."
+        ),
     ] = Dtype.keep,
     shard_size: Annotated[
         str, typer.Option(help="Most bytes of weights in one file, such as 5GB or 500MB.")

@@ -38,8 +38,8 @@ from dca_jax.grouped import (
     lay_out,
     spread,
 )
-from dca_jax.packed_weights import Packed
-from dca_jax.row_products import can_multiply, row_products
+from dca_jax.products.packed import Packed
+from dca_jax.products.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
 PIECE = 2**14  # tokens that are sorted at once: k copies of each are in memory

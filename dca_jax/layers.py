@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
-from dca_jax.packed_product import packed_product, packed_products
-from dca_jax.packed_weights import is_packed
-from dca_jax.row_products import can_multiply, row_products
+from dca_jax.products.packed import is_packed
+from dca_jax.products.packed_product import packed_product, packed_products
+from dca_jax.products.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
 # Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].

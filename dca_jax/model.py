@@ -36,8 +36,8 @@ from dca_jax.errors import InputError
 from dca_jax.experts import Balance, balance_of, load_balancing_loss
 from dca_jax.kv_cache import KVCache, PagedCache
 from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm, Run
-from dca_jax.packed_product import packed_product, unpacked_inner
-from dca_jax.packed_weights import Packed, is_packed
+from dca_jax.products.packed import Packed, is_packed
+from dca_jax.products.packed_product import packed_product, unpacked_inner
 from dca_jax.sharding import Shards
 
 # What is kept of a layer for the backward pass, by name; the rest is computed again from it.
@@ -60,7 +60,7 @@ class Llama(nnx.Module):
     """A Llama-family decoder whose attention is DCA (or plain, with `dca=None`).
 
     A pytree: pass it through `jax.jit`, `jax.grad` and `jax.tree.map` as it is. Any of its matrices
-    may be packed (`dca_jax.packed_weights`): `from_params` takes them as they are.
+    may be packed (`dca_jax.products.packed`): `from_params` takes them as they are.
 
     Args:
         config: the model's shape.
@@ -430,7 +430,7 @@ class Llama(nnx.Module):
     def params(self) -> dict[str, Any]:
         """The parameters as a nested dict with stable names, layers stacked.
 
-        They are arrays and, where matrices are packed, `dca_jax.packed_weights.Packed`.
+        They are arrays and, where matrices are packed, `dca_jax.products.packed.Packed`.
         """
         tree: dict[str, Any] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(self, is_leaf=is_packed):

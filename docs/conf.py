@@ -13,9 +13,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # imports only: leave a GPU alone
 
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(DOCS)]
 # jaxtyping then shows Float[Array, "B T N H"] as written, not as jax's internal array type.
 typing.GENERATING_DOCUMENTATION = True
+
+import reference_pages  # noqa: E402
 
 import dca_jax  # noqa: E402  (after the two settings that it reads)
 
@@ -55,7 +57,7 @@ html_title = f"dca_jax {release}"
 html_copy_source = False
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
-html_css_files = ["math.css"]
+html_css_files = ["math.css", "doors.css"]
 
 
 def draw_relative_positions(app: object) -> None:
@@ -73,6 +75,11 @@ def draw_relative_positions(app: object) -> None:
     axes = plot_relative_positions(12, DCAConfig(chunk_len=6, max_query_position=9))
     axes.figure.savefig(out / "relative_positions.png", dpi=160)
     plt.close("all")
+
+
+def write_reference(app: object) -> None:
+    """Writes the tables of `reference/` from the code."""
+    reference_pages.write(DOCS / "_generated")
 
 
 def read_docstring(
@@ -107,4 +114,5 @@ def write_mathml(translator: typing.Any, node: nodes.math | nodes.math_block) ->
 def setup(app: typing.Any) -> None:
     app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
     app.connect("builder-inited", draw_relative_positions)
+    app.connect("builder-inited", write_reference)
     app.connect("autodoc-process-docstring", read_docstring, priority=900)

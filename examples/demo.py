@@ -6,7 +6,7 @@
 It converts the model to Orbax, prints its perplexity by length of context for plain RoPE, three
 RoPE scalings and DCA (Table 1 of the paper), asks it for a passkey hidden in longer and longer
 texts (Fig. 5), and has it read 16 trained lengths of code, recall comments in it and go on.
-Pictures and figures go to outputs/demo/; `docs/demo.md` says how to read them.
+Pictures and figures go to outputs/demo/; `docs/lab/demo.md` says how to read them.
 """
 
 import bisect

@@ -17,10 +17,12 @@ from dca_jax.cli import app
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = sorted((REPOSITORY / "docs").rglob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md"]
-PAGES += [str(f.relative_to(REPOSITORY)) for f in FOLDER if "_build" not in f.parts]
+PAGES += [
+    str(f.relative_to(REPOSITORY)) for f in FOLDER if not {"_build", "_generated"} & {*f.parts}
+]
 # What a block may be: run or parsed, or none of a reader's business to run.
 LANGUAGES = ["python", "sh"]
-OTHERS = ["text", "bibtex"]
+OTHERS = ["text", "bibtex", "json"]
 PROGRAMS = (
     "bash dca-jax echo export git make pip python unzip .venv/bin/pip .venv/bin/python".split()
 )

@@ -190,7 +190,7 @@ def test_a_signal_says_that_nothing_was_written(
 ) -> None:
     module, name = {
         "hf_to_orbax": (hf_to_orbax, "copy_description"),
-        "orbax_to_hf": (orbax_to_hf, "copy_companions"),
+        "orbax_to_hf": (orbax_to_hf, "copy_description"),
     }[kind]
     copy = getattr(module, name)
 

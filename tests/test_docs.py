@@ -15,7 +15,7 @@ EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
 # Programs of other people, whose options are theirs.
-OTHERS = ["echo", "export", "git", "unzip"]
+OTHERS = [".", "echo", "export", "git", "mv", "unzip"]
 
 
 def check(words: list[str]) -> None:
@@ -36,7 +36,7 @@ def check(words: list[str]) -> None:
         script, _name, _zone, *command = rest
         assert (REPOSITORY / script).is_file()
         pages.parse(command)
-    elif program == "python":
+    elif program in ("python", "python3"):
         check_python(rest)
     else:
         assert program in OTHERS
@@ -54,7 +54,7 @@ def check_python(words: list[str]) -> None:
         path, *words = words
         assert (REPOSITORY / path).is_file()
         name = path.removesuffix(".py").rpartition("/")[2]
-    if "--help" in words or name in ("mutations", "kills"):  # these two read no options
+    if "--help" in words or name in ("mutations", "kills", "venv"):  # without options of ours
         return
     module = importlib.import_module(name)
     app = getattr(module, "app", None)

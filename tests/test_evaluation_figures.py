@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dca_jax.evaluation.grids import accuracy_score
 from dca_jax.evaluation.results import ResultLog, read_run
 from dca_jax.inference.methods import method_by_name
 from dca_jax.weights.huggingface import read_config
@@ -39,8 +40,8 @@ def test_runs_of_many_methods_become_one_and_may_be_joined_again(tmp_path):
     assert len(records) == len((tmp_path / "all/results.jsonl").read_text().splitlines()) == 4
     summary = json.loads((tmp_path / "all/summary.json").read_text())
     assert summary["device"] == "abacus"
-    assert summary["scores"]["dca"]["512"] == {"accuracy": 1.0, "samples": 2}
-    assert "| rope | 50.0% |" in (tmp_path / "all/table.md").read_text()
+    assert summary["scores"]["dca"]["512"] == accuracy_score((1.0, 2))
+    assert "| rope | 50.0 (9.5 to 90.5; 2) |" in (tmp_path / "all/table.md").read_text()
 
 
 @pytest.fixture

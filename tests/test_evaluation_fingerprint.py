@@ -91,9 +91,11 @@ def test_two_models_of_one_name_do_not_share_results(tmp_path, folder, monkeypat
 
 
 def test_data_is_known_by_its_content_and_a_task_may_be_added(folder, tmp_path, monkeypatch):
-    """outer.md B20, and docs/evaluation.md: asking for more in the same folder adds to it."""
+    """outer.md B20, and docs/guides/evaluate.md: asking for more in the same folder adds to it."""
     monkeypatch.setattr(
-        answers, "answer_about", lambda llm, prompts, *_: [Answer([1], "Ahab") for _ in prompts]
+        answers,
+        "answer_about",
+        lambda llm, prompts, *_, **__: [Answer([1], "Ahab") for _ in prompts],
     )
     row = {"input": "A text.", "query": "Who?", "output": "Ahab", "id": 7}
     row |= {"query_examples": [], "output_examples": []}

@@ -9,6 +9,7 @@ from shared_fixtures import invoke_eval
 
 from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, needle, report
+from dca_jax.evaluation.grids import accuracy_score
 from dca_jax.evaluation.haystacks import LONGEST, Haystack, largest_fitting
 from dca_jax.evaluation.needle import effective_length, hidden_numbers, hidden_variables, score
 from dca_jax.evaluation.results import ResultLog, read_run
@@ -181,7 +182,7 @@ def test_every_task_is_asked_and_scored(tmp_path, plain_llm, replies):
     assert re.fullmatch(r".* is: [0-9]{7}\.", last.splitlines()[1])
     found = report.write_report(tmp_path)
     scores = json.loads((tmp_path / "summary.json").read_text())["scores"]
-    assert scores["single"]["dca"]["1500"] == {"accuracy": 1.0, "samples": 2}
+    assert scores["single"]["dca"]["1500"] == accuracy_score((1.0, 2))
     assert scores["variables"]["dca"]["1500"]["accuracy"] == 0.0
     assert scores["mean"]["dca"]["per_cent"] == {"1400": pytest.approx(200 / 3), "1500": 200 / 3}
     assert scores["mean"]["dca"]["effective_length"] is None

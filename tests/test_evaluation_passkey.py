@@ -122,6 +122,39 @@ def test_a_grid_of_depths(tmp_path, plain_llm, replies):
     assert "In the paper" not in found.tables[0].markdown()
 
 
+@pytest.mark.parametrize("form", ["paper", "fitted"])
+def test_by_chat_the_answers_beginning_follows_the_users_message(plain_llm, form):
+    asked = passkey._question(plain_llm, form, 900, 0.5, 3, True)
+    text = plain_llm.tokenizer.decode(asked.prompt)
+    first, said = text.split("<|user|>")[1].split("<|assistant|>")
+    assert first.startswith(passkey.TASK)
+    assert first.rstrip().endswith("What is the pass key?")
+    assert said.strip() == "The pass key is"
+    if form == "fitted":
+        assert 850 < len(asked.prompt) <= 900
+        raw = passkey._question(plain_llm, form, 900, 0.5, 3, False)
+        right = answers.Answer([], "")
+        assert asked.judge(right)["key"] == raw.judge(right)["key"]
+    else:
+        assert len(asked.prompt) > len(plain_llm.tokenize(paper_prompt(3072, 3, 0.5).text))
+
+
+def test_lengths_share_a_cache_of_the_capacity_asked_for(tmp_path, plain_llm, monkeypatch):
+    capacities = []
+
+    def generate(model, prompts, *, cache, **options):
+        capacities.append(cache.capacity)
+        return [[1] for _ in prompts]
+
+    monkeypatch.setattr(answers, "generate", generate)
+    with ResultLog(tmp_path, "passkey", {}) as log:
+        asked = {"form": "fitted", "methods": ["rope"], "lengths": [300, 5000], "depths": None}
+        passkey.evaluate(plain_llm, log, trials=1, **asked)
+        assert capacities[0] < capacities[1]
+        passkey.evaluate(plain_llm, log, trials=2, capacity=5100, **asked)
+    assert capacities[2] == capacities[3] >= 5100
+
+
 def test_random_depths_have_no_heat_map(tmp_path, plain_llm, replies):
     settings = {"form": "fitted", "trained_length": 512}
     with ResultLog(tmp_path, "passkey", settings, paper="llama2-13b") as log:
@@ -182,9 +215,13 @@ def test_the_command(folder, plain_llm, tmp_path):
     arguments += ["--trials", 1, "--method", "dca", "--output", tmp_path / "out", "--batch", 2]
     done = invoke_eval(*arguments)
     assert done.exit_code == 0, done.output
-    assert "| dca | 0.0% |" in done.stdout
+    assert "| dca | 0.0 (0.0 to 65.8; 2) |" in done.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["scores"]["dca"]["600"] == {"accuracy": 0.0, "samples": 2}
+    assert summary["scores"]["dca"]["600"] == {
+        "accuracy": 0.0,
+        "samples": 2,
+        "interval": [0.0, pytest.approx(0.6576, abs=1e-4)],  # Z^2 / (n + Z^2)
+    }
     record = read_run(tmp_path / "out").records[1]
     assert record.key == {"method": "dca", "length": 600, "depth": 1.0, "trial": 0}
     prompt = passkey._cell_prompt(plain_llm, 600, 1.0, 0, seed=0)

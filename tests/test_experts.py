@@ -18,7 +18,6 @@ from lowering import lower
 from tiny_llm import DIVISIBLE
 
 from dca_jax import experts as experts_module
-from dca_jax import row_products
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.device import Device
 from dca_jax.errors import InputError
@@ -35,6 +34,7 @@ from dca_jax.grouped import (
 from dca_jax.inference.generate import generate
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
+from dca_jax.products import row_products
 from dca_jax.sharding import describe, make_mesh, parse_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.parameters import lora_parameters

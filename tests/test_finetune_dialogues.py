@@ -20,7 +20,7 @@ from dca_jax.finetune.chunkllama import CHUNKLLAMA_SYSTEM
 from dca_jax.finetune.dialogues import read_dialogues
 from dca_jax.finetune.rendered import Rendered
 from dca_jax.finetune.templates import render, renderer
-from dca_jax.finetune.turns import Dialogue, Turn
+from dca_jax.finetune.turns import Dialogue, Text, Turn
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 MARKS += ["<start_of_turn>", "<end_of_turn>"]
@@ -376,6 +376,7 @@ def test_tokens_that_hold_a_words_space(name: str, metaspace: Any, tmp_path: Pat
 def test_the_tokenizers_own_template(byte_level: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no chat template"):
         render(TWO_ROUNDS, byte_level)
+    assert render(Text("a text needs none"), byte_level).trained[1:].any()
     path = tmp_path / "t.jinja"
     path.write_text(CHATML)
     byte_level.save_pretrained(tmp_path)
@@ -627,7 +628,7 @@ def test_the_script_on_whole_files(files: dict[str, list[Dialogue]], metaspace: 
 def test_the_demo_models_tokenizer(files: dict[str, list[Dialogue]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     with pytest.raises(InputError, match="no chat template"):
-        renderer(tokenizer)
+        renderer(tokenizer)(next(iter(files.values()))[:1])
     write = renderer(tokenizer, "llama-2")
     some = next(x for name, x in files.items() if name.startswith("longchat"))
     for one, rendered in zip(some, write(some), strict=True):

@@ -22,6 +22,7 @@ from test_documents import damaged_pdf, write_pdf
 from tiny_gguf import byte_level, wide_config, write_gguf
 from tiny_llm import CHAT_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
 
+from checkpoints_convert import hf_to_orbax
 from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.errors import InputError
 from dca_jax.evaluation.benchmark_files import read_json_lines
@@ -176,6 +177,8 @@ class Kinds:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_tiny(folder / "weights")
+        hf_to_orbax.convert(folder / "weights", folder / "converted", weights="int4:32")
+        self.described = json.loads((folder / "converted" / "config.json").read_text())
         self.weights = (folder / "weights" / "model.safetensors").read_bytes()
         self.tokenizers = []
         for number, make in enumerate((byte_level_tokenizer, metaspace_tokenizer)):
@@ -215,6 +218,23 @@ class Kinds:
         (self.folder / "weights" / "model.safetensors").write_bytes(content)
         config = read_config(self.folder / "weights")
         found = load_weights(self.folder / "weights", config)
+        assert np.isfinite(np.asarray(found["norm"]["scale"], np.float32)).all()
+
+    def converted(self, rng: random.Random) -> None:
+        """What config.json says of packed matrices, or a description of their arrays."""
+        folder, key = self.folder / "converted", "quantization_config"
+        array = rng.choice(sorted((folder / "params").glob("*.kernel.*/.zarray")))
+        before, how = array.read_bytes(), self.described[key]
+        if rng.random() < 0.5:
+            how = damaged_value(how, rng)
+        else:
+            array.write_bytes(damaged_json([json.loads(before)], rng))
+        (folder / "config.json").write_text(json.dumps(self.described | {key: how}))
+        try:
+            config = read_config(folder)
+            found = load_weights(folder, config, keep="stored")
+        finally:
+            array.write_bytes(before)
         assert np.isfinite(np.asarray(found["norm"]["scale"], np.float32)).all()
 
     def tokenizer(self, rng: random.Random) -> None:
@@ -296,7 +316,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     return Kinds(tmp_path_factory.mktemp("fuzz"))
 
 
-FAST = "config safetensors gguf tokenizer requests dialogues rows settings template".split()
+FAST = (
+    "config safetensors converted gguf tokenizer requests dialogues rows settings template".split()
+)
 
 
 @pytest.mark.timeout(0 if NUMBER > 100 else 600)

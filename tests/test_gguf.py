@@ -31,7 +31,7 @@ from checkpoints_convert import hf_to_orbax, orbax_to_hf, verify
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation.fingerprint import fingerprint
-from dca_jax.packed_weights import is_packed, packed_forms
+from dca_jax.products.packed import is_packed, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.gguf_file import read_gguf
@@ -89,12 +89,16 @@ def test_weights_that_stay_packed(tmp_path, kind):
         lambda x: x.unpack(jax.numpy.float32) if is_packed(x) else x, kept, is_leaf=is_packed
     )
     jax.tree.map(np.testing.assert_array_equal, unpacked, plain)
+    hf_to_orbax.convert(path, tmp_path / "orbax")
+    for keep, found in ((None, plain), ("stored", kept)):
+        again = load_weights(tmp_path / "orbax", config, dtype=jax.numpy.float32, keep=keep)
+        jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_weights_are_those_of_transformers_to_the_bit(model, tmp_path, caplog):
     """Through Orbax and back to Hugging Face; their logits too."""
     hf_to_orbax.convert(model, tmp_path / "orbax", dtype=np.dtype(np.float32))
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf", dtype=np.dtype(np.float32))
     ours, expected = read_safetensors(tmp_path / "hf"), theirs(model).state_dict()
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -140,7 +144,7 @@ def test_qwen3_is_that_of_transformers(tmp_path, kind):
     assert found.qk_norm
     assert kind == "qwen3" or found.mixture.norm_topk_prob
     hf_to_orbax.convert(path, tmp_path / "orbax")
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf", dtype=np.dtype(np.float32))
     ours, expected = read_safetensors(tmp_path / "hf"), theirs(path).state_dict()
     for name, tensor in expected.items():
         if "experts" not in name:
@@ -344,8 +348,9 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[tensor.offset : tensor.offset + 2] = np.float16("nan").tobytes()
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight holds nan, and weights must be"):
-        load_weights(path, read_config(path), dtype="float32")
+    for keep, message in ((None, ", and weights must be"), ("stored", " or inf, or a scale of it")):
+        with pytest.raises(InputError, match=rf"blk.1.ffn_up.weight holds nan{message}"):
+            load_weights(path, read_config(path), dtype="float32", keep=keep)
 
 
 def test_split_files(tmp_path):
@@ -385,6 +390,7 @@ def test_where_a_gguf_is_found(model, tmp_path):
     assert find_folder(model.parent) == model
     (tmp_path / "a.gguf").symlink_to(model)
     assert find_folder(tmp_path) == tmp_path / "a.gguf"
+    assert open_model(tmp_path / "a.gguf").llm.model.config == open_model(model).llm.model.config
     (tmp_path / "b.gguf").symlink_to(model)
     with pytest.raises(InputError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\); name the one"):
         find_folder(tmp_path)

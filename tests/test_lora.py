@@ -25,7 +25,7 @@ from dca_jax.finetune.export import layers_on_host
 from dca_jax.finetune.lora import init_lora, join, split
 from dca_jax.inference.methods import with_method
 from dca_jax.model import Llama
-from dca_jax.packed_weights import Packed
+from dca_jax.products.packed import Packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.adapters import load_adapter, merge_lora, save_adapter
 from dca_jax.weights.files import PARAMS

@@ -510,6 +510,15 @@ LLAMA_2 = LlamaConfig(
         ("dca:chunkllama_ppl", 16384, DCAConfig.chunkllama_ppl(4096)),
         ("dca:auto", 16384, DCAConfig.paper(4096)),
         ("dca:20,30", 16384, DCAConfig(chunk_len=20, max_query_position=30)),
+        ("dca:paper@0.1", 16384, DCAConfig.paper(4096, temperature_slope=0.1)),
+        ("dca:auto@0.05", 16384, DCAConfig.paper(4096, temperature_slope=0.05)),
+        (
+            "dca:20,30@0.1",
+            16384,
+            DCAConfig(
+                chunk_len=20, max_query_position=30, trained_length=4096, temperature_slope=0.1
+            ),
+        ),
         ("dca-intra", 16384, DCAAblation(dca=DCAConfig.paper(4096), inter=False)),
         (
             "dca-intra-inter:chunkllama",
@@ -608,6 +617,9 @@ def test_self_extend_stays_within_two_thirds_of_the_trained_length() -> None:
         ("streaming-llm:4,-1", "is not 'streaming-llm:SINKS,RECENT'"),
         ("dca:fast", "DCA setting 'fast' is not known; expected one of paper, .*auto"),
         ("dca:1,2,3", "is not 'dca:S,Q'"),
+        ("dca:paper@hot", "the slope of the temperature, a number from 0 on"),
+        ("dca:paper@-1", "the slope of the temperature, a number from 0 on"),
+        ("dca:paper@nan", "the slope of the temperature, a number from 0 on"),
         ("dca:30,20", "must not exceed max_query_position"),
         ("dca+ntk", r"expected \+pi:F"),
         ("dca+flash:2", r"expected \+pi:F"),

@@ -1,7 +1,11 @@
 """What a converted folder may hold, judged before TensorStore and the devices see it."""
 
+import asyncio
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +143,36 @@ def test_a_model_that_does_not_fit(
     message = rf"the weights take {gib:.1f} GiB in float32, {gib:.1f} GiB of them on each device"
     with pytest.raises(InputError, match=message):
         load_weights(whole, config, dtype=jnp.float32)
+
+
+def test_a_signal_waits_for_what_is_on_its_way_to_the_disk(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorStore reports each write to the event loop, which must not be closed before."""
+    asked, tasks, block = [], [], np.zeros((1, 2**20), np.uint8)
+
+    def pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        for index in range(6):
+            asked.append(index)
+            if index == 2:  # while the event loop waits for the piece before
+                asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+            yield (slice(index, index + 1),), block
+
+    def stop(number: int, _: object) -> None:
+        tasks.append(asyncio.current_task())
+        raise SystemExit(128 + number)
+
+    array = orbax.StreamedArray(
+        shape=(6, 2**20), dtype=block.dtype, chunks=block.shape, pieces=pieces
+    )
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            orbax.save(tmp_path / "out", {"a": array})
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked == [0, 1, 2]
+    assert tasks != [None]  # the loop was not waiting, but between two pieces
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capfd.readouterr().err

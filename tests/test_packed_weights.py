@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec
 from shared_fixtures import invoke
 
 import dca_jax
-from dca_jax import few_rows, packed_row
 from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.packed_weights import FORMS, Packed, block_sizes, pack, packed_forms
+from dca_jax.products import few_rows, packed_row
+from dca_jax.products.packed import FORMS, Packed, block_sizes, pack, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, abstract_params, parameters

@@ -1,9 +1,11 @@
 """The memory plan of LoRA: beside real arrays, the compiler's figures, and full training."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from abstract import unchecked
@@ -19,6 +21,7 @@ from dca_jax.planning.memory import DEVICES, F32, LOSS_TOKENS, Job
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
+from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import matrices, packed_stack, packer
 from dca_jax.weights.parameters import abstract_params, lora_parameters, parameters, projections
 from dca_jax.weights.placement import parameter_shardings
@@ -180,3 +183,16 @@ def test_packed_weights_of_generation_are_those_of_real_arrays(form: str) -> Non
     options: dict[str, Any] = {"train": False, "lora": None, "weights": form}
     usage = job_for(SMALL, context_length=300, batch=2, **options).usage(sizes)
     assert usage.weights == bytes_of_one_device(base)
+
+
+def test_meshes_that_divide_pairs_of_int4_are_left_out() -> None:
+    """Four devices along `tensor` would have 5 inputs each of the last projection's 20."""
+    config = replace(SMALL, intermediate_size=20, num_key_value_heads=4)
+    options: dict[str, Any] = {"device": "h200", "context_length": 64, "batch": 4}
+    kept = {"layers.mlp.down_proj.kernel": Kept("int4", (1, 4), np.dtype(np.float16))}
+    for how in ({"weights": "int4"}, {"kept": kept}):
+        found = plan("small", config, mesh=parse_mesh("data=4"), **options, **how)
+        assert found.recommended is not None
+        assert found.recommended["tensor"] < 4
+        with pytest.raises(InputError, match=r"an even number|no even number"):
+            plan("small", config, mesh=parse_mesh("tensor=4"), **options, **how)

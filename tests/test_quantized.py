@@ -18,7 +18,9 @@ from shared_fixtures import invoke
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.errors import InputError
-from dca_jax.packed_weights import is_packed
+from dca_jax.evaluation.fingerprint import fingerprint
+from dca_jax.products.packed import Packed as Kept
+from dca_jax.products.packed import is_packed
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.huggingface import open_checkpoint, read_config
@@ -203,7 +205,7 @@ def test_packed_weights(tmp_path, name):
     checkpoint = open_checkpoint(tmp_path, read_config(tmp_path))
     (kind,) = checkpoint.packed
     assert kind.startswith(CASES[name][0]["quant_method"])
-    tensors = [t for path, each in checkpoint.tensors.items() for t in each if t.packed]
+    tensors = [t for each in checkpoint.tensors.values() for t in each if t.packed]
     assert len(tensors) == 2 * 7 - 1
     for tensor in tensors:
         whole = expected[f"{tensor.name.rpartition('.')[0]}.weight"]
@@ -238,6 +240,28 @@ def test_weights_that_stay_packed(tmp_path, name, caplog):
     sizes = [x.nbytes for leaf in leaves if is_packed(leaf) for x in jax.tree.leaves(leaf)]
     rows = [row for row in matrices(config) if row.path in kept]
     assert sum(sizes) == 2 * sum(kept[r.path].bytes(r, r.inner(r.shape(config))) for r in rows)
+    # And so they do in a converted folder, which takes no more on the disk.
+    folder = tmp_path / "orbax"
+    hf_to_orbax.convert(tmp_path, folder)
+    again = load_weights(folder, read_config(folder), dtype=jnp.float32, keep="stored")
+    same_bits(again, found)
+    assert kept_forms(folder, config, "stored") == kept
+    if rows:
+        chunks = [
+            path.stat().st_size
+            for row in rows
+            for path in (folder / "params").glob(f"{row.path}.*/*[0-9]")
+        ]
+        frames = 16 * len(chunks)  # of zstd, which tiny arrays feel
+        assert 0.7 * sum(sizes) < sum(chunks) < 1.02 * sum(sizes) + frames
+
+
+def same_bits(got, want):
+    """Packed or not, the same dtypes, values and places."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (one.dtype, one.sharding) == (other.dtype, other.sharding)
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 @pytest.mark.parametrize("name", ["awq", "fp8", "w8a16"])
@@ -255,9 +279,15 @@ def test_weights_stay_packed_on_a_mesh(tmp_path, name):
             spec = [*spec, *[None] * (leaf.ndim - len(spec))]
             turned = [spec[0], *(spec[1 + axis] for axis in row.inner_order)]
             assert leaf.values.sharding.spec == PartitionSpec(*turned)
+    hf_to_orbax.convert(tmp_path, tmp_path / "orbax")
+    options = {"dtype": jnp.float32, "sharding": where, "keep": "stored"}
+    same_bits(load_weights(tmp_path / "orbax", config, **options), found)
 
 
 KEPT = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")]
+
+
+unpack = jax.jit(Kept.unpack, static_argnums=1)
 
 
 def check_kept(found, config, expected, kept):
@@ -266,15 +296,18 @@ def check_kept(found, config, expected, kept):
         leaf = functools.reduce(dict.__getitem__, row.path.split("."), found)
         assert is_packed(leaf) == (row.path.split(".")[-2] in kept)
         leaf = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), leaf)  # from all devices
-        ours = np.asarray(leaf.unpack(jnp.float32) if is_packed(leaf) else leaf)
+        ours = np.asarray(unpack(leaf, "float32") if is_packed(leaf) else leaf)
         theirs = [row.to_ours(expected[n], row.sizes(config)) for n in row.their_names(config)]
         theirs = np.stack(theirs) if row.stacked else theirs[0]
         np.testing.assert_allclose(ours, theirs, rtol=2e-7, atol=0)
 
 
 def test_commands_know_what_stays_packed(tmp_path):
-    """`plan` and `info`; and `--weights` that packs, or does not."""
+    """`plan` and `info`; and `--weights` that packs, or does not; an evaluation knows it again."""
     write(tmp_path, "awq")
+    before = fingerprint(tmp_path)
+    damage(tmp_path, {f"{Q}qweight": 1})
+    assert fingerprint(tmp_path) != before
     shape = ["--device", "h200", "--context-length", "64", "--json"]
     sizes = {
         how: json.loads(invoke("plan", tmp_path, *shape, *how).stdout)["bytes"]["weights"]
@@ -291,8 +324,8 @@ def test_from_the_folder_to_the_devices_and_to_other_folders(tmp_path, name, cap
     expected = write(tmp_path / "packed", name)
     config = read_config(tmp_path / "packed")
     hf_to_orbax.convert(tmp_path / "packed", tmp_path / "orbax")
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
-    assert read_config(tmp_path / "hf") == config
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf", dtype=np.dtype(np.float32))
+    assert read_config(tmp_path / "orbax") == read_config(tmp_path / "hf") == config
     assert "quantization_config" not in (tmp_path / "hf" / "config.json").read_text()
     for tensor, value in read_safetensors(tmp_path / "hf").items():
         np.testing.assert_allclose(value, expected[tensor], rtol=2e-7, atol=0)
@@ -397,6 +430,7 @@ def damage(folder: Path, change: dict[str, Any]) -> None:
     [
         ("awq", {f"{Q}scales": float("nan")}, "q_proj.qweight holds nan"),
         ("fp8", {f"{Q}weight_scale_inv": float("inf")}, "q_proj.weight holds "),
+        ("fp8", {f"{Q}weight": float("nan")}, "q_proj.weight holds nan"),
         ("gptq", {f"{Q}g_idx": 99}, "g_idx in model.safetensors names group 99 of 3"),
         ("gptq", {f"{Q}g_idx": -1}, "g_idx in model.safetensors names group -1 of 3"),
     ],
@@ -404,8 +438,9 @@ def damage(folder: Path, change: dict[str, Any]) -> None:
 def test_values_that_make_no_weights_are_refused(tmp_path, name, change, message):
     write(tmp_path, name)
     damage(tmp_path, change)
-    with pytest.raises(InputError, match=message):
-        load_weights(tmp_path, read_config(tmp_path), dtype=jnp.float32)
+    for keep in (None, "stored"):
+        with pytest.raises(InputError, match=message):
+            load_weights(tmp_path, read_config(tmp_path), dtype=jnp.float32, keep=keep)
 
 
 def test_modules_to_not_convert(tmp_path):

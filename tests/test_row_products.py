@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dca_jax import experts, row_products
+from dca_jax import experts
 from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
+from dca_jax.products import row_products
 
 DENSE = LlamaConfig(
     vocab_size=61,

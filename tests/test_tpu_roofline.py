@@ -1,4 +1,4 @@
-"""The roofline on paper: its arithmetic, and that docs/tpu.md shows what the script prints."""
+"""The roofline on paper: its arithmetic, and that docs/lab/tpu.md shows what the script prints."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from dca_jax.planning.shapes import SHAPES
 
 pytestmark = pytest.mark.benchmarks
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/tpu.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/lab/tpu.md"
 
 
 def test_the_page_shows_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
     tpu_roofline.main()
     page = PAGE.read_text()
     for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in page, "run benchmarks/tpu_roofline.py and put its tables into docs/tpu.md"
+        assert table in page, f"run benchmarks/tpu_roofline.py and put its tables into {PAGE}"
 
 
 def test_prefill_counts_the_causal_triangle_and_decode_the_cache() -> None:

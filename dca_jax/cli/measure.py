@@ -170,6 +170,9 @@ def passkey_command(
     trials: Annotated[
         int, typer.Option(min=1, help="Number of prompts for each length and depth.")
     ] = 20,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the model's chat template.")
+    ] = False,
     output: OutputOption = None,
     dtype: DtypeOption = None,
     cache_dtype: CacheDtypeOption = None,
@@ -191,10 +194,11 @@ def passkey_command(
     lengths = [parse_tokens(n) for n in length]
     loading = {"weights": weights, "cache_dtype": cache_dtype, "sparse": sparse}
     opened = find_model(model, method, dtype, mesh, adapter, **loading, context=max(lengths))
-    tokens = passkey.prompt_tokens(opened.llm, form.value, max(lengths))
+    tokens = passkey.prompt_tokens(opened.llm, form.value, max(lengths), chat=chat)
     llm = load_model(model, opened, [(min(batch or 1, trials * (grid or 1)), tokens)])
     depths = None if grid is None else [(n + 1) / grid for n in range(grid)]
-    with run(output, "passkey", model, llm, {"form": form.value}, paper, adapter=adapter) as log:
+    settings = {"form": form.value, **({"chat": True} if chat else {})}
+    with run(output, "passkey", model, llm, settings, paper, adapter=adapter) as log:
         passkey.evaluate(
             llm,
             log,
@@ -203,6 +207,7 @@ def passkey_command(
             lengths=lengths,
             depths=depths,
             trials=trials,
+            chat=chat,
             batch=batch,
         )
 

@@ -18,8 +18,8 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.load import Opened, open_model
 from dca_jax.inference.methods import METHODS, method_by_name
 from dca_jax.inference.sampling import Sampler
-from dca_jax.packed_weights import STORED, UNPACKED
 from dca_jax.planning.room import check_room
+from dca_jax.products.packed import STORED, UNPACKED
 from dca_jax.sharding import mesh_of
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
@@ -34,7 +34,7 @@ class Dtype(StrEnum):
 
 
 class Weights(StrEnum):
-    """The choices of `--weights`; `dca_jax.packed_weights.FORMS`, and what packs none."""
+    """The choices of `--weights`; `dca_jax.products.packed.FORMS`, and what packs none."""
 
     int8 = "int8"
     int4 = "int4"
@@ -69,6 +69,7 @@ class Base(StrEnum):
     dtype = "dtype"
     int8 = "int8"
     int4 = "int4"
+    stored = STORED
 
 
 class State(StrEnum):

@@ -24,6 +24,7 @@ from dca_jax.cli.options import (
     Remat,
     SparseOption,
     State,
+    Weights,
     WeightsOption,
     refuse_several_processes,
 )
@@ -39,6 +40,7 @@ from dca_jax.planning.facts import checkpoint_facts
 from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import Plan, plan
 from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.products.packed import STORED
 from dca_jax.serving.plan import ROWS, ServerPlan, plan_server
 from dca_jax.sharding import parse_mesh
 from dca_jax.weights.files import is_converted, refuse_existing
@@ -68,14 +70,26 @@ def convert(
         Path, typer.Argument(metavar="DST", help="The folder to make; it must not exist yet.")
     ],
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the written weights (default: unchanged).")
+        Dtype | None,
+        typer.Option(
+            help="Dtype of weights that are written unpacked (default: unchanged; bfloat16 of what "
+            "a converted folder has packed)."
+        ),
     ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="To Orbax, how matrices are packed: all in **int8**, **int4** or **fp8**; those "
+            "that are packed, as they are (**stored**); or none (**unpacked**)."
+        ),
+    ] = Weights.stored,
     adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.
 
-    Orbax checkpoints open on any mesh of devices, each reading its own part. DST appears only when
-    it is complete: after an interruption, repeat the command.
+    Orbax checkpoints open on any mesh of devices, each reading its own part. Packed matrices stay
+    packed in them, and are unpacked on the way back. DST appears only when it is complete: after an
+    interruption, repeat the command.
 
     For example:
 
@@ -87,6 +101,8 @@ def convert(
 
     - `dca-jax convert ./Llama-3.1-8B-Q4_K_M.gguf ./llama3-8b --dtype bfloat16`
 
+    - `dca-jax convert ./Llama-2-7b-hf ./llama2-7b-int4 --weights int4`
+
     - `dca-jax convert ./Llama-2-7b-hf ./merged --adapter ./run/adapter`
     """
     refuse_several_processes("convert")
@@ -97,10 +113,22 @@ def convert(
     prepare_process()
     refuse_existing(destination)
     folder = find_folder(source)
-    converter = orbax_to_hf if is_converted(folder) else hf_to_orbax
-    wanted = None if dtype is None else np.dtype(dtype.value)
+    options: dict[str, Any] = {
+        "dtype": None if dtype is None else np.dtype(dtype.value),
+        "adapter": adapter,
+        "show": True,
+    }
+    back = is_converted(folder)
+    if back and weights not in (Weights.stored, Weights.unpacked):
+        raise InputError(
+            f"{folder} is converted, and goes back to Hugging Face's form unpacked; leave out "
+            f"--weights {weights.value}"
+        )
     with told_if_stopped(destination):
-        converter.convert(folder, destination, dtype=wanted, adapter=adapter, show=True)
+        if back:
+            orbax_to_hf.convert(folder, destination, **options)
+        else:
+            hf_to_orbax.convert(folder, destination, weights=weights.value, **options)
     print(f"wrote {destination}")
 
 
@@ -208,8 +236,15 @@ def plan_command(
         raise InputError(f"--base {base.value} goes with --lora-rank")
     if weights is not None and lora_rank:
         raise InputError("give --base with --lora-rank, and --weights without")
-    form, kept = None if base is Base.dtype else base.value, {}
-    if not train:
+    form, kept = None if base in (Base.dtype, Base.stored) else base.value, {}
+    if base is Base.stored:
+        kept = {} if model in SHAPES else _kept(model, shape, STORED)
+        if not kept:
+            raise InputError(
+                f"--base {STORED} keeps what is packed in the checkpoint, and of {model} nothing "
+                "is known to be; choose int8 or int4, which pack it, or dtype"
+            )
+    elif not train:
         form, keep = packing(None if weights is None else weights.value, on_cpu=False)
         kept = {} if model in SHAPES else _kept(model, shape, keep)
     elif weights is not None:

@@ -19,7 +19,7 @@ from dca_jax.evaluation.fingerprint import fingerprint, short_name
 from dca_jax.evaluation.paper import MODELS
 from dca_jax.evaluation.results import FINGERPRINT, Files, ResultLog, Run
 from dca_jax.inference.llm import LLM
-from dca_jax.packed_weights import packed_forms
+from dca_jax.products.packed import packed_forms
 from dca_jax.weights.hub import find_folder
 
 

@@ -1,1 +1,1 @@
-"""What long-context models are measured by; `dca-jax eval` and docs/evaluation.md."""
+"""What long-context models are measured by; `dca-jax eval` and docs/guides/evaluate.md."""

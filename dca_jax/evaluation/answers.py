@@ -80,6 +80,8 @@ def answer_about(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     on_tokens: Callable[[int], None] | None = None,
+    *,
+    capacity: int = 0,
 ) -> list[Answer]:
     """`answer`, with the document that the prompts begin with, if there is one, read once only.
 
@@ -88,7 +90,7 @@ def answer_about(
     shared = _shared_tokens(prompts)
     alone = len(prompts) == 1 or depends_on_length(llm.model)
     if alone or 2 * shared < max(map(len, prompts)):
-        return answer(llm, prompts, max_new_tokens, on_tokens)
+        return answer(llm, prompts, max_new_tokens, on_tokens, capacity=capacity)
     prefix = llm.prefill(prompts[0][:shared], room=max_new_tokens, progress=False)
     said = llm.generate(
         [prompt[shared:] for prompt in prompts],
@@ -121,6 +123,7 @@ def ask(
     methods: Sequence[str],
     max_new_tokens: int,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> None:
     """Asks every sample by every method, as far as the log lacks it, and notes the judgement.
 
@@ -134,6 +137,8 @@ def ask(
         llm: with its own rope, as loaded.
         name: for the progress bar.
         batch: prompts read together; by default fewer the longer they are.
+        capacity: tokens that a KV cache holds at least; the same for several lengths, it lets them
+            share what was compiled.
 
     Raises:
         InputError: a method that is not known, or not for this model; before anything is read.
@@ -154,7 +159,7 @@ def ask(
                 def on_tokens(read: int) -> None:
                     advance(work[length] * read / length)
 
-                _ask_together(llm, method, few, log, max_new_tokens, on_tokens)
+                _ask_together(llm, method, few, log, max_new_tokens, on_tokens, capacity)
 
             def fail(sample: Sample, error: Exception, method: str = method) -> None:
                 log.fail({"method": method, **sample.key}, error, 0.0)
@@ -170,13 +175,15 @@ def _ask_together(
     log: ResultLog,
     max_new_tokens: int,
     on_tokens: Callable[[int], None],
+    capacity: int,
 ) -> None:
     """Asks some samples in one batch, and notes each."""
     begin = time.perf_counter()
     questions = [sample.question() for sample in samples]
     length = max(len(question.prompt) for question in questions) + max_new_tokens
     prompts = [question.prompt for question in questions]
-    answers = answer_about(reading(llm, method, length), prompts, max_new_tokens, on_tokens)
+    model = reading(llm, method, length)
+    answers = answer_about(model, prompts, max_new_tokens, on_tokens, capacity=capacity)
     seconds = (time.perf_counter() - begin) / len(samples)
     for sample, question, said in zip(samples, questions, answers, strict=True):
         value = question.judge(said) | {"answer": said.text, "tokens": len(question.prompt)}

@@ -95,7 +95,7 @@ def checksum(folder: Path, files: Sequence[Path]) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     if is_converted(folder):
         return sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
-    return sorted({tensor.path for tensor in list_tensors(folder).values()})
+    return sorted({tensor.path for tensor in list_tensors(folder, packed=True).values()})
 
 
 def _digest(piece: tuple[Path, int]) -> bytes:

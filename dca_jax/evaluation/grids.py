@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from dca_jax.evaluation.intervals import in_per_cent, wilson
 from dca_jax.evaluation.results import Record
 from dca_jax.evaluation.tables import Outcome, Table, tokens
 
@@ -59,7 +60,8 @@ def accuracy_table(
 ) -> Outcome:
     """Scores, a table of methods by length, a curve, and heat maps where depths are in the keys.
 
-    The head of a column has the length asked for and the mean number of tokens measured.
+    The head of a column has the length asked for and the mean number of tokens measured. Every
+    accuracy has its interval of 95 % (`dca_jax.evaluation.intervals`).
     """
     means = mean_by(records, score, "method", "length")
     methods = list(dict.fromkeys(record.key["method"] for record in records))
@@ -67,23 +69,24 @@ def accuracy_table(
     measured = mean_by(records, "tokens", "length")
     header = [f"{tokens(n)} ({measured[(n,)][0]:,.0f} tokens)" for n in lengths]
     rows = [
-        [method, *(_percent(means.get((method, length))) for length in lengths)]
-        for method in methods
+        [method, *(_shown(means.get((method, length))) for length in lengths)] for method in methods
     ]
     scores = {
         method: {
-            str(length): {"accuracy": means[method, length][0], "samples": means[method, length][1]}
+            str(length): accuracy_score(means[method, length])
             for length in lengths
             if (method, length) in means
         }
         for method in methods
     }
     curves = {m: {n: means[m, n][0] for n in lengths if (m, n) in means} for m in methods}
+    intervals = {m: {n: wilson(*means[m, n]) for n in curve} for m, curve in curves.items()}
 
     def draw_curves(path: Path) -> None:
         from dca_jax.evaluation.plots import plot_accuracy  # matplotlib is slow to import
 
-        plot_accuracy(curves, path, trained_length=trained_length, title=title)
+        options = {"trained_length": trained_length, "title": title, "intervals": intervals}
+        plot_accuracy(curves, path, **options)
 
     def draw_grids(path: Path) -> None:
         from dca_jax.evaluation.plots import plot_passkey
@@ -99,9 +102,16 @@ def accuracy_table(
         pictures = {"accuracy.png": draw_curves}
         if all("depth" in record.key for record in records):
             pictures |= {"heat_map.png": draw_grids}
-    table = Table(title=title, header=["method", *header], rows=rows, notes=notes)
+    notes = ["In brackets: the interval of 95 %, and the number of samples.", *notes]
+    table = Table(title=f"{title} (per cent)", header=["method", *header], rows=rows, notes=notes)
     return Outcome(scores=scores, tables=[table] if rows else [], pictures=pictures)
 
 
-def _percent(cell: tuple[float, int] | None) -> str:
-    return "" if cell is None else f"{cell[0]:.1%}"
+def accuracy_score(cell: tuple[float, int]) -> dict[str, Any]:
+    """A mean and the number of its samples, for `summary.json`, with its interval of 95 %."""
+    mean, samples = cell
+    return {"accuracy": mean, "samples": samples, "interval": list(wilson(mean, samples))}
+
+
+def _shown(cell: tuple[float, int] | None) -> str:
+    return "" if cell is None else in_per_cent(cell)

@@ -23,7 +23,7 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation.answers import Answer, Question, Sample, ask
 from dca_jax.evaluation.benchmark_files import cut_in_the_middle, read_json_lines
 from dca_jax.evaluation.forms import Form
-from dca_jax.evaluation.grids import accuracy_table, mean_by
+from dca_jax.evaluation.grids import accuracy_score, accuracy_table, mean_by
 from dca_jax.evaluation.haystacks import largest_fitting
 from dca_jax.evaluation.intervals import in_per_cent
 from dca_jax.evaluation.passkey import FILLER, first_number
@@ -270,7 +270,7 @@ def outcome(
         tasks = [task for task in TASKS if any(task == found for _, found in cells)]
         scores["files"] = {
             method: {
-                task: {"accuracy": cells[method, task][0], "samples": cells[method, task][1]}
+                task: accuracy_score(cells[method, task])
                 for task in tasks
                 if (method, task) in cells
             }

@@ -176,6 +176,7 @@ def evaluate(
     trials: int = 10,
     chat: bool = False,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> None:
     """Asks for what was hidden in the haystack, `trials` times at every length and task.
 
@@ -185,6 +186,7 @@ def evaluate(
         depths: from 0 to 1, of the needle of "single"; None draws them, as those of all others.
         trials: of each length (and depth).
         chat: the question is a user's message, and the answer's beginning is put after it.
+        batch, capacity: as for `ask`.
 
     Raises:
         InputError: an unknown task, a bad depth, no trial, or what `ask` refuses.
@@ -218,6 +220,7 @@ def evaluate(
             methods=methods,
             max_new_tokens=TASKS[task][1],
             batch=batch,
+            capacity=capacity,
         )
 
 

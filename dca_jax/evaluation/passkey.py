@@ -11,6 +11,9 @@ arXiv 2402.17463, A.1, figures 5 to 7). It comes in two forms:
     fitted   whole sentences, as many as the length allows, and keys of five digits: a prompt never
              has more tokens than asked for, and a little fewer.
 
+Either may be asked by a chat template: the prompt up to "What is the pass key?" is a user's
+message, and "The pass key is" the beginning of the answer.
+
 A key is found if the first new tokens are exactly the key's, as in the original. The key is
 tokenized alone and after a space, and either will do: the original, which drops the first token of
 the key as a BOS, works with SentencePiece only. (As there, 1234 is found in an answer of 12345.)
@@ -48,7 +51,8 @@ FILLER = (
     "There and back again.",
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
+BEGINNING = "The pass key is"  # of the answer
+QUESTION = f"What is the pass key? {BEGINNING}"
 ANSWER_TOKENS = 8  # room for a space, a number of six digits of a token each, and its end
 FORMS = ("paper", "fitted")
 FORM = Form(
@@ -169,7 +173,9 @@ def evaluate(
     lengths: Sequence[int],
     depths: Sequence[float] | None,
     trials: int,
+    chat: bool = False,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> None:
     """Asks for keys at every length and depth, `trials` times each, and notes what was found.
 
@@ -178,9 +184,13 @@ def evaluate(
         lengths: tokens; in the paper's form about so many.
         depths: from 0 to 1; None draws one for each trial.
         trials: prompts of each length and depth; their seeds are 0, 1 ...
+        chat: asked by the model's chat template, whose tokens come to a prompt's in the paper's
+            form, and are part of a fitted one's.
+        batch, capacity: as for `ask`.
 
     Raises:
-        InputError: an unknown form, a bad depth, no trial, or what `ask` refuses.
+        InputError: an unknown form, a bad depth, no trial, chat with a model that has no template,
+            or what `ask` refuses.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
@@ -190,12 +200,16 @@ def evaluate(
         _check_depth(depth)
     for length in lengths:
         _check_length(form, length)
+    if chat:
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
     where = [{"depth": depth} for depth in depths] if depths is not None else [{}]
     samples = [
         Sample(
             key={"length": length, **place, "trial": trial},
             length=length,
-            question=functools.partial(_question, llm, form, length, place.get("depth"), trial),
+            question=functools.partial(
+                _question, llm, form, length, place.get("depth"), trial, chat
+            ),
         )
         for length in lengths
         for place in where
@@ -209,10 +223,11 @@ def evaluate(
         methods=methods,
         max_new_tokens=ANSWER_TOKENS,
         batch=batch,
+        capacity=capacity,
     )
 
 
-def prompt_tokens(llm: LLM, form: str, length: int) -> int:
+def prompt_tokens(llm: LLM, form: str, length: int, *, chat: bool = False) -> int:
     """Tokens of a prompt that is asked for as `length`: about so many, or at most.
 
     Raises:
@@ -221,7 +236,7 @@ def prompt_tokens(llm: LLM, form: str, length: int) -> int:
     _check_length(form, length)
     if form == "fitted":
         return length
-    return len(llm.tokenize(paper_prompt(filler_characters(length), seed=0).text))
+    return len(_ids(llm, paper_prompt(filler_characters(length), seed=0).text, chat))
 
 
 def _check_length(form: str, length: int) -> None:
@@ -232,20 +247,32 @@ def _check_length(form: str, length: int) -> None:
         )
 
 
-def _question(llm: LLM, form: str, length: int, depth: float | None, trial: int) -> Question:
+def _question(
+    llm: LLM, form: str, length: int, depth: float | None, trial: int, chat: bool
+) -> Question:
     if form == "paper":
         prompt = paper_prompt(filler_characters(length), trial, depth)
     elif depth is None:
         rng = np.random.default_rng([0, length, trial])
-        prompt = passkey_prompt(lambda text: len(llm.tokenize(text)), length, rng.random(), rng)
+        depth = rng.random()
+        prompt = passkey_prompt(lambda text: len(_ids(llm, text, chat)), length, depth, rng)
     else:
-        prompt = _cell_prompt(llm, length, depth, trial, seed=0)
+        prompt = _cell_prompt(llm, length, depth, trial, seed=0, chat=chat)
     expected = key_tokens(llm, prompt.key)
 
     def judge(said: Answer) -> dict[str, Any]:
         return {"found": is_found(said.tokens, expected), "key": prompt.key}
 
-    return Question(llm.tokenize(prompt.text), judge)
+    return Question(_ids(llm, prompt.text, chat), judge)
+
+
+def _ids(llm: LLM, text: str, chat: bool) -> list[int]:
+    """A prompt as the model is given it."""
+    if not chat:
+        return llm.tokenize(text)
+    asked = text.removesuffix(BEGINNING).rstrip()
+    message = llm.apply_chat_template([{"role": "user", "content": asked}])
+    return [*message, *encode(llm, BEGINNING)]
 
 
 def key_tokens(llm: LLM, key: str) -> list[list[int]]:
@@ -366,7 +393,9 @@ def first_number(text: str) -> str | None:
     return match and match.group()
 
 
-def _cell_prompt(llm: LLM, length: int, depth: float, trial: int, seed: int) -> PasskeyPrompt:
+def _cell_prompt(
+    llm: LLM, length: int, depth: float, trial: int, seed: int, *, chat: bool = False
+) -> PasskeyPrompt:
     # Depths are told apart to a millionth.
     rng = np.random.default_rng([seed, length, round(depth * 1_000_000), trial])
-    return passkey_prompt(lambda text: len(llm.tokenize(text)), length, depth, rng)
+    return passkey_prompt(lambda text: len(_ids(llm, text, chat)), length, depth, rng)

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -84,12 +84,21 @@ def plot_accuracy(
     trained_length: int,
     title: str,
     ylabel: str = "accuracy",
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> None:
     """Draws accuracy (0 to 1) by length of the text, one curve a method, and saves it as PNG.
 
-    Arguments and errors as in `plot_perplexity`.
+    Args:
+        results, path, trained_length: as in `plot_perplexity`.
+        intervals: for each method {tokens of the text: (lowest, highest)}, drawn as bars.
+
+    Raises:
+        InputError: as in `plot_perplexity`.
     """
     figure, axes = _curves(results, trained_length)
+    for line, (method, curve) in zip(axes.lines, results.items(), strict=False):
+        if intervals is not None:
+            _draw_intervals(axes, curve, intervals[method], line.get_color())
     axes.set(ylim=(-0.03, 1.03), ylabel=ylabel, title=title)
     _save(figure, path)
 
@@ -215,6 +224,20 @@ def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> 
     axes.set_xlabel("context (tokens)")
     figure.legend(loc="outside right center", handlelength=4)  # dashes are to be seen
     return figure, axes
+
+
+def _draw_intervals(
+    axes: Axes,
+    curve: Mapping[int, float],
+    intervals: Mapping[int, tuple[float, float]],
+    color: Any,
+) -> None:
+    lengths = sorted(curve)
+    below = [max(curve[n] - intervals[n][0], 0.0) for n in lengths]
+    above = [max(intervals[n][1] - curve[n], 0.0) for n in lengths]
+    heights = [curve[n] for n in lengths]
+    style = {"fmt": "none", "ecolor": color, "elinewidth": 1, "capsize": 3, "alpha": 0.6}
+    axes.errorbar(lengths, heights, yerr=[below, above], **style)
 
 
 def _heat_maps(panels: Mapping[str, Panel], path: Path, *, trained_length: int, rows: str) -> None:

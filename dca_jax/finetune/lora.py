@@ -9,8 +9,8 @@ Adapters are float32 arrays beside the kernel they adapt, `lora_a` [L, inputs, R
     model = Llama.from_params(config, join(adapters, base), lora=lora)
 
 with gradients of `adapters` alone. `dca_jax.weights.adapters` reads and writes them, and merges
-them into the base. Of a packed base (`dca_jax.packed_weights`; QLoRA, arXiv 2305.14314, has another
-form of 4 bits) the layers' kernels are packed, and computed with unpacked.
+them into the base. Of a packed base (`dca_jax.products.packed`; QLoRA, arXiv 2305.14314, has
+another form of 4 bits) the layers' kernels are packed, and computed with unpacked.
 """
 
 from collections.abc import Mapping

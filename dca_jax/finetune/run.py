@@ -63,29 +63,35 @@ from dca_jax.finetune.train import (
 from dca_jax.inference.methods import method_by_name
 from dca_jax.inference.tokenizer import load_tokenizer
 from dca_jax.planning.room import check_room
+from dca_jax.products.packed import STORED
 from dca_jax.sharding import axis_size, make_mesh
 from dca_jax.weights.adapters import load_adapter, open_adapter
-from dca_jax.weights.folder import load_weights
+from dca_jax.weights.folder import kept_forms, load_weights
 from dca_jax.weights.hub import find_folder
 from dca_jax.weights.huggingface import read_config
+from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import lora_parameters, parameters, projections
 
 SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model", "adapter"
 
 
-def finetune(settings: Settings) -> Path:
+def finetune(settings: Settings, *, implementation: str | None = None) -> Path:
     """Runs, or goes on with, what the settings say; returns the folder of the finished model.
 
     Interrupted by SIGTERM or Ctrl-C, it saves and leaves by `SystemExit` (143 or 130); killed, it
     goes on from its last checkpoint. Either way the losses are those of a run that was not
     interrupted: bit for bit where the device computes the same thing twice alike, as CPUs do.
 
+    Args:
+        implementation: of the attention, a name of `dca_jax.attention.op.BACKENDS`; None is the
+            best on the device. It is no setting of the run: all of them compute the same.
+
     Raises:
         InputError: settings, data or a checkpoint that do not fit, before any weight is read; a
             loss that is not finite, with the step; a checkpoint that cannot be written.
     """
-    setup = open_setup(settings)
+    setup = replace(open_setup(settings), implementation=implementation)
     output = Path(settings.output)
     from_primary(lambda: check_output(output, settings))
     if settings.pack != "none":  # its rows are as long as its dialogues
@@ -133,7 +139,8 @@ def open_setup(settings: Settings) -> Setup:
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; put its files beside config.json")
     chat_template = None
-    if settings.template != "chunkllama":
+    own = settings.template == "chat"  # a tokenizer without one does for texts
+    if settings.template != "chunkllama" and not (own and not tokenizer.chat_template):
         chat_template = template_source(tokenizer, settings.template)
     setup = Setup(
         settings=settings,
@@ -203,7 +210,7 @@ def check_memory(setup: Setup, length: int) -> None:
     """Refuses rows of `length` tokens that the devices have no room to train on.
 
     Raises:
-        InputError: as `dca_jax.planning.room.check_room`.
+        InputError: as `dca_jax.planning.room.check_room` and `kept_base`.
     """
     settings = setup.settings
     check_room(
@@ -214,10 +221,33 @@ def check_memory(setup: Setup, length: int) -> None:
         dtype=settings.dtype,
         train=True,
         lora=setup.lora,
-        weights=None if settings.base == "dtype" else settings.base,
+        weights=packed_base(settings),
+        kept=kept_base(setup),
         remat=settings.remat,
         state=settings.state,
     )
+
+
+def packed_base(settings: Settings) -> str | None:
+    """The form that the layers' frozen kernels are packed in as they are read; None for none."""
+    return None if settings.base in ("dtype", STORED) else settings.base
+
+
+def kept_base(setup: Setup) -> dict[str, Kept]:
+    """How frozen weights stay packed as the checkpoint has them, by path: with base `stored`.
+
+    Raises:
+        InputError: none of them can.
+    """
+    if setup.settings.base != STORED:
+        return {}
+    kept = kept_forms(setup.folder, setup.config, STORED)
+    if not kept:
+        raise InputError(
+            f"base {STORED} keeps what is packed in the checkpoint, and {setup.folder} has nothing "
+            "that can be kept so; choose base int8 or int4, which pack it, or dtype"
+        )
+    return kept
 
 
 def settings_before(output: Path) -> Settings | None:
@@ -342,10 +372,10 @@ def load_state(
         rows = parameters(config)
     else:
         rows = lora_parameters(config, lora)
-        packed = settings.base != "dtype"
-        then = packer(projections(config), settings.base) if packed else None
-        dtype = jnp.dtype(settings.dtype)
-        frozen = load_weights(setup.folder, config, dtype=dtype, sharding=where, then=then)
+        form, keep = packed_base(settings), STORED if kept_base(setup) else None
+        then = None if form is None else packer(projections(config), form)
+        options = {"dtype": jnp.dtype(settings.dtype), "sharding": where, "keep": keep}
+        frozen = load_weights(setup.folder, config, then=then, **options)
     if checkpoints.latest is not None:
         like = {row.path: row.abstract(config, jnp.dtype(settings.state), where) for row in rows}
         state, place_in_rows = checkpoints.restore(abstract_state(unflatten_dict(like, sep=".")))

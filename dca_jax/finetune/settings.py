@@ -20,8 +20,9 @@ from dca_jax.fields import LARGEST, shown
 from dca_jax.finetune.packing import PACKS
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import REMAT
+from dca_jax.products.packed import STORED
 
-BASES = ("dtype", "int8", "int4")
+BASES = ("dtype", "int8", "int4", STORED)
 EXPORTS = ("orbax", "hf")
 DTYPES = ("bfloat16", "float32")
 REPORTS = ("tensorboard", "wandb")
@@ -168,7 +169,8 @@ class Settings:
     )
     base: str = _option(
         "dtype",
-        "How the frozen weights are kept with LoRA: in the run's dtype, or packed in int8 or int4.",
+        "How the frozen weights are kept with LoRA: in the run's dtype, packed in int8 or int4, or "
+        "as a packed checkpoint has them (stored).",
         choices=BASES,
     )
     export: str = _option(

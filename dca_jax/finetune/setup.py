@@ -24,6 +24,7 @@ class Setup:
         folder: of the checkpoint to begin with. mesh: None is one device.
         chat_template: of the dialogues, if it is not the tokenizer's own.
         dca: None is plain attention. lora: None trains all weights.
+        implementation: of the attention; None is the best on the device.
     """
 
     settings: Settings
@@ -34,6 +35,7 @@ class Setup:
     dca: DCAConfig | None
     lora: LoraConfig | None
     mesh: Mesh | None
+    implementation: str | None = None
 
     @property
     def sharding(self) -> Shardings:
@@ -55,6 +57,7 @@ class Setup:
             params,
             dca=self.dca,
             dtype=jnp.dtype(self.settings.dtype),
+            implementation=self.implementation,
             remat=self.settings.remat,
             lora=self.lora,
         )

@@ -6,6 +6,7 @@ trained on.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
         or of which it writes a beginning otherwise than the whole, it returns the error.
 
     Raises:
-        InputError: no such template, or a tokenizer that has none, that gives no character
-            offsets, or that lacks the special tokens that the template needs.
+        InputError: no such template, or a tokenizer that gives no character offsets, or that lacks
+            the special tokens that the template needs. The function itself raises it for dialogues
+            of a tokenizer that has no template.
     """
     if template == "chunkllama":
         if (tokenizer.bos_token, tokenizer.eos_token) != ("<s>", "</s>"):
@@ -96,12 +98,19 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
             f"{type(tokenizer).__name__} does not say which characters a token stands for; put a "
             "tokenizer.json into the model's folder, from which a fast tokenizer is made"
         )
-    turns = TurnWriter(template_source(tokenizer, template), tokenizer.special_tokens_map)
+    if template != "chat":
+        template_source(tokenizer, template)  # a bad one is refused before anything is read
+
+    @cache
+    def turns() -> TurnWriter:  # texts alone are written without a template, and need none
+        return TurnWriter(template_source(tokenizer, template), tokenizer.special_tokens_map)
+
     # What may be an end marker; tokens of spaces only, which some code models have added, are none.
     marks = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
 
     def render_all(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | NotRenderedError]:
-        chats = iter(turns.write([_chat(one) for one in dialogues if isinstance(one, Dialogue)]))
+        asked = [_chat(one) for one in dialogues if isinstance(one, Dialogue)]
+        chats = iter(turns().write(asked) if asked else [])
         written = [_as_written(d) if isinstance(d, Text) else next(chats) for d in dialogues]
         texts = [one.text for one in written if isinstance(one, Written)]
         encoded = iter(_encoded(tokenizer, texts))

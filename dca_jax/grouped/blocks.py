@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped.gradient import differentiable, in_stack
 from dca_jax.grouped.layout import block_ends
-from dca_jax.packed_weights import Packed
+from dca_jax.products.packed import Packed
 
 
 def precision(x: Array) -> str | None:

@@ -1,7 +1,7 @@
 """Few rows, each times matrices of its own, of which no others are read: what decoding takes.
 
-The time is that of reading the matrices, by `dca_jax.row_products` on NVIDIA's GPUs from Ampere on;
-XLA would write down what it gathers, and read it again.
+The time is that of reading the matrices, by `dca_jax.products.row_products` on NVIDIA's GPUs from
+Ampere on; XLA would write down what it gathers, and read it again.
 """
 
 import functools
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped.blocks import matrix_of, precision
-from dca_jax.packed_weights import Packed
-from dca_jax.row_products import can_multiply, row_products
+from dca_jax.products.packed import Packed
+from dca_jax.products.row_products import can_multiply, row_products
 
 
 def are_few(rows: int, groups: int) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.device import Device
 from dca_jax.grouped.blocks import blocks, precision
 from dca_jax.grouped.hopper import BLOCK, TILE, mosaic_gpu
-from dca_jax.packed_weights import Packed
+from dca_jax.products.packed import Packed
 
 HOPPER = (9, 0)
 LARGEST = 128  # rows of a block

@@ -109,7 +109,7 @@ def load(
             second config for longer texts (Qwen's `config_1m.json`) is read by that if they need
             it, which is logged. It limits nothing.
         config: another file than the folder's `config.json`.
-        weights: pack them while they are read (`dca_jax.packed_weights.FORMS`): "int8" by output,
+        weights: pack them while they are read (`dca_jax.products.packed.FORMS`): "int8" by output,
             "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128;
             what the checkpoint has in just this form stays as it is. "stored" packs nothing, and
             keeps what the checkpoint has packed in a form that ours hold to the bit; "unpacked"

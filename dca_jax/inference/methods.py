@@ -1,7 +1,8 @@
 """Every way of reading a long text, by name: what `--method` takes.
 
 `auto` and `dca` are the DCA that the checkpoint asks for, or else the paper's for its trained
-length; `dca:paper` and others name a setting. `none` and `rope` are plain attention.
+length; `dca:paper` and others name a setting, and `dca:paper@0.1` gives it a temperature of that
+slope (`DCAConfig.temperature_slope`). `none` and `rope` are plain attention.
 Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
 (`dca_jax.attention.bands`): DCA, and those of `dca_jax.inference.baselines`. All are
 training-free, and take the same weights (`with_method`).
@@ -181,6 +182,23 @@ def _ablation(inter: bool) -> Callable[[_Wanted], Method]:
 
 
 def _dca_setting(wanted: _Wanted) -> DCAConfig:
+    setting, at, slope = wanted.arguments.partition("@")
+    found = _setting_without_temperature(wanted._replace(arguments=setting))
+    if not at:
+        return found
+    try:
+        number = float(slope)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise InputError(
+            f"method argument {shown(wanted.arguments)}: after @ comes the slope of the "
+            "temperature, a number from 0 on, as in dca:paper@0.1"
+        )
+    return replace(found, trained_length=wanted.trained, temperature_slope=number)
+
+
+def _setting_without_temperature(wanted: _Wanted) -> DCAConfig:
     if "," in wanted.arguments:
         chunk_len, largest = wanted.integers("dca:S,Q", 0, 0)
         return DCAConfig(chunk_len=chunk_len, max_query_position=largest)
@@ -290,6 +308,7 @@ def describe_methods() -> str:
             *lines,
             "c tokens were trained, L are to be read. SETTING is one of",
             f"{', '.join(PRESETS)}, auto, or S,Q.",
+            "It may end in @A: a temperature of slope A.",
             "Any name may end in +pi:F, +ntk:F or +yarn:F: first scale the window to F c tokens.",
         ]
     )

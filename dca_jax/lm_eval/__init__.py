@@ -51,8 +51,8 @@ from dca_jax.lm_eval.arguments import (
     truth,
 )
 from dca_jax.lm_eval.beginnings import Family, families
-from dca_jax.packed_weights import packed_forms
 from dca_jax.planning.room import check_room
+from dca_jax.products.packed import packed_forms
 from dca_jax.sharding import mesh_of
 from dca_jax.weights.files import read_json
 from dca_jax.weights.hub import find_folder

@@ -1,6 +1,7 @@
 """What a checkpoint is, in words and figures."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -10,12 +11,13 @@ from dca_jax.config import LlamaConfig, choose_dca
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.kv_cache import cache_arrays
-from dca_jax.packed_weights import STORED
+from dca_jax.products.packed import STORED
 from dca_jax.sharding import AXES
 from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.folder import kept_forms
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint, read_config
+from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import matrices
 from dca_jax.weights.parameters import count_parameters, parameters
 
@@ -32,6 +34,8 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
     converted = is_converted(folder)
     kind = "Orbax" if converted else "safetensors" if any(folder.glob("*.safetensors")) else "bin"
     files = (folder / PARAMS).rglob("*") if converted else folder.glob(f"*.{kind}")
+    if converted:
+        kind = ", ".join(["Orbax", *_forms(kept_forms(folder, config, STORED), config)])
     if is_gguf(folder):
         packed = open_checkpoint(folder, config).packed
         kind, files = ", ".join(["GGUF", *packed]), gguf_files(folder)
@@ -73,17 +77,22 @@ def _of_packed(folder: Path, config: LlamaConfig) -> dict[str, str]:
     kept = kept_forms(folder, config, STORED)
     if not kept:
         return {}
-    size, names = 0, set()
+    size = 0
     for row in parameters(config):
         shape = row.shape(config)
-        if row.path not in kept:
+        if row.path in kept:
+            size += math.prod(shape[: row.leading]) * kept[row.path].bytes(row, row.inner(shape))
+        else:
             size += 2 * math.prod(shape)
-            continue
-        inner = row.inner(shape)
-        size += math.prod(shape[: row.leading]) * kept[row.path].bytes(row, inner)
-        names.add(kept[row.path].name(row, inner))
-    told = f"{len(kept)} of {len(matrices(config))} matrices stay packed"
-    return {"in memory": f"{decimal(size)} in bfloat16 and {', '.join(sorted(names))} ({told})"}
+    told = f"{len(kept)} of {len(matrices(config))} matrices stay packed; a CPU unpacks them"
+    forms = ", ".join(_forms(kept, config))
+    return {"in memory": f"{decimal(size)} in bfloat16 and {forms} ({told})"}
+
+
+def _forms(kept: Mapping[str, Kept], config: LlamaConfig) -> list[str]:
+    """Their names."""
+    rows = [row for row in matrices(config) if row.path in kept]
+    return sorted({kept[row.path].name(row, row.inner(row.shape(config))) for row in rows})
 
 
 def _of_experts(config: LlamaConfig) -> dict[str, str]:

@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
+from dca_jax.errors import InputError
 from dca_jax.experts import PIECE
 from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
 from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
-from dca_jax.packed_weights import packed_bytes
+from dca_jax.products.packed import packed_bytes
 from dca_jax.sharding import partition
 from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import matrices
@@ -158,8 +159,9 @@ class Job:
     @property
     def packed(self) -> list[Parameter]:
         """Those of them that are packed."""
-        rows = projections(self.config) if self.train else matrices(self.config)
-        return rows if self.weights is not None else [row for row in rows if row.path in self.kept]
+        if self.weights is None:
+            return [row for row in matrices(self.config) if row.path in self.kept]
+        return projections(self.config) if self.train else matrices(self.config)
 
     def held(self, row: Parameter, sizes: Mapping[str, int]) -> int:
         """Bytes on one device of a parameter that is not trained."""
@@ -193,8 +195,11 @@ class Job:
         )
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a device has that much."""
-        return self.usage(sizes).total <= self.device.memory
+        """Whether a device has that much, and a part that can be packed."""
+        try:
+            return self.usage(sizes).total <= self.device.memory
+        except InputError:  # of int4, an odd number of inputs
+            return False
 
     def longest(self, sizes: Mapping[str, int]) -> int:
         """The largest `context_length` that fits; 0 if none does."""

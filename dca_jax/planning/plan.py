@@ -18,8 +18,8 @@ from dca_jax.dtypes import cache_dtype_name, parse_cache_dtype
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
 from dca_jax.model import REMAT
-from dca_jax.packed_weights import check_form
 from dca_jax.planning.memory import DEVICES, DeviceKind, Job, Usage, active_bytes
+from dca_jax.products.packed import check_form
 from dca_jax.sharding import AXES, describe
 from dca_jax.weights.kept import Kept
 from dca_jax.weights.parameters import parameters
@@ -168,7 +168,7 @@ def plan(
         train: training instead of generation.
         dtype: of activations and weights that are not trained.
         lora: train these adapters only.
-        weights: packed as `dca_jax.packed_weights.FORMS` says: all matrices, or with `lora` the
+        weights: packed as `dca_jax.products.packed.FORMS` says: all matrices, or with `lora` the
             kernels of the layers.
         kept: how those are packed that stay so, by path (`dca_jax.weights.folder.kept_forms`).
         remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
@@ -200,7 +200,7 @@ def plan(
     if train and cache_dtype is not None:
         raise InputError("training keeps no KV cache, so it takes no cache dtype; leave it out")
     cached = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
-    kept = {} if train or kept is None else kept
+    kept = {} if kept is None or (train and lora is None) else kept
     names = {
         kept[row.path].name(row, row.inner(row.shape(config)))
         for row in parameters(config)

@@ -15,8 +15,8 @@ from rich.filesize import decimal
 from dca_jax.config import LlamaConfig
 from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError
-from dca_jax.packed_weights import check_form
 from dca_jax.planning.memory import DEVICES, DeviceKind, Job, cache_bytes, frozen_bytes
+from dca_jax.products.packed import check_form
 from dca_jax.serving.sizing import PAGE, SHARE, beside_bytes
 from dca_jax.sharding import AXES, describe
 from dca_jax.weights.kept import Kept

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +12,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dca_jax.config import CONFIG, LlamaConfig
-from dca_jax.packed_weights import FORMS, STORED, Packed
+from dca_jax.products.packed import FORMS, STORED, Packed
 from dca_jax.weights.adapters import with_adapter
 from dca_jax.weights.files import copy_companions, is_converted, read_json
 from dca_jax.weights.gguf import write_companions
 from dca_jax.weights.gguf_file import is_gguf
-from dca_jax.weights.huggingface import LONG_CONFIG, QUANTIZATION, open_checkpoint
+from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint
 from dca_jax.weights.kept import Kept, KeptTensor, kept_rows, load_kept
+from dca_jax.weights.kept_config import QUANTIZATION, described, kept_in
 from dca_jax.weights.packer import matrices
 from dca_jax.weights.parameters import (
     Parameter,
@@ -83,10 +85,16 @@ def load_weights(
     return load_tree(config, like, read, progress, then=then, instead=kept)
 
 
-def copy_description(source: Path, destination: Path) -> list[Path]:
+def copy_description(
+    source: Path, destination: Path, kept: Mapping[str, Kept] | None = None
+) -> list[Path]:
     """Copies what stands beside a checkpoint's weights, or writes it of a GGUF file.
 
-    The copy's configs do not say that weights are packed: what is written beside them is not.
+    The copy's configs do not say that weights are packed as they are in `source`.
+
+    Args:
+        kept: how they are packed in `destination`, by path, which its config.json says; only a
+            converted folder's are.
 
     Returns:
         The originals.
@@ -94,14 +102,18 @@ def copy_description(source: Path, destination: Path) -> list[Path]:
     Raises:
         InputError: as `copy_companions` and `write_companions`.
     """
+    originals: list[Path] = []
     if is_gguf(source):
         write_companions(source, destination)
-        return []
-    originals = copy_companions(source, destination)
+    else:
+        originals = copy_companions(source, destination)
     for name in (CONFIG, LONG_CONFIG):
         if (destination / name).is_file():
-            config = read_json(destination, name)
-            if config.pop(QUANTIZATION, None):
+            config = before = read_json(destination, name)
+            config = {key: value for key, value in before.items() if key != QUANTIZATION}
+            if kept and name == CONFIG:
+                config[QUANTIZATION] = described(kept)
+            if config != before:
                 text = json.dumps(config, indent=2) + "\n"
                 (destination / name).write_text(text, encoding="utf-8")
     return originals
@@ -115,12 +127,14 @@ class Source(NamedTuple):
         read: gives pieces of them in it.
         kept: the tensors of each parameter that is kept packed.
         rows: all parameters.
+        files: that hold the weights; none of a converted folder.
     """
 
     dtypes: dict[str, np.dtype]
     read: Read
     kept: dict[str, Sequence[KeptTensor]]
     rows: list[Parameter]
+    files: list[Path]
 
 
 def open_weights(
@@ -128,6 +142,7 @@ def open_weights(
     config: LlamaConfig,
     *,
     dtype: DTypeLike | None = None,
+    unpacked: DTypeLike = jnp.float32,
     keep: str | None = None,
 ) -> Source:
     """The weights of a Hugging Face or converted folder or a GGUF file.
@@ -135,9 +150,10 @@ def open_weights(
     How packed ones are read is logged.
 
     Args:
-        dtype: of what is unpacked; None for each as it is stored.
+        dtype: of what is not kept packed; None for each as it is stored.
+        unpacked: without `dtype`, of what a converted folder has packed and is not kept so.
         keep: which are kept packed as they are stored: "stored" for all that can be, a name in
-            `dca_jax.packed_weights.FORMS` for those of this form, None for none.
+            `dca_jax.products.packed.FORMS` for those of this form, None for none.
 
     Raises:
         InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight
@@ -145,52 +161,57 @@ def open_weights(
     """
     rows, tensors = parameters(config), dict[str, Sequence[StoredTensor]]()
     if is_converted(Path(folder)):
-        from dca_jax.weights.orbax import open_converted  # slow to import, and seldom needed
+        from dca_jax.weights.converted import open_converted  # slow to import, and seldom needed
 
-        dtypes, read = open_converted(folder, config, dtype=dtype)
+        converted = open_converted(folder, config, dtype=dtype, unpacked=unpacked)
+        dtypes, read, files = converted.dtypes, converted.read, []
+        tensors |= converted.tensors
     else:
         checkpoint = open_checkpoint(folder, config)
         tensors, own = checkpoint.tensors, None if dtype is None else jnp.dtype(dtype)
         dtypes = {row.path: own or checkpoint.dtype(row) for row in rows}
+        files = sorted({tensor.path for each in tensors.values() for tensor in each})
 
-        def unpacked(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
+        def read_stored(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
             return checkpoint.read(row, index, dtypes[row.path])
 
-        read = unpacked
-    forms = _kept_names(config, tensors, keep)
+        read = read_stored
+    forms = _kept_names(config, kept_rows(matrices(config), config, tensors), keep)
     _say_how(folder, rows, tensors, dtypes, forms)
-    return Source(dtypes, read, {path: tensors[path] for path in forms}, rows)
+    return Source(dtypes, read, {path: tensors[path] for path in forms}, rows, files)
 
 
 def kept_forms(folder: Path, config: LlamaConfig, keep: str | None) -> dict[str, Kept]:
     """How weights are kept packed that `open_weights` would keep, by path; nothing is logged.
 
     Raises:
-        InputError: as `open_weights`.
+        InputError: as `open_weights`; of a converted folder its config.json alone is looked at.
     """
-    if keep is None or is_converted(folder):
-        return {}
-    if not is_gguf(folder) and QUANTIZATION not in read_json(folder, CONFIG):
-        return {}
-    tensors = open_checkpoint(folder, config).tensors
-    names = _kept_names(config, tensors, keep)
-    return {path: kept for path in names if (kept := tensors[path][0].kept) is not None}
-
-
-def _kept_names(
-    config: LlamaConfig, tensors: Mapping[str, Sequence[KeptTensor]], keep: str | None
-) -> dict[str, str]:
-    """The form of each parameter that is kept, by path."""
     if keep is None:
         return {}
-    rows = matrices(config)
-    shapes = {row.path: row.inner(row.shape(config)) for row in rows}
-    kept = kept_rows(rows, config, tensors)
-    names = {
-        row.path: kept[row.path].name(row, shapes[row.path]) for row in rows if row.path in kept
-    }
-    wanted = f"int4:{FORMS[keep]}" if keep == "int4" else keep
-    return {path: name for path, name in names.items() if keep == STORED or name == wanted}
+    if is_converted(folder):
+        kept = kept_in(folder)
+        kept = {row.path: kept[row.path] for row in matrices(config) if row.path in kept}
+    elif not is_gguf(folder) and QUANTIZATION not in read_json(folder, CONFIG):
+        return {}
+    else:
+        tensors = open_checkpoint(folder, config).tensors
+        kept = kept_rows(matrices(config), config, tensors)
+    return {path: kept[path] for path in _kept_names(config, kept, keep)}
+
+
+def _kept_names(config: LlamaConfig, kept: Mapping[str, Kept], keep: str | None) -> dict[str, str]:
+    """The form of each parameter that is kept, by path; of those that can be."""
+    if keep is None:
+        return {}
+    names, asked = {}, {}
+    for row in matrices(config):
+        if row.path in kept:
+            sizes = row.inner(row.shape(config))
+            names[row.path], asked[row.path] = kept[row.path].name(row, sizes), keep
+            if keep.startswith("int4"):  # in groups that its inputs divide into
+                asked[row.path] = f"int4:{math.gcd(FORMS[keep], sizes[-1])}"
+    return {path: name for path, name in names.items() if keep == STORED or name == asked[path]}
 
 
 def _say_how(

@@ -21,7 +21,6 @@ import numpy as np
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.weights.files import member
 from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values
 from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
@@ -185,7 +184,7 @@ def gguf_files(path: Path) -> list[Path]:
     """The file, or all files of the split one that it is a part of, in order.
 
     Raises:
-        InputError: a part that is missing, or a link that leads out of the folder.
+        InputError: a part that is missing.
     """
     match = SPLIT.fullmatch(path.name)
     if match is None:
@@ -194,7 +193,10 @@ def gguf_files(path: Path) -> list[Path]:
     if not 1 <= int(match[2]) <= count:
         raise InputError(f"{path} calls itself part {int(match[2])} of {count}")
     names = (f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
-    return [member(path.parent, name) for name in names]
+    files = [path.parent / name for name in names]  # of the path's own name: they may be links
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(f"{path.parent}: file {missing[0]} is missing")
+    return files
 
 
 def read_gguf(path: str | Path) -> GGUF:

@@ -15,9 +15,10 @@ from dca_jax.dca import SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import parse_json, read_text_file
-from dca_jax.weights.files import member, read_json
+from dca_jax.weights.files import is_converted, member, read_json
 from dca_jax.weights.gguf import list_gguf_tensors, read_gguf_config
 from dca_jax.weights.gguf_file import is_gguf
+from dca_jax.weights.kept_config import QUANTIZATION, read_kept
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
@@ -27,7 +28,6 @@ from dca_jax.weights.parameters import (
 from dca_jax.weights.quantized import read_scheme, unpack
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
-QUANTIZATION = "quantization_config"  # in config.json: how weights are packed
 LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
 SPARSE_TABLE = "sparse_attention_config.json"
 # Old checkpoints carry the rotary frequencies, which the config says already.
@@ -53,8 +53,12 @@ def read_config(
     if is_gguf(path):
         return read_gguf_config(path)
     found = read_json(path.parent, path.name)
-    if _quantization(found):
-        read_scheme(found.pop(QUANTIZATION))
+    if quantization := _quantization(found):
+        if is_converted(folder):
+            read_kept(quantization, f"{path}")
+        else:
+            read_scheme(quantization)
+        del found[QUANTIZATION]
     config = LlamaConfig.from_hf(found)
     if config.dca is None or not (folder / SPARSE_TABLE).is_file():
         return config
@@ -86,8 +90,10 @@ def config_file(
         InputError: no such folder or file.
     """
     folder = Path(folder)
-    if file is not None:
-        return member(Path(file).parent, Path(file).name)
+    if file is not None:  # named by the user, who may keep it anywhere, behind a link too
+        if not Path(file).is_file():
+            raise InputError(f"{Path(file).parent}: file {shown(Path(file).name)} is missing")
+        return Path(file)
     if is_gguf(folder):
         return folder
     if not folder.is_dir():
@@ -109,7 +115,7 @@ class Checkpoint:
     """
 
     config: LlamaConfig
-    tensors: Mapping[str, list[StoredTensor]]
+    tensors: Mapping[str, Sequence[StoredTensor]]
 
     @property
     def packed(self) -> list[str]:

@@ -1,26 +1,28 @@
 """Orbax checkpoints: trees of plain arrays under stable names, restored onto any mesh.
 
 On disk a checkpoint is Orbax's, one zarr array per parameter, compressed in chunks; any Orbax, and
-any zarr reader, opens it. Orbax writes it aside and renames it when it is whole.
+any zarr reader, opens it. Orbax writes it aside and renames it when it is whole. Packed matrices
+have an array for each of their parts (`dca_jax.weights.orbax_packed`).
 
 A converted folder (`checkpoints_convert`) keeps one as `params/`, beside the model's own
 `config.json` and tokenizer files.
 """
 
 import math
+import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
-from jax.typing import DTypeLike
 
 from dca_jax import fields
 from dca_jax.config import LlamaConfig
@@ -28,17 +30,16 @@ from dca_jax.distributed import is_primary
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import decode, parse_json, read_text_file
-from dca_jax.weights.files import PARAMS, refuse_existing
+from dca_jax.weights.files import refuse_existing
 from dca_jax.weights.parameters import (
     PIECE_SIZE,
     Parameter,
     Progress,
     Read,
-    abstract_params,
     piece_shape,
     pieces,
 )
-from dca_jax.weights.tensor_files import FLOATS, cast_weights
+from dca_jax.weights.tensor_files import FLOATS
 
 ZARRAY = ".zarray"  # the description of an array
 ZARRAY_BYTES = 2**14  # of it, at most; those of weights have some 300
@@ -97,13 +98,18 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
 
     Atomic: `path` appears when everything is written. With several processes, all call it.
 
+    SIGTERM and Ctrl-C wait until nothing is on its way to the disk: after a piece of a
+    `StreamedArray`, or at the end.
+
     Raises:
         InputError: `path` exists.
     """
     path = Path(path).absolute()
     refuse_existing(path)
+    signals = _HeldSignals()
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, _StreamedArrayHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (StreamedArray, _StreamedArrayHandler(signals)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
     # Small chunks, one layer at most, so that an export reads one layer and not all of them.
@@ -114,7 +120,7 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
         ),
         tree,
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with signals, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
@@ -153,7 +159,7 @@ def check_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, np.dtype]:
                 f"parameter {name} in {path} has shape {shown(found[name].shape)}, expected "
                 f"{tuple(leaf.shape)}"
             )
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and found[name].dtype not in FLOATS.values():
+        if leaf.dtype in FLOATS.values() and found[name].dtype not in FLOATS.values():
             raise InputError(
                 f"parameter {name} in {path} has dtype {found[name].dtype}; expected one of "
                 f"{', '.join(map(str, FLOATS.values()))}"
@@ -180,26 +186,6 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     if any("/" in name or name in ("", ".", "..") for name in names):
         raise InputError(f"{path / '_METADATA'} names an array outside its folder")
     return {name: _described_array(path, name) for name in names}
-
-
-def open_converted(
-    folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike | None = None
-) -> tuple[dict[str, np.dtype], Read]:
-    """The dtype of each array of a converted folder, by path, and what reads pieces of them in it.
-
-    Raises:
-        InputError: what `check_arrays` refuses; when reading, a damaged array, or a weight that is
-            NaN or infinite.
-    """
-    path = Path(folder) / PARAMS
-    dtypes = check_arrays(path, abstract_params(config, dtype=jnp.float32))
-    if dtype is not None:
-        dtypes = dict.fromkeys(dtypes, jnp.dtype(dtype))
-
-    def read(row: Parameter, index: tuple[slice, ...]) -> np.ndarray:
-        return cast_weights(read_piece(path, row.path, index), dtypes[row.path], row.path)
-
-    return dtypes, read
 
 
 def read_piece(path: str | Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -251,8 +237,8 @@ def _described_array(path: Path, name: str) -> jax.ShapeDtypeStruct:
     if math.prod(chunks) > max(math.prod(shape), PIECE_SIZE):
         raise InputError(f"{where}: chunks of {shown(list(chunks))} are larger than the array")
     dtype = fields.text(described, "dtype", where)
-    with _damage_reported(path):
-        known = FLOATS["BF16"] if dtype == "bfloat16" else np.dtype(dtype or "no dtype")
+    with _damage_reported(path):  # ml_dtypes' are known to NumPy by name
+        known = np.dtype(dtype or "no dtype")
     return jax.ShapeDtypeStruct(shape, known)
 
 
@@ -290,11 +276,51 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return cast(dict[str, Any], flatten_dict(tree, sep="."))
 
 
+class _HeldSignals:
+    """SIGTERM and SIGINT kept back in a block, for handlers that raise.
+
+    An exception in the middle of Orbax ends the event loop while TensorStore still writes, which
+    then reports to a loop that is closed: a traceback each.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._came: int | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may ask for signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._keep)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._came is not None:
+            signal.raise_signal(self._came)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        self._came = number
+
+    def deliver(self) -> None:
+        """Hands on a signal that has come; raises what its handler raises."""
+        if self._came is None:
+            return
+        number, self._came = self._came, None
+        signal.signal(number, self._before[number])
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, self._keep)
+
+
 class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
     """Writes a `StreamedArray` as Orbax writes a `jax.Array`, one piece after another.
 
     One process reads and writes; with several, Orbax has all wait for it.
     """
+
+    def __init__(self, signals: _HeldSignals) -> None:
+        self._signals = signals
 
     def typestr(self) -> str:
         return "jax.Array"  # so it is recorded, and restored, as one
@@ -318,13 +344,17 @@ class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
             }
             store = await ts.open(spec, dtype=value.dtype, create=True, context=info.ts_context)
             written: Awaitable[None] | None = None
-            for index, piece in value.pieces():
-                # The last piece is compressed while this one was read; never more than the two.
+            try:
+                for index, piece in value.pieces():
+                    # The last piece is compressed while this one was read; never more than the two.
+                    if written is not None:
+                        await written
+                    written = None
+                    self._signals.deliver()
+                    written = store[index].write(piece, can_reference_source_data_indefinitely=True)
+            finally:
                 if written is not None:
                     await written
-                written = store[index].write(piece, can_reference_source_data_indefinitely=True)
-            if written is not None:
-                await written
         return []  # nothing is left to wait for
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:

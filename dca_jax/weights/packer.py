@@ -1,16 +1,30 @@
-"""Packs a model's matrices one after another, on the devices they lie on, while it is loaded."""
+"""Packs a model's matrices while they are read: on the devices they lie on, or on the host."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from dca_jax.config import LlamaConfig
-from dca_jax.packed_weights import STORED, UNPACKED, Packed, check_form, pack
+from dca_jax.products.packed import (
+    FLOAT32,
+    SCALE,
+    STORED,
+    UNPACKED,
+    Packed,
+    block_sizes,
+    check_form,
+    pack,
+)
 from dca_jax.sharding import Shards
-from dca_jax.weights.parameters import Parameter, Then, parameters
+from dca_jax.weights.kept import EVERY, Index, Kept, KeptTensor, Scales, integers_of, scale_order
+from dca_jax.weights.parameters import Parameter, Read, Then, parameters
 
 ROUTER = "layers.experts.router.kernel"
 
@@ -28,7 +42,7 @@ def packer(rows: Sequence[Parameter], form: str) -> Then:
 
     Args:
         rows: of a model, those to pack: its `matrices`, or `projections`.
-        form: a name in `dca_jax.packed_weights.FORMS`.
+        form: a name in `dca_jax.products.packed.FORMS`.
 
     Raises:
         InputError: a name that is none.
@@ -91,3 +105,87 @@ def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     zero = scale if form.startswith("int4") else None
     specs = Packed(values, scale, zero, order, num_inputs)
     return shards.local(local, (spec,), specs)(stack)
+
+
+# --- on the host --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedOnReading(KeptTensor):
+    """A matrix that is packed piece by piece as it is read; as `packer` packs it, to the bit.
+
+    Attributes:
+        name: of Hugging Face's tensor. number: of it among those of the parameter.
+        row, config: the parameter, and the model's shape.
+        source: gives pieces of it, in any floating dtype.
+        form: a name in `dca_jax.products.packed.FORMS`.
+    """
+
+    name: str
+    number: int
+    row: Parameter
+    config: LlamaConfig
+    source: Read
+    form: str
+
+    @property
+    def kept(self) -> Kept:
+        """How its weights are packed."""
+        kind, blocks = self.form.partition(":")[0], self._blocks
+        count = len(self.row.groups[0])
+        inputs = EVERY if kind == "int8" else math.prod(blocks[count:])
+        scale = SCALE if kind == "int4" else jnp.dtype(FLOAT32)
+        return Kept(kind, (math.prod(blocks[:count]), inputs), scale)
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        shape = self.row.inner(self.row.shape(self.config))
+        return block_sizes(self.form, shape, len(self.row.groups[1]))
+
+    def read_values(self, index: Index) -> np.ndarray:
+        """A piece of whole rows, heads and blocks: the integers, int4 one in a byte, or float8."""
+        values = np.asarray(self._packed(index).values)
+        if self.kept.form == "int4":
+            values = integers_of(values, self._blocks[-1])
+        return values.reshape(index[0].stop - index[0].start, -1)
+
+    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
+        """Those of such a piece, whose blocks are those of `kept`."""
+        packed, rows = self._packed(index), index[0].stop - index[0].start
+        order = scale_order(0, len(self.row.groups[0]), packed.scale.ndim)
+
+        def turned(part: Array | None) -> np.ndarray | None:
+            return part if part is None else np.asarray(part).transpose(order)
+
+        scale, zero = (turned(part) for part in (packed.scale, packed.zero))
+        assert scale is not None
+        count = rows // block[0]
+        return Scales(scale.reshape(count, -1), None if zero is None else zero.reshape(count, -1))
+
+    def _packed(self, index: Index) -> Packed:
+        row = self.row
+        first, *rest = row.groups[0]
+        head = math.prod(row.sizes(self.config)[axis] for axis in rest)
+        place = list(row.place_of(self.config, self.number))
+        part = slice(index[0].start // head, index[0].stop // head)
+        place[row.leading + row.axes.index(first)] = part
+        piece = self.source(row, tuple(place))[(0,) * row.leading]
+        return _pack_on_host(piece.transpose(row.inner_order), self.form, len(row.groups[1]))
+
+
+_pack_on_host = jax.jit(pack, static_argnames=("form", "num_inputs"))
+
+
+def packed_on_reading(
+    row: Parameter, config: LlamaConfig, source: Read, form: str
+) -> list[PackedOnReading]:
+    """The matrices of a parameter, in the order of Hugging Face's.
+
+    Raises:
+        InputError: int4, of an odd number of inputs.
+    """
+    check_form(form)
+    names = enumerate(row.their_names(config))
+    found = [PackedOnReading(name, number, row, config, source, form) for number, name in names]
+    block_sizes(form, row.inner(row.shape(config)), len(row.groups[1]))
+    return found

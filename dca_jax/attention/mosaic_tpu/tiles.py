@@ -18,7 +18,7 @@ class Chip:
     """A core's VMEM, the cores that act as one device, and the tiles to start from.
 
     Tiles are (block_q, block_kv) for one head of 128 in 16 bits. They were chosen by the compiler's
-    schedules of an unmasked block (docs/tpu.md): smaller tiles cost more for each logit.
+    schedules of an unmasked block (docs/lab/tpu.md): smaller tiles cost more for each logit.
     """
 
     vmem: int

@@ -8,7 +8,7 @@ For tile I (queries 128 I to 128 I + 127) and a kv head with its query heads n, 
     score(b)    mean of p over n and i, plus 1/8 of its maximum
 
 The maximum is for rows that look for something the others do not. Measured beside other selectors
-on a real model: docs/sparse.md.
+on a real model: docs/explanation/sparse.md.
 """
 
 from dataclasses import dataclass

@@ -173,12 +173,13 @@ def evaluate(
     seed: int = SEED,
     chat: bool = False,
     batch: int | None = None,
+    capacity: int = 0,
 ) -> None:
     """Asks `trials` samples of every task and length by every method, and notes what was found.
 
     Args:
         tasks: of `possible_tasks`.
-        lengths, chat: as for `room_for`. seed: as for `stream`.
+        lengths, chat: as for `room_for`. seed: as for `stream`. batch, capacity: as for `ask`.
 
     A length without room for a sample fails sample by sample (`check_room` tells before).
 
@@ -202,6 +203,7 @@ def evaluate(
             methods=methods,
             max_new_tokens=WORDINGS[task].new_tokens,
             batch=batch,
+            capacity=capacity,
         )
 
 

@@ -1,0 +1,230 @@
+"""Packed matrices in an Orbax checkpoint: written as they are kept, read packed or unpacked.
+
+In the place of a matrix that is packed a checkpoint has arrays of its parts: `values` and `scale`,
+and `zero` or `offset` where it has these. They have its leading axes, of layers and of experts, and
+then two: rows and columns of Hugging Face's matrix, [out, in]. Two int4 stand in a byte, the first
+in its lower half, and of the others there is one for each tile. So the arrays are the same whatever
+mesh reads them; where devices part, groups are cut as they are read (`dca_jax.weights.kept`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dca_jax.config import LlamaConfig
+from dca_jax.errors import InputError
+from dca_jax.fields import shown
+from dca_jax.products.packed import DTYPES
+from dca_jax.weights.kept import Index, Kept, KeptTensor, Scales, check_finite, sampled
+from dca_jax.weights.orbax import StreamedArray, read_piece
+from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress
+from dca_jax.weights.tensor_files import StoredTensor
+
+UINT8 = np.dtype(np.uint8)
+
+
+def part_shapes(row: Parameter, config: LlamaConfig, kept: Kept) -> dict[str, Any]:
+    """Shape and dtype of the arrays that stand for a packed matrix, by name."""
+    rows, columns = row.their_shape(config)
+    lead = row.shape(config)[: row.leading]
+    tiles = [-(-size // tile) for size, tile in zip((rows, columns), kept.tile, strict=True)]
+    dtypes = {"scale": kept.scale, "zero": UINT8 if kept.has_zeros else None, "offset": kept.offset}
+    width = columns // 2 if kept.form == "int4" else columns
+    return {
+        "values": jax.ShapeDtypeStruct((*lead, rows, width), DTYPES[kept.form]),
+        **{
+            name: jax.ShapeDtypeStruct((*lead, *tiles), dtype)
+            for name, dtype in dtypes.items()
+            if dtype is not None
+        },
+    }
+
+
+def streamed_parts(
+    row: Parameter,
+    config: LlamaConfig,
+    tensors: Sequence[KeptTensor],
+    progress: Progress | None = None,
+) -> dict[str, StreamedArray]:
+    """The arrays that stand for a packed matrix, read piece by piece when they are written.
+
+    Args:
+        tensors: all that it is made of, in their order; they are kept alike.
+        progress: told the path and the bytes, after each piece.
+
+    Raises:
+        InputError: when a piece is read, a scale that is NaN or infinite.
+    """
+    kept = tensors[0].kept
+    assert kept is not None
+    shapes = part_shapes(row, config, kept)
+
+    def stream(name: str) -> StreamedArray:
+        shape, dtype = shapes[name].shape, shapes[name].dtype
+        height = _height(row, config, kept)
+        if name != "values":  # rows of tiles
+            height = max(1, height // kept.tile[0])
+
+        def pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+            for number, tensor in enumerate(tensors):
+                corner = np.unravel_index(number, shape[:-2]) if row.leading else ()
+                lead = tuple(slice(int(at), int(at) + 1) for at in corner)
+                for start in range(0, shape[-2], height):
+                    part = slice(start, min(start + height, shape[-2]))
+                    piece = _read_part(tensor, kept, name, part, row.their_shape(config))
+                    yield (*lead, part, slice(0, shape[-1])), piece[(None,) * row.leading]
+                    if progress is not None:
+                        progress(row.path, piece.nbytes)
+
+        chunks = (*(1,) * row.leading, min(height, shape[-2]), shape[-1])
+        return StreamedArray(shape=shape, dtype=dtype, chunks=chunks, pieces=pieces)
+
+    return {name: stream(name) for name in shapes}
+
+
+def _height(row: Parameter, config: LlamaConfig, kept: Kept) -> int:
+    """Rows of a piece: whole heads and whole tiles, about `PIECE_SIZE` elements."""
+    rows, columns = row.their_shape(config)
+    sizes, tile = row.sizes(config), kept.tile[0]
+    head = math.prod(sizes[axis] for axis in row.groups[0][1:])
+    unit = math.lcm(head, 1 if tile >= rows else tile)  # of one tile any rows will do
+    return max(1, PIECE_SIZE // columns // unit) * unit
+
+
+def _read_part(
+    tensor: KeptTensor, kept: Kept, name: str, part: slice, shape: tuple[int, ...]
+) -> np.ndarray:
+    """So many rows of an array of `part_shapes`, of one matrix of this shape."""
+    every = slice(0, shape[1])
+    if name == "values":
+        values = tensor.read_values((part, every))
+        check_finite(tensor.name, values)
+        return values[:, ::2] | (values[:, 1::2] << 4) if kept.form == "int4" else values
+    block = tuple(min(tile, size) for tile, size in zip(kept.tile, shape, strict=True))
+    rows = slice(part.start * block[0], min(part.stop * block[0], shape[0]))
+    found = tensor.read_scales((rows, every), (block[0], block[1]))
+    scales = getattr(found, name)
+    check_finite(tensor.name, scales)
+    return scales
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedArray(StoredTensor):
+    """One matrix of a packed parameter; `dtype` is float32.
+
+    Attributes:
+        path: of the checkpoint. parameter: path of the parameter.
+        corner: where it lies on the leading axes. how: it is packed.
+    """
+
+    parameter: str
+    corner: tuple[int, ...]
+    how: Kept
+
+    @property
+    def kept(self) -> Kept:
+        """How its weights are packed."""
+        return self.how
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The piece `tensor[index]`, unpacked, in float32.
+
+        Raises:
+            InputError: a damaged array.
+        """
+        rows, columns = index
+        found = self.read_values((rows, columns)).astype(np.float32)
+        scale, zero, offset = self.read_scales((rows, columns), (1, 1))
+        with np.errstate(all="ignore"):  # what is not finite is refused by who reads
+            if zero is not None:
+                found -= zero
+            found *= scale.astype(np.float32)
+            if offset is not None:
+                found += offset.astype(np.float32)
+        return found
+
+    def read_values(self, index: Index) -> np.ndarray:
+        """A piece of the integers, int4 one in a byte, or of the float8."""
+        rows, columns = index
+        if self.how.form != "int4":
+            return self._read("values", index)
+        first, last = columns.start // 2, -(-columns.stop // 2)
+        halves = self._read("values", (rows, slice(first, last)))
+        both = np.stack([halves & 15, halves >> 4], axis=-1).reshape(len(halves), -1)
+        return both[:, columns.start - 2 * first : columns.stop - 2 * first]
+
+    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
+        """Those of each block of a piece.
+
+        Raises:
+            InputError: a zero that int4 cannot have.
+        """
+        tiles = [-(-n // tile) for n, tile in zip(self.shape, self.how.tile, strict=True)]
+
+        def read(name: str) -> np.ndarray:
+            part = partial(self._read, name)
+            return sampled(part, index, block, self.how.tile, (tiles[0], tiles[1]))
+
+        zero = read("zero") if self.how.has_zeros else None
+        if zero is not None and zero.size and zero.max() > 15:
+            raise InputError(
+                f"{self.parameter}.zero in {self.path} holds {zero.max()}, and int4's are at most "
+                "15; convert it again"
+            )
+        return Scales(read("scale"), zero, None if self.how.offset is None else read("offset"))
+
+    def _read(self, part: str, index: Index) -> np.ndarray:
+        lead = tuple(slice(at, at + 1) for at in self.corner)
+        found = read_piece(self.path, f"{self.parameter}.{part}", (*lead, *index))
+        return found[(0,) * len(lead)]
+
+
+def packed_arrays(
+    path: Path, rows: Sequence[Parameter], config: LlamaConfig, kept: Mapping[str, Kept]
+) -> dict[str, list[PackedArray]]:
+    """For each packed parameter of a checkpoint its matrices, in the order of Hugging Face's.
+
+    Args:
+        rows: the parameters that can be packed.
+
+    Raises:
+        InputError: what is said to be packed is none of these, or has no such parts.
+    """
+    known = {row.path: row for row in rows}
+    found: dict[str, list[PackedArray]] = {}
+    for name, how in kept.items():
+        row = known.get(name)
+        if row is None:
+            raise InputError(
+                f"config.json says that {shown(name, quote=False)} is packed in {path}, which is "
+                "no matrix of this model that can be"
+            )
+        if how.blocks(row, row.inner(row.shape(config))) is None:
+            raise InputError(
+                f"config.json says that {name} is packed in int4 in {path}, and its size of "
+                f"{row.their_shape(config)} does not divide into pairs"
+            )
+        lead = row.shape(config)[: row.leading]
+        found[name] = [
+            PackedArray(
+                path=path,
+                name=theirs,
+                shape=row.their_shape(config),
+                dtype=np.dtype(np.float32),
+                packed=how.name(row, row.inner(row.shape(config))),
+                parameter=name,
+                corner=tuple(int(at) for at in np.unravel_index(number, lead)) if lead else (),
+                how=how,
+            )
+            for number, theirs in enumerate(row.their_names(config))
+        ]
+    return found
