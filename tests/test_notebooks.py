@@ -19,8 +19,8 @@ SMALLER = {
     },
     "positions_and_attention": {"LENGTH = 4096": "LENGTH = 1024"},
     "finetune_and_compare": {
-        "TESTED = 4096": "TESTED = 1024",
-        "PASSKEYS = [1024, 4096]": "PASSKEYS = [1024]",
+        "TESTED = 4096": "TESTED = 512",
+        "PASSKEYS = [1024, 4096]": "PASSKEYS = [512]",
         "[0.25, 0.75], trials=2": "[0.5], batch=1",
         "MODULES = [argparse, ast, doctest, inspect, mailbox, subprocess, tarfile, typing]": (
             "MODULES = [doctest, mailbox]"
@@ -57,7 +57,7 @@ def test_first_steps(tmp_path, monkeypatch, capsys):
     run("first_steps", tmp_path, monkeypatch)
     printed = capsys.readouterr().out
     with_dca, without = re.findall(r"([\d.]+) with DCA, ([\d.]+) without", printed)[0]
-    assert float(with_dca) < 0.5 * float(without)
+    assert float(with_dca) < 0.7 * float(without)
     with_dca, without = printed.split("without DCA:")
     assert "48213" in with_dca
     assert "48213" not in without
@@ -73,7 +73,7 @@ def test_positions_and_attention(tmp_path, monkeypatch, capsys):
     assert len(differences) == 2
     assert max(differences) < 1e-3
     with_dca, without = (float(x) for x in re.findall(r"with .*: ([\d.]+)", printed))
-    assert with_dca < 0.5 * without
+    assert with_dca < 0.6 * without
 
 
 @pytest.mark.examples
@@ -83,4 +83,4 @@ def test_finetune_and_compare(tmp_path, monkeypatch, capsys):
     before, after = (float(x) for x in re.findall(r"tokens: ([\d.]+)\n", printed))
     assert after != before
     assert after < 1.2 * before
-    assert printed.count("passkeys found in 1,024 tokens") == 2
+    assert printed.count("passkeys found in 512 tokens") == 2
