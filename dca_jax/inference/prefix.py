@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from dca_jax.attention.bands import PositionMethod
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied
@@ -144,8 +145,11 @@ def _reads_alike(a: Llama, b: Llama) -> bool:
 def depends_on_length(model: Llama) -> bool:
     """Whether what is read of a text depends on how long the whole is.
 
-    So it is with dynamic NTK and a temperature, where a prefix is a text of its own.
+    So it is with dynamic NTK, a temperature, and positions that are made for a length, where a
+    prefix is a text of its own.
     """
+    if isinstance(model.dca, PositionMethod) and model.dca.by_length:
+        return True
     slope = model.dca.temperature_slope if isinstance(model.dca, DCAConfig) else 0.0
     return slope != 0 or model.config.rope.rope_type == "dynamic"
 
