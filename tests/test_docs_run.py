@@ -56,7 +56,7 @@ PARSED = {
     "dca-jax --coordinator": "two hosts; tests/test_distributed.py",
     "dca-jax serve": "until it is stopped; tests/test_serving.py",
     "dca-jax lm-eval": "downloads its tasks; tests/test_lm_eval_tasks.py",
-    "dca-jax finetune examples/finetune_16k.yaml": "its settings are previewed; smaller runs are run",
+    "dca-jax finetune examples/finetune_16k.yaml": "its settings are previewed; smaller ones run",
     "dca-jax eval passkey": "tests/test_evaluation_passkey.py",
     "dca-jax eval ruler": "thirteen tasks; tests/test_evaluation_ruler.py",
     "dca-jax eval infinite-bench": "tests/test_evaluation_benchmarks.py",
