@@ -2,12 +2,12 @@
 
     python benchmarks/programs.py --requests 500 --out outputs/programs.json
 
-Requests of five kinds go to one `LLM` one after the other: to generate (of random length, batch,
-number of new tokens, sampler, seed and stop ids), the same after a prefix, turns of conversations,
-logits, and perplexities. Every program that XLA compiles counts, those of operations outside
-`jax.jit` too. A row after every 50 requests: programs compiled and alive, resident memory, and the
-slots of the KV caches of the first two kinds over those that the texts need. Prints a table, writes
-JSON.
+Requests of six kinds go to one `LLM` one after the other: to generate (of random length, batch,
+number of new tokens, sampler, seed and stop ids), the same after a prefix, streams of one text,
+turns of conversations, logits, and perplexities. Every program that XLA compiles counts, those of
+operations outside `jax.jit` too. A row after every 50 requests: programs compiled and alive,
+resident memory, and the slots of the KV caches of the first three kinds over those that the texts
+need. Prints a table, writes JSON.
 """
 
 import math
@@ -76,9 +76,11 @@ class Requests:
 
     def one(self) -> tuple[int, int]:
         """One request; returns the slots of its caches, and those that its texts need."""
-        kind = self.draw.choice(("generate", "generate", "prefix", "chat", "logits", "score"))
+        kind = self.draw.choice(("generate", "prefix", "stream", "chat", "logits", "score"))
         if kind in ("generate", "prefix"):
             return self._generate(after_prefix=kind == "prefix")
+        if kind == "stream":
+            return self._stream()
         if kind == "chat":
             self._chat()
         elif kind == "logits":
@@ -118,6 +120,13 @@ class Requests:
         words = " ".join(f"word{n}" for n in self._text(self.longest // 8))
         for _ in self.conversation.ask(words, **self._options()):
             pass
+
+    def _stream(self) -> tuple[int, int]:
+        prompt, options = self._text(self.longest), self._options()
+        for _ in self.llm.stream(prompt, **options):
+            pass
+        needed = len(prompt) + options["max_new_tokens"]
+        return math.prod(cache_shape(self.llm.model, 1, needed)), needed
 
     def _generate(self, *, after_prefix: bool) -> tuple[int, int]:
         llm, options = self.llm, self._options()

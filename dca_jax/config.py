@@ -485,7 +485,8 @@ def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
                 "model computes and is not supported"
             )
     layer_types = config.get("layer_types")
-    if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:
+    listed = isinstance(layer_types, list) and set(map(str, layer_types)) == {"full_attention"}
+    if layer_types is not None and not listed:
         raise InputError(
             f"config.json has layer_types {fields.shown(layer_types)}: only layers of "
             "full_attention are supported"
@@ -545,9 +546,9 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
     """The DCA setting for a model.
 
     Args:
-        choice: a DCAConfig; a name of `PRESETS`, taken for the model's `trained_length`; "auto" for
-            what the checkpoint itself asks for, or else "paper"; None or "none" for plain
-            attention.
+        choice: a DCAConfig; a name of `PRESETS`, taken for the model's `trained_length` ("qwen"
+            keeps the checkpoint's own chunks, and gives it Qwen's temperature); "auto" for what
+            the checkpoint itself asks for, or else "paper"; None or "none" for plain attention.
         config: the model's.
 
     Raises:
@@ -559,6 +560,8 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
         return None
     if choice == "auto" and config.dca is not None:
         return config.dca
+    if choice == "qwen":
+        return DCAConfig.qwen(config.trained_length, own=config.dca)
     return preset_dca("paper" if choice == "auto" else choice, config.trained_length)
 
 

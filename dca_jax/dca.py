@@ -34,7 +34,7 @@ Everything fast (`dca_jax.attention`) computes what `dense_attention` here compu
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -144,6 +144,19 @@ class DCAConfig:
         return preset_dca(
             "chunkllama_flash_decoding", trained_length, temperature_slope=temperature_slope
         )
+
+    @classmethod
+    def qwen(
+        cls, trained_length: int, *, temperature_slope: float = 0.1, own: "DCAConfig | None" = None
+    ) -> "DCAConfig":
+        """As Qwen chose for Qwen2.5-1M: a window of c/32, the temperature 1 + 0.1 ln(L / c).
+
+        Args:
+            own: a checkpoint's setting, whose chunk length and largest position are then kept.
+        """
+        if own is None:
+            return preset_dca("qwen", trained_length, temperature_slope=temperature_slope)
+        return replace(own, trained_length=trained_length, temperature_slope=temperature_slope)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DCAConfig":
@@ -261,11 +274,13 @@ class Preset(NamedTuple):
     Attributes:
         divisor: c must be a multiple of it.
         chunk_len, max_query_position: s and Q.
+        temperature_slope: that of its results.
     """
 
     divisor: int
     chunk_len: Callable[[int], int]
     max_query_position: Callable[[int], int]
+    temperature_slope: float = 0.0
 
 
 PRESETS: dict[str, Preset] = {
@@ -273,11 +288,17 @@ PRESETS: dict[str, Preset] = {
     "chunkllama": Preset(8, lambda c: 5 * c // 8, lambda c: 3 * c // 4),
     "chunkllama_ppl": Preset(4, lambda c: c // 2, lambda c: 3 * c // 4),
     "chunkllama_flash_decoding": Preset(16, lambda c: 11 * c // 16, lambda c: 3 * c // 4),
+    # Qwen2.5-1M: 253,952 and 262,144 of 262,144.
+    "qwen": Preset(32, lambda c: 31 * c // 32, lambda c: c, 0.1),
 }
 
 
-def preset_dca(name: str, trained_length: int, *, temperature_slope: float = 0.0) -> DCAConfig:
+def preset_dca(
+    name: str, trained_length: int, *, temperature_slope: float | None = None
+) -> DCAConfig:
     """A published setting, by its name in `PRESETS`, for a trained length in tokens.
+
+    The temperature's slope is the preset's, if none is given.
 
     Raises:
         InputError: an unknown name, or a trained length that the preset cannot be made for.
@@ -299,7 +320,9 @@ def preset_dca(name: str, trained_length: int, *, temperature_slope: float = 0.0
         chunk_len=preset.chunk_len(c),
         max_query_position=preset.max_query_position(c),
         trained_length=c,
-        temperature_slope=temperature_slope,
+        temperature_slope=(
+            preset.temperature_slope if temperature_slope is None else temperature_slope
+        ),
     )
 
 

@@ -1,20 +1,26 @@
 """Dtypes by name, and the dtype in which what matters is computed."""
 
+from collections.abc import Mapping
+from contextlib import suppress
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Of a KV cache. In 8 bits it has scales (`dca_jax.attention.stored`).
 CACHE_DTYPES = DTYPES | {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
-def parse_dtype(name: str) -> jnp.dtype:
-    """The dtype of that name; raises InputError naming the ones there are."""
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not supported; expected one of {', '.join(DTYPES)}")
-    return jnp.dtype(DTYPES[name])
+def parse_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """A dtype by name or as it is.
+
+    Raises:
+        InputError: one that no model computes in, naming those there are.
+    """
+    return _known("dtype", dtype, DTYPES)
 
 
 def parse_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -23,17 +29,21 @@ def parse_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
     Raises:
         InputError: one that no cache has, naming those there are.
     """
-    if isinstance(dtype, str):
-        found = CACHE_DTYPES.get(dtype)
-    else:
-        known = {jnp.dtype(each) for each in (*CACHE_DTYPES.values(), jnp.float64)}
-        found = dtype if jnp.dtype(dtype) in known else None
-    if found is None:
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        raise InputError(
-            f"cache dtype {name!r} is not supported; expected one of {', '.join(CACHE_DTYPES)}"
-        )
-    return jnp.dtype(found)
+    return _known("cache dtype", dtype, CACHE_DTYPES)
+
+
+def _known(what: str, dtype: DTypeLike, names: Mapping[str, DTypeLike]) -> jnp.dtype:
+    """One of `names`, or float64, which has none: it is for comparisons."""
+    known = {name: jnp.dtype(each) for name, each in names.items()}
+    with suppress(TypeError):  # what is no dtype at all
+        if isinstance(dtype, str):
+            found = known.get(dtype)
+        else:
+            found = jnp.dtype(dtype)
+            found = found if found in (*known.values(), jnp.float64) else None
+        if found is not None:
+            return found
+    raise InputError(f"{what} {shown(dtype)} is not supported; expected one of {', '.join(names)}")
 
 
 def cache_dtype_name(dtype: jnp.dtype) -> str:

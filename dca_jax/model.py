@@ -38,6 +38,7 @@ from dca_jax.kv_cache import KVCache, PagedCache
 from dca_jax.layers import PRODUCT, Block, Layers, Linear, RMSNorm, Run
 from dca_jax.products.packed import Packed, is_packed
 from dca_jax.products.packed_product import packed_product, unpacked_inner
+from dca_jax.rope import Frequencies, RopeConfig
 from dca_jax.sharding import Shards
 
 # What is kept of a layer for the backward pass, by name; the rest is computed again from it.
@@ -90,6 +91,7 @@ class Llama(nnx.Module):
     ) -> None:
         param_dtype = jnp.dtype(param_dtype)
         self.config, self.dca, self.sparse = config, dca, sparse
+        self.rope: RopeConfig | Frequencies = config.rope
         self.dtype, self.remat, self.implementation = jnp.dtype(dtype), remat, implementation
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
         self.lora = lora
@@ -217,7 +219,7 @@ class Llama(nnx.Module):
         rows = make_rows(
             (batch, num_new, self.config.num_attention_heads, self.config.head_dim),
             dca=self.dca,
-            rope=self.config.rope,
+            rope=self.rope,
             lengths=after,
             query_offset=start,
             context_lengths=context_lengths,

@@ -192,6 +192,25 @@ class RopeConfig:
         return params
 
 
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """A rope that has been worked out: what a program is given, to serve all ropes alike.
+
+    Attributes:
+        inv_freq: radians per position, float32. scale: `logit_scale`, float32.
+    """
+
+    inv_freq: Float[Array, " half"]
+    scale: Float[Array, ""]
+
+
+def logit_scale(rope: RopeConfig | Frequencies, head_dim: int) -> Float[Array, ""]:
+    """`attention_factor`^2 / sqrt(head_dim): what logits are multiplied by, temperature aside."""
+    if isinstance(rope, Frequencies):
+        return rope.scale
+    return jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim))
+
+
 def attention_factor(rope: RopeConfig) -> float:
     """What cos and sin are multiplied by; attention logits get its square (YaRN, section 3.4)."""
     if rope.attention_factor is not None:
@@ -208,7 +227,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def inverse_frequencies(
-    rope: RopeConfig, head_dim: int, lengths: Int[Array, " B"] | None = None
+    rope: RopeConfig | Frequencies, head_dim: int, lengths: Int[Array, " B"] | None = None
 ) -> Float[Array, "1 half"] | Float[Array, "B half"]:
     """Angle per position, in radians, of each of the head's `head_dim / 2` planes; float32.
 
@@ -221,6 +240,8 @@ def inverse_frequencies(
     Returns:
         [B, head_dim / 2] for dynamic NTK with `lengths`, else [1, head_dim / 2].
     """
+    if isinstance(rope, Frequencies):
+        return rope.inv_freq[None, :]
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     if rope.rope_type == "dynamic" and lengths is not None:
         trained = rope.original_max_position_embeddings or 0  # validated: never None here
@@ -274,19 +295,20 @@ def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
 
 def rotate(
     x: Float[Array, "B T *heads H"],
-    positions: Int[Array, "#B T"],
+    positions: Int[Array, "#B T *#half"],
     inv_freq: Float[Array, "#B half"],
 ) -> Float[Array, "B T *heads H"]:
     """Rotates every head of `x` to its token's position; angles, cos and sin in float32.
 
     Plane p is formed by elements p and p + H/2 (the Hugging Face layout). The result has the
     dtype of `x`; the arithmetic is float32, or float64 for float64 `x`. Negative positions turn
-    back: `rotate(rotate(x, p), -p)` is `x`.
+    back: `rotate(rotate(x, p), -p)` is `x`. Each plane may have a position of its own.
 
     Source: RoFormer (arXiv 2104.09864) eq. 34; `transformers` `apply_rotary_pos_emb`.
     """
     compute = compute_dtype(x.dtype)
-    angle = positions.astype(jnp.float32)[:, :, None] * inv_freq[:, None, :]
+    positions = positions if positions.ndim == 3 else positions[:, :, None]
+    angle = positions.astype(jnp.float32) * inv_freq[:, None, :]
     angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + angle.shape[2:])
     cos, sin = jnp.cos(angle).astype(compute), jnp.sin(angle).astype(compute)
     first, second = jnp.split(x.astype(compute), 2, axis=-1)

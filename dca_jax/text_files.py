@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+# How a file begins that Git LFS left in place of a large one.
+POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def read_text_file(path: Path) -> str:
     """The text of a file in UTF-8, or in the encoding its byte order mark names.
@@ -25,7 +29,8 @@ def read_text_file(path: Path) -> str:
     Lines end in a line feed, whatever ended them in the file.
 
     Raises:
-        InputError: no such file, one that cannot be read, or bytes that are not text.
+        InputError: no such file, one that cannot be read, a pointer of Git LFS, or bytes that are
+            not text.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file")
@@ -40,6 +45,7 @@ def read_text_file(path: Path) -> str:
 
 def decode(content: bytes, where: str) -> str:
     """Text from bytes, as `read_text_file`; `where` begins the message."""
+    refuse_pointer(content, where)
     encoding = next((e for mark, e in ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -60,6 +66,15 @@ def decode(content: bytes, where: str) -> str:
             "in UTF-8; if it is UTF-16, save it with a byte order mark or as UTF-8"
         )
     return text
+
+
+def refuse_pointer(beginning: bytes, where: Path | str) -> None:
+    """Raises InputError where a file begins as the pointer to one that was not downloaded."""
+    if beginning.startswith(POINTER):
+        raise InputError(
+            f"{where} is a pointer of Git LFS and not the file itself; run `git lfs pull` in its "
+            "folder, or download the file again"
+        )
 
 
 def check_characters(text: str, where: str) -> None:
@@ -102,8 +117,10 @@ def parse_json(text: str, where: str, *, expected: str = "", unique: bool = Fals
         return json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         reason = "it is nested too deeply"
-    except ValueError as error:  # JSONDecodeError, or an integer that Python refuses to parse
+    except (json.JSONDecodeError, _TwiceError) as error:
         reason = str(error)
+    except ValueError:  # an integer that Python refuses to parse
+        reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits"
     raise InputError(f"{where} is not JSON: {shown(reason, quote=False)}{expected}") from None
 
 
@@ -112,8 +129,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} appears twice; keep one")
+        raise _TwiceError(f"{shown(twice)} appears twice; keep one")
     return found
+
+
+class _TwiceError(Exception):
+    """A name that is in an object twice."""
 
 
 def json_lines(text: str, where: str, *, expected: str = "") -> Iterator[tuple[int, Any]]:

@@ -37,18 +37,15 @@ if not any(any(Path("/dev").glob(name)) for name in ("nvidia*", "kfd", "accel*",
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # the other core is busy
 
+import checking
 import hypothesis
 import jax
 import matplotlib as mpl
 import pytest
-from jaxtyping import install_import_hook
 
 gc.disable()  # Until the tests run: what imports and collection make is to stay.
 
-# Every annotation of these packages is checked at every call: shapes, dtypes and plain types; an
-# int may stand for a float, as it does to Pyright.
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-install_import_hook(["dca_jax", "checkpoints_convert"], CHECKER)
+checking.install("dca_jax", "checkpoints_convert")
 
 # Not in this process, which keeps its programs itself: to write one takes a tenth of compiling it.
 jax.config.update("jax_compilation_cache_dir", None)
@@ -65,17 +62,20 @@ mpl.use("Agg")
 hypothesis.settings.register_profile("dca_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dca_jax")
 
-# Tests ask in turn for caches of more shapes than a process of a user's keeps programs for. The
-# modules that read this number are imported later.
-from dca_jax.inference import buckets  # noqa: E402
-
-buckets.SHAPES = 64
-
-pytest_plugins = ["shared_fixtures"]  # "fixtures" is a plugin of pytest's own
-
 MOST_MAPS = 40_000
 TESTS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not where tests are only handed to others, who would wait for it: it takes seconds to load.
+    if getattr(config.option, "dist", "no") == "no" or hasattr(config, "workerinput"):
+        from dca_jax.inference import buckets
+
+        # Tests ask in turn for caches of more shapes than a process of a user's keeps programs for.
+        # The modules that read this number are imported later.
+        buckets.SHAPES = 64
+        config.pluginmanager.import_plugin("shared_fixtures")  # "fixtures" is one of pytest's own
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -94,6 +94,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     gc.freeze()
+    # To trace a program makes tens of thousands of objects that are to stay: to look at them after
+    # every 700 took a seventh of the time of tracing.
+    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 

@@ -37,6 +37,7 @@ def shapes(
         offset=number,
         lengths=number,
         key_offset=number,
+        whole=number,
     )
     return query, cache, cache, jax.ShapeDtypeStruct((), jnp.int32), rows
 

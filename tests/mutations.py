@@ -135,7 +135,7 @@ FAULTS = [
     ),
     Fault(
         "the scale is applied twice",
-        "attention/op.py",
+        "rope.py",
         "attention_factor(rope) ** 2 / math.sqrt(head_dim))",
         "attention_factor(rope) ** 2 / head_dim)",
         f"{EDGES}[reference-7]",

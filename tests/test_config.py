@@ -351,6 +351,8 @@ def test_max_sequence_length_that_is_none(wrong: object) -> None:
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "lacks local_size"),
         ({"n_shared_experts": 1}, r"sets n_shared_experts \(1\), which changes what"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types"),
+        ({"layer_types": 5}, "has layer_types 5"),
+        ({"layer_types": "full_attention"}, "has layer_types 'full_attention'"),
         ({"final_logit_softcapping": 30.0}, "sets final_logit_softcapping"),
     ],
 )

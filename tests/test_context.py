@@ -276,7 +276,7 @@ def test_decoding_over_a_shared_cache(size: int, num_queries: int, dca: DCAConfi
         return context.decode_attention(q, cut(k), cut(v), layer, rows, dca=dca)
 
     with jax.enable_x64(True):
-        decode = on(mesh_of(size), run, (P(), P(), P(), P(), Rows(*[P()] * 5)), P())
+        decode = on(mesh_of(size), run, (P(), P(), P(), P(), Rows(*[P()] * len(Rows._fields))), P())
         whole = jax.jit(dense_attention, static_argnames="dca")
         for _ in range(4):
             cache, queries = (layers, batch, capacity, 2, dim), (batch, num_queries, 4, dim)
@@ -317,7 +317,7 @@ def test_decoding_moves_no_key() -> None:
         return context.decode_attention(q, k, v, layer, rows, dca=dca, implementation="xla")
 
     cache = abstract(mesh, CACHE, 3, batch, size * slots, 2, dim)
-    decode = on(mesh, run, (P(), CACHE, CACHE, Rows(*[P()] * 5)), P())
+    decode = on(mesh, run, (P(), CACHE, CACHE, Rows(*[P()] * len(Rows._fields))), P())
     text = (
         decode.lower(abstract(mesh, P(), batch, 1, 4, dim), cache, cache, rows).compile().as_text()
     )

@@ -332,6 +332,24 @@ def test_a_signal_says_where_it_stopped_and_how_to_go_on(
     assert sum(no_model) == 2  # of four windows
 
 
+def test_few_programs_read_windows_of_all_lengths(
+    tmp_path, plain_llm, tokens, compilations, monkeypatch
+):
+    """Short ones, several at once, by one program, and long ones by another."""
+    monkeypatch.setattr(windows, "piece_length", lambda batch: 200)
+    options = {"form": "paper", "stride": 40, "limit": 8, "lengths": (40, 90, 160, 300, 400)}
+    with ResultLog(tmp_path, "perplexity", {}) as log:
+        windows.evaluate(plain_llm.model, tokens, log, methods=["rerope", "rerope:30"], **options)
+        records = log.records
+    assert sum("read_piece" in name for name in compilations) <= 2
+    found = {tuple(sorted(one.key.items())): one.value["nll"] for one in records}
+    for length in options["lengths"]:
+        model = with_method(plain_llm.model, "rerope", length)
+        key = {"method": "rerope", "length": length, "start": 0}
+        alone = float(token_nll(model, tokens[None, :length]).mean())
+        assert found[tuple(sorted(key.items()))] == pytest.approx(alone, abs=1e-4)
+
+
 def test_a_limit_spreads_over_the_text(tmp_path, plain_llm, tokens, no_model):
     with ResultLog(tmp_path, "perplexity", {}) as log:
         options = {"form": "paper", "methods": ["rope"], "lengths": [64], "stride": 30, "limit": 4}

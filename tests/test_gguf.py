@@ -31,6 +31,7 @@ from checkpoints_convert import hf_to_orbax, orbax_to_hf, verify
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.evaluation.fingerprint import fingerprint
+from dca_jax.inference.load import open_model
 from dca_jax.products.packed import is_packed, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights.folder import load_weights

@@ -280,7 +280,7 @@ class Case(NamedTuple):
     ) -> "Case":
         dca, phases = DCAConfig(chunk_len=s, max_query_position=s + 3), PHASES[-number:]
         length = max(first + num_queries - padding, 0)
-        numbers = (jnp.asarray([x], jnp.int32) for x in (first, length, key_offset))
+        numbers = (jnp.asarray([x], jnp.int32) for x in (first, length, key_offset, length))
         rows = Rows(jnp.zeros((1, 1)), jnp.ones(1), *numbers)
         index = np.arange(first, first + num_queries)[:, None]
         text = key_offset + np.arange(num_keys)[None, :]

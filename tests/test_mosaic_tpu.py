@@ -137,7 +137,7 @@ def written(function: Callable[..., jax.Array], *inputs: jax.Array) -> list[int]
 
 
 def rows_at(offset: list[int], lengths: list[int], key_offset: list[int]) -> op.Rows:
-    numbers = (jnp.asarray(x, jnp.int32) for x in (offset, lengths, key_offset))
+    numbers = (jnp.asarray(x, jnp.int32) for x in (offset, lengths, key_offset, lengths))
     return op.Rows(jnp.zeros((1, 1)), jnp.ones(len(offset)), *numbers)
 
 

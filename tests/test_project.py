@@ -10,12 +10,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import checking
 import jax
 import jax.numpy as jnp
 import mutations
 import pytest
 from flax import nnx
-from jaxtyping import TypeCheckError, install_import_hook
+from jaxtyping import TypeCheckError
 
 import dca_jax
 from dca_jax import dca
@@ -63,11 +64,18 @@ def test_annotations_of_flax_modules_are_checked(tmp_path, monkeypatch):
 
             def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
                 return x @ self.kernel[...]
+
+        def first(x: Float[Array, "B D"], y: Float[Array, " D"]) -> Float[Array, " D"]:
+            def add(x: int) -> int:
+                return x + 1
+
+            return y[: add(0) if y[0] < 0 else add("0") if y[0] > 0 else None]
     """
     (tmp_path / "hooked_module.py").write_text(textwrap.dedent(source))
     monkeypatch.syspath_prepend(tmp_path)
-    with install_import_hook("hooked_module", "beartype.beartype"):
-        module = importlib.import_module("hooked_module")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    checking.install("hooked_module")
+    module = importlib.import_module("hooked_module")
     model = module.Scale(4, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 4), jnp.float32)
     assert jax.jit(lambda m, x: m(x))(model, x).shape == (2, 4)
@@ -75,12 +83,20 @@ def test_annotations_of_flax_modules_are_checked(tmp_path, monkeypatch):
     assert gradient.kernel[...].shape == (4, 4)
     with pytest.raises(TypeCheckError):
         model(jnp.ones((2, 4, 1), jnp.float32))
+    # Axes are the same in all arguments and in what is returned; functions inside have their own.
+    assert module.first(x, jnp.zeros(4)).shape == (4,)
+    for y, message in ((jnp.zeros(3), "parameter y"), (-x[0], "return"), (x[0], "parameter x='0'")):
+        with pytest.raises(TypeCheckError, match=message):
+            module.first(x, y)
 
 
-def test_nothing_needs_torch():
+def test_attention_alone_loads_no_checkpoint_library_and_nothing_needs_torch():
     """Every module of both packages imports where PyTorch does not."""
-    code = """
+    heavy = set("orbax tensorstore optax rich transformers matplotlib".split())
+    code = f"""
         import importlib, pkgutil, sys
+        import dca_jax.attention
+        print(sorted({heavy!r} & {{name.partition(".")[0] for name in sys.modules}}))
         sys.modules["torch"] = None  # makes `import torch` raise
         for name in ("dca_jax", "checkpoints_convert"):
             package = importlib.import_module(name)
@@ -95,6 +111,7 @@ def test_nothing_needs_torch():
         text=True,
     )
     assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -123,17 +140,6 @@ def test_make_says_which_python_it_needs(tmp_path, script, message):
     assert message in run.stderr
     assert "Python 3.12 or newer" in run.stderr
     assert not venv.exists()
-
-
-def test_attention_alone_loads_no_checkpoint_library():
-    heavy = "orbax tensorstore optax rich transformers matplotlib".split()
-    code = (
-        "import sys, dca_jax.attention\n"
-        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        f"print(sorted(loaded & set({heavy!r})))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
 
 
 def imports() -> dict[str, set[str]]:

@@ -16,8 +16,11 @@ from conversion_helpers import (
     write_index,
 )
 from safetensors.numpy import save_file
+from tiny_llm import make_llm
 
+import dca_jax
 from dca_jax.errors import InputError
+from dca_jax.text_files import read_text_file
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.huggingface import open_checkpoint, read_config
 from dca_jax.weights.tensor_files import list_tensors
@@ -103,6 +106,23 @@ def test_an_index_of_impossible_names(tmp_path: Path, name: str) -> None:
     (folder / SAFE).unlink()
     write_index(folder, {"model.norm.weight": name})
     refused(folder, "is missing|names a file outside its folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+)
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path: Path, name: str) -> None:
+    folder = make_llm(tmp_path / "model")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(InputError, match=rf"{name} is a pointer of Git LFS .* run `git lfs pull`"):
+        dca_jax.load(folder)
+    (tmp_path / "model.gguf").write_text(pointer)
+    with pytest.raises(InputError, match=r"model\.gguf is a pointer of Git LFS"):
+        dca_jax.load(tmp_path / "model.gguf")
+    (tmp_path / "book.txt").write_text(pointer)
+    with pytest.raises(InputError, match=r"book\.txt is a pointer of Git LFS"):
+        read_text_file(tmp_path / "book.txt")
 
 
 def test_more_layers_than_there_can_be_names_of(tmp_path: Path) -> None:

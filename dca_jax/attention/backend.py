@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     offset: Int[Array, " B"]  # index of the row's first query in its text
     lengths: Int[Array, " B"]  # tokens of the row's text, the queries' own included
     key_offset: Int[Array, " B"]  # index of the row's first key: not 0 for a slice of a text
+    whole: Int[Array, " B"]  # tokens that positions count on: of a piece of a prompt, the prompt's
 
 
 class KeyBlocks(NamedTuple):

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
-from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.bands import Method, PositionMethod, joined, split
 from dca_jax.attention.op import attend, rotate_keys
 from dca_jax.attention.packed import attend_to_packed
 from dca_jax.attention.pages import Common
@@ -24,7 +24,6 @@ from dca_jax.attention.parallel.ring import ring_attention
 from dca_jax.attention.parallel.zigzag import zigzag_positions, zigzag_slots
 from dca_jax.attention.sparse import Piece, Sparse
 from dca_jax.attention.stored import Scales, Stored, dequantize, is_quantized, quantize
-from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 from dca_jax.sharding import Shards
@@ -49,7 +48,7 @@ def attend_to_text(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     rows: Rows,
     implementation: str | None,
     shards: Shards,
@@ -68,10 +67,17 @@ def attend_to_text(
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+    form, numbers = split(dca or PLAIN)
 
     def local(
-        query: Array, key: Array, value: Array, rows: Rows, *of_text: Array
+        query: Array,
+        key: Array,
+        value: Array,
+        rows: Rows,
+        numbers: dict[str, Array],
+        *of_text: Array,
     ) -> tuple[Array, Stored | None]:
+        dca = joined(form, numbers)
         if context > 1:
             index = zigzag_positions(key.shape[1])
         else:
@@ -98,8 +104,9 @@ def attend_to_text(
     if cache_dtype is not None:
         kept = _stored_specs(shards, is_quantized(cache_dtype), layers="")
     of_text, specs = _of_text(sparse, shards)
-    mapped = shards.local(local, (q, k, k, _rows_specs(rows, shards), *specs), (q, kept))
-    return mapped(query, key, value, rows, *of_text)
+    placed = _rows_specs(rows, shards), dict.fromkeys(numbers, PartitionSpec())
+    mapped = shards.local(local, (q, k, k, *placed, *specs), (q, kept))
+    return mapped(query, key, value, rows, numbers, *of_text)
 
 
 def _quantized_text(
@@ -127,7 +134,7 @@ def attend_to_texts(
     value: Float[Array, "B T K H"],
     text_index: Int[Array, "B T"],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     rope: RopeConfig,
     implementation: str | None,
     shards: Shards,
@@ -140,14 +147,20 @@ def attend_to_texts(
             "another way of packing"
         )
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+    form, numbers = split(dca or PLAIN)
 
-    def local(query: Array, key: Array, value: Array, text_index: Array) -> Array:
+    def local(
+        query: Array, key: Array, value: Array, text_index: Array, numbers: dict[str, Array]
+    ) -> Array:
+        dca = joined(form, numbers)
         options = {"dca": dca, "rope": rope, "implementation": implementation}
         with jax.named_scope("attention"):
             return attend_to_packed(query, key, value, text_index, **options)
 
     q, k = shards.spec("BTNH"), shards.spec("BTKH")
-    return shards.local(local, (q, k, k, shards.spec("BT")), q)(query, key, value, text_index)
+    placed = shards.spec("BT"), dict.fromkeys(numbers, PartitionSpec())
+    mapped = shards.local(local, (q, k, k, *placed), q)
+    return mapped(query, key, value, text_index, numbers)
 
 
 def attend_to_cache(
@@ -157,7 +170,7 @@ def attend_to_cache(
     cache: Stored,
     layer: Int[Array, ""],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     rows: Rows,
     implementation: str | None,
     shards: Shards,
@@ -180,6 +193,7 @@ def attend_to_cache(
     if sparse is not None and pages is not None:
         raise InputError("a cache in pages is read densely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
+    form, numbers = split(dca or PLAIN)
 
     def local(
         query: Array,
@@ -188,10 +202,12 @@ def attend_to_cache(
         cache: Stored,
         layer: Array,
         rows: Rows,
+        numbers: dict[str, Array],
         pages: Array | None,
         common: Common | None,
         *of_text: Array,
     ) -> tuple[Array, Stored]:
+        dca = joined(form, numbers)
         index = rows.offset[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         with jax.named_scope("rope"):
             key = rotate_keys(key, index, dca=dca, inv_freq=rows.inv_freq)
@@ -228,9 +244,10 @@ def attend_to_cache(
     table: Any = None if pages is None else shards.spec("BS", whole="S")
     everywhere: Any = PartitionSpec()
     of_all = None if common is None else Common(everywhere, everywhere, everywhere)
-    placed = everywhere, _rows_specs(rows, shards), table, of_all
+    of_method = dict.fromkeys(numbers, everywhere)
+    placed = everywhere, _rows_specs(rows, shards), of_method, table, of_all
     mapped = shards.local(local, (q, k, k, kept, *placed, *more), (q, kept))
-    return mapped(query, key, value, cache, layer, rows, pages, common, *of_text)
+    return mapped(query, key, value, cache, layer, rows, numbers, pages, common, *of_text)
 
 
 def _of_text(sparse: SparseText | None, shards: Shards) -> tuple[tuple, tuple]:
@@ -248,7 +265,7 @@ def _blocks(
     rows: Rows,
     scales: Scales | None,
     of_text: tuple[Array, ...],
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     shards: Shards,
 ) -> KeyBlocks:
     """Which blocks of keys a device's own heads read."""
@@ -273,7 +290,7 @@ def _refuse_sparse_context(sparse: SparseText | None, context: int) -> None:
         )
 
 
-def _context(dca: DCAConfig | PositionMethod | None, shards: Shards) -> int:
+def _context(dca: Method | None, shards: Shards) -> int:
     """How many devices share a text; other methods than DCA cannot, for their keys lie raw."""
     context = shards.size("context")
     if context > 1 and isinstance(dca, PositionMethod):

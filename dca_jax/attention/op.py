@@ -9,7 +9,6 @@ exact on its own: dS = P * (dP - delta). No gradient flows through a merge, and 
 
 import functools
 import logging
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,13 @@ from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
-from dca_jax.attention.bands import PositionMethod, dense_method_attention
+from dca_jax.attention.bands import (
+    Method,
+    PositionMethod,
+    dense_method_attention,
+    joined,
+    split,
+)
 from dca_jax.attention.blocks import allowed_keys, check_blocks
 from dca_jax.attention.pages import Common, check_pages, unpaged
 from dca_jax.attention.softmax import output_delta
@@ -35,7 +40,7 @@ from dca_jax.dca import (
 from dca_jax.device import current_device
 from dca_jax.errors import InputError
 from dca_jax.fields import LARGEST
-from dca_jax.rope import RopeConfig, attention_factor, inverse_frequencies, rotate
+from dca_jax.rope import Frequencies, RopeConfig, inverse_frequencies, logit_scale, rotate
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ def dual_chunk_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     rope: RopeConfig,
     lengths: Int[Array, " B"] | None = None,
     query_offset: int | Int[Array, " B"] = 0,
@@ -106,8 +111,8 @@ def dual_chunk_attention(
 def make_rows(
     query_shape: tuple[int, ...],
     *,
-    dca: DCAConfig | PositionMethod | None,
-    rope: RopeConfig,
+    dca: Method | None,
+    rope: RopeConfig | Frequencies,
     lengths: Int[Array, " B"] | None = None,
     query_offset: int | Int[Array, " B"] = 0,
     context_lengths: Int[Array, " B"] | None = None,
@@ -131,14 +136,15 @@ def make_rows(
         is_method = isinstance(dca, PositionMethod)
         largest = dca.max_position if is_method else dca.max_query_position
     if largest is not None:
-        frequency_lengths = jnp.minimum(frequency_lengths, min(largest + 1, LARGEST))
+        frequency_lengths = jnp.minimum(frequency_lengths - 1, largest) + 1
     tau = temperature(context_lengths, dca if isinstance(dca, DCAConfig) else PLAIN)
     return Rows(
         inv_freq=inverse_frequencies(rope, head_dim, frequency_lengths),
-        scale=tau * jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim)),
+        scale=tau * logit_scale(rope, head_dim),
         offset=offset,
         lengths=lengths,
         key_offset=jnp.zeros_like(offset),
+        whole=jnp.broadcast_to(context_lengths, (batch,)).astype(jnp.int32),
     )
 
 
@@ -146,7 +152,7 @@ def rotate_keys(
     key: Float[Array, "B S K H"],
     index: Int[Array, "#B S"],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     inv_freq: Float[Array, "#B half"],
 ) -> Float[Array, "B S K H"]:
     """Rotates keys to P_k of their text index: all that a KV cache needs to hold of them.
@@ -164,7 +170,7 @@ def attend(
     key: Num[Array, "*L R S K H"],
     value: Num[Array, "*L R S K H"],
     *,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
     rows: Rows,
     layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
@@ -218,10 +224,10 @@ def attend(
     phases = () if isinstance(dca, PositionMethod) else phases_within(like.shape[2], dca)
     if name != "mosaic_gpu":
         common = None
-    extras = Extras(scales, blocks, pages, common)
+    extras, (form, numbers) = Extras(scales, blocks, pages, common), split(dca)
     if any(x is not None for x in extras):
-        return _read_only(name, dca, phases, query, key, value, number, rows, extras)
-    out, _ = _flash(name, dca, phases, False, query, key, value, number, rows)
+        return _read_only(name, form, phases, numbers, query, key, value, number, rows, extras)
+    out, _ = _flash(name, form, phases, False, numbers, query, key, value, number, rows)
     return out
 
 
@@ -238,7 +244,7 @@ def common_rows(
     implementation: str | None,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig | PositionMethod | None,
+    dca: Method | None,
 ) -> int:
     """How many rows' queries are read at once over what they have in common; 0: none are.
 
@@ -254,7 +260,7 @@ def _by_definition(
     value: Array,
     layer: Array,
     rows: Rows,
-    dca: DCAConfig | PositionMethod,
+    dca: Method,
     scales: Scales | None,
     blocks: KeyBlocks | None,
     pages: Array | None,
@@ -269,6 +275,7 @@ def _by_definition(
     key, value, numbers = key[layer], value[layer], rows._asdict()
     if isinstance(dca, PositionMethod):
         return dense_method_attention(query, key, value, dca=dca, **numbers)
+    del numbers["whole"]  # it is in the scale
     allowed = None
     if blocks is not None:
         sizes = {"num_queries": query.shape[1], "num_keys": key.shape[1]}
@@ -279,8 +286,9 @@ def _by_definition(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _read_only(
     name: str,
-    dca: DCAConfig | PositionMethod,
+    form: Method,
     phases: tuple[Phase, ...],
+    numbers: dict[str, Any],
     query: Array,
     key: Array,
     value: Array,
@@ -289,13 +297,13 @@ def _read_only(
     extras: Extras,
 ) -> Array:
     given = {name: extra for name, extra in extras._asdict().items() if extra is not None}
-    options = {"dca": dca, "phases": phases, "with_lse": False, **given}
+    options = {"dca": joined(form, numbers), "phases": phases, "with_lse": False, **given}
     return BACKENDS[name].forward(query, key, value, layer, rows, **options)[0]
 
 
 @_read_only.defjvp
 def _refuse_gradient(
-    name: str, dca: DCAConfig | PositionMethod, phases: tuple, primals: tuple, tangents: tuple
+    name: str, form: Method, phases: tuple, primals: tuple, tangents: tuple
 ) -> Any:
     scales, blocks, pages, _ = primals[-1]
     found = [
@@ -347,14 +355,16 @@ def attention_pass(
     rows = make_rows(query.shape, dca=dca, rope=rope, lengths=lengths, query_offset=query_offset)
     positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
     rotated = rotate_keys(key, positions, dca=dca, inv_freq=rows.inv_freq)
-    return _flash(name, dca, (phase,), True, query, rotated[None], value[None], jnp.int32(0), rows)
+    return _flash(
+        *(name, dca, (phase,), True, {}, query, rotated[None], value[None], jnp.int32(0), rows)
+    )
 
 
 def choose_implementation(
     implementation: str | None,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig | PositionMethod,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
@@ -470,9 +480,10 @@ def _check_shapes(
 
 def _forward(
     name: str,
-    dca: DCAConfig | PositionMethod,
+    form: Method,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    numbers: dict[str, Any],
     query: Array,
     key: Array,
     value: Array,
@@ -480,52 +491,53 @@ def _forward(
     rows: Rows,
 ) -> tuple[Array, Array | None]:
     """(out [B,T,N,H], lse [B,N,T] if asked for) of the keys that `phases` cover."""
-    options = {"dca": dca, "phases": phases, "with_lse": with_lse}
+    options = {"dca": joined(form, numbers), "phases": phases, "with_lse": with_lse}
     return BACKENDS[name].forward(query, key, value, layer, rows, **options)
 
 
 def _forward_saving(
     name: str,
-    dca: DCAConfig | PositionMethod,
+    form: Method,
     phases: tuple[Phase, ...],
     with_lse: bool,
+    numbers: dict[str, Any],
     query: Array,
     key: Array,
     value: Array,
     layer: Array,
     rows: Rows,
 ) -> tuple[tuple[Array, Array | None], tuple]:
-    out, lse = _forward(name, dca, phases, True, query, key, value, layer, rows)
+    out, lse = _forward(name, form, phases, True, numbers, query, key, value, layer, rows)
     # Or XLA's GPU compiler runs the kernel twice in a scan over layers: once to go on from, once
     # more fused with the writing of its result to the stack of what is kept (jaxlib 0.11.2).
     out, lse = jax.lax.optimization_barrier((out, lse))
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return (out, lse if with_lse else None), (query, key, value, layer, rows, out, lse)
+    return (out, lse if with_lse else None), (*(numbers, query, key, value, layer, rows, out, lse),)
 
 
 def _backward(
     name: str,
-    dca: DCAConfig | PositionMethod,
+    form: Method,
     phases: tuple[Phase, ...],
     with_lse: bool,
     saved: tuple,
     cotangents: tuple,
 ) -> tuple:
-    query, key, value, layer, rows, out, lse = saved
+    numbers, query, key, value, layer, rows, out, lse = saved
     do, dlse = cotangents
     delta = output_delta(do, out, lse.dtype)
     if with_lse:
         # d lse / d logit = P, so the cotangent of lse joins delta: dS = P * (dP - delta + dlse).
         delta = delta - jnp.where(jnp.isfinite(lse), dlse, 0)
-    options = {"dca": dca, "phases": phases}
+    options = {"dca": joined(form, numbers), "phases": phases}
     dq, dk, dv = BACKENDS[name].backward(
         query, key, value, jnp.asarray(layer), rows, do, lse, delta, **options
     )
     if key.shape[0] == 1:
-        return dq, dk[None], dv[None], None, None
+        return None, dq, dk[None], dv[None], None, None
     dk = jnp.zeros_like(key).at[layer].set(dk)
     dv = jnp.zeros_like(value).at[layer].set(dv)
-    return dq, dk, dv, None, None
+    return None, dq, dk, dv, None, None
 
 
 _flash = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2, 3))

@@ -20,17 +20,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import PLAIN, SAVED, Rows
-from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.bands import Method, PositionMethod, joined, split
 from dca_jax.attention.op import BACKENDS, choose_implementation, make_rows, rotate_keys
 from dca_jax.attention.softmax import output_delta
-from dca_jax.dca import DCAConfig, Phase, phases_within
+from dca_jax.dca import Phase, phases_within
 from dca_jax.dtypes import compute_dtype
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
 NARROWEST, WIDER = 256, 4  # tokens of the narrowest batch; how much wider the next one is
-
-Method = DCAConfig | PositionMethod
 
 
 def attend_to_packed(
@@ -64,7 +62,8 @@ def attend_to_packed(
             "implementation 'reference' does not read packed texts; expected one of "
             + ", ".join(BACKENDS)
         )
-    return _attend(dca or PLAIN, rope, implementation, query, key, value, text_index)
+    form, numbers = split(dca or PLAIN)
+    return _attend(form, rope, implementation, numbers, query, key, value, text_index)
 
 
 class _Texts(NamedTuple):
@@ -192,24 +191,26 @@ def _read(
 
 
 def _attend_saving(
-    dca: Method,
+    form: Method,
     rope: RopeConfig,
     implementation: str | None,
+    numbers: dict[str, Any],
     query: Array,
     key: Array,
     value: Array,
     text_index: Array,
 ) -> tuple[Array, tuple]:
-    out, lse = _read(dca, rope, implementation, query, key, value, text_index)
+    out, lse = _read(joined(form, numbers), rope, implementation, query, key, value, text_index)
     out, lse = jax.lax.optimization_barrier((out, lse))  # as in `dca_jax.attention.op`
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return out, (query, key, value, text_index, out, lse)
+    return out, (numbers, query, key, value, text_index, out, lse)
 
 
 def _attend_backward(
-    dca: Method, rope: RopeConfig, implementation: str | None, saved: tuple, do: Array
+    form: Method, rope: RopeConfig, implementation: str | None, saved: tuple, do: Array
 ) -> tuple:
-    query, key, value, text_index, out, lse = saved
+    dca = joined(form, saved[0])
+    _, query, key, value, text_index, out, lse = saved
     delta = jnp.swapaxes(output_delta(do, out, lse.dtype), 1, 2)
     flat = [_flat(x) for x in (query, key, value, do, lse, delta)]
     carry = tuple(jnp.zeros_like(x) for x in flat[:3])
@@ -231,20 +232,21 @@ def _attend_backward(
 
         carry = _over_batches(texts, len(flat[0]), read, carry)
     dq, dk, dv = carry
-    return dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), None
+    return None, dq.reshape(query.shape), dk.reshape(key.shape), dv.reshape(value.shape), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
-    dca: Method,
+    form: Method,
     rope: RopeConfig,
     implementation: str | None,
+    numbers: dict[str, Any],
     query: Array,
     key: Array,
     value: Array,
     text_index: Array,
 ) -> Array:
-    return _read(dca, rope, implementation, query, key, value, text_index)[0]
+    return _read(joined(form, numbers), rope, implementation, query, key, value, text_index)[0]
 
 
 _attend.defvjp(_attend_saving, _attend_backward)

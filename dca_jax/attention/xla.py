@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.bands import Band, PositionMethod, bands_of, logit_scale, rotated_keys
+from dca_jax.attention.bands import (
+    Band,
+    Method,
+    bands_of,
+    logit_scale,
+    over_bands,
+    rotated_keys,
+)
 from dca_jax.attention.blocks import KeyBlocks
 from dca_jax.attention.stored import Scales
 from dca_jax.attention.xla_lists import attend_to_blocks
@@ -41,7 +48,7 @@ def unsupported(
     device: "Device",
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig | PositionMethod,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
@@ -57,7 +64,7 @@ def forward(
     layer: Int[Array, ""],
     rows: Rows,
     *,
-    dca: DCAConfig | PositionMethod,
+    dca: Method,
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
@@ -85,18 +92,13 @@ def forward(
         compute = compute_dtype(queries.dtype)
         state = Softmax.empty((batch, kv_heads, group, tile, head_dim), compute)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
-        for band in bands_of(index, dca, phases):
+
+        def with_band(state: Softmax, band: Band) -> Softmax:
             rotated = rotated_query(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
-            def step(
-                n: Array,
-                state: Softmax,
-                band: Band = band,
-                rotated: Array = rotated,
-                span: tuple = span,
-            ) -> Softmax:
-                at, met = _block(n, num_keys, span, block)
+            def step(n: Array, state: Softmax) -> Softmax:
+                at, met = _block(n, num_keys, span, block, band, rows)
                 keys = read(key, at, block).astype(queries.dtype)
                 keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
                 logits = dot("BKGTH,BSKH->BKGTS", rotated, keys)
@@ -112,7 +114,9 @@ def forward(
 
                 return state.add(logits, weighted)
 
-            state = jax.lax.fori_loop(first, last, step, state)
+            return jax.lax.fori_loop(first, last, step, state)
+
+        state = over_bands(bands_of(index, dca, rows.whole, phases), with_band, state)
         return state.result(queries.dtype)
 
     with jax.named_scope("dca_xla_forward"):
@@ -130,7 +134,7 @@ def backward(
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     *,
-    dca: DCAConfig | PositionMethod,
+    dca: Method,
     phases: tuple[Phase, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of query, key (as given) and value, from the global `lse` and `delta`."""
@@ -144,21 +148,16 @@ def backward(
         index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
         lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
         do_tile = jnp.moveaxis(do_tile, 1, 3)
-        dq = jnp.zeros(queries.shape, compute)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
-        for band in bands_of(index, dca, phases):
+
+        def with_band(state: tuple, band: Band) -> tuple:
+            dq, carry = state
             rotated = rotated_query(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
-            def step(
-                n: Array,
-                state: tuple,
-                band: Band = band,
-                rotated: Array = rotated,
-                span: tuple = span,
-            ) -> tuple:
+            def step(n: Array, state: tuple) -> tuple:
                 dk, dv, drotated = state
-                at, met = _block(n, num_keys, span, block)
+                at, met = _block(n, num_keys, span, block, band, rows)
                 keys = read(key, at, block)
                 keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
                 values = read(value, at, block)
@@ -175,9 +174,11 @@ def backward(
 
             init = (*carry, jnp.zeros(rotated.shape, compute))
             dk, dv, drotated = jax.lax.fori_loop(first, last, step, init)
-            carry = (dk, dv)
             drotated = jnp.moveaxis(drotated, 3, 1)
-            dq = dq + rotate(drotated, -band.query_position, rows.inv_freq)
+            return dq + rotate(drotated, -band.query_position, rows.inv_freq), (dk, dv)
+
+        state = jnp.zeros(queries.shape, compute), carry
+        dq, carry = over_bands(bands_of(index, dca, rows.whole, phases), with_band, state)
         dq = dq * scale[:, :, None, None, None]
         return carry, dq.astype(queries.dtype)
 
@@ -222,7 +223,12 @@ def _blocks(
 
 
 def _block(
-    n: Int[Array, ""], num_keys: int, span: tuple[Array, Array], block: int
+    n: Int[Array, ""],
+    num_keys: int,
+    span: tuple[Array, Array],
+    block: int,
+    band: Band,
+    rows: Rows,
 ) -> tuple[Array, Array]:
     """Where block n starts, and which of its keys each query meets [B, 1, 1, t, block].
 
@@ -233,6 +239,8 @@ def _block(
     j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
     start, stop = span
     met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
+    if band.meets is not None:
+        met &= band.meets(_text_index(at, block, rows))
     return at, met[:, None, None, :, :]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.bands import Band, bands_of
+from dca_jax.attention.bands import Band, phase_bands
 from dca_jax.attention.blocks import BLOCK, SKIPPING, KeyBlocks, edge_blocks, full_blocks
 from dca_jax.attention.stored import Scales
 from dca_jax.attention.xla_tiles import (
@@ -59,7 +59,7 @@ def attend_to_blocks(
         index = (tile * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
         present = (index >= rows.offset[:, None]) & (index < end[:, None])
         state = Softmax.empty((batch, kv_heads, heads // kv_heads, BLOCK, head_dim), compute)
-        for phase, band in zip(phases, bands_of(index, dca, phases), strict=True):
+        for phase, band in zip(phases, phase_bands(index, dca, phases), strict=True):
             rotated = rotated_query(queries, band, rows.scale.astype(compute)[:, None], rows)
             span = _span(band, present, num_keys)
             walk, steps = _walk(span, full_blocks(tile, phase, dca), counts, numbers, phase)

@@ -139,7 +139,6 @@ def generate(
         sampler=sampler,
         seed=seed,
         stop=stop or (),
-        thinking=thinking,
     )
     if (document is None) != (question is None):
         raise InputError("--document and --question go together")

@@ -22,7 +22,6 @@ The paper's stride is 256; for 70B models 2048 and, above 96k tokens, L / 2.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +42,7 @@ from dca_jax.inference.score import Reader, check_ids
 from dca_jax.model import Llama
 
 FORMS = ("paper", "strided", "rolling")
+TOGETHER = 8  # windows shorter than a piece of a text, by default
 STRIDES = {"paper": 256, "strided": 512}  # those of the sources
 FORM = Form(
     key={"method": str, "length": int, "start": int},
@@ -139,14 +139,32 @@ def batches(
 
     Args and errors as of `make_windows` and `evaluate`.
     """
-    for length in lengths:
-        some = _spread(make_windows(form, count, length, stride), limit)
-        yield _rows(len(some), length, batch), max(w.stop - w.start for w in some)
+    windows = {n: _spread(make_windows(form, count, n, stride), limit) for n in lengths}
+    for length, some in windows.items():
+        rows = _rows(len(some), length, batch)
+        yield rows, _capacity(rows, windows, batch)
 
 
 def _rows(windows: int, length: int, batch: int | None) -> int:
-    """Windows of one length that are read together."""
-    return min(windows, batch or max(1, piece_length(1) // length))
+    """Windows of one length that are read together: one, or as many for all that are short."""
+    return min(windows, batch or (TOGETHER if _is_short(length) else 1))
+
+
+def _is_short(length: int) -> bool:
+    return length < piece_length(1)
+
+
+def _capacity(rows: int, windows: Mapping[int, Sequence[Window]], batch: int | None) -> int:
+    """Tokens that a cache of so many rows has room for: one program then reads all lengths.
+
+    But for short windows, several of which are read at once, while long ones need room for one.
+    """
+    return max(
+        window.stop - window.start
+        for length, some in windows.items()
+        for window in some
+        if batch is not None or rows == 1 or _is_short(length)
+    )
 
 
 def evaluate(
@@ -172,7 +190,7 @@ def evaluate(
         tokens: the text; for "rolling", from the prefix token on.
         methods: names that `dca_jax.inference.methods` knows.
         lengths: tokens of the windows.
-        batch: windows read together; by default as many as one piece of a text holds.
+        batch: windows read together; by default `TOGETHER` short ones, and one that is long.
         limit: of each length only so many windows, spread over the text.
         cache_dtype: of the KV cache; by default the model's.
 
@@ -197,8 +215,10 @@ def evaluate(
             def on_piece(read: int, length: int = length) -> None:
                 advance(work[length] * read / max(1, length - 1))  # the last token is not read
 
+            def make(rows: int, reading: Llama = reading, told: Any = on_piece) -> Reader:
+                return Reader(reading, rows, _capacity(rows, windows, batch), told, cache_dtype)
+
             for some, size in groups:
-                make = partial(Reader, reading, on_piece=on_piece, cache_dtype=cache_dtype)
                 _read(make, tokens, some, size, log, (method, length))
 
 
@@ -216,7 +236,7 @@ def _due(
 
 
 def _read(
-    make: Callable[[int, int], Reader],
+    make: Callable[[int], Reader],
     tokens: np.ndarray,
     windows: Sequence[Window],
     batch: int,
@@ -231,7 +251,7 @@ def _read(
         size = batch if len(some) > 1 else 1
         if size not in readers:
             readers.clear()
-            readers[size] = make(size, some[0].stop - some[0].start)
+            readers[size] = make(size)
         rows = readers[size].nll(np.stack([tokens[w.start : w.stop] for w in some]))
         means = [
             float(row[window.first - window.start - 1 :].mean(dtype=np.float64))

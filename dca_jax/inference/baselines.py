@@ -7,13 +7,12 @@ The drawings show the relative position P_q(i) - P_k(j) of query i (row) and key
 is a key that is not met.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.bands import Band, PositionMethod, near_band
+from dca_jax.attention.bands import Band, Number, PositionMethod, near_band
 from dca_jax.dca import DCAConfig, key_position, key_range, query_position
 from dca_jax.errors import InputError
 
@@ -41,16 +40,16 @@ class ReRoPE(PositionMethod):
     trained_length: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, "window")
+        check_positive(self, "window")
         if self.trained_length is not None and self.trained_length < 2:
             raise InputError(f"trained_length must be at least 2, got {self.trained_length}")
 
     @property
-    def max_position(self) -> int:
+    def max_position(self) -> Number:
         """The window."""
         return self.window
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """Far and near."""
         stop = index - (self.window - 1)
         far = Band(jnp.zeros_like(index), stop, jnp.full_like(index, self.window), None)
@@ -61,7 +60,7 @@ class ReRoPE(PositionMethod):
         if self.trained_length is None:
             return None
         keys = (index + 1).astype(jnp.float32)
-        return jnp.maximum(jnp.log(keys) / math.log(self.trained_length), 1.0)
+        return jnp.maximum(jnp.log(keys) / jnp.log(jnp.float32(self.trained_length)), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +90,14 @@ class SelfExtend(PositionMethod):
     window: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "group", "window")
+        check_positive(self, "group", "window")
 
     @property
     def max_position(self) -> None:
         """None: it grows with the text, if G times slower."""
         return None
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """Far (in groups) and near."""
         shift = self.window - self.window // self.group
         stop = index - (self.window - 1)
@@ -139,14 +138,14 @@ class StreamingLLM(PositionMethod):
     recent: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "sinks", "recent")
+        check_positive(self, "sinks", "recent")
 
     @property
-    def max_position(self) -> int:
+    def max_position(self) -> Number:
         """Places of the cache."""
         return self.sinks + self.recent
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """Sinks and window."""
         stop = jnp.minimum(index - self.recent, self.sinks)
         place = jnp.minimum(index, self.sinks + self.recent)
@@ -181,14 +180,14 @@ class LMInfinite(PositionMethod):
     window: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "sinks", "window")
+        check_positive(self, "sinks", "window")
 
     @property
-    def max_position(self) -> int:
+    def max_position(self) -> Number:
         """The cap."""
         return self.window
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """The first tokens and the recent ones."""
         stop = jnp.minimum(index - (self.window - 1), self.sinks)
         first = Band(jnp.zeros_like(index), stop, jnp.full_like(index, self.window), None)
@@ -222,7 +221,7 @@ class ShiftedRoPE(PositionMethod):
     local_window: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "shift", "local_window")
+        check_positive(self, "shift", "local_window")
         if self.local_window > self.shift:
             raise InputError(
                 f"local_window ({self.local_window}) must not exceed shift ({self.shift}): far "
@@ -234,7 +233,7 @@ class ShiftedRoPE(PositionMethod):
         """None: it grows with the text."""
         return None
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """Shifted and near."""
         near = near_band(index, self.shift)
         far = near._replace(
@@ -268,11 +267,11 @@ class DCAAblation(PositionMethod):
     inter: bool
 
     @property
-    def max_position(self) -> int:
+    def max_position(self) -> Number:
         """As DCA's."""
         return self.dca.max_query_position
 
-    def bands(self, index: Int[Array, "B T"]) -> tuple[Band, ...]:
+    def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
         """The chunks before (where read), and the query's own."""
 
         def keys(j: Array) -> Array:
@@ -286,7 +285,8 @@ class DCAAblation(PositionMethod):
         return Band(jnp.zeros_like(index), start, place, keys), intra
 
 
-def _check_positive(method: PositionMethod, *names: str) -> None:
+def check_positive(method: PositionMethod, *names: str) -> None:
+    """Raises InputError unless these fields are positive integers."""
     for name in names:
         value = getattr(method, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

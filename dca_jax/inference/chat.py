@@ -69,7 +69,7 @@ class Conversation:
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         if self._prefix is None or not self._prefix.usable:
             cache = new_cache(self._llm.model, 1, 1, self._llm.cache_dtype)
-            self._prefix = Prefix(cache, (), None, room=ROOM, sparse=self._llm.model.sparse)
+            self._prefix = Prefix(self._llm.model, cache, (), None, room=ROOM)
         chosen = replace(chosen, prefix=self._prefix)
         return self._answer(messages, self._llm.stream_chat(messages, chosen), self._prefix)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -98,7 +99,7 @@ def ask(
     chosen = Options.of(options, changes)
     if chosen.prefix is None:
         tokens = question_tokens(llm, document, question, thinking=chosen.thinking)
-        return llm.stream(tokens, chosen)
+        return llm.stream(tokens, replace(chosen, thinking=None))
     if llm.has_chat_template:
         return llm.stream_chat([_message(document, question)], chosen)
     return llm.stream(_ending(question), chosen)

@@ -90,6 +90,8 @@ class LLM:
         Raises:
             InputError: an empty text, or what `dca_jax.inference.tokenizer.encode` refuses.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a text must be a string, got {shown(text)}")
         if not text:
             raise InputError("the text is empty; give at least one character")
         return encode(self._tokenizer(), text)
@@ -135,9 +137,10 @@ class LLM:
 
         Raises:
             InputError: an empty prompt, an id outside the vocabulary, an option that does not exist
-                or makes no sense, or a prompt whose cache does not fit into memory.
+                or makes no sense, a prefix of another model, or a prompt whose cache does not fit
+                into memory.
         """
-        chosen = Options.of(options, changes)
+        chosen = self._for_prompts(Options.of(options, changes))
         rows = [self._continued(prompt, chosen.prefix) for prompt in each_prompt(prompts)]
         return self._generate(rows, chosen)
 
@@ -152,7 +155,7 @@ class LLM:
         Arguments, those of `generate`, are checked at once. Close the iterator (or let it go) to
         stop early.
         """
-        chosen = Options.of(options, changes)
+        chosen = self._for_prompts(Options.of(options, changes))
         return self._stream(self._continued(prompt, chosen.prefix), chosen)
 
     def chat(
@@ -215,7 +218,7 @@ class LLM:
         with _progress_bar(to_read, progress, label) as run.on_piece:
             jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
         given = text if isinstance(text, str) else None
-        return Prefix(run.cache, tuple(tokens), given, sparse=self.model.sparse)
+        return Prefix(self.model, run.cache, tuple(tokens), given)
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
@@ -223,15 +226,17 @@ class LLM:
         """Logits, float32, of whole texts of one length: token t's predict token t + 1.
 
         Raises:
-            InputError: rows of different lengths, an id outside the vocabulary, or plain attention
-                over more than the model's window.
+            InputError: no rows of ids, rows of different lengths, an id outside the vocabulary, or
+                plain attention over more than the model's window.
         """
-        lengths = {len(row) for row in tokens}
+        if isinstance(tokens, str) or not np.iterable(tokens):
+            raise InputError(f"logits are of rows of token ids, got {shown(tokens)}")
+        rows = [token_ids(row) for row in tokens]
+        lengths = sorted({len(row) for row in rows})
         if len(lengths) != 1:
-            raise InputError(f"the rows must have one length, got {sorted(lengths)}")
-        rows = np.asarray(tokens)
-        check_prompts(rows.tolist(), self.model.config.vocab_size)
-        return text_logits(self.model, rows.astype(np.int32))
+            raise InputError(f"the rows must have one length, got {lengths}")
+        check_prompts(rows, self.model.config.vocab_size)
+        return text_logits(self.model, np.asarray(rows, np.int32))
 
     def perplexity(
         self,
@@ -246,12 +251,28 @@ class LLM:
             text: or its token ids.
             window: tokens of each window, a text of its own; by default the whole text is one.
             stride: from one window to the next; by default `window`.
+
+        Raises:
+            InputError: no text or ids, an id outside the vocabulary, a window that is not at least
+                two tokens of the text, or a stride that is not at least one.
         """
-        tokens = self.tokenize(text) if isinstance(text, str) else text
-        rows = np.asarray(tokens, np.int32)
-        window = len(rows) if window is None else window
+        tokens = self.tokenize(text) if isinstance(text, str) else token_ids(text)
+        check_prompts([tokens], self.model.config.vocab_size)
+        for name, value in (("window", window), ("stride", stride)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"{name} must be a number of tokens, got {shown(value)}")
+        window = len(tokens) if window is None else window
         options = {"window": window, "stride": stride, "cache_dtype": self.cache_dtype}
-        return perplexity(self.model, rows, **options)
+        return perplexity(self.model, np.asarray(tokens, np.int32), **options)
+
+    def _for_prompts(self, options: Options) -> Options:
+        """`options`, refused where they say how conversations are to be written."""
+        if options.thinking is not None:
+            raise InputError(
+                "thinking is said to a chat template, so it belongs to `chat`, `stream_chat` and "
+                "conversations; leave it out of `generate` and `stream`"
+            )
+        return options
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

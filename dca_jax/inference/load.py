@@ -1,10 +1,12 @@
 """From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
 
+import difflib
+import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.distributed import several_processes
 from dca_jax.dtypes import parse_cache_dtype, parse_dtype
 from dca_jax.errors import InputError
+from dca_jax.fields import shown
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import find_stop_ids, load_tokenizer
 from dca_jax.lengths import parse_tokens
@@ -34,6 +37,30 @@ from dca_jax.weights.parameters import abstract_params
 from dca_jax.weights.placement import parameter_shardings
 
 log = logging.getLogger(__name__)
+
+# What other libraries call the arguments of `load`, or write in place of them.
+_ELSEWHERE = {
+    "attn_implementation": "implementation",
+    "device": "JAX_PLATFORMS in the environment, or mesh for several devices",
+    "device_map": "mesh, as 'tensor=4'",
+    "kv_cache_dtype": "cache_dtype",
+    "load_in_4bit": "weights='int4'",
+    "load_in_8bit": "weights='int8'",
+    "lora_path": "adapter",
+    "max_model_len": "context",
+    "method": "dca",
+    "n_ctx": "context",
+    "peft": "adapter",
+    "quantization": "weights",
+    "rope_scaling": "rope, a RopeConfig",
+    "tensor_parallel_size": "mesh, as 'tensor=4'",
+    "torch_dtype": "dtype",
+    "trust_remote_code": "left out: code of a checkpoint is never run",
+}
+
+
+class NoOthers(TypedDict):
+    """Keyword arguments that a function answers, and does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +112,7 @@ def load(
     config: str | Path | None = None,
     weights: str | None = None,
     sparse: Sparse | str | None = "auto",
+    **others: Unpack[NoOthers],
 ) -> LLM:
     """Loads a model and its tokenizer.
 
@@ -119,12 +147,14 @@ def load(
             checkpoint asks, and densely if it does not; "off", or None, densely; "rows" by the
             blocks of keys that a few queries of each tile attend to most, a tenth of them, and
             "rows:0.05" a twentieth. Tokens are always drawn densely.
+        **others: none; what other libraries call these arguments is answered with their names here.
 
     Raises:
-        InputError: nothing at `path`, a checkpoint that is damaged or not supported, or a mesh that
-            does not fit the devices or the model; all but the weights are checked before any is
-            read.
+        InputError: an argument that does not exist; nothing at `path`, a checkpoint that is damaged
+            or not supported, or a mesh that does not fit the devices or the model; all but the
+            weights are checked before any is read.
     """
+    _refuse_names(others)
     if sparse == "auto" and not isinstance(dca, DCAConfig | str):
         sparse = "off"  # what a checkpoint asks for goes with its DCA
     opened = open_model(
@@ -142,6 +172,15 @@ def load(
         sparse=sparse,
     )
     return opened.load()
+
+
+def _refuse_names(others: Collection[str]) -> None:
+    for name in others:
+        known = [each for each in inspect.signature(load).parameters if each != "others"]
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = _ELSEWHERE.get(name, near[0] if near else None)
+        meant = f"here it is {meant}" if meant else f"there are {', '.join(known)}"
+        raise InputError(f"load has no argument {shown(name, quote=False)!r}; {meant}")
 
 
 def open_model(
@@ -168,6 +207,8 @@ def open_model(
         shape = replace(shape, rope=rope)
     chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, shape)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"a mesh is a text such as tensor=4, or a jax Mesh, got {shown(mesh)}")
     if mesh is None and several_processes():
         raise InputError(
             f"{jax.process_count()} processes share one model: give a mesh of all their "
@@ -178,7 +219,8 @@ def open_model(
         how = how.for_method(chosen)
     sharding = None if mesh is None else parameter_shardings(shape, mesh)
     on_cpu = jax.default_backend() == "cpu"
-    dtype = _dtype(dtype, jnp.float32 if on_cpu else jnp.bfloat16)
+    own = jnp.float32 if on_cpu else jnp.bfloat16
+    dtype = parse_dtype(own if dtype is None else dtype)
     kept = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
     tokenizer = load_tokenizer(folder)
     stop_ids = find_stop_ids(folder, shape, tokenizer)
@@ -205,7 +247,7 @@ def open_model(
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:
     """The checkpoint's shape; says which config it is of, if not the usual one."""
-    tokens = parse_tokens(context) if isinstance(context, str) else context
+    tokens = None if context is None else parse_tokens(str(context))
     file = config_file(folder, context=tokens, file=config)
     shape = read_config(folder, file=file)
     if file.name == LONG_CONFIG and config is None:
@@ -235,8 +277,3 @@ def _choose_sparse(
             how.selector.name,
         )
     return how
-
-
-def _dtype(dtype: DTypeLike | None, default: DTypeLike) -> jnp.dtype:
-    dtype = default if dtype is None else dtype
-    return parse_dtype(dtype) if isinstance(dtype, str) else jnp.dtype(dtype)

@@ -32,7 +32,10 @@ from dca_jax.inference.baselines import (
     ShiftedRoPE,
     StreamingLLM,
 )
+from dca_jax.inference.calibrations import dpe_setting, lampe_setting
+from dca_jax.inference.distances import LONGEST
 from dca_jax.inference.llm import LLM
+from dca_jax.inference.rivals import AdaGroPE, JetLong
 from dca_jax.lengths import parse_tokens
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig, attention_factor
@@ -75,6 +78,10 @@ def scaled_rope(
         original_max_position_embeddings=trained_length,
     )
 
+
+# The code of STRING multiplies cos and sin by this, against the smoothing of the logits; LaMPE's,
+# which is made of it, too.
+STRING_FACTOR = 0.1 * math.log(2) + 1
 
 # --- names -------------------------------------------------------------------------------------
 
@@ -164,10 +171,31 @@ def _lm_infinite(wanted: _Wanted) -> Method:
 def _string(wanted: _Wanted) -> Method:
     third = max(int(0.33 * wanted.length), 1)
     shift, window = wanted.integers("string:S,W", third, min(128, third))
-    # The released code multiplies cos and sin by this, against the smoothing of the logits.
-    factor = attention_factor(wanted.rope) * (0.1 * math.log(2) + 1)
-    rope = replace(wanted.rope, attention_factor=factor)
+    rope = replace(wanted.rope, attention_factor=attention_factor(wanted.rope) * STRING_FACTOR)
     return Method(ShiftedRoPE(shift=shift, local_window=window), rope)
+
+
+def _jet_long(wanted: _Wanted) -> Method:
+    c = wanted.trained
+    (window,) = wanted.integers("jet-long:W0", max(c // 16, 1))  # 2,048 of 32,768
+    return Method(JetLong(trained_length=c, window=window), wanted.rope)
+
+
+def _adagrope(wanted: _Wanted) -> Method:
+    (positions,) = wanted.integers("adagrope:P", wanted.trained)
+    return Method(AdaGroPE(positions=positions), wanted.rope)
+
+
+def _lampe(wanted: _Wanted) -> Method:
+    if wanted.length > LONGEST:
+        raise InputError(f"lampe reads texts of at most {LONGEST} tokens, got {wanted.length}")
+    factor = attention_factor(wanted.rope) * STRING_FACTOR
+    rope = replace(wanted.rope, attention_factor=factor)
+    return Method(lampe_setting(wanted.arguments, wanted.config, wanted.trained), rope)
+
+
+def _dpe(wanted: _Wanted) -> Method:
+    return Method(dpe_setting(wanted.arguments, wanted.config, wanted.trained), wanted.rope)
 
 
 def _dca(wanted: _Wanted) -> Method:
@@ -209,13 +237,13 @@ def _setting_without_temperature(wanted: _Wanted) -> DCAConfig:
             "auto (the checkpoint's own), or S,Q (chunk length and largest query position, in "
             "tokens)"
         )
-    if setting == "auto":
-        # The checkpoint's own is for the window it was trained on, and for no other.
-        own = wanted.config.dca
-        if own is not None and wanted.trained == wanted.config.trained_length:
-            return own
-        setting = "paper"
-    return preset_dca(setting, wanted.trained)
+    # The checkpoint's own is for the window it was trained on, and for no other.
+    own = wanted.config.dca if wanted.trained == wanted.config.trained_length else None
+    if setting == "qwen":
+        return DCAConfig.qwen(wanted.trained, own=own)
+    if setting == "auto" and own is not None:
+        return own
+    return preset_dca("paper" if setting == "auto" else setting, wanted.trained)
 
 
 def _refuse_arguments(wanted: _Wanted) -> None:
@@ -241,6 +269,10 @@ _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
     "streaming-llm": ("[:N,R] the first N tokens and the last R only (4, c - 4)", _streaming_llm),
     "lm-infinite": ("[:N] the first N tokens (10) and the last c only", _lm_infinite),
     "string": ("[:S,W] beyond S tokens (0.33 L), positions shifted to begin at W (128)", _string),
+    "jet-long": ("[:W0] beyond W0 tokens (c/16), positions in groups of ceil(L / c)", _jet_long),
+    "adagrope": ("[:P] P positions (c); the farther, the more tokens share one", _adagrope),
+    "lampe": ("[:A,B,M,S1,S2] M/(1+exp(-AL-B)) positions, true at both ends", _lampe),
+    "dpe": ("[:W,S1,...] Self-Extend, with a group size for each part of a head's planes", _dpe),
     "dca": ("[:SETTING] Dual Chunk Attention (the checkpoint's own setting, else paper)", _dca),
     "dca-intra": ("[:SETTING] ablation: DCA's own chunk only", _ablation(inter=False)),
     "dca-intra-inter": ("[:SETTING] ablation: DCA without the successive pass", _ablation(True)),

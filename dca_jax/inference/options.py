@@ -55,7 +55,8 @@ class Options:
         progress: whether a bar on stderr shows the reading of the prompt; None for long prompts if
             stderr is a terminal.
         thinking: whether a chat model is to think before it answers, for chat templates that ask
-            (`enable_thinking`, as Qwen3's); None leaves it to the template. Of conversations only.
+            (`enable_thinking`, as Qwen3's); None leaves it to the template. Of conversations only:
+            `LLM.generate` and `LLM.stream` refuse it.
 
     Raises:
         InputError: a value of another type, or out of range.

@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
-from dca_jax.attention.sparse import Sparse
+from dca_jax.attention.bands import PositionMethod
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
 from dca_jax.inference.buckets import copied
@@ -24,21 +25,21 @@ class Prefix:
     What a long prompt's end reads densely, and a longer one's would not, is read again.
 
     Attributes:
+        model: that has read it, and alone can go on from it.
         tokens: of the text.
         text: None if the prefix was given as tokens.
         room: tokens that a larger cache, when one is needed, has beyond the need.
-        sparse: how the model reads long prompts; None: densely.
     """
 
     def __init__(
         self,
+        model: Llama,
         cache: KVCache,
         tokens: tuple[int, ...],
         text: str | None,
         room: int = 0,
-        sparse: Sparse | None = None,
     ) -> None:
-        self.tokens, self.text, self.room, self.sparse = tokens, text, room, sparse
+        self.model, self.tokens, self.text, self.room = model, tokens, text, room
         self._cache: KVCache | None = cache
         self._read, self._held = tokens, len(tokens)  # what the cache holds; of the text
         # Tokens of the prompts as which the text, and what the cache holds, have been read.
@@ -59,8 +60,10 @@ class Prefix:
                 `room` beyond them.
 
         Raises:
-            InputError: the prefix is not `usable`, or a larger cache does not fit into memory.
+            InputError: another model than the prefix's; it is not `usable`, or a larger cache does
+                not fit into memory.
         """
+        self._check_model(model)
         with self._lock:
             cache = self._usable_cache()
             if cache.capacity < length:
@@ -72,8 +75,10 @@ class Prefix:
         """A cache for texts of `length` tokens, a row for each number of first tokens in `shared`.
 
         Raises:
-            InputError: the prefix is not `usable`, or the copies do not fit into memory.
+            InputError: another model than the prefix's; it is not `usable`, or the copies do not
+                fit into memory.
         """
+        self._check_model(model)
         with self._lock:
             cache = copied(model, self._usable_cache(), len(shared), length)
         return cache.rollback(shared)
@@ -106,9 +111,16 @@ class Prefix:
 
     def _alike(self, common: int, prompt: int) -> int:
         """How much of what a prompt of so many tokens has in common with the text is read alike."""
-        if self.sparse is None:
+        if self.model.sparse is None:
             return common
-        return self.sparse.shared(common, self._prompt, prompt)
+        return self.model.sparse.shared(common, self._prompt, prompt)
+
+    def _check_model(self, model: Llama) -> None:
+        if not _reads_alike(model, self.model):
+            raise InputError(
+                "this prefix was read by another model, or by another method; prefill the text "
+                "with this one"
+            )
 
     def _usable_cache(self) -> KVCache:
         if self._cache is None or not self.usable:
@@ -119,11 +131,25 @@ class Prefix:
         return self._cache
 
 
+def _reads_alike(a: Llama, b: Llama) -> bool:
+    """Whether two models are the same arrays, and read in the same way."""
+    settings = ("config", "dca", "sparse", "dtype")
+    ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
+    return (
+        all(getattr(a, name) == getattr(b, name) for name in settings)
+        and len(ours) == len(theirs)
+        and all(x is y for x, y in zip(ours, theirs, strict=True))
+    )
+
+
 def depends_on_length(model: Llama) -> bool:
     """Whether what is read of a text depends on how long the whole is.
 
-    So it is with dynamic NTK and a temperature, where a prefix is a text of its own.
+    So it is with dynamic NTK, a temperature, and positions that are made for a length, where a
+    prefix is a text of its own.
     """
+    if isinstance(model.dca, PositionMethod) and model.dca.by_length:
+        return True
     slope = model.dca.temperature_slope if isinstance(model.dca, DCAConfig) else 0.0
     return slope != 0 or model.config.rope.rope_type == "dynamic"
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -51,16 +52,17 @@ class Sampler:
         if self.min_p is not None:
             self._check("min_p", "between 0 and 1, or None", lambda p: 0 <= p <= 1)
         k = self.top_k
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        if k is not None and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1):
             raise InputError(f"top_k must be a positive integer, or None, got {k!r}")
-        object.__setattr__(self, "top_k", None if k is None else min(k, OFF))
+        object.__setattr__(self, "top_k", None if k is None else min(int(k), OFF))
 
     def _check(self, name: str, allowed: str, holds: Callable[[float], bool]) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and holds(value)):
+        number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's count, too
+        found = float(value) if number else math.nan
+        if not (math.isfinite(found) and holds(found)):
             raise InputError(f"{name} must be {allowed}, got {value!r}")
-        object.__setattr__(self, name, float(value))  # an integer would compile once more
+        object.__setattr__(self, name, found)  # an integer would compile once more
 
     def traced(self) -> "Sampler":
         """The same with NumPy numbers for every setting: what is off is a number that says so.

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dca_jax.attention import bands
-from dca_jax.attention.bands import PositionMethod
+from dca_jax.attention.bands import PositionMethod, each_band
 from dca_jax.attention.sparse import Sparse
 from dca_jax.dca import DCAConfig, relative_positions, temperature
 from dca_jax.rope import RopeConfig
@@ -68,12 +68,14 @@ def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
     """Its own fields, and what the last token of the text meets."""
     last = jnp.asarray([[length - 1]], jnp.int32)
     furthest, met = 0, 0
-    for band in method.bands(last):
-        start, stop = int(band.start[0, 0]), int(band.stop[0, 0])
-        if start < stop:
-            first = 0 if band.key_position is None else int(band.key_position(band.start)[0, 0])
-            furthest = max(furthest, int(band.query_position[0, 0]) - first)
-            met += stop - start
+    for band in each_band(method.bands(last, jnp.asarray([length], jnp.int32))):
+        keys = jnp.arange(int(band.start[0, 0]), int(band.stop[0, 0]), dtype=jnp.int32)[None, :]
+        if band.meets is not None:
+            keys = keys[band.meets(keys)[:, 0]][None, :]
+        if keys.size:
+            first = 0 if band.key_position is None else np.asarray(band.key_position(keys)[0, 0])
+            furthest = max(furthest, int(np.max(np.asarray(band.query_position[0, 0]) - first)))
+            met += keys.size
     fields = dataclasses.fields(method)  # pyright: ignore[reportArgumentType] -- each is one
     return {
         **{field.name.replace("_", " "): str(getattr(method, field.name)) for field in fields},

@@ -12,7 +12,7 @@ from typing import Any
 from dca_jax.disk import writing
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
-from dca_jax.text_files import parse_json, read_text_file
+from dca_jax.text_files import POINTER, parse_json, read_text_file, refuse_pointer
 
 PARAMS = "params"  # the Orbax checkpoint's name inside a converted folder
 
@@ -53,7 +53,8 @@ def member(folder: Path, name: str) -> Path:
     snapshot is one.
 
     Raises:
-        InputError: `name` is not a plain file name, its target lies elsewhere, or it is no file.
+        InputError: `name` is not a plain file name, its target lies elsewhere, or it is no file, or
+            only a pointer of Git LFS.
     """
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
         raise InputError(
@@ -76,6 +77,11 @@ def member(folder: Path, name: str) -> Path:
             f"{path} is a link that leads out of its folder (to {target}); "
             "put the file itself into the folder"
         )
+    try:
+        with path.open("rb") as file:
+            refuse_pointer(file.read(len(POINTER)), path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     return path
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
+from dca_jax.text_files import POINTER, refuse_pointer
 from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values
 from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
@@ -244,6 +245,7 @@ class _Header:
         self.path, self.data, self.size, self.at = path, data, size, 0
 
     def read(self) -> GGUF:
+        refuse_pointer(self.data[: len(POINTER)], self.path)
         if self.data[:4] != MAGIC:
             raise InputError(f"{self.path} is no GGUF file: it begins with {self.data[:4]!r}")
         self.at = 4

@@ -26,9 +26,13 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
         weights: False downloads all but the weights.
 
     Raises:
-        InputError: no such path and no model that can be downloaded; a folder of several GGUF
-            files.
+        InputError: no path; no such path and no model that can be downloaded; a folder of several
+            GGUF files.
     """
+    if not isinstance(path, str | Path) or not str(path).strip():
+        raise InputError(
+            f"a model must be a folder, a file or a name on the Hub, got {shown(path)}"
+        )
     folder = Path(path)
     try:
         is_folder, is_there = folder.is_dir(), folder.exists()

@@ -167,6 +167,8 @@ def choose_sparse(
         return asked
     if asked is None or asked == "off":
         return None
+    if not isinstance(asked, str):
+        raise InputError(f"sparse must be a text such as rows:0.05, or None, got {shown(asked)}")
     wish = wish or SparseConfig()
     threshold = wish.threshold
     if asked == "auto":

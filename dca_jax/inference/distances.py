@@ -1,0 +1,76 @@
+"""Positions that are a step function of the distance: f(i - j), as some papers define them.
+
+Such a position is not P_q(i) - P_k(j): one key stands differently to neighbouring queries. But
+where f has steps of one width, floor(p (i - j) / q), it is one of two such differences:
+
+    p i / q = A + a / q,  p j / q = C + c / q  with integers A, C and 0 <= a, c < q:
+    floor(p (i - j) / q) = A - C where c <= a, and A - C - 1 where c > a
+
+So a range of distances is two bands over the same keys, of which each query meets some in the one
+and the others in the other.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dca_jax.attention.bands import Band, Number
+
+DIGIT = 9  # bits that `scaled` multiplies by at once
+LONGEST = 2**21  # tokens: what `scaled` can do without an overflow of int32
+
+Row = Int[Array, "B 1"] | Number
+
+
+def stepped_band(
+    index: Int[Array, "B T"],
+    start: Row,
+    stop: Row,
+    base: Row,
+    *,
+    p: Row = 1,
+    q: Row = 1,
+    part: Number,
+) -> Band:
+    """Keys at the distances d in [start, stop), at the positions base + floor(p (d - start) / q).
+
+    Args:
+        index: text indices of the queries.
+        start, stop, base: one for all rows, or one a row.
+        p, q: 0 <= p <= q, and p is 1 or q below `LONGEST`.
+        part: 0 for those keys of which c <= a, as the module's docstring says it, 1 for the others.
+            The second part of steps of one token has none.
+    """
+    whole, rest = scaled(index - start, p, q)
+    origin = whole[:, :1]  # near by, so that float32 angles are exact a million tokens on
+    first = jnp.maximum(index - (stop - 1), 0)
+    last = index - (start - 1)
+
+    def meets(j: Array) -> Array:
+        _, c = scaled(j, p, q)
+        beyond = c[:, None, :] > rest[:, :, None]
+        return beyond == (jnp.asarray(part) == 1)
+
+    return Band(
+        first,
+        jnp.where((jnp.asarray(q) == p) & (jnp.asarray(part) == 1), first, last),
+        jnp.asarray(base + whole - origin - part),
+        lambda j: scaled(j, p, q)[0] - origin,
+        meets,
+    )
+
+
+def scaled(x: Int[Array, "*shape"], p: Row, q: Row) -> tuple[Array, Array]:
+    """The floor of p x / q, and p x modulo q; int32 throughout.
+
+    p is multiplied by a few bits of x at a time, and what q goes into is taken out each time: with
+    p <= q < 2^21 and nine bits nothing reaches 2^31.
+    """
+    quotient, rest = jnp.divmod(x, q)
+    if isinstance(p, int) and p == 1:
+        return quotient, rest
+    whole, remainder = jnp.zeros_like(rest), jnp.zeros_like(rest)
+    for shift in range(2 * DIGIT, -1, -DIGIT):
+        digit = (rest >> shift) & (2**DIGIT - 1)
+        more, remainder = jnp.divmod((remainder << DIGIT) + p * digit, q)
+        whole = (whole << DIGIT) + more
+    return jnp.asarray(p * quotient + whole), remainder
