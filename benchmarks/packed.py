@@ -1,13 +1,18 @@
-"""Packed weights: products of few rows with one matrix, and whole models.
+"""Packed weights: products of few rows with one matrix.
 
     python benchmarks/packed.py matrices --out outputs/packed-matrices.json
-    python benchmarks/packed.py models --out outputs/packed-models.json
+    python benchmarks/packed.py matrices --rows 1 --forms int8,int4:128 --only 70B-gate,70B-down
 
 `matrices` times x @ packed for the matrices of Llama-3-8B and Llama-2-70B, several layers of a
-stack one after the other so that none is in the device's cache: our kernel with several tiles,
-XLA's own ways, and bfloat16 beside them. `share` is the time that moving the matrix's bytes once
-would take, at the rate the device copies, over the time it took. `error` is the largest difference
-from the product with the unpacked float32 matrix, over the largest value.
+stack one after the other so that none is in the device's cache: our kernels with several tiles, of
+one row on Hopper also the kernel for that (`dca_jax.products.packed_row`) with several plans, what
+the model chooses among them ("ours"), XLA's own ways, and bfloat16 beside them. `share` is the time
+that moving the matrix's bytes once would take, at the rate the device copies, over the time it
+took. `error` is the largest difference from the product with the unpacked float32 matrix, over the
+largest value.
+
+The plans for one row are compiled for an H200 in `tests/gpu_aot/test_h200_packed.py`; what they
+take has not been measured with this script.
 """
 
 import itertools
@@ -33,11 +38,13 @@ from common import (
     show,
 )
 
+from dca_jax.device import SHARED_BYTES, current_device
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.inference.compiled import GPU_OPTIONS
-from dca_jax.products import few_rows
+from dca_jax.products import few_rows, packed_row
 from dca_jax.products.few_rows import Tile
 from dca_jax.products.packed import Packed, pack
+from dca_jax.products.packed_row import Plan
 
 MATRICES = {
     "8B-qo": (4096, 4096),
@@ -77,7 +84,7 @@ def matrices(
 ) -> None:
     """Times each form of each matrix in each way."""
     few_rows.INTERPRET = not on_gpu()
-    counts = numbers(rows)
+    counts = sorted(numbers(rows))
     report = Report(out, {"benchmark": "packed matrices"} | machine(), minutes=minutes)
     rate = copy_bandwidth(0.01 if tiny else 2.0)
     report.facts["copy GB/s"] = rate / 1e9
@@ -110,20 +117,28 @@ def _time_matrix(
     if form == "bfloat16":
         ways: dict[str, Callable] = {"dot": _dot}
     else:
-        ways = {"unpacked, dot": _unpacked_dot, "XLA sum": _fused}
-        ways["kernel"] = few_rows.multiply
-        for tile in _tiles(shape, form):
-            name = "kernel {}x{} /{} w{} s{}".format(*tile)
-            ways[name] = partial(few_rows.multiply, tile=tile)
+        ways = {"unpacked, dot": _unpacked_dot, "XLA sum": _fused, "ours": _multiply}
+        ways |= {
+            "kernel {}x{} /{} w{} s{}".format(*tile): partial(_multiply, tile=tile)
+            for tile in _tiles(shape, form)
+        }
     for rows in counts:
         found: list[tuple[float, str]] = []
+        ways = {way: ways[way] for way in ways if not way.startswith("row ")}
+        if rows == 1:
+            ways |= {
+                "row /{} w{} s{}".format(*plan): partial(_multiply_row, plan=plan)
+                for plan in row_plans(shape, form)
+            }
         for way, row in _time_ways(ways, x[:rows], stack, layers):
             if "us" in row:
                 found.append((row["us"], way))
                 row["share"] = seconds * 1e6 / row["us"]
             yield {"rows": rows, "way": way} | row
         best = [way for _, way in sorted(found) if way.startswith("kernel ")][:2]
-        for way in [*best[:1], *(way for way in ways if not way.startswith("kernel "))]:
+        best_row = [way for _, way in sorted(found) if way.startswith("row ")][:1]
+        others = (way for way in ways if not way.startswith(("kernel ", "row ")))
+        for way in [*best[:1], *best_row, *others]:
             us = next((us for us, name in found if name == way), math.nan)
             yield {"rows": rows, "way": way, "us": us, "share": seconds * 1e6 / us, "best": True}
         ways = {way: ways[way] for way in ways if way in best or not way.startswith("kernel ")}
@@ -158,7 +173,7 @@ def _time_ways(
             try:
                 run = future.result()
                 got = run(x, stack)
-                error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+                error = float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max())
                 yield way, {"us": _seconds(run, x, stack) / layers * 1e6, "error": error}
             except Exception as error:
                 yield way, {"failed": reason(error)}
@@ -195,6 +210,14 @@ def _reference(x: Any, stack: Any, layer: int) -> Any:
     matrix = stack[layer]
     matrix = matrix.unpack(jnp.float32) if isinstance(matrix, Packed) else matrix.astype("float32")
     return jnp.dot(x.astype(jnp.float32), matrix, precision="highest")
+
+
+def _multiply(x: Any, stack: Packed, layer: Any, tile: Tile | None = None) -> Any:
+    return few_rows.multiply(x, [stack], layer, tile)[0]
+
+
+def _multiply_row(x: Any, stack: Packed, layer: Any, plan: Plan) -> Any:
+    return packed_row.multiply_row(x, [stack], layer, plan)[0]
 
 
 def _own(stack: Any, layer: Any) -> Any:
@@ -234,6 +257,26 @@ def _tiles(shape: tuple[int, int], form: str) -> list[Tile]:
         if (tile := Tile(inputs, outputs, splits, warps, stages)) not in tiles:
             tiles.append(tile)
     return tiles
+
+
+def row_plans(shape: tuple[int, int], form: str) -> list[Plan]:
+    """Plans of the kernel for one row that fit a Hopper GPU; none elsewhere, or of other forms."""
+    inputs, outputs = shape
+    kind, _, group = form.partition(":")
+    capability = current_device().capability
+    if capability is None or capability[0] != 9 or kind not in ("int8", "int4"):
+        return []
+    step = packed_row.STEP * (2 if kind == "int4" else 1)
+    groups = step // int(group or 64) if kind == "int4" else 0  # of a step
+    plans = []
+    for splits, warpgroups, stages in itertools.product((1, 2, 4, 8, 16, 32), (2, 4), (3, 4, 6)):
+        plan = Plan(splits, warpgroups, stages)
+        row = packed_row.COLUMNS * 2 * inputs // splits
+        shared = row + stages * plan.tile * (packed_row.STEP + 3 * groups) + packed_row.MARGIN
+        divides = inputs % (splits * step) == outputs % plan.tile == 0
+        if divides and shared <= SHARED_BYTES:
+            plans.append(plan)
+    return plans
 
 
 if __name__ == "__main__":

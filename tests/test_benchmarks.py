@@ -12,7 +12,9 @@ import generate
 import jax
 import jax.numpy as jnp
 import key_blocks
+import lowering
 import numpy as np
+import packed
 import pytest
 import sparse_quality
 import tune_attention
@@ -340,3 +342,21 @@ def test_products_of_experts_are_held_against_float32_and_timed():
     assert [row["chosen"] for row in rows] == [False, False, True] * 2
     assert all(row["error"] < 1e-5 for row in rows if row["error"] is not None)
     assert [row["rows"] for row in experts.measure_few(config)] == [2, 2]
+
+
+def test_packed_matrices_are_timed_in_every_way(tmp_path, monkeypatch):
+    """By XLA, by the kernel with its tiles, and as a model chooses; the plans for one row too."""
+    monkeypatch.setattr(packed.few_rows, "INTERPRET", packed.few_rows.INTERPRET)  # the script's
+    out = tmp_path / "packed.json"
+    options = {"minutes": 10.0, "only": "tiny", "forms": "int8", "rows": "2", "tiny": True}
+    packed.matrices(out=out, **options)
+    rows = json.loads(out.read_text())["rows"]
+    assert not [row for row in rows if "failed" in row]
+    ways = {row["way"]: row["error"] for row in rows if "error" in row}
+    assert ways.keys() == {"unpacked, dot", "XLA sum", "ours", "kernel 128x64 /2 w4 s3"}
+    assert ways["ours"] < 1e-5
+    with lowering.device("NVIDIA H200"):
+        plans = packed.row_plans((8192, 28_672), "int4:128")
+        assert packed.row_plans((8192, 28_672), "fp8") == []
+    assert len({plan.splits for plan in plans}) > 3
+    assert packed.row_plans((8192, 28_672), "int4:128") == []
