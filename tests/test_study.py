@@ -22,6 +22,7 @@ from dca_jax.errors import InputError
 from dca_jax.evaluation import answers, plots
 from dca_jax.evaluation.intervals import wilson
 from dca_jax.evaluation.results import read_run
+from dca_jax.evaluation.ruler.sources import Sources, word_lists
 from dca_jax.evaluation.windows import make_windows
 from dca_jax.inference.methods import METHODS, method_by_name
 from dca_jax.inference.score import token_nll
@@ -178,6 +179,7 @@ def test_every_part_is_asked_and_shown(given, tmp_path, monkeypatch):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (questions / f"{name}.jsonl").write_text(text)
     study = Reading(dataclasses.replace(given, questions=questions))
+    study.sources = Sources(words=word_lists(), essays=None, more_words=None, questions={})
     monkeypatch.setattr(plots, "_save", lambda figure, path: None)  # it takes most of the time
     study_report.Log(given.out, given.identity)
     wanted = {
