@@ -23,11 +23,7 @@ from dca_jax.attention.op import BACKENDS
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.evaluation.results import write_json
-from dca_jax.finetune.inputs import read_inputs, training_rows
-from dca_jax.finetune.loss import summed_nll
-from dca_jax.finetune.run import check_output, finetune, open_setup
 from dca_jax.finetune.settings import DataFile, Settings
-from dca_jax.finetune.train import place
 from dca_jax.inference.documents import read_document
 from dca_jax.weights.folder import load_weights
 
@@ -55,6 +51,8 @@ def run(
     dtype: Annotated[str, typer.Option(help="Of activations; weights are float32.")] = "bfloat16",
 ) -> None:
     """Trains all weights by each gradient, resuming what was stopped; writes OUT/results.json."""
+    from dca_jax.finetune.run import check_output, finetune  # what trains is slow to import
+
     names = gradients.split(",")
     if not set(names) <= set(GRADIENTS):
         raise InputError(f"--gradients takes {', '.join(GRADIENTS)}; got {gradients}")
@@ -104,6 +102,11 @@ def texts(books: list[Path], path: Path, characters: int | None = None) -> Path:
 
 def compared(settings: Settings, names: list[str], error: Any) -> dict[str, float]:
     """How far the second gradient is from the first, of the first update's rows; by parameter."""
+    from dca_jax.finetune.inputs import read_inputs, training_rows
+    from dca_jax.finetune.loss import summed_nll
+    from dca_jax.finetune.run import open_setup
+    from dca_jax.finetune.train import place
+
     setup = open_setup(settings)
     config = setup.config
     params = load_weights(setup.folder, config, dtype=jnp.dtype("float32"), sharding=None)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from study_cells import PARTS, ablation, by_interest, every_method
 from study_reading import SCORES
 
+from dca_jax.disk import written
 from dca_jax.errors import InputError
 from dca_jax.evaluation import l_eval, report
 from dca_jax.evaluation.intervals import Z, in_per_cent, wilson
@@ -81,7 +83,8 @@ def write(out: Path) -> None:
         for group, some in grouped(whole).items():
             for name, draw in report.outcome(some).pictures.items():
                 draw(folder / f"{part}-{group}-{name}")
-    draw_settings(rows, trained, folder / "settings.png")
+    if (figure := settings_figure(rows, trained)) is not None:
+        written(folder / "settings.png", FigureCanvasAgg(figure).print_png)
     text = "\n".join([headline(facts), *(table.markdown() for table in tables)])
     write_text(text, folder / "report.md")
     say(text)
@@ -105,7 +108,8 @@ def headline(facts: Mapping[str, Any]) -> str:
 
 def read_cells(folder: Path, trained: int) -> list[Run]:
     """A part's cells that have a result, in the order of the plan's methods, then by length."""
-    order = {name: n for n, name in enumerate([*every_method(trained), *ablation(trained)])}
+    names = dict.fromkeys([*every_method(trained), *ablation(trained)])
+    order = {name: n for n, name in enumerate(names)}
     runs = [read_run(path.parent) for path in folder.rglob(RUN)]
     runs = [run._replace(records=[r for r in run.records if r.value is not None]) for run in runs]
     runs = [run for run in runs if run.records]
@@ -258,7 +262,7 @@ def error(values: Sequence[float]) -> float:
 # --- the picture of settings -------------------------------------------------------------------
 
 
-def draw_settings(rows: Sequence[Mapping[str, Any]], trained: int, path: Path) -> None:
+def settings_figure(rows: Sequence[Mapping[str, Any]], trained: int) -> Figure | None:
     """Every method at the length nearest to 2c, a panel a task: the share, with its interval."""
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -268,19 +272,17 @@ def draw_settings(rows: Sequence[Mapping[str, Any]], trained: int, path: Path) -
         nearest = by_interest([row["tokens"] for row in some], trained)[0]
         panels[name] = [row for row in some if row["tokens"] == nearest]
     if not panels:
-        return
+        return None
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    tallest = max(map(len, panels.values()))
-    size = (1 + 3.6 * columns, lines * (1 + 0.24 * tallest))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    all_axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in all_axes:
+    heights = [0.8 + 0.2 * max(map(len, some)) for some in batched(panels.values(), columns)]
+    figure = Figure(figsize=(1 + 3.6 * columns, sum(heights)), dpi=150, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    for axes, (name, some) in zip(all_axes, panels.items(), strict=False):
-        axes.set_axis_on()
+    for axes, (name, some) in zip(grid.flat, panels.items(), strict=False):
         draw_panel(axes, f"{name}, {tokens_text(some[0]['tokens'])}", some)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
 
 
 def draw_panel(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> None:

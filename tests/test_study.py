@@ -1,5 +1,6 @@
 """`benchmarks/real_model.py`, on a tiny random model: what is read, what is kept, what is shown."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,10 @@ from study_workers import read_cells
 import dca_jax
 from dca_jax.dca import DCAConfig
 from dca_jax.errors import InputError
+from dca_jax.evaluation import answers, plots
+from dca_jax.evaluation.intervals import wilson
 from dca_jax.evaluation.results import read_run
+from dca_jax.evaluation.ruler.sources import Sources, word_lists
 from dca_jax.evaluation.windows import make_windows
 from dca_jax.inference.methods import METHODS, method_by_name
 from dca_jax.inference.score import token_nll
@@ -103,6 +107,18 @@ def given(folder, tmp_path):
     )
 
 
+@pytest.fixture
+def letter_b(plain_llm, monkeypatch):
+    """In place of a model's answer: the letter B, whatever is asked."""
+
+    def generate(model, prompts, **options):
+        return [plain_llm.tokenizer("B.", add_special_tokens=False).input_ids for _ in prompts]
+
+    monkeypatch.setattr(answers, "generate", generate)
+    monkeypatch.setattr(answers, "answer_about", answers.answer)
+
+
+@pytest.mark.usefixtures("letter_b")
 def test_cells_are_read_once_and_reported(given, capsys):
     study = Reading(given)
     cells = [Cell("perplexity", "", name, 256, 2) for name in ("rope", "dca:paper")]
@@ -149,6 +165,53 @@ def test_cells_are_read_once_and_reported(given, capsys):
     }
     with pytest.raises(InputError, match="another dtype, device"):
         study_report.Log(given.out, given.identity | {"device": "H200", "dtype": "bfloat16"})
+
+
+@pytest.mark.usefixtures("letter_b")
+def test_every_part_is_asked_and_shown(given, tmp_path, monkeypatch):
+    questions = tmp_path / "l-eval"
+    questions.mkdir()
+    lines = [
+        {"input": "A ship. " * 400, "instructions": [f"Who {n}?", "Which?"], "outputs": ["B", "A"]}
+        for n in range(2)
+    ]
+    for name in ("tpo", "scientific_qa"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (questions / f"{name}.jsonl").write_text(text)
+    study = Reading(dataclasses.replace(given, questions=questions))
+    study.sources = Sources(words=word_lists(), essays=None, more_words=None, questions={})
+    monkeypatch.setattr(plots, "_save", lambda figure, path: None)  # it takes most of the time
+    study_report.Log(given.out, given.identity)
+    wanted = {
+        ("passkey", ""): 0,
+        ("passkey-paper", ""): 0,
+        ("needle", "single"): 0,
+        ("ruler", "niah_single_1"): 0,
+        ("l-eval", "tpo"): 0.5,
+        ("few-shot-best", "qasper"): 0.5,
+        ("few-shot-random", "qasper"): 0.5,
+    }
+    for part, task in wanted:
+        for method in ("rope", "dca:24,40"):
+            study.read(Cell(part, task, method, 4096, 4))
+    study_report.write(given.out)
+    rows = json.loads((given.out / "report/results.json").read_text())["rows"]
+    assert len(rows) == 2 * len(wanted)
+    for row in rows:
+        assert row["accuracy"] == wanted[row["part"], row["task"]]
+        assert (row["samples"], row["tokens"]) == (4, 4096)
+        low, high = wilson(row["accuracy"], 4)
+        assert (row["low"], row["high"]) == (low, high)
+    figure = study_report.settings_figure(rows, given.identity["trained_length"])
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert titles == [f"{part} {task}".strip() + ", 4k" for part, task in sorted_as_parts(wanted)]
+    for axes in figure.axes[: len(wanted)]:
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["rope", "dca:24,40"]
+        assert len(axes.containers) == 2
+
+
+def sorted_as_parts(kinds):
+    return sorted(kinds, key=lambda kind: list(study_cells.PARTS).index(kind[0]))
 
 
 def test_a_cell_that_fails_is_not_done(given):
