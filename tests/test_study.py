@@ -83,6 +83,17 @@ def test_the_ablation_differs_in_one_thing_each(plain_llm):
     assert found == sizes | strides | warm
 
 
+def test_a_method_that_the_model_does_not_take_is_left_out_unless_it_was_asked_for(
+    plain_llm, capsys
+):
+    cells = [Cell("passkey", "", name, 512, 1) for name in ("rope", "dca:99,9", "yarn")]
+    config = plain_llm.model.config
+    assert real_model.readable(cells, config, ()) == [cells[0], cells[2]]
+    assert "without dca:99,9: chunk_len (99) must not exceed" in capsys.readouterr().out
+    with pytest.raises(InputError, match="must not exceed"):
+        real_model.readable(cells, config, ["dca:99,9"])
+
+
 @pytest.fixture
 def given(folder, tmp_path):
     text = tmp_path / "book.txt"
