@@ -65,9 +65,14 @@ def test_dtypes_as_other_libraries_have_them() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float64(0.25)}
+    given: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(3),
+        "top_p": np.float64(0.25),
+    }
     assert Sampler(**given) == Sampler(temperature=0.5, top_k=3, top_p=0.25)
-    for wrong in ({"top_k": np.float32(3)}, {"top_p": np.bool_(True)}, {"top_k": np.int64(0)}):
+    refused: list[dict[str, Any]] = [{"top_k": np.float32(3)}, {"top_p": np.bool_(True)}]
+    for wrong in (*refused, {"top_k": np.int64(0)}):
         with pytest.raises(InputError, match="top_"):
             Sampler(**wrong)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 from functools import partial
@@ -242,6 +243,43 @@ def test_by_our_own_command(folder, task_folder, tmp_path, monkeypatch):
     bad = CliRunner().invoke(app, list(map(str, arguments)))
     assert bad.exit_code == 2
     assert "method 'alibi' is not known" in bad.stderr
+
+
+def test_what_lm_eval_could_not_write_is_said(tmp_path: Path) -> None:
+    """It answers a full disk with a warning, and ends as if all were well."""
+    from dca_jax.lm_eval.output import output_checked
+
+    out = tmp_path / "out" / "model"
+
+    def evaluate(written: dict[str, str], *arguments: str) -> None:
+        given = arguments or ("run", "--tasks", "x", "--output_path", str(tmp_path / "out"))
+        with output_checked(given):
+            out.mkdir(parents=True, exist_ok=True)
+            for name, text in written.items():
+                (out / name).write_text(text)
+
+    earlier = {"results_1.json": "{}", "samples_x_1.jsonl": '{"a": "\u2028"}\n{}\n'}
+    evaluate(earlier)
+    for arguments in (
+        (),
+        ("-o", str(tmp_path / "out")),
+        (f"--output_path={tmp_path}/out/all.json",),
+    ):
+        with pytest.raises(InputError, match=r"lm-eval could not write its results to .*out "):
+            evaluate({}, *arguments)
+    for half in ({"results_2.json": '{"a": 1'}, {"results_2.json": ""}):
+        with pytest.raises(InputError, match=r"could not write results_2\.json"):
+            evaluate(half)
+    with pytest.raises(InputError, match=r"could not write samples_x_2\.jsonl"):
+        evaluate({"results_2.json": "{}", "samples_x_2.jsonl": '{}\n{"a'})
+    assert {file.name for file in out.iterdir()} == {*earlier, "results_2.json"}
+    evaluate({}, "run", "--tasks", "x")  # which asks for no files
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/out cannot be written: Not a directory"):
+        evaluate({}, "--output_path", str(tmp_path / "file" / "out"))
+    message = "database or disk is full"
+    with pytest.raises(InputError, match=f"cache cannot be written: {message}"), output_checked([]):
+        raise sqlite3.OperationalError(message)
 
 
 @pytest.fixture(autouse=True)

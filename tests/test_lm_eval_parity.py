@@ -368,6 +368,9 @@ def test_generation_options() -> None:
 
     assert read(do_sample=False, temperature=0.0).is_greedy
     assert read(do_sample=True, temperature=0.0).is_greedy
+    assert read(do_sample="false", temperature=0.5).is_greedy
+    with pytest.raises(InputError, match="do_sample must be True or False, got 'perhaps'"):
+        read(do_sample="perhaps", temperature=0.5)
     assert read({"repetition_penalty": 1.1}).repetition_penalty == 1.1  # as transformers does
     assert read({"top_k": 20}, do_sample=True, temperature=0.5).top_k == 20
     assert read(do_sample=True, temperature=0.5).top_k == 50

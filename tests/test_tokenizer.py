@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tiny_llm import CHAT_TEMPLATE, LEAST, byte_level_tokenizer, metaspace_tokenizer, save_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from dca_jax.errors import InputError
@@ -53,6 +53,20 @@ BOTH = {
     "prepended": lambda: sentencepiece_like(prepend=True),
     "not prepended": lambda: sentencepiece_like(prepend=False),
 }
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip", "normalized"])
+@pytest.mark.parametrize("kind", ["byte level", "prepended"])
+def test_an_added_token_keeps_its_flags(tmp_path: Path, kind: str, flag: str) -> None:
+    """One that tokenizer_config.json alone knows, as the library would read it there."""
+    tokenizer = BOTH[kind]()
+    new = {"content": "b c", flag: True} | ({} if flag == "normalized" else {"normalized": False})
+    number = str(tokenizer.get_vocab_size())
+    save_tokenizer(tmp_path, tokenizer, added_tokens_decoder={number: {"special": False} | new})
+    tokenizer.add_tokens([AddedToken(**new)])
+    for text in ("ab c", "a b c d", " b c ", "ab cb"):
+        read = encode(load_tokenizer(tmp_path), text)
+        assert read == tokenizer.encode(text).ids, text
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -81,10 +81,11 @@ def lm_eval(
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import dca_jax.lm_eval  # noqa: F401 -- registers the model
+        from dca_jax.lm_eval.output import output_checked  # the package registers the model
     except ModuleNotFoundError as error:
         raise InputError(str(error)) from None
     # Its parser reads what a program was started with.
     sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
     sys.argv += rest or []
-    cli_evaluate()
+    with output_checked(sys.argv[1:]):
+        cli_evaluate()

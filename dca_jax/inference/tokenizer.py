@@ -35,6 +35,8 @@ GENERATION = "generation_config.json"
 VOCABULARIES = (FILE, "tokenizer.model", "vocab.json", SETTINGS)
 FILES = (*VOCABULARIES, SPECIAL, ADDED, "merges.txt", "chat_template.jinja", "chat_template.json")
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
 SECONDS, MEMORY = 120, 8 * 2**30  # to try a tokenizer.json, of which the largest take two seconds
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
         text = _content(token, "added_tokens_decoder", where)
         if tokenizer.backend_tokenizer.token_to_id(text) is None:
             flags = token if isinstance(token, Mapping) else {"special": text in wanted}
-            read = {n: fields.boolean(flags, n, where) for n in ("lstrip", "rstrip", "special")}
+            read = {n: fields.boolean(flags, n, where) for n in FLAGS if flags.get(n) is not None}
             tokenizer.add_tokens([AddedToken(text, **read)])
     known = tokenizer.added_tokens_encoder
     tokenizer.add_tokens([text for text in wanted if text not in known], special_tokens=True)

@@ -353,7 +353,10 @@ class DcaJaxLM(TemplateLM):
         wanted, prompts = [], []
         for request in requests:
             context, kwargs = request.args
-            normal = normalize_gen_kwargs(kwargs, self.max_gen_toks)
+            try:
+                normal = normalize_gen_kwargs(kwargs, self.max_gen_toks)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"generation_kwargs {shown(kwargs)}: {error}") from None
             wanted.append(read_generation_kwargs(normal, self._generation_config))
             prompts.append(np.asarray(self.tok_encode(context), np.int32))
         prompts = self._fitting(prompts, [one.max_new_tokens for one in wanted], answered=True)

@@ -183,7 +183,7 @@ def read_generation_kwargs(
         for name in _DRAWING
     }
     penalty = 1.0 if chosen["repetition_penalty"] is None else chosen["repetition_penalty"]
-    if not kwargs.get("do_sample") or kwargs.get("temperature") == 0:
+    if not truth("do_sample", kwargs.get("do_sample")) or kwargs.get("temperature") == 0:
         sampler = Sampler(repetition_penalty=penalty)
     else:
         sampler = Sampler(
