@@ -205,7 +205,7 @@ class Frequencies:
 
 
 def logit_scale(rope: RopeConfig | Frequencies, head_dim: int) -> Float[Array, ""]:
-    """`attention_factor`^2 / sqrt(head_dim): what logits are multiplied by, temperature aside."""
+    """What logits are multiplied by, temperature aside: attention_factor^2 / sqrt(head_dim)."""
     if isinstance(rope, Frequencies):
         return rope.scale
     return jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim))

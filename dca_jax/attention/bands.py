@@ -58,8 +58,8 @@ class Band(NamedTuple):
 
     start: Int[Array, "B T"]
     stop: Int[Array, "B T"]
-    query_position: Int[Array, "B T *half"]
-    key_position: Callable[[Int[Array, "#B S"]], Int[Array, "#B S *half"]] | None
+    query_position: Int[Array, "B T ..."]
+    key_position: Callable[[Int[Array, "#B S"]], Int[Array, "#B S ..."]] | None
     meets: Callable[[Int[Array, "#B S"]], Bool[Array, "B T S"]] | None = None
 
 
