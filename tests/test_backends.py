@@ -324,7 +324,7 @@ def test_slices_of_the_keys(kernel: Bench) -> None:
         return attend_by_slices(backend, *arrays, cuts=[29], dca=DCA, rows=rows)
 
     def whole(*inputs: jax.Array) -> jax.Array:
-        return dense_attention(*inputs, dca=DCA, **rows._asdict())
+        return dense_attention(*inputs, dca=DCA, **rows.of_dca())
 
     weight = weight_of(q).astype(q.dtype)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]

@@ -94,7 +94,7 @@ def dense(
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         rotated = rotate_keys(k, index, dca=dca, inv_freq=rows.inv_freq)
-        return dense_attention(q, rotated, v, dca=dca or PLAIN, **rows._asdict())
+        return dense_attention(q, rotated, v, dca=dca or PLAIN, **rows.of_dca())
 
     out, pull_back = jax.vjp(read, q, k, v)
     return out, pull_back(weight)
@@ -301,7 +301,7 @@ def test_decoding_over_a_shared_cache(size: int, num_queries: int, dca: DCAConfi
             out = decode(q, k, v, layer, rows)
             assert out.shape == queries
             index = (jnp.asarray(x[int(layer)]) for x in (k, v))
-            expected = whole(jnp.asarray(q), *index, dca=dca or PLAIN, **rows._asdict())
+            expected = whole(jnp.asarray(q), *index, dca=dca or PLAIN, **rows.of_dca())
             np.testing.assert_allclose(out, expected, atol=1e-12, rtol=0)
 
 

@@ -28,6 +28,12 @@ class Rows(NamedTuple):
     key_offset: Int[Array, " B"]  # index of the row's first key: not 0 for a slice of a text
     whole: Int[Array, " B"]  # tokens that positions count on: of a piece of a prompt, the prompt's
 
+    def of_dca(self) -> dict[str, Array]:
+        """What `dca_jax.dca.dense_attention` takes: DCA's positions do not count on a length."""
+        numbers = self._asdict()
+        del numbers["whole"]
+        return numbers
+
 
 class KeyBlocks(NamedTuple):
     """The key blocks that each tile of queries reads, of those that all its queries meet in full.

@@ -272,15 +272,14 @@ def _by_definition(
     if scales is not None:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer = jnp.int32(0)
-    key, value, numbers = key[layer], value[layer], rows._asdict()
+    key, value = key[layer], value[layer]
     if isinstance(dca, PositionMethod):
-        return dense_method_attention(query, key, value, dca=dca, **numbers)
-    del numbers["whole"]  # it is in the scale
+        return dense_method_attention(query, key, value, dca=dca, **rows._asdict())
     allowed = None
     if blocks is not None:
         sizes = {"num_queries": query.shape[1], "num_keys": key.shape[1]}
         allowed = allowed_keys(blocks, rows, dca, **sizes)
-    return dense_attention(query, key, value, dca=dca, allowed=allowed, **numbers)
+    return dense_attention(query, key, value, dca=dca, allowed=allowed, **rows.of_dca())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
