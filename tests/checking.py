@@ -6,6 +6,7 @@ shapes have jaxtyping's memory of axes around beartype's one check; others have 
 """
 
 import ast
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any, ForwardRef, Literal, get_args, get_origin
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
+from jaxtyping import AbstractArray, TypeCheckError, config, jaxtyped
 
 # An int may stand for a float, as it does to Pyright.
 CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError)
@@ -27,9 +28,15 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     if quoted or inspect.isgeneratorfunction(function):
         # It knows of names that are there for Pyright only, and looks at nothing that is yielded.
         return jaxtyped(function, typechecker=beartype(conf=CONF))
-    of_types = beartype(function, conf=CONF)
-    shaped = any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in parts)
-    return jaxtyped(of_types, typechecker=None) if shaped else of_types
+    found = beartype(function, conf=CONF)
+    if any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in parts):
+        found = jaxtyped(found, typechecker=None)
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if config.jaxtyping_disable else found)(*args, **kwargs)
+
+    return either
 
 
 def parts_of(annotation: Any) -> Iterator[Any]:

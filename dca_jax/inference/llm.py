@@ -41,16 +41,16 @@ LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a model made of a prompt.
+    """A model's continuation of a prompt.
 
     Attributes:
         text: the new text, without the stop string or the stop id that ended it.
-        tokens: the new ids, a stop id included.
-        finish_reason: "stop" for a stop id or a stop string, "length" for `max_new_tokens`; "error"
-            where `error` says why the text cannot go on.
+        tokens: the new token ids, including a stop id.
+        finish_reason: "stop" after a stop id or stop string, "length" at `max_new_tokens`, "error"
+            if the text could not be continued.
         prompt_tokens: number of tokens in the prompt, prefix included.
-        error: for one of several prompts, whose logits are not finite; the others go on. None
-            otherwise.
+        error: why it could not be continued (its logits are not finite), if it was one of several
+            prompts; else None.
     """
 
     text: str
@@ -66,11 +66,10 @@ class LLM:
 
     Attributes:
         model: the Flax model.
-        tokenizer: of `transformers`; None if the folder has none, and then prompts are token ids.
-        stop_ids: ids that end a text: those of the config, of its generation config and of the
-            tokenizer.
-        cache_dtype: of the KV cache.
-        chat_templates: what writes conversations.
+        tokenizer: of `transformers`; None if the folder has none, and prompts must be token ids.
+        stop_ids: ids that end a text, from the config, the generation config and the tokenizer.
+        cache_dtype: dtype of the KV cache.
+        chat_templates: renders conversations.
     """
 
     model: Llama
@@ -81,11 +80,11 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer says how a conversation is written."""
+        """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the tokenizer puts around it (BOS).
+        """The token ids of a text, with the special tokens the tokenizer adds (BOS).
 
         Raises:
             InputError: an empty text, or what `dca_jax.inference.tokenizer.encode` refuses.
@@ -99,11 +98,11 @@ class LLM:
     def apply_chat_template(
         self, messages: Sequence[Message], *, thinking: bool | None = None
     ) -> list[int]:
-        """The ids of a conversation, up to where the model's answer begins.
+        """The token ids of a conversation, up to where the model's answer begins.
 
         Args:
-            messages: `{"role": ..., "content": ...}`, in order; which roles there are (tools, say),
-                and which other keys, is the template's affair.
+            messages: `{"role": ..., "content": ...}`, in order; the template decides which roles
+                (tools, for instance) and which other keys there are.
             thinking: as in `Options`.
 
         Raises:
@@ -127,13 +126,13 @@ class LLM:
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> list[Generation]:
-        """Continues each prompt; the rows of a batch are read and continued together.
+        """Continues each prompt; several are processed as one batch.
 
         Args:
-            prompts: one prompt or several, each a text or a list of token ids. With a prefix, what
-                follows it; the result is that of the whole text, prefix and prompt.
-            options: how to generate; default: `Options()`.
-            **changes: fields of `Options`, which replace those of `options`.
+            prompts: one prompt or several, each a text or a list of token ids. With a prefix, the
+                text after it; the result is that of prefix and prompt as one text.
+            options: how to generate (default: `Options()`).
+            **changes: fields of `Options`, overriding `options`.
 
         Raises:
             InputError: an empty prompt, an id outside the vocabulary, an option that does not exist
@@ -150,10 +149,10 @@ class LLM:
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> Generator[str]:
-        """Continues one prompt and yields the text as it comes; joined, it is that of `generate`.
+        """Continues one prompt and yields text as it is generated; joined, that of `generate`.
 
-        Arguments, those of `generate`, are checked at once. Close the iterator (or let it go) to
-        stop early.
+        Arguments are those of `generate` and are checked at the call. Close the iterator to stop
+        early.
         """
         chosen = self._for_prompts(Options.of(options, changes))
         return self._stream(self._continued(prompt, chosen.prefix), chosen)
@@ -178,7 +177,7 @@ class LLM:
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> Generator[str]:
-        """`chat`, yielding the text as it comes."""
+        """`chat`, yielding text as it is generated."""
         chosen = Options.of(options, changes)
         return self._stream(self.apply_chat_template(messages, thinking=chosen.thinking), chosen)
 
@@ -190,17 +189,17 @@ class LLM:
         room: int = 2048,
         progress: bool | None = None,
     ) -> Prefix:
-        """Reads a text, for many prompts that begin with it (`prefix=` of every way to generate).
+        """Reads a text once, for many prompts that begin with it (`prefix=` when generating).
 
-        The results are those of reading each prompt whole; two things excepted, which see the
-        length of a text: the temperature of a DCAConfig that sets one, and dynamic NTK. For these
-        a prefix is a text of its own length.
+        Results equal those of reading each prompt whole, with the exception of what depends on the
+        length of a text: a DCA temperature, dynamic NTK, and position methods made for a length.
+        There a prefix is a text of its own length.
 
         Args:
             text: or its token ids.
-            reuse: an earlier prefix. What this text shares with it is not read again; its memory
-                is taken over, and it cannot be used any more.
-            room: tokens of question and answer that will fit without the cache being copied into a
+            reuse: an earlier prefix. What the texts share is not read again. Its memory is taken
+                over, so it cannot be used afterwards.
+            room: tokens of question and answer that fit before the cache has to be copied into a
                 larger one.
             progress: as in `Options`.
 
@@ -245,12 +244,12 @@ class LLM:
         window: int | None = None,
         stride: int | None = None,
     ) -> float:
-        """exp of the mean negative log-likelihood of a text's tokens but the first.
+        """exp of the mean negative log-likelihood of a text's tokens, without the first.
 
         Args:
             text: or its token ids.
-            window: tokens of each window, a text of its own; by default the whole text is one.
-            stride: from one window to the next; by default `window`.
+            window: tokens per window, each a text of its own (default: the whole text).
+            stride: tokens from one window to the next (default: `window`).
 
         Raises:
             InputError: no text or ids, an id outside the vocabulary, a window that is not at least

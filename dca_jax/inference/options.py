@@ -46,14 +46,14 @@ class Options:
     """How to generate.
 
     Attributes:
-        max_new_tokens: at most so many tokens are drawn for each prompt.
-        sampler: how a token is drawn; greedy by default.
-        seed: of the draws, 32 bits.
-        stop: strings that end the text, which then ends before them; one string may stand alone.
+        max_new_tokens: maximum number of new tokens per prompt.
+        sampler: how tokens are sampled (default: greedy).
+        seed: random seed of the sampling, 32 bits.
+        stop: strings before which the text ends; a single string may be given as it is.
         stop_ids: token ids that end the text, besides the model's own.
-        prefix: what has been read already (`LLM.prefill`).
-        progress: whether a bar on stderr shows the reading of the prompt; None for long prompts if
-            stderr is a terminal.
+        prefix: a text that has been read already (`LLM.prefill`).
+        progress: whether to show a progress bar of the prefill on stderr; None shows it for long
+            prompts if stderr is a terminal.
         thinking: whether a chat model is to think before it answers, for chat templates that ask
             (`enable_thinking`, as Qwen3's); None leaves it to the template. Of conversations only:
             `LLM.generate` and `LLM.stream` refuse it.

@@ -20,21 +20,21 @@ OFF = 2**31 - 1  # as `top_k`: more tokens than a vocabulary has, so all are kep
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Draws tokens from logits, with the filters of `transformers` in its order.
+    """Samples tokens from logits, with the filters of `transformers` in the same order.
 
     A pytree, for `jax.jit`: which filters are on is its structure, and their numbers are leaves.
-    So another temperature runs the compiled program as it is, and a filter that is off costs
-    nothing. `traced` makes leaves of all of them: then one program serves every sampler. Leaves may
-    also be arrays of one number for each row (`of_rows`).
+    So changing the temperature does not recompile, and a filter that is off costs nothing.
+    `traced` makes leaves of all of them: then one program serves every sampler. Leaves may also be
+    arrays of one number for each row (`of_rows`).
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy: the most likely token, and `top_k`,
-            `top_p` and `min_p` have nothing to choose from.
+        temperature: divides the logits; 0 is greedy decoding, which ignores `top_k`, `top_p` and
+            `min_p`.
         top_k: keep the k most likely tokens.
-        top_p: keep the most likely tokens whose probabilities first reach p together.
+        top_p: keep the fewest most likely tokens whose probabilities sum to at least p.
         min_p: keep the tokens at least p times as likely as the most likely one.
-        repetition_penalty: the logit of a token that the text holds already, prompt included, is
-            divided by this if positive and multiplied by it if negative (arXiv 1909.05858); 1: off.
+        repetition_penalty: the logit of a token already in the text, prompt included, is divided
+            by this if positive and multiplied by it if negative (arXiv 1909.05858); 1 is off.
     """
 
     temperature: float | int = 0.0
