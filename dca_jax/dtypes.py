@@ -35,15 +35,17 @@ def parse_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
 def _known(what: str, dtype: DTypeLike, names: Mapping[str, DTypeLike]) -> jnp.dtype:
     """One of `names`, or float64, which has none: it is for comparisons."""
     known = {name: jnp.dtype(each) for name, each in names.items()}
+    given = dtype
     with suppress(TypeError):  # what is no dtype at all
         if isinstance(dtype, str):
             found = known.get(dtype)
         else:
+            given = jnp.dtype(dtype).name  # as a reader knows it: jnp.float16 is a class
             found = jnp.dtype(dtype)
             found = found if found in (*known.values(), jnp.float64) else None
         if found is not None:
             return found
-    raise InputError(f"{what} {shown(dtype)} is not supported; expected one of {', '.join(names)}")
+    raise InputError(f"{what} {shown(given)} is not supported; expected one of {', '.join(names)}")
 
 
 def cache_dtype_name(dtype: jnp.dtype) -> str:

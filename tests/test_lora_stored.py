@@ -111,8 +111,9 @@ def test_value_and_gradients(tmp_path: Path, make: Callable, name: str, mesh: st
     path, config, whole = make(tmp_path / "hf", name) if make is by_tests else make(tmp_path, name)
     where = None if mesh is None else parameter_shardings(config, make_mesh(mesh), lora=LORA)
     hf_to_orbax.convert(path, tmp_path / "orbax")
-    # The GGUF's random weights are so large that merging alone moves float32's gradients by 3e-4.
-    computed = dense if make is by_tests else kept
+    # Some of these random weights are so large that merging alone, of dense matrices too, moves
+    # float32's gradients: by 3e-4 for GGUF's, 1e-4 for w8a8's, 1e-6 for the others'.
+    computed = kept if make is by_library or name == "w8a8" else dense
     want_loss, want = computed(adapters_of(config), whole, config)
     options: Tree = {"dtype": jnp.float32, "sharding": where, "keep": "stored"}
     base = load_weights(tmp_path / "orbax", config, **options)
