@@ -296,7 +296,7 @@ class Case(NamedTuple):
 def test_a_tile_of_queries_walks_over_each_key_once(block: int, **sizes: int) -> None:
     """All meet full blocks, edges are masked by row; together each key, once, in its phase."""
     case = Case.of(**sizes)
-    offset, length, key_offset = (x[0] for x in case.rows[2:])
+    offset, length, key_offset = (x[0] for x in case.rows[2:5])
     keys = Keys(key_offset, sizes["num_keys"])
     index = offset + jnp.arange(sizes["num_queries"], dtype=jnp.int32)
     last = jnp.minimum(index[-1], length - 1)
@@ -375,7 +375,7 @@ def test_a_tile_of_keys_walks_over_each_query_once_and_adds_in_order(
 def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> None:
     """Every key that a row's queries meet lies in a block of the row's list, once a phase."""
     case = Case.of(**sizes)
-    offset, length, key_offset = (x[0] for x in case.rows[2:])
+    offset, length, key_offset = (x[0] for x in case.rows[2:5])
     problem = decode._Problem(
         reach=sizes["num_queries"],
         group=1,

@@ -143,7 +143,7 @@ def rows_at(offset: list[int], lengths: list[int], key_offset: list[int]) -> op.
 
 def true_phases(shape: tuple[int, int], rows: op.Rows, row: int, s: int) -> np.ndarray:
     """[T, S]: how many chunks, at most two, lie between query and key; -1: not attended to."""
-    offset, length, key_offset = (int(x[row]) for x in rows[2:])
+    offset, length, key_offset = (int(x[row]) for x in rows[2:5])
     i = offset + np.arange(shape[0])[:, None]
     j = key_offset + np.arange(shape[1])[None, :]
     return np.where((j <= i) & (i < length), np.minimum(i // s - j // s, 2), -1)
@@ -162,7 +162,7 @@ def computed_phases(
     keys_outer: bool,
 ) -> np.ndarray:
     """`true_phases` as a kernel sees them; asserts that no pair is computed twice."""
-    offset, length, key_offset = (int(x[row]) for x in rows[2:])
+    offset, length, key_offset = (int(x[row]) for x in rows[2:5])
     found = np.full(shape, -1)
     begun, ended = set(), set()
     assert int(tables.num_steps) <= layout.max_steps
