@@ -316,7 +316,7 @@ def test_commands_know_what_stays_packed(tmp_path):
     assert sizes[()] == sizes["--weights", "stored"] < sizes["--weights", "unpacked"] / 1.4
     assert sizes["--weights", "stored"] != sizes["--weights", "int8"]
     shown = "".join(invoke("info", tmp_path).stdout.replace("│", "").split())
-    assert "inbfloat16andint4:16,int4:32(6of9matricesstaypacked)" in shown
+    assert "inbfloat16andint4:16,int4:32(6of9matricesstaypacked;aCPUunpacksthem)" in shown
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq-desc_act", "fp8-ragged"])
