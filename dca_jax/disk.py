@@ -24,7 +24,8 @@ _ADVICE = {
     errno.EEXIST: "choose another name, or remove what is there",
     errno.EISDIR: "choose another name, or remove what is there",
 }
-_CODE = re.compile(r"os_error_code='(\d+)'")  # how TensorStore passes on an error of the system
+# How TensorStore, and libraries in Rust (safetensors, tokenizers), pass on an error of the system.
+_CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
 
 @contextmanager
@@ -47,8 +48,8 @@ def output_written() -> Iterator[None]:
 def writing(path: Path | str) -> Iterator[None]:
     """Around a block that writes `path`: what the system refuses becomes an `InputError`.
 
-    Libraries that raise a `ValueError` or `RuntimeError` for it (TensorStore, Orbax) count too;
-    every other error passes as it is.
+    Libraries that raise an exception of their own for it (TensorStore, Orbax, safetensors) count
+    too; every other error passes as it is.
 
     Raises:
         InputError: the disk is full or read-only, a folder is missing or not ours, a name is too
@@ -58,7 +59,7 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         code = _system_code(error)
         if code is None:
             raise
@@ -117,6 +118,6 @@ def _system_code(error: BaseException) -> int | None:
         return error.errno
     told = _CODE.search(str(error))
     if told is not None:
-        return int(told[1])
+        return int(told[1] or told[2])
     cause = error.__cause__
     return None if cause is None else _system_code(cause)

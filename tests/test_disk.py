@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tensorstore as ts
+from safetensors.numpy import save_file
 from shared_fixtures import invoke
 
 from dca_jax.disk import append, writing
@@ -44,6 +46,9 @@ def test_a_refused_write_says_which_path_why_and_what_to_do(tmp_path: Path) -> N
             ts.open(spec).result().write("x" * 1000).result()
         except ValueError as error:
             raise RuntimeError("saving failed") from error
+    # Libraries in Rust have exceptions of their own.
+    with pytest.raises(InputError, match=expected), full_disk(), writing(path):
+        save_file({"x": np.zeros(1000)}, path)
 
 
 @pytest.mark.parametrize(
