@@ -1,5 +1,6 @@
 """Dtypes by name, and the dtype in which what matters is computed."""
 
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dca_jax.errors import InputError
-from dca_jax.fields import shown
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Of a KV cache. In 8 bits it has scales (`dca_jax.attention.stored`).
@@ -45,7 +45,9 @@ def _known(what: str, dtype: DTypeLike, names: Mapping[str, DTypeLike]) -> jnp.d
             found = found if found in (*known.values(), jnp.float64) else None
         if found is not None:
             return found
-    raise InputError(f"{what} {shown(given)} is not supported; expected one of {', '.join(names)}")
+    raise InputError(
+        f"{what} {reprlib.repr(given)} is not supported; expected one of {', '.join(names)}"
+    )
 
 
 def cache_dtype_name(dtype: jnp.dtype) -> str:
