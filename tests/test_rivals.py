@@ -1,4 +1,4 @@
-"""The methods of 2025 and 2026 against their papers' formulas: double loops in float64."""
+"""The methods of 2025 and 2026 against their formulas: double loops in float64."""
 
 import math
 from collections.abc import Callable

@@ -102,8 +102,8 @@ def dpe_setting(arguments: str, config: LlamaConfig, trained: int) -> DPE:
 def lampe_setting(arguments: str, config: LlamaConfig, trained: int) -> LaMPE:
     """LaMPE with its curve: that given, that published for a model of this shape, or a scaled one.
 
-    To other models Llama 3's curve is given in units of the trained length, and so is its head:
-    a guess of our own, for the paper has no rule.
+    Other models get Llama 3's curve and head in proportion to their trained length: a guess of our
+    own, because no rule is published.
 
     Args:
         arguments: "", or A,B,M,S1,S2: the curve's numbers, and the tokens of head and tail.

@@ -39,10 +39,10 @@ class JetLong(PositionMethod):
                                   6   3  3  2  2  2  1  0
                                   7   3  3  2  2  1  2  1  0
 
-    Source: the paper, and github.com/jet-ai-projects/Jet-Long
+    Source: the authors' code, github.com/jet-ai-projects/Jet-Long
     (jetlm/modeling/jetlong/modeling_qwen3_jetlong.py; its three calls of attention, one of them
-    taken off again, are this one softmax). There G is one for a batch, made for its longest text;
-    here each row has its own.
+    taken off again, are this one softmax); not compared with the paper's text. There G is one for a
+    batch, made for its longest text; here each row has its own.
 
     Attributes:
         trained_length: w, tokens. window: w0, tokens, below w; 2048 for 32,768 in the paper.
@@ -168,10 +168,11 @@ class LaMPE(PositionMethod):
         for L = 9                 7   4  4  3  3  2  2  1  0
                                   8   5  4  4  3  3  2  2  1  0
 
-    Source: the paper, section 3, and github.com/scar-on/LaMPE (llama_cache1.py, whose
-    `remap_uselen` has the curves; there positions are floored for keys and queries apart, with the
-    slope m / (L - 1), and m stays the prompt's while tokens are drawn). The curve is computed in
-    float32 here: m may differ by one where it is all but whole.
+    Source: the positions are those of a description of the paper, not compared with its text. The
+    curves are the authors' code's, github.com/scar-on/LaMPE (llama_cache1.py, `remap_uselen`),
+    which floors the positions of keys and queries separately, with the slope m / (L - 1), and keeps
+    the prompt's m while tokens are drawn. The curve is computed in float32 here: m may differ by
+    one where it is almost an integer.
 
     Attributes:
         slope, shift, most: a (per token), b and M (positions) of the curve.
@@ -239,8 +240,9 @@ class DPE(PositionMethod):
     needs a choice for each layer and head, and is not done here (as by default in the released
     code's example).
 
-    Source: the paper, section 3, and github.com/LuLuLuyi/DPE (dpe_for_llama.py, whose prefill has
-    w / s_p unrounded, and decodes as here; they are one where the scales divide w).
+    Source: the authors' code, github.com/LuLuLuyi/DPE (dpe_for_llama.py, whose prefill has w / s_p
+    unrounded, and whose decoding is this; they agree where the scales divide w); not compared with
+    the paper's text.
 
     Attributes:
         window: w, tokens; 1024 in the paper. scales: s_p, one for each plane of a head.
