@@ -149,7 +149,7 @@ def main(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                row += ["more VMEM than there is", "", ""]
+                row += ["exceeds VMEM", "", ""]
             else:
                 schedule = read_schedule(kernel, dump)
                 each = schedule.unmasked * UNIT / (queries * keys * heads.q_per_pack)
