@@ -72,7 +72,7 @@ def measure(
     """Times the products of a layer, then prefill and decoding of the model."""
     config = generate.PRESETS.get(preset)
     if config is None or config.mixture is None:
-        raise InputError(f"{preset!r} is no mixture of experts of generate.py")
+        raise InputError(f"{preset!r} is not a mixture of experts in generate.py")
     count = parse_tokens(tokens)
     facts = {"benchmark": "experts", "model": preset, "tokens": count}
     report = Report(out, machine() | facts)

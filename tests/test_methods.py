@@ -643,7 +643,7 @@ def test_names_refused(name: str, message: str) -> None:
 def test_scalings_that_cannot_be_laid_over_one_another(scaling: str, rope_type: str) -> None:
     rope = RopeConfig(rope_type=rope_type, factor=2.0, original_max_position_embeddings=4096)
     config = replace(LLAMA_2, rope=rope)
-    with pytest.raises(InputError, match=f"{scaling} cannot be laid over .*'{rope_type}'"):
+    with pytest.raises(InputError, match=f"{scaling} cannot be combined with .*'{rope_type}'"):
         method_by_name(scaling, config, 9000)
     assert method_by_name(scaling, config, 4096).rope == rope
 

@@ -1,13 +1,13 @@
-"""Positions that are a step function of the distance: f(i - j), as some papers define them.
+"""Relative positions that are a step function of the distance, f(i - j), as in some papers.
 
-Such a position is not P_q(i) - P_k(j): one key stands differently to neighbouring queries. But
-where f has steps of one width, floor(p (i - j) / q), it is one of two such differences:
+Such a position is not of the form P_q(i) - P_k(j). But if f has steps of equal width, floor(p (i -
+j) / q), it is one of two such differences:
 
     p i / q = A + a / q,  p j / q = C + c / q  with integers A, C and 0 <= a, c < q:
     floor(p (i - j) / q) = A - C where c <= a, and A - C - 1 where c > a
 
-So a range of distances is two bands over the same keys, of which each query meets some in the one
-and the others in the other.
+So a range of distances is two bands over the same keys, and each query attends to some keys in the
+first band and to the others in the second.
 """
 
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from dca_jax.attention.bands import Band, Number
 
-DIGIT = 9  # bits that `scaled` multiplies by at once
-LONGEST = 2**21  # tokens: what `scaled` can do without an overflow of int32
+DIGIT = 9  # bits that `scaled` processes at once
+LONGEST = 2**21  # tokens up to which `scaled` does not overflow int32
 
 Row = Int[Array, "B 1"] | Number
 
@@ -35,13 +35,15 @@ def stepped_band(
 
     Args:
         index: text indices of the queries.
-        start, stop, base: one for all rows, or one a row.
+        start, stop, base: one for all rows, or one per row.
         p, q: 0 <= p <= q, and p is 1 or q below `LONGEST`.
-        part: 0 for those keys of which c <= a, as the module's docstring says it, 1 for the others.
-            The second part of steps of one token has none.
+        part: 0 for the keys with c <= a (see the module docstring), 1 for the others. With steps of
+            one token, the second part is empty.
     """
     whole, rest = scaled(index - start, p, q)
-    origin = whole[:, :1]  # near by, so that float32 angles are exact a million tokens on
+    origin = whole[
+        :, :1
+    ]  # nearby, so that float32 angles stay accurate a million tokens into a text
     first = jnp.maximum(index - (stop - 1), 0)
     last = index - (start - 1)
 
@@ -62,8 +64,8 @@ def stepped_band(
 def scaled(x: Int[Array, "*shape"], p: Row, q: Row) -> tuple[Array, Array]:
     """The floor of p x / q, and p x modulo q; int32 throughout.
 
-    p is multiplied by a few bits of x at a time, and what q goes into is taken out each time: with
-    p <= q < 2^21 and nine bits nothing reaches 2^31.
+    p is multiplied by a few bits of x at a time and reduced modulo q each time. With p <= q < 2^21
+    and nine bits, nothing reaches 2^31.
     """
     quotient, rest = jnp.divmod(x, q)
     if isinstance(p, int) and p == 1:

@@ -16,7 +16,7 @@ def problem(
 ) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     told = {"message": message, "type": kind, "param": param, "code": code}
-    # What a client sent may hold half of a surrogate pair, which is no text.
+    # What a client sent may contain half of a surrogate pair, which is not text.
     plain = {k: v and v.encode(errors="replace").decode() for k, v in told.items()}
     return {"error": plain}
 

@@ -48,8 +48,8 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
         )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise InputError(
-            f"{shown(str(path), quote=False)} is no folder, and no name of a model on the Hugging "
-            "Face Hub ('owner/name')"
+            f"{shown(str(path), quote=False)} is neither a folder nor the name of a model on the "
+            "Hugging Face Hub ('owner/name')"
         )
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 

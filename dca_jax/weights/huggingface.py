@@ -97,7 +97,7 @@ def config_file(
     if is_gguf(folder):
         return folder
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder")
+        raise InputError(f"{folder} is not a folder")
     if context is not None and (folder / LONG_CONFIG).is_file():
         most = read_json(folder, CONFIG).get("max_position_embeddings")
         if isinstance(most, int) and context > most:
