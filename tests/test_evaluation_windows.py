@@ -394,7 +394,7 @@ def test_token_files(tmp_path):
         ("wide.bin", 60, "seems to have 32 bits per token"),
         ("odd.bin", 60, "3 bytes are no list"),
         ("b.npy", 60, "expected a list of integers"),
-        ("c.npy", 60, "no array of numbers"),
+        ("c.npy", 60, "not an array of numbers"),
     ):
         with pytest.raises(InputError, match=message):
             texts.read_token_file(tmp_path / name, vocab)
@@ -527,7 +527,7 @@ def test_samples_that_fail_are_told_at_the_end(tmp_path):
         *("--length", 150, "--stride", 100, "--method", "rope", "--method", "dca"),
     )
     assert result.exit_code == 1
-    assert "slides over 64 tokens" in result.stderr
+    assert "sliding window of 64 tokens" in result.stderr
     assert "samples failed; the first, {'method': 'rope'" in result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert set(summary["scores"]) == {"dca"}

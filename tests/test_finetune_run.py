@@ -603,7 +603,7 @@ def test_no_dialogue_is_left(model: Path, dialogues: Path, tmp_path: Path) -> No
     [
         ({"mesh": "fsdp=8"}, "batch 2 does not divide over the mesh's 8 devices"),
         ({"mesh": "tensor=3"}, "tensor=3 does not divide"),
-        ({"template": "alpaca"}, "'alpaca' is no template"),
+        ({"template": "alpaca"}, "'alpaca' is not a template"),
         ({"method": "dca:papers"}, "DCA setting 'papers' is not known"),
         ({"method": "self-extend"}, "cannot be trained: config.json cannot express it"),
         ({"method": "dca+ntk:2"}, "cannot be trained"),

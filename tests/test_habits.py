@@ -41,7 +41,7 @@ def _as_a_user_calls() -> Iterator[None]:
         ({"dtype": "half"}, "dtype 'half' is not supported"),
         ({"cache_dtype": "q8_0"}, "cache dtype 'q8_0' is not supported"),
         ({"mesh": 4}, "mesh must be a string such as tensor=4, or a jax Mesh, got 4"),
-        ({"sparse": True}, "sparse must be a text such as rows:0.05, or None, got True"),
+        ({"sparse": True}, "sparse must be a string such as rows:0.05, or None, got True"),
         ({"context": 0}, "'0' is not a number of tokens"),
         ({"context": -5}, "'-5' is not a number of tokens"),
         ({"dca": True}, "DCA setting True is not known"),
@@ -108,7 +108,7 @@ def test_windows_are_whole_tokens(llm: LLM, given: dict[str, Any]) -> None:
 def test_thinking_is_of_conversations(llm: LLM) -> None:
     """It was dropped where nothing asks for it."""
     for door in (llm.generate, llm.stream):
-        with pytest.raises(InputError, match="it belongs to `chat`"):
+        with pytest.raises(InputError, match="use it with `chat`"):
             door("Call me", thinking=True)
     assert llm.chat(USER, max_new_tokens=1, thinking=True).tokens
     assert "".join(documents.ask(llm, "Call me", "?", max_new_tokens=1, thinking=False))

@@ -562,7 +562,7 @@ def adapter(tmp_path: Path) -> Path:
     [
         ({"peft_type": "LOHA"}, "of peft_type 'LOHA'; expected 'LORA'"),
         ({"bias": "all"}, "sets bias 'all', which is not supported; merge"),
-        ({"no_such_thing": {"x": 1}}, "sets no_such_thing {'x': 1}, which is not computed"),
+        ({"no_such_thing": {"x": 1}}, "sets no_such_thing {'x': 1}, which is not supported"),
         ({"target_modules": {"q_proj": 1}}, "target_modules {'q_proj': 1}; expected a list"),
         ({"target_modules": ["q_proj", "lm_head"]}, "LoRA targets .* got q_proj, lm_head"),
         ({"target_modules": ["q_proj"]}, "24 have no place in it"),

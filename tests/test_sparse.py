@@ -527,7 +527,7 @@ def test_names() -> None:
         with pytest.raises(InputError, match=r"rows"):
             choose_sparse(name, wish, **options)
     for name in ("skip-softmax", "skip-softmax:1", "skip-softmax:x"):
-        with pytest.raises(InputError, match="part of the largest weight"):
+        with pytest.raises(InputError, match="fraction of the largest weight"):
             choose_sparse(name, wish, **options)
 
 
