@@ -61,9 +61,7 @@ class Haystack:
             if self.joiner != "\n":
                 return np.sort(rng.choice(PLACES, needles, replace=False)).tolist()
             count = max(count, needles)
-            before = np.sort(
-                rng.choice(count, needles, replace=False)
-            )  # number of lines before each
+            before = np.sort(rng.choice(count, needles, replace=False))  # lines before each
             return ((before + 0.5) / count).tolist()
 
         return depths

@@ -27,9 +27,7 @@ def differentiable(multiply: Callable[..., Array], outer: Callable[..., Array]) 
         return product(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
 
     def backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-        x, kernels, layer, sizes = map(
-            jnp.asarray, saved
-        )  # JAX may store a constant as a NumPy array
+        x, kernels, layer, sizes = map(jnp.asarray, saved)  # constants may be NumPy arrays
         dx = multiply(dy, kernels, layer, sizes, block, transposed=True)
         return dx, outer(x, dy, kernels, layer, sizes, block), None, None
 

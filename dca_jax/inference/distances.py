@@ -41,9 +41,7 @@ def stepped_band(
             one token, the second part is empty.
     """
     whole, rest = scaled(index - start, p, q)
-    origin = whole[
-        :, :1
-    ]  # nearby, so that float32 angles stay accurate a million tokens into a text
+    origin = whole[:, :1]  # nearby, so that float32 angles stay accurate in long texts
     first = jnp.maximum(index - (stop - 1), 0)
     last = index - (start - 1)
 

@@ -308,9 +308,7 @@ def read_piece(
     )
     assert cache_after is not None
     rows, width = tokens.shape
-    block = max(
-        1, min(width, LOGITS // rows)
-    )  # number of tokens per row whose logits are computed at once
+    block = max(1, min(width, LOGITS // rows))  # tokens per row with logits at the same time
     while width % block:
         block -= 1
 

@@ -37,10 +37,7 @@ FILES = (*VOCABULARIES, SPECIAL, ADDED, "merges.txt", "chat_template.jinja", "ch
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
-SECONDS, MEMORY = (
-    120,
-    8 * 2**30,
-)  # limits for testing a tokenizer.json; the largest take two seconds
+SECONDS, MEMORY = 120, 8 * 2**30  # limits for testing a tokenizer.json; the largest take 2 s
 
 log = logging.getLogger(__name__)
 

@@ -271,9 +271,7 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         read = rows if math.prod(sizes.values()) > 1 else 1
         slots = read * capacity_bucket(job.context_length)
         layer += 2 * job.width * slots * _head_sizes(job.config, sizes)[1]
-    logits = (
-        2 * F32 * job.batch * job.config.vocab_size
-    )  # for one token, replicated on every device
+    logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, on every device
     return max(layer + choosing_bytes(job, sizes, tokens), logits)
 
 

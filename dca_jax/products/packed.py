@@ -43,9 +43,7 @@ FP8 = jnp.float8_e4m3fn
 DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.dtype(FP8)}
 LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
 FLOAT32 = jnp.float32
-SCALE = jnp.dtype(
-    jnp.bfloat16
-)  # dtype of int4 scales that we compute; those from files are float32
+SCALE = jnp.dtype(jnp.bfloat16)  # of int4 scales computed here; those from files are float32
 
 
 @partial(
