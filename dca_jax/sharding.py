@@ -1,7 +1,6 @@
 """Sharding of arrays over a mesh: one table of rules for parameters and activations.
 
-A mesh has four axes, each of size 1 or more. On one device there is no mesh, and the same code
-runs.
+On one device there is no mesh, and the same code runs. A mesh has four axes of size 1 or more:
 
     data      rows of a batch; each device has all parameters
     fsdp      rows of a batch too, and parameters split along D; a layer's are gathered when it
