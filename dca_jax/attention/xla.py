@@ -5,6 +5,7 @@ For each tile of queries, one online softmax runs over the blocks of keys of eve
 those the tile's queries meet, so the work is that of causal attention, or less.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -171,10 +172,9 @@ def backward(
                 dseen = [
                     x + dot("BKGTS,BSKH->BKGTH", d, keys) for x, d in zip(dseen, ds, strict=True)
                 ]
-                drotated_keys = sum(
-                    dot("BKGTS,BKGTH->BSKH", d, x) for d, x in zip(ds, seen, strict=True)
-                )
-                dk = _add_at(dk, at, _rotated_back(drotated_keys, at, band, rows))
+                dkeys = [dot("BKGTS,BKGTH->BSKH", d, x) for d, x in zip(ds, seen, strict=True)]
+                dkeys = functools.reduce(jnp.add, dkeys)
+                dk = _add_at(dk, at, _rotated_back(dkeys, at, band, rows))
                 dv = _add_at(dv, at, dot("BKGTS,BKGTH->BSKH", p, do_tile))
                 return dk, dv, dseen
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.bands import Method, PositionMethod
 from dca_jax.attention.mosaic_tpu import lists
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu.decode import decode
@@ -38,12 +39,14 @@ def unsupported(
     device: Device,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    if isinstance(dca, PositionMethod):
+        return f"it knows DCA and plain attention only, not {type(dca).__name__}"
     if paged:
         return "it does not read pages"
     batch, num_queries, num_heads, head_dim = query.shape
