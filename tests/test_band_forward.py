@@ -129,8 +129,8 @@ def check(name: str, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> No
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> Any:
-        stacked = (jnp.stack([x * 0, x]) for x in (k, v))
-        ours = band_forward.forward(q, *stacked, jnp.int32(1), rows, method=method)
+        keys, values = (jnp.stack([x * 0, x]) for x in (k, v))
+        ours = band_forward.forward(q, keys, values, jnp.int32(1), rows, method=method)
         options: Any = {"dca": method, "rows": rows}
         expected = attend(q, k, v, implementation="reference", **options)
         _, lse = mosaic_gpu.xla.forward(
@@ -157,7 +157,8 @@ def test_a_tile_walks_over_each_block_that_it_meets(seed: int, block: int, grow:
         stop = stop + rng.integers(0, 900)
     present = np.arange(2 * BLOCK_Q)[None] < rng.integers(0, 2 * BLOCK_Q + 1, 2)[:, None]
     start, stop = (np.where(present, x, 0).astype(np.int32) for x in (start, stop))
-    walks = np.asarray(walks_of_band(*map(jnp.asarray, (start, stop, present)), block))
+    given_start, given_stop, given_present = map(jnp.asarray, (start, stop, present))
+    walks = np.asarray(walks_of_band(given_start, given_stop, given_present, block))
     slots = np.arange(walks[..., 0].max() + walks[..., 1].max() + 2) * block
     for b, tile in np.ndindex(2, 2):
         queries = slice(tile * BLOCK_Q, (tile + 1) * BLOCK_Q)
