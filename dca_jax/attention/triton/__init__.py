@@ -32,8 +32,8 @@ def unsupported(
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
-    if listed or paged:
-        return "it reads neither lists of key blocks nor pages"
+    if listed:
+        return "it does not read lists of key blocks"
     head_dim = query.shape[-1]
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim must be 16, 32, 64, 128 or 256, got {head_dim}"
