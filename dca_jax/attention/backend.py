@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float, Int, Num
 
+from dca_jax.attention.bands import Method
 from dca_jax.attention.softmax import FAR
 from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase
@@ -71,15 +72,16 @@ class Backend(Protocol):
         device: Device,
         query: jax.ShapeDtypeStruct,
         key: jax.ShapeDtypeStruct,
-        dca: DCAConfig,
+        dca: Method,
         *,
         listed: bool = False,
         paged: bool = False,
     ) -> str | None:
         """Why this backend cannot run with these shapes and dtypes on this device; None if it can.
 
-        `listed` means with lists of key blocks, and `paged` means with pages, where S is the number
-        of tokens that a row's page table covers.
+        A method other than DCA is passed in place of a `DCAConfig`; it has no phases, and keys are
+        unrotated. `listed` means with lists of key blocks, and `paged` means with pages, where S is
+        the number of tokens that a row's page table covers.
         """
         ...
 

@@ -6,14 +6,14 @@ j) / q), it is one of two such differences:
     p i / q = A + a / q,  p j / q = C + c / q  with integers A, C and 0 <= a, c < q:
     floor(p (i - j) / q) = A - C where c <= a, and A - C - 1 where c > a
 
-So a range of distances is two bands over the same keys, and each query attends to some keys in the
-first band and to the others in the second.
+So in such a band a query has one position relative to some keys, and one less relative to the
+others: `dca_jax.attention.bands.Steps`.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from dca_jax.attention.bands import Band, Number
+from dca_jax.attention.bands import Band, Number, Steps
 
 DIGIT = 9  # bits that `scaled` processes at once
 LONGEST = 2**21  # tokens up to which `scaled` does not overflow int32
@@ -29,7 +29,6 @@ def stepped_band(
     *,
     p: Row = 1,
     q: Row = 1,
-    part: Number,
 ) -> Band:
     """Keys at the distances d in [start, stop), at the positions base + floor(p (d - start) / q).
 
@@ -37,25 +36,16 @@ def stepped_band(
         index: text indices of the queries.
         start, stop, base: one for all rows, or one per row.
         p, q: 0 <= p <= q, and p is 1 or q below `LONGEST`.
-        part: 0 for the keys with c <= a (see the module docstring), 1 for the others. With steps of
-            one token, the second part is empty.
     """
     whole, rest = scaled(index - start, p, q)
     origin = whole[:, :1]  # nearby, so that float32 angles stay accurate in long texts
     first = jnp.maximum(index - (stop - 1), 0)
-    last = index - (start - 1)
-
-    def meets(j: Array) -> Array:
-        _, c = scaled(j, p, q)
-        beyond = c[:, None, :] > rest[:, :, None]
-        return beyond == (jnp.asarray(part) == 1)
-
     return Band(
         first,
-        jnp.where((jnp.asarray(q) == p) & (jnp.asarray(part) == 1), first, last),
-        jnp.asarray(base + whole - origin - part),
+        index - (start - 1),
+        jnp.asarray(base + whole - origin),
         lambda j: scaled(j, p, q)[0] - origin,
-        meets,
+        Steps(rest, lambda j: scaled(j, p, q)[1]),
     )
 
 
