@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for options, message in (
         ({"blocks": blocks._replace(counts=blocks.counts[:, :1])}, "must have counts"),
         ({"blocks": blocks._replace(numbers=blocks.numbers[:, :, 1:])}, "and numbers"),
-        ({"key": pool, "value": pool, "pages": table[:, :0]}, "a page table of 1 rows"),
+        ({"key": pool, "value": pool, "pages": table[:, :0]}, "a page table for 1 rows"),
         ({"key": pool[:, :96], "value": pool[:, :96], "pages": table}, "a multiple of 128 tokens"),
     ):
         with pytest.raises(InputError, match=message):

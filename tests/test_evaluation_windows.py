@@ -392,7 +392,7 @@ def test_token_files(tmp_path):
         ("none.bin", 60, "is not a file"),
         ("a.npy", 50, "no ids of a vocabulary of 50"),
         ("wide.bin", 60, "seems to have 32 bits per token"),
-        ("odd.bin", 60, "3 bytes are no list"),
+        ("odd.bin", 60, "3 bytes are not a list"),
         ("b.npy", 60, "expected a list of integers"),
         ("c.npy", 60, "not an array of numbers"),
     ):

@@ -456,7 +456,7 @@ def test_on_a_mesh(axes: str, tiny: Llama) -> None:
     shared = Llama.from_params(tiny.config, params, dtype=jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 40)), jnp.int32)
     if "context" in axes:
-        with pytest.raises(InputError, match="SelfExtend reads a text on one device"):
+        with pytest.raises(InputError, match="SelfExtend needs the whole text on one device"):
             run(with_method(shared, "self-extend", 40), tokens)
         return
     ours = run(with_method(shared, "self-extend", 40), tokens)
