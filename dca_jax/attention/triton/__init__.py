@@ -34,8 +34,8 @@ def unsupported(
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
     if isinstance(dca, PositionMethod):
         return f"it knows DCA and plain attention only, not {type(dca).__name__}"
-    if listed or paged:
-        return "it reads neither lists of key blocks nor pages"
+    if listed:
+        return "it does not read lists of key blocks"
     head_dim = query.shape[-1]
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim must be 16, 32, 64, 128 or 256, got {head_dim}"
