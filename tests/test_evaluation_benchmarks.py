@@ -104,7 +104,7 @@ def test_questions_are_made_and_read(tmp_path: Path, folder: Path, says):
     assert (read.value["found"], made.value["found"]) == (True, False)
     assert "| dca | 100.0 (20.7 to 100.0; 1) |" in done.stdout
     assert "InfiniteBench's files" in done.stdout
-    assert "InfiniteBench, made: passkey" in done.stdout
+    assert "InfiniteBench, generated: passkey" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from dca_jax.rope import Frequencies, RopeConfig, inverse_frequencies, logit_sca
 
 log = logging.getLogger(__name__)
 
-# In order of preference: the first that can run is the best for the device.
+# In order of preference: the first that can run is the best one for the device.
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": mosaic_gpu,
     "triton": triton,
@@ -52,7 +52,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": xla,
 }
 IMPLEMENTATIONS = ("reference", *BACKENDS)
-SKIPPING = "mosaic_gpu", "xla"  # those that know `KeyBlocks.skip`
+SKIPPING = "mosaic_gpu", "xla"  # those that support `KeyBlocks.skip`
 
 
 def dual_chunk_attention(
@@ -70,25 +70,26 @@ def dual_chunk_attention(
     """Dual Chunk Attention over raw (unrotated) queries and keys; causal, one softmax.
 
     Args:
-        query: row b's queries stand at text indices query_offset[b] + 0 .. T - 1.
-        key, value: the texts from their first token, K kv heads; N is a multiple of K, and query
-            head n reads kv head n // (N / K). Keys are not repeated in memory.
-        dca: chunk length and largest query position; None is plain causal RoPE attention, and a
-            `PositionMethod` another way of giving positions.
-        rope: how the frequencies are made.
-        lengths: tokens of each row's text, its queries' own included (right-padded batches).
-            Default: query_offset + T. Outputs of padding queries are zero.
-        query_offset: text index of the first query, one for all rows or one a row.
-        context_lengths: the length L that temperature and dynamic NTK see, in tokens; default
-            `lengths`. During a prefill in pieces: the whole prompt's length.
+        query: queries; those of row b have text indices query_offset[b] + 0 .. T - 1.
+        key, value: keys and values of the texts from the first token on, K kv heads; N is a
+            multiple of K, and query head n reads kv head n // (N / K). Keys are not repeated in
+            memory.
+        dca: chunk length and largest query position; None for plain causal RoPE attention, or a
+            `PositionMethod` for another assignment of positions.
+        rope: parameters of the RoPE frequencies.
+        lengths: number of tokens of each row's text, including its queries' own (right-padded
+            batches). Default: query_offset + T. Outputs of padding queries are zero.
+        query_offset: text index of the first query, one for all rows or one per row.
+        context_lengths: the length L, in tokens, used for temperature and dynamic NTK; default
+            `lengths`. In a chunked prefill, the length of the whole prompt.
         implementation: one of `IMPLEMENTATIONS`; None picks the best for the device.
 
     Returns:
         [B, T, N, H] in the dtype of `query`. Logits and softmax are float32 (float64 for float64).
-        Differentiable in query, key and value, exactly.
+        Exactly differentiable in query, key and value.
 
     Raises:
-        InputError: shapes that do not fit, or an implementation that cannot run.
+        InputError: the shapes do not match, or the implementation cannot run.
 
     Source: arXiv 2402.17463, section 3; see `dca_jax.dca`.
     """
@@ -118,10 +119,10 @@ def make_rows(
     context_lengths: Int[Array, " B"] | None = None,
     frequency_lengths: Int[Array, " B"] | None = None,
 ) -> Rows:
-    """Works out each row's frequencies and logit scale; arguments as in `dual_chunk_attention`.
+    """Computes each row's frequencies and logit scale; arguments as in `dual_chunk_attention`.
 
-    `frequency_lengths`, the lengths dynamic NTK sees, differ from `context_lengths` only for a
-    growing KV cache, whose keys keep the frequencies they were written with.
+    `frequency_lengths`, the lengths used for dynamic NTK, differ from `context_lengths` only for a
+    growing KV cache, whose keys keep the frequencies with which they were written.
     """
     batch, num_queries, _, head_dim = query_shape
     offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
@@ -130,7 +131,7 @@ def make_rows(
         context_lengths = lengths
     if frequency_lengths is None:
         frequency_lengths = context_lengths
-    # DCA never uses a position above Q, so its rope never has to stretch for more than Q + 1.
+    # DCA never uses a position above Q, so its rope never has to cover more than Q + 1 positions.
     largest = None
     if dca is not None:
         is_method = isinstance(dca, PositionMethod)
@@ -155,10 +156,10 @@ def rotate_keys(
     dca: Method | None,
     inv_freq: Float[Array, "#B half"],
 ) -> Float[Array, "B S K H"]:
-    """Rotates keys to P_k of their text index: all that a KV cache needs to hold of them.
+    """Rotates keys to P_k of their text index: the only form that a KV cache has to hold.
 
-    A rotated key depends on its own index only, so prefix reuse, rollback and any split of a
-    prefill are exact. A `PositionMethod` keeps its keys raw, for each band has a P_k of its own.
+    A rotated key depends only on its own index, so prefix reuse, rollback and any split of a
+    prefill are exact. A `PositionMethod` caches raw keys, because each band has its own P_k.
     """
     if isinstance(dca, PositionMethod):
         return key
@@ -181,24 +182,24 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """`dual_chunk_attention` with keys already rotated by `rotate_keys` (a KV cache).
 
-    Key and value are [B, S, K, H]; with `layer` all layers of a cache, [L, B, S, K, H], of which
-    that one is read where it lies. Keys beyond a row's length are not read, whatever they hold (NaN
-    excepted: a masked value is multiplied by zero).
+    Key and value are [B, S, K, H], or with `layer` all layers of a cache, [L, B, S, K, H], of which
+    that layer is read in place. Keys beyond a row's length do not affect the result, unless they
+    are NaN (a masked value is multiplied by zero).
 
     Args:
-        scales: of keys and values in 8 bits (`dca_jax.attention.stored`).
-        blocks: for each tile of queries, the key blocks that it reads, edges aside
-            (`dca_jax.attention.blocks`); default: all that it meets.
-        pages: where each row's keys lie in a pool of pages [L, P, page, K, H], which key and value
-            then are (`dca_jax.attention.pages`); the row's first key is its text's first.
-        common: of one query a row, through pages: beginnings that rows have in common, read once
-            for all by implementations that can (`common_rows`), and as often as ever by others.
+        scales: scales of 8-bit keys and values (`dca_jax.attention.stored`).
+        blocks: the key blocks that each tile of queries reads, edges aside
+            (`dca_jax.attention.blocks`); default: all that it attends to.
+        pages: the page table of each row (`dca_jax.attention.pages`); key and value are then a pool
+            of pages [L, P, page, K, H], and a row's first key is the first of its text.
+        common: prefixes shared by rows, for one query per row and a page table. Implementations
+            that can (`common_rows`) read them once for all rows; others read them once per row.
 
-    With any of these, there is no gradient.
+    There is no gradient with any of these.
 
     Raises:
-        InputError: shapes that do not fit, an implementation that cannot run, or a gradient asked
-            of what has none.
+        InputError: the shapes do not match, the implementation cannot run, or a gradient is
+            requested where there is none.
     """
     number = jnp.int32(0) if layer is None else layer
     if layer is None:
@@ -232,7 +233,7 @@ def attend(
 
 
 class Extras(NamedTuple):
-    """What keys may come with; none of it has a gradient. See `attend`."""
+    """Optional arguments of `attend` that accompany the keys; none has a gradient."""
 
     scales: Scales | None
     blocks: KeyBlocks | None
@@ -246,9 +247,9 @@ def common_rows(
     key: jax.ShapeDtypeStruct,
     dca: Method | None,
 ) -> int:
-    """How many rows' queries are read at once over what they have in common; 0: none are.
+    """How many rows' queries are processed together over a shared prefix; 0 if none are.
 
-    Arguments as of `choose_implementation`, through pages.
+    Arguments as in `choose_implementation`, with a page table.
     """
     name = choose_implementation(implementation, query, key, dca or PLAIN, paged=True)
     return mosaic_gpu.rows_at_once(query, key) if name == "mosaic_gpu" else 0
@@ -265,7 +266,7 @@ def _by_definition(
     blocks: KeyBlocks | None,
     pages: Array | None,
 ) -> Array:
-    """The dense attention over a layer of keys that are laid out, unpacked and masked for it."""
+    """Dense attention over one layer's keys, which are first gathered, unpacked and masked."""
     if pages is not None:
         key, value, scales = unpaged(key, value, scales, layer, pages)
         layer = jnp.int32(0)
@@ -334,12 +335,12 @@ def attention_pass(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """One of the paper's three passes: attention over the keys of one phase only.
 
-    Arguments as in `dual_chunk_attention` (raw query and key); `implementation` is a flash
+    Arguments as in `dual_chunk_attention` (raw query and key); `implementation` must be a flash
     backend, not "reference".
 
     Returns:
         The pass's output, and the natural log-sum-exp of its logits, float32 [B, N, T]; a query
-        that meets no key in this phase has output 0 and log-sum-exp -inf. Both are
+        without keys in this phase has output 0 and log-sum-exp -inf. Both are
         differentiable, so `merge_passes` of three passes has the exact gradient too.
     """
     if implementation == "reference":
@@ -368,13 +369,13 @@ def choose_implementation(
     listed: bool = False,
     paged: bool = False,
 ) -> str:
-    """The implementation to run: the named one if it can, the best that can if None.
+    """Returns the name of the implementation to run: the requested one, or the best if None.
 
-    The query is [B, T, N, H], the key [L, B, S, K, H], as `Backend` takes them: of a page table S
-    is the tokens it has room for. `listed` and `paged`: over lists of key blocks, through pages.
+    The query is [B, T, N, H] and the key [L, B, S, K, H], as `Backend` takes them; with a page
+    table, S is its capacity in tokens. `listed` and `paged`: with lists of key blocks, with pages.
 
     Raises:
-        InputError: a name that is unknown, or an implementation that cannot run here, and why.
+        InputError: the name is unknown, or the implementation cannot run here (with the reason).
     """
     check_implementation(implementation)
     device, kinds = current_device(), {"listed": listed, "paged": paged}
@@ -426,7 +427,7 @@ def _check_ranks(query: Array, key: Array, value: Array) -> None:
 
 
 def _check_reach(num_queries: int, num_keys: int, offset: int | Array) -> None:
-    """Every query's own key must be there; known of an offset that is a Python number."""
+    """Checks that every query's own key is present, where the offset is a Python number."""
     if max(num_queries, num_keys) > LARGEST:
         raise InputError(f"a text has at most {LARGEST} tokens, got {max(num_queries, num_keys)}")
     if isinstance(offset, int) and not 0 <= offset <= num_keys - num_queries:
@@ -443,7 +444,7 @@ def _check_shapes(
     scales: Scales | None = None,
     pages: Array | None = None,
 ) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of the keys that the rows have, [L, B, S, K, H]."""
+    """Returns the shape and dtype of the rows' keys, [L, B, S, K, H]."""
     shape = key.shape
     if pages is not None:
         check_pages(pages, query.shape, shape)
@@ -482,7 +483,7 @@ def _forward(
     layer: Array,
     rows: Rows,
 ) -> tuple[Array, Array | None]:
-    """(out [B,T,N,H], lse [B,N,T] if asked for) of the keys that `phases` cover."""
+    """(out [B,T,N,H], lse [B,N,T] if requested) over the keys that `phases` cover."""
     options = {"dca": joined(form, numbers), "phases": phases, "with_lse": with_lse}
     return BACKENDS[name].forward(query, key, value, layer, rows, **options)
 
@@ -500,8 +501,8 @@ def _forward_saving(
     rows: Rows,
 ) -> tuple[tuple[Array, Array | None], tuple]:
     out, lse = _forward(name, form, phases, True, numbers, query, key, value, layer, rows)
-    # Or XLA's GPU compiler runs the kernel twice in a scan over layers: once to go on from, once
-    # more fused with the writing of its result to the stack of what is kept (jaxlib 0.11.2).
+    # Otherwise XLA's GPU compiler runs the kernel twice in a scan over layers: once for the next
+    # layer, and again fused with storing the result for the backward pass (jaxlib 0.11.2).
     out, lse = jax.lax.optimization_barrier((out, lse))
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return (out, lse if with_lse else None), (*(numbers, query, key, value, layer, rows, out, lse),)

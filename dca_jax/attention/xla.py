@@ -1,8 +1,8 @@
 """Blockwise attention in plain XLA: any device, any length, any chunk length, O(T) memory.
 
-For each tile of queries, one online softmax runs over the blocks of keys of every band in turn
-(`dca_jax.attention.bands`): DCA's phases, or the bands of another method. The blocks visited are
-those the tile's queries meet, so the work is that of causal attention, or less.
+For each tile of queries, one online softmax runs over the blocks of keys of each band in turn
+(`dca_jax.attention.bands`): DCA's phases, or the bands of another method. Only blocks that the
+tile's queries attend to are visited, so the work is at most that of causal attention.
 """
 
 import functools
@@ -38,10 +38,10 @@ from dca_jax.device import Device, current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
-TILE = 512  # queries a tile
-LOGITS = 512 * 512  # logits a tile may hold per head: few queries take longer blocks of keys
-# Keys: those of a block that a short text does not have are computed too. A CPU's caches hold 256,
-# which it reads faster than more; to a GPU each block is several kernels to be launched.
+TILE = 512  # queries per tile
+LOGITS = 512 * 512  # most logits of a tile per head: few queries use longer blocks of keys
+# Keys per block; a block is computed in full even if the text is shorter. A CPU is fastest with
+# 256, which fit its caches; on a GPU each block costs several kernel launches.
 LONGEST_BLOCK, LONGEST_CPU_BLOCK = 1024, 256
 
 
@@ -54,7 +54,7 @@ def unsupported(
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
-    """Nothing: it runs everywhere."""
+    """Returns None: it runs everywhere."""
     return None
 
 
@@ -72,12 +72,12 @@ def forward(
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Output and natural log-sum-exp over the keys of `phases`, which come rotated.
+    """Output and natural log-sum-exp over the rotated keys of `phases`.
 
-    For a `PositionMethod` they come raw, and there are no phases.
+    With a `PositionMethod` the keys are raw, and there are no phases.
     """
     if blocks is not None:
-        assert isinstance(dca, DCAConfig)  # `attend` has refused others
+        assert isinstance(dca, DCAConfig)  # `attend` rejects anything else
         options = {"dca": dca, "phases": phases, "scales": scales, "pages": pages}
         out, lse = attend_to_blocks(query, key, value, layer, rows, blocks, **options)
         return out, lse if with_lse else None
@@ -149,7 +149,7 @@ def backward(
     def one_tile(carry: tuple[Array, Array], args: tuple) -> tuple[tuple[Array, Array], Array]:
         (queries, start), (do_tile, _), (lse, delta) = args
         index = rows.offset[:, None] + start + jnp.arange(tile, dtype=jnp.int32)[None, :]
-        lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows that met no key: all masked
+        lse = jnp.where(jnp.isfinite(lse), lse, 0)[..., None]  # rows without keys: all masked
         do_tile = jnp.moveaxis(do_tile, 1, 3)
         scale = logit_scale(index, dca, rows.scale).astype(compute)
 
@@ -219,9 +219,9 @@ def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
 def _blocks(
     index: Int[Array, "B t"], band: Band, rows: Rows, num_keys: int, block: int
 ) -> tuple[Array, Array, tuple[Array, Array]]:
-    """[first, last) of the blocks that any of the tile's queries meets; each query's key range."""
+    """[first, last) of the blocks that any query of the tile attends to; each query's key range."""
     start = band.start
-    stop = jnp.where(index < rows.lengths[:, None], band.stop, start)  # padding meets nothing
+    stop = jnp.where(index < rows.lengths[:, None], band.stop, start)  # padding attends to nothing
     slots = (text - rows.key_offset[:, None] for text in (start, stop))
     start, stop = (jnp.clip(slot, 0, num_keys) for slot in slots)
     meets = start < stop
@@ -233,10 +233,10 @@ def _blocks(
 def _block(
     n: Int[Array, ""], num_keys: int, span: tuple[Array, Array], block: int
 ) -> tuple[Array, Array]:
-    """Where block n starts, and which of its keys each query meets [B, 1, 1, t, block].
+    """The start of block n, and which of its keys each query attends to [B, 1, 1, t, block].
 
-    The last block of a cache whose length is no multiple of `block` starts early and masks what
-    the block before has had: nothing is padded or copied.
+    If the length of the cache is not a multiple of `block`, the last block starts early and masks
+    the keys of the block before it: nothing is padded or copied.
     """
     at = jnp.minimum(n * block, num_keys - block)
     j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
@@ -248,14 +248,14 @@ def _block(
 def _seen(
     queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: Rows
 ) -> list[Float[Array, "B K G t H"]]:
-    """The tile's queries at each of the positions that they have in the band."""
+    """The tile's queries, rotated to each of their positions in the band."""
     return [rotated_query(queries, at, scale, rows) for at in band.query_positions]
 
 
 def _chosen(
     logits: list[Float[Array, "B K G t block"]], text: Int[Array, "B block"], band: Band
 ) -> Float[Array, "B K G t block"]:
-    """Of the logits at each of the queries' positions, those that count."""
+    """Selects each key's logit from those at each of the queries' positions."""
     if band.steps is None:
         return logits[0]
     return jnp.where(band.steps.nearer(text)[:, None, None], logits[1], logits[0])
@@ -264,7 +264,7 @@ def _chosen(
 def _shared(
     dlogits: Float[Array, "B K G t block"], text: Int[Array, "B block"], band: Band
 ) -> list[Float[Array, "B K G t block"]]:
-    """From the gradient of `_chosen` to those of its logits."""
+    """Gradients of the logits, from the gradient of `_chosen`."""
     if band.steps is None:
         return [dlogits]
     nearer = band.steps.nearer(text)[:, None, None]
@@ -274,7 +274,7 @@ def _shared(
 def _rotated_back(
     dkeys: Float[Array, "B block K H"], at: Int[Array, ""], band: Band, rows: Rows
 ) -> Float[Array, "B block K H"]:
-    """From the gradient of `rotated_keys` to that of the keys as they came."""
+    """Gradient of the keys as given, from that of `rotated_keys`."""
     if band.key_position is None:
         return dkeys
     position = band.key_position(_text_index(at, dkeys.shape[1], rows))
@@ -290,7 +290,7 @@ def _text_index(at: Int[Array, ""], block: int, rows: Rows) -> Int[Array, "B blo
 def _reader(
     layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"] | None
 ) -> Callable[[Array, Array, int], Array]:
-    """What reads `block` keys or values [B, block, K, H] of a layer from slot `at` on, in place."""
+    """A function that reads `block` keys or values [B, block, K, H] from slot `at` on, in place."""
 
     def read(cache: Array, at: Array, block: int) -> Array:
         heads = cache.shape[3:]
@@ -309,7 +309,7 @@ def _reader(
 def _scale_reader(
     layer: Int[Array, ""], pages: Int[Array, "B pages_per_row"] | None
 ) -> Callable[[Array, Array, int], Array]:
-    """What reads the scales of the same keys or values, laid out as logits [B, K, 1, 1, block]."""
+    """A function that reads the scales of these keys or values, as [B, K, 1, 1, block]."""
 
     def read(scales: Array, at: Array, block: int) -> Array:
         if pages is not None:
@@ -327,7 +327,7 @@ def _scale_reader(
 def _places(
     at: Int[Array, ""], block: int, pages: Int[Array, "B pages_per_row"], page: int
 ) -> tuple[Int[Array, "B block"], Int[Array, "1 block"]]:
-    """Where `block` tokens of each row lie in a pool: the page, and the slot within it."""
+    """The pages of `block` tokens of each row in a pool, and the slots within them."""
     number, slot = jnp.divmod(at.astype(jnp.int32) + jnp.arange(block, dtype=jnp.int32), page)
     return pages[:, number], slot[None, :]
 

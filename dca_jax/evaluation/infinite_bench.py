@@ -1,13 +1,13 @@
 """InfiniteBench's synthetic retrieval tasks: a passkey, a string of digits, a value of JSON.
 
 Zhang et al. (arXiv 2402.13718). Questions come from its files (lines with `context`, `input` and
-`answer`), read whole or cut in the middle as its scripts do, or are made here at any length, of its
-sentences: then seeds are ours, and the UUIDs of kv_retrieval new (its own are of a file of "Lost in
-the middle"). Prompts, numbers of new tokens and scorers are those of github.com/OpenBMB/
+`answer`), read whole or cut in the middle as in its scripts, or are generated here at any length
+from its sentences, with different seeds and new UUIDs in kv_retrieval (the original's come from
+"Lost in the middle"). Prompts, numbers of new tokens and scorers are those of github.com/OpenBMB/
 InfiniteBench (src/prompt.py, eval_utils.py, compute_scores.py, and the sentences of
-data/construct_synthetic_dataset.py), Copyright (c) 2023 OpenBMB, under the MIT License: for base
-models those it gives YaRN-Mistral, with a chat template GPT-4's. One thing differs: an answer that
-stands in a list is taken out of it, which its scorer forgets in kv_retrieval.
+data/construct_synthetic_dataset.py), Copyright (c) 2023 OpenBMB, under the MIT License: YaRN-
+Mistral's for base models, and GPT-4's with a chat template. One thing differs: an expected answer
+in a list is taken out of it, which the original's scorer does not do in kv_retrieval.
 """
 
 import functools
@@ -34,14 +34,14 @@ from dca_jax.inference.llm import LLM
 QUOTED = "There is an important info hidden inside a lot of irrelevant text. Find it"
 QUIZ = "I will quiz you about the important information"
 NOISE = " ".join(FILLER) + "\n"
-MAX_LENGTH = 131_072  # tokens of prompt and answer, beyond which InfiniteBench cuts
-CHAT_TOKENS = 128  # of an answer by chat, a sentence; GPT-4's had no limit
-SAMPLE = 40  # lines or pairs, to see how many tokens they have
-SIGNS = re.compile(r"[\n:\"'.,?!{}]")  # that the scorer of kv_retrieval takes as spaces
+MAX_LENGTH = 131_072  # tokens of prompt and answer; InfiniteBench truncates longer ones
+CHAT_TOKENS = 128  # most tokens of a chat model's answer, a sentence; GPT-4's had no limit
+SAMPLE = 40  # lines or pairs from which the number of tokens is estimated
+SIGNS = re.compile(r"[\n:\"'.,?!{}]")  # kv_retrieval's scorer replaces these with spaces
 
 
 class Task(NamedTuple):
-    """A task's prompts, with {context} and {input}, and how many new tokens a base model gets."""
+    """A task's prompts, with {context} and {input}, and a base model's number of new tokens."""
 
     base: str
     chat: str
@@ -76,12 +76,12 @@ FORM = Form(
 
 
 def new_tokens(task: str, chat: bool) -> int:
-    """How many tokens an answer may have."""
+    """Maximum number of tokens of an answer."""
     return CHAT_TOKENS if chat else TASKS[task].new_tokens
 
 
 def is_right(task: str, answer: str, expected: str) -> bool:
-    """Whether the first number is the one expected; of JSON, whether any word is."""
+    """Whether the first number is the expected one, or for JSON, whether any word is."""
     if task == "kv_retrieval":
         return expected in SIGNS.sub(" ", answer).split()
     return first_number(answer) == expected
@@ -91,7 +91,7 @@ def is_right(task: str, answer: str, expected: str) -> bool:
 
 
 class Asked(NamedTuple):
-    """A text, the question after it, and its answer."""
+    """A text, the question that follows it, and the answer."""
 
     context: str
     question: str
@@ -99,7 +99,7 @@ class Asked(NamedTuple):
 
 
 def made(task: str, rng: np.random.Generator) -> Callable[[int], Asked]:
-    """A question whose text has any number of units, lines or pairs; drawn for all alike."""
+    """Draws a question; its text can have any number of units (lines or pairs)."""
     depth, digits = rng.random(), [str(digit) for digit in rng.integers(0, 10, 5)]
     if task == "kv_retrieval":
         seed = int(rng.integers(2**32))
@@ -107,7 +107,7 @@ def made(task: str, rng: np.random.Generator) -> Callable[[int], Asked]:
     name = "pass key"
     if task == "number_string":
         name = "sequence of digits"
-        for more in range(5):  # each doubles a digit
+        for more in range(5):  # each iteration doubles a digit
             place = int(rng.integers(0, 5 + more))
             digits.insert(place, digits[place])
     key = "".join(digits)
@@ -134,10 +134,10 @@ def _made_pairs(pairs: int, depth: float, seed: int) -> Asked:
 
 
 def read_files(files: Mapping[str, Path]) -> dict[str, list[Asked]]:
-    """The questions of InfiniteBench's files, by task.
+    """Reads the questions in InfiniteBench's files, by task.
 
     Raises:
-        InputError: an unknown task or a bad file.
+        InputError: a task is unknown or a file is invalid.
     """
     check_tasks(files)
     found = {}
@@ -152,7 +152,7 @@ def _first(answer: str | list[str]) -> str:
 
 
 def check_tasks(tasks: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raises InputError for a task that is not known."""
+    """Raises InputError for an unknown task."""
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"task {task!r} is not known; expected one of {', '.join(TASKS)}")
@@ -175,23 +175,23 @@ def evaluate(
     chat: bool = False,
     batch: int | None = None,
 ) -> None:
-    """Asks the questions of files, and made ones of each length, by every method.
+    """Asks the questions in files and generated ones of each length with every method.
 
     Args:
         files: questions by task.
-        tasks: of the made ones.
-        lengths: tokens of a made prompt and its answer at most, special ones included.
-        trials: made questions of each task and length.
+        tasks: tasks of generated questions.
+        lengths: maximum tokens of a generated prompt and its answer, including special tokens.
+        trials: number of generated questions of each task and length.
         max_length: tokens of a file's prompt and its answer; longer ones are cut in the middle.
-        limit: only so many questions of each file.
-        chat: the prompt is a user's message.
+        limit: largest number of questions of each file.
+        chat: whether to send the prompt as a user's message.
 
     Raises:
-        InputError: an unknown task, or what `ask` refuses.
+        InputError: a task is unknown, or `ask` raises.
     """
     check_tasks([*files, *tasks])
     if chat:
-        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # raises without a template
     for task in TASKS:
         samples = []
         for number, asked in enumerate(files.get(task, [])[:limit]):
@@ -245,7 +245,7 @@ def _made_question(llm: LLM, task: str, length: int, trial: int, chat: bool) -> 
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Made questions by task, method and length; files by method and task."""
+    """Scores of generated questions by task, method and length, and of files by method and task."""
     del paper_model  # the paper has no InfiniteBench
     scores: dict[str, Any] = {}
     tables: list[Table] = []
@@ -256,7 +256,7 @@ def outcome(
             part = accuracy_table(
                 some,
                 "found",
-                title=f"InfiniteBench, made: {task}",
+                title=f"InfiniteBench, generated: {task}",
                 trained_length=settings["trained_length"],
                 depth="depth",
             )
@@ -285,7 +285,7 @@ def outcome(
                 title="InfiniteBench's files (per cent)",
                 header=["method", *tasks],
                 rows=rows,
-                notes=["In parentheses: the 95 % interval, and the number of questions."],
+                notes=["In parentheses: the 95 % interval and the number of questions."],
             )
         )
     return Outcome(scores=scores, tables=tables, pictures=pictures)

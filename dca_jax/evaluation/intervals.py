@@ -1,9 +1,9 @@
-"""Intervals of 95 % for scores that are means of samples from 0 to 1.
+"""95 % confidence intervals for scores that are means of samples from 0 to 1.
 
-Wilson's score interval (1927), which also tells something where every sample is right. A sample
-that is partly right varies less than one that is right or wrong with the same mean, so for such
-scores the interval is rather too wide than too narrow. A mean over several tasks combines theirs
-as Zou and Donner do (2008, "MOVER").
+Wilson's score interval (1927), which is also informative when every sample is right. Partly right
+samples vary less than right or wrong ones with the same mean, so for such scores the interval tends
+to be too wide rather than too narrow. The interval of a mean over several tasks combines theirs as
+in Zou and Donner (2008, "MOVER").
 """
 
 import math
@@ -13,7 +13,7 @@ Z = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 def wilson(mean: float, samples: int) -> tuple[float, float]:
-    """Where a score lies of which `samples` have this mean; from 0 to 1."""
+    """The interval of a score, from 0 to 1, of which `samples` samples have this mean."""
     center = (mean + Z**2 / (2 * samples)) / (1 + Z**2 / samples)
     variance = mean * (1 - mean) / samples + Z**2 / (4 * samples**2)
     half = Z * math.sqrt(max(variance, 0.0)) / (1 + Z**2 / samples)
@@ -21,10 +21,10 @@ def wilson(mean: float, samples: int) -> tuple[float, float]:
 
 
 def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Where the mean of several scores lies, each of its own samples.
+    """The interval of the mean of several scores, each with its own samples.
 
     Args:
-        cells: of each score its mean and number of samples.
+        cells: mean and number of samples of each score.
     """
     mean = math.fsum(mean for mean, _ in cells) / len(cells)
     ends = [(mean, *wilson(mean, samples)) for mean, samples in cells]
@@ -34,7 +34,7 @@ def mean_interval(cells: Sequence[tuple[float, int]]) -> tuple[float, float]:
 
 
 def in_per_cent(cell: tuple[float, int]) -> str:
-    """A mean with its interval and the number of its samples, for a table."""
+    """A mean with its interval and number of samples, formatted for a table."""
     mean, samples = cell
     low, high = wilson(mean, samples)
     return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f}; {samples})"

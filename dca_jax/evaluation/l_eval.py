@@ -1,19 +1,20 @@
 """L-Eval's closed-ended tasks (An et al., arXiv 2307.11088), for chat models (Table 4).
 
-TOEFL (tpo), QuALITY, Coursera and SFiction (sci_fi): its data files, its scorers, and the prompts
-that ChunkLlama's zero-shot script gives Llama 2 (L-Eval's own differ from them in a few words). The
-document is cut from the right to 200 tokens less than there is room for; greedy, at most 512 new
-tokens. A statement of SFiction is asked about twice: true in the document (loyalty)? and, without
-the document, true in the world (fact)? The score is the mean of both.
+TOEFL (tpo), QuALITY, Coursera and SFiction (sci_fi), with L-Eval's data files and scorers and the
+Llama 2 prompts of ChunkLlama's zero-shot script (L-Eval's own differ in a few words). The document
+is truncated on the right to 200 tokens less than fit; decoding is greedy, with at most 512 new
+tokens. There are two questions about each statement in SFiction: whether it is true in the document
+(loyalty), and, without the document, in the world (fact). The score is the mean of both.
 
 The scorers are those of `Evaluation/auto_eval.py` and `em.py`, with one difference: an empty answer
-scores 0. There it scored 0.25, because an empty set of letters is a subset of any (until July 2024,
-when answers of white space became "None"). Kept as they are, since published figures have them:
+scores 0. The original gave 0.25, because an empty set of letters is a subset of any (until July
+2024, when answers of white space became "None"). The following is kept, because published figures
+depend on it:
 
 - an answer that names no letter counts as the guess A;
-- in TOEFL and QuALITY the first of the capitals A to D anywhere in an answer is the one chosen, but
-  an answer that is a piece of "ABCD", such as CD, is taken whole, and so is wrong;
-- in Coursera, some of the right letters and no wrong one score 0.25.
+- in TOEFL and QuALITY the first capital A to D anywhere in an answer is the choice, but an answer
+  that is a substring of "ABCD", such as CD, is taken as a whole, and so is wrong;
+- in Coursera, some of the right letters without a wrong one score 0.25.
 """
 
 import functools
@@ -69,13 +70,13 @@ IN_WORLD = "based on the real-world knowledge and facts up until your last train
 
 
 def prompt_text(task: str, document: str, question: str) -> str:
-    """Llama 2's prompt, as ChunkLlama writes it."""
+    """ChunkLlama's prompt for Llama 2."""
     asked = ASKED.format(document=document, question=question)
     return f"[INST]<<SYS>>\n{SYSTEM[task]}\n<</SYS>>\n\n{asked}[/INST]\nAnswer:"
 
 
 def fact_text(question: str) -> str:
-    """SFiction's second question, of what is true in the world."""
+    """SFiction's second question, whether a statement is true in the world."""
     return question.replace(IN_DOCUMENT, IN_WORLD) + "\nAnswer:"
 
 
@@ -83,10 +84,10 @@ def fact_text(question: str) -> str:
 
 
 def chosen_letters(answer: str, *, several: bool) -> str:
-    """The letters that an answer chooses; "" if it is empty.
+    """The letters chosen by an answer; "" if it is empty.
 
     Args:
-        several: Coursera, where several may be right.
+        several: whether several letters may be right, as in Coursera.
     """
     if not answer.strip():
         return ""
@@ -100,7 +101,7 @@ def chosen_letters(answer: str, *, several: bool) -> str:
     if len(letters) > 1:
         return "".join(sorted(set(letters)))
     rest = answer[len(letters) :].split("Question")[0]
-    # Capitals that stand before a full stop, a bracket or a space.
+    # Capitals before a full stop, a bracket or a space.
     options = "".join(re.findall(r"\s*[A-Z](?=[\s.)])", rest))
     letters = "".join(sorted(set(re.sub(r"[^A-D]", "", letters + options))))
     if not letters:
@@ -110,12 +111,12 @@ def chosen_letters(answer: str, *, several: bool) -> str:
 
 
 def right_letters(reference: str) -> str:
-    """The letters of a reference that is not empty, such as (B) Because ..."""
+    """The letters of a non-empty reference, such as (B) Because ..."""
     return re.sub(r"[^A-D]", "", reference.split()[0]) or "A"
 
 
 def choice_score(chosen: str, right: str) -> float:
-    """1 for the right letters, 0.25 for some of them and no other, else 0."""
+    """1 for the right letters, 0.25 for a proper subset of them, else 0."""
     chosen, right = normalized(chosen, lower=False), normalized(right, lower=False)
     if chosen == right:
         return 1.0
@@ -123,7 +124,7 @@ def choice_score(chosen: str, right: str) -> float:
 
 
 def true_or_false(answer: str) -> str:
-    """Which of the two the first word that has one of them says; "" if none does."""
+    """The first word that contains either "true" or "false", reduced to that; "" if none does."""
     for word in answer.lower().split():
         for said in ("true", "false"):
             if said in word:
@@ -135,11 +136,11 @@ def scores_of(task: str, answers: Sequence[str], references: Sequence[str]) -> d
     """The scores of a task, in per cent, from all its answers.
 
     Args:
-        answers: for sci_fi both in one, as L-Eval writes them: "True [fact: False]".
+        answers: the answers; for sci_fi both in one string as in L-Eval: "True [fact: False]".
         references: as in L-Eval's files.
 
     Returns:
-        {"exact_match": ...}; for sci_fi that is the mean of "loyalty" and "fact".
+        {"exact_match": ...}; for sci_fi this is the mean of "loyalty" and "fact".
     """
     if task != "sci_fi":
         several = task == "coursera"
@@ -157,27 +158,27 @@ def scores_of(task: str, answers: Sequence[str], references: Sequence[str]) -> d
 
 
 def _joined(answers: Sequence[str]) -> str:
-    """One answer as it is; SFiction's two as L-Eval writes them."""
+    """A single answer unchanged; SFiction's two answers combined as in L-Eval."""
     return answers[0] if len(answers) == 1 else f"{answers[0]} [fact: {answers[1]}]"
 
 
 def _parts(text: str) -> tuple[str, str]:
-    """The two of "True [fact: False]", in small letters; an absent second one is empty."""
+    """The two answers of "True [fact: False]" in lower case; the second is empty if absent."""
     first, *others = text.lower().split("[fact:")
     return first.strip(), others[0][:-1].strip() if others else ""  # without the bracket
 
 
 def score_file(path: Path, task: str) -> dict[str, float]:
-    """The scores of a file of predictions in L-Eval's form (`gt`, and a name ending in `_pred`).
+    """The scores of a predictions file in L-Eval's format (`gt`, and a field ending in `_pred`).
 
     Raises:
-        InputError: an unknown task, or another kind of file.
+        InputError: the task is unknown, or the file has another format.
     """
     _check_task(task)
     rows = read_json_lines(path, "gt")
     names = [name for name in rows[0] if "_pred" in name]
     if not names:
-        raise InputError(f"{path} has no predictions: no field's name ends in _pred")
+        raise InputError(f"{path} has no predictions: no field name ends in _pred")
     for number, row in enumerate(rows, start=1):
         check_text(row.get(names[0]), f"{path}: prediction {number}: {names[0]}")
     return scores_of(task, [row[names[0]] for row in rows], [row["gt"] for row in rows])
@@ -194,11 +195,11 @@ def _check_task(task: str) -> None:
 def read_files(
     files: Mapping[str, Path], max_length: int = MAX_LENGTH
 ) -> dict[str, list[dict[str, Any]]]:
-    """The documents of each task, with their questions and answers, from its file.
+    """Reads the documents of each task, with their questions and answers.
 
     Raises:
-        InputError: an unknown task, a bad file, or one without a question; or a length that has no
-            room for a document.
+        InputError: a task is unknown, a file is invalid or has no questions, or the length leaves
+            no room for a document.
     """
     if max_length - NEW_TOKENS <= MARGIN:
         raise InputError(f"--max-length must be more than {MARGIN + NEW_TOKENS}, got {max_length}")
@@ -225,20 +226,21 @@ def evaluate(
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
-    """Asks the questions of some tasks, and notes answers and references.
+    """Asks the questions of the given tasks, and records answers and references.
 
     Args:
-        files: of each task, a name of `TASKS`.
-        max_length: tokens of prompt and answer, about.
-        chat: by the model's own chat template, in place of Llama 2's prompt.
-        limit: only so many questions of each.
+        files: file of each task; keys are names in `TASKS`.
+        max_length: approximate number of tokens of prompt and answer.
+        chat: whether to use the model's own chat template instead of Llama 2's prompt.
+        limit: largest number of questions of each task.
 
     Raises:
-        InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
+        InputError: a task is unknown, a file is invalid, there is no room for a document, or `ask`
+            raises.
     """
     rows, room = read_files(files, max_length), max_length - NEW_TOKENS
     if chat:
-        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # raises without a template
     for nth, (task, documents) in enumerate(rows.items(), start=1):
         samples, facts = [], []
         for n, row in enumerate(documents):
@@ -288,14 +290,14 @@ def _fact_question(llm: LLM, question: str, reference: str, chat: bool) -> Quest
 
 
 def _judge(reference: str, said: Answer) -> dict[str, Any]:
-    del said  # it is in the record; scores are of all answers together
+    del said  # it is in the record; scores are computed from all answers together
     return {"reference": reference}
 
 
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Exact match by task and method, per cent, and their average."""
+    """Exact match by task and method in per cent, and the average."""
     del settings
     answers: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
     for record in records:

@@ -1,13 +1,13 @@
-"""LongBench v2: questions with four choices about texts of 8k words to two millions.
+"""LongBench v2: questions with four choices about texts of 8k to 2M words.
 
-Bai et al. (arXiv 2412.15204), its file data.json. Prompt, cutting and the way an answer is read are
-those of github.com/THUDM/LongBench (prompts/0shot.txt, pred.py, result.py), Copyright (c) 2023
-THU-KEG & Zhipu AI, under the MIT License. Two forms:
+Bai et al. (arXiv 2412.15204), with its file data.json. Prompt, truncation and the parsing of
+answers are those of github.com/THUDM/LongBench (prompts/0shot.txt, pred.py, result.py), Copyright
+(c) 2023 THU-KEG & Zhipu AI, under the MIT License. There are two forms:
 
-    answer   that of its leaderboard: the model writes up to 128 tokens, of which "The correct
-             answer is (X)" counts. There at a temperature of 0.1; here greedily.
-    letter   the likeliest of the four letters after "The correct answer is (": for models that do
-             not keep to a form. The text is read once for all four.
+    answer   as on its leaderboard: the model generates up to 128 tokens, in which "The correct
+             answer is (X)" counts. The leaderboard uses a temperature of 0.1; here it is greedy.
+    letter   the most likely of the four letters after "The correct answer is (", for models that
+             do not follow the format. The text is read once for all four.
 """
 
 import functools
@@ -38,7 +38,7 @@ from dca_jax.text_files import parse_json, read_text_file
 
 FORMS = ("answer", "letter")
 LETTERS = "ABCD"
-NEW_TOKENS, MAX_LENGTH = 128, 120_000  # of an answer; the leaderboard's cut for most models
+NEW_TOKENS, MAX_LENGTH = 128, 120_000  # answer tokens; the leaderboard's limit for most models
 PROMPT = (
     "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>"
     "\n\nWhat is the correct answer to this question: {question}\nChoices:\n(A) {choice_A}\n"
@@ -56,10 +56,10 @@ FORM = Form(
 
 
 def read_file(path: Path) -> list[dict[str, str]]:
-    """The questions of LongBench v2's data.json.
+    """Reads the questions in LongBench v2's data.json.
 
     Raises:
-        InputError: another file.
+        InputError: the file has another format.
     """
     rows = parse_json(read_text_file(path), f"{path}")
     if not isinstance(rows, list) or not rows:
@@ -79,12 +79,12 @@ def read_file(path: Path) -> list[dict[str, str]]:
 
 
 def prompt_text(row: Mapping[str, str]) -> str:
-    """The question of a row, its text in front."""
+    """The question of a row, preceded by its text."""
     return PROMPT.format(**{name: row[name].strip() for name in TEXTS})
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The letter that an answer names, in the form asked for; None if it names none."""
+    """The letter that an answer names in the required format; None if it names none."""
     said = answer.strip().replace("*", "")
     for form in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
         if found := re.search(form, said):
@@ -107,22 +107,22 @@ def evaluate(
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
-    """Asks the questions of a file by every method.
+    """Asks the questions of a file with every method.
 
     Args:
         form: one of `FORMS`.
         max_length: tokens of a prompt; longer ones are cut in the middle.
-        chat: the prompt is a user's message.
-        limit: only so many questions.
-        batch: prompts read together, in the form "answer".
+        chat: whether to send the prompt as a user's message.
+        limit: largest number of questions.
+        batch: number of prompts read together in the form "answer".
 
     Raises:
-        InputError: an unknown form, a model without a chat template, or what `ask` refuses.
+        InputError: the form is unknown, the model has no chat template, or `ask` raises.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
     if chat:
-        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # raises without a template
     rows = rows[:limit]
     if form == "letter":
         _compare_letters(llm, log, rows, methods, max_length, chat)
@@ -166,7 +166,7 @@ def _compare_letters(
     max_length: int,
     chat: bool,
 ) -> None:
-    """Notes which letter is the likeliest."""
+    """Records the most likely letter of each question."""
     config = llm.model.config
     for method in methods:
         method_by_name(method, config, max_length)
@@ -200,8 +200,8 @@ def letter_likelihoods(
     """The log-likelihood of each letter after a prompt and the beginning of an answer.
 
     Args:
-        prompt: ids.
-        before: what stands between the two.
+        prompt: ids of the prompt.
+        before: text between the prompt and the letter.
     """
     texts = [
         np.asarray([*prompt, *encode(llm, f"{before}{BEGINNING}{letter}")], np.int32)
@@ -209,7 +209,7 @@ def letter_likelihoods(
     ]
     longest = max(map(len, texts))
     llm = reading(llm, method, longest)
-    shared = min(common_beginning(texts[0], text) for text in texts) - 1  # whose last is given
+    shared = min(common_beginning(texts[0], text) for text in texts) - 1  # the last is reread
     once = 0 if depends_on_length(llm.model) or llm.model.sparse is not None else shared
     reader = Reader(llm.model, 1, longest, cache_dtype=llm.cache_dtype)
     (scores,) = reader.read_branches([Branches(texts[0][:once], [text[once:] for text in texts])])
@@ -222,7 +222,7 @@ def letter_likelihoods(
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """The share of right answers, of all and by difficulty and length, as on the leaderboard."""
+    """The share of right answers, overall and by difficulty and length, as on the leaderboard."""
     del paper_model  # the paper has no LongBench v2
     methods = list(dict.fromkeys(record.key["method"] for record in records))
     columns = ("overall", *DIFFICULTIES, *LENGTHS)
@@ -248,8 +248,8 @@ def outcome(
         header=["method", *columns],
         rows=rows,
         notes=[
-            "In parentheses: the 95 % interval, and the number of questions. A guess is right in "
-            "25 % of them."
+            "In parentheses: the 95 % interval and the number of questions. A random guess is "
+            "right for 25 % of them."
         ],
     )
     return Outcome(scores=scores, tables=[table] if rows else [])

@@ -1,22 +1,22 @@
-"""Needles in a haystack, several at once, and chains of variables: after RULER.
+"""Multiple needles in a haystack and chains of variables, after RULER.
 
-Hsieh et al. (arXiv 2404.06654, github.com/NVIDIA/RULER). Its prompts, its number of new tokens,
-which count as part of the length, and its scoring: the share of the expected strings that stand
-anywhere in the answer, in either case. Different: words of our own make the keys, seeds are ours,
-sentences end at full stops, and the haystack is any text (without one, RULER's noise). Places are
-drawn as RULER's: of forty even depths in a text, and any line of noise.
+Hsieh et al. (arXiv 2404.06654, github.com/NVIDIA/RULER). Prompts, numbers of new tokens (which are
+part of the length) and scoring are RULER's: the share of the expected strings that occur anywhere
+in the answer, ignoring case. The words of the keys, the seeds and the sentence splitting (at full
+stops) are different, and the haystack is any text (default: RULER's noise). Places are drawn as in
+RULER: one of forty even depths in a text, or any line of noise.
 
     single        one needle; at random depths, or on a grid of them   (niah_single_1, _2)
-    multi-key     three more needles distract                          (niah_multikey_1)
-    multi-value   one key has four values, all are asked for           (niah_multivalue)
-    multi-query   four keys are asked for together                     (niah_multiquery)
-    variables     VAR A = 12345, VAR B = VAR A ...: all five are asked (vt)
+    multi-key     one needle, and three more as distractors            (niah_multikey_1)
+    multi-value   one key with four values, all in the answer          (niah_multivalue)
+    multi-query   a question for four keys together                    (niah_multiquery)
+    variables     VAR A = 12345, VAR B = VAR A ...: find all five      (vt)
 
-Before "variables" stands a worked example in noise, of about 500 tokens.
+"variables" begins with a worked example in noise, of about 500 tokens.
 
 RULER's *effective length* of a model is the greatest length at which its mean over the tasks is at
-least 85.6, what Llama2-7B-Chat has at 4k. RULER has 13 tasks: a mean over some of these five is
-another figure, if on the same scale. All 13, from RULER's own seeds: `dca_jax.evaluation.ruler`.
+least 85.6, the score of Llama2-7B-Chat at 4k. RULER has 13 tasks, so a mean over some of these five
+is a different figure on the same scale. `dca_jax.evaluation.ruler` has all 13 with RULER's seeds.
 """
 
 import functools
@@ -40,7 +40,7 @@ from dca_jax.inference.llm import LLM
 
 THRESHOLD = 85.6  # per cent
 HOPS = 4
-EXAMPLE_TOKENS = 500  # of the worked example, or five lines of noise if they have more
+EXAMPLE_TOKENS = 500  # of the worked example, unless its five lines of noise have more
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLES = (
@@ -78,13 +78,13 @@ NOUNS = (
 
 
 class Hidden(NamedTuple):
-    """What a sample hides, and what it asks for.
+    """The hidden content of a sample, and its question.
 
     Attributes:
-        needles: sentences, in the order in which they come.
-        template: the question around {context}, about {query}; and how the answer begins.
-        expected: the strings that the answer should have.
-        example: another such sample, shown with its answer before the question.
+        needles: the hidden sentences in order.
+        template: the question with {context} and {query}, and the beginning of the answer.
+        expected: the strings that the answer should contain.
+        example: another sample, shown with its answer before the question.
     """
 
     needles: list[str]
@@ -97,7 +97,7 @@ class Hidden(NamedTuple):
 def hidden_numbers(
     rng: np.random.Generator, *, keys: int = 1, values: int = 1, queries: int = 1
 ) -> Hidden:
-    """Keys with values (numbers of seven digits), and a question for the values of some keys."""
+    """Keys with values (seven-digit numbers), and a question for the values of some keys."""
     pairs = rng.choice(len(ADJECTIVES) * len(NOUNS), keys, replace=False)
     words = [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in pairs]
     numbers = rng.choice(9_000_000, (keys, values), replace=False) + 1_000_000
@@ -118,9 +118,9 @@ def hidden_numbers(
 
 
 def hidden_variables(rng: np.random.Generator) -> Hidden:
-    """A chain of variables, each assigned the one before it, the first a number of five digits.
+    """A chain of variables: the first is a five-digit number, each other equals the previous one.
 
-    The example's names are of three letters, as in RULER.
+    The example's names have three letters, as in RULER.
     """
     return _chain(rng, 5)._replace(example=_chain(rng, 3))
 
@@ -137,7 +137,7 @@ def _chain(rng: np.random.Generator, letters: int) -> Hidden:
     return Hidden(needles=chain, template=VARIABLES, query=value, expected=names)
 
 
-# For each task: what it hides, and how many new tokens it gets.
+# For each task: its hidden content, and its number of new tokens.
 TASKS: dict[str, tuple[Callable[[np.random.Generator], Hidden], int]] = {
     "single": (hidden_numbers, 128),
     "multi-key": (functools.partial(hidden_numbers, keys=4), 128),
@@ -156,7 +156,7 @@ FORM = Form(
 
 
 def score(answer: str, expected: Sequence[str]) -> float:
-    """The share of the expected strings that an answer has, from 0 to 1 (string_match_all)."""
+    """The share of the expected strings in an answer, from 0 to 1 (string_match_all)."""
     said = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).lower()
     return sum(text.lower() in said for text in expected) / len(expected)
 
@@ -178,18 +178,19 @@ def evaluate(
     batch: int | None = None,
     capacity: int = 0,
 ) -> None:
-    """Asks for what was hidden in the haystack, `trials` times at every length and task.
+    """Asks `trials` questions about hidden needles at every length and task.
 
     Args:
-        tasks: names of `TASKS`.
-        lengths: tokens of prompt and answer together, at most.
-        depths: from 0 to 1, of the needle of "single"; None draws them, as those of all others.
-        trials: of each length (and depth).
-        chat: the question is a user's message, and the answer's beginning is put after it.
-        batch, capacity: as for `ask`.
+        tasks: names in `TASKS`.
+        lengths: maximum numbers of tokens of prompt and answer together.
+        depths: depths of the needle of "single", from 0 to 1; None for random ones, as in all
+            other tasks.
+        trials: number of samples of each length (and depth).
+        chat: whether to send the question as a user's message, followed by the answer's beginning.
+        batch, capacity: as in `ask`.
 
     Raises:
-        InputError: an unknown task, a bad depth, no trial, or what `ask` refuses.
+        InputError: a task is unknown, a depth is invalid, there are no trials, or `ask` raises.
     """
     for task in tasks:
         if task not in TASKS:
@@ -197,7 +198,7 @@ def evaluate(
     if not tasks or not lengths or trials < 1 or not all(0 <= d <= 1 for d in depths or ()):
         raise InputError("needles need a task, a length, a trial, and depths between 0 and 1")
     if chat:
-        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # raises without a template
     for nth, task in enumerate(tasks, start=1):
         gridded = task == "single" and depths is not None
         samples = [
@@ -261,13 +262,13 @@ def _question(
 
 
 def _asked(hidden: Hidden, context: str) -> tuple[str, str]:
-    """The question about a context, and how its answer begins."""
+    """The question with its context, and the beginning of the answer."""
     text, beginning = (part.format(context=context, query=hidden.query) for part in hidden.template)
     return text, beginning
 
 
 def _worked(llm: LLM, example: Hidden | None, rng: np.random.Generator) -> str:
-    """An example with its answer, in as much noise as RULER gives it; "" if there is none."""
+    """An example with its answer, in as much noise as in RULER; "" if there is none."""
     if example is None:
         return ""
     noise = Haystack.noise()
@@ -281,13 +282,13 @@ def _worked(llm: LLM, example: Hidden | None, rng: np.random.Generator) -> str:
     return text(next(fitting, 5))
 
 
-# --- what came of it ---------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
 def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
-    """The greatest length whose score (per cent) is at least the threshold; None if none is.
+    """The greatest length whose score (per cent) reaches the threshold; None if none does.
 
-    To one digit, as RULER's table has it: there 85.6 is enough.
+    Scores are rounded to one digit, as in RULER's table, where 85.6 is enough.
     """
     enough = (length for length, mean in scores.items() if round(mean, 1) >= threshold)
     return max(enough, default=None)
@@ -330,7 +331,7 @@ def outcome(
 
 
 def _means(records: Sequence[Record]) -> dict[str, dict[int, float]]:
-    """{method: {length: mean over the tasks, per cent}}, where every task has been asked."""
+    """{method: {length: mean over the tasks, per cent}} where all tasks have results."""
     cells = mean_by(records, "score", "method", "length", "task")
     tasks = {task for _, _, task in cells}
     rows: dict[str, dict[int, float]] = {}
@@ -353,5 +354,5 @@ def _mean_table(means: Mapping[str, Mapping[int, float]], tasks: Sequence[str]) 
         title=f"Mean over {', '.join(tasks)} (per cent)",
         header=["method", "effective length", *map(tokens_text, lengths)],
         rows=rows,
-        notes=[f"Effective: the greatest length with at least {THRESHOLD}, after RULER."],
+        notes=[f"Effective: the greatest length with at least {THRESHOLD}, as in RULER."],
     )

@@ -1,31 +1,31 @@
-"""The paper's figures (An et al., arXiv 2402.17463), to stand beside those measured here.
+"""The paper's figures (An et al., arXiv 2402.17463), shown next to those measured here.
 
-All but those of Llama 3 are compared with the first version (28 February 2024; it is in the
-authors' repository, github.com/HKUNLP/ChunkLlama, as Popular_PDFs/chunkllama.pdf) and equal it, but
-for the exchange named below. The second version (29 May 2024) has other figures of CLEX in Table 1:
-8.84, 7.66, 7.43, 7.57 and 8.73 from 4k to 64k. Llama 3 came with it; its figures here are those of
-the repository's README. Table 1's PI-YaRN is left out: no method here reads so.
+All except those of Llama 3 were compared with the first version (28 February 2024; in the authors'
+repository, github.com/HKUNLP/ChunkLlama, as Popular_PDFs/chunkllama.pdf) and equal it, except for
+the swap described below. The second version (29 May 2024) has other figures for CLEX in Table 1:
+8.84, 7.66, 7.43, 7.57 and 8.73 from 4k to 64k. It added Llama 3, whose figures here are from the
+repository's README. Table 1's PI-YaRN is omitted, as it is not implemented here.
 
-Slips in them, which nobody should try to reproduce:
+Known errors in the figures:
 
-- Table 2, second version: the rows of ChunkLlama3 are shifted by one column. That of 70B says 5.14
-  at 32k and at 64k, 5.21 at 96k, up to 5.45 at 192k; Table 1 of that version and the README say
-  5.21 at 64k, and the README's 16k to 160k are these very figures. That of 8B (8.61, 8.62, 8.95,
-  9.43, 10.04, 10.66 from 32k to 192k) is the README's 16k to 160k too. Both are known from
-  transcripts of these tables, not from the paper itself.
-- Table 4: three averages do not add up (Llama2-Chat 7B 48.74, its scores give 44.66; Llama2-Chat
+- Table 2, second version: the rows of ChunkLlama3 are shifted by one column. The 70B row has 5.14
+  at 32k and at 64k, 5.21 at 96k, up to 5.45 at 192k; Table 1 of that version and the README have
+  5.21 at 64k, and the README has these same figures at 16k to 160k. The 8B row (8.61, 8.62, 8.95,
+  9.43, 10.04, 10.66 from 32k to 192k) also equals the README's 16k to 160k. Both rows were taken
+  from transcripts of these tables, not from the paper itself.
+- Table 4: three averages are wrong (Llama2-Chat 7B has 48.74, its scores give 44.66; Llama2-Chat
   13B 48.99 and 48.49; the finetuned 13B 57.94 and 57.44, so its lead of "1.75 points" is 1.25); all
-  others do, as do those of Table 3. Averages are made here.
-- Table 4: Claude's scores in QuALITY and Coursera are exchanged: its published predictions give
+  others are right, as are those of Table 3. Averages are computed here.
+- Table 4: Claude's scores for QuALITY and Coursera are swapped: its published predictions give
   73.76 and 60.03.
-- Table 4, SFiction of ChunkLlama2-Chat 7B: 61.72; the published predictions give 60.94 twice.
+- Table 4, SFiction of ChunkLlama2-Chat 7B: 61.72; the published predictions give 60.94 both times.
 """
 
 import math
 from collections.abc import Mapping
 
 K = 1024
-OVER = math.inf  # the paper prints "> 10^2"; what did not fit into memory has no figure
+OVER = math.inf  # "> 10^2" in the paper; cases that ran out of memory have no figure
 
 # Perplexity on PG19's validation set: Tables 1 and 2; Llama 3 from the repository's README.
 # {model: {method: {tokens of context: perplexity}}}
@@ -113,8 +113,8 @@ FEW_SHOT = _rows(
     },
 )
 
-# Table 5: examples from the training set, chosen at random (as in Table 3), or those most or least
-# like the question by BM25. {choice: {model: {method: {task: F1, EM or ROUGE}}}}
+# Table 5: examples from the training set, chosen at random (as in Table 3), or the most or least
+# similar to the question by BM25. {choice: {model: {method: {task: F1, EM or ROUGE}}}}
 IN_CONTEXT = {
     choice: _rows(("qasper", "quality", "qmsum"), rows)
     for choice, rows in {
@@ -166,12 +166,13 @@ MODELS = tuple(dict.fromkeys([*PERPLEXITY, *FEW_SHOT, *L_EVAL]))
 def row(
     table: Mapping[str, Mapping[str, Mapping]], model: str | None, method: str
 ) -> Mapping[int | str, float]:
-    """The figures of a model read by a method; none where the paper has none.
+    """The figures of a model and method; empty if the paper has none.
 
     Args:
-        table: one of this module's.
+        table: one of this module's tables.
         model: one of `MODELS`, or None.
-        method: as on the command line; every setting of DCA (dca:...) is the paper's DCA.
+        method: method name as on the command line; every DCA setting (dca:...) matches the paper's
+            DCA.
     """
     methods = table.get(model, {}) if model is not None else {}
     kind, _, _ = method.partition(":")
@@ -179,7 +180,7 @@ def row(
 
 
 def figure(value: float | None) -> str:
-    """A figure as the paper prints it."""
+    """A figure formatted as in the paper."""
     if value is None:
         return ""
     return "> 100" if value == OVER else f"{value:.2f}"

@@ -1,22 +1,22 @@
-"""Passkey retrieval: a number hidden in a long, dull text, and asked for at its end.
+"""Passkey retrieval: a number hidden in a long filler text, with a question for it at the end.
 
-The prompt is that of Mohtashami and Jaggi (arXiv 2305.16300), as ChunkLlama words it (An et al.,
-arXiv 2402.17463, A.1, figures 5 to 7). It comes in two forms:
+The prompt is that of Mohtashami and Jaggi (arXiv 2305.16300) in ChunkLlama's wording (An et al.,
+arXiv 2402.17463, A.1, figures 5 to 7). There are two forms:
 
-    paper    bit for bit that of ChunkLlama's `passkey/test_passkey.py` (a random depth) and
-             `needle_in_a_haystack/retrieve_needle.py` (a grid of 16 depths): filler of a number of
-             characters, cut anywhere, begun anew after the key; keys of one to six digits. How many
-             tokens that gives depends on the tokenizer: it is measured, and stands in the results.
-             (The paper speaks of five digits and of 20 keys a depth, its code has 50 and 10.)
-    fitted   whole sentences, as many as the length allows, and keys of five digits: a prompt never
-             has more tokens than asked for, and a little fewer.
+    paper    bit for bit the prompt of ChunkLlama's `passkey/test_passkey.py` (a random depth) and
+             `needle_in_a_haystack/retrieve_needle.py` (a grid of 16 depths): a given number of
+             characters of filler, cut anywhere and restarted after the key; keys of one to six
+             digits. The number of tokens depends on the tokenizer; the results contain it. (The
+             paper mentions five digits and 20 keys per depth, its code has 50 and 10.)
+    fitted   whole sentences, as many as the length allows, and keys of five digits: a prompt has
+             at most the requested number of tokens, usually a few less.
 
-Either may be asked by a chat template: the prompt up to "What is the pass key?" is a user's
-message, and "The pass key is" the beginning of the answer.
+Both forms can use a chat template: the prompt up to "What is the pass key?" is the user's message,
+and "The pass key is" the beginning of the answer.
 
 A key is found if the first new tokens are exactly the key's, as in the original. The key is
-tokenized alone and after a space, and either will do: the original, which drops the first token of
-the key as a BOS, works with SentencePiece only. (As there, 1234 is found in an answer of 12345.)
+tokenized both alone and after a space, and either counts: the original drops the first token of
+the key as a BOS, which works with SentencePiece only. (As there, 1234 is found in an answer 12345.)
 """
 
 import bisect
@@ -61,12 +61,12 @@ FORM = Form(
     settings={"form": FORMS, "trained_length": int},
     optional=frozenset({"depth"}),
 )
-NOTES = {  # by model of the paper; it has figures of no other
+NOTES = {  # the paper has figures for these models only
     "llama2-13b": (
         "In the paper: Llama2 13B with DCA finds every key up to 18k tokens (A.1, figure 5).",
     ),
 }
-SAMPLE = 8 * len(FILLER)  # sentences, to see how many tokens they have
+SAMPLE = 8 * len(FILLER)  # sentences from which the number of tokens is estimated
 
 
 class PasskeyPrompt(NamedTuple):
@@ -80,7 +80,7 @@ class PasskeyPrompt(NamedTuple):
 
 
 def filler_characters(length: int) -> int:
-    """Characters of filler for a prompt of about `length` tokens, by ChunkLlama's rough ratio."""
+    """Filler characters for a prompt of about `length` tokens, by ChunkLlama's rough ratio."""
     return int(3.75 * length // 1024 * 1024)
 
 
@@ -88,8 +88,8 @@ def paper_prompt(characters: int, seed: int, depth: float | None = None) -> Pass
     """ChunkLlama's prompt, bit for bit, with `characters` characters of filler.
 
     Args:
-        seed: of NumPy's legacy generator, which draws the depth (if there is none) and the key.
-        depth: where the key is, from 0 to 1, in characters of filler; None draws it.
+        seed: seed of NumPy's legacy generator, which draws the depth (if None) and the key.
+        depth: position of the key in the filler's characters, from 0 to 1; None for a random one.
     """
     rng = np.random.RandomState(seed)
     if depth is None:
@@ -111,18 +111,18 @@ def paper_prompt(characters: int, seed: int, depth: float | None = None) -> Pass
 def passkey_prompt(
     count_tokens: Callable[[str], int], length: int, depth: float, rng: np.random.Generator
 ) -> PasskeyPrompt:
-    """The longest passkey prompt of at most `length` tokens, made of whole filler sentences.
+    """The longest passkey prompt of whole filler sentences with at most `length` tokens.
 
-    So it has `length` tokens, less the few that one more sentence would need.
+    It is shorter than `length` by less than one sentence.
 
     Args:
-        count_tokens: the number of tokens of a text, special tokens included.
-        length: tokens of the prompt at most, the question included and the answer not.
-        depth: where the key is, from 0 (before all filler) to 1 (after it).
-        rng: draws the key.
+        count_tokens: function that returns the number of tokens of a text, including special ones.
+        length: largest number of tokens of the prompt, including the question but not the answer.
+        depth: position of the key, from 0 (before all filler) to 1 (after it).
+        rng: random generator for the key.
 
     Raises:
-        InputError: a depth outside [0, 1], or a length that the prompt does not fit without filler.
+        InputError: the depth is outside [0, 1], or the length is too short even without filler.
     """
     _check_depth(depth)
     key = str(rng.integers(10_000, 100_000))
@@ -134,9 +134,9 @@ def passkey_prompt(
     def tokens(sentences: int) -> int:
         return count_tokens(passkey_text(sentences, depth, key))
 
-    # Filler has as many tokens anywhere, so what some of it has tells about how much fits, and what
-    # that much has tells exactly. Where that is not so: a sentence has a token at least, and
-    # `length` of them never fit.
+    # Filler usually has the same number of tokens everywhere, so a sample gives an estimate, and
+    # counting at the estimate gives the exact number. In any case a sentence has at least one
+    # token, so `length` sentences never fit.
     each = (tokens(SAMPLE) - bare) / SAMPLE
     guess = int((length - bare) / each)
     guess = max(guess + round((length - tokens(guess)) / each), 0)
@@ -177,31 +177,31 @@ def evaluate(
     batch: int | None = None,
     capacity: int = 0,
 ) -> None:
-    """Asks for keys at every length and depth, `trials` times each, and notes what was found.
+    """Asks for `trials` keys at every length and depth, and records which were found.
 
     Args:
         form: one of `FORMS`.
-        lengths: tokens; in the paper's form about so many.
-        depths: from 0 to 1; None draws one for each trial.
-        trials: prompts of each length and depth; their seeds are 0, 1 ...
-        chat: asked by the model's chat template, whose tokens come to a prompt's in the paper's
-            form, and are part of a fitted one's.
-        batch, capacity: as for `ask`.
+        lengths: prompt lengths in tokens, approximate in the paper's form.
+        depths: depths from 0 to 1; None for a random one in each trial.
+        trials: number of prompts of each length and depth; their seeds are 0, 1 ...
+        chat: whether to use the model's chat template. Its tokens are additional in the paper's
+            form, and part of the length in the fitted form.
+        batch, capacity: as in `ask`.
 
     Raises:
-        InputError: an unknown form, a bad depth, no trial, chat with a model that has no template,
-            or what `ask` refuses.
+        InputError: the form is unknown, a depth is invalid, there are no trials, `chat` is set
+            for a model without a template, or `ask` raises.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
     if not lengths or (depths is not None and not depths) or trials < 1:
-        raise InputError("passkey retrieval needs a length, a depth and a trial at least")
+        raise InputError("passkey retrieval needs at least one length, one depth and one trial")
     for depth in depths or ():
         _check_depth(depth)
     for length in lengths:
         _check_length(form, length)
     if chat:
-        llm.apply_chat_template([{"role": "user", "content": "?"}])  # refuses a model without one
+        llm.apply_chat_template([{"role": "user", "content": "?"}])  # raises without a template
     where = [{"depth": depth} for depth in depths] if depths is not None else [{}]
     samples = [
         Sample(
@@ -228,10 +228,10 @@ def evaluate(
 
 
 def prompt_tokens(llm: LLM, form: str, length: int, *, chat: bool = False) -> int:
-    """Tokens of a prompt that is asked for as `length`: about so many, or at most.
+    """Tokens of a prompt of nominal length `length`, which is approximate or a maximum.
 
     Raises:
-        InputError: a length for which there is no prompt.
+        InputError: there is no prompt of this length.
     """
     _check_length(form, length)
     if form == "fitted":
@@ -243,7 +243,7 @@ def _check_length(form: str, length: int) -> None:
     if form == "paper" and not filler_characters(length):
         raise InputError(
             "the form 'paper' has filler of whole 1,024 characters, for 274 tokens or more; got "
-            f"{length}: give a greater length, or take the form 'fitted'"
+            f"{length}: use a greater length, or the form 'fitted'"
         )
 
 
@@ -267,7 +267,7 @@ def _question(
 
 
 def _ids(llm: LLM, text: str, chat: bool) -> list[int]:
-    """A prompt as the model is given it."""
+    """The token ids of a prompt, with the chat template if requested."""
     if not chat:
         return llm.tokenize(text)
     asked = text.removesuffix(BEGINNING).rstrip()
@@ -276,7 +276,7 @@ def _ids(llm: LLM, text: str, chat: bool) -> list[int]:
 
 
 def key_tokens(llm: LLM, key: str) -> list[list[int]]:
-    """The ids of a key, as they follow the question: alone, and after a space."""
+    """The ids of a key as it may follow the question: alone, and after a space."""
     return [encode(llm, key), encode(llm, f" {key}")]
 
 
@@ -288,7 +288,7 @@ def is_found(answer: Sequence[int], expected: Sequence[Sequence[int]]) -> bool:
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Share of keys found by method and length, and by depth too where depths were asked for."""
+    """Share of keys found by method and length, and also by depth if depths were given."""
     title = f"Passkeys found ({settings['form']} form)"
     return accuracy_table(
         records,
@@ -305,13 +305,13 @@ def outcome(
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyGrid:
-    """How many keys a model found, by length of the text and depth of the key.
+    """The number of keys that a model found, by length of the text and depth of the key.
 
     Attributes:
-        lengths: tokens of the prompts, at most.
-        depths: where the key was, 0 (the beginning) to 1 (the end).
-        trials: prompts a cell.
-        found: of them, those whose key was answered.
+        lengths: maximum prompt lengths in tokens.
+        depths: depths of the key, 0 (the beginning) to 1 (the end).
+        trials: number of prompts per cell.
+        found: number of prompts per cell whose key was found.
     """
 
     lengths: tuple[int, ...]
@@ -325,7 +325,7 @@ class PasskeyGrid:
         return self.found / self.trials
 
     def to_dict(self) -> dict[str, Any]:
-        """For `json.dump`: the fields, `found` as lists of one length each."""
+        """The fields for `json.dump`; `found` is a list with one list per length."""
         return {
             "lengths": list(self.lengths),
             "depths": list(self.depths),
@@ -344,28 +344,28 @@ def passkey_grid(
     batch: int = 4,
     on_tokens: Callable[[int], None] | None = None,
 ) -> PasskeyGrid:
-    """Hides a key in texts of each length, at each depth, and asks for it; answers are greedy.
+    """Hides a key at each depth in texts of each length, and asks for it; answers are greedy.
 
-    The prompts are fitted. A cell's depend on `seed`, length, depth and trial, not on the rest of
-    the grid: so models and settings are compared on the same prompts. Here a key is found if the
-    first number of the answer is the key.
+    The prompts are fitted. They depend on `seed`, length, depth and trial, but not on the rest of
+    the grid, so models and settings are compared on the same prompts. A key is found if it is the
+    first number in the answer.
 
     Args:
-        llm: with a tokenizer; read as it is.
-        lengths: tokens of the prompts at most (`passkey_prompt`), special tokens included.
-        depths: from 0 to 1.
-        trials: prompts a cell.
-        batch: prompts read together. All batches have one shape, so there is little to compile;
-            the KV cache holds `batch` texts of the greatest length.
-        on_tokens: told how many prompt tokens have been read since the last call; in all, less
-            than the sum of `lengths` times depths times trials.
+        llm: a model with a tokenizer, used with its own settings.
+        lengths: maximum prompt lengths in tokens (`passkey_prompt`), including special tokens.
+        depths: depths from 0 to 1.
+        trials: number of prompts per cell.
+        batch: number of prompts read together. All batches have one shape, so there is little to
+            compile; the KV cache holds `batch` texts of the greatest length.
+        on_tokens: called with the number of prompt tokens read since the last call; the total is
+            less than the sum of `lengths` times depths times trials.
 
     Raises:
-        InputError: nothing to do, a bad depth, or a length too short for a prompt.
+        InputError: there is nothing to do, a depth is invalid, or a length is too short.
     """
     if not lengths or not depths or trials < 1 or batch < 1:
         raise InputError(
-            "a passkey grid needs lengths, depths and at least one trial and one prompt a batch, "
+            "a passkey grid needs lengths, depths and at least one trial and one prompt per batch, "
             f"got lengths {list(lengths)}, depths {list(depths)}, {trials} trials, batch {batch}"
         )
     cells = list(itertools.product(lengths, depths, range(trials)))
@@ -375,7 +375,7 @@ def passkey_grid(
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         rows = [llm.tokenize(prompt.text) for prompt in some]
-        rows += rows[-1:] * (batch - len(rows))  # the last batch is filled up with copies
+        rows += rows[-1:] * (batch - len(rows))  # pad the last batch with copies
         answers = answer(llm, rows, ANSWER_TOKENS, on_tokens, capacity=capacity)
         found += [first_number(a.text) == p.key for a, p in zip(answers, some, strict=False)]
     shape = (len(lengths), len(depths), trials)
@@ -396,6 +396,6 @@ def first_number(text: str) -> str | None:
 def _cell_prompt(
     llm: LLM, length: int, depth: float, trial: int, seed: int, *, chat: bool = False
 ) -> PasskeyPrompt:
-    # Depths are told apart to a millionth.
+    # Depths are distinguished to a millionth.
     rng = np.random.default_rng([seed, length, round(depth * 1_000_000), trial])
     return passkey_prompt(lambda text: len(_ids(llm, text, chat)), length, depth, rng)

@@ -1,7 +1,7 @@
-"""The paper's pictures: curves over lengths (Table 1), heat maps over lengths and depths (Fig. 5).
+"""The paper's figures: curves over lengths (Table 1), heat maps over lengths and depths (Fig. 5).
 
-Nothing here touches matplotlib's global state: no pyplot, no style, no backend is set. Colors are
-told apart by people with any color vision, and every curve has a marker of its own.
+Nothing here changes matplotlib's global state: pyplot, styles and backends are not used. Colors can
+be distinguished with any color vision, and every curve has its own marker.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 from dca_jax.disk import written
 from dca_jax.errors import InputError
 
-# Okabe and Ito, "Color Universal Design" (2008), without the yellow that white swallows.
+# Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is invisible on white.
 COLORS = ("#000000", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#E69F00")
 MARKERS = "osD^vPX"
-LINES = ("-", "--", ":")  # where there are more methods than colors
+LINES = ("-", "--", ":")  # for more methods than colors
 DPI = 150
-CELLS = 120  # a heat map of at most so many cells has its figures written into it
+CELLS = 120  # heat maps of at most this many cells show their figures
 
 
 @runtime_checkable
 class Grid(Protocol):
-    """Accuracy, from 0 to 1, by length (tokens) and depth (0 to 1), both rising; NaN: not known."""
+    """Accuracy (0 to 1; NaN: unknown) by length (tokens) and depth (0 to 1), both ascending."""
 
     @property
     def lengths(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -42,7 +42,7 @@ class Grid(Protocol):
 
 
 class Panel(NamedTuple):
-    """A heat map: accuracy, from 0 to 1, by length (tokens) and by whatever its rows are."""
+    """A heat map: accuracy, from 0 to 1, by length (tokens) and row label."""
 
     lengths: Sequence[int]
     rows: Sequence[str]
@@ -52,23 +52,23 @@ class Panel(NamedTuple):
 def plot_perplexity(
     results: Mapping[str, Mapping[int, float]], path: Path, *, trained_length: int
 ) -> None:
-    """Draws perplexity by length of context, one curve a method, and saves it as PNG.
+    """Draws perplexity by context length, one curve per method, and saves it as PNG.
 
     Args:
-        results: for each method, in the order of the legend: {tokens of context: perplexity}.
-        path: file to write; it appears when it is whole.
-        trained_length: tokens; marked by a line.
+        results: {tokens of context: perplexity} for each method, in the order of the legend.
+        path: file to write, atomically.
+        trained_length: trained length in tokens, marked by a line.
 
     Raises:
-        InputError: nothing to draw, more methods than can be told apart, or a value that is no
-            perplexity.
+        InputError: there is nothing to draw, there are more methods than line styles, or a value
+            is not a perplexity.
     """
     values = [value for curve in results.values() for value in curve.values()]
     if not all(math.isfinite(value) and value >= 1 for value in values):
         raise InputError(f"a perplexity is finite and at least 1, got {values}")
     figure, axes = _curves(results, trained_length)
     axes.set_yscale("log")
-    # Decades alone would leave most of these axes without a number.
+    # With ticks at powers of ten only, most of these axes would have no label.
     wide = max(values) > 10 * min(values)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -86,11 +86,11 @@ def plot_accuracy(
     ylabel: str = "accuracy",
     intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> None:
-    """Draws accuracy (0 to 1) by length of the text, one curve a method, and saves it as PNG.
+    """Draws accuracy (0 to 1) by length of the text, one curve per method, and saves it as PNG.
 
     Args:
         results, path, trained_length: as in `plot_perplexity`.
-        intervals: for each method {tokens of the text: (lowest, highest)}, drawn as bars.
+        intervals: {tokens of the text: (lowest, highest)} for each method, drawn as bars.
 
     Raises:
         InputError: as in `plot_perplexity`.
@@ -106,16 +106,16 @@ def plot_accuracy(
 def plot_passkey(
     grids: Mapping[str, Grid], path: Path, *, trained_length: int, depth: str = "depth of the key"
 ) -> None:
-    """Draws one heat map of accuracy a method, side by side, and saves them as PNG.
+    """Draws heat maps of accuracy side by side, one per method, and saves them as PNG.
 
     Args:
-        grids: for each method, its grid.
-        path: file to write; it appears when it is whole.
-        trained_length: tokens; lengths beyond it are marked off by a line.
-        depth: what the vertical axis is.
+        grids: the grid of each method.
+        path: file to write, atomically.
+        trained_length: trained length in tokens; a line separates longer lengths.
+        depth: label of the vertical axis.
 
     Raises:
-        InputError: nothing to draw.
+        InputError: there is nothing to draw.
     """
     if not grids:
         raise InputError("there is no passkey grid to draw")
@@ -134,17 +134,17 @@ def plot_tasks(
     lengths: Sequence[int],
     trained_length: int,
 ) -> None:
-    """Draws one heat map of scores (0 to 1; NaN: not known) by task and length for each method.
+    """Draws a heat map of scores (0 to 1; NaN: unknown) by task and length for each method.
 
     Args:
-        grids: for each method, its scores.
-        path: file to write; it appears when it is whole.
-        tasks: in the order in which they stand, from above.
-        lengths: tokens, rising.
-        trained_length: tokens; lengths beyond it are marked off by a line.
+        grids: the scores of each method.
+        path: file to write, atomically.
+        tasks: task names from top to bottom.
+        lengths: lengths in tokens, ascending.
+        trained_length: trained length in tokens; a line separates longer lengths.
 
     Raises:
-        InputError: nothing to draw.
+        InputError: there is nothing to draw.
     """
     if not grids:
         raise InputError("there is no score to draw")
@@ -157,14 +157,14 @@ def plot_speed(
     gigabytes: Mapping[str, Mapping[int, float]],
     path: Path,
 ) -> None:
-    """Draws time and memory by length, one curve an attention, side by side (Figure 3).
+    """Draws time and memory by length side by side, one curve per attention (Figure 3).
 
     Args:
-        milliseconds, gigabytes: for each attention {tokens of the prompt: figure}, all positive.
-        path: file to write; it appears when it is whole.
+        milliseconds, gigabytes: {tokens of the prompt: positive figure} for each attention.
+        path: file to write, atomically.
 
     Raises:
-        InputError: nothing to draw.
+        InputError: there is nothing to draw.
     """
     if not any(milliseconds.values()):
         raise InputError("there is no time to draw")
@@ -189,7 +189,7 @@ def plot_speed(
 
 
 def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> tuple[Figure, Axes]:
-    """Curves over a logarithmic axis of lengths, with their legend beside them."""
+    """Curves over a logarithmic axis of lengths, with a legend beside them."""
     styles = [(line, color) for line in LINES for color in COLORS]
     if not any(results.values()) or len(results) > len(styles):
         raise InputError(f"expected 1 to {len(styles)} methods with values, got {len(results)}")
@@ -222,7 +222,7 @@ def _curves(results: Mapping[str, Mapping[int, float]], trained_length: int) -> 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(visible=True, axis="y", alpha=0.25)
     axes.set_xlabel("context (tokens)")
-    figure.legend(loc="outside right center", handlelength=4)  # dashes are to be seen
+    figure.legend(loc="outside right center", handlelength=4)  # long enough to show dashes
     return figure, axes
 
 
@@ -241,7 +241,7 @@ def _draw_intervals(
 
 
 def _heat_maps(panels: Mapping[str, Panel], path: Path, *, trained_length: int, rows: str) -> None:
-    """One heat map a method, side by side; `rows` says what the vertical axes are."""
+    """One heat map per method, side by side; `rows` is the label of the vertical axes."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (1.5 + 3.8 * columns, 0.4 + 3.8 * lines)
@@ -279,5 +279,5 @@ def _heat_map(axes: Axes, grid: Panel, trained_length: int) -> AxesImage:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Renders without a display; the file is whole or not there."""
+    """Renders without a display, and writes the file atomically."""
     written(path, FigureCanvasAgg(figure).print_png)

@@ -1,9 +1,9 @@
 """The scores of SCROLLS (Shaham et al., arXiv 2201.03533): F1, exact match and ROUGE, from 0 to 1.
 
-As its `metrics/scrolls.py` has them, of one answer against several references, of which the best
-counts. ROUGE is that of Google's `rouge-score` (the extra `eval`), without stemming, f-measures.
-SCROLLS first splits texts into sentences, one a line, with NLTK; only rougeLsum depends on that,
-which its score, the geometric mean of ROUGE-1, -2 and -L, does not contain: it is left out here.
+As in its `metrics/scrolls.py`, an answer is compared with several references, and the best one
+counts. ROUGE is the f-measure of Google's `rouge-score` (the extra `eval`), without stemming.
+SCROLLS first splits texts into sentences with NLTK, one per line. Only rougeLsum depends on this,
+and the score, the geometric mean of ROUGE-1, -2 and -L, does not include it, so it is omitted here.
 """
 
 import re
@@ -30,7 +30,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def f1(answer: str, references: Sequence[str]) -> float:
-    """The F1 of the words that answer and reference share, for the best reference."""
+    """The word-level F1 of an answer against the best reference."""
     return max(_f1(normalized(answer).split(), normalized(r).split()) for r in references)
 
 
@@ -43,7 +43,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 def rouge(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L, each against the reference that is best for it.
+    """ROUGE-1, -2 and -L, each against the best reference for it.
 
     Raises:
         InputError: `rouge-score` is not installed.
@@ -54,7 +54,7 @@ def rouge(answer: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def geometric_mean(scores: Mapping[str, float]) -> float:
-    """Of ROUGE-1, -2 and -L, each a mean over all answers already: SCROLLS' score."""
+    """SCROLLS' score: the geometric mean of ROUGE-1, -2 and -L, each averaged over all answers."""
     product = 1.0
     for name in ROUGE:
         product *= scores[name]
@@ -71,7 +71,7 @@ def _rouge_scorer() -> Any:
     return RougeScorer(list(ROUGE), use_stemmer=False)
 
 
-# What a record keeps of an answer, by the name of the measure.
+# The values recorded for an answer, by measure.
 MEASURES: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
     "f1": lambda answer, references: {"f1": f1(answer, references)},
     "exact_match": lambda answer, references: {"exact_match": exact_match(answer, references)},
@@ -80,12 +80,12 @@ MEASURES: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
 
 
 def names_of(measure: str) -> tuple[str, ...]:
-    """What `MEASURES` says of an answer: ROUGE's three scores, or one."""
+    """Names of the values that `MEASURES` returns for an answer: three for ROUGE, else one."""
     return ROUGE if measure == "rouge" else (measure,)
 
 
 def score(measure: str, values: Sequence[Mapping[str, Any]]) -> float:
-    """The score of many answers, in per cent, from what `MEASURES` says of each."""
+    """The score of many answers in per cent, from the values that `MEASURES` returns for each."""
     names = names_of(measure)
     means = {name: 100 * sum(value[name] for value in values) / len(values) for name in names}
     return geometric_mean(means) if measure == "rouge" else means[measure]

@@ -1,14 +1,14 @@
-"""Time and memory of reading a prompt, by its length and its attention (Figure 3).
+"""Time and memory of a prefill, by prompt length and attention (Figure 3).
 
-    dense   plain attention with its matrix of logits, [heads, T, T] in float32, at once
-    flash   plain attention block by block: the engine's own reading, piece by piece
-    dca     the same reading, with Dual Chunk Attention
+    dense   plain attention with the full matrix of logits, [heads, T, T] in float32
+    flash   plain blockwise attention: the engine's chunked prefill
+    dca     the same prefill with Dual Chunk Attention
 
-Times are means over readings after one that compiles; the prompt's ids are random. Memory is what
-the compiled program plans for its largest piece, weights and KV cache included: unlike a device's
-peak, it is of this one case. Activations of a piece do not grow with the text, so beyond the
-weights `flash` and `dca` grow with the cache, and `dense` with the square of the length. (The paper
-reads a whole prompt at once in all three.)
+Times are means over runs after one that compiles; the prompt's ids are random. Memory is the
+compiled program's own estimate for the largest piece, including weights and KV cache: unlike a
+device's peak memory, it applies to this case only. The activations of a piece do not grow with the
+text, so apart from the weights, `flash` and `dca` grow with the cache, and `dense` with the square
+of the length. (The paper reads the whole prompt at once in all three.)
 """
 
 import time
@@ -37,7 +37,7 @@ FORM = Form(
     key={"attention": ATTENTIONS, "length": int},
     value={"seconds": float, "planned_bytes": int},
 )
-TRIALS, SECONDS = 20, 20.0  # readings that are timed, as long as they take no longer together
+TRIALS, SECONDS = 20, 20.0  # timed runs at most, and their total time at most
 
 
 def evaluate(
@@ -49,16 +49,16 @@ def evaluate(
     setting: str = "dca",
     trials: int = TRIALS,
 ) -> None:
-    """Times every attention at every length, and notes what does not fit as failed.
+    """Times every attention at every length; cases that do not fit are recorded as failed.
 
     Args:
-        model: with its own rope, as loaded.
-        attentions: of `ATTENTIONS`.
-        setting: of "dca", a name that `dca_jax.inference.methods` knows.
-        trials: readings of each, fewer where they take long.
+        model: the model with its own rope, as loaded.
+        attentions: names in `ATTENTIONS`.
+        setting: the setting of "dca", a name known to `dca_jax.inference.methods`.
+        trials: number of runs of each case, fewer if they take long.
 
     Raises:
-        InputError: an unknown attention or setting, or no trial.
+        InputError: an attention or setting is unknown, or there are no trials.
     """
     for name in attentions:
         if name not in ATTENTIONS:
@@ -119,13 +119,13 @@ def _measured(
 
 
 def last_logits(model: Llama, tokens: Any) -> Any:
-    """The logits after whole texts, read at once."""
+    """The logits after whole texts that are read at once."""
     hidden, _ = model.hidden_states(tokens)
     return model.unembed(hidden[:, -1])
 
 
 def _largest_piece(model: Llama, length: int) -> tuple[Any, ...]:
-    """The engine's `read`, compiled as it compiles it, and a piece of a prompt of this length."""
+    """The engine's `read`, compiled as in the engine, and arguments for the largest piece."""
     leaves, tree = jax.tree.flatten(new_cache(model, 1, length + 1))
 
     def piece(model: Llama, cache: Any, *rest: Any) -> Any:
@@ -140,7 +140,7 @@ def _largest_piece(model: Llama, length: int) -> tuple[Any, ...]:
 
 
 def _planned_bytes(program: Any, *arguments: Any) -> int:
-    """Bytes of a device that a compiled program plans for: arguments, results, and in between."""
+    """Device bytes that a compiled program needs for arguments, results and temporaries."""
     plan = program.lower(*arguments).compile().memory_analysis()
     return int(
         plan.argument_size_in_bytes
@@ -154,7 +154,7 @@ def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
     """Milliseconds and gigabytes by attention and length."""
-    del settings, paper_model  # the paper has a picture of this, and no figures
+    del settings, paper_model  # the paper has a plot of this, but no figures
     values = {(r.key["attention"], r.key["length"]): r.value or {} for r in records}
     lengths = sorted({length for _, length in values})
     names = [name for name in ATTENTIONS if any(name == a for a, _ in values)]

@@ -1,20 +1,20 @@
 """Perplexity over the windows of a long text, in three published forms.
 
-They differ in where windows start, in which of a window's tokens count, and in how the windows are
-averaged; so their figures are not comparable, and each is named:
+They differ in where windows start, which tokens of a window count, and how windows are averaged, so
+their figures are not comparable:
 
     paper     ChunkLlama's `ppl/test_ppl.py`, for Tables 1 and 2. Windows of L tokens start at 0,
-              stride, 2 stride ... < N - L, less the last of them; no BOS is put before a window.
-              All of a window's L - 1 predicted tokens count, those with little context too; mean
-              over a window, then over windows. (It takes 2.71828 for e: at a perplexity of 8 that
-              makes 1e-5 of a difference.)
+              stride, 2 stride ... < N - L, except the last one; no BOS precedes a window.
+              All of a window's L - 1 predicted tokens count, including those with little context;
+              the mean is over a window, then over windows. (It uses 2.71828 for e: at a perplexity
+              of 8 the difference is 1e-5.)
     strided   "Perplexity of fixed-length models" of the transformers documentation: windows of L
-              tokens every `stride`, up to the end of the text; of each, only the tokens that no
-              earlier window has counted. Its weights are kept as they are: where windows overlap,
-              a mean over n tokens has weight n - 1, but for the first window's.
+              tokens every `stride`, up to the end of the text; in each, only the tokens that no
+              earlier window has covered count. The weights are the original's: where windows
+              overlap, a mean over n tokens has weight n - 1, except in the first window.
     rolling   lm-evaluation-harness' `loglikelihood_rolling`: a prefix token (BOS, else EOS), then
-              disjoint windows that predict L tokens each, given one token of the window before;
-              the last one is given as much as fits. Every token counts once.
+              disjoint windows that predict L tokens each, given one token of the previous window;
+              the last window gets as much context as fits. Every token counts once.
 
 The paper's stride is 256; for 70B models 2048 and, above 96k tokens, L / 2.
 """
@@ -42,21 +42,21 @@ from dca_jax.inference.score import Reader, check_ids
 from dca_jax.model import Llama
 
 FORMS = ("paper", "strided", "rolling")
-TOGETHER = 8  # windows shorter than a piece of a text, by default
-STRIDES = {"paper": 256, "strided": 512}  # those of the sources
+TOGETHER = 8  # default batch of windows shorter than a piece of a text
+STRIDES = {"paper": 256, "strided": 512}  # the sources' values
 FORM = Form(
     key={"method": str, "length": int, "start": int},
     value={"nll": float, "tokens": int, "weight": int},
     settings={"form": FORMS, "trained_length": int, "tokens": int, "bytes": int, "words": int},
     optional=frozenset({"tokens", "bytes", "words"}),
 )
-LARGEST_EXPONENT = 700.0  # exp of more is beyond float64
+LARGEST_EXPONENT = 700.0  # exp of much more overflows float64
 
 
 class Window(NamedTuple):
-    """Tokens `start` to `stop` of a text, read as a text of their own; those from `first` count.
+    """Tokens `start` to `stop` of a text, read as a separate text; those from `first` on count.
 
-    In the mean over windows, the mean over its tokens has this `weight`.
+    `weight` is the weight of the window's mean in the mean over windows.
     """
 
     start: int
@@ -69,13 +69,14 @@ def make_windows(form: str, count: int, length: int, stride: int | None = None) 
     """The windows of a text of `count` tokens.
 
     Args:
-        form: one of `FORMS`. For "rolling" the text begins with the prefix token, which `count`
-            includes.
-        length: L, tokens that the model reads; "rolling" predicts one more from them.
-        stride: tokens from window to window, by default that of the source.
+        form: one of `FORMS`. For "rolling" the text begins with the prefix token, and `count`
+            includes it.
+        length: L, the number of tokens that the model reads; "rolling" predicts one more.
+        stride: number of tokens between window starts (default: the source's).
 
     Raises:
-        InputError: an unknown form, a text too short for one window, or a bad length or stride.
+        InputError: the form is unknown, the text is too short for a window, or the length or
+            stride is invalid.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is not known; expected one of {', '.join(FORMS)}")
@@ -86,13 +87,13 @@ def make_windows(form: str, count: int, length: int, stride: int | None = None) 
     stride = STRIDES[form] if stride is None else stride
     if length < 2 or stride < 1:
         raise InputError(
-            f"a window needs 2 tokens and a stride of 1 at least, got {length} and {stride}"
+            f"a window needs at least 2 tokens and a stride of at least 1, got {length} and {stride}"
         )
     windows = (_paper if form == "paper" else _strided)(count, length, stride)
     if not windows:
         raise InputError(
-            f"a text of {count:,} tokens has no window of {length:,}: the form 'paper' leaves out "
-            f"the last one, so it needs more than {length + stride:,}; or take the form 'strided'"
+            f"a text of {count:,} tokens has no window of {length:,}: the form 'paper' omits the "
+            f"last one, so it needs more than {length + stride:,}; or use the form 'strided'"
         )
     return windows
 
@@ -118,7 +119,7 @@ def _strided(count: int, length: int, stride: int) -> list[Window]:
 
 def _rolling(count: int, length: int) -> list[Window]:
     if count < 2 or length < 1:
-        raise InputError(f"the rolling form needs a token to predict, got {count - 1} of them")
+        raise InputError(f"the rolling form needs at least one token to predict, got {count - 1}")
     windows = []
     for first in range(1, count, length):  # the prefix, token 0, is not predicted
         stop = min(first + length, count)
@@ -137,7 +138,7 @@ def batches(
 ) -> Iterator[tuple[int, int]]:
     """Rows and tokens of the largest batch that `evaluate` reads for each length.
 
-    Args and errors as of `make_windows` and `evaluate`.
+    Arguments and errors as in `make_windows` and `evaluate`.
     """
     windows = {n: _spread(make_windows(form, count, n, stride), limit) for n in lengths}
     for length, some in windows.items():
@@ -146,7 +147,7 @@ def batches(
 
 
 def _rows(windows: int, length: int, batch: int | None) -> int:
-    """Windows of one length that are read together: one, or as many for all that are short."""
+    """Batch size for windows of one length: one, or a common number for all short windows."""
     return min(windows, batch or (TOGETHER if _is_short(length) else 1))
 
 
@@ -155,9 +156,9 @@ def _is_short(length: int) -> bool:
 
 
 def _capacity(rows: int, windows: Mapping[int, Sequence[Window]], batch: int | None) -> int:
-    """Tokens that a cache of so many rows has room for: one program then reads all lengths.
+    """Cache capacity in tokens for this batch size, so that one program reads all lengths.
 
-    But for short windows, several of which are read at once, while long ones need room for one.
+    Short windows have a capacity of their own: several are read at once, and long ones one by one.
     """
     return max(
         window.stop - window.start
@@ -180,28 +181,28 @@ def evaluate(
     limit: int | None = None,
     cache_dtype: Any = None,
 ) -> None:
-    """Notes the mean NLL of every window, for every method and length, that the log lacks.
+    """Records the mean NLL of every window that the log lacks, for every method and length.
 
-    Windows are read in the same batches whatever the log has, for how sums are rounded depends on
-    the batch: a run that was interrupted goes on to the figures of one that was not.
+    Batches do not depend on the log's contents, because rounding depends on the batch: a resumed
+    run yields the same figures as an uninterrupted one.
 
     Args:
-        model: with its own rope, as loaded.
-        tokens: the text; for "rolling", from the prefix token on.
-        methods: names that `dca_jax.inference.methods` knows.
-        lengths: tokens of the windows.
-        batch: windows read together; by default `TOGETHER` short ones, and one that is long.
-        limit: of each length only so many windows, spread over the text.
-        cache_dtype: of the KV cache; by default the model's.
+        model: the model with its own rope, as loaded.
+        tokens: the text; for "rolling" it begins with the prefix token.
+        methods: names known to `dca_jax.inference.methods`.
+        lengths: window lengths in tokens.
+        batch: number of windows read together (default: `TOGETHER` short ones or one long one).
+        limit: largest number of windows of each length, spread over the text.
+        cache_dtype: dtype of the KV cache (default: the model's).
 
     Raises:
-        InputError: ids outside the vocabulary, and what `make_windows` and `with_method` refuse;
-            all before anything is read.
+        InputError: ids are outside the vocabulary, or `make_windows` or `with_method` raises; all
+            before anything is read.
     """
     check_ids(tokens, model.config.vocab_size)
     windows = {n: _spread(make_windows(form, len(tokens), n, stride), limit) for n in lengths}
     cells = [(method, length) for method in methods for length in lengths]
-    for method, length in cells:  # what would fail fails now
+    for method, length in cells:  # fail before reading
         method_by_name(method, model.config, length)
     due = {cell: list(_due(windows[cell[1]], cell, batch, log)) for cell in cells}
     work = {length: reading_work(model.config, length) for length in lengths}
@@ -225,7 +226,7 @@ def evaluate(
 def _due(
     windows: Sequence[Window], cell: tuple[str, int], batch: int | None, log: ResultLog
 ) -> Iterator[tuple[list[Window], int]]:
-    """Those of batches that lack one in the log: windows as long as each other, and the batch."""
+    """Batches of windows of equal length that are not all in the log, each with its batch size."""
     for _, group in groupby(windows, lambda window: window.stop - window.start):
         same = list(group)
         size = _rows(len(same), cell[1], batch)
@@ -243,8 +244,8 @@ def _read(
     log: ResultLog,
     cell: tuple[str, int],
 ) -> None:
-    """Reads windows of one length, and notes each; `make` makes a reader for so many of them."""
-    readers: dict[int, Reader] = {}  # the batch's, and that of one window where the batch failed
+    """Reads and records windows of one length; `make` creates a reader for a number of rows."""
+    readers: dict[int, Reader] = {}  # for a batch, and for single windows if the batch failed
 
     def run(some: Sequence[Window]) -> None:
         begin = time.perf_counter()
@@ -258,7 +259,7 @@ def _read(
             for row, window in zip(rows, some, strict=True)
         ]
         if not all(map(math.isfinite, means)):
-            raise InputError(f"the NLL is not finite: {means}; check the checkpoint, or the dtype")
+            raise InputError(f"the NLL is not finite: {means}; check the checkpoint or the dtype")
         seconds = (time.perf_counter() - begin) / len(some)
         for window, mean in zip(some, means, strict=True):
             value = {"nll": mean, "tokens": window.stop - window.first, "weight": window.weight}
@@ -277,7 +278,7 @@ def _key(method: str, length: int, window: Window) -> dict[str, str | int]:
 
 
 def _spread(windows: list[Window], limit: int | None) -> list[Window]:
-    """`limit` of the windows, from the first on at even distances."""
+    """At most `limit` windows, evenly spaced from the first one on."""
     if limit is None or limit >= len(windows):
         return windows
     if limit < 1:
@@ -285,11 +286,11 @@ def _spread(windows: list[Window], limit: int | None) -> list[Window]:
     return [windows[n * len(windows) // limit] for n in range(limit)]
 
 
-# --- what came of it ---------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
 def mean_nll(records: Sequence[Record]) -> float:
-    """The mean over windows, weighted as their form has it; nats a token."""
+    """The mean over windows with the form's weights, in nats per token."""
     values = [record.value for record in records if record.value is not None]
     return math.fsum(value["nll"] * value["weight"] for value in values) / _weight(records)
 
@@ -299,23 +300,23 @@ def _weight(records: Sequence[Record]) -> int:
 
 
 def _exp(nats: float) -> float | None:
-    """A perplexity, at least 1; None where it is too large for a number."""
+    """A perplexity of at least 1; None on overflow."""
     return math.exp(max(nats, 0.0)) if nats < LARGEST_EXPONENT else None  # 0 may be -1e-8 here
 
 
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Perplexity by method and length, beside that of a model of the paper.
+    """Perplexity by method and length, next to the paper's figures for a model.
 
-    Where the rolling form has read the whole text, whose bytes and words are in the settings,
-    there are lm-evaluation-harness' other measures too.
+    If the rolling form has read the whole text, lm-evaluation-harness' other measures are included,
+    from the text's bytes and words in the settings.
     """
     cells: dict[str, dict[int, list[Record]]] = {}
     for record in records:
         methods = cells.setdefault(record.key["method"], {})
         methods.setdefault(record.key["length"], []).append(record)
-    # The strided form counts a window of one token for nothing; all others may have failed.
+    # In the strided form a window of one token has weight 0, and all others may have failed.
     cells = {m: {n: some for n, some in row.items() if _weight(some)} for m, row in cells.items()}
     scores = {
         method: {

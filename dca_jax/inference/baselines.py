@@ -1,10 +1,10 @@
-"""Other ways than DCA's of giving positions to tokens beyond the trained length.
+"""Alternatives to DCA for assigning positions to tokens beyond the trained length.
 
-Each is a `PositionMethod`: a frozen dataclass, given to a model in place of a `DCAConfig`. Their
-names on the command line are in `dca_jax.inference.methods`.
+Each is a `PositionMethod`: a frozen dataclass that is passed to a model instead of a `DCAConfig`.
+Their names on the command line are in `dca_jax.inference.methods`.
 
-The drawings show the relative position P_q(i) - P_k(j) of query i (row) and key j (column); a dot
-is a key that is not met.
+The diagrams show the relative position P_q(i) - P_k(j) of query i (row) and key j (column); a dot
+is a masked key.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ class ReRoPE(PositionMethod):
                               5   3  3  3  2  1  0
 
     Source: kexue.fm/archives/9708 and its code, github.com/bojone/rerope (rerope_patch.py), which
-    also multiplies query i by max(1, ln(i + 1) / ln(trained length)), so that attention does not
-    thin out over more keys than were trained; this is what `trained_length` asks for. Texts of at
-    most `window` + 1 tokens are read as by plain RoPE.
+    also multiplies query i by max(1, ln(i + 1) / ln(trained length)), so that attention is not
+    diluted over more keys than in training; `trained_length` enables this. Texts of at most
+    `window` + 1 tokens are read as with plain RoPE.
 
     Attributes:
-        window: w, tokens; 512 for 4096 trained ones in the released code, 1024 in its results.
-        trained_length: tokens; None leaves the logits as they are.
+        window: w in tokens; the released code has 512 for a trained length of 4096, its results
+            1024.
+        trained_length: trained length in tokens, or None to leave the logits unscaled.
     """
 
     window: int
@@ -56,7 +57,7 @@ class ReRoPE(PositionMethod):
         return far, near_band(index, self.window)
 
     def logit_factor(self, index: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
-        """max(1, log of the query's number of keys to the base of the trained length)."""
+        """max(1, logarithm of the query's number of keys to the base of the trained length)."""
         if self.trained_length is None:
             return None
         keys = (index + 1).astype(jnp.float32)
@@ -65,9 +66,10 @@ class ReRoPE(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfExtend(PositionMethod):
-    """Self-Extend (Jin et al., arXiv 2401.01325): beyond a window, positions go by groups.
+    """Self-Extend (Jin et al., arXiv 2401.01325): grouped positions beyond a window.
 
-    i - j below the window w; else floor(i / G) - floor(j / G) + w - floor(w / G).
+    The relative position is i - j within the window w, and floor(i / G) - floor(j / G) + w -
+    floor(w / G) beyond it.
 
     ::
 
@@ -77,13 +79,14 @@ class SelfExtend(PositionMethod):
                                   7   5  5  4  4  3  2  1  0
 
     Source: the released code, github.com/datamllab/LongLM (self_extend_patch/Llama_4_40.py:
-    `self_extend_forward`; its form with flash attention prefills with w / G unrounded, and decodes
-    as here; they are one where G divides w), and its README, "How to choose the group_size and
-    neighbor_window": of c trained tokens, texts of up to (c - w) G + w use trained positions only.
-    Texts of at most w + 1 tokens are read as by plain RoPE.
+    `self_extend_forward`; its flash attention variant prefills with unrounded w / G and decodes as
+    here; the two agree if G divides w), and its README, "How to choose the group_size and
+    neighbor_window": with a trained length c, texts of up to (c - w) G + w tokens use only trained
+    positions. Texts of at most w + 1 tokens are read as with plain RoPE.
 
     Attributes:
-        group: G, tokens that share a position. window: w, tokens that keep theirs.
+        group: G, number of tokens that share a position.
+        window: w, number of tokens that keep their own position.
     """
 
     group: int
@@ -94,7 +97,7 @@ class SelfExtend(PositionMethod):
 
     @property
     def max_position(self) -> None:
-        """None: it grows with the text, if G times slower."""
+        """None: it grows with the text, though G times slower."""
         return None
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
@@ -111,12 +114,12 @@ class SelfExtend(PositionMethod):
 class StreamingLLM(PositionMethod):
     """StreamingLLM (Xiao et al., arXiv 2309.17453): attention sinks and a window.
 
-    The original keeps a rolling cache of the first n tokens and the R most recent, and numbers its
-    places. A query then stands at min(i, n + R), the sinks at 0 .. n - 1, and the window's keys at
-    the query's place less their true distance. So the relative position is i - j within the window,
-    and min(i, n + R) - j to a sink: here, over a cache that keeps everything, a mask does the rest.
-    Equal to the original reading token by token, whose keys too are rotated when read, not when
-    written. Texts of at most n + R + 1 tokens are read as by plain RoPE.
+    The original has a rolling cache of the first n tokens and the R most recent ones, and uses
+    positions within that cache: the query has position min(i, n + R), the sinks 0 .. n - 1, and a
+    key of the window the query's position minus its true distance. So the relative position is
+    i - j within the window, and min(i, n + R) - j to a sink. Here the cache holds every token, and
+    a mask excludes the others. This equals the original when it reads token by token, as it too
+    rotates keys when reading them. Texts of at most n + R + 1 tokens are read as with plain RoPE.
 
     ::
 
@@ -130,8 +133,9 @@ class StreamingLLM(PositionMethod):
     modify_llama.py; examples/eval_long_ppl.py).
 
     Attributes:
-        sinks: n tokens, 4 in the paper. recent: R tokens beside the query itself; in the paper
-            n + R is the trained length c, so that the largest position is c, one beyond training.
+        sinks: n in tokens; 4 in the paper.
+        recent: R in tokens, excluding the query itself; in the paper n + R is the trained length c,
+            so the largest position is c, one beyond training.
     """
 
     sinks: int
@@ -142,7 +146,7 @@ class StreamingLLM(PositionMethod):
 
     @property
     def max_position(self) -> Number:
-        """Places of the cache."""
+        """The size of the original's cache, n + R."""
         return self.sinks + self.recent
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
@@ -155,10 +159,10 @@ class StreamingLLM(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class LMInfinite(PositionMethod):
-    """LM-Infinite (Han et al., arXiv 2308.16137): a mask shaped like a Lambda, distances capped.
+    """LM-Infinite (Han et al., arXiv 2308.16137): a Lambda-shaped mask and a distance limit.
 
-    A query meets the last c tokens, its own included, at their true distance, and the first n
-    tokens at distance min(i - j, c), with c the trained length.
+    A query attends to the last c tokens, including its own, at their true distance, and to the
+    first n tokens at distance min(i - j, c), where c is the trained length.
 
     ::
 
@@ -168,12 +172,13 @@ class LMInfinite(PositionMethod):
                                   7   4  4  .  .  3  2  1  0
 
     Source: the paper, section 4.1 (n_global, n_local = L_pretrain and w(q, k, min(d, L_pretrain));
-    without the optional top-k tokens of the middle that later versions add) and
+    without the optional top-k middle tokens of later versions) and
     github.com/Glaciohound/LM-Infinite (models/lambda_attention.py). Texts of at most c + 1 tokens
-    are read as by plain RoPE.
+    are read as with plain RoPE.
 
     Attributes:
-        sinks: n, 10 to 100 in the paper. window: c, tokens.
+        sinks: n in tokens; 10 to 100 in the paper.
+        window: c in tokens.
     """
 
     sinks: int
@@ -196,9 +201,10 @@ class LMInfinite(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedRoPE(PositionMethod):
-    """STRING (An et al., arXiv 2410.18745): far positions, rarely trained, are shifted nearer.
+    """STRING (An et al., arXiv 2410.18745): shifts large, rarely trained positions closer.
 
-    i - j below S; else i - j - S + W. The last S positions of the trained range are so never used.
+    The relative position is i - j below S, and i - j - S + W from S on, so the last positions of
+    the trained range, which are rarely trained, are not used.
 
     ::
 
@@ -209,12 +215,13 @@ class ShiftedRoPE(PositionMethod):
     For texts within the trained length c: a text of L tokens uses positions below L - S + W.
 
     Source: the paper, section 4.1, eq. 4, figure 5 and algorithm 1, and github.com/HKUNLP/STRING
-    (string_for_llama.py), whose prefill counts the keys at i - j = S twice, in both parts; its
-    decoding, the paper's eq. 4 and this do not. Texts of at most S tokens keep their positions.
+    (string_for_llama.py). Its prefill counts the keys at i - j = S twice, once in each part; its
+    decoding, the paper's eq. 4 and this code do not. Texts of at most S tokens keep their
+    positions.
 
     Attributes:
-        shift: S, tokens; in the paper a third of the length read. local_window: W, 128 there, at
-            most S: a far token still stands W beyond the nearest ones.
+        shift: S in tokens; in the paper a third of the text's length.
+        local_window: W in tokens, at most S; 128 in the paper. Far tokens are at least W away.
     """
 
     shift: int
@@ -225,7 +232,7 @@ class ShiftedRoPE(PositionMethod):
         if self.local_window > self.shift:
             raise InputError(
                 f"local_window ({self.local_window}) must not exceed shift ({self.shift}): far "
-                "tokens would stand farther than they are"
+                "tokens would be placed farther away than they are"
             )
 
     @property
@@ -246,7 +253,7 @@ class ShiftedRoPE(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class DCAAblation(PositionMethod):
-    """DCA without its successive-chunk pass, or with the intra-chunk pass alone (figure 4).
+    """DCA without its successive-chunk pass, or with only the intra-chunk pass (figure 4).
 
     ::
 
@@ -254,13 +261,15 @@ class DCAAblation(PositionMethod):
                                   4   .  .  . |1  0                     4   5  4  3 |1  0
                                   5   .  .  . |2  1  0                  5   5  4  3 |2  1  0
 
-    With both, every earlier chunk, the one before included, is read as DCA reads older chunks: so
-    the order near the edge of a chunk is lost, which is what the successive pass is for.
+    With the intra- and inter-chunk passes, every earlier chunk, including the previous one, is read
+    as DCA reads older chunks. This loses the order of tokens near the edge of a chunk, which the
+    successive-chunk pass preserves.
 
     Source: arXiv 2402.17463, sections 3.1, 3.2 and 4.3.
 
     Attributes:
-        dca: the setting whose passes are taken. inter: False for the intra-chunk pass alone.
+        dca: the DCA setting.
+        inter: whether to use the inter-chunk pass as well.
     """
 
     dca: DCAConfig
@@ -272,7 +281,7 @@ class DCAAblation(PositionMethod):
         return self.dca.max_query_position
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
-        """The chunks before (where read), and the query's own."""
+        """The earlier chunks (if `inter`) and the query's own."""
 
         def keys(j: Array) -> Array:
             return key_position(j, self.dca)

@@ -1,12 +1,12 @@
-"""Methods of 2025 and 2026, most of which look at how long the whole text is.
+"""Position methods of 2025 and 2026, most of which depend on the length of the whole text.
 
-As those of `dca_jax.inference.baselines`: frozen dataclasses, given to a model in place of a
-`DCAConfig`; the drawings show the relative position of query i (row) and key j (column).
+As in `dca_jax.inference.baselines`, they are frozen dataclasses that are passed to a model instead
+of a `DCAConfig`; the diagrams show the relative position of query i (row) and key j (column).
 
-The length L of a text (`Rows.whole`) is the whole prompt's while it is read, in pieces or at once,
-and the text's so far when a token is drawn: the token is read with the positions of that length,
-over all keys, for they are kept raw. What earlier tokens have been read as stays. Each row of a
-batch has its own length, and one compiled program serves all lengths.
+The length L of a text (`Rows.whole`) is that of the whole prompt during the prefill, in pieces or
+not, and that of the text so far during decoding. A decoded token uses the positions for that
+length over all keys, which are cached raw; values of earlier tokens are not recomputed. Each row of
+a batch has its own length, and one compiled program serves all lengths.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from dca_jax.errors import InputError
 from dca_jax.inference.baselines import check_positive
 from dca_jax.inference.distances import stepped_band
 
-LEVELS = 24  # of AdaGroPE: groups of up to 2^23 tokens that keep some positions
+LEVELS = 24  # AdaGroPE's group sizes 1, 2, 4 ... 2^23
 
 
 @dataclass(frozen=True, kw_only=True)
 class JetLong(PositionMethod):
-    """Jet-Long (arXiv 2607.07740): groups beyond a window, as large as the text's length asks for.
+    """Jet-Long (arXiv 2607.07740): groups beyond a window, sized by the text's length.
 
-    A text of at most w tokens is read as by plain RoPE. Of a longer one, G = ceil(L / w), and the
-    relative position is i - j up to a distance of w0, and beyond it floor(i / G) - floor(j / G):
-    nothing stands farther than w - 1. Unlike Self-Extend's, far tokens are not moved away by the
-    window, so that positions repeat.
+    A text of at most w tokens is read as with plain RoPE. For a longer one, G = ceil(L / w), and
+    the relative position is i - j up to a distance of w0, and floor(i / G) - floor(j / G) beyond
+    it, at most w - 1. Unlike in Self-Extend, far positions are not shifted by the window, so
+    positions repeat.
 
     ::
 
@@ -40,12 +40,13 @@ class JetLong(PositionMethod):
                                   7   3  3  2  2  1  2  1  0
 
     Source: the authors' code, github.com/jet-ai-projects/Jet-Long
-    (jetlm/modeling/jetlong/modeling_qwen3_jetlong.py; its three calls of attention, one of them
-    taken off again, are this one softmax); not compared with the paper's text. There G is one for a
-    batch, made for its longest text; here each row has its own.
+    (jetlm/modeling/jetlong/modeling_qwen3_jetlong.py; its three attention calls, one of which is
+    subtracted, equal this one softmax); not compared with the paper's text. There a batch shares
+    one G, computed for its longest text; here each row has its own.
 
     Attributes:
-        trained_length: w, tokens. window: w0, tokens, below w; 2048 for 32,768 in the paper.
+        trained_length: w in tokens.
+        window: w0 in tokens, below w; 2048 for a trained length of 32,768 in the paper.
     """
 
     trained_length: int
@@ -73,12 +74,13 @@ class JetLong(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaGroPE(PositionMethod):
-    """AdaGroPE (Xu et al., ACL 2025): the farther away, the more tokens share a position.
+    """AdaGroPE (Xu et al., ACL 2025): more tokens share a position the farther away they are.
 
-    A text of at most P tokens is read as by plain RoPE. A longer one uses the positions 0 to P - 1
-    too, and repeats them no more than it must: r_n = floor(P / 4n) of them stand for n tokens, for
-    each n = 1, 2, 4 ... below the largest number G that is needed; of the rest the nearer ones
-    stand for G - 1 tokens and the farther ones for G, such that the positions end with the text.
+    A text of at most P tokens is read as with plain RoPE. A longer one also uses the positions 0 to
+    P - 1 and repeats them as little as possible: r_n = floor(P / 4n) positions are shared by n
+    tokens each, for each n = 1, 2, 4 ... below the largest group size G that is needed. Of the
+    remaining positions, the nearer ones are shared by G - 1 tokens and the farther ones by G, so
+    that the positions reach exactly to the end of the text.
 
     ::
 
@@ -88,12 +90,12 @@ class AdaGroPE(PositionMethod):
                                   9   7  7  6  6  5  4  3  2  1  0
 
     Source: aclanthology.org/2025.acl-long.28, eqs. 4 to 17 and algorithm 1; eq. 15 is misprinted
-    (its factor is n - k, as in eqs. 5, 10 and 13). The paper's reuse ratio r is 1/4, as in all its
-    experiments. No code is published. Positions are the paper's for every query, f(i - j).
+    (its factor is n - k, as in eqs. 5, 10 and 13). The reuse ratio r is 1/4, as in all the paper's
+    experiments. No code is published. Every query has the paper's positions, f(i - j).
 
     Attributes:
         positions: P, at most the trained length c; in the paper c for perplexity, c/2 for tasks,
-            c/4 for tasks whose texts are hardly longer than c.
+            and c/4 for tasks whose texts are hardly longer than c.
     """
 
     positions: int
@@ -108,11 +110,11 @@ class AdaGroPE(PositionMethod):
         return self.positions - 1
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band | Series, ...]:
-        """One for each number of tokens that share a position."""
+        """One band for each number of tokens that share a position."""
         kept, at, far = self._kept()
         levels, largest, more = self._needed(whole, at, far)
         P = self.positions
-        # The ranges of distances: those that are kept, then those of G - 1 and of G tokens.
+        # Ranges of distances: those of powers of two, then those of G - 1 and of G tokens.
         once = (P - more - at[levels]) * (largest - 1)
         split = far[levels] + once
 
@@ -131,16 +133,16 @@ class AdaGroPE(PositionMethod):
         return (Series(jnp.max(levels) + 2, LEVELS + 2, of),)
 
     def _kept(self) -> tuple[Array, Array, Array]:
-        """Of n = 2^k tokens, for each k: r_n, and where these positions and distances begin."""
+        """For each group size n = 2^k: r_n, and the first of its positions and distances."""
         power = jnp.arange(LEVELS, dtype=jnp.int32)
         kept = jnp.asarray(self.positions, jnp.int32) >> (power + 2)
         at, far = (jnp.cumsum(x, dtype=jnp.int32) - x for x in (kept, kept << power))
         return kept, at, far
 
     def _needed(self, whole: Array, at: Array, far: Array) -> tuple[Array, Array, Array]:
-        """Of each row: how many powers of two are below G, G itself, and how many stand for G."""
+        """For each row: number of powers of two below G, G itself, number of positions for G."""
         power = jnp.arange(LEVELS, dtype=jnp.int32)[None, :]
-        room = self.positions - at  # positions that are left for G, if so many powers are below
+        room = self.positions - at  # positions left for G, given that many smaller powers
         largest = jnp.maximum(-((far[None, :] - whole[:, None]) // room[None, :]), 1)
         levels = jnp.argmax(largest <= 1 << power, axis=1).astype(jnp.int32)
         largest = jnp.take_along_axis(largest, levels[:, None], axis=1)[:, 0]
@@ -150,16 +152,17 @@ class AdaGroPE(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class LaMPE(PositionMethod):
-    """LaMPE (Zhang et al., arXiv 2508.02308): the text's length says how far positions reach.
+    """LaMPE (Zhang et al., arXiv 2508.02308): the text's length determines the range of positions.
 
-    A text of L tokens is mapped to m positions, m = floor(M / (1 + exp(-(a L + b)))): s1 at the
-    true distance, the last s2 at true steps too, and the middle at even ones. At distance d:
+    A text of L tokens is mapped to m = floor(M / (1 + exp(-(a L + b)))) positions: the first s1
+    distances and the last s2 have steps of 1, those between have equal, smaller steps. At distance
+    d:
 
         d up to s1,  s1 + floor((m - s1 - s2) (d - s1) / (L - s1 - s2)),  m - L + d from L - s2 on
 
-    Not only of long texts: the curve is made for what a model does best with, and may map a text
-    within the trained length too. Texts below 2 s1 tokens are read as by plain RoPE, and so are
-    those that m does not shorten.
+    This applies not only to long texts: the curve is fitted to a model's best results, and may
+    also map a text within the trained length. Texts below 2 s1 tokens are read as with plain RoPE,
+    as are those for which m is not below L.
 
     ::
 
@@ -167,16 +170,16 @@ class LaMPE(PositionMethod):
         for L = 9                 7   4  4  3  3  2  2  1  0
                                   8   5  4  4  3  3  2  2  1  0
 
-    Source: the positions are those of a description of the paper, not compared with its text. The
-    curves are the authors' code's, github.com/scar-on/LaMPE (llama_cache1.py, `remap_uselen`),
-    which floors the positions of keys and queries separately, with the slope m / (L - 1), and keeps
-    the prompt's m while tokens are drawn. The curve is computed in float32 here: m may differ by
-    one where it is almost an integer.
+    Source: the positions follow a description of the paper, not compared with its text. The curves
+    are from the authors' code, github.com/scar-on/LaMPE (llama_cache1.py, `remap_uselen`), which
+    floors the positions of keys and queries separately, with the slope m / (L - 1), and keeps the
+    prompt's m during decoding. The curve is computed in float32 here: m may differ by one where it
+    is almost an integer.
 
     Attributes:
         slope, shift, most: a (per token), b and M (positions) of the curve.
-        head, tail: s1 and s2, tokens.
-        short, short_mapped: below `short` tokens m is `short_mapped`; 0 and 0: nowhere.
+        head, tail: s1 and s2 in tokens.
+        short, short_mapped: below `short` tokens m is `short_mapped`; 0 and 0 disable this.
     """
 
     slope: float
@@ -202,7 +205,7 @@ class LaMPE(PositionMethod):
         return None
 
     def mapped(self, whole: Int[Array, " B"]) -> Int[Array, " B"]:
-        """m, the positions that texts of so many tokens are mapped to."""
+        """m, the number of positions to which texts of these lengths are mapped."""
         curve = 1 + jnp.exp(-(jnp.float32(self.slope) * whole.astype(jnp.float32) + self.shift))
         found = jnp.floor(self.most / curve).astype(jnp.int32)
         found = jnp.where(whole < self.short, self.short_mapped, found)
@@ -228,22 +231,23 @@ class LaMPE(PositionMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class DPE(PositionMethod):
-    """DPE (Lu et al., arXiv 2504.18857): each plane of a head has groups of its own size.
+    """DPE (Lu et al., arXiv 2504.18857): each rotary plane of a head has its own group size.
 
-    i - j below the window w; beyond it, in plane p with the scale s_p,
+    The relative position is i - j within the window w; beyond it, in plane p with the scale s_p,
     floor(i / s_p) - floor(j / s_p) + w - floor(w / s_p): Self-Extend, plane by plane.
 
-    The scales come from a measurement on a model: how far its planes, in eight groups, still tell
-    distances. The paper goes on to leave those planes as they are that a head hardly uses; that
-    needs a choice for each layer and head, and is not done here (as by default in the released
-    code's example).
+    The scales are measured on a model: they show up to which distance its planes, in eight groups,
+    are effective. The paper also leaves planes that a head hardly uses unchanged. This requires a
+    choice for each layer and head, and is not implemented here (it is also off by default in the
+    released code's example).
 
-    Source: the authors' code, github.com/LuLuLuyi/DPE (dpe_for_llama.py, whose prefill has w / s_p
-    unrounded, and whose decoding is this; they agree where the scales divide w); not compared with
+    Source: the authors' code, github.com/LuLuLuyi/DPE (dpe_for_llama.py, which prefills with
+    unrounded w / s_p and decodes as here; the two agree if the scales divide w); not compared with
     the paper's text.
 
     Attributes:
-        window: w, tokens; 1024 in the paper. scales: s_p, one for each plane of a head.
+        window: w in tokens; 1024 in the paper.
+        scales: s_p, one for each plane of a head.
     """
 
     window: int
@@ -256,7 +260,7 @@ class DPE(PositionMethod):
 
     @property
     def max_position(self) -> None:
-        """None: it grows with the text, if slower."""
+        """None: it grows with the text, though more slowly."""
         return None
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
