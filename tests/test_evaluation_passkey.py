@@ -192,11 +192,11 @@ def test_a_prompt_that_cannot_be_made_costs_no_other(tmp_path, plain_llm, replie
     ("options", "message"),
     [
         ({"form": "long"}, "expected one of paper, fitted"),
-        ({"lengths": []}, "needs a length"),
+        ({"lengths": []}, "needs at least one length"),
         ({"lengths": [512, 200]}, "for 274 tokens or more; got 200"),
-        ({"depths": []}, "needs a length, a depth"),
+        ({"depths": []}, "needs at least one length, one depth"),
         ({"depths": [1.5]}, "depth must be between 0 and 1"),
-        ({"trials": 0}, "and a trial"),
+        ({"trials": 0}, "and one trial"),
         ({"methods": ["alibi"]}, "method 'alibi' is not known"),
     ],
 )

@@ -75,7 +75,7 @@ def test_rolling_windows_are_those_of_lm_eval():
     [
         ("sliding", 100, 10, 5, "expected one of paper, strided, rolling"),
         ("paper", 300, 100, 256, "needs more than 356"),
-        ("paper", 300, 1, 5, "a window needs 2 tokens"),
+        ("paper", 300, 1, 5, "a window needs at least 2 tokens"),
         ("strided", 300, 10, 0, "a stride of at least 1"),
         ("rolling", 300, 10, 5, "has no stride"),
         ("rolling", 1, 10, None, "needs at least one token to predict, got 0"),

@@ -405,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: Path, dialogues: Path, t
     chosen = settings(
         model, dialogues, output, learning_rate=1e30, warmup=0.5, save_every=1, eval_data=()
     )
-    with pytest.raises(InputError, match=r"step (\d+): the loss is .* is whole") as raised:
+    with pytest.raises(InputError, match=r"step (\d+): the loss is .* is complete") as raised:
         finetune(chosen)
     step = int(str(raised.value).split()[1].rstrip(":"))
     saved = sorted(int(p.name) for p in (output / "checkpoints").iterdir())
@@ -444,7 +444,9 @@ def test_parameters_that_are_not_finite_are_neither_saved_nor_exported(
         model, dialogues, output, steps=steps, save_every=save_every, eval_every=100, eval_data=()
     )
     monkeypatch.setattr(run, "make_update", overflowing)
-    kept = "the checkpoint of step 1 is whole" if save_every == 1 else "no checkpoint had been sav"
+    kept = (
+        "the checkpoint of step 1 is complete" if save_every == 1 else "no checkpoint had been sav"
+    )
     with pytest.raises(InputError, match=f"step 2: the loss is finite, but the update .*; {kept}"):
         finetune(chosen)
     assert not (output / "model").exists()
@@ -459,7 +461,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(
     bad = state._replace(square={"a": jnp.ones(3), "b": jnp.array([0, jnp.inf, 1])})
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     with Checkpoints(tmp_path, keep=2) as found:
-        with pytest.raises(InputError, match="step 0: the loss is finite, but the update has made"):
+        with pytest.raises(InputError, match="step 0: the loss is finite, but the updated"):
             found.save(bad, {})
         assert found.latest is None
         with monkeypatch.context() as patched:  # as one of an earlier version may be

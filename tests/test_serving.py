@@ -401,7 +401,7 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"temperature": 1e-9}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n:"),
-        ({"n": 100}, "queue takes 8"),
+        ({"n": 100}, "queue holds at most 8"),
         ({"seed": 2**40}, "seed"),
         ({"stop": ["a", ""]}, "empty"),
         ({"stop": ["\udc00"]}, "surrogate"),
@@ -419,7 +419,7 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
         ({"max_completion_tokens": 5}, "no field 'max_completion_tokens'"),
         ({"prompt": ["a", [1]]}, "prompt: of a kind"),
-        ({"stream_options": {"include_usage": True}}, "stream_options are of streams"),
+        ({"stream_options": {"include_usage": True}}, "stream_options need a stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options: there is no field 'x'"),
         ({"messages": []}, "no field 'messages'"),
         ({"max_tokens": CONTEXT}, f"reads {CONTEXT}: give a prompt of at most 0 tokens"),
@@ -575,7 +575,7 @@ def test_a_full_queue_says_when_to_come_again(client, engine, unhurried):
         ignore = [lambda delta: None] * count
         jobs += engine.submit([[5, 6, 7]] * count, options, ignore, ignore_stop_ids=True)
         until(lambda kind=kind, count=count: engine.counts()[kind] == count)
-    with pytest.raises(openai.RateLimitError, match="queue takes 8") as caught:
+    with pytest.raises(openai.RateLimitError, match="queue holds at most 8") as caught:
         client.completions.create(**asked)
     assert int(caught.value.response.headers["Retry-After"]) >= 1
     engine.cancel(jobs)

@@ -87,7 +87,8 @@ def make_windows(form: str, count: int, length: int, stride: int | None = None) 
     stride = STRIDES[form] if stride is None else stride
     if length < 2 or stride < 1:
         raise InputError(
-            f"a window needs at least 2 tokens and a stride of at least 1, got {length} and {stride}"
+            f"a window needs at least 2 tokens and a stride of at least 1, got {length} and "
+            f"{stride}"
         )
     windows = (_paper if form == "paper" else _strided)(count, length, stride)
     if not windows:

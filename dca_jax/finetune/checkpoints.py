@@ -1,10 +1,10 @@
-"""The checkpoints of a run: written beside the training, kept while they are the last, whole.
+"""The checkpoints of a run: written asynchronously and atomically; the latest ones are kept.
 
     OUTPUT/checkpoints/STEP/state/   params, mean, square, step: a tree of plain arrays (Orbax)
     OUTPUT/checkpoints/STEP/rows/    the place in the stream of rows (JSON)
 
-Orbax writes a checkpoint under another name and renames it when it is whole, so what a killed
-process leaves behind is either a checkpoint or is cleared away by the next run.
+Orbax writes a checkpoint under another name and renames it when it is complete, so a killed process
+leaves either a complete checkpoint or files that the next run removes.
 """
 
 import logging
@@ -20,24 +20,22 @@ from dca_jax.disk import writing
 from dca_jax.errors import InputError
 from dca_jax.finetune.train import State, all_finite
 
-ADVICE = (
-    "Lower the learning rate or the clip, or compute in float32, and look at the data of this step"
-)
+ADVICE = "Lower the learning rate or the clip, or compute in float32, and check this step's data"
 
 
 class Checkpoints:
     """Saves and restores a run's state; use it with `with`.
 
     Args:
-        folder: made if it is not there.
-        keep: how many of the latest stay.
+        folder: folder of the checkpoints, created if missing.
+        keep: number of latest checkpoints to keep.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        # Orbax logs each of its phases, and warns of things that are as they should be.
+        # Orbax logs each of its phases, and warns about intended behavior.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
@@ -56,15 +54,15 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest whole checkpoint; all its numbers are finite."""
+        """The step of the latest complete checkpoint; all its numbers are finite."""
         return self._manager.latest_step()
 
     def save(self, state: State, rows: dict[str, Any]) -> None:
-        """Begins to save; the state is copied from the devices first, and written meanwhile.
+        """Starts to save: copies the state from the devices, and writes it in the background.
 
         Raises:
-            InputError: the state is not finite; this or the last one could not be written, as when
-                the disk is full.
+            InputError: the state is not finite, or this or the previous checkpoint could not be
+                written, for example because the disk is full.
         """
         self.check(state)
         step = int(state.step)
@@ -78,30 +76,30 @@ class Checkpoints:
             )
 
     def check(self, state: State) -> None:
-        """Raises InputError for a state that is not finite: it is none to go on from."""
+        """Raises InputError for a non-finite state, from which training cannot continue."""
         if not bool(all_finite(state)):
             raise InputError(
-                f"step {int(state.step)}: the loss is finite, but the update has made parameters "
-                f"that are not; {self.kept()}. {ADVICE}"
+                f"step {int(state.step)}: the loss is finite, but the updated parameters are not; "
+                f"{self.kept()}. {ADVICE}"
             )
 
     def kept(self) -> str:
-        """What there is to go on from, for a message; waits until it is on the disk."""
+        """The latest checkpoint to resume from, as text; waits until it is on the disk."""
         self.wait()
         if self.latest is None:
             return "no checkpoint had been saved"
-        return f"the checkpoint of step {self.latest} is whole"
+        return f"the checkpoint of step {self.latest} is complete"
 
     def wait(self) -> None:
-        """Until what is being saved is on the disk; raises as `save` does."""
+        """Waits until the checkpoint being saved is on the disk; raises as `save` does."""
         with self._failures(None):
             self._manager.wait_until_finished()
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """The latest state, laid out as `like` says (any mesh), and the place in the rows.
+        """The latest state, laid out like `like` (any mesh), and the place in the rows.
 
         Raises:
-            InputError: it is damaged, of another model, or holds NaN or infinity.
+            InputError: the checkpoint is damaged, of another model, or contains NaN or infinity.
         """
         step = self.latest
         try:
@@ -111,17 +109,17 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(like._asdict()), rows=ocp.args.JsonRestore()
                 ),
             )
-        except Exception as error:  # whatever Orbax and TensorStore raise
+        except Exception as error:  # any error of Orbax or TensorStore
             reason = str(error).partition("\n")[0][:300]
             raise InputError(
                 f"checkpoint {self.folder / str(step)} cannot be read ({reason}); remove this "
-                "folder to go on from the one before it"
+                "folder to resume from the one before it"
             ) from error
         state = State(**found["state"])
         if not bool(all_finite(state)):
             raise InputError(
                 f"checkpoint {self.folder / str(step)} holds NaN or infinity; remove this folder "
-                "to go on from the one before it"
+                "to resume from the one before it"
             )
         return state, dict(found["rows"])
 
@@ -136,5 +134,5 @@ class Checkpoints:
             raise InputError(
                 f"a checkpoint could not be written to {self.folder} "
                 f"({type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}): "
-                f"{last}. Make room on the disk, and run the same command again to go on from it"
+                f"{last}. Free some disk space, and repeat the same command to resume from it"
             ) from error

@@ -1,9 +1,9 @@
-"""What a server has compiled: pieces of prompts read, and a token drawn for many texts.
+"""A server's compiled programs, which read pieces of prompts and decode a token for many texts.
 
-Everything is compiled before the first request, for a few widths of pieces and numbers of texts,
-and nothing afterwards: a compiled program refuses other shapes. What a step is told of its texts
-comes from the host, a few numbers each; the cache, the last tokens and the tokens seen stay on the
-device, and are updated where they lie.
+Everything is compiled before the first request, for a few widths of pieces and batch sizes, and
+nothing afterwards: a compiled program rejects other shapes. A step's inputs come from the host, a
+few numbers for each text; the cache, the last tokens and the tokens seen stay on the device and are
+updated in place.
 """
 
 import os
@@ -28,21 +28,21 @@ from dca_jax.kv_cache import PagedCache, create_pool
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards, mesh_of, replicated
 
-PIECES = (64, 256, 1024, 2048, 4096)  # tokens of a prompt that are read at once
-RESTS = 4  # prompts of which the last tokens, as many as the narrowest piece, are read at once
-BATCHES = (1, 4, 16)  # texts that are drawn from at once, besides the most there can be
-COMMON = 4  # texts of a step in which beginnings may be read in common, at least; and of a group
-CLEARED = 64  # pages emptied at once
-TOP = 20  # tokens whose log-probabilities are told, at most
+PIECES = (64, 256, 1024, 2048, 4096)  # widths of a prompt's pieces in tokens
+RESTS = 4  # prompts whose last tokens, at most the narrowest piece, are read together
+BATCHES = (1, 4, 16)  # batch sizes of decoding, besides the maximum
+COMMON = 4  # smallest batch whose shared prefixes are read once, and smallest group in it
+CLEARED = 64  # pages cleared at once
+TOP = 20  # most tokens whose log-probabilities are returned
 
 
 class State(NamedTuple):
-    """What stays on the device.
+    """The state that stays on the device.
 
     Attributes:
         stored: the pages of all texts.
-        token: the last token of each slot, `FAILED` where none could be drawn.
-        seen: the tokens that each slot's text holds; of those with a repetition penalty only.
+        token: the last token of each slot, or `FAILED` if sampling failed.
+        seen: the tokens in each slot's text, only for texts with a repetition penalty.
     """
 
     stored: Stored
@@ -51,16 +51,17 @@ class State(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What a step is told of its texts, b of them: of NumPy on the host, int32.
+    """A step's inputs for its b texts: NumPy arrays on the host, int32.
 
     Attributes:
-        slots: [b], their numbers; one beyond the last is a text that is not there.
-        pages: [b, n], their tables. lengths: [b], tokens in the cache. prompts: [b], tokens of the
-            prompts.
-        seeds, choices: [b], of their draws: choice r draws as row r of a batch does in `Run`.
-        sampler: of all (`Sampler.of_rows`).
-        ranked: [], bool, whether log-probabilities are asked for.
-        common: what texts that are drawn from have in common; None: nothing that is worth it.
+        slots: [b], slot numbers; a number beyond the last slot marks an absent text.
+        pages: [b, n], page tables.
+        lengths: [b], tokens in the cache.
+        prompts: [b], tokens of the prompts.
+        seeds, choices: [b], for sampling: choice r is sampled like row r of a batch in `Run`.
+        sampler: the sampler of all texts (`Sampler.of_rows`).
+        ranked: [], bool, whether log-probabilities are requested.
+        common: shared prefixes of texts in decoding, or None if there are none worth using.
     """
 
     slots: Any
@@ -75,13 +76,13 @@ class Texts(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step has drawn.
+    """The results of a step.
 
     Attributes:
-        token: of each text; `FAILED` where the logits are not finite.
+        token: each text's next token, or `FAILED` if the logits are not finite.
         logprob: natural logarithm of its probability, before temperature, filters and penalty.
-        top, top_logprobs: the most likely tokens, the first one first. All zero unless `ranked`.
-        finite: whether what was read is.
+        top, top_logprobs: the most likely tokens in descending order. All zero unless `ranked`.
+        finite: whether the step's results are finite.
     """
 
     token: Int[Array, " b"]
@@ -98,7 +99,7 @@ def read(
     tokens: Int[Array, "b T"],
     count: Int[Array, " b"],
 ) -> tuple[State, Drawn]:
-    """Reads a piece of each prompt, and draws what would follow it."""
+    """Reads a piece of each prompt and samples the token after it."""
     hidden, cache = model.hidden_states(
         tokens, lengths=count, cache=_paged(state, texts), context_lengths=texts.prompts
     )
@@ -106,7 +107,7 @@ def read(
 
 
 def draw(model: Llama, state: State, texts: Texts) -> tuple[State, Drawn]:
-    """Feeds each text its last token, and draws the next."""
+    """Feeds each text its last token and samples the next one."""
     token = state.token.at[texts.slots].get(mode="fill", fill_value=0)
     alive = (texts.slots < len(state.token)).astype(jnp.int32)
     hidden, cache = model.hidden_states(
@@ -116,12 +117,12 @@ def draw(model: Llama, state: State, texts: Texts) -> tuple[State, Drawn]:
 
 
 def mark(state: State, slot: Int[Array, ""], seen: Bool[Array, " V"]) -> State:
-    """Says which tokens the text of a slot holds."""
+    """Sets the tokens that occur in the text of a slot."""
     return state._replace(seen=state.seen.at[slot].set(seen))
 
 
 def clear(state: State, pages: Int[Array, " n"]) -> State:
-    """Empties pages: a number that is not finite would spread even from where nothing is read."""
+    """Clears pages: a non-finite number would spread even from masked slots."""
     shards = Shards.of(state.stored.key)
 
     def emptied(x: Array) -> Array:
@@ -135,7 +136,7 @@ def clear(state: State, pages: Int[Array, " n"]) -> State:
 
 
 def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A program that needs no model as one that is given it."""
+    """Wraps a program that needs no model as one that takes a model."""
     return lambda model, *args: function(*args)
 
 
@@ -173,7 +174,7 @@ def _draw(
 def _ranked(
     logits: Float[Array, "b V"], token: Int[Array, " b"], wanted: Bool[Array, ""]
 ) -> tuple[Float[Array, " b"], Int[Array, "b k"], Float[Array, "b k"]]:
-    """Log-probabilities of the token drawn and of the most likely ones, where they are wanted."""
+    """Log-probabilities of the sampled token and of the most likely ones, if requested."""
     count = min(TOP, logits.shape[1])
 
     def ranked(logits: Array) -> tuple[Array, Array, Array]:
@@ -193,14 +194,16 @@ class Programs:
     """The compiled programs of one model, and their state.
 
     Args:
-        context: tokens of the longest text. rows: texts at once. pages, page: of the cache.
-        cache_dtype: of the cache.
+        context: tokens of the longest text.
+        rows: largest number of texts processed together.
+        pages, page: number of pages of the cache, and tokens per page.
+        cache_dtype: dtype of the cache.
 
     Attributes:
-        pieces: the widths a piece of a prompt may have, the widest first.
-        rests: prompts of which a piece of the narrowest width is read at once.
-        batches: the numbers of texts that may be drawn from.
-        members: texts that read at once what they have in common; 0: none do.
+        pieces: the widths of pieces of a prompt, widest first.
+        rests: number of prompts of which a piece of the narrowest width is read together.
+        batches: batch sizes of decoding.
+        members: number of texts that read a shared prefix together; 0 if this is not supported.
         table: pages of the longest text.
     """
 
@@ -239,19 +242,19 @@ class Programs:
         return on_device(self._model, State(stored, *replicated(small, mesh)))
 
     def reset(self) -> None:
-        """Begins anew with an empty cache, after a step that did not come to its end."""
+        """Resets to an empty cache after a failed step."""
         for array in jax.tree.leaves(self.state):
             array.delete()
         self.state = self._empty()
 
     @property
     def reads(self) -> list[tuple[int, int]]:
-        """How many prompts are read at once, and how many tokens of each: the widest first."""
+        """(Number of prompts read together, tokens of each) of every read program, widest first."""
         rests = [(self.rests, self.pieces[-1])] if self.rests > 1 else []
         return [*((1, width) for width in self.pieces), *rests]
 
     def compile(self) -> Iterator[str]:
-        """Compiles everything, several at once; yields the name of what is waited for next."""
+        """Compiles everything concurrently; yields the name of the next program to wait for."""
         wanted: list[tuple[str, dict[Any, Any], Any, Callable[..., Any], tuple[Any, ...]]] = []
         for batch, width in self.reads:
             tokens, count = np.zeros((batch, width), np.int32), np.zeros((batch,), np.int32)
@@ -278,7 +281,7 @@ class Programs:
                 table[key] = compiling.result()
 
     def _lowered(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """A program of the model's arrays: to take the model apart at every step takes longer."""
+        """Lowers a program of the model's arrays: flattening the model at every step is slower."""
 
         def of_leaves(leaves: list[Array], state: State, *args: Any) -> Any:
             return function(jax.tree.unflatten(self._tree, leaves), state, *args)
@@ -288,7 +291,7 @@ class Programs:
         return jitted.lower(self._leaves, self.state, *args)
 
     def texts(self, batch: int) -> Texts:
-        """So many texts that are not there."""
+        """Inputs for a batch of absent texts."""
 
         def zeros() -> np.ndarray:
             return np.zeros((batch,), np.int32)
@@ -305,11 +308,11 @@ class Programs:
         )
 
     def common(self, batch: int, groups: Sequence[tuple[Sequence[int], int]]) -> Common:
-        """What so many texts have in common.
+        """The shared prefixes of a batch of texts.
 
         Args:
-            groups: the numbers of texts, at most `members`, and how many pages they share; at most
-                `groups_of(batch)`.
+            groups: at most `groups_of(batch)` groups, each with the numbers of its texts (at most
+                `members`) and the number of pages that they share.
         """
         count = groups_of(batch)
         rows = np.full((count, self.members), batch, np.int32)
@@ -318,11 +321,11 @@ class Programs:
             rows[n, : len(members)] = members
             tokens[n] = pages * self.page
             place[np.asarray(members)] = n * self.members + np.arange(len(members))
-        arrays: Any = rows, tokens, place  # of the host, to travel with the call
+        arrays: Any = rows, tokens, place  # on the host, transferred with the call
         return Common(*arrays)
 
     def read(self, texts: Texts, tokens: Sequence[Sequence[int]], width: int) -> Drawn:
-        """Reads a piece of each text, padded to a width; together they are one of `reads`."""
+        """Reads a piece of each text, padded to `width`; batch and width must be in `reads`."""
         padded = np.zeros((len(texts.slots), width), np.int32)
         count = np.zeros((len(texts.slots),), np.int32)
         for n, piece in enumerate(tokens):
@@ -332,13 +335,13 @@ class Programs:
         return drawn
 
     def draw(self, texts: Texts) -> Drawn:
-        """Draws a token for each text; they are as many as one of `batches`."""
+        """Samples a token for each text; the number of texts must be in `batches`."""
         shape = len(texts.slots), texts.common is not None
         self.state, drawn = self._draw[shape](self._leaves, self.state, texts)
         return drawn
 
     def mark(self, slot: int, tokens: Sequence[int]) -> None:
-        """Says which tokens the text of a slot holds."""
+        """Sets the tokens that occur in the text of a slot."""
         seen = np.zeros((self.vocab_size,), bool)
         seen[np.asarray(tokens)] = True
         self.state = self._small[mark](self._leaves, self.state, np.int32(slot), seen)
@@ -352,5 +355,5 @@ class Programs:
 
 
 def groups_of(batch: int) -> int:
-    """Beginnings that may be read in common in a step of so many texts."""
+    """Largest number of shared prefixes in a step with this batch size."""
     return max(1, batch // COMMON)

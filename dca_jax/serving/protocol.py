@@ -1,7 +1,7 @@
-"""What a request may say: OpenAI's fields, a few of vLLM's, and what is refused by name.
+"""The requests: OpenAI's fields, a few of vLLM's, and those that are rejected by name.
 
-A field that would change the answer and is not computed here is an error, never ignored; one that
-changes nothing (`user`, a penalty of 0) is taken.
+An unsupported field that would change the answer is an error, and never ignored; one that changes
+nothing (`user`, a penalty of 0) is accepted.
 """
 
 import abc
@@ -20,10 +20,10 @@ from dca_jax.inference.prompts import Message
 from dca_jax.inference.sampling import Sampler
 from dca_jax.serving.programs import TOP
 
-NEW_TOKENS = 4096  # of an answer in a conversation, if a request does not say
-CHOICES = 128  # of a prompt, and prompts of a request, at most
+NEW_TOKENS = 4096  # default limit for an answer in a conversation
+CHOICES = 128  # most choices of a prompt, and most prompts of a request
 
-# Fields that are not computed, and the values that ask for nothing.
+# Unsupported fields, and their values that have no effect.
 NOT_HERE: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -68,7 +68,7 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "structured_outputs": (),
 }
-# Fields that say nothing about the answer.
+# Fields that do not affect the answer.
 ASIDE = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "verbosity request_id include_obfuscation".split()
@@ -78,7 +78,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Fields(BaseModel):
-    """A request's fields, as they are named; `null` is a field that is not given."""
+    """A request's fields; `null` counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -99,13 +99,13 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """What a stream ends with."""
+    """Options of the end of a stream."""
 
     include_usage: bool = False
 
 
 class TemplateOptions(Fields):
-    """What a chat template is told."""
+    """Variables for a chat template."""
 
     enable_thinking: bool | None = None
 
@@ -115,8 +115,10 @@ class Wanted:
     """A request in the engine's terms.
 
     Attributes:
-        prompts: token ids. choices: texts of each. top: how many of the most likely tokens to tell
-            at each place, besides the one drawn; None for no log-probabilities.
+        prompts: token ids.
+        choices: number of texts for each prompt.
+        top: number of most likely tokens to return at each position, besides the sampled one; None
+            for no log-probabilities.
     """
 
     prompts: list[list[int]]
@@ -126,7 +128,7 @@ class Wanted:
 
 
 class Generation(Fields, abc.ABC):
-    """What both ways to ask for a text have."""
+    """Fields common to both kinds of requests for text."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -146,19 +148,19 @@ class Generation(Fields, abc.ABC):
     @model_validator(mode="after")
     def _of_streams(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are of streams; set stream, or leave them out")
+            raise ValueError("stream_options need a stream; set stream, or leave them out")
         return self
 
     @property
     def with_usage(self) -> bool:
-        """Whether a stream ends with what it took."""
+        """Whether a stream ends with its token usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self, new_tokens: int) -> Options:
-        """How to generate.
+        """The options for generating.
 
         Raises:
-            InputError: a number out of range.
+            InputError: a number is out of range.
         """
         sampler = Sampler(
             temperature=self.temperature,
@@ -182,14 +184,14 @@ class Generation(Fields, abc.ABC):
             context: tokens of the longest text.
 
         Raises:
-            InputError: a prompt that the model does not take, or that leaves no room.
+            InputError: the model does not accept a prompt, or a prompt leaves no room.
         """
         prompts = self.prompts(llm)
         longest = max(map(len, prompts))
         if longest >= context:
             raise InputError(
-                f"the prompt has {longest} tokens, and this server reads {context}: with a token "
-                f"of an answer, at most {context - 1} fit"
+                f"the prompt has {longest} tokens, and this server's context is {context}: with "
+                f"one token of an answer, at most {context - 1} fit"
             )
         new = self.new_tokens()
         if new is None:
@@ -198,11 +200,11 @@ class Generation(Fields, abc.ABC):
 
     @abc.abstractmethod
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """The prompts in tokens."""
+        """The prompts as token ids."""
 
     @abc.abstractmethod
     def new_tokens(self) -> int | None:
-        """Tokens to draw at most; None for what is usual."""
+        """Maximum number of new tokens; None for the default."""
 
     @abc.abstractmethod
     def top(self) -> int | None:
@@ -221,15 +223,15 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _of_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs asks for more of logprobs; set logprobs, too")
+            raise ValueError("top_logprobs needs logprobs; set logprobs, too")
         return self
 
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """The conversation as its template writes it."""
+        """The conversation in the model's chat template."""
         return [conversation(llm, self.messages, self.chat_template_kwargs)]
 
     def new_tokens(self) -> int | None:
-        """By either name."""
+        """The limit, by either of its names."""
         if self.max_completion_tokens is None:
             return self.max_tokens
         return self.max_completion_tokens
@@ -246,7 +248,7 @@ class CompletionRequest(Generation):
     logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
 
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """Texts in tokens, with the special tokens that the tokenizer puts around them."""
+        """The texts as token ids, with the tokenizer's special tokens."""
         given: Any = self.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
@@ -283,17 +285,17 @@ class TokenizeRequest(Fields):
 def conversation(
     llm: LLM, messages: Sequence[Mapping[str, Any]], told: TemplateOptions
 ) -> list[int]:
-    """A conversation's ids, up to where the answer begins.
+    """A conversation's ids, up to the beginning of the answer.
 
     Raises:
-        InputError: a message that is none, or what the chat template refuses.
+        InputError: a message is invalid, or the chat template rejects the conversation.
     """
     plain = [_message(message, number) for number, message in enumerate(messages, start=1)]
     return llm.apply_chat_template(plain, thinking=told.enable_thinking)
 
 
 def _message(message: Mapping[str, Any], number: int) -> Message:
-    """A message of texts: its role, its name if it has one, its content as one text."""
+    """A text message: its role, its name if it has one, and its content as one text."""
     given = {name: value for name, value in message.items() if value not in (None, [])}
     if "content" not in given and isinstance(message.get("content"), list):
         given["content"] = []
@@ -305,12 +307,12 @@ def _message(message: Mapping[str, Any], number: int) -> Message:
         )
     role, name = given.get("role"), given.get("name")
     if not isinstance(role, str) or not isinstance(name, str | None):
-        raise InputError(f"message {number} must have a role, and a name if any, that is a text")
+        raise InputError(f"message {number} must have a role, and its name, if any, must be text")
     content = given.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(part, number) for part in content)
     if not isinstance(content, str):
-        raise InputError(f"message {number} must have content: a text, or parts of text")
+        raise InputError(f"message {number} must have content: a text or text parts")
     named = {} if name is None else {"name": name}
     return {"role": role, "content": content, **named}
 

@@ -1,14 +1,14 @@
-"""Who is read next, and who is drawn: plain Python, no arrays and no clock.
+"""Schedules prefill and decoding: plain Python, without arrays or a clock.
 
-A text waits, is read in pieces, and is drawn from. Between two pieces every text that is drawn from
-gets its token, so nobody waits for longer than a piece takes. Pieces go by turns to the text that
-has waited longest and to the one with least left to read: so a short question passes a book, and
-the book gets on too. Short rests of several prompts are one piece. What another text has read
-meanwhile is shared, even halfway.
+A text waits, is read in pieces, and is then decoded. Between two pieces every text in decoding gets
+a token, so none waits longer than one piece takes. Pieces alternate between the text that has
+waited longest and the one with the fewest tokens left to read: a short question overtakes a book,
+and the book makes progress too. Short remainders of several prompts form one piece. Pages that
+another text has read in the meantime are shared, even in the middle of a prompt.
 
-A text begins when there is room for its prompt. Where room runs out later, the text that began last
-goes back to the head of the queue, and is read again with what it had drawn: most of it from pages
-that are kept. The one that began first always gets on, so all come to their end.
+A text begins when there is room for its prompt. If room runs out later, the text that began last
+is preempted: it returns to the head of the queue and is read again with its decoded tokens, mostly
+from pages still in the cache. The text that began first always progresses, so every text finishes.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ Stage = Literal["waiting", "reading", "drawing", "leaving", "ended"]
 
 
 class QueueFullError(Exception):
-    """More texts are waiting than the queue takes."""
+    """The queue is full."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -30,20 +30,21 @@ class Row:
     """One text.
 
     Attributes:
-        tokens: its prompt, and the tokens drawn that have come back.
-        prompt: tokens of the prompt. limit: tokens drawn at most.
-        kind: only texts of one kind share pages.
-        shares: of its tokens, how many lie in pages that others may share.
-        until: tokens that are read before one is drawn: the prompt, and what was drawn before the
-            text went back to the queue.
-        begun: how often it has begun.
-        promised: pages that are kept free for it.
-        slot: its number among the texts that are read and drawn, from 0; -1 while it waits.
-        pages: those that it holds, in order.
-        read: tokens in its pages, those of the step that runs included.
-        drawn: tokens asked for, likewise.
-        cached: tokens of the prompt that it did not have to read.
-        changed: the first of its pages that is not what it was when the engine last looked.
+        tokens: the prompt, and the decoded tokens that the device has returned.
+        prompt: number of tokens of the prompt.
+        limit: maximum number of decoded tokens.
+        kind: only texts of the same kind share pages.
+        shares: number of its tokens in pages that others may share.
+        until: number of tokens to read before decoding: the prompt, and the tokens decoded before
+            a preemption.
+        begun: number of times it has begun.
+        promised: number of pages reserved for it.
+        slot: its number among the running texts, from 0; -1 while it waits.
+        pages: its pages in order.
+        read: number of tokens in its pages, including those of the running step.
+        drawn: number of decoded tokens, including that of the running step.
+        cached: number of tokens of the prompt that were already in the cache.
+        changed: index of the first page that has changed since the engine last looked.
     """
 
     tokens: list[int]
@@ -61,18 +62,18 @@ class Row:
     drawn: int = 0
     cached: int = 0
     changed: int = 0
-    keys: list[bytes] = field(default_factory=list)  # of full pages
-    entered: int = 0  # pages that stand in the tree
+    keys: list[bytes] = field(default_factory=list)  # keys of full pages
+    entered: int = 0  # number of pages in the tree
 
     @property
     def left(self) -> int:
-        """Tokens that are to be read before one is drawn."""
+        """Number of tokens left to read before decoding."""
         return self.until - self.read
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a prompt: `count` tokens from `start` on. The last one draws a token."""
+    """A piece of a prompt: `count` tokens from `start` on. The last piece yields a token."""
 
     row: Row
     start: int
@@ -80,7 +81,7 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """Tokens of the text that have been read with it."""
+        """Number of tokens of the text that have been read after this piece."""
         return self.start + self.count
 
     @property
@@ -91,13 +92,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Read:
-    """Pieces of as many prompts, read at once."""
+    """Pieces of different prompts, read together."""
 
     pieces: tuple[Piece, ...]
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Whose they are."""
+        """The texts of the pieces."""
         return tuple(piece.row for piece in self.pieces)
 
 
@@ -109,17 +110,18 @@ class Draw:
 
 
 class Scheduler:
-    """The texts of a server, from when they come to when they end.
+    """A server's texts, from arrival to completion.
 
     Args:
-        pages: of the cache. rows: texts that are read or drawn at the same time. queue: texts that
-            wait, at most.
-        again: whether a text may be read again with what it has drawn. If not, it begins when there
-            is room for all it may draw, and is never put back.
+        pages: pages of the cache.
+        rows: largest number of running texts.
+        queue: largest number of waiting texts.
+        again: whether a preempted text may be read again with its decoded tokens. If not, a text
+            begins only when there is room for all its tokens, and is never preempted.
 
     Attributes:
-        waiting: texts that have not begun, or have been put back. running: those that are read or
-            drawn, in the order in which they began.
+        waiting: texts that have not begun or have been preempted.
+        running: texts being read or decoded, in the order in which they began.
     """
 
     def __init__(self, pages: Pages, *, rows: int, queue: int, again: bool = True) -> None:
@@ -128,7 +130,7 @@ class Scheduler:
         self.running: list[Row] = []
         self._queue, self._slots, self._again = queue, list(range(rows - 1, -1, -1)), again
         self._has_read = False  # the last step was a piece
-        self._oldest = False  # whose turn the next piece is
+        self._oldest = False  # whether the next piece is the oldest text's turn
 
     def submit(
         self,
@@ -138,20 +140,20 @@ class Scheduler:
         kinds: Sequence[int] | None = None,
         drawn_too: bool = True,
     ) -> list[Row]:
-        """New texts, all or none of them, at the end of the queue.
+        """Adds texts to the end of the queue, either all or none.
 
         Args:
-            limit: tokens drawn of each, at most.
-            kinds: of each, a number from 0; texts share pages with others of their kind.
-            drawn_too: whether the tokens drawn may be shared, besides the prompt's.
+            limit: maximum number of decoded tokens of each.
+            kinds: kind of each text, from 0; texts share pages with others of their kind.
+            drawn_too: whether decoded tokens may be shared as well as the prompt's.
 
         Raises:
-            QueueFullError: they are too many.
+            QueueFullError: there are too many.
         """
         if len(self.waiting) + len(prompts) > self._queue:
             raise QueueFullError(
-                f"{len(self.waiting)} texts are waiting, and the queue takes {self._queue}; try "
-                "again later"
+                f"{len(self.waiting)} texts are waiting, and the queue holds at most {self._queue}; "
+                "try again later"
             )
         rows = [
             Row(
@@ -171,17 +173,17 @@ class Scheduler:
 
     @property
     def leaving(self) -> bool:
-        """Whether a text goes back to the queue, as soon as the step that runs has come back."""
+        """Whether a text will be preempted as soon as the running step has finished."""
         return any(row.stage == "leaving" for row in self.running)
 
     def next(self, pieces: Callable[[Sequence[Row]], Sequence[int]]) -> Read | Draw | None:
-        """The next step; None if there is nothing to do until the step that runs has come back.
+        """The next step; None if there is nothing to do until the running step has finished.
 
-        What the step before the one that runs has given is known by now.
+        The results of the step before the running one must be known.
 
         Args:
-            pieces: told the rows that are being read, the one whose turn it is first, says how many
-                tokens to read at once of the first of them, of the second, and so on.
+            pieces: function from the rows being read, in order of turn, to the number of tokens to
+                read together of the first row, the second, and so on.
         """
         for row in [row for row in self.running if row.stage == "leaving"]:
             self._put_back(row)
@@ -204,12 +206,12 @@ class Scheduler:
         return Read(tuple(self._read(*each) for each in zip(rows, counts, strict=False)))
 
     def has_read(self, row: Row, tokens: int) -> None:
-        """The first so many tokens of a row's prompt have been read, and are fit to be shared."""
+        """Records that the first `tokens` tokens of a row have been read and can be shared."""
         if row.stage != "ended":
             self._enter(row, tokens)
 
     def has_drawn(self, row: Row, token: int) -> None:
-        """A token has come back."""
+        """Records a decoded token."""
         row.tokens.append(token)
         if row.stage == "ended":
             return
@@ -219,11 +221,11 @@ class Scheduler:
         self._enter(row, held)
 
     def end(self, row: Row) -> list[int]:
-        """A text has ended, or is no longer wanted; its pages are let go.
+        """Ends a text that is complete or cancelled, and frees its pages.
 
         Returns:
-            Those that no other text will find: where their numbers are not finite, they are to be
-            emptied before the next step.
+            The pages that no other text can find. If they hold non-finite numbers, they must be
+            cleared before the next step.
         """
         if row.stage == "waiting":
             self.waiting.remove(row)
@@ -243,21 +245,21 @@ class Scheduler:
         return -(-tokens // self.pages.size)
 
     def _whole(self, row: Row) -> int:
-        """Pages of a whole text; the last token drawn is never read."""
+        """Pages of a whole text; the last decoded token is never read."""
         return self._pages(row.prompt + row.limit - 1)
 
     def _room(self) -> int:
-        """Pages that nobody has been promised."""
+        """Number of pages that are not reserved."""
         promised = sum(max(0, row.promised - len(row.pages)) for row in self.running)
         return self.pages.available - promised
 
     def _wait(self, row: Row) -> None:
-        """Makes a row one that has not begun."""
+        """Resets a row to the state before it began."""
         row.stage, row.slot, row.until = "waiting", -1, len(row.tokens)
         row.pages, row.read, row.entered, row.changed = [], 0, 0, 0
         row.keys = page_keys(row.tokens, self.pages.size)
         row.promised = self._whole(row)
-        if self._again:  # and a token more
+        if self._again:  # and one more token
             row.promised = min(row.promised, self._pages(row.until + 1))
 
     def _leave(self, row: Row) -> None:
@@ -276,7 +278,7 @@ class Scheduler:
             row = self.waiting[0]
             found = self._shared_pages(row)
             taken = sum(self.pages.is_idle(page) for page in found)
-            # Whoever draws will soon want another page.
+            # Texts in decoding will soon need another page.
             others = len(self.running) if self._again else 0
             if self._room() < row.promised - len(found) + taken + others:
                 return
@@ -286,7 +288,7 @@ class Scheduler:
             self._share(row)
 
     def _grow(self, row: Row, tokens: int) -> bool:
-        """Gives a row pages for so many tokens; False if there are none, and one must leave."""
+        """Gives a row pages for `tokens` tokens; False if there are none and a row must leave."""
         while len(row.pages) * self.pages.size < tokens:
             if len(row.pages) >= row.promised and self._room() < 1:
                 return False
@@ -296,10 +298,10 @@ class Scheduler:
     # --- steps ---------------------------------------------------------------------------------
 
     def _draw(self, rows: Sequence[Row]) -> tuple[Row, ...]:
-        """Those of the rows that have room for one more token; where one has not, the last leaves.
+        """The rows with room for one more token; if one has none, the row that began last leaves.
 
-        What has left is known to be finite when the step that runs has come back, and only then
-        are its pages another's: until then, who wants one draws nothing.
+        Only when the running step has finished are the leaving row's numbers known to be finite and
+        its pages available. Until then, a row that needs a page is not decoded.
         """
         drawn = []
         for row in rows:
@@ -320,14 +322,14 @@ class Scheduler:
     def _read(self, row: Row, count: int) -> Piece:
         assert 0 < count <= row.left
         piece = Piece(row, row.read, count)
-        assert self._grow(row, piece.end), "a row that reads has been promised its pages"
+        assert self._grow(row, piece.end), "pages are reserved for a row that reads"
         row.read += count
         if not row.left:
             row.stage, row.drawn = "drawing", row.drawn + 1
         return piece
 
     def _shared_pages(self, row: Row) -> list[int]:
-        """Pages that stand in the tree and continue a row's; its last token is always read."""
+        """Pages in the tree that continue a row; its last token is always read."""
         found, at = [], len(row.pages)
         before = self.pages.number(row.pages[-1]) if row.pages else ROOT - row.kind
         while at + len(found) < (row.until - 1) // self.pages.size:
@@ -339,7 +341,7 @@ class Scheduler:
         return found
 
     def _share(self, row: Row) -> None:
-        """Takes what has been read of the same text, by whomever."""
+        """Takes pages of the same tokens that any other row has read."""
         whole = row.read == len(row.pages) * self.pages.size and row.entered == len(row.pages)
         for page in self._shared_pages(row) if whole else []:
             self.pages.hold(page)
@@ -350,7 +352,7 @@ class Scheduler:
                 row.cached += self.pages.size
 
     def _enter(self, row: Row, tokens: int) -> None:
-        """Puts a row's pages into the tree that its first so many tokens fill."""
+        """Adds the pages filled by a row's first `tokens` tokens to the tree."""
         full = min(tokens, row.shares) // self.pages.size
         while row.entered < full:
             at = row.entered
