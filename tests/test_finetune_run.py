@@ -447,7 +447,7 @@ def test_parameters_that_are_not_finite_are_neither_saved_nor_exported(
     kept = (
         "the checkpoint of step 1 is complete" if save_every == 1 else "no checkpoint had been sav"
     )
-    with pytest.raises(InputError, match=f"step 2: the loss is finite, but the update .*; {kept}"):
+    with pytest.raises(InputError, match=f"step 2: the loss is finite, but the updated .*; {kept}"):
         finetune(chosen)
     assert not (output / "model").exists()
     saved = [path.name for path in (output / "checkpoints").iterdir()]

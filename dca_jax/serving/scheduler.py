@@ -152,8 +152,8 @@ class Scheduler:
         """
         if len(self.waiting) + len(prompts) > self._queue:
             raise QueueFullError(
-                f"{len(self.waiting)} texts are waiting, and the queue holds at most {self._queue}; "
-                "try again later"
+                f"{len(self.waiting)} texts are waiting, and the queue holds at most "
+                f"{self._queue}; try again later"
             )
         rows = [
             Row(

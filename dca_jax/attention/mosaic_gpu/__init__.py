@@ -1,7 +1,7 @@
-"""DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine.
+"""DCA on Hopper GPUs: Pallas Mosaic GPU kernels with WGMMA and the bulk copy engine.
 
-Other position methods read prompts by the forward kernel, a launch for each band; their few queries
-(decoding) and their gradient are computed in plain XLA.
+Other position methods use the forward kernel for prefill, with one launch per band; decoding and
+gradients use plain XLA.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from dca_jax.device import SHARED_BYTES, Device, describe
 
 __all__ = ["backward", "forward", "rows_at_once", "unsupported"]
 
-FEWEST = 64  # queries by another method than DCA that the kernel reads: those of a warpgroup
+FEWEST = 64  # fewest queries of other methods for the kernel: those of one warpgroup
 
 
 def unsupported(
@@ -43,13 +43,13 @@ def unsupported(
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
-    """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    """Why these kernels cannot run with these shapes, dtypes and device; None if they can."""
     if device.capability != (9, 0):
         return f"it needs a Hopper GPU (compute capability 9.0), got {describe(device)}"
     if miscompiling_cuda():
         return (
-            "CUDA 12.8.0 to 12.9.0 compiles the masks of these kernels wrongly; install 12.9.1 or "
-            "newer (jax[cuda13] brings it)"
+            "CUDA 12.8.0 to 12.9.0 miscompiles the masks of these kernels; install 12.9.1 or newer "
+            "(jax[cuda13] includes it)"
         )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, got {query.dtype}"
@@ -57,7 +57,7 @@ def unsupported(
     if head_dim not in forward_tiles.TILES:
         return f"head_dim must be one of {sorted(forward_tiles.TILES)}, got {head_dim}"
     needed = max(
-        # A few keys may be a slice of a long text: all phases can be among them.
+        # A few keys may be a slice of a long text and include all phases.
         forward_tiles.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.LIST_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.BAND_TILES[head_dim].shared_bytes(head_dim, 1),
@@ -66,14 +66,14 @@ def unsupported(
     )
     if needed > SHARED_BYTES:
         return (
-            f"its tiles for head_dim {head_dim} need {needed} bytes of shared memory a CTA, and "
+            f"its tiles for head_dim {head_dim} need {needed} bytes of shared memory per CTA, and "
             f"there are {SHARED_BYTES}"
         )
     return None
 
 
 def miscompiling_cuda() -> bool:
-    """Whether the CUDA in use has the ptxas that JAX's own causal kernel refuses for its errors."""
+    """Whether the CUDA in use has a faulty ptxas, which JAX's own causal kernel rejects too."""
     if cuda_versions is None:
         return False  # no GPU here: compiling ahead of time for another machine
     return 12_080 <= cuda_versions.cuda_runtime_get_version() < 12_091
@@ -94,10 +94,10 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
     common: Common | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """As `Backend.forward`: few queries by the decode kernel, many by the prefill kernel.
+    """As `Backend.forward`, with the decode kernel for few queries, else the prefill kernel.
 
     Args:
-        common: of one query a row, through pages: what rows have in common. No log-sum-exp then.
+        common: prefixes shared by rows, for one query per row and pages; then without log-sum-exp.
     """
     if isinstance(dca, PositionMethod):
         return _by_method(query, key, value, layer, rows, dca, with_lse, scales)
@@ -136,7 +136,7 @@ def _by_method(
     with_lse: bool,
     scales: Scales | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`forward` by another method than DCA, over raw keys."""
+    """`forward` for a method other than DCA, over raw keys."""
     if query.shape[1] < FEWEST:
         options: Any = {"dca": method, "phases": (), "with_lse": with_lse, "scales": scales}
         return xla.forward(query, key, value, layer, rows, **options)

@@ -1,20 +1,20 @@
-"""DCA's backward pass on Hopper: one kernel, five matmuls a step, the same bits every time.
+"""DCA's backward pass on Hopper: one deterministic kernel with five matmuls per step.
 
-A CTA owns a tile of keys and walks over the queries that meet it, phase by phase:
+A CTA owns a tile of keys and iterates over the queries that attend to it, phase by phase:
 
     S^T = K Q^T - lse      P^T = exp2(S^T)      dP^T = V dO^T - delta      dS^T = P^T * dP^T
     dV += P^T dO           dK += dS^T Q         dQ_phase[tile of queries] += dS K
 
-dK and dV stay in registers; query heads of one kv head are walked one after another, so they add up
-there. dQ is added up in global memory, in float32, by the copy engine: key tile after key tile, in
-ascending order, each waiting for those before it, so the sums do not depend on who is faster. Every
-key tile walks from the last query to the first, so one that starts later need hardly wait. Key
-tiles are launched in ascending order too, and a GPU starts CTAs in the order of their index:
-whoever is waited for is running, or done.
+dK and dV stay in registers, where the query heads of one kv head are accumulated one after another.
+The copy engine accumulates dQ in global memory in float32. Key tiles add in ascending order, each
+waiting for the previous ones, so the sums do not depend on timing. Every key tile goes from the
+last query to the first, so tiles that start later hardly wait. Key tiles are also launched in
+ascending order, and a GPU starts CTAs in the order of their index, so a CTA only waits for CTAs
+that are running or done.
 
-A query is rotated differently in each phase, and so is its gradient: every phase has a dQ of its
-own, and a last pass rotates them back and sums them. Memory: for each phase the rotated query, and
-dQ in float32.
+A query is rotated differently in each phase, and so is its gradient: every phase has its own dQ,
+and a last pass rotates them back and sums them. Memory: the rotated query and a float32 dQ per
+phase.
 """
 
 import functools
@@ -39,7 +39,7 @@ from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.device import MULTIPROCESSORS
 from dca_jax.rope import rotate
 
-REGISTERS = 240, 24  # of a thread that computes, and of one that moves data
+REGISTERS = 240, 24  # per computing thread, and per thread that moves data
 
 
 def backward(
@@ -64,7 +64,7 @@ def backward(
     low, high = key_ranges(index, rows, num_keys, sizes.block_q, dca, phases)
     spans, met = spans_of(low, high, num_keys, sizes.block_q, sizes.block_kv)
     padding = ((0, 0), (0, 0), (0, low.shape[2] - num_queries))
-    # A query that meets no key has log-sum-exp -inf; its weights are exp2(MASKED) = 0.
+    # A query without keys has log-sum-exp -inf; its weights are exp2(MASKED) = 0.
     minus_lse = jnp.where(jnp.isfinite(lse), lse * jnp.float32(-LOG2E), MASKED)
     inputs = Inputs(
         queries=tuple(pad_tokens(x, 1) for x in rotated_queries(query, rows, dca, phases)),
@@ -78,13 +78,13 @@ def backward(
         spans=spans,
         cache_rows=layer.astype(jnp.int32) * batch + jnp.arange(batch, dtype=jnp.int32),
     )
-    # What has been added is counted in one launch: under `jax.vmap`, one launch follows another.
+    # The counters of additions belong to one launch: `jax.vmap` runs launches one after another.
     run = jax.custom_batching.sequential_vmap(functools.partial(_run, sizes=sizes))
     dqs, dk, dv = run(inputs)
 
     dq = jnp.zeros(query.shape, jnp.float32)
     for number, phase in enumerate(phases):
-        # Where a phase has no keys nothing was written, and anything may stand.
+        # Where a phase has no keys nothing was written, and the contents are arbitrary.
         is_met = jnp.repeat(met[:, number], sizes.block_q, axis=1)[:, :num_queries, None, None]
         dq_phase = jnp.where(is_met, dqs[number][:, :num_queries], jnp.float32(0))
         dq += rotate(dq_phase, -query_position(index, phase, dca), rows.inv_freq)
@@ -107,7 +107,7 @@ class Inputs(NamedTuple):
     low: Any  # [B, phases, padded]
     high: Any
     spans: Any  # [B, key tiles, 6 * phases]
-    cache_rows: Any  # [B]: which of the L * B rows
+    cache_rows: Any  # [B]: index among the L * B rows
 
 
 class Outputs(NamedTuple):
@@ -119,7 +119,7 @@ class Outputs(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What lies in shared memory."""
+    """Buffers in shared memory."""
 
     k: Any
     v: Any
@@ -132,7 +132,7 @@ class Shared(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """Filled or emptied: what lies in shared memory."""
+    """Barriers for filled and released buffers in shared memory."""
 
     keys_full: Any
     q_full: Any
@@ -146,26 +146,26 @@ class Barriers(NamedTuple):
 
 @dataclass(frozen=True)
 class CTA:
-    """What a CTA works on, and where its data is."""
+    """A CTA's work, and references to its data."""
 
     sizes: Sizes
     inputs: Inputs
     outputs: Outputs
     shared: Shared
     barriers: Barriers
-    added: Any  # how many tiles of keys have added to dQ [phases, B, N, query tiles, warpgroups]
+    added: Any  # number of key tiles that have added to dQ [phases, B, N, query tiles, warpgroups]
     batch: Array
     tile: Array
     kv_head: Array
 
     def span(self, n: int | Array) -> Array:
-        """The n-th end of this tile's spans."""
+        """The n-th bound of this tile's spans."""
         return self.inputs.spans[self.batch, self.tile, n]
 
     def descend(
         self, start: Array, stop: Array, step: Array, visit: "Callable[[Array, Array, Array], None]"
     ) -> Array:
-        """visit(step, query tile, query head) for the tiles start - 1 .. stop; the next step."""
+        """Calls visit(step, query tile, query head) for tiles start - 1 .. stop; the next step."""
         group = jnp.int32(self.sizes.group)
 
         def one(n: Array, _: None) -> None:
@@ -176,7 +176,7 @@ class CTA:
         return step + steps
 
     def piece(self, warpgroup: Array, part: int) -> tuple[Array, Array]:
-        """First row and column of a 64 x 64 piece that a warpgroup computes of a tile of dQ."""
+        """First row and column of a warpgroup's 64 x 64 piece of a tile of dQ."""
         n, across = warpgroup * self.sizes.parts + part, jnp.int32(self.sizes.head_dim // 64)
         return lax.div(n, across) * 64, lax.rem(n, across) * 64
 
@@ -238,10 +238,10 @@ def _run(inputs: Inputs, sizes: Sizes) -> Outputs:
 
 
 def _heads_together(kv_heads: int, num_tiles: int) -> int:
-    """kv heads whose tiles of keys are launched together, the longest first.
+    """Number of kv heads whose key tiles are launched together, the longest first.
 
-    With one, the queries and sums being read stay in the L2 cache. But the last head's long tiles
-    should start while there is other work left: two tiles a multiprocessor are enough.
+    With one head, the queries and sums being read stay in the L2 cache. But the last head's long
+    tiles should start while other work is left: two tiles per multiprocessor are enough.
     """
     wanted = min(kv_heads, round(2 * MULTIPROCESSORS / num_tiles))
     return next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n >= wanted)
@@ -249,7 +249,7 @@ def _heads_together(kv_heads: int, num_tiles: int) -> int:
 
 def _shared(sizes: Sizes, dtype: Any) -> Shared:
     keys, queries = (sizes.block_kv, sizes.head_dim), (sizes.block_q, sizes.head_dim)
-    # dS of this step and of the last, by both warpgroups; or dS of each, for itself.
+    # dS of this step and of the previous one, from both warpgroups; or each warpgroup's own dS.
     ds = (2, sizes.block_kv, sizes.block_q)
     return Shared(
         k=plgpu.SMEM(keys, dtype),
@@ -280,7 +280,7 @@ def _barriers(sizes: Sizes) -> Barriers:
 
 
 def _load(cta: CTA) -> None:
-    """Brings the keys and values, then tile after tile of queries and their output's gradients."""
+    """Loads the keys and values, then the tiles of queries and output gradients."""
     sizes, inputs, shared, barriers = cta.sizes, cta.inputs, cta.shared, cta.barriers
     batch, step = cta.batch, jnp.int32(0)
     keys = inputs.cache_rows[batch], pl.ds(cta.tile * sizes.block_kv, sizes.block_kv)
@@ -314,13 +314,13 @@ def _load(cta: CTA) -> None:
             )
 
         step = cta.descend(cta.span(6 * number), cta.span(6 * number + 5), step, visit)
-    # What computes is a step ahead: one more is begun, of no matter what, and comes to nothing.
+    # Computation is one step ahead: one extra step with arbitrary data is begun and discarded.
     head = cta.kv_head * sizes.group
     load_query(step, inputs.queries[0], pl.ds(0, sizes.block_q), head)
 
 
 def _add_up(cta: CTA, warpgroup: Array) -> None:
-    """Adds what a warpgroup computes of dQ to the sums, after the tiles of keys before this one."""
+    """Adds a warpgroup's part of dQ to the sums, after the previous key tiles have added theirs."""
     sizes, barriers, step = cta.sizes, cta.barriers, jnp.int32(0)
     smem, full, free = (
         x.at[warpgroup] for x in (cta.shared.dq, barriers.dq_full, barriers.dq_free)
@@ -339,7 +339,7 @@ def _add_up(cta: CTA, warpgroup: Array) -> None:
                 queries, columns = pl.ds(q_tile * sizes.block_q + row, 64), pl.ds(column, 64)
                 target = dq.at[cta.batch, queries, head, columns]
                 plgpu.barrier_wait(full)
-                # The first to come writes: so nobody has to clear the sums.
+                # The first tile writes, so the sums need no clearing.
                 write = functools.partial(plgpu.copy_smem_to_gmem, smem, target)
                 pl.when(before == 0)(write)
                 pl.when(before > 0)(functools.partial(write, reduction_op="add"))
@@ -365,7 +365,7 @@ class Accumulators(NamedTuple):
 
 
 def _compute(cta: CTA, warpgroup: Array) -> None:
-    """dK and dV of a warpgroup's keys or columns, and its pieces of every dQ."""
+    """Computes dK and dV of a warpgroup's keys or columns, and its pieces of each dQ."""
     sizes, shared = cta.sizes, cta.shared
     first = warpgroup * WARPGROUP_KEYS if sizes.by_keys else 0
     keys = pl.ds(first, WARPGROUP_KEYS)
@@ -412,9 +412,9 @@ def _compute(cta: CTA, warpgroup: Array) -> None:
             dv=zeros(WARPGROUP_KEYS, sizes.columns),
         )
     )
-    # The keys and values have been read for the last time: their gradients take their place.
+    # Keys and values are no longer needed: their gradients replace them.
     _meet(cta.barriers.ds_full)
-    # P is in units of log2, and with it dS.
+    # P, and so dS, is in log2 units.
     shared.k[keys, columns] = (done.dk * math.log(2)).astype(shared.k.dtype)
     shared.v[keys, columns] = done.dv.astype(shared.v.dtype)
     plgpu.commit_smem()
@@ -426,7 +426,7 @@ def _compute(cta: CTA, warpgroup: Array) -> None:
 
 
 def _begin(cta: CTA, accumulators: Accumulators, keys: Any, step: Array) -> None:
-    """Starts a step's S^T, from -lse on: P^T is exp2 of the sum."""
+    """Starts a step's S^T with -lse as the initial sum: P^T is exp2 of the result."""
     slot = lax.rem(step, jnp.int32(cta.sizes.num_stages))
     plgpu.barrier_wait(cta.barriers.q_full.at[slot])
     accumulators.s[...] = _of_queries(cta.shared.minus_lse.at[slot])
@@ -443,10 +443,10 @@ def _step(
     step: Array,
     mask: "Callable[[Array], Array] | None",
 ) -> None:
-    """One tile of queries of one head; S^T is there already, and so is the next one's at the end.
+    """Processes one tile of queries of one head; S^T is ready, and at the end so is the next one.
 
-    Products run while the next ones' operands are made: `wgmma_wait(n)` and `wait_n` wait for all
-    but the last n started.
+    Products run while the next operands are computed: `wgmma_wait(n)` and `wait_n` wait for all
+    but the n started last.
     """
     sizes, shared, barriers = cta.sizes, cta.shared, cta.barriers
     s, dp, dq, dk, dv = accumulators
@@ -460,7 +460,7 @@ def _step(
     p = jnp.exp2(logits if mask is None else mask(logits))
     plgpu.wgmma(dv, p.astype(q.dtype), do.at[:, columns])
     ds = (p * plgpu.wgmma_accumulator_load(dp, wait_n=1)).astype(q.dtype)
-    # Two buffers: a warpgroup that is ahead does not overwrite what the other still reads.
+    # Two buffers, so a warpgroup that is ahead does not overwrite data the other still reads.
     ds_smem = shared.ds.at[lax.rem(step, jnp.int32(2)) if sizes.by_keys else warpgroup]
     ds_smem[keys, :] = ds
     plgpu.commit_smem()
@@ -490,7 +490,7 @@ def _step(
 def _mask(
     cta: CTA, phase: Array, q_tile: Array, first: Array | int, logits: Float[Array, "64 block_q"]
 ) -> Float[Array, "64 block_q"]:
-    """-inf where a query of tile `q_tile` does not meet a key in this phase."""
+    """-inf where a query of tile `q_tile` does not attend to a key in this phase."""
     queries = pl.ds(q_tile * cta.sizes.block_q, cta.sizes.block_q)
     low, high = (
         lax.broadcast_in_dim(
@@ -510,7 +510,7 @@ def _mask(
 
 
 def _of_queries(smem: Any) -> Float[Array, "64 block_q"]:
-    """A number a query, for every key."""
+    """One number per query, broadcast over keys."""
     x = plgpu.load(smem, layout=plgpu.Layout.WGMMA.reduce(0))
     return lax.broadcast_in_dim(x, (WARPGROUP_KEYS, x.shape[0]), [1])
 
@@ -520,6 +520,6 @@ def _zeros(*shape: int) -> Float[Array, "rows columns"]:
 
 
 def _meet(barrier: Any) -> None:
-    """Waits until both computing warpgroups are here."""
+    """Waits until both computing warpgroups arrive."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)

@@ -1,4 +1,4 @@
-"""Which queries meet which keys: the tables that the backward kernel on Hopper walks by."""
+"""Tables of which queries attend to which keys, for the backward kernel on Hopper."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -17,7 +17,7 @@ def key_ranges(
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> tuple[Int[Array, "B phases padded"], Int[Array, "B phases padded"]]:
-    """[low, high) of the slots each query meets in each phase; padding has low FAR and high 0."""
+    """[low, high) of each query's slots in each phase; padding has low FAR and high 0."""
     padding = ((0, 0), (0, 0), (0, -index.shape[1] % block_q))
     is_text = (index < rows.lengths[:, None])[:, None, :]
     keys = Keys(rows.key_offset[:, None], num_keys)
@@ -34,18 +34,19 @@ def spans_of(
     block_q: int,
     block_kv: int,
 ) -> tuple[Int[Array, "B key_tiles spans"], Bool[Array, "B phases query_tiles"]]:
-    """Which tiles of queries a tile of keys meets, and which tiles of queries meet any.
+    """The query tiles that attend to each key tile, and whether a query tile has any keys.
 
-    In a phase, those that a tile of keys meets follow one another; and so do those in the middle
-    all of whose queries meet all of the keys, where nothing is masked. From the last to the first:
+    In a phase, the query tiles that attend to a key tile are contiguous, and so are those in their
+    middle whose queries all attend to all of its keys, which need no mask. From last to first:
 
         stop .. full_stop         masked
-        full_stop .. full_start   in full
+        full_stop .. full_start   full
         full_start .. start       masked
 
     Returns:
-        For each phase six ends, descending: (start, middle, stop) of a masked span and the full one
-        after it, twice, the second full one empty. And whether a tile's queries meet any key.
+        Six descending bounds per phase: (start, middle, stop) of a masked span and the full span
+        after it, twice, where the second full span is empty. And whether a tile's queries have any
+        keys.
     """
     tiled = (*low.shape[:2], 1, -1, block_q)
     low, high = low.reshape(tiled), high.reshape(tiled)
@@ -57,13 +58,13 @@ def spans_of(
     end = jnp.minimum(begin + block_kv, num_keys)
 
     def count(holds: Array) -> Array:
-        # Ranges of keys only move up from query to query. So what holds of the first tiles of
-        # queries holds up to some tile, and its number is how often it holds.
+        # Ranges of keys only move up from query to query. So a condition that holds for the first
+        # query tiles holds up to some tile, whose number is the count of tiles where it holds.
         return jnp.sum(holds & is_text, axis=-1, dtype=jnp.int32)
 
     start = count(last_high <= begin)
     stop = jnp.maximum(start, count(first_low < end))
-    # All of a whole tile of keys: what is read beyond the last key must be masked.
+    # Full only if the key tile is complete: data beyond the last key must be masked.
     full_start = jnp.clip(count(first_high < begin + block_kv), start, stop)
     full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
     spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)

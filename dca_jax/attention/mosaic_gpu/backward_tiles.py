@@ -1,11 +1,11 @@
-"""Block sizes of the backward kernel on Hopper, and what follows from them."""
+"""Block sizes of the backward kernel on Hopper, and derived sizes."""
 
 from dataclasses import dataclass
 
 from dca_jax.errors import InputError
 
 WARPGROUP_KEYS = 64  # keys a warpgroup multiplies at once: the rows of a WGMMA accumulator
-WARPGROUPS = 2  # that compute; one more moves data
+WARPGROUPS = 2  # computing warpgroups; one more moves data
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class BackwardTiles:
     """Block sizes of the backward kernel.
 
     Attributes:
-        block_q: queries a step; a multiple of 64.
-        block_kv: keys of a CTA. With 128, each computing warpgroup has 64 of them.
-            With 64, both have all of them, and share dK and dV by columns: for a head_dim whose
-            dK and dV of 64 keys do not fit into registers.
-        num_stages: tiles of queries in shared memory; at least 2, for a step begins the next one's
-            product before it lets its own queries go.
-        num_do_stages: tiles of the output's gradient in shared memory.
+        block_q: queries per step; a multiple of 64.
+        block_kv: keys per CTA. With 128, each computing warpgroup has 64 of them. With 64, both
+            have all of them and split the columns of dK and dV, for a head_dim whose dK and dV of
+            64 keys do not fit into registers.
+        num_stages: number of query tiles in shared memory; at least 2, because a step starts the
+            next one's product before it releases its own queries.
+        num_do_stages: number of tiles of the output's gradient in shared memory.
     """
 
     block_q: int
@@ -28,7 +28,7 @@ class BackwardTiles:
     num_do_stages: int
 
     def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory a CTA needs, in bytes."""
+        """Bytes of shared memory per CTA."""
         keys = 2 * self.block_kv * head_dim * 2
         queries = self.block_q * (
             (self.num_stages + self.num_do_stages) * head_dim * 2 + self.num_stages * 8
@@ -37,7 +37,7 @@ class BackwardTiles:
         return keys + queries + ds + WARPGROUPS * WARPGROUP_KEYS * 64 * 4 + RESERVED
 
 
-RESERVED = 2048  # for the barriers, and lost to alignment
+RESERVED = 2048  # bytes for barriers and alignment
 
 # By head_dim, measured on an H200.
 TILES = {
@@ -49,24 +49,24 @@ TILES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of the work is known when the kernel is made."""
+    """Sizes that are known when the kernel is built."""
 
     head_dim: int
-    group: int  # query heads of a kv head
+    group: int  # query heads per kv head
     block_q: int
     block_kv: int
     num_stages: int
     num_do_stages: int
-    by_keys: bool  # the warpgroups share the keys; else the columns of dK and dV
-    columns: int  # of dK and dV that a warpgroup has
-    parts: int  # pieces of 64 x 64 of a tile of dQ that a warpgroup computes
+    by_keys: bool  # whether the warpgroups split the keys; else the columns of dK and dV
+    columns: int  # columns of dK and dV per warpgroup
+    parts: int  # 64 x 64 pieces of a tile of dQ per warpgroup
 
     @classmethod
     def of(cls, tiles: BackwardTiles, head_dim: int, group: int) -> "Sizes":
-        """What follows from the tiles.
+        """Derives the sizes from the tiles.
 
         Raises:
-            InputError: the warpgroups cannot share them out, or would wait for one another forever.
+            InputError: the warpgroups cannot split the tiles, or would deadlock.
         """
         by_keys = tiles.block_kv == WARPGROUPS * WARPGROUP_KEYS
         columns = head_dim if by_keys else head_dim // WARPGROUPS
@@ -78,7 +78,7 @@ class Sizes:
             or columns % 64
             or pieces % WARPGROUPS
         ):
-            raise InputError(f"{tiles} cannot be shared out for head_dim {head_dim}")
+            raise InputError(f"{tiles} cannot be split for head_dim {head_dim}")
         return cls(
             head_dim=head_dim,
             group=group,

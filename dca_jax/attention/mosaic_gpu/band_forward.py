@@ -1,8 +1,8 @@
-"""Other position methods' forward pass on Hopper: a launch of the kernel for each of their bands.
+"""The forward pass of other position methods on Hopper: one kernel launch per band.
 
-In a band every query stands at one position and every key at one, so both are rotated before the
-launch, and the keys that a query meets are told as numbers. Positions by steps of the distance have
-two rotations of the queries, of which a comparison of two numbers takes one (`bands.Steps`). The
+In a band every query and every key has one position, so both are rotated before the launch, and
+each query's range of keys is passed as numbers. Positions in steps of the distance have two
+rotations of the queries, between which a comparison of two numbers selects (`bands.Steps`). The
 bands' outputs are merged by their log-sum-exp.
 """
 
@@ -62,7 +62,7 @@ def forward(
 def _attend_to_series(
     series: Series, of_band: Callable[[Band], _Part], query: Float[Array, "B T N H"]
 ) -> _Part:
-    """All bands of a series, one after another; float32, for it is rounded after each of them."""
+    """All bands of a series, one after another; in float32, as each of them rounds the result."""
 
     def step(n: Array, so_far: _Part) -> _Part:
         out, lse = of_band(series.band(n))
@@ -89,13 +89,14 @@ def _attend_to_band(
     """Output in the query's dtype, and log-sum-exp.
 
     Args:
-        index: text index of each query. scale: what its logits are multiplied by, in log2 units.
+        index: text index of each query.
+        scale: factor of each query's logits, in log2 units.
     """
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     stepped = band.steps is not None
     tiles = (STEP_TILES if stepped else BAND_TILES)[head_dim]
-    if num_keys % 8:  # to be padded: then of one layer only
+    if num_keys % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
     row = jnp.arange(batch, dtype=jnp.int32)
     value_row = layer * batch + row
@@ -118,14 +119,14 @@ def _attend_to_band(
     problem = Problem(num_keys, group, cluster, None, (), tiles, None, len(queries))
     given = Refs(queries, keys, values, place, (), None, None, told, None, None)
     out, lse = launch(problem, given, num_queries, True)
-    assert lse is not None  # asked for
+    assert lse is not None  # requested
     return out, lse
 
 
 def _tell(
     band: Band, index: Int[Array, "B T"], rows: Rows, text: Int[Array, "B S"], tiles: ForwardTiles
 ) -> OfBand:
-    """The band in numbers: slots, of whole tiles of queries and whole blocks of keys."""
+    """The band as numbers: slots, for whole tiles of queries and whole blocks of keys."""
     present = index < rows.lengths[:, None]
     keys = Keys(rows.key_offset[:, None], text.shape[1])
     start, stop = (

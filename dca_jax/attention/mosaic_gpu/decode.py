@@ -1,18 +1,18 @@
-"""Decoding on Hopper: few queries a row over a long, ragged KV cache, split over its keys.
+"""Decoding on Hopper: few queries per row over a long, ragged KV cache, split over its keys.
 
-What bounds it is the reading of the cache, so everything else is kept out of the way:
+Decoding is bound by the reading of the cache, so the kernel is organized around it:
 
-- The blocks of keys that the batch's queries meet, row after row and phase after phase, are one
-  list of work. Each kv head has the same number of CTAs, and each of them an equal part of the
-  list, whatever the lengths of the rows: the grid is static, nothing recompiles as a text grows,
-  and a batch of one long and many short rows is as balanced as any.
-- The T x G queries of one kv head that share its keys are the *columns* of both products,
-  S^T = K q^T and O^T = V^T P^T: a block of keys costs 8 columns of tensor work, and not the 64
-  rows that WGMMA would ask for otherwise.
+- The blocks of keys that the batch's queries attend to, row by row and phase by phase, form one
+  work list. Each kv head has the same number of CTAs, and each CTA an equal part of the list,
+  whatever the lengths of the rows: the grid is static, nothing recompiles as a text grows, and a
+  batch of one long and many short rows is balanced as well.
+- The T x G queries that share a kv head are the *columns* of both products, S^T = K q^T and
+  O^T = V^T P^T: a block of keys costs 8 columns of tensor work, instead of the 64 rows that WGMMA
+  would otherwise need.
 - One warpgroup keeps `num_stages` blocks of keys and of values in flight; the other computes.
-- Keys and values in 8 bits are widened in registers, from where a product takes its left side
-  (`widening`). Their scales multiply logits and weights. It is more work for half the bytes: so two
-  CTAs share a processor.
+- 8-bit keys and values are widened in registers, from which WGMMA can take its left operand
+  (`widening`). Their scales multiply logits and weights. This is more work for half the bytes, so
+  two CTAs share a multiprocessor.
 
 A row's partial results are merged by their maximum and sum, in plain XLA.
 """
@@ -53,15 +53,17 @@ COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 class Columns(NamedTuple):
-    """Queries as the kernel takes them: of each row, those of a kv head are the columns.
+    """The kernel's queries: those of each row that share a kv head are the columns.
 
     Attributes:
-        query: rotated for each phase.
-        offset: the least text index of a row's queries. lengths: keys from there on are not read.
+        query: queries rotated for each phase.
+        offset: the least text index of a row's queries.
+        lengths: text length of each row; keys from there on are not read.
         key_offset: as in `Rows`.
-        index: text index of each column's query, -1 for none; None: they follow `offset`, each
-            query's heads side by side.
-        end: no key of a row from this text index on is read; None: all that its queries meet.
+        index: text index of each column's query, -1 for none; None if the queries are consecutive
+            from `offset` on, with each query's heads side by side.
+        end: text index from which on a row's keys are not read; None to read all that its queries
+            attend to.
     """
 
     query: Float[Array, "B P K columns H"]
@@ -91,8 +93,9 @@ def attend_columns(
     """Output and natural log-sum-exp of num_queries * group columns, float32.
 
     Args:
-        dtype: of the queries as they came. group: query heads of a kv head.
-        reach: text indices among which a row's queries lie; by default they follow one another.
+        dtype: dtype of the original queries.
+        group: query heads per kv head.
+        reach: size of the range of a row's text indices (default: queries are consecutive).
     """
     batch, _, _, width, head_dim = columns.query.shape
     layers, num_rows, capacity, kv_heads = key.shape[:4]
@@ -104,8 +107,8 @@ def attend_columns(
     tiles = fitting(tiles, width, head_dim, len(phases), quantized=quantized)
     if tiles is None:
         raise InputError(
-            f"{num_queries} queries of {group} heads, of head_dim {head_dim}, do not fit into the "
-            f"{SHARED_BYTES} bytes of shared memory of the decode kernel"
+            f"{num_queries} queries of {group} heads with head_dim {head_dim} do not fit into the "
+            f"decode kernel's {SHARED_BYTES} bytes of shared memory"
         )
     shares = min(max(1, tiles.ctas // kv_heads), tiles.max_shares)
     problem = _Problem(
@@ -137,10 +140,10 @@ def attend_columns(
 def _merge_shares(
     outs: Float[Array, "slots K columns H"], stats: Float[Array, "shares B K 2 columns"]
 ) -> tuple[Float[Array, "B K columns H"], Float[Array, "B K columns"]]:
-    """One softmax out of the shares' unnormalised ones; a query that met no key: 0 and -inf.
+    """Merges the shares' unnormalised softmaxes into one; a query without keys has 0 and -inf.
 
-    Written out share by share, so that XLA makes elementwise kernels of it, which it fuses, and not
-    a chain of reductions: with short texts, each launch counts.
+    Unrolled over shares, so that XLA compiles it to fused elementwise kernels instead of a chain of
+    reductions: for short texts, each launch matters.
     """
     shares, batch = stats.shape[:2]
     m_i = functools.reduce(jnp.maximum, [stats[n, :, :, 0] for n in range(shares)])
@@ -148,7 +151,7 @@ def _merge_shares(
     for n in range(shares):
         weight = jnp.exp2(stats[n, :, :, 0] - m_i)
         l_i = l_i + weight * stats[n, :, :, 1]
-        # A share without a part in the row has left its slot as it was, whatever that holds.
+        # A share without a part in the row has not written its slot, which holds arbitrary data.
         part = jnp.where((stats[n, :, :, 1] > 0)[..., None], outs[n : n + batch], 0)
         merged = merged + weight[..., None] * part
     met = l_i > 0
@@ -160,20 +163,20 @@ def _merge_shares(
 
 
 class _Problem(NamedTuple):
-    """What is static about a call."""
+    """The static parameters of a call."""
 
-    reach: int  # text indices, from a row's offset on, among which its queries lie
-    group: int  # query heads of a kv head
-    shares: int  # parts that the work of a kv head is cut into
-    num_keys: int  # a row has room for
-    num_rows: int  # of a layer of the cache, or pages
+    reach: int  # size of the range of text indices of a row's queries
+    group: int  # query heads per kv head
+    shares: int  # number of parts into which the work of a kv head is split
+    num_keys: int  # capacity of a row
+    num_rows: int  # rows of a layer of the cache, or pages
     dca: DCAConfig
     phases: tuple[Phase, ...]
     tiles: DecodeTiles
 
 
 class _Refs(NamedTuple):
-    """The kernel's arguments and results, in global memory; as `_attend_shares` has them."""
+    """The kernel's arguments and results in global memory, as in `_attend_shares`."""
 
     layer: Any
     offset: Any
@@ -182,11 +185,11 @@ class _Refs(NamedTuple):
     query: Any
     key: Any
     value: Any
-    key_scale: Any  # None, as the other, of keys and values that are exact
+    key_scale: Any  # None, like the value scale, if keys and values are not quantized
     value_scale: Any
-    index: Any  # None, as `end`, where queries follow the offset, and read all that they meet
+    index: Any  # None, like `end`, if queries are consecutive and read all their keys
     end: Any
-    pages: Any  # None where a row's keys lie one behind the other
+    pages: Any  # None if a row's keys are contiguous
     outs: Any
     stats: Any
 
@@ -195,7 +198,7 @@ class _Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
     query: Any  # [P, columns, H]
-    span: Any  # [P, 2, columns] int32: the first slot that each query meets in a phase, and the end
+    span: Any  # [P, 2, columns] int32: the start and end of each query's slots in a phase
     key: Any  # [num_stages, block, H]
     value: Any  # [num_stages, block, H]
     key_scale: Any  # [num_stages, block] float32, or None
@@ -223,8 +226,8 @@ def _attend_shares(
 ) -> tuple[Float[Array, "slots K columns H"], Float[Array, "shares B K 2 columns"]]:
     """Each share's part of each row: unnormalised output, and maximum (log2 units) and sum.
 
-    Share n's output for row b lies in slot n + b, which is nobody else's: shares and rows ascend
-    together. Where the share has no part in the row, its sum is 0, and the slot is not written.
+    Share n's output for row b is in slot n + b, which no other share uses: shares and rows ascend
+    together. If the share has no part in the row, its sum is 0, and the slot is not written.
     """
     batch, num_phases, kv_heads, width, head_dim = columns.query.shape
     shares, block, num_stages = problem.shares, problem.tiles.block, problem.tiles.num_stages
@@ -260,13 +263,13 @@ def _attend_shares(
         key_free=plgpu.Barrier(num_barriers=num_stages),
         value_free=plgpu.Barrier(num_barriers=num_stages),
     )
-    # What is None takes no argument.
+    # None arguments are omitted.
     given, scratch = jax.tree.leaves(arrays), jax.tree.leaves(shared)
     tree = jax.tree.structure((_Refs._make((*arrays, *out_type)), shared))
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        # Heads first: CTAs that run at one time read the same rows of the cache.
+        # Heads first: CTAs that run at the same time read the same rows of the cache.
         grid=(kv_heads, shares),
         grid_names=("head", "share"),
         num_threads=2,
@@ -278,11 +281,11 @@ def _attend_shares(
 
 
 class _Work(NamedTuple):
-    """The blocks of keys that a row's queries meet: its units of work, in the order of the phases.
+    """The blocks of keys that a row's queries attend to: its units of work, phase by phase.
 
     Attributes:
         firsts: each phase's first block.
-        ends: how many units there are up to the end of each phase.
+        ends: cumulative number of units up to the end of each phase.
     """
 
     firsts: list[Array]
@@ -290,11 +293,11 @@ class _Work(NamedTuple):
 
     @classmethod
     def of(cls, first: Array, last: Array, keys: Keys, problem: _Problem) -> "_Work":
-        """What the queries of index first .. last meet; nothing if last < first."""
+        """The work of the queries with indices first .. last; empty if last < first."""
         block = problem.tiles.block
         firsts, ends, end = [], [], jnp.int32(0)
         for phase in problem.phases:
-            # Both ends of a phase's keys grow with the query.
+            # Both bounds of a phase's keys grow with the query.
             start = keys.slot(key_range(first, phase, problem.dca)[0])
             stop = keys.slot(key_range(last, phase, problem.dca)[1])
             begin = lax.div(start, block)
@@ -305,7 +308,7 @@ class _Work(NamedTuple):
         return cls(firsts, ends)
 
     def locate(self, unit: Array) -> tuple[Array, Array]:
-        """Number of the phase, and of the block of keys, of one unit."""
+        """The phase number and the block number of a unit."""
         phase, block = jnp.int32(0), unit + self.firsts[0]
         for p in range(1, len(self.firsts)):
             later = unit >= self.ends[p - 1]
@@ -327,9 +330,9 @@ def _keys(gmem: _Refs, row: Array, problem: _Problem) -> Keys:
 def _place(
     gmem: _Refs, at: Array, row: Array, number: Array, problem: _Problem
 ) -> tuple[Array, Any]:
-    """Where block `number` of a row's keys lies: the row of the cache, or the page, and its slots.
+    """The place of block `number` of a row's keys: the cache's row or the page, and the slots.
 
-    `at` is the row of the cache; of a pool, the layer's first page.
+    `at` is the row of the cache, or in a pool, the layer's first page.
     """
     block = problem.tiles.block
     if gmem.pages is not None:
@@ -340,7 +343,7 @@ def _place(
 
 
 def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
-    """[begin, stop) of this share, in units of work of the whole batch, row after row."""
+    """[begin, stop) of this share in the batch's units of work, row by row."""
     total = lax.fori_loop(
         0,
         gmem.offset.shape[0],
@@ -354,9 +357,9 @@ def _share(gmem: _Refs, problem: _Problem) -> tuple[Array, Array]:
 def _for_each_row(
     gmem: _Refs, problem: _Problem, share: tuple[Array, Array], visit: Callable, skip: Callable
 ) -> None:
-    """Calls visit(row, its work, first, last, step) where units first .. last - 1 are the share's.
+    """Calls visit(row, its work, first, last, step) if units first .. last - 1 are the share's.
 
-    `step` is how many units the share has done before. Calls skip(row) where it has no part.
+    `step` is the number of units done before. Calls skip(row) for rows without a part.
     """
     begin, stop = share
 
@@ -374,7 +377,7 @@ def _for_each_row(
 
 
 def _load(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, Array]) -> None:
-    """The warpgroup that keeps keys and values in flight, from row to row without a pause."""
+    """The warpgroup that loads keys and values, from row to row without a pause."""
     head, num_stages = lax.axis_index("head"), problem.tiles.num_stages
 
     def visit(row: Array, work: _Work, first: Array, last: Array, step: Array) -> None:
@@ -439,7 +442,7 @@ def _compute(gmem: _Refs, smem: _Shared, problem: _Problem, share: tuple[Array, 
 
 
 def _place_queries(gmem: _Refs, smem: _Shared, row: Array, problem: _Problem) -> None:
-    """Brings a row's queries, and which keys each of them meets, into shared memory."""
+    """Loads a row's queries, and the range of keys of each, into shared memory."""
     num_phases, columns = smem.query.shape[:2]
     for p in range(num_phases):
         source = gmem.query.at[row, p, lax.axis_index("head")]
@@ -464,11 +467,11 @@ def _attend_block(
     number: Array,
     state: tuple[Float[Array, " columns"], Float[Array, "rows columns"], Float[Array, "H columns"]],
 ) -> tuple:
-    """One step of the online softmax, with block `number` of the keys, which lies in `slot`.
+    """One step of the online softmax, with block `number` of the keys, which is in `slot`.
 
-    The state: maxima in log2 units, sums of weights, and outputs. A sum is kept in parts, each
-    thread's own keys, which are put together after the last block. Logits and weights are those
-    of each of `_parts`.
+    The state holds maxima in log2 units, sums of weights, and outputs. Each thread sums its own
+    keys, and the sums are combined after the last block. Logits and weights are separate for each
+    of `_parts`.
     """
     m_i, l_i, acc = state
     shape = l_i.shape[0], l_i.shape[1]
@@ -518,9 +521,9 @@ def _attend_block(
 def _logits_and_values(
     smem: _Shared, slot: Array, phase: Array, part: Any, shape: tuple[int, int]
 ) -> tuple[Float[Array, "rows columns"], Float[Array, "H rows"] | None]:
-    """Logits in log2 units of a part of the block of keys that lies in `slot`.
+    """Logits in log2 units of a part of the block of keys in `slot`.
 
-    And its values, if they have to be widened: there is time while the product is on its way.
+    Also returns its values if they have to be widened, which overlaps with the product.
     """
     keys = smem.key.at[slot, part]
     if smem.key_scale is not None:
@@ -540,14 +543,14 @@ def _logits_and_values(
 
 
 def _parts(smem: _Shared) -> list[Any]:
-    """The parts of a block of keys: those in 8 bits are widened a part at a time, in registers."""
+    """The parts of a block of keys: 8-bit ones are widened in registers one part at a time."""
     block = smem.key.shape[1]
     rows = block if smem.key_scale is None else ROWS
     return [pl.ds(first, rows) for first in range(0, block, rows)]
 
 
 def _of_keys(ref: Any, shape: tuple[int, int]) -> Float[Array, "block columns"]:
-    """A number for each key, as logits are laid out."""
+    """One number per key, in the layout of the logits."""
     number = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1))
     return lax.broadcast_in_dim(number, shape, broadcast_dimensions=[0])
 

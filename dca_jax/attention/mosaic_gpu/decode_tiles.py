@@ -1,4 +1,4 @@
-"""How decoding's work is cut on Hopper, and which shapes it takes."""
+"""Block sizes of the decode kernel on Hopper, and the shapes that it supports."""
 
 from dataclasses import dataclass, replace
 
@@ -13,13 +13,13 @@ RESERVED = 4096  # bytes of shared memory, for reductions across warps, barriers
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How the work is cut.
+    """The division of the work.
 
     Attributes:
-        block: keys a step; a multiple of 64.
-        num_stages: blocks of keys, and of values, in flight; fewer where queries take the memory.
-        ctas: CTAs in all, over the kv heads: one for each processor of the device.
-        max_shares: CTAs a kv head gets at most: each makes the merge longer.
+        block: keys per step; a multiple of 64.
+        num_stages: blocks of keys, and of values, in flight; fewer if queries need the memory.
+        ctas: total number of CTAs for all kv heads: one for each multiprocessor of the device.
+        max_shares: most CTAs per kv head: each one makes the merge longer.
     """
 
     block: int
@@ -28,7 +28,7 @@ class DecodeTiles:
     max_shares: int = 64
 
     def shared_bytes(self, columns: int, head_dim: int, phases: int, *, quantized: bool) -> int:
-        """Shared memory a CTA needs, in bytes."""
+        """Bytes of shared memory per CTA."""
         queries = phases * columns * (head_dim * 2 + 2 * 4)
         token = 2 * (head_dim + 4 if quantized else head_dim * 2)
         keys_values = self.num_stages * self.block * token
@@ -36,13 +36,13 @@ class DecodeTiles:
         return queries + keys_values + results + RESERVED
 
 
-# By head_dim, found on an H200.
+# By head_dim, measured on an H200.
 TILES = {
     64: DecodeTiles(block=128, num_stages=6),
     128: DecodeTiles(block=128, num_stages=3),
     256: DecodeTiles(block=64, num_stages=3),
 }
-# Of keys and values in 8 bits.
+# For 8-bit keys and values.
 QUANTIZED_TILES = {
     64: DecodeTiles(block=128, num_stages=4, ctas=2 * MULTIPROCESSORS),
     128: DecodeTiles(block=64, num_stages=4, ctas=2 * MULTIPROCESSORS),
@@ -51,7 +51,7 @@ QUANTIZED_TILES = {
 
 
 def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
-    """Whether `decode` takes these shapes: few queries a row, and a capacity TMA can tile."""
+    """Whether `decode` supports these shapes: few queries per row, and a capacity TMA can tile."""
     num_queries, num_heads, head_dim = query.shape[1:]
     capacity, kv_heads = key.shape[2:4]
     columns, quantized = columns_of(num_queries, num_heads // kv_heads), is_quantized(key.dtype)
@@ -66,14 +66,14 @@ def fits(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> bool:
 
 
 def columns_of(num_queries: int, group: int) -> int:
-    """The queries that share a kv head, in WGMMA's steps of 8."""
+    """Number of queries that share a kv head, rounded up to WGMMA's steps of 8."""
     return -(-num_queries * group // 8) * 8
 
 
 def fitting(
     tiles: DecodeTiles, columns: int, head_dim: int, phases: int, *, quantized: bool
 ) -> DecodeTiles | None:
-    """`tiles` with as many stages as shared memory has room for; None if not even two."""
+    """`tiles` with as many stages as fit into shared memory; None if not even two fit."""
     for num_stages in range(tiles.num_stages, 1, -1):
         fewer = replace(tiles, num_stages=num_stages)
         needed = fewer.shared_bytes(columns, head_dim, phases, quantized=quantized)

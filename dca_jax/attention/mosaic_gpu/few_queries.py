@@ -1,13 +1,14 @@
-"""What Hopper's decode kernel reads: few queries a row, short pieces, common beginnings.
+"""Uses of Hopper's decode kernel: few queries per row, short pieces, shared prefixes.
 
-The kernel takes some 56 queries and heads of a kv head, which read one row's keys, and cuts the
-keys among all processors. So it also reads what would leave most of them idle otherwise:
+The kernel processes about 56 combinations of query and head of a kv head, which read one row's
+keys, and splits the keys among all multiprocessors. So it is also used where most of them would
+otherwise be idle:
 
-- A piece of up to 128 tokens after many others: the prefill kernel has a CTA for each head and 128
-  queries, 32 in all for 32 heads. Here the piece is cut into tiles of few queries, each a row of
-  its own over the same pages; tiles of one text read a page at about the same time.
-- One token of each of many texts that begin alike: the pages they share are read once for up to
-  `rows_at_once` of them together, then each reads what is its own, and the two are merged.
+- A piece of up to 128 tokens after many others: the prefill kernel has one CTA for each head and
+  128 queries, that is, 32 in total for 32 heads. Here the piece is split into tiles of few queries,
+  each a separate row over the same pages; the tiles of a text read a page at about the same time.
+- One token of each of many texts with a shared prefix: the shared pages are read once for up to
+  `rows_at_once` texts together, then each text reads its own pages, and the results are merged.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ def decode(
     scales: Scales | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`Backend.forward` for shapes that `decode_tiles.fits` takes."""
+    """`Backend.forward` for shapes that `decode_tiles.fits` accepts."""
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[3]
     group = num_heads // kv_heads
@@ -57,7 +58,7 @@ def decode(
 
 
 def tile_of(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> int:
-    """Queries of a tile of a short piece; 0 where the prefill kernel is to read it."""
+    """Queries per tile of a short piece; 0 to use the prefill kernel."""
     num_queries, most = query.shape[1], rows_at_once(query, key)
     if most == 0 or num_queries > BLOCK_Q:
         return 0
@@ -76,7 +77,7 @@ def decode_piece(
     pages: Int[Array, "B pages_per_row"],
     **options: Any,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """`Backend.forward` of a piece of each text, in tiles of `tile` queries."""
+    """`Backend.forward` for a piece of each text, in tiles of `tile` queries."""
     batch, num_queries, num_heads, head_dim = query.shape
     count = -(-num_queries // tile)
     padded = jnp.pad(query, ((0, 0), (0, count * tile - num_queries), (0, 0), (0, 0)))
@@ -88,7 +89,7 @@ def decode_piece(
     first = jnp.arange(count, dtype=jnp.int32) * tile
     tiled = tiled._replace(
         offset=(rows.offset[:, None] + first[None, :]).reshape(-1),
-        # What the padding would be is not of the text.
+        # Padding queries are not part of the text.
         lengths=of_each(jnp.minimum(rows.lengths, rows.offset + num_queries)),
     )
     out, lse = decode(
@@ -104,14 +105,15 @@ def decode_piece(
     return out, lse.reshape(batch, num_heads, count * tile)[:, :, :num_queries]
 
 
-# --- common beginnings -------------------------------------------------------------------------
+# --- shared prefixes ---------------------------------------------------------------------------
 
 
 def rows_at_once(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> int:
-    """Rows whose queries of one token the kernel takes over the same keys; 0: of none.
+    """Number of rows whose single queries the kernel can process over the same keys; 0 if none.
 
     Args:
-        query: [B, T, N, H]; T says nothing. key: [L, B, S, K, H], as of `Backend.unsupported`.
+        query: [B, T, N, H]; T is ignored.
+        key: [L, B, S, K, H], as in `Backend.unsupported`.
     """
     group = query.shape[2] // key.shape[3]
 
@@ -134,7 +136,7 @@ def decode_after_common(
     common: Common,
     scales: Scales | None = None,
 ) -> Float[Array, "B 1 N H"]:
-    """The output of `Backend.forward` for one query a row, common beginnings read once."""
+    """The output of `Backend.forward` for one query per row, reading shared prefixes once."""
     batch, _, num_heads, _ = query.shape
     kv_heads = key.shape[3]
     group = num_heads // kv_heads
@@ -160,7 +162,7 @@ def decode_after_common(
         end=common.tokens,
     )
     table = pages[row[:, 0]]
-    # The queries of a group lie within a text's length of each other.
+    # The queries of a group are within a text's length of each other.
     reach = pages.shape[1] * key.shape[2]
     first, first_lse = attend_columns(
         *(together, *stack), num_queries=members, reach=reach, pages=table, **options
@@ -185,7 +187,7 @@ def _merged(
     rest: Float[Array, "B K G H"],
     rest_lse: Float[Array, "B K G"],
 ) -> Float[Array, "B K G H"]:
-    """One softmax out of two, whose log-sum-exps are given; where there was no key: 0."""
+    """Merges two softmaxes by their log-sum-exps; 0 without any keys."""
     most = jnp.maximum(first_lse, rest_lse)
     most = jnp.where(jnp.isfinite(most), most, 0)
     weights = jnp.exp(first_lse - most)[..., None], jnp.exp(rest_lse - most)[..., None]
@@ -203,13 +205,13 @@ def _seen(
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> Float[Array, "P B T N H"]:
-    """Queries as each phase sees them, in what the kernel multiplies: float16 with 8 bits."""
+    """Queries rotated for each phase, in the kernel's dtype: float16 for 8-bit keys."""
     dtype = query.dtype if scales is None else jnp.dtype(jnp.float16)
     return jnp.stack(rotated_queries(query, rows, dca, phases, dtype))
 
 
 def _columns(seen: Float[Array, "P B T N H"], kv_heads: int) -> Float[Array, "B P K columns H"]:
-    """Those that share a kv head together, padded with zeros."""
+    """The queries grouped by kv head, padded with zeros."""
     num_phases, batch, num_queries, num_heads, head_dim = seen.shape
     group = num_heads // kv_heads
     used, columns = num_queries * group, columns_of(num_queries, group)

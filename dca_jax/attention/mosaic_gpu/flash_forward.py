@@ -1,13 +1,13 @@
 """The forward pass on Hopper: one flash-attention kernel for any of DCA's phases together.
 
-A CTA takes 128 queries of one head: two warpgroups compute, 64 queries each, and a third feeds
-them keys and values through the bulk copy engine. The query is rotated once for each phase, in the
-kernel, and all its rotations stay in shared memory where they fit; so walking from one phase's keys
-to the next costs nothing, and DCA does the work of plain causal attention.
+A CTA processes 128 queries of one head: two warpgroups compute 64 queries each, and a third feeds
+them keys and values through the bulk copy engine. The kernel rotates the query once for each phase,
+and all rotations stay in shared memory if they fit. So going from one phase's keys to the next
+costs nothing, and DCA does the same work as plain causal attention.
 
 Two query heads of one kv head form a cluster, which reads every block of keys once for both.
 
-It also attends to one band of another method (`band_forward`), whose queries and keys come rotated.
+It also computes one band of another method (`band_forward`), with rotated queries and keys.
 """
 
 import functools
@@ -52,8 +52,8 @@ from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.errors import InputError
 
-# A query's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
-# weights stay below 2^8, which float16 holds and float32 sums exactly enough.
+# The accumulator is rescaled only when a query's maximum has grown by this much, in log2 units:
+# weights stay below 2^8, which fits float16, and float32 sums are precise enough.
 SLACK = 8.0
 
 
@@ -75,7 +75,7 @@ def forward(
     if blocks is not None:
         if blocks.skip is not None and LIST_TILES[query.shape[3]].block_k != BLOCK:
             raise InputError(
-                f"skip-softmax on a Hopper GPU takes heads of 64 or 128, got {query.shape[3]}; "
+                f"skip-softmax on a Hopper GPU needs head_dim 64 or 128, got {query.shape[3]}; "
                 "choose another --sparse"
             )
         options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
@@ -85,7 +85,7 @@ def forward(
 
 
 def _tiles_for(head_dim: int, page: int | None) -> ForwardTiles:
-    """The tiles of the dense kernel: through pages, those of which no block lies in two."""
+    """The tiles of the dense kernel; with pages, tiles whose blocks do not cross pages."""
     tiles = TILES[head_dim]
     return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
 
@@ -104,7 +104,7 @@ def _by_tiles_of_the_text(
     with_lse: bool,
     pages: Int[Array, "B pages_per_row"] | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Over lists: the queries are moved so that tiles begin at multiples of 128 of the text."""
+    """`forward` over lists; shifts queries so that tiles begin at multiples of 128 of the text."""
     num_queries, num_tiles = query.shape[1], blocks.counts.shape[2]
     shift = rows.offset % BLOCK
     moved = jnp.pad(query, ((0, 0), (BLOCK, num_tiles * BLOCK), (0, 0), (0, 0)))
@@ -142,7 +142,7 @@ def _launch(
     if tiles.registers % 64 or tiles.registers > head_dim:
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
-    if key.shape[2] % 8:  # to be padded: then at least of one layer only
+    if key.shape[2] % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
     if tiles.resident:
@@ -166,15 +166,15 @@ def _launch(
 def launch(
     problem: Problem, given: Refs, num_queries: int, with_lse: bool
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Runs the kernel on what is given, to which it adds its results; as `Backend.forward`."""
+    """Runs the kernel on the given references, adding its results; as `Backend.forward`."""
     query = jax.tree.leaves(given)[0]
     batch, _, heads, _ = query.shape[-4:]
     num_tiles, cluster = -(-num_queries // BLOCK_Q), problem.cluster
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
-    # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
+    # Whole tiles: a copy from a row of an array does not stop at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
     out_type = (out, lse) if with_lse else (out,)
-    # What is None takes no argument.
+    # None arguments are omitted.
     refs = given._replace(out=out, lse=lse if with_lse else None)
     out, *lse = plgpu.kernel(
         functools.partial(_kernel, problem, jax.tree.structure(refs)),
@@ -189,7 +189,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,  # maxima and sums are taken within a warp
+            reduction_scratch_bytes=0,  # maxima and sums are computed within a warp
         ),
     )(*jax.tree.leaves(given))
     return out[:, :num_queries], lse[0][:, :, :num_queries] if with_lse else None
@@ -203,7 +203,7 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
     num_queries, _, head_dim = gmem.out.shape[1:]
     batch = lax.axis_index("batch")
     head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
-    # The tiles with most work first: what is left at the end is short.
+    # Tiles with the most work go first, so that the last ones are short.
     tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
 
     def body(smem: Shared) -> None:
@@ -222,8 +222,8 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
 class _Softmax(NamedTuple):
     """The state of an online softmax, in registers; maxima in log2 units.
 
-    `m_i` is what weights are relative to, which may lag behind the largest logit by SLACK;
-    `largest` is that logit, and only known where small blocks are passed by.
+    `m_i` is the reference of the weights, which may lag behind the largest logit by SLACK;
+    `largest` is that logit, tracked only if small blocks are skipped.
     """
 
     acc: Float[Array, "queries H"]
@@ -233,7 +233,7 @@ class _Softmax(NamedTuple):
 
 
 def _compute(cta: CTA, warpgroup: Array) -> None:
-    """Attention of a warpgroup's queries: first to blocks met in full, then to the edges."""
+    """Attention of a warpgroup's queries: first over full blocks, then over the edges."""
     plgpu.set_max_registers(232, action="increase")
     smem = cta.smem
     queries = Queries(cta, warpgroup, cta.tile * BLOCK_Q + warpgroup * WARPGROUP_Q)
@@ -254,13 +254,13 @@ def _compute(cta: CTA, warpgroup: Array) -> None:
 
 
 def _switch(smem: Shared) -> None:
-    """Leaves the tensor cores to the other warpgroup, until it leaves them to this one."""
+    """Hands the tensor cores to the other warpgroup, and waits until it returns them."""
     plgpu.barrier_arrive(smem.ping_pong)
     plgpu.barrier_wait(smem.ping_pong)
 
 
 def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> _Softmax:
-    """Through the blocks of keys, phase by phase, that all the tile's queries meet."""
+    """Processes the blocks to which all the tile's queries attend fully, phase by phase."""
     tiles, head_dim = queries.cta.problem.tiles, queries.cta.smem.q.shape[-1]
     skip = _skip(queries)
     state = _Softmax(
@@ -293,7 +293,7 @@ def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> _Softm
 
 
 def _attend_edges(queries: Queries, state: _Softmax, num_full: Array, num_steps: Array) -> _Softmax:
-    """Through the blocks that some queries meet in part or not at all."""
+    """Processes the blocks to which some queries attend partly or not at all."""
     tiles = queries.cta.problem.tiles
     block_k = tiles.block_k
     _, edges = recall(queries.cta.smem.walks)
@@ -318,7 +318,7 @@ def _attend_edges(queries: Queries, state: _Softmax, num_full: Array, num_steps:
 
 
 def _chooser(queries: Queries) -> Callable[[list[Array], Callable[[], Array]], Array]:
-    """From logits with each rotation of the queries, and the block, to those that count."""
+    """A function that selects the logits from those of each rotation of the queries."""
     gmem, batch = queries.cta.gmem, queries.cta.batch
     block_k = queries.cta.problem.tiles.block_k
     if gmem.band is None or gmem.band.query_steps is None:
@@ -346,8 +346,8 @@ def _attend_block(
     """Step n of the online softmax, with the block of keys that is in flight for it.
 
     Args:
-        rotations: of the queries, each in parts. chosen: from logits with each to those that count,
-            -inf where masked.
+        rotations: rotations of the queries, each in parts.
+        chosen: function that selects from the logits of each rotation, with -inf where masked.
     """
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
@@ -368,7 +368,7 @@ def _attend_block(
     if skip is None or state.largest is None:
         return add(state, logits)
     largest = logits.max(axis=1)
-    # A difference could be one of infinities, and a NaN would take a thread's other query along.
+    # A difference of infinities would be NaN, which would also affect a thread's other query.
     wanted = any_in_warpgroup(jnp.where(largest > state.largest + skip, 1.0, 0.0))
     state = state._replace(largest=jnp.maximum(state.largest, largest))
     pass_by = functools.partial(_pass_by, queries, n, num_steps)
@@ -376,13 +376,13 @@ def _attend_block(
 
 
 def _skip(queries: Queries) -> Float[Array, ""] | None:
-    """`KeyBlocks.skip` of the row, in log2 units."""
+    """The row's `KeyBlocks.skip` in log2 units."""
     blocks = queries.cta.gmem.blocks
     return None if blocks is None or blocks.skip is None else blocks.skip[queries.cta.batch] * LOG2E
 
 
 def _pass_by(queries: Queries, n: Array, num_steps: Array, state: _Softmax) -> _Softmax:
-    """Leaves out a block of values: keeps step with those who load, and the other warpgroup."""
+    """Skips a block of values, in step with the loading warpgroup and the other one."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
     plgpu.barrier_arrive(smem.ping_pong)
@@ -404,7 +404,7 @@ def _add_values(
     state: _Softmax,
     logits: Float[Array, "queries block_k"],
 ) -> _Softmax:
-    """The state with the block's values, weighted."""
+    """Adds the block's weighted values to the state."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     head_dim = smem.v.shape[-1]
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
@@ -413,7 +413,7 @@ def _add_values(
     narrow = p.astype(smem.v.dtype)
     plgpu.barrier_arrive(smem.ping_pong)
     plgpu.barrier_wait(smem.v_loaded.at[slot])
-    plgpu.barrier_wait(smem.ping_pong)  # the tensor cores are ours
+    plgpu.barrier_wait(smem.ping_pong)  # wait for the tensor cores
 
     def add_values(acc: Any) -> tuple[Array, Array]:
         acc[...] = state.acc
@@ -434,9 +434,9 @@ def _add_values(
 
 
 def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _Softmax:
-    """The state with maxima that count these logits, where a warp's have grown by more than SLACK.
+    """Raises the maxima to these logits, in warps where they have grown by more than SLACK.
 
-    Else nothing is rescaled: the weights are then larger than they would be, and as exact.
+    Otherwise nothing is rescaled: the weights are larger than usual, but as precise.
     """
     m_next = jnp.maximum(state.m_i, logits.max(axis=1))
 
@@ -451,7 +451,7 @@ def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _
 
 
 def _write(queries: Queries, state: _Softmax) -> None:
-    """The output and the log-sum-exp, by way of shared memory; 0 and -inf for padding."""
+    """Writes the output and the log-sum-exp via shared memory; 0 and -inf for padding."""
     cta, (acc, m_i, l_i, _) = queries.cta, state
     gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
     is_text = (queries.index() < gmem.place[cta.batch, 3]) & (l_i > 0)
@@ -470,7 +470,7 @@ def _write(queries: Queries, state: _Softmax) -> None:
 
 
 def _parts(q_smem: Any, registers: int) -> list[tuple[Any, Any]]:
-    """Columns of the query and where they are multiplied from: registers, then shared memory."""
+    """Parts of the query's columns for the product: first in registers, then in shared memory."""
     columns = q_smem.shape[1]
     held, rest = pl.ds(0, registers), pl.ds(registers, columns - registers)
     parts = []

@@ -1,4 +1,4 @@
-"""What a CTA of Hopper's forward kernel works with: its sizes, its arguments, its shared memory."""
+"""Sizes, arguments and shared memory of a CTA of Hopper's forward kernel."""
 
 from typing import Any, NamedTuple
 
@@ -11,27 +11,27 @@ from dca_jax.dca import DCAConfig, Phase
 
 
 class Problem(NamedTuple):
-    """What is static about a call: some of DCA's phases, or one band of another method."""
+    """Static parameters of a call, for some of DCA's phases or one band of another method."""
 
-    num_keys: int  # of a row, the cache's padding not counted
-    group: int  # query heads of a kv head
-    cluster: int  # CTAs that share what they read
-    dca: DCAConfig | None  # None: a band
-    phases: tuple[Phase, ...]  # of a band: none
+    num_keys: int  # keys per row, without the cache's padding
+    group: int  # query heads per kv head
+    cluster: int  # CTAs that share their reads
+    dca: DCAConfig | None  # None for a band
+    phases: tuple[Phase, ...]  # empty for a band
     tiles: ForwardTiles
-    page: int | None  # tokens of a page; None: a row's keys lie one behind the other
-    rotations: int  # of the queries, that are in shared memory at once
+    page: int | None  # tokens per page; None if a row's keys are contiguous
+    rotations: int  # rotations of the queries in shared memory at once
 
 
 class OfBand(NamedTuple):
-    """What the kernel is told of a band, whose queries and keys come rotated.
+    """The kernel's arguments for a band, whose queries and keys are already rotated.
 
     T is whole tiles, S whole blocks of keys.
     """
 
     walks: Any  # [B, tiles, 3, 2]: `ranges.walks_of_band`
-    start: Any  # [B, T]: the first slot each query meets
-    stop: Any  # [B, T]: the slot behind the last
+    start: Any  # [B, T]: first slot of each query's keys
+    stop: Any  # [B, T]: end of each query's keys
     query_steps: Any  # [B, T]: `bands.Steps` of queries; or None
     key_steps: Any  # [B, S]: and of keys
 
@@ -39,14 +39,14 @@ class OfBand(NamedTuple):
 class Refs(NamedTuple):
     """The kernel's arguments and results, in global memory."""
 
-    query: Any  # [B, T, N, H] raw; or rotated: [phases, B, T, N, H]; of a band: one, or several
+    query: Any  # [B, T, N, H] raw; or rotated [phases, B, T, N, H]; for a band, one or several
     key: Any  # [L * B, S, K, H]; or a pool [L * P, page, K, H]
     value: Any
-    place: Any  # [B, 5]: rows of the keys and the values, or a pool's first page; then of the text:
+    place: Any  # [B, 5]: rows of keys and values, or a pool's first page; then the text's
     # offset, length, key offset
-    tables: Any  # three of `rotation_tables`, if resident; else none
+    tables: Any  # the three `rotation_tables` if resident, else empty
     blocks: Any  # `KeyBlocks`; or None
-    pages: Any  # [B, pages of a row]; or None
+    pages: Any  # [B, pages per row]; or None
     band: Any  # `OfBand`; or None
     out: Any  # [B, T, N, H]
     lse: Any  # [B, N, T], whole tiles; or None
@@ -55,22 +55,22 @@ class Refs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
-    q: Any  # [WARPGROUPS, rotations, WARPGROUP_Q, H]; at last the output
+    q: Any  # [WARPGROUPS, rotations, WARPGROUP_Q, H]; finally the output
     k: Any  # [num_stages, block_k, H]
     v: Any  # [num_stages, block_k, H]
     lse: Any  # [WARPGROUPS, WARPGROUP_Q]
-    walks: Any  # [3 * phases, 2], a band being one: which blocks of keys are visited
+    walks: Any  # [3 * phases, 2], a band being one phase: the blocks of keys to visit
     q_loaded: Any
     k_loaded: Any
     v_loaded: Any
-    planned: Any  # the walks are there
+    planned: Any  # signals that the walks are ready
     k_consumed: Any
     v_consumed: Any
     ping_pong: Any  # hands the tensor cores from one computing warpgroup to the other
 
     @classmethod
     def types(cls, problem: Problem, dtype: Any, head_dim: int) -> "Shared":
-        """What is allocated."""
+        """The types to allocate."""
         num_stages, block_k = problem.tiles.num_stages, problem.tiles.block_k
         keys = (num_stages, block_k, head_dim)
 
@@ -98,7 +98,7 @@ class Shared(NamedTuple):
 
 
 class CTA(NamedTuple):
-    """What a CTA works on, and where its data is."""
+    """A CTA's work, and references to its data."""
 
     problem: Problem
     gmem: Refs

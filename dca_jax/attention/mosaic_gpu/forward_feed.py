@@ -26,7 +26,7 @@ from dca_jax.dca import PHASES
 
 
 def feed(cta: CTA) -> None:
-    """Works out which blocks the tile visits, and keeps their keys and values in flight."""
+    """Computes which blocks the tile visits, and keeps their keys and values in flight."""
     plgpu.set_max_registers(40, action="decrease")
     problem, gmem, smem = cta.problem, cta.gmem, cta.smem
     num_stages = problem.tiles.num_stages
@@ -34,7 +34,7 @@ def feed(cta: CTA) -> None:
     axes = "pair" if problem.cluster > 1 else None
     first_rows = gmem.place[cta.batch, 0], gmem.place[cta.batch, 1]
     full, edges = _walks(cta, kv_head)
-    # Here, so that those who compute rotate meanwhile, and have the registers for it.
+    # Done here, while the computing warpgroups rotate, for which they need the registers.
     remember(full, edges, smem.walks)
     plgpu.barrier_arrive(smem.planned)
     num_full, num_steps = steps(full), steps(full + edges)
@@ -65,7 +65,7 @@ def feed(cta: CTA) -> None:
 
 
 def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:
-    """The full blocks and the edges that the tile visits."""
+    """The full blocks and the edge blocks that the tile visits."""
     problem, gmem = cta.problem, cta.gmem
     if gmem.band is not None:
         walks = gmem.band.walks.at[cta.batch, cta.tile]
@@ -87,14 +87,14 @@ def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:
 
 
 def _listed(cta: CTA, kv_head: Array, n: Array) -> Array:
-    """The block of step n, of those that the tile's list names."""
+    """The block of step n in the tile's list."""
     parts = jnp.int32(BLOCK // cta.problem.tiles.block_k)
     number = cta.gmem.blocks.numbers[cta.batch, kv_head, cta.tile, lax.div(n, parts)]
     return number * parts + lax.rem(n, parts)
 
 
 def _place(cta: CTA, block: Array) -> tuple[int | Array, Any]:
-    """Where a block of keys lies: the page, if the keys are in pages, and which slots."""
+    """The place of a block of keys: the page, if keys are paged, and the slots."""
     block_k, page, row = cta.problem.tiles.block_k, cta.problem.page, 0
     if page is not None:
         in_page = jnp.int32(page // block_k)
@@ -104,7 +104,7 @@ def _place(cta: CTA, block: Array) -> tuple[int | Array, Any]:
 
 
 def _drain(smem: Shared, num_stages: int, num_steps: Array) -> None:
-    """The other CTA of the cluster still signals to this one: stays until it is done."""
+    """Waits until the cluster's other CTA is done, as it still signals to this one."""
     for slot in range(num_stages):
 
         def wait(slot: int = slot) -> None:

@@ -1,4 +1,4 @@
-"""The queries of a warpgroup that computes, and their rotations in shared memory."""
+"""The queries of a computing warpgroup, and their rotations in shared memory."""
 
 import functools
 from collections.abc import Callable
@@ -23,27 +23,27 @@ class Queries(NamedTuple):
 
     cta: CTA
     warpgroup: Array
-    first: Array  # the first of them, counted from the row's first query
+    first: Array  # index of the first one among the row's queries
 
     @property
     def slots(self) -> Any:
-        """Where they lie among the row's queries."""
+        """Their slots among the row's queries."""
         return pl.ds(self.first, WARPGROUP_Q)
 
     def index(self) -> Int[Array, " queries"]:
-        """Their text indices: made anew where they are needed, for they would hold registers."""
+        """Their text indices, recomputed at each use to save registers."""
         iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WARPGROUP_Q,), 0)
         return self.cta.gmem.place[self.cta.batch, 2] + self.first + iota(layout=PER_QUERY)
 
     def in_phase(self, phase: int | Array) -> list[Any]:
-        """In shared memory, as a phase sees them; or in all the rotations of a band."""
+        """The queries in shared memory, rotated for a phase, or in all rotations of a band."""
         q, problem = self.cta.smem.q, self.cta.problem
         if problem.dca is None:
             return [q.at[self.warpgroup, number] for number in range(problem.rotations)]
         return [q.at[self.warpgroup, phase if problem.tiles.resident else 0]]
 
     def ranges(self, phase: Array) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
-        """[start, stop) of the slots that each of them meets in a phase or a band."""
+        """[start, stop) of each query's slots in a phase or a band."""
         problem, gmem, batch = self.cta.problem, self.cta.gmem, self.cta.batch
         if gmem.band is not None:
             return self.load(gmem.band.start), self.load(gmem.band.stop)
@@ -53,13 +53,13 @@ class Queries(NamedTuple):
         return ranges_of_queries(self.index(), length, phase, problem.phases, problem.dca, keys)
 
     def load(self, numbers: Any) -> Int[Array, " queries"]:
-        """A number of each of them, from [B, T] of global memory."""
+        """Loads one number per query from [B, T] in global memory."""
         of_queries = numbers.at[self.cta.batch, self.slots]
         return plgpu.load(of_queries, layout=PER_QUERY, optimized=False)
 
 
 def fetch(queries: Queries, phase: int | Array) -> None:
-    """Where only one rotation of the queries fits: brings this phase's."""
+    """Loads this phase's rotation, if only one rotation of the queries fits."""
     cta, at = queries.cta, queries.warpgroup
     rotated = cta.gmem.query.at[phase, cta.batch, queries.slots, cta.head]
     plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
@@ -67,7 +67,7 @@ def fetch(queries: Queries, phase: int | Array) -> None:
 
 
 def place_band(queries: Queries) -> None:
-    """Brings all rotations of a band's queries."""
+    """Loads all rotations of a band's queries."""
     cta, at = queries.cta, queries.warpgroup
     for number, source in enumerate(cta.gmem.query):
         rotated = source.at[cta.batch, queries.slots, cta.head]
@@ -76,7 +76,7 @@ def place_band(queries: Queries) -> None:
 
 
 def place_rotations(queries: Queries) -> None:
-    """Brings the queries, and leaves them in shared memory as each phase sees them."""
+    """Loads the queries, and stores them in shared memory rotated for each phase."""
     cta, at = queries.cta, queries.warpgroup
     problem, smem = cta.problem, cta.smem
     assert problem.dca is not None
@@ -98,7 +98,7 @@ def place_rotations(queries: Queries) -> None:
 def _load_tables(
     phases: tuple[Phase, ...], intra: list[Any], fixed: Any
 ) -> tuple[list[Array], list[Array]]:
-    """(cos and sin of intra positions, the constant rotations) that `phases` need, in registers."""
+    """(cos and sin of intra positions, constant rotations) needed by `phases`, in registers."""
 
     def constant(number: int) -> Array:
         layout = plgpu.Layout.WGMMA.reduce(0)
@@ -119,7 +119,7 @@ def _rotations(
     indices: Callable[[], Int[Array, " queries"]],
     dca: DCAConfig,
 ) -> list[Float[Array, "queries H"]]:
-    """The query as each phase sees it, float32, scaled: logits come out in log2 units."""
+    """The query rotated for each phase, in float32, scaled so that logits are in log2 units."""
     half = q.shape[1] // 2
     q = q.astype(jnp.float32)
     halves = q[:, :half], q[:, half:]

@@ -1,6 +1,6 @@
-"""How Hopper's kernels get their queries: rotated for each phase, or with the tables to do so.
+"""Queries for Hopper's kernels: rotated for each phase, or with tables for rotating them.
 
-The rotation of a phase carries the logit scale in log2 units, so that softmaxes take exp2.
+A phase's rotation includes the logit scale in log2 units, so that softmaxes can use exp2.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dca_jax.rope import rotate
 
 
 def pad_tokens(x: Array, axis: int, multiple: int = 8) -> Array:
-    """`x` with `axis` padded to a multiple: the copy engine takes rows of tokens by eights."""
+    """`x` with `axis` padded to a multiple: the copy engine needs multiples of 8 tokens."""
     missing = -x.shape[axis] % multiple
     if missing == 0:
         return x
@@ -27,9 +27,9 @@ def rotated_queries(
     phases: tuple[Phase, ...],
     dtype: jnp.dtype | None = None,
 ) -> list[Float[Array, "B T N H"]]:
-    """The query as each phase sees it, times the logit scale in log2 units; rounded once.
+    """The query rotated for each phase, times the logit scale in log2 units.
 
-    To `dtype`; by default the query's own.
+    Rounded once, to `dtype` (default: the query's).
     """
     index = rows.offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     scale = (rows.scale * jnp.float32(LOG2E))[:, None, None, None]
@@ -41,11 +41,11 @@ def rotated_queries(
 def rotation_tables(
     rows: Rows, dca: DCAConfig, tokens: int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"], Float[Array, "B 4 half"]]:
-    """cos and sin of each query's intra position, and of the two rotations that are constant.
+    """cos and sin of each query's intra position, and of the two constant rotations.
 
-    The logit scale, in log2 units, is part of cos, sin and the first constant rotation, R(Q'), with
-    Q' = min(2s - 1, Q): that of inter. The second, R(s), takes intra to succ; where the position
-    would pass Q', succ is inter.
+    The logit scale, in log2 units, is part of cos, sin and the first constant rotation, R(Q') with
+    Q' = min(2s - 1, Q), which is that of inter. The second, R(s), rotates intra to succ; where the
+    position would exceed Q', succ equals inter.
     """
     s, furthest = dca.chunk_len, dca.inter_position
     scale = rows.scale[:, None, None] * jnp.float32(LOG2E)

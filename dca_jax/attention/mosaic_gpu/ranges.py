@@ -1,11 +1,12 @@
-"""Which blocks of keys a tile of queries visits, as scalars worked out inside a kernel.
+"""The blocks of keys that a tile of queries visits, as scalars computed inside a kernel.
 
-A phase's keys are a contiguous range for every query, and both its ends grow with the query. So for
-the queries first .. last, a block is met in full by all of them, by some in part, or by none. Full
-blocks need no mask, and come first; the edges, a few a tile, come after them, and are masked.
+A phase's keys are a contiguous range for every query, and both its bounds grow with the query. So
+for the queries first .. last, a block is full (all of them attend to all of it), an edge (some
+attend to a part), or not needed. Full blocks need no mask and come first; the few edges of a tile
+come after them, and are masked.
 
-Ranges are of text indices, and blocks of slots: of the keys at hand, which may be a slice of the
-text, and lie anywhere: before a range, behind it, or across its end.
+Ranges contain text indices, and blocks contain slots of the available keys. These may be any slice
+of the text: before a range, after it, or across its end.
 """
 
 import functools
@@ -23,18 +24,18 @@ from dca_jax.dca import DCAConfig, Phase, key_range
 
 
 class Keys(NamedTuple):
-    """The keys at hand: slots 0 .. count - 1 hold the text's keys offset .. offset + count - 1."""
+    """The available keys: slots 0 .. count - 1 hold keys offset .. offset + count - 1."""
 
     offset: Int[Array, "..."]
     count: int | Int[Array, "..."]
 
     def slot(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Where a text index lies; clipped, so that it serves as an end of a range of slots."""
+        """The slot of a text index, clipped so that it can be a bound of a range of slots."""
         return jnp.minimum(jnp.maximum(index - self.offset, 0), self.count)
 
 
 class Walk(NamedTuple):
-    """Blocks of keys, one after another, that a tile visits in one phase."""
+    """Consecutive blocks of keys that a tile visits in one phase."""
 
     phase: int  # its number among the kernel's phases
     start: Int[Array, ""]  # the first block
@@ -49,10 +50,10 @@ def full_and_edge_walks(
     keys: Keys,
     block_k: int,
 ) -> tuple[list[Walk], list[Walk]]:
-    """What queries first .. last meet: the blocks that all meet in full, and those to be masked.
+    """The full blocks of queries first .. last, and the edges, which need a mask.
 
-    With last < first there is nothing. The edges come in the reverse order of the phases: so the
-    last phase's full blocks and its edges follow one another.
+    Both are empty if last < first. Edges come in the reverse order of the phases, so that the last
+    phase's edges directly follow its full blocks.
     """
     full, edges = [], []
     size = jnp.int32(block_k)
@@ -82,10 +83,10 @@ def listed_and_edge_walks(
     keys: Keys,
     block_k: int,
 ) -> tuple[list[Walk], list[Walk]]:
-    """As `full_and_edge_walks`, where a list names `counts` of each phase's full blocks.
+    """As `full_and_edge_walks`, with a list that names `counts` full blocks of each phase.
 
-    The tile begins at a multiple of 128, and edges are of 128 keys, as the list's blocks are: each
-    is 128 / block_k steps. A full walk starts where its part of the list does.
+    The tile begins at a multiple of 128. Edges, like the list's blocks, have 128 keys, that is,
+    128 / block_k steps. A full walk's start is that of its part of the list.
     """
     parts = jnp.int32(BLOCK // block_k)
     tile = lax.div(first, jnp.int32(BLOCK))
@@ -104,12 +105,12 @@ def listed_and_edge_walks(
 def walks_of_band(
     start: Int[Array, "B T"], stop: Int[Array, "B T"], present: Bool[Array, "B T"], block_k: int
 ) -> Int[Array, "B tiles 3 2"]:
-    """The first block, and how many: of those to be met in full, of edges before and behind them.
+    """The first block and number of full blocks, of edges before them, and of edges after them.
 
-    For each tile of queries, which may meet any slots [start, stop); outside of kernels.
+    For each tile of queries, each of which attends to slots [start, stop); not for use in kernels.
 
     Args:
-        present: False for queries that are not there, whose ranges are empty.
+        present: False for absent queries, whose ranges are empty.
     """
     start, stop, present = (x.reshape(x.shape[0], -1, BLOCK_Q) for x in (start, stop, present))
     met = start < stop
@@ -127,19 +128,19 @@ def walks_of_band(
 
 
 def steps(walks: list[Walk]) -> Int[Array, ""]:
-    """How many blocks there are in all."""
+    """Total number of blocks."""
     return functools.reduce(operator.add, (walk.count for walk in walks))
 
 
 def remember(full: list[Walk], edges: list[Walk], memory: Any) -> None:
-    """Writes walks to [3 * phases, 2] integers of shared memory, for other threads to `recall`."""
+    """Writes walks to [3 * phases, 2] integers in shared memory, for other threads to `recall`."""
     for n, walk in enumerate((*full, *edges)):
         memory[n, 0], memory[n, 1] = walk.start, walk.count
 
 
 def recall(memory: Any) -> tuple[list[Walk], list[Walk]]:
-    """The walks that lie in shared memory: read where they are needed, they hold no registers."""
-    # The mask tells the compiler that no sum of these is negative: it saves a sign in every step.
+    """The walks in shared memory, which are read at each use to save registers."""
+    # The mask shows the compiler that no sum of these is negative, which saves sign handling.
     numbers = 2**24 - 1
     phases = memory.shape[0] // 3
     order = [*range(phases), *(n for n in reversed(range(phases)) for _ in range(2))]
@@ -152,7 +153,7 @@ def recall(memory: Any) -> tuple[list[Walk], list[Walk]]:
 def locate(
     n: Int[Array, ""], walks: list[Walk], done: Int[Array, ""]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Phase number and block of step n, where `done` steps come before these walks."""
+    """Phase number and block of step n, given that `done` steps precede these walks."""
     phase, block = jnp.int32(walks[0].phase), walks[0].start + (n - done)
     for previous, walk in itertools.pairwise(walks):
         done = done + previous.count
@@ -170,7 +171,7 @@ def ranges_of_queries(
     dca: DCAConfig,
     keys: Keys,
 ) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
-    """[start, stop) of the slots each query meets in phase number `phase`; padding meets none."""
+    """[start, stop) of each query's slots in phase number `phase`; empty for padding."""
     start, stop = index * 0, index * 0
     for number, name in enumerate(phases):
         low, high = key_range(index, name, dca)

@@ -1,4 +1,4 @@
-"""Votes among the threads of a warp, and of a warpgroup, which Pallas has no word for."""
+"""Votes among the threads of a warp or a warpgroup, which Pallas does not provide."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ _IN_WARP = (
     "{ .reg .pred p, q; setp.ne.s32 p, $1, 0;"
     " vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }"
 )
-# By a barrier of the hardware for each warpgroup; Mosaic uses those numbered from 0 on.
+# With one hardware barrier per warpgroup, from 8 on; Mosaic uses those from 0 on.
 _IN_WARPGROUP = (
     "{ .reg .pred p, q; .reg .u32 b; setp.ne.s32 p, $1, 0;"
     " mov.u32 b, %tid.x; shr.u32 b, b, 7; add.u32 b, b, 8;"
@@ -23,15 +23,16 @@ _IN_WARPGROUP = (
 
 
 def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""]:
-    """Whether any of a warp's queries exceeds `threshold`; x is laid out as WGMMA's rows are.
+    """Whether any of a warp's queries exceeds `threshold`; x has the layout of WGMMA's rows.
 
-    The answer differs from warp to warp: what depends on it must not synchronize a warpgroup.
+    The result may differ between warps, so code that depends on it must not synchronize a
+    warpgroup.
     """
     return _vote(x, threshold, _IN_WARP)
 
 
 def any_in_warpgroup(x: Float[Array, " queries"]) -> Bool[Array, ""]:
-    """Whether any of a warpgroup's queries is positive; all of its threads get the same answer."""
+    """Whether any of a warpgroup's queries is positive; the same for all of its threads."""
     return _vote(x, 0.0, _IN_WARPGROUP)
 
 

@@ -1,15 +1,15 @@
-"""Keys and values in 8 bits, from shared memory to the left side of a product, in 16 bits.
+"""Widens 8-bit keys and values in shared memory to 16 bits as the left operand of a product.
 
-A WGMMA takes its left side from registers as pairs of elements that follow one another in the sum.
-Which elements those are is ours to say, as long as the right side has the same order: so every
-thread loads the four bytes that lie together, and no byte changes hands.
+A WGMMA takes its left operand from registers as pairs of elements that are adjacent in the sum. The
+order of the sum is free as long as the right operand has the same order, so every thread loads four
+adjacent bytes, and threads exchange no data.
 
-- K q^T sums over a head's elements. Those of a key lie together; the product then sums
-  them in another order, into which the queries are brought (`ordered_for_keys`).
-- V^T P^T sums over keys, of which two words have a pair of bytes for each of four rows. The rows
-  of the result are a head's elements, in another order, which `in_order_of_head` undoes.
+- K q^T sums over a head's elements, which are adjacent in a key. The product sums them in a
+  different order, to which the queries are permuted (`ordered_for_keys`).
+- V^T P^T sums over keys; two words contain a pair of bytes for each of four rows. The rows of the
+  result are a head's elements in a different order, which `in_order_of_head` reverts.
 
-Both are exact: int8 and float8 are among the numbers of float16 and, times 2^120, of bfloat16.
+Both are exact: float16 and, times 2^120, bfloat16 represent all int8 and float8 numbers.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float
 
-ROWS = 64  # of a WGMMA: keys of K q^T, head elements of V^T P^T; a step of its sum has 16
+ROWS = 64  # rows of a WGMMA: keys in K q^T, head elements in V^T P^T; a step sums over 16
 
 
 def key_words() -> Any:
-    """How threads load keys [64, H]: each two rows, and of 16 elements four that lie together."""
+    """Layout for loading keys [64, H]: each thread has two rows, and 4 adjacent of 16 elements."""
     return plgpu.Layout.WGMMA_UPCAST_2X
 
 
 def value_words(head_dim: int) -> Any:
-    """How threads load values [keys, H]: of 16 keys, the four that a step gives to each thread.
+    """Layout for loading values [keys, H]: each thread has the 4 of 16 keys of its step.
 
-    Of each, 4 elements that lie together, or 2 of a head of 64: as many as it has rows.
+    Of each key it has 4 adjacent elements, or 2 with head_dim 64: the number of its rows.
     """
     width = min(head_dim, 128)
     word = width // 32
@@ -44,9 +44,9 @@ def value_words(head_dim: int) -> Any:
 
 
 def ordered_for_keys(query: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
-    """Queries whose elements stand in the order in which `widened_keys` gives those of keys."""
+    """Queries with their elements in the order of `widened_keys`."""
     *rest, head_dim = query.shape
-    # Of 16 elements: which half of them, which word, which half of it, which of two.
+    # Index within 16 elements: half, word, half of the word, element of a pair.
     parts = query.reshape(*rest, head_dim // 16, 2, 2, 2, 2)
     half, word, pair, one = (parts.ndim - 4 + n for n in range(4))
     order = (*range(parts.ndim - 4), pair, word, half, one)
@@ -54,10 +54,10 @@ def ordered_for_keys(query: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
 
 
 def in_order_of_head(out: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
-    """Results whose elements stand as the rows of V^T P^T do, in the order of the head."""
+    """Results in the order of the head's elements, from the order of the rows of V^T P^T."""
     *rest, head_dim = out.shape
     tiles = min(head_dim, 128) // 64
-    # Of the rows: which 128, which WGMMA, which warp, which half of its 16, which of 8.
+    # Index of a row: group of 128, WGMMA, warp, half of its 16 rows, row among 8.
     parts = out.reshape(*rest, -1, tiles, 4, 2, 8)
     first = parts.ndim - 5
     order = (*range(first + 1), first + 2, first + 4, first + 1, first + 3)
@@ -65,26 +65,26 @@ def in_order_of_head(out: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
 
 
 def widened_keys(ref: Any, dtype: jnp.dtype) -> Float[Array, "64 H"]:
-    """64 keys, in shared memory, as the left side of K q^T."""
+    """64 keys in shared memory as the left operand of K q^T."""
     x = plgpu.load(ref, layout=key_words())
     return _widened(x, key_words(), x.shape, dtype, key_pairs)
 
 
 def widened_values(ref: Any, dtype: jnp.dtype) -> Float[Array, "H 64"]:
-    """64 values, in shared memory, as the left side of V^T P^T."""
+    """64 values in shared memory as the left operand of V^T P^T."""
     keys, head_dim = ref.shape
     layout = value_words(head_dim)
     x = plgpu.load(ref, layout=layout)
     return _widened(x, layout, (head_dim, keys), dtype, value_pairs)
 
 
-# A pair: of two registers, and a byte of each.
+# Widens a pair: two registers, and a byte of each.
 Widen = Callable[[Any, Any, int, int], Any]
 
 
 def key_pairs(words: np.ndarray, wide: np.ndarray, widen: Widen) -> None:
-    """Fills a thread's registers of WGMMA's left side from those that hold `key_words`."""
-    words = words.reshape(-1, 2)  # steps, and rows of a thread
+    """Fills a thread's registers of WGMMA's left operand from those with `key_words`."""
+    words = words.reshape(-1, 2)  # steps, rows of a thread
     out = wide.reshape(-1, 2, 2)  # steps, their halves, and rows
     for (step, row), word in np.ndenumerate(words):
         for half in range(2):
@@ -92,7 +92,7 @@ def key_pairs(words: np.ndarray, wide: np.ndarray, widen: Widen) -> None:
 
 
 def value_pairs(words: np.ndarray, wide: np.ndarray, widen: Widen) -> None:
-    """The same from `value_words`."""
+    """As `key_pairs`, from `value_words`."""
     words = words.reshape(*words.shape[:2], 2, 2)  # steps, 128s of the head, halves, keys of a pair
     steps, parts = words.shape[:2]
     out = wide.reshape(parts, -1, steps, 2, 2)  # .., WGMMAs, steps, their halves, and rows
@@ -105,7 +105,7 @@ def value_pairs(words: np.ndarray, wide: np.ndarray, widen: Widen) -> None:
 def _widened(
     x: Array, layout: Any, shape: tuple[int, ...], dtype: jnp.dtype, pairs_of: Callable
 ) -> Array:
-    """Registers of x, in 8 bits, to those of WGMMA's left side of this shape, by `pairs_of`."""
+    """Converts x from 8 bits to WGMMA's left operand of this shape, with `pairs_of`."""
     ptx = _PTX[jnp.dtype(x.dtype), jnp.dtype(dtype)]
 
     def convert(ctx: Any, x: Any) -> Any:
@@ -141,29 +141,29 @@ def _widened(
     return inline(convert)(x)
 
 
-# Of two words ($1 and $2) a byte each, twice side by side, and of these a pair of elements.
+# Takes one byte of each of two words ($1 and $2), twice side by side, for a pair of elements.
 _SELECT = """
 {{
 .reg .b32 pair, a, b, c;
 prmt.b32 pair, $1, $2, 0x{bytes};
 """
-# 0x4300 and 7 bits are 128 + m; with the sign in the lowest bit of the exponent, 0x4300 is 128, and
-# 0x4380 is 256: x = (128 + m) - (128 or 256).
+# 0x4300 with 7 mantissa bits is 128 + m; with the sign in the lowest bit of the exponent, 0x4300 is
+# 128 and 0x4380 is 256: x = (128 + m) - (128 or 256).
 _INT8_TO_BF16 = """
 lop3.b32 a, pair, 0x007f007f, 0x43004300, 0xea;
 lop3.b32 b, pair, 0x00800080, 0x43004300, 0xea;
 sub.rn.bf16x2 $0, a, b;
 }}
 """
-# 0x6400 and 8 bits are 1024 + u, with u = x + 128; 0x6480 is 1152.
+# 0x6400 with 8 mantissa bits is 1024 + u, where u = x + 128; 0x6480 is 1152.
 _INT8_TO_F16 = """
 lop3.b32 a, pair, 0x00ff00ff, 0x64806480, 0x6a;
 mov.b32 b, 0x64806480;
 sub.rn.f16x2 $0, a, b;
 }}
 """
-# The sign, and exponent and mantissa at their places: the exponent counts from another number then,
-# which a product puts right: by 2^120 (0x7b80), and by 2^8 (0x5c00). NaN excepted.
+# Sign, exponent and mantissa are moved to their places. The exponent's bias then differs, which a
+# product by 2^120 (0x7b80) or 2^8 (0x5c00) corrects, except for NaN.
 _FP8 = """
 and.b32 a, pair, 0x80008000;
 shr.b32 b, pair, {shift};
