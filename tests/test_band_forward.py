@@ -225,7 +225,7 @@ def test_methods_are_read_by_the_best_that_knows_them() -> None:
     method = band_methods.method_for("rerope", 128)
     with device("NVIDIA H200"):
         assert choose_implementation(None, query, key, method) == "mosaic_gpu"
-        with pytest.raises(InputError, match="'triton' cannot run: it knows DCA and plain"):
+        with pytest.raises(InputError, match="'triton' cannot run: it supports only DCA and plain"):
             choose_implementation("triton", query, key, method)
     with device("NVIDIA A100-SXM4-80GB"):
         assert choose_implementation(None, query, key, method) == "xla"

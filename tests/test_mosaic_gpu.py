@@ -192,7 +192,7 @@ def test_blocks_are_passed_by_together(dim: int) -> None:
         return attend(query, key, key, layer=layer, rows=rows, blocks=blocks, **static)
 
     if dim == 256:
-        with pytest.raises(InputError, match="takes heads of 64 or 128"):
+        with pytest.raises(InputError, match="needs head_dim 64 or 128"):
             lower(forward, query, key, layer, rows, blocks)
     else:
         assert "dca_forward" in lower(forward, query, key, layer, rows, blocks)

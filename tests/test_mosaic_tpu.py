@@ -360,7 +360,7 @@ def test_what_a_tpu_runs_where_nobody_names_an_implementation(
         assert op.choose_implementation(None, query, key, DCA, **kinds) == "mosaic_tpu"
     both = {"listed": True, "paged": True}
     assert op.choose_implementation(None, query, key, DCA, **both) == "xla"
-    with pytest.raises(InputError, match="lists of key blocks, or pages, not both"):
+    with pytest.raises(InputError, match="lists of key blocks or pages, but not both"):
         op.choose_implementation("mosaic_tpu", query, key, DCA, **both)
     # The lists of a tile of all rows and heads are to fit into scalar memory.
     many = jax.ShapeDtypeStruct((1, 8, 2**21, 8, 128), jnp.bfloat16)

@@ -1,7 +1,7 @@
 """Attention over lists of key blocks in plain XLA: any device, any text, one tile after another.
 
 A tile reads the blocks of its list and its edges, phase by phase. The rows and kv heads of a batch
-go through theirs side by side, as many steps as the longest takes; every block is masked.
+advance in parallel, for as many steps as the longest needs; every block is masked.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from dca_jax.attention.xla_tiles import (
 from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.dtypes import compute_dtype
 
-# From a step of the loop: the numbers of the blocks [B, K], and which of them are to be read.
+# From a step of the loop to the blocks' numbers [B, K], and which of them to read.
 Walk = Callable[[Int[Array, ""]], tuple[Int[Array, "B K"], Bool[Array, "B K"]]]
 
 
@@ -48,7 +48,7 @@ def attend_to_blocks(
     num_keys = key.shape[2] if pages is None else pages.shape[1] * key.shape[2]
     size = min(BLOCK, num_keys)
     end = jnp.minimum(rows.offset + num_queries, rows.lengths)
-    # Tiles stand at multiples of BLOCK of the text's index, and queries where the row's begin.
+    # Tiles begin at multiples of BLOCK of the text index; a row's queries may begin anywhere.
     shift = (rows.offset % BLOCK)[:, None]
     slots = jnp.arange(blocks.counts.shape[2] * BLOCK, dtype=jnp.int32)[None, :] - shift
     tiles, _ = split_tiles(_taken(query, slots), kv_heads, BLOCK)
@@ -73,7 +73,7 @@ def attend_to_blocks(
                 walk: Walk = walk,
             ) -> Softmax:
                 block, is_read = walk(n)
-                # The last block of a cache that ends within it starts early.
+                # If the cache ends within its last block, the block starts early.
                 at = jnp.minimum(block * BLOCK, num_keys - size)
                 met = _met(at, block * BLOCK, size, span) & is_read[:, :, None, None]
                 read, read_scales = _readers(layer, at, size, pages)
@@ -106,14 +106,14 @@ def attend_to_blocks(
 
 
 def _taken(x: Float[Array, "B T N H"], slots: Int[Array, "B places"]) -> Array:
-    """Tokens of each row; zeros where a slot is not one of the row's."""
+    """Tokens of each row at these slots; zeros for slots outside of the row."""
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     slots = jnp.where(slots < 0, x.shape[1], slots)  # a negative index would count from the end
     return x.at[row, slots].get(mode="fill", fill_value=0)
 
 
 def _span(band: Band, present: Bool[Array, "B t"], num_keys: int) -> tuple[Array, Array]:
-    """[start, stop) of the keys that each query meets; none for a query that is not there."""
+    """[start, stop) of each query's keys; empty for absent queries."""
     start, stop = (jnp.clip(x, 0, num_keys) for x in (band.start, band.stop))
     return start, jnp.where(present, stop, start)
 
@@ -125,7 +125,7 @@ def _walk(
     numbers: Int[Array, "B K most"],
     phase: Phase,
 ) -> tuple[Walk, Int[Array, ""]]:
-    """The blocks that each row and kv head reads in a phase: its list, then its edges."""
+    """The blocks that each row and kv head reads in a phase: the list, then the edges."""
     start, stop = span
     meets = start < stop
     begin = jnp.min(jnp.where(meets, start, jnp.int32(2**31 - 1)), axis=1)
@@ -150,10 +150,10 @@ def _walk(
 def _without_small(
     logits: Float[Array, "B K G t S"], largest: Float[Array, "B K G t"], skip: Float[Array, " B"]
 ) -> Float[Array, "B K G t S"]:
-    """Logits of a block, -inf for queries that pass it by, half a tile of a head at a time.
+    """A block's logits, with -inf for skipped queries, decided per half tile and head.
 
     Args:
-        largest: of each query's logits before this block.
+        largest: each query's largest logit before this block.
         skip: as in `KeyBlocks`.
     """
     limit = largest + skip.astype(largest.dtype)[:, None, None, None]
@@ -165,7 +165,7 @@ def _without_small(
 def _met(
     at: Int[Array, "B K"], begin: Int[Array, "B K"], size: int, span: tuple[Array, Array]
 ) -> Bool[Array, "B K t size"]:
-    """Which keys each query meets of the block from slot `begin` on; `size` keys come from `at`."""
+    """Which of the `size` keys from `at` on each query attends to, of the block from `begin` on."""
     start, stop = (x[:, None, :, None] for x in span)
     j = at[:, :, None, None] + jnp.arange(size, dtype=jnp.int32)[None, None, None, :]
     return (j >= jnp.maximum(start, begin[:, :, None, None])) & (j < stop)
@@ -177,9 +177,9 @@ def _readers(
     size: int,
     pages: Int[Array, "B pages_per_row"] | None,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """What reads a block of each row and kv head in place: keys or values [B, K, size, H]; scales.
+    """Functions that read a block of each row and kv head in place: keys or values, and scales.
 
-    Scales come laid out as logits, [B, K, 1, 1, size].
+    Keys and values are [B, K, size, H], scales [B, K, 1, 1, size].
     """
     batch, kv_heads = at.shape
     head = jnp.broadcast_to(jnp.arange(kv_heads, dtype=jnp.int32)[None, :], at.shape)

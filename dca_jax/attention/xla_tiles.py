@@ -1,4 +1,4 @@
-"""What attention by blocks is made of in plain XLA: tiles of queries, products, a softmax."""
+"""Parts of blockwise attention in plain XLA: tiles of queries, products, a softmax."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,28 +20,29 @@ class Softmax(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "Softmax":
-        """Of no keys yet; `shape` is that of the output."""
+        """The state before any keys; `shape` is the shape of the output."""
         none = jnp.full(shape[:-1], -jnp.inf, dtype)
         return cls(none, jnp.zeros(shape[:-1], dtype), jnp.zeros(shape, dtype))
 
     def add(
         self, logits: Float[Array, "B K G t S"], weighted: Callable[[Array], Array]
     ) -> "Softmax":
-        """With one block of keys more.
+        """The state after another block of keys.
 
         Args:
-            logits: -inf where masked.
-            weighted: from the weights, like the logits, to the sum of the values [B, K, G, t, H].
+            logits: the block's logits, -inf where masked.
+            weighted: function from weights, shaped like the logits, to the weighted sum of values
+                [B, K, G, t, H].
         """
         m_next = jnp.maximum(self.m_i, logits.max(axis=-1))
-        safe = jnp.where(jnp.isfinite(m_next), m_next, 0)  # no key met so far
+        safe = jnp.where(jnp.isfinite(m_next), m_next, 0)  # -inf without keys so far
         decay = jnp.exp(self.m_i - safe)
         p = jnp.exp(logits - safe[..., None])
         l_i = self.l_i * decay + p.sum(axis=-1)
         return Softmax(m_next, l_i, self.acc * decay[..., None] + weighted(p))
 
     def result(self, dtype: jnp.dtype) -> tuple[Float[Array, "B t K G H"], Float[Array, "B K G t"]]:
-        """Output, and natural log-sum-exp; 0 and -inf for a query that met no key."""
+        """Output and natural log-sum-exp; 0 and -inf for a query without keys."""
         met_any = self.l_i > 0
         out = self.acc / jnp.where(met_any, self.l_i, 1)[..., None]
         lse = self.m_i + jnp.log(jnp.where(met_any, self.l_i, 1))
@@ -56,7 +57,7 @@ def rotated_query(
 ) -> Float[Array, "B K G t H"]:
     """The tile's queries at these positions, times the logit scale; rounded once.
 
-    Heads come first: so they are transposed once a tile, and not once a block.
+    Heads come first, so they are transposed once per tile instead of once per block.
     """
     rotated = rotate(queries.astype(scale.dtype), position, rows.inv_freq)
     rotated = rotated * scale[:, :, None, None, None]

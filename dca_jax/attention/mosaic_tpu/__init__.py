@@ -3,9 +3,9 @@
 `lists` reads lists of key blocks. Each other kernel (`flash_forward`, `dq`, `dkv`, `decode`) is one
 flash-attention loop over the blocks of all phases. `runs` finds the blocks to process under each
 rotation of the queries, and `steps` encodes them as one word for each step of the grid. Keys and
-values are read in place, [L, B, S, K * H], with heads along the lanes; pages too when decoding,
-while a prefill copies a layer of them out. The kernels rotate the
-queries themselves (`rotation`), once for each run. `tiles` chooses block_q and block_kv.
+values are read in place, [L, B, S, K * H], with heads along the lanes. Decoding also reads pages in
+place, while a prefill copies a layer of them. The kernels rotate the queries themselves
+(`rotation`), once for each run. `tiles` chooses block_q and block_kv.
 """
 
 import jax
@@ -47,11 +47,11 @@ def unsupported(
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
-    """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    """Why these kernels cannot run with these shapes, dtypes and device; None if they can."""
     if isinstance(dca, PositionMethod):
-        return f"it knows DCA and plain attention only, not {type(dca).__name__}"
+        return f"it supports only DCA and plain attention, not {type(dca).__name__}"
     if listed and paged:
-        return "it reads lists of key blocks, or pages, not both"
+        return "it supports lists of key blocks or pages, but not both"
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     if head_dim not in (64, 128, 256):
@@ -72,7 +72,7 @@ def unsupported(
     if num_head_queries <= tiling.DECODE_QUERIES:
         block = tiling.whole_lanes(tiles.decode) if is_quantized(key.dtype) else tiles.decode
         need = tiling.decode_vmem(num_head_queries, block, heads, itemsize)
-        # Through pages, at most: with one block a page, and pages as small as they may be.
+        # An upper bound with pages: one block per page, and pages of the smallest size.
         block_kv = BLOCK if paged else tiles.decode
         words = max_kv_steps(num_keys, dca, PHASES, (num_queries, block_kv))
         words += tiles.decode_splits + (num_keys // BLOCK if paged else 0)
@@ -87,7 +87,7 @@ def unsupported(
 
 
 def _too_much(device: Device, vmem: int, smem: int) -> str | None:
-    """Which memory of a chip is too small, if one is; bytes."""
+    """Which memory of a chip is too small for these bytes; None if none is."""
     have = tiling.CHIPS[device.kind].vmem
     if vmem > have:
         return f"its tiles need {vmem} bytes of VMEM, and {device.kind} has {have}"
@@ -100,7 +100,7 @@ def _too_much(device: Device, vmem: int, smem: int) -> str | None:
 
 
 def _words(num_queries: int, num_keys: int, dca: DCAConfig, tiles: tiling.Tiles) -> int:
-    """The most words of scalar memory that one of the three kernels takes for a row."""
+    """The most words of scalar memory that any of the three kernels needs for a row."""
     words = []
     for tile in (tiles.forward, tiles.dq):
         max_steps = max_kv_steps(num_keys, dca, PHASES, tile)
@@ -132,7 +132,7 @@ def forward(
     itemsize = query.dtype.itemsize
     device = current_device()
     if blocks is not None:
-        assert pages is None  # `unsupported` has refused both
+        assert pages is None  # `unsupported` rejects both together
         if scales is not None:
             key, value = dequantized_layer(key, value, scales, layer, query.dtype)
             layer = jnp.int32(0)
@@ -195,7 +195,7 @@ def backward(
     device = current_device()
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     flat = (batch, num_queries, num_heads * head_dim)
-    # In units of log2. A query that attends to no key gets so large a value that p vanishes.
+    # In log2 units. A query without keys gets a value so large that p vanishes.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, -MASKED)
     inputs = (
         query.reshape(flat),

@@ -124,7 +124,7 @@ def decode(
     return out, jnp.swapaxes(lse.reshape(by_head[:-1]), 2, 3).reshape(batch, num_heads, -1)
 
 
-# Of a row and the number of a block of its keys: the row or page it lies in, and its number there.
+# From a row and the number of a block of its keys to the row or page, and the block's number there.
 Place = Callable[..., tuple[Array, Array]]
 
 
@@ -254,7 +254,7 @@ def _kernel(
         start = step.inner * block_kv
 
         def of_head(scale_ref: Any) -> Array:
-            """The scales of each query's kv head [q, k]; behind the last key may be NaN."""
+            """The scales of each query's kv head [q, k]; may be NaN after the last key."""
             scale = block_math.zero_padding(scale_ref[...], start, num_keys, 1)
             of_query = jnp.zeros((block_q, block_kv), jnp.float32)
             for number in range(kv_heads):
@@ -296,12 +296,12 @@ def _kernel(
 def _kernel_of_pages(
     rows_ref: Any, words_ref: Any, runs_ref: Any, pages_ref: Any, *refs: Any, **options: Any
 ) -> None:
-    """The same: where a block of keys lies concerns the index maps alone."""
+    """As `_kernel`: only the index maps depend on the place of a block of keys."""
     _kernel(rows_ref, words_ref, runs_ref, *refs, **options)
 
 
 def _in_dtype(x: Array, dtype: jnp.dtype) -> Array:
-    """Keys or values as they are multiplied; 8 bits are exact in 16, by way of 32."""
+    """Keys or values in the dtype of products; 8 bits are exact in 16, converted via 32."""
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 

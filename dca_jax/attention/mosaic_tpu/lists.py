@@ -1,13 +1,12 @@
-"""Attention over lists of key blocks: a tile of queries walks the blocks that it reads, no others.
+"""Attention over lists of key blocks: a tile of queries reads only the blocks in its list.
 
-A tile is 128 queries of all query heads of a kv head, rotated beforehand for each phase. Which
-block a step reads stands in a word in scalar memory, written before the kernel starts, so that the
-index map of keys and values can say it; steps behind a tile's last name its block again, and move
-nothing.
+A tile has 128 queries of all query heads of a kv head, rotated beforehand for each phase. A word in
+scalar memory, written before the kernel starts, has the block of each step for the index map of
+keys and values. Steps after a tile's last one repeat its block, so nothing is transferred.
 
-    word    block of keys | phase << 20 | whether some query does not meet all of it << 22
+    word    block of keys | phase << 20 | whether some query needs a mask << 22
 
-The words of all tiles need not fit into scalar memory: as many tiles go into one call as do.
+The words of all tiles need not fit into scalar memory: each call has as many tiles as fit.
 """
 
 import functools
@@ -29,18 +28,17 @@ from dca_jax.attention.softmax import LOG2E
 from dca_jax.dca import PHASES, DCAConfig, Phase, key_range, query_position
 from dca_jax.rope import rotate
 
-PHASE, MASKED = 20, 22  # the bits of a word where they begin
+PHASE, MASKED = 20, 22  # their first bits in a word
 NUMBER = (1 << PHASE) - 1
 
 
 class _Walks(NamedTuple):
-    """What the tiles read.
+    """The blocks that the tiles read.
 
     Attributes:
-        words: of the steps; behind a tile's last, 0.
-        counts: steps of each tile.
-        spans: the keys that each query meets: for each phase, the first, and the one behind the
-            last.
+        words: words of the steps; 0 after a tile's last step.
+        counts: number of steps of each tile.
+        spans: start and end of each query's keys in each phase.
     """
 
     words: Int[Array, "B K tiles steps"]
@@ -49,7 +47,7 @@ class _Walks(NamedTuple):
 
 
 def words_of_tile(num_keys: int, kv_heads: int, batch: int, dca: DCAConfig) -> int:
-    """Words of scalar memory that a tile of all rows and kv heads needs."""
+    """Words of scalar memory that one tile needs for all rows and kv heads."""
     return batch * kv_heads * _most_steps(num_keys, dca)
 
 
@@ -108,11 +106,11 @@ def attend_to_blocks(
     return out, jnp.swapaxes(lse, 1, 2)
 
 
-# --- what the kernel is given ------------------------------------------------------------------
+# --- the kernel's arguments --------------------------------------------------------------------
 
 
 def _most_steps(num_keys: int, dca: DCAConfig) -> int:
-    """The most blocks that a tile reads; a block that a border cuts is read in several phases."""
+    """The most blocks that a tile reads; a block across a border is read in several phases."""
     blocks = -(-num_keys // BLOCK)
     return blocks if dca.chunk_len % BLOCK == 0 else len(PHASES) * blocks
 
@@ -125,7 +123,7 @@ def _walks(
     num_queries: int,
     num_keys: int,
 ) -> _Walks:
-    """Phase by phase: the list's blocks, and the edges before and after what is met in full."""
+    """Phase by phase, the list's blocks, and the edges before and after the full blocks."""
     tiles = blocks.counts.shape[2]
     tile = (rows.offset // BLOCK)[:, None] + jnp.arange(tiles, dtype=jnp.int32)[None, :]
     index = (tile * BLOCK)[:, :, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None, None, :]
@@ -173,9 +171,9 @@ def _rotated(
     dca: DCAConfig,
     phases: tuple[Phase, ...],
 ) -> Float[Array, "B K tiles P W M"]:
-    """Queries as each phase sees them, times the logit scale in log2 units, lanes last.
+    """Queries rotated for each phase, times the logit scale in log2 units, with lanes last.
 
-    They stand in the lanes that their kv head has in its pack, with zeros in the others.
+    They occupy the lanes of their kv head in its pack, with zeros in the others.
     """
     batch, tokens, num_heads, head_dim = query.shape
     index = (rows.offset // BLOCK * BLOCK)[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
@@ -194,18 +192,18 @@ def _rotated(
 
 
 def _M(heads: Heads) -> int:
-    """Queries of a tile, of all query heads of a kv head."""
+    """Number of queries of a tile, counting all query heads of a kv head."""
     return heads.query // heads.kv * BLOCK
 
 
 def _in_pack(heads: Heads, dtype: Any) -> Float[Array, "K per_pack"]:
-    """1 where a kv head's place in its pack is."""
+    """1 at a kv head's place in its pack, else 0."""
     place = jnp.arange(heads.kv, dtype=jnp.int32) % heads.kv_per_pack
     return jax.nn.one_hot(place, heads.kv_per_pack, dtype=dtype)
 
 
 def _own_lanes(out: Float[Array, "B K tiles W M"], heads: Heads) -> Float[Array, "B K tiles H M"]:
-    """Of a pack's lanes, those of the kv head."""
+    """The kv head's lanes from those of its pack."""
     if heads.kv_per_pack == 1:
         return out
     place = jnp.arange(heads.kv, dtype=jnp.int32) % heads.kv_per_pack
@@ -219,7 +217,7 @@ def _cut(x: Array, start: Int[Array, " B"], size: int) -> Array:
 
 
 def _split(x: Array, axis: int, size: int) -> Array:
-    """[parts, ..., size, ...] of `axis`, its end filled up with zeros."""
+    """Splits `axis` into [parts, ..., size, ...], with zeros at its end."""
     missing = [(0, -x.shape[axis] % size if n == axis else 0) for n in range(x.ndim)]
     x = jnp.pad(x, missing)
     x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
@@ -246,7 +244,7 @@ def _call(
 ) -> tuple[Float[Array, "B K tiles W M"], Float[Array, "B K tiles 1 M"]]:
     batch, kv_heads, tiles, _, width, lanes = rotated.shape
     group, most = lanes // BLOCK, walks.words.shape[3]
-    # In lanes, as the logits of all heads are.
+    # In lanes, like the logits of all heads.
     spans = jnp.tile(walks.spans, (1, 1, 1, group))
 
     def place(b: Array, k: Array, t: Array) -> Array:
@@ -363,7 +361,7 @@ def _kernel(
 
 
 def _of_phase(spans_ref: Any, phase: Array, part: int, num_phases: int) -> Int[Array, "1 M"]:
-    """A row of `spans_ref`, by a phase that only the step knows."""
+    """A row of `spans_ref` for the step's dynamic phase."""
     found = spans_ref[part : part + 1, :]
     for number in range(1, num_phases):
         row = spans_ref[2 * number + part : 2 * number + part + 1, :]

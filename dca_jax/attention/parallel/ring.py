@@ -1,6 +1,6 @@
-"""Ring attention: keys and values go around, so no device ever holds those of the whole text.
+"""Ring attention: keys and values circulate, so no device ever holds those of the whole text.
 
-The layout, the forms there are and when to take which: `dca_jax.attention.parallel.context`.
+`dca_jax.attention.parallel.context` describes the layout, the forms, and when to use which.
 """
 
 from collections.abc import Callable
@@ -33,27 +33,28 @@ def ring_attention(
 ) -> Float[Array, "B t N H"]:
     """Causal DCA over whole texts in zigzag; keys and values go around a ring (arXiv 2310.01889).
 
-    In each of C steps every device meets two pairs of blocks: equal work for all. The next keys are
-    on their way while a step computes, so the exchange is hidden where a step (8 h^2 N H FLOPs, for
-    blocks of h tokens) outlasts sending 4 h K H elements. A device holds its own share of the keys
-    and two more in transit, whatever C is: the form for long texts.
+    In each of C steps every device computes two pairs of blocks, so the work is equal. The next
+    keys are transferred during a step, which hides the transfer if a step (8 h^2 N H FLOPs for
+    blocks of h tokens) takes longer than sending 4 h K H elements. A device holds its own share of
+    the keys and two more in transit, for any C, so this form suits long texts.
 
     Args:
-        query: raw; this device's t = T / C tokens of each text, in zigzag. Hopper's kernels read
-            keys in place where t is a multiple of 16, and copy a block per call otherwise.
-        key: rotated to its text index (`rotate_keys` at `zigzag_positions`). value: as it is.
-        rows: of the whole texts: `lengths` up to T, ragged or not. A text starts at index 0:
-            `offset` and `key_offset` are not read.
-        dca: None is plain causal attention.
+        query: raw queries: this device's t = T / C tokens of each text, in zigzag. Hopper's kernels
+            read keys in place if t is a multiple of 16, and otherwise copy a block per call.
+        key: keys rotated to their text index (`rotate_keys` at `zigzag_positions`).
+        value: values.
+        rows: the rows of the whole texts: `lengths` up to T, ragged or not. A text starts at index
+            0; `offset` and `key_offset` are not used.
+        dca: DCA setting, or None for plain causal attention.
         implementation: a backend (`dca_jax.attention.op.BACKENDS`), or None for the best.
-        axis_name: the mesh axis that shares the text.
+        axis_name: the mesh axis over which texts are split.
 
     Returns:
-        [B, t, N, H] in the dtype of `query`, zeros for padding; differentiable in query, key and
-        value, exactly. Partial results and gradients are summed in float32 (float64 for float64).
+        [B, t, N, H] in the dtype of `query`, zeros for padding; exactly differentiable in query,
+        key and value. Partial results and gradients are summed in float32 (float64 for float64).
 
     Raises:
-        InputError: an odd t, or an implementation that cannot run.
+        InputError: t is odd, or the implementation cannot run.
     """
     batch, num_local, kv_heads, head_dim = key.shape
     width = half_width(num_local)
@@ -68,8 +69,8 @@ def ring_attention(
 
 # --- the ring ----------------------------------------------------------------------------------
 #
-# In here a device's two blocks are apart, [2, B, h, ..]. To a kernel these are two layers of keys,
-# of which it reads one where it lies; or, flattened, 2B rows.
+# In this section a device's two blocks are separate, [2, B, h, ..]. For a kernel they are two
+# layers of keys, of which it reads one in place, or, flattened, 2B rows.
 
 
 class _Ring(NamedTuple):
@@ -114,28 +115,28 @@ class _Ring(NamedTuple):
         own_blocks: Callable[[Keys], tuple],
         pair: Callable[[tuple, Keys, Array, Half, Half], tuple],
     ) -> tuple:
-        """Lets every key meet the queries that read it, and returns what became of the state.
+        """Processes every pair of query and key blocks with attention, and returns the final state.
 
         Args:
             keys: this device's keys and values, [2, B, h, K, H] each.
-            own_blocks: (keys) -> state; each own block of queries with that very block of keys.
-            pair: (state, keys, sender, mine, theirs) -> state; query block `mine` with `theirs` of
-                the keys that came from `sender`. A state is (what stays here, what travels with
-                the keys, one step behind them, and comes home with the last step).
+            own_blocks: (keys) -> state; each own block of queries with the same block of keys.
+            pair: (state, keys, sender, mine, theirs) -> state; query block `mine` with block
+                `theirs` of the keys from `sender`. A state has a part that stays on the device, and
+                a part that travels one step behind the keys and returns home with the last step.
         """
 
         def visit(keys: Keys, state: tuple, n: int | Array) -> tuple:
             stays, travels = state
             sender = (self.device - n) % self.size
-            # The late block reads every early one. Of the blocks alike, an early one is read by
-            # later devices' and a late one by earlier devices': one of the two is, never both.
+            # The late block reads every early one. Among blocks of the same half, early ones are
+            # read by later devices, and late ones by earlier devices: so exactly one of the two.
             state = pair((stays, self.to_next(travels)), keys, sender, LATE, EARLY)
             half = jnp.where(sender < self.device, EARLY, LATE)
             return pair(state, keys, sender, half, half)
 
         def step(n: Array, carry: tuple) -> tuple:
             keys, state = carry
-            arriving = self.to_next(keys)  # under way while this step computes
+            arriving = self.to_next(keys)  # transferred while this step computes
             return arriving, visit(keys, state, n)
 
         arriving = self.to_next(keys)

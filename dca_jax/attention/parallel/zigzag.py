@@ -1,18 +1,18 @@
-"""Where the tokens of a text lie when its devices share it: the zigzag layout.
+"""The zigzag layout of a text that is split over devices.
 
-A causal query reads only what stands before it, so equal slices of a text are unequal work. A text
-of T tokens is cut into 2C blocks of T / (2C) tokens instead, and device c of the C along the mesh
-axis `context` holds block c and block 2C - 1 - c, one behind the other:
+A causal query reads only earlier tokens, so equal slices of a text are unequal work. Instead, a
+text of T tokens is split into 2C blocks of T / (2C) tokens, and device c of the C along the mesh
+axis `context` holds block c followed by block 2C - 1 - c:
 
     C = 4, blocks   0 1 2 3 4 5 6 7        device 0   [0 | 7]
                     0 1 2 3 3 2 1 0        device 1   [1 | 6]
                         device             device 2   [2 | 5]
                                            device 3   [3 | 4]
 
-An early block and a late one: every device's queries then read as many keys as any other's (ring
-attention with this layout: Llama 3, arXiv 2407.21783, section 3.3.2, which calls it 2 x CP chunks).
+With an early block and a late one, every device's queries read the same number of keys (Llama 3
+uses this layout with "2 x CP chunks": arXiv 2407.21783, section 3.3.2).
 
-Activations, ids and caches of a text all lie so; a cache of capacity S is cut like a text of S
+Activations, ids and caches all have this layout; a cache of capacity S is split like a text of S
 tokens. `zigzag_order` and `natural_order` reorder whole arrays on the host; the other functions run
 inside `jax.shard_map`, on one device's share.
 """
@@ -29,20 +29,20 @@ AXIS = "context"
 
 
 def zigzag_order(length: int, size: int) -> Int[np.ndarray, " length"]:
-    """The text index that each slot holds, device by device; int32.
+    """The text index in each slot, device by device; int32.
 
     `tokens[:, zigzag_order(T, C)]`, sharded over its last axis, is a batch of texts in zigzag.
 
     Args:
-        length: T, tokens of the text, its padding included.
-        size: C, devices that share it.
+        length: T, number of tokens of the text including padding.
+        size: C, number of devices.
 
     Raises:
-        InputError: a length that is no multiple of 2C.
+        InputError: the length is not a multiple of 2C.
     """
     if length < 1 or length % (2 * size):
         raise InputError(
-            f"a text shared by {size} devices in zigzag must have a positive multiple of "
+            f"a text split over {size} devices in zigzag must have a positive multiple of "
             f"{2 * size} tokens, got {length}; pad it to the next one"
         )
     blocks = np.arange(length, dtype=np.int32).reshape(2, size, -1)
@@ -50,7 +50,7 @@ def zigzag_order(length: int, size: int) -> Int[np.ndarray, " length"]:
 
 
 def natural_order(length: int, size: int) -> Int[np.ndarray, " length"]:
-    """The slot that holds each text index: the inverse of `zigzag_order`; int32."""
+    """The slot of each text index: the inverse of `zigzag_order`; int32."""
     order = zigzag_order(length, size)
     slots = np.empty_like(order)
     slots[order] = np.arange(length, dtype=np.int32)
@@ -72,10 +72,10 @@ def zigzag_positions(num_local: int, axis_name: str = AXIS) -> Int[Array, " num_
 def zigzag_slots(
     index: Int[Array, "*shape"], num_local: int, axis_name: str = AXIS
 ) -> Int[Array, "*shape"]:
-    """Where this device keeps a text index, among `num_local` slots; `num_local`: elsewhere.
+    """This device's slot of a text index, from 0 to `num_local` - 1; `num_local` if elsewhere.
 
-    So a scatter with mode="drop" writes each token of a replicated batch where it belongs, and on
-    no other device. Indices at or beyond the capacity are nowhere.
+    So a scatter with mode="drop" writes each token of a replicated batch to its slot, and on no
+    other device. Indices at or beyond the capacity have no slot.
     """
     size, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     width = half_width(num_local)
@@ -90,7 +90,7 @@ def zigzag_to_natural(
 ) -> Shaped[Array, "B t *rest"]:
     """From zigzag to contiguous slices (device d: blocks 2d and 2d + 1); differentiable.
 
-    Two collective permutes, each of half of what the device holds.
+    This takes two collective permutes, each of half of the device's data.
     """
     early, late = to_halves(x)
     even, odd = _early_late(early, late, axis_name)
@@ -101,7 +101,7 @@ def zigzag_to_natural(
 
 
 def to_halves(x: Shaped[Array, "B t *rest"]) -> Shaped[Array, "2 B h *rest"]:
-    """The two blocks that a device holds, apart; for one row (B = 1) nothing moves."""
+    """Separates a device's two blocks; for one row (B = 1) no data moves."""
     batch, num_local, *rest = x.shape
     return jnp.moveaxis(x.reshape(batch, 2, half_width(num_local), *rest), 1, 0)
 
@@ -113,21 +113,21 @@ def from_halves(x: Shaped[Array, "2 B h *rest"]) -> Shaped[Array, "B t *rest"]:
 
 
 def half_width(num_local: int) -> int:
-    """Tokens of one block, of which a device holds two.
+    """Tokens per block; a device holds two blocks.
 
     Raises:
-        InputError: an odd number.
+        InputError: the number is odd.
     """
     if num_local % 2:
         raise InputError(
-            f"in zigzag a device holds two blocks of equal length, got {num_local} tokens a "
-            "device; pad the text to a multiple of twice the devices"
+            f"in zigzag a device holds two blocks of equal length, got {num_local} tokens per "
+            "device; pad the text to a multiple of twice the number of devices"
         )
     return num_local // 2
 
 
 def block_of(device: Int[Array, ""], half: int | Int[Array, ""], size: int) -> Int[Array, ""]:
-    """Which of the text's 2C blocks is the early (half 0) or the late (1) one of a device."""
+    """The number of a device's early (half 0) or late (half 1) block among the text's 2C blocks."""
     return jnp.where(jnp.equal(half, 0), device, 2 * size - 1 - device)
 
 
@@ -145,7 +145,7 @@ def _early_late(a: Array, b: Array, axis_name: str) -> tuple[Array, Array]:
 
 
 def pad_to_zigzag(tokens: Int[Array, "B T"], context: int) -> Int[Array, "B padded"]:
-    """Texts padded to a multiple of 2 * context tokens, in the order of the zigzag."""
+    """Texts padded to a multiple of 2 * context tokens, in zigzag order."""
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % (2 * context))))
     return tokens[:, zigzag_order(tokens.shape[1], context)]
 
@@ -153,7 +153,7 @@ def pad_to_zigzag(tokens: Int[Array, "B T"], context: int) -> Int[Array, "B padd
 def unpad_from_zigzag(
     x: Float[Array, "B padded D"], length: int, shards: Shards
 ) -> Float[Array, "B T D"]:
-    """The inverse of `pad_to_zigzag` for what was computed of each token."""
+    """The inverse of `pad_to_zigzag`, for values computed for each token."""
     text = shards.spec("BTD")
     x = shards.local(zigzag_to_natural, (text,), text)(x)
     if length % shards.size("context"):

@@ -1,12 +1,12 @@
-"""What `rows` looks at, on Hopper GPUs: a Pallas Mosaic GPU kernel that stores no logits.
+"""The scores for `rows` on Hopper GPUs: a Pallas Mosaic GPU kernel that stores no logits.
 
-A CTA takes four *units*, 64 rows each (a tile's sampled queries of all heads of a kv head), and a
-span of key blocks. Four warpgroups compute, one unit each, and a fifth feeds them keys: each block
-of keys is read once for all. Of a row and a block the kernel writes one number, the logits'
-log-sum-exp; XLA makes probabilities of them.
+A CTA processes four *units* of 64 rows each (a tile's sampled queries of all heads of a kv head)
+and a span of key blocks. Four warpgroups compute one unit each, and a fifth feeds them keys, so
+each block of keys is read once for all. For each row and block the kernel writes one number, the
+log-sum-exp of the logits, from which XLA computes probabilities.
 
-Chunks begin at multiples of 128 here, so a block lies in one phase of a tile, and only a tile's own
-block has keys that some of its rows do not meet.
+Chunks begin at multiples of 128 here, so a block is in one phase of a tile, and only a tile's own
+block has keys that are masked for some of its rows.
 """
 
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ from dca_jax.attention.stored import dequantized_layer
 from dca_jax.dca import DCAConfig, Phase, phases_within
 from dca_jax.device import current_device
 
-UNIT = 64  # rows that one WGMMA multiplies
-WARPGROUPS = 4  # that compute, a unit each; one more feeds them
-SPAN = 64  # blocks of keys a CTA goes through
-STAGES = 3  # blocks of keys in flight: 96 KiB, beside 64 of queries and 64 of results
+UNIT = 64  # rows of one WGMMA
+WARPGROUPS = 4  # computing warpgroups, with one unit each; one more feeds them
+SPAN = 64  # blocks of keys per CTA
+STAGES = 3  # blocks of keys in flight: 96 KiB, besides 64 for queries and 64 for results
 HEAD_DIMS = (64, 128)
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 Rotated = Mapping[Phase, Float[Array, "B tiles R N H"]]
 
 
 def fits(piece: Piece, dca: DCAConfig) -> bool:
-    """Whether the kernel takes this piece on this device."""
+    """Whether the kernel supports this piece on this device."""
     return (
         current_device().capability == (9, 0)
         and not miscompiling_cuda()
@@ -52,7 +52,7 @@ def fits(piece: Piece, dca: DCAConfig) -> bool:
 def block_scores(
     rotated: Rotated, piece: Piece, dca: DCAConfig, of_maximum: float
 ) -> Float[Array, "B K tiles blocks"]:
-    """As `dca_jax.attention.sparse.masses.block_scores`, of every tile's evenly spaced rows."""
+    """As `dca_jax.attention.sparse.masses.block_scores`, for evenly spaced rows of every tile."""
     batch, tiles, count, heads, _ = next(iter(rotated.values())).shape
     kv_heads, blocks = piece.key.shape[3], piece.num_blocks
     group = heads // kv_heads
@@ -71,7 +71,7 @@ def block_scores(
     place = jnp.stack(
         [layer * batch + jnp.arange(batch, dtype=jnp.int32), piece.rows.offset // BLOCK], axis=1
     )
-    # Up to which of its own block's keys a row goes.
+    # The end of each row's keys in its own block.
     stop = np.full((parts * UNIT,), BLOCK, np.int32)
     stop[:rows] = np.repeat((np.arange(count) + 1) * (BLOCK // count), group)
     masses = _log2_masses(
@@ -96,7 +96,7 @@ def block_scores(
 def _units(
     query: Float[Array, "B tiles R N H"], kv_heads: int, parts: int, units: int
 ) -> Float[Array, "B K units 64 H"]:
-    """The rows of each tile and kv head in units of 64, those that are missing zero."""
+    """The rows of each tile and kv head in units of 64, padded with zeros."""
     batch, tiles, count, heads, head_dim = query.shape
     query = query * jnp.asarray(LOG2E, query.dtype)
     query = query.reshape(batch, tiles, count, kv_heads, heads // kv_heads, head_dim)
@@ -111,11 +111,11 @@ def _units(
 
 
 class _Problem(NamedTuple):
-    """What is static about a call."""
+    """The static parameters of a call."""
 
-    parts: int  # units of a tile
-    blocks: int  # of keys, in a row of the cache
-    per_chunk: int  # blocks of a chunk
+    parts: int  # units per tile
+    blocks: int  # blocks of keys in a row of the cache
+    per_chunk: int  # blocks per chunk
     phases: tuple[Phase, ...]
 
 
@@ -141,19 +141,19 @@ class _Shared(NamedTuple):
 
 
 class _CTA(NamedTuple):
-    """What a CTA works on: some units of a row and kv head, and blocks first .. last - 1."""
+    """A CTA's work: some units of a row and kv head, and blocks first .. last - 1."""
 
     problem: _Problem
     gmem: _Refs
     smem: _Shared
     batch: Array
     head: Array
-    unit: Array  # its first
+    unit: Array  # the first unit
     first: Array
     last: Array
 
     def tile(self, unit: Array) -> Array:
-        """The number of a unit's tile."""
+        """The tile number of a unit."""
         return self.gmem.place[self.batch, 1] + lax.div(unit, jnp.int32(self.problem.parts))
 
 
@@ -167,7 +167,7 @@ def _log2_masses(
 ) -> Float[Array, "B K units padded 64"]:
     """Each row's log-sum-exp over each block of keys, in log2 units.
 
-    Of a block that comes after a unit's tile, anything.
+    Values for blocks after a unit's tile are arbitrary.
     """
     _, batch, kv_heads, units, _, head_dim = query.shape
     spans = -(-problem.blocks // SPAN)
@@ -207,7 +207,7 @@ def _log2_masses(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,  # maxima and sums are taken within a warp
+            reduction_scratch_bytes=0,  # maxima and sums are computed within a warp
         ),
     )(query, key, place, stop)
 
@@ -255,7 +255,7 @@ def _compute(cta: _CTA, warpgroup: Array) -> None:
 
         pl.when(end > begin)(of_phase)
 
-    def pass_by(n: Array, _: Any) -> None:  # what only a later unit meets
+    def pass_by(n: Array, _: Any) -> None:  # needed by a later unit only
         slot = lax.rem(n - cta.first, jnp.int32(STAGES))
         plgpu.barrier_wait(smem.key_loaded.at[slot])
         plgpu.barrier_arrive(smem.key_consumed.at[slot])
@@ -271,7 +271,7 @@ def _compute(cta: _CTA, warpgroup: Array) -> None:
 
 
 def _block(cta: _CTA, warpgroup: Array, n: Array, stop: Any) -> None:
-    """Notes the log-sum-exp of a unit's logits over block n; of the keys before `stop`, if any."""
+    """Stores the log-sum-exp of a unit's logits over block n, or its keys before `stop`, if set."""
     smem = cta.smem
     slot = lax.rem(n - cta.first, jnp.int32(STAGES))
     plgpu.barrier_wait(smem.key_loaded.at[slot])

@@ -1,12 +1,13 @@
 """Attention in Pallas-Triton, for NVIDIA GPUs from Ampere on. JAX deprecates Pallas-Triton (0.11).
 
-One program takes a tile of queries through the key ranges of every phase in turn, with one online
-softmax; the tile's rotation changes where the phase does. Blocks of keys that every query of the
-tile meets skip the mask. Few queries (decoding) are packed with the query heads that share their
+One program processes the key ranges of all phases for a tile of queries, with one online softmax,
+and changes the tile's rotation between phases. Blocks of keys to which every query of the tile
+attends fully skip the mask. Few queries (decoding) are packed with the query heads that share their
 keys, and the keys are split over programs, whose outputs are merged by their log-sum-exp.
 
-Backward: dq walks the same ranges; dk and dv walk, for a block of keys, the ranges of queries that
-meet it in each phase, all query heads of the kv head in turn: no atomics, so bitwise deterministic.
+In the backward pass, dq uses the same ranges. For dk and dv, a program loops over the queries that
+attend to a block of keys in each phase, for all query heads of the kv head in turn: without
+atomics, so it is bitwise deterministic.
 """
 
 import jax
@@ -31,11 +32,11 @@ def unsupported(
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
-    """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
+    """Why these kernels cannot run with these shapes, dtypes and device; None if they can."""
     if isinstance(dca, PositionMethod):
-        return f"it knows DCA and plain attention only, not {type(dca).__name__}"
+        return f"it supports only DCA and plain attention, not {type(dca).__name__}"
     if listed:
-        return "it does not read lists of key blocks"
+        return "it does not support lists of key blocks"
     head_dim = query.shape[-1]
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim must be 16, 32, 64, 128 or 256, got {head_dim}"
@@ -48,14 +49,14 @@ def unsupported(
         )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return (
-            f"the dtype must be bfloat16 or float16, got {query.dtype}: tensor cores multiply "
-            "nothing wider without rounding it"
+            f"the dtype must be bfloat16 or float16, got {query.dtype}: tensor cores round wider "
+            "dtypes"
         )
     need = shared_bytes(choose_tiles(device, head_dim), head_dim, query.dtype.itemsize)
     have = 1024 * SHARED_KIB.get(device.capability, 99)
     if need > have:
         return (
             f"its tiles for head_dim {head_dim} need {need} bytes of shared memory, and "
-            f"{device.kind} has {have} a program"
+            f"{device.kind} has {have} per program"
         )
     return None

@@ -55,7 +55,7 @@ def backward(
     num_keys, kv_heads = key.shape[2:4]
     group = heads // kv_heads
     tiles = choose_tiles(current_device(), head_dim)
-    # In units of log2, and where a query met no key so large that its p vanish.
+    # In log2 units; for a query without keys, large enough that its p vanish.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2E, -MASKED).reshape(
         batch, kv_heads, group, num_queries
     )
@@ -75,8 +75,8 @@ def backward(
         out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
         **launch_options("dca_triton_dq", tiles.dq.num_warps, tiles.dq.num_stages),
     )(*scalars, *rotation_tables(num_queries, rows, dca), grouped, keys, values, do, lse, delta)
-    # A block of keys meets each tile of queries once: rotating it there would cost more than these
-    # copies, of which all blocks read.
+    # Each block of keys reads each tile of queries once: rotating it there would cost more than
+    # these copies, which all blocks read.
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     wide = query.astype(jnp.float32) * (rows.scale * LOG2E)[:, None, None, None]
     rotated = [
@@ -178,8 +178,8 @@ def _dq_kernel(
             ds = exp2(logits) * (dp - delta[:, None])
             return acc + dot(ds.astype(key.dtype), key, 1, 0)
 
-        # One accumulator serves all phases: it is kept in the frame of the phase's own rotation,
-        # into which it is rotated before, and out of which it is rotated after.
+        # One accumulator serves all phases: it is rotated into the frame of the phase's rotation
+        # before, and back out of it after.
         if number > 0:
             acc = join_halves(*rotate_halves(*split_halves(acc), cos, sin), acc.dtype)
         acc = for_each_block(*ranges, block_k, step, acc)
@@ -209,11 +209,11 @@ def _dkv_kernel(
     block_q: int,
     block_k: int,
 ) -> None:
-    """Grid: (kv heads, blocks of keys, batch); the first blocks, met by most queries, go first.
+    """Grid: (kv heads, blocks of keys, batch); the first blocks, with the most queries, go first.
 
-    The logits lie transposed, [keys, queries], so that they multiply queries from the left.
+    The logits are transposed, [keys, queries], to be the left operand in products with queries.
     """
-    del scale_ref  # it is in the rotated queries
+    del scale_ref  # included in the rotated queries
     *query_refs, dk_ref, dv_ref = refs
     _, num_queries, _, group, head_dim = do_ref.shape
     kv_head, batch, num_keys = pl.program_id(0), pl.program_id(2), key_ref.shape[1]
@@ -270,7 +270,7 @@ def _dkv_kernel(
     zeros = jnp.zeros((block_k, head_dim), jnp.float32)
     dk, dv = lax.fori_loop(0, group, one_head, (zeros, zeros))
     keys, mask = pl.ds(first, block_k), (j < num_keys)[:, None]
-    # The rotated queries carry log2(e), and their factor is the logits' own derivative.
+    # The rotated queries include log2(e), and their scale is that of the logits' derivative.
     dk = (dk / LOG2E).astype(dk_ref.dtype)
     plgpu.store(dk_ref.at[batch, keys, kv_head, :], dk, mask=mask)
     dv = dv.astype(dv_ref.dtype)
@@ -278,9 +278,9 @@ def _dkv_kernel(
 
 
 def _query_range(j: Array, phase: Phase, dca: DCAConfig) -> tuple[Array, Array]:
-    """[start, stop) of the queries that meet key j in a phase, as text indices.
+    """[start, stop) of the queries that attend to key j in a phase, as text indices.
 
-    The inverse of `key_range`; clipped to FAR, so that no chunk length overflows int32.
+    The inverse of `key_range`, clipped to FAR so that no chunk length overflows int32.
     """
     chunk = j - j % dca.chunk_len
     one, two = min(dca.chunk_len, FAR), min(2 * dca.chunk_len, FAR)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: their arguments, ranges of keys, rotation, loads and products."""
+"""Common parts of the Triton kernels: arguments, ranges of keys, rotation, loads and products."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from jaxtyping import Array, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.dca import DCAConfig, Phase, key_range
 
-INTERPRET = False  # tests set it: the kernels then run on any device, in Pallas' interpreter
+INTERPRET = False  # set by tests to run the kernels on any device, in Pallas' interpreter
 
 
 def launch_options(name: str, num_warps: int, num_stages: int) -> dict[str, Any]:
-    """What `pallas_call` is told besides the kernel and its shapes."""
+    """Options of `pallas_call` apart from the kernel and its shapes."""
     params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return {"compiler_params": params, "interpret": INTERPRET, "name": name}
 
 
 def row_arrays(layer: Int[Array, ""], rows: Rows) -> tuple[Array, ...]:
-    """Layer, and each row's offset, length, key offset and logit scale: a program's scalars."""
+    """A program's scalars: layer, and each row's offset, length, key offset and logit scale."""
     layer = layer.astype(jnp.int32).reshape(1)
     return layer, rows.offset, rows.lengths, rows.key_offset, rows.scale
 
@@ -39,9 +39,9 @@ def by_kv_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Ar
 
 
 def rotation_tables(num_queries: int, rows: Rows, dca: DCAConfig) -> tuple[Array, Array]:
-    """cos and sin [B, T + 2, H/2], float32: of P_q(i, intra), of P_q(inter), and of s.
+    """cos and sin [B, T + 2, H/2], float32, of P_q(i, intra), P_q(inter) and s.
 
-    Every phase's rotation follows from these (`phase_rotation`), so no table per phase is needed.
+    `phase_rotation` derives every phase's rotation from these, so no table per phase is needed.
     """
     batch = rows.offset.shape[0]
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
@@ -59,7 +59,7 @@ def rotation_tables(num_queries: int, rows: Rows, dca: DCAConfig) -> tuple[Array
 def tile_bounds(
     first: Array, block_q: int, num_queries: int, offset: Array, length: Array
 ) -> tuple[Array, Array]:
-    """Index of the tile's first and of its last query that is text (none: last < first)."""
+    """Index of the tile's first query and of its last one in the text (none if last < first)."""
     stop = jnp.minimum(offset + jnp.minimum(first + block_q, num_queries), length)
     return offset + first, stop - 1
 
@@ -73,7 +73,7 @@ def key_bounds(
 ) -> tuple[Array, Array, Array, Array]:
     """`for_each_block`'s four bounds, in slots, within a program's share of them.
 
-    Ranges only move forward, so first and last query tell them all.
+    Ranges only move forward, so the first and the last query determine all bounds.
     """
     (lo, full_hi), (full_lo, hi) = (
         [i - key_offset for i in key_range(query, phase, dca)] for query in bounds
@@ -87,10 +87,10 @@ def key_bounds(
 def for_each_block(
     lo: Array, full_lo: Array, full_hi: Array, hi: Array, block: int, step: Callable, state: Any
 ) -> Any:
-    """step(at, edge, state) for the blocks that cover [lo, hi), counted from lo.
+    """Calls step(at, edge, state) for the blocks that cover [lo, hi), counted from lo.
 
-    Blocks within [full_lo, full_hi) need no mask (edge False) and go first; those at the edges,
-    before and after, follow in one loop, so that the kernel holds the code of either only once.
+    Blocks within [full_lo, full_hi) need no mask (edge False) and come first; the edges on both
+    sides follow in one loop, so that the kernel contains the code for each case only once.
     """
     size = jnp.int32(block)
     blocks = lax.div(jnp.maximum(hi - lo, 0) + (block - 1), size)
@@ -123,8 +123,8 @@ def phase_rotation(
 ) -> tuple[Array, Array]:
     """cos and sin [block_q, 1, H/2] of the tile's query positions in a phase.
 
-    With Q' = min(2s - 1, Q): intra is read; inter is a constant; succ is inter where
-    i mod s + s >= Q', else intra rotated on by s.
+    With Q' = min(2s - 1, Q): intra is loaded; inter is constant; succ is inter where
+    i mod s + s >= Q', else intra rotated further by s.
     """
 
     def constant(row: int) -> tuple[Array, Array]:
@@ -148,7 +148,7 @@ def phase_rotation(
 
 
 def rotate_halves(first: Array, second: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-    """The two halves of a vector, each pair of their elements rotated by its angle."""
+    """The two halves of a vector, with each pair of elements rotated by its angle."""
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -162,9 +162,10 @@ def load_halves(
     pack: int,
     is_query: Array,
 ) -> tuple[Array, Array]:
-    """The tile's queries as the two halves that rotation pairs, float32 [block_q, pack, H/2].
+    """The tile's queries as two halves that are paired in rotation, float32 [block_q, pack, H/2].
 
-    Volatile, or one load would serve all phases, and hold its registers through every loop.
+    The load is volatile: otherwise one load would serve all phases, and occupy registers in all
+    loops.
     """
     half = query_ref.shape[-1] // 2
     tile = (batch, pl.ds(first, block_q), kv_head, pl.ds(first_head, pack))
@@ -176,10 +177,10 @@ def load_halves(
 
 
 def through_memory(ref: Any, at: tuple, halves: tuple[Array, Array], mask: Array) -> Array:
-    """Two halves [block_q, 1, H/2] as one [block_q, H], by way of `ref`, memory of the tile's own.
+    """Two halves [block_q, 1, H/2] as one [block_q, H], via `ref`, the tile's own memory.
 
-    Triton lets a product read its left side from shared memory if that was loaded, and else makes
-    every step of the loop copy it to registers.
+    If the left operand of a product was loaded, Triton reads it from shared memory; otherwise every
+    step of the loop copies it to registers.
     """
     half = halves[0].shape[-1]
     for number, part in enumerate(halves):
@@ -207,21 +208,21 @@ def split_halves(joined: Array) -> tuple[Array, Array]:
 
 
 def per_head(index: Array, pack: int) -> Array:
-    """A value for each query as one for each query and head, as they are packed."""
+    """Repeats a value per query for each packed head."""
     return jnp.broadcast_to(index[:, None], (*index.shape, pack)).reshape(-1)
 
 
-# --- what Triton is told -----------------------------------------------------------------------
+# --- loads and products ------------------------------------------------------------------------
 
 
 class Slots(NamedTuple):
-    """Where the keys and values that a program reads lie.
+    """The place of a program's keys and values.
 
     Attributes:
         row: row of the cache; with pages, the layer's first page in the pool.
         pages: page tables of the batch [B, pages_per_row], or None.
         batch: row of the page tables.
-        page: tokens of a page.
+        page: tokens per page.
     """
 
     row: Array
@@ -233,13 +234,13 @@ class Slots(NamedTuple):
     def of_row(
         cls, layer: Array, batch: Array, rows_of_layer: int, pages: Any = None, page: int = 0
     ) -> "Slots":
-        """A row's keys, in a cache or pool of so many rows or pages a layer."""
+        """The slots of a row in a cache or pool, given its number of rows or pages per layer."""
         if pages is None:
             return cls(layer * rows_of_layer + batch)
         return cls(layer * rows_of_layer, pages, batch, page)
 
     def of(self, at: Array, block: int, limit: Array | int | None) -> tuple[Any, Any]:
-        """Row and slot of `block` keys from index `at` on; with a limit, some may lie beyond it."""
+        """Row and slot of `block` keys from index `at` on; with a limit, some may be beyond it."""
         if self.pages is None:
             return self.row, pl.ds(at, block)
         j = at + jnp.arange(block, dtype=jnp.int32)
@@ -251,11 +252,11 @@ class Slots(NamedTuple):
 def load_keys(
     ref: Any, slots: Slots, at: Array, block: int, kv_head: Array, edge: bool, limit: Array | int
 ) -> Array:
-    """`block` keys or values of a head from index `at`; at an edge, zeros from `limit` on."""
+    """`block` keys or values of a head from index `at` on; at an edge, zeros from `limit` on."""
     rows, where = slots.of(at, block, limit if edge else None)
     if slots.pages is None:
         keys = ref.at[rows, where, kv_head, :]
-    else:  # each key by its number, and so all indices are numbers
+    else:  # each key by its index, so all indices must be arrays
         column = jnp.arange(ref.shape[-1], dtype=jnp.int32)
         keys = ref.at[rows[:, None], where[:, None], kv_head, column[None, :]]
     if not edge:
@@ -267,7 +268,7 @@ def load_keys(
 def scaled(
     x: Array, ref: Any, slots: Slots, at: Array, kv_head: Array, edge: bool, limit: Array | int
 ) -> Array:
-    """x [rows, block] times the scales of the same keys or values; x where there are none."""
+    """x [rows, block] times the scales of these keys or values, or x if there are none."""
     if ref is None:
         return x
     rows, where = slots.of(at, x.shape[1], limit if edge else None)
@@ -277,7 +278,7 @@ def scaled(
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Products summed in float32; float32 inputs (the interpreter's) unrounded."""
+    """Contracts one axis of each; sums in float32, and does not round float32 inputs."""
     precision = "highest" if a.dtype == jnp.float32 else None
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
     return lax.dot_general(
@@ -286,7 +287,7 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 def exp2(x: Array) -> Array:
-    """2^x. One instruction on the GPU, where libdevice's keeps denormal results with three more."""
+    """2^x in one GPU instruction; libdevice's version needs three more for denormal results."""
     if INTERPRET:
         return jnp.exp2(x)
     (result,) = plgpu.elementwise_inline_asm(

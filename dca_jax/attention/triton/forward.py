@@ -1,4 +1,4 @@
-"""The forward pass in Pallas-Triton: prefill; and decoding, packed, and split over the keys."""
+"""The forward pass in Pallas-Triton: prefill, and packed decoding that is split over the keys."""
 
 import functools
 from typing import Any
@@ -53,8 +53,8 @@ def forward(
     blocks: KeyBlocks | None = None,
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
-    """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
-    assert blocks is None  # `unsupported` has refused them
+    """Output over the keys of `phases`, and on request log-sum-exp; as `Backend.forward`."""
+    assert blocks is None  # rejected by `unsupported`
     batch, num_queries, heads, head_dim = query.shape
     kv_heads = key.shape[3]
     num_keys = key.shape[2] if pages is None else key.shape[2] * pages.shape[1]
@@ -64,7 +64,7 @@ def forward(
     if scales is not None and not (packed and key.dtype == jnp.int8):
         if pages is not None:
             key, value, laid_out = unpaged(key, value, scales, layer, pages)
-            assert laid_out is not None  # as there are scales
+            assert laid_out is not None  # since there are scales
             scales, layer, pages = laid_out, jnp.int32(0), None
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer, scales = jnp.int32(0), None
@@ -141,8 +141,8 @@ def _forward_kernel(
 ) -> None:
     """Grid: (kv heads, splits, batch) if heads are packed, else (query heads, tiles, batch).
 
-    The tile is `block_q` queries of each of `pack` heads, query by query. With `staged`
-    (one head, one split) the rotated queries pass through the tile's own place in `out_ref`.
+    The tile has `block_q` queries of each of `pack` heads, query by query. With `staged`
+    (one head, one split) the rotated queries go through the tile's part of `out_ref`.
     """
     _, num_queries, _, group, head_dim = query_ref.shape
     batch, page = pl.program_id(2), key_ref.shape[1]
@@ -152,7 +152,7 @@ def _forward_kernel(
     else:
         kv_head = lax.div(pl.program_id(0), jnp.int32(group))
         first_head = lax.rem(pl.program_id(0), jnp.int32(group))
-    # The longest tiles go first, so that the last programs to finish are short.
+    # The longest tiles go first, so that the last programs are short.
     split = pl.program_id(1) if splits > 1 else jnp.int32(0)
     first = jnp.int32(0) if splits > 1 else (pl.num_programs(1) - 1 - pl.program_id(1)) * block_q
 
@@ -242,7 +242,7 @@ def _forward_kernel(
 def _share(total: Array, split: Array, splits: int, block_k: int) -> tuple[Array, Array]:
     """[first, last) of the slots that a program of a split call reads: equal shares of `total`.
 
-    The shares follow the text's length, which is dynamic; their number does not.
+    The size of the shares depends on the text's length, which is dynamic; their number does not.
     """
     if splits == 1:
         return jnp.int32(0), total
@@ -257,7 +257,7 @@ def _merge(
     dtype: jnp.dtype,
     with_lse: bool,
 ) -> tuple[Array, ...]:
-    """The splits' outputs merged by their log-sum-exp; one program a query and head."""
+    """Merges the splits' outputs by their log-sum-exp; one program per query and head."""
     _, batch, num_queries, heads, head_dim = outs.shape
     out = jax.ShapeDtypeStruct((batch, num_queries, heads, head_dim), dtype)
     lse = jax.ShapeDtypeStruct((batch, heads, num_queries), jnp.float32)

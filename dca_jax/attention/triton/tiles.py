@@ -1,4 +1,4 @@
-"""How the Triton kernels are cut: tiles by device and head_dim, and the split of a cache's keys."""
+"""Tiles of the Triton kernels by device and head_dim, and the split of a cache's keys."""
 
 import dataclasses
 
@@ -6,15 +6,15 @@ from jax.experimental import pallas as pl
 
 from dca_jax.device import Device
 
-MAX_PACKED = 64  # up to so many queries a kv head, counting its heads, are packed into one tile
-PROGRAMS = 264  # programs that split a packed call's keys: two for each of an H200's 132 cores
-SPLIT_KEYS = 256  # fewest keys of a cache worth a program of their own
+MAX_PACKED = 64  # most queries per kv head, counting its heads, that are packed into one tile
+PROGRAMS = 264  # programs of a packed call: two for each of an H200's 132 multiprocessors
+SPLIT_KEYS = 256  # fewest keys worth a separate program
 MAX_SPLITS = 128  # the merge holds all splits of one query in registers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How one kernel is cut: queries and keys of a block, warps a program, buffers of its loop."""
+    """A kernel's tile: queries and keys per block, warps per program, buffers of its loop."""
 
     block_q: int
     block_k: int
@@ -29,14 +29,14 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
-    decode: Tile  # block_q counts queries times the heads packed with them
+    decode: Tile  # block_q counts queries times packed heads
 
 
 def _tile(block_q: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
     return Tile(block_q=block_q, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
 
 
-# By head_dim; narrower heads use the tiles of 64.
+# By head_dim; narrower heads use the tiles for 64.
 HOPPER = {
     64: Tiles(
         forward=_tile(128, 128, 8, 3),
@@ -57,7 +57,7 @@ HOPPER = {
         decode=_tile(16, 32, 4, 3),
     ),
 }
-# Ampere and Ada; every entry fits the 99 KiB of their small chips.
+# For Ampere and Ada; all fit into 99 KiB, as in their smaller chips.
 AMPERE = {
     64: Tiles(
         forward=_tile(128, 64, 4, 3),
@@ -79,7 +79,7 @@ AMPERE = {
     ),
 }
 
-# KiB of shared memory a program may have, by compute capability (CUDA C++ Programming Guide).
+# KiB of shared memory per program, by compute capability (CUDA C++ Programming Guide).
 SHARED_KIB = {
     (8, 0): 163,
     (8, 6): 99,
@@ -98,9 +98,9 @@ def choose_tiles(device: Device, head_dim: int) -> Tiles:
 
 
 def shared_bytes(tiles: Tiles, head_dim: int, itemsize: int) -> int:
-    """Shared memory that the largest of the kernels needs: its own tile and its loop's buffers.
+    """Bytes of shared memory of the largest kernel: its own tile and its loop's buffers.
 
-    dkv's loop also holds two float32 for each query: log-sum-exp and delta.
+    dkv's loop also has two float32 numbers per query: log-sum-exp and delta.
     """
     token = head_dim * itemsize  # bytes
     return max(
@@ -117,8 +117,8 @@ def is_packed(num_queries: int, group: int) -> bool:
 
 
 def splits_of_keys(programs: int, num_keys: int) -> int:
-    """Over how many programs a packed call splits its keys, `programs` of them being there anyway.
+    """Number of splits of a packed call's keys, given that it has `programs` programs anyway.
 
-    The number depends on capacities only; what each reads follows the texts' lengths.
+    The number depends on capacities only; the part that each split reads depends on the lengths.
     """
     return max(min(pl.cdiv(PROGRAMS, programs), num_keys // SPLIT_KEYS, MAX_SPLITS), 1)
