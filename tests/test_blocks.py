@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_refused() -> None:
         key_blocks(jnp.asarray(case.kept), rows=case.rows, dca=case.dca, most=0)
     with pytest.raises(InputError, match="not with ReRoPE"):
         attend(xla, case._replace(dca=ReRoPE(window=8)), blocks=blocks)
-    with pytest.raises(InputError, match="'triton' cannot run: it does not read lists"):
+    with pytest.raises(InputError, match="'triton' cannot run: it does not support lists"):
         attend(BENCHES["triton"], case, blocks=blocks)
 
 

@@ -293,7 +293,7 @@ def edited(content: bytes, at: int, form: str, value: int) -> bytes:
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda c: b"", "is empty"),
-    "magic": (lambda c: b"GGML" + c[4:], "is no GGUF file: it begins with b'GGML'"),
+    "magic": (lambda c: b"GGML" + c[4:], "is not a GGUF file: it begins with b'GGML'"),
     "version": (
         lambda c: c[:4] + struct.pack("<I", 1) + c[8:],
         "its version is 1; ",
@@ -303,18 +303,21 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "entries": (lambda c: c[:16] + struct.pack("<Q", 2**63) + c[24:], "entries of metadata"),
     "name": (lambda c: c[:24] + struct.pack("<Q", 2**60) + c[32:], f"has {2**60} bytes"),
     "short": (lambda c: c[:30], "is truncated or damaged: its description"),
-    "shorter data": (lambda c: c[:-1], "tensor 'blk' is said to be 288 bytes"),
+    "shorter data": (lambda c: c[:-1], "tensor 'blk' should have 288 bytes"),
     "axes": (lambda c: edited(c, 0, "<I", 9), "has 9 axes"),
     "row": (lambda c: edited(c, 4, "<Q", 255), "Q4_K packs rows in blocks of 256"),
     "empty row": (lambda c: edited(c, 4, "<Q", 0), "packs rows"),
-    "rows": (lambda c: edited(c, 12, "<Q", 2**62), f"is said to be {144 * 2**62} bytes"),
+    "rows": (lambda c: edited(c, 12, "<Q", 2**62), f"should have {144 * 2**62} bytes"),
     "format": (lambda c: edited(c, FORMAT, "<I", 99), r"stored in an unknown type \(99\)"),
-    "other format": (lambda c: edited(c, FORMAT, "<I", 34), "stored in TQ1_0, which is not read"),
-    "far": (lambda c: edited(c, FORMAT + 4, "<Q", 2**50), "tensor 'blk' is said to be 288 bytes"),
-    "unaligned": (lambda c: edited(c, FORMAT + 4, "<Q", 8), "tensor 'blk' is said to be 288"),
+    "other format": (
+        lambda c: edited(c, FORMAT, "<I", 34),
+        "stored in TQ1_0, which is not supported",
+    ),
+    "far": (lambda c: edited(c, FORMAT + 4, "<Q", 2**50), "tensor 'blk' should have 288 bytes"),
+    "unaligned": (lambda c: edited(c, FORMAT + 4, "<Q", 8), "tensor 'blk' should have 288"),
     "not text": (lambda c: c.replace(b"texts", b"te\xffts"), "a name in the metadata is not UTF-8"),
     "twice": (lambda c: c.replace(b"texts", b"words"), "'words' is twice in its metadata"),
-    "type": (lambda c: c.replace(b"words\x09", b"words\x63"), r"of no known type \(99\)"),
+    "type": (lambda c: c.replace(b"words\x09", b"words\x63"), r"an unknown type \(99\)"),
     "inner": (lambda c: c.replace(b"\x08\0\0\0\x02", b"\x09\0\0\0\x02"), "lists 2 values of"),
     "list": (lambda c: c.replace(LONG[:9] + b"\0", LONG), f"lists {2**40 + 2} texts"),
     "numbers": (lambda c: c.replace(b"\x05\0\0\0\x02", b"\x05\0\0\0\xff"), "is truncated or dam"),
@@ -382,7 +385,7 @@ def test_split_files(tmp_path):
     with pytest.raises(InputError, match=r"file m-00002-of-00002.gguf is missing"):
         read_gguf(parts[0])
     parts[0].rename(tmp_path / "alone.gguf")
-    with pytest.raises(InputError, match=r"is one of 2 parts, and 1 are named"):
+    with pytest.raises(InputError, match=r"is one of 2 parts, but 1 files are named"):
         read_gguf(tmp_path / "alone.gguf")
 
 

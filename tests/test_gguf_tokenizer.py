@@ -165,8 +165,8 @@ def test_a_file_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "its tokenizer is 't5', which is not read; expected gpt2"),
-        ({"pre": "mystery"}, r"in the way 'mystery' \(tokenizer.ggml.pre\), which is not read"),
+        ({"model": "t5"}, "its tokenizer is 't5', which is not supported; expected gpt2"),
+        ({"pre": "mystery"}, r"with 'mystery' \(tokenizer.ggml.pre\), which is not supported"),
         ({"pre": ""}, "in the way ''"),
         ({"tokens": "x"}, "tokens must be a list of texts, got 'x'"),
         ({"tokens": ["a", "b", "a"]}, "or has 'a' twice"),
@@ -179,7 +179,7 @@ def test_a_file_without_a_tokenizer(tmp_path):
         ({"model": "llama"}, "scores must be a number for each of 300 tokens"),
         (
             {"model": "llama", "scores": [0.5] * 300, "remove_extra_whitespaces": True},
-            "changes texts",
+            "normalizes texts",
         ),
     ],
     ids=str,

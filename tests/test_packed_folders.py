@@ -174,7 +174,10 @@ DESCRIPTIONS = {
     "true": (at("version", value=True), "version must be an integer from 1"),
     "method": (at("quant_method", value="awq"), "quant_method is 'awq', and a converted folder's"),
     "list": (at("matrices", value=[Q]), "matrices must be an object"),
-    "form": (at("matrices", Q, "form", value="int2"), "form is 'int2', which is not read; .*new"),
+    "form": (
+        at("matrices", Q, "form", value="int2"),
+        "form is 'int2', which is not supported; .*new",
+    ),
     "other form": (at("matrices", Q, "form", value="int8"), r"\.zero is not expected in"),
     "float8": (at("matrices", Q, "form", value="fp8"), r"\.zero is not expected in"),
     "text": (at("matrices", Q, value="int4"), f"{Q} must be an object, got 'int4'"),
@@ -197,11 +200,11 @@ DESCRIPTIONS = {
     "plain": (at("matrices", Q, value=...), r"q_proj\.kernel is missing from|is not expected in"),
     "norm": (
         at("matrices", "norm.scale", value={"form": "int8", "tile": [1, 1], "scale": "float32"}),
-        "says that norm.scale is packed in .*, which is no matrix of this model",
+        "says that norm.scale is packed in .*, but this model has no such matrix",
     ),
     "no model": (
         at("matrices", "x" * 1000, value={"form": "int8", "tile": [1, 1], "scale": "float32"}),
-        "which is no matrix of this model",
+        "but this model has no such matrix",
     ),
 }
 
@@ -245,7 +248,7 @@ def test_arrays_that_are_refused(
     [
         ("scale", float("nan"), "q_proj.weight holds nan"),
         ("scale", float("inf"), "q_proj.weight holds (nan|inf|-inf)"),
-        ("zero", 16, r"q_proj\.kernel\.zero in .* holds 16, and int4's are at most 15"),
+        ("zero", 16, r"q_proj\.kernel\.zero in .* contains 16, but int4 allows at most 15"),
         ("values", None, "is damaged"),
         ("zero", ..., "is damaged"),
     ],

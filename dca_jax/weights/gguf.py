@@ -1,8 +1,8 @@
-"""GGUF checkpoints: a model's shape and its weights, in Hugging Face's words.
+"""GGUF checkpoints: a model's shape and weights under Hugging Face's names.
 
-One file has all: what `config.json` says stands in its metadata, the tokenizer too
-(`dca_jax.weights.gguf_tokenizer`), and the weights under llama.cpp's names, which the package
-`gguf` knows for Hugging Face's.
+One file contains everything: the contents of `config.json` and the tokenizer
+(`dca_jax.weights.gguf_tokenizer`) in its metadata, and the weights under llama.cpp's names, which
+the package `gguf` maps to Hugging Face's.
 """
 
 import json
@@ -23,8 +23,8 @@ from dca_jax.weights.gguf_file import ARCHITECTURE, GGUF, GGUFTensor, read_gguf
 from dca_jax.weights.gguf_tokenizer import end_ids, tokenizer_files
 from dca_jax.weights.parameters import parameters
 
-# By `general.architecture`: Hugging Face's model_type, and whether llama.cpp turns planes of
-# neighbours, for which it orders the rows of q and k anew.
+# By `general.architecture`: Hugging Face's model_type, and whether llama.cpp rotates pairs of
+# neighbours, for which it permutes the rows of q and k.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "qwen2": ("qwen2", False),
@@ -32,8 +32,8 @@ ARCHITECTURES = {
     "qwen3moe": ("qwen3_moe", False),
 }
 
-# What of a model's shape is read, and what says nothing more. Any other name may change what the
-# model computes, so it is not passed over.
+# The metadata that is read, and metadata without effect. Any other name may change what the model
+# computes, so it is an error.
 SHAPE = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -49,7 +49,7 @@ READ = {
     *"rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned".split(),
     *"rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow".split(),
 }
-# Of a mixture of experts, whose chosen ones' weights llama.cpp always makes add up to 1.
+# For mixtures of experts; llama.cpp always normalizes the weights of the selected ones.
 MIXTURE = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -58,15 +58,15 @@ MIXTURE = {
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 ROPE_FACTORS = "rope_freqs.weight"
-# The one setting of every published Llama 3.1 to 3.3 but the factor, which is 8 or 32.
+# The setting of every published Llama 3.1 to 3.3, apart from the factor, which is 8 or 32.
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Qwen2.5-7B-Instruct-1M and its like: the one model with this context length, whose setting for
-# DCA a GGUF has no place for.
+# Qwen2.5-7B-Instruct-1M and its variants: the only model with this context length. GGUF has no
+# metadata for its DCA setting.
 QWEN_1M, QWEN_1M_DCA = (
     1_010_000,
     {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144},
@@ -77,17 +77,17 @@ def read_gguf_config(path: str | Path) -> LlamaConfig:
     """The model's shape, from a GGUF file's metadata.
 
     Raises:
-        InputError: what `read_gguf` and `LlamaConfig.from_hf` refuse; an architecture that is not
-            computed, or metadata that is missing, of the wrong type, or not known.
+        InputError: `read_gguf` or `LlamaConfig.from_hf` raises; the architecture is not supported,
+            or metadata is missing, of the wrong type, or unknown.
     """
     return LlamaConfig.from_hf(hf_config(read_gguf(path)))
 
 
 def hf_config(file: GGUF) -> dict[str, Any]:
-    """What Hugging Face's `config.json` of this model would say.
+    """The contents of Hugging Face's `config.json` for this model.
 
     Raises:
-        InputError: as `read_gguf_config`.
+        InputError: as in `read_gguf_config`.
     """
     where, metadata = f"{file.path}", file.metadata
     name = fields.text(metadata, ARCHITECTURE, where)
@@ -155,7 +155,7 @@ def hf_config(file: GGUF) -> dict[str, Any]:
 
 def _mixture(file: GGUF, own: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
     sizes = {theirs: _integer(own, ours, where, name) for ours, theirs in MIXTURE.items()}
-    for tensor in file.tensors.values():  # before names of so many experts are made
+    for tensor in file.tensors.values():  # before creating names for this many experts
         if "_exps." in tensor.name and tensor.shape[0] != sizes["num_experts"]:
             raise InputError(
                 f"tensor {shown(tensor.name)} in {tensor.path} has {tensor.shape[0]} experts; "
@@ -169,7 +169,7 @@ def _integer(
 ) -> int:
     value = own.get(key, default)
     if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-        value = value[0].item()  # one for each layer, and all the same
+        value = value[0].item()  # one per layer, all equal
     if isinstance(value, np.ndarray):
         raise InputError(f"{where}: {name}.{key} differs between layers, which is not supported")
     if value is None:
@@ -182,7 +182,7 @@ def _rope_scaling(own: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     kind = fields.text(own, "rope.scaling.type", where, default="none")
     factor = fields.number(own, "rope.scaling.factor", where, default=linear, above=0)
     if kind == "none" and linear != 1.0:
-        kind = "linear"  # as old files say it
+        kind = "linear"  # as in old files
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
@@ -206,7 +206,7 @@ def _rope_scaling(own: Mapping[str, Any], where: str) -> dict[str, Any] | None:
 def _llama3_scaling(config: Mapping[str, Any], factors: GGUFTensor) -> dict[str, Any] | None:
     """The rope scaling whose frequencies are the plain ones divided by `factors`.
 
-    llama.cpp keeps Llama 3's scaling as what came out of it.
+    llama.cpp stores the result of Llama 3's scaling instead of its parameters.
     """
     half = config["head_dim"] // 2
     if factors.shape != (half,) or factors.dtype != np.float32 or factors.packed:
@@ -229,16 +229,16 @@ def _llama3_scaling(config: Mapping[str, Any], factors: GGUFTensor) -> dict[str,
         if np.allclose(plain / scaled, found, rtol=1e-4, atol=0):
             return scaling
     raise InputError(
-        f"tensor {ROPE_FACTORS} in {factors.path} scales the rotary frequencies in a way that is "
-        "not Llama 3's; it is not ignored, because the model would read wrong positions"
+        f"tensor {ROPE_FACTORS} in {factors.path} scales the rotary frequencies differently from "
+        "Llama 3; it is not ignored, because the model would use wrong positions"
     )
 
 
 def list_gguf_tensors(path: str | Path, config: LlamaConfig) -> dict[str, GGUFTensor]:
-    """Every tensor of a GGUF file, by Hugging Face's name; one that has none there by its own.
+    """Every tensor of a GGUF file, by Hugging Face's name, or its own name if there is none.
 
     Raises:
-        InputError: what `read_gguf` refuses.
+        InputError: `read_gguf` raises.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -247,7 +247,7 @@ def list_gguf_tensors(path: str | Path, config: LlamaConfig) -> dict[str, GGUFTe
     permuted = ARCHITECTURES[name][1]
     arch = next(arch for arch, known in MODEL_ARCH_NAMES.items() if known == name)
     tensors = {k: v for k, v in file.tensors.items() if k != ROPE_FACTORS}
-    if config.num_hidden_layers > len(tensors):  # before that many names are made
+    if config.num_hidden_layers > len(tensors):  # before creating that many names
         raise InputError(
             f"{file.path} says that it has {config.num_hidden_layers} layers, and it has "
             f"{len(tensors)} tensors"
@@ -275,13 +275,13 @@ def _hf_names(config: LlamaConfig) -> Iterator[str]:
 
 
 def write_companions(path: Path, folder: Path) -> None:
-    """Writes what stands beside the weights in a Hugging Face folder: config.json, tokenizer.
+    """Writes the files next to the weights in a Hugging Face folder: config.json and tokenizer.
 
     Raises:
-        InputError: as `read_gguf_config` and `tokenizer_files`.
+        InputError: as in `read_gguf_config` and `tokenizer_files`.
     """
     file = read_gguf(path)
     for name, value in {CONFIG: hf_config(file), **tokenizer_files(file)}.items():
-        # A tokenizer's merges, indented, would take a second: json's own C writes none.
+        # Writing a tokenizer's merges indented would take a second, as json's C encoder cannot.
         text = json.dumps(value, ensure_ascii=False, indent=1 if name == CONFIG else None) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

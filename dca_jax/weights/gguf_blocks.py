@@ -1,10 +1,10 @@
-"""GGUF's packed blocks that can be kept so: their integers and scales, without unpacking.
+"""GGUF's packed blocks that can be kept packed: their integers and scales.
 
-Of each row of a tensor so many values stand in a block of bytes (ggml's `ggml-common.h`):
+Each row of a tensor is stored in blocks with these numbers of values (ggml's `ggml-common.h`):
 
     Q4_0   32: a scale; w = (q - 8) * scale
     Q4_1   32: a scale and a minimum; w = q * scale + minimum
-    Q4_K   256: 8 groups, whose scales and minima are of 6 bits, and two scales of those
+    Q4_K   256: 8 groups with 6-bit scales and minima, and two scales of those
     Q8_0   32: a scale; w = q * scale
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Integer, UInt8
 
 from dca_jax.weights.kept import Kept
 
-GROUP = 32  # values of a scale, in each of them
+GROUP = 32  # values per scale, in all of them
 _HALF, _WIDE = np.dtype(np.float16), np.dtype(np.float32)
 KEPT = {
     "Q4_0": Kept("int4", (1, GROUP), _HALF),
@@ -23,14 +23,14 @@ KEPT = {
     "Q4_K": Kept("int4", (1, GROUP), _WIDE, offset=_WIDE),
     "Q8_0": Kept("int8", (1, GROUP), _HALF),
 }
-# Where in a block the integers begin.
+# The offset of the integers in a block.
 _BEGIN = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16, "Q8_0": 2}
 
 
 def block_values(
     kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
 ) -> Integer[np.ndarray, "rows values"]:
-    """The integers of whole blocks: int8, or int4 one in a byte of uint8."""
+    """The integers of whole blocks: int8, or int4 with one per byte of uint8."""
     stored = blocks[..., _BEGIN[kind] :]
     rows = len(blocks)
     if kind == "Q8_0":
@@ -43,12 +43,12 @@ def block_values(
 def block_scales(
     kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scale, and what is added if anything is, of each group of whole blocks: [rows, groups]."""
+    """The scale, and the offset if there is one, of each group of whole blocks: [rows, groups]."""
     first, second = _number(blocks, 0), _number(blocks, 2)
     if kind != "Q4_K":
         return first, second if kind == "Q4_1" else None
     scale, minimum = _of_six_bits(blocks[..., 4:16])
-    with np.errstate(all="ignore"):  # those that are not finite are refused by who reads
+    with np.errstate(all="ignore"):  # callers reject non-finite scales
         scale = first[..., None].astype(np.float32) * scale.astype(np.float32)
         minimum = second[..., None].astype(np.float32) * minimum.astype(np.float32)
     return scale.reshape(len(blocks), -1), -minimum.reshape(len(blocks), -1)
@@ -59,10 +59,10 @@ def _number(blocks: np.ndarray, begin: int) -> Any:
 
 
 def _of_six_bits(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eight scales and eight minima, of 12 bytes.
+    """Eight scales and eight minima from 12 bytes.
 
-    The lower six bits of the first eight bytes are four of each; the last four bytes have the lower
-    halves of the others, whose upper two bits are those of the first eight bytes.
+    The lower six bits of the first eight bytes are four of each. The last four bytes contain the
+    lower four bits of the others, whose upper two bits are the upper bits of the first eight bytes.
     """
     first, second, third = (stored[..., n : n + 4] for n in (0, 4, 8))
     scales = [first & 63, (third & 15) | (first >> 6 << 4)]

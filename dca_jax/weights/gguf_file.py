@@ -1,9 +1,9 @@
-"""GGUF files: metadata and tensors, listed without reading the tensors, unpacked piece by piece.
+"""GGUF files: lists metadata and tensors without reading the data, and unpacks piece by piece.
 
 The format is ggml's (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a magic number, a
 version, two counts, the metadata, a description of every tensor, and their data, aligned. The
-package `gguf` unpacks the data. Its reader of the rest is not used: it makes an object of every
-element of every array (14 seconds for a vocabulary of 49,152), and trusts what the file says.
+package `gguf` unpacks the data. Its reader for the rest is not used: it creates an object for every
+element of every array (14 seconds for a vocabulary of 49,152), and trusts the file.
 """
 
 import math
@@ -32,17 +32,17 @@ VERSIONS = (2, 3)
 ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
-# Far beyond any model: what a damaged file says beyond them is not followed.
-MOST_ENTRIES = 2**16  # of metadata, and tensors
-MOST_STRINGS = 2**22  # of an array; vocabularies have up to a quarter of a million
-MOST_BYTES = 2**24  # of a string
+# Limits far beyond any model, to reject damaged files.
+MOST_ENTRIES = 2**16  # entries of metadata, and tensors
+MOST_STRINGS = 2**22  # strings of an array; vocabularies have up to a quarter of a million
+MOST_BYTES = 2**24  # bytes of a string
 MOST_AXES = 4
 
 FLOAT32, STRING, ARRAY = 6, 8, 9
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
-# What values are stored in, by ggml's number. Of packed ones a block of so many values shares its
-# scales; unpacked they are float32, as ggml computes them.
+# Storage types by ggml's number. In packed types a block of values shares its scales; unpacked
+# values are float32, as in ggml.
 PLAIN = {
     0: ("F32", np.dtype(np.float32)),
     1: ("F16", np.dtype(np.float16)),
@@ -54,27 +54,27 @@ PACKED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor(StoredTensor):
-    """A tensor of a GGUF file; the shape is NumPy's, the last axis fastest.
+    """A tensor of a GGUF file; its shape is in NumPy's order, with the last axis fastest.
 
     Attributes:
-        offset: of its data in the file, in bytes.
-        head_dim: of q and k of a Llama, whose rows llama.cpp has in another order; else 0.
+        offset: offset of its data in the file, in bytes.
+        head_dim: head_dim for q and k of a Llama, whose rows llama.cpp permutes; else 0.
     """
 
     offset: int
     head_dim: int = 0
 
     def part(self, number: int) -> "GGUFTensor":
-        """One of the tensors that are stacked in this one, along its first axis.
+        """One of the tensors that are stacked along this one's first axis.
 
         Raises:
-            InputError: it has no axis to spare, or fewer.
+            InputError: it has too few axes or too few tensors.
         """
         count, *shape = self.shape
         if not shape or number >= count:
             raise InputError(
                 f"tensor {shown(self.name)} in {self.path.name} has shape {shown(self.shape)}; "
-                f"expected that of at least {number + 1} experts"
+                f"expected a shape for at least {number + 1} experts"
             )
         offset = self.offset + number * (self.stored_bytes // count)
         return replace(self, shape=tuple(shape), offset=offset)
@@ -87,7 +87,7 @@ class GGUFTensor(StoredTensor):
 
     @property
     def _block(self) -> tuple[int, int]:
-        """How many values are stored together, and in how many bytes."""
+        """Number of values of a block, and its bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if not self.packed:
@@ -98,11 +98,11 @@ class GGUFTensor(StoredTensor):
         """The piece `tensor[index]`, unpacked; one slice with both ends per axis.
 
         Raises:
-            InputError: the file is no longer what it was when it was listed.
+            InputError: the file has changed since it was listed.
         """
-        from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
+        from gguf import GGMLQuantizationType, dequantize  # imported only when needed
 
-        if self.head_dim and len(index) == 1:  # a bias: its rows are its values
+        if self.head_dim and len(index) == 1:  # a bias: each value is a row
             whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
             return whole[self._rows(index)]
         packed, first = self._blocks(index)
@@ -110,12 +110,12 @@ class GGUFTensor(StoredTensor):
         if not self.packed:
             return packed.view(self.dtype)
         cut = slice(index[-1].start - first, index[-1].stop - first)
-        with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
+        with np.errstate(all="ignore"):  # callers reject non-finite scales
             return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
 
     @property
     def kept(self) -> Kept | None:
-        """How its weights can be kept packed."""
+        """How its weights can be kept packed, or None."""
         return KEPT.get(self.packed)
 
     def read_values(self, index: Index) -> np.ndarray:
@@ -125,7 +125,7 @@ class GGUFTensor(StoredTensor):
         return values[:, index[1].start - first : index[1].stop - first]
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """Those of each block of a piece."""
+        """The scales of each block of a piece."""
         blocks, first = self._blocks(index)
         scale, offset = block_scales(self.packed, blocks)
         groups = (corners(index, block)[1] - first) // GROUP
@@ -135,7 +135,7 @@ class GGUFTensor(StoredTensor):
         return Scales(scale, zero, offset)
 
     def _blocks(self, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
-        """The bytes of all blocks that a piece has a part of, and where in a row they begin."""
+        """The bytes of all blocks that overlap a piece, and their begin in a row."""
         values_of_block, block_bytes = self._block
         *outer, width = self.shape
         *rows, columns = index
@@ -144,14 +144,14 @@ class GGUFTensor(StoredTensor):
         with _reading(self.path):
             data = np.memmap(self.path, np.uint8, "r", self.offset, shape)
         picked = self._rows(rows)
-        found = np.array(data[(*picked, slice(first, last))])  # in memory of its own
+        found = np.array(data[(*picked, slice(first, last))])  # a copy in memory
         return found, first * values_of_block
 
     def _rows(self, rows: Sequence[slice]) -> tuple[Any, ...]:
-        """Where Hugging Face's rows are in the file.
+        """The places of Hugging Face's rows in the file.
 
-        llama.cpp turns planes of neighbours: of a head's rows it has 0, h/2, 1, h/2 + 1, ... where
-        Hugging Face has 0, 1, ..., h - 1.
+        llama.cpp rotates pairs of neighbours: it stores a head's rows in the order 0, h/2, 1,
+        h/2 + 1, ..., and Hugging Face in the order 0, 1, ..., h - 1.
         """
         if not self.head_dim or not rows:
             return tuple(rows)
@@ -163,12 +163,12 @@ class GGUFTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class GGUF:
-    """What a GGUF file says, but the data of its tensors.
+    """A GGUF file without the data of its tensors.
 
     Attributes:
-        path: of the file, or of the first of a split one.
-        metadata: by name; numbers, texts, lists of texts, and arrays of numbers.
-        tensors: by llama.cpp's name.
+        path: path of the file, or of the first part of a split one.
+        metadata: metadata by name: numbers, texts, lists of texts, and arrays of numbers.
+        tensors: tensors by llama.cpp's name.
     """
 
     path: Path
@@ -177,43 +177,43 @@ class GGUF:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether `path` is meant as a GGUF file and not as a folder."""
+    """Whether `path` refers to a GGUF file rather than a folder."""
     return Path(path).suffix == SUFFIX and not Path(path).is_dir()
 
 
 def gguf_files(path: Path) -> list[Path]:
-    """The file, or all files of the split one that it is a part of, in order.
+    """The file, or if it is part of a split file, all parts in order.
 
     Raises:
-        InputError: a part that is missing.
+        InputError: a part is missing.
     """
     match = SPLIT.fullmatch(path.name)
     if match is None:
         return [path]
     count = int(match[3])
     if not 1 <= int(match[2]) <= count:
-        raise InputError(f"{path} calls itself part {int(match[2])} of {count}")
+        raise InputError(f"{path} is named part {int(match[2])} of {count}")
     names = (f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
-    files = [path.parent / name for name in names]  # of the path's own name: they may be links
+    files = [path.parent / name for name in names]  # not of its target
     if missing := [file.name for file in files if not file.is_file()]:
         raise InputError(f"{path.parent}: file {missing[0]} is missing")
     return files
 
 
 def read_gguf(path: str | Path) -> GGUF:
-    """Reads all but the tensors' data, which is only checked to be there.
+    """Reads everything except the tensors' data, and checks that the data is complete.
 
     Raises:
-        InputError: no such file, no GGUF file of a version that is read, a truncated or damaged
-            one, a tensor of a kind that is not read, or a part that is missing.
+        InputError: the file is missing, truncated or damaged, is not a GGUF file of a supported
+            version, has a tensor of an unsupported type, or lacks a part.
     """
     files = gguf_files(Path(path))
     parts = [_read_file(file) for file in files]
     count = parts[0].metadata.get("split.count", 1)
     if count not in (0, len(parts)):
         raise InputError(
-            f"{files[0]} is one of {shown(count)} parts, and {len(parts)} are named as its parts; "
-            "give all of them names such as model-00001-of-00002.gguf"
+            f"{files[0]} is one of {shown(count)} parts, but {len(parts)} files are named as its "
+            "parts; give all of them names such as model-00001-of-00002.gguf"
         )
     tensors: dict[str, GGUFTensor] = {}
     for number, part in enumerate(parts):
@@ -239,7 +239,7 @@ def _read_file(path: Path) -> GGUF:
 
 
 class _Header:
-    """Walks through a file's metadata and descriptions, and never past its end."""
+    """Parses a file's metadata and descriptions, never reading past its end."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
@@ -247,7 +247,7 @@ class _Header:
     def read(self) -> GGUF:
         refuse_pointer(self.data[: len(POINTER)], self.path)
         if self.data[:4] != MAGIC:
-            raise InputError(f"{self.path} is no GGUF file: it begins with {self.data[:4]!r}")
+            raise InputError(f"{self.path} is not a GGUF file: it begins with {self.data[:4]!r}")
         self.at = 4
         (version,) = self.numbers("I")
         if version not in VERSIONS:
@@ -260,7 +260,7 @@ class _Header:
         for what, count in (("tensors", tensor_count), ("entries of metadata", entries)):
             if count > MOST_ENTRIES:
                 raise InputError(
-                    f"{self.path} is damaged: it says that it has {count} {what}; expected at most "
+                    f"{self.path} is damaged: it claims to have {count} {what}; expected at most "
                     f"{MOST_ENTRIES}"
                 )
         metadata: dict[str, Any] = {}
@@ -277,11 +277,11 @@ class _Header:
         return struct.unpack_from(f"<{form}", self.data, self.take(struct.calcsize(f"<{form}")))
 
     def take(self, size: int) -> int:
-        """Where the next `size` bytes begin."""
+        """The start of the next `size` bytes."""
         begin, self.at = self.at, self.at + size
         if self.at > self.size:
             raise InputError(
-                f"{self.path} is truncated or damaged: its description goes beyond its "
+                f"{self.path} is truncated or damaged: its description extends beyond its "
                 f"{self.size} bytes; download it again"
             )
         return begin
@@ -302,26 +302,26 @@ class _Header:
             ) from None
 
     def value(self, name: str, kind: int) -> Any:
-        if kind == FLOAT32:  # the shortest decimal that means it: 1e-5, not 9.999999747378752e-06
+        if kind == FLOAT32:  # its shortest decimal: 1e-5, not 9.999999747378752e-06
             return float(str(np.float32(self.numbers("f")[0])))
         if kind in SCALARS:
             return self.numbers(SCALARS[kind])[0]
         if kind == STRING:
             return self.string(name)
         if kind != ARRAY:
-            raise InputError(f"{self.path} is damaged: {shown(name)} is of no known type ({kind})")
+            raise InputError(f"{self.path} is damaged: {shown(name)} has an unknown type ({kind})")
         inner, count = self.numbers("IQ")
         if inner in SCALARS:
             dtype = np.dtype(SCALARS[inner]).newbyteorder("<")
             begin = self.take(count * dtype.itemsize)
             return np.frombuffer(self.data[begin : self.at], dtype)
         if inner != STRING or count > MOST_STRINGS:
-            what = "values of no known type" if inner != STRING else "texts"
+            what = "values of an unknown type" if inner != STRING else "texts"
             raise InputError(f"{self.path} is damaged: {shown(name)} lists {count} {what}")
         return [self.string(name) for _ in range(count)]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, kind's number, and offset in the data."""
+        """Name, shape, number of the type, and offset in the data."""
         name = self.string("a tensor's name")
         (axes,) = self.numbers("I")
         if not 1 <= axes <= MOST_AXES:
@@ -335,7 +335,7 @@ class _Header:
     def placed(
         self, described: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
     ) -> dict[str, GGUFTensor]:
-        """The tensors, every one of which lies within the file."""
+        """The tensors, after checking that all are within the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         alignment = metadata.get(ALIGNMENT, 32)
@@ -352,7 +352,7 @@ class _Header:
                 known = {int(each): each.name for each in GGMLQuantizationType}
                 raise InputError(
                     f"{self.path}: tensor {shown(name)} is stored in "
-                    f"{known.get(number, f'an unknown type ({number})')}, which is not read; "
+                    f"{known.get(number, f'an unknown type ({number})')}, which is not supported; "
                     "expected one of "
                     f"{', '.join([n for n, _ in PLAIN.values()] + list(PACKED.values()))}"
                 )
@@ -367,8 +367,8 @@ class _Header:
             size = tensor.stored_bytes
             if start + offset + size > self.size or offset % alignment:
                 raise InputError(
-                    f"{self.path} is truncated or damaged: tensor {shown(name)} is said to be "
-                    f"{size} bytes at byte {start + offset} of {self.size}; download it again"
+                    f"{self.path} is truncated or damaged: tensor {shown(name)} should have {size} "
+                    f"bytes from byte {start + offset} on, of {self.size}; download it again"
                 )
             if name in found:
                 raise InputError(f"{self.path} is damaged: it has tensor {shown(name)} twice")
@@ -385,4 +385,4 @@ def _reading(path: Path) -> Iterator[None]:
     except ValueError as error:  # a mapping longer than the file
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not what it was when it was listed; load it again") from None
+        raise InputError(f"{path} has changed since it was listed; load it again") from None

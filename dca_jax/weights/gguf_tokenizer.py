@@ -1,8 +1,8 @@
-"""The tokenizer in a GGUF file's metadata, as the files that Hugging Face keeps.
+"""Converts the tokenizer in a GGUF file's metadata to Hugging Face's files.
 
-There are two kinds. `gpt2` is byte-level BPE: tokens and merges, and in `pre` the name of how a
-text is split before them, which llama.cpp knows as regular expressions. `llama` is SentencePiece's
-BPE: tokens and scores, of which merges are made.
+There are two kinds. `gpt2` is byte-level BPE: it has tokens and merges, and in `pre` the name of
+the splitting before the merges, for which llama.cpp has regular expressions. `llama` is
+SentencePiece BPE: it has tokens and scores, from which merges are derived.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from dca_jax.weights.gguf_file import GGUF
 GGML = "tokenizer.ggml."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Ends of a turn, by which llama.cpp ends a text too: many files name the end of a text only.
+# End-of-turn tokens, which also end a text in llama.cpp: many files name only the end of a text.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<end_of_turn>")
 SPECIAL = {
     "bos_token": "bos_token_id",
@@ -28,8 +28,8 @@ SPECIAL = {
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of tokens
 
-# How a text is split before the merges. (?i: ) is for English contractions; \p{L} letters, \p{N}
-# digits, \p{M} marks.
+# Splitting before the merges. (?i: ) is for English contractions; \p{L} are letters, \p{N} digits,
+# \p{M} marks.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
@@ -39,7 +39,7 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By `pre`: the splits, one after another; None is GPT-2's own, which ByteLevel has.
+# By `pre`: the consecutive splits; None is GPT-2's own, which ByteLevel includes.
 SPLITS: dict[str, tuple[str | None, ...]] = {
     "gpt-2": (None,),
     "smollm": (r"\p{N}", None),
@@ -48,7 +48,7 @@ SPLITS: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
 }
-# Of these a word that is a token is that token, whatever its merges make, and BOS comes first.
+# In these a word that is a token becomes that token without merges, and BOS comes first.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 
@@ -56,7 +56,7 @@ def end_ids(file: GGUF) -> list[int]:
     """Every id that ends a text or a turn.
 
     Raises:
-        InputError: one that is no token id.
+        InputError: an id is not a token id.
     """
     where = f"{file.path}"
     named = [fields.integer(file.metadata, GGML + each, where, least=0) for each in ENDS]
@@ -66,10 +66,10 @@ def end_ids(file: GGUF) -> list[int]:
 
 
 def tokenizer_files(file: GGUF) -> dict[str, Any]:
-    """`tokenizer.json` and `tokenizer_config.json`, as values; nothing if there is no tokenizer.
+    """The contents of `tokenizer.json` and `tokenizer_config.json`; empty without a tokenizer.
 
     Raises:
-        InputError: a kind of tokenizer that is not read; metadata that is missing or wrong.
+        InputError: the kind of tokenizer is not supported, or metadata is missing or wrong.
     """
     metadata, where = file.metadata, f"{file.path}"
     kind = fields.text(metadata, f"{GGML}model", where)
@@ -77,8 +77,8 @@ def tokenizer_files(file: GGUF) -> dict[str, Any]:
         return {}
     if kind not in ("gpt2", "llama"):
         raise InputError(
-            f"{where}: its tokenizer is {shown(kind)}, which is not read; expected gpt2 (BPE) or "
-            "llama (SentencePiece)"
+            f"{where}: its tokenizer is {shown(kind)}, which is not supported; expected gpt2 (BPE) "
+            "or llama (SentencePiece)"
         )
     tokens = _texts(file, "tokens")
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -121,8 +121,8 @@ def _byte_level(file: GGUF, vocab: dict[str, int]) -> dict[str, Any]:
     pre = fields.text(file.metadata, f"{GGML}pre", where)
     if pre not in SPLITS:
         raise InputError(
-            f"{where}: its tokenizer splits texts in the way {shown(pre)} ({GGML}pre), which is "
-            f"not read; expected one of {', '.join(SPLITS)}"
+            f"{where}: its tokenizer splits texts with {shown(pre)} ({GGML}pre), which is not "
+            f"supported; expected one of {', '.join(SPLITS)}"
         )
     merges = [merge.split(" ") for merge in _texts(file, "merges")]
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
@@ -165,7 +165,7 @@ def _byte_level(file: GGUF, vocab: dict[str, int]) -> dict[str, Any]:
 def _sentencepiece(
     file: GGUF, vocab: dict[str, int], special: dict[str, int | None]
 ) -> dict[str, Any]:
-    """A space before a text is SentencePiece's, and llama.cpp's: also where the text has one."""
+    """Like SentencePiece and llama.cpp, adds a space before a text even if it begins with one."""
     where, metadata = f"{file.path}", file.metadata
     scores = metadata.get(f"{GGML}scores")
     if not isinstance(scores, np.ndarray) or scores.shape != (len(vocab),):
@@ -173,7 +173,7 @@ def _sentencepiece(
     if f"{GGML}precompiled_charsmap" in metadata or fields.boolean(
         metadata, f"{GGML}remove_extra_whitespaces", where
     ):
-        raise InputError(f"{where}: its tokenizer changes texts before it splits them: not read")
+        raise InputError(f"{where}: its tokenizer normalizes texts, which is not supported")
     prefix = fields.boolean(metadata, f"{GGML}add_space_prefix", where, default=True)
     space, unknown = "\N{LOWER ONE EIGHTH BLOCK}", special["unk_token"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": space}
@@ -207,10 +207,10 @@ def _sentencepiece(
 def _merges(
     vocab: dict[str, int], scores: Sequence[float], kinds: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Every way to make a token of two, the best token first.
+    """Every merge of two tokens into one, best token first.
 
-    SentencePiece joins the two neighbours whose token has the best score, the leftmost of equals.
-    Only tokens of texts are made so: none of control, and no byte.
+    SentencePiece merges the two neighbours whose token has the best score, leftmost first. Only
+    text tokens result from merges, not control tokens or bytes.
     """
     found = [
         (-scores[number], number, left, right)
@@ -223,7 +223,7 @@ def _merges(
 
 
 def _added_tokens(file: GGUF, tokens: list[str]) -> list[dict[str, Any]]:
-    """Tokens that are found in a text before anything else."""
+    """Tokens that are matched in a text before anything else."""
     return [
         {
             "id": number,
@@ -256,7 +256,7 @@ def _texts(file: GGUF, name: str) -> list[str]:
 
 
 def _begin(token: str, number: int) -> dict[str, Any]:
-    """What puts BOS before a text."""
+    """The post-processor that adds BOS before a text."""
     first = {"SpecialToken": {"id": token, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}

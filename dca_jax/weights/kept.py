@@ -1,8 +1,9 @@
-"""Packed weights kept as their file packs them, where `Packed` holds just that.
+"""Weights that stay packed as in their file, if `Packed` can represent them.
 
-A file's integers are laid out anew, and its scales copied: what it says, to the bit, in its size.
-A tensor of a file is [out, in], and a scale is for a tile of it. Ours may be for less: groups of
-inputs are cut where heads end, where devices part, and at 128; a scale then stands more than once.
+The file's integers are rearranged and its scales copied, so weights are bit for bit the same, and
+no larger. A tensor in a file is [out, in], and a scale belongs to a tile of it. In `Packed` tiles
+may be smaller: groups of inputs are split at the ends of heads, at device borders, and at 128; a
+scale is then repeated.
 """
 
 import math
@@ -25,7 +26,7 @@ from dca_jax.products.packed import DTYPES, Packed
 from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress, placed
 
 EVERY = 2**62  # all rows or columns, in the size of a tile
-LARGEST = 128  # inputs or outputs that a scale is for, unless it is for all
+LARGEST = 128  # most inputs or outputs per scale, unless it is for all
 Index = tuple[slice, slice]
 
 
@@ -35,9 +36,9 @@ class Kept:
 
     Attributes:
         form: int8, int4 or fp8.
-        tile: rows and columns that a scale is for.
-        scale: its dtype.
-        offset: that of what is added, if anything is; int4 without it has zeros.
+        tile: rows and columns per scale.
+        scale: dtype of the scales.
+        offset: dtype of the offsets that are added, if any; int4 without them has zeros.
     """
 
     form: str
@@ -51,14 +52,14 @@ class Kept:
         return self.form == "int4" and self.offset is None
 
     def blocks(self, row: Parameter, own: Sequence[int]) -> tuple[int, ...] | None:
-        """How many elements along each axis of a matrix a scale of ours is for.
+        """Number of elements per scale along each axis of a matrix in `Packed`.
 
         Args:
             row: the matrix's parameter.
-            own: its sizes, or those of a device's part; outputs before inputs.
+            own: sizes of the matrix or of a device's part; outputs before inputs.
 
         Returns:
-            None if halves of groups would not fill bytes.
+            None if half groups would not fill whole bytes.
         """
         count = len(row.groups[0])
         outputs = _cut(1 if self.tile[0] == EVERY else self.tile[0], own[:count])
@@ -68,21 +69,21 @@ class Kept:
         return None if self.form == "int4" and inputs[-1] % 2 else outputs + inputs
 
     def blocks_of_part(self, row: Parameter, own: Sequence[int]) -> tuple[int, ...]:
-        """As `blocks`, of a matrix that can be kept so.
+        """As `blocks`, for a matrix that can be kept packed.
 
         Raises:
-            InputError: halves of groups would not fill bytes of a device's part.
+            InputError: half groups would not fill whole bytes of a device's part.
         """
         blocks = self.blocks(row, own)
         if blocks is None:
             raise InputError(
                 f"{row.path} is packed in int4, and a device would have {tuple(own)} of a matrix, "
-                "no even number of inputs; choose another mesh, or weights unpacked"
+                "an odd number of inputs; choose another mesh, or unpacked weights"
             )
         return blocks
 
     def bytes(self, row: Parameter, own: Sequence[int]) -> int:
-        """What a matrix takes, or a device's part of it; arguments and errors as there."""
+        """Bytes of a matrix or of a device's part; arguments and errors as in `blocks_of_part`."""
         blocks = self.blocks_of_part(row, own)
         count = math.prod(size // block for size, block in zip(own, blocks, strict=True))
         offset = self.has_zeros if self.offset is None else self.offset.itemsize
@@ -90,14 +91,14 @@ class Kept:
         return size + count * (self.scale.itemsize + offset)
 
     def name(self, row: Parameter, own: Sequence[int]) -> str:
-        """The form as `Packed.name` has it; arguments and errors as there."""
+        """The form as in `Packed.name`; arguments and errors as in `blocks_of_part`."""
         blocks = self.blocks_of_part(row, own)
         whole = self.form == "fp8" or (self.form == "int8" and self.tile[1] == EVERY)
         return self.form if whole else f"{self.form}:{blocks[-1]}"
 
 
 def _cut(size: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """A block of so many elements that follow one another, or of fewer, along each of the axes."""
+    """Splits a block of `size` consecutive elements into sizes along each of the axes."""
     blocks, size = [], math.gcd(size, LARGEST) if size > LARGEST else size
     for axis in reversed(axes):
         block = math.gcd(size, axis)
@@ -107,7 +108,7 @@ def _cut(size: int, axes: Sequence[int]) -> tuple[int, ...]:
 
 
 class Scales(NamedTuple):
-    """What belongs to the values of a piece: a number for each block of it."""
+    """The scales, and zeros or offsets, of a piece: one number per block."""
 
     scale: Num[np.ndarray, "rows columns"]
     zero: Num[np.ndarray, "rows columns"] | None = None
@@ -115,30 +116,30 @@ class Scales(NamedTuple):
 
 
 class KeptTensor:
-    """A tensor of a file, whose weights can perhaps be kept packed.
+    """A tensor of a file whose weights can possibly be kept packed.
 
     Attributes:
-        name: as a message calls it.
+        name: its name in messages.
     """
 
     name: str
 
     @property
     def kept(self) -> Kept | None:
-        """How they are packed; None if they cannot be kept so, or are not packed."""
+        """How the weights are packed; None if they are not, or cannot be kept packed."""
         return None
 
     def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers, int4 one in a byte of uint8, or of the float8."""
+        """A piece of the integers (int4 as one per byte of uint8), or of the float8 values."""
         raise NotImplementedError(self.name)
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """Those of each block of a piece; blocks of that size lie each in one tile."""
+        """The scales of each block of a piece; each block of this size is within one tile."""
         raise NotImplementedError(self.name)
 
 
 def corners(index: Index, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The first row, and the first column, of each block of a piece."""
+    """The first row and the first column of each block of a piece."""
     rows, columns = (
         np.arange(part.start, part.stop, size) for part, size in zip(index, block, strict=True)
     )
@@ -152,7 +153,7 @@ def sampled(
     tile: tuple[int, int],
     shape: tuple[int, int],
 ) -> np.ndarray:
-    """For each block of a piece, what an array of this shape has for the tile it lies in."""
+    """For each block of a piece, the index of its tile in an array of this shape."""
     numbers = [
         np.minimum(at // size, count - 1)
         for at, size, count in zip(corners(index, block), tile, shape, strict=True)
@@ -165,7 +166,7 @@ def sampled(
 def kept_rows(
     rows: Sequence[Parameter], config: LlamaConfig, tensors: Mapping[str, Sequence[KeptTensor]]
 ) -> dict[str, Kept]:
-    """How parameters can be kept, by path: those whose tensors are all packed alike."""
+    """How parameters can be kept packed, by path, if all their tensors are packed alike."""
     found: dict[str, Kept] = {}
     for row in rows:
         kinds = {tensor.kept for tensor in tensors.get(row.path, [])}
@@ -185,14 +186,14 @@ def load_kept(
     sharding: Sharding,
     progress: Progress | None = None,
 ) -> Packed:
-    """A parameter, each device with the part that its sharding gives it, read piece by piece.
+    """Loads a parameter piece by piece, each device's part as given by the sharding.
 
     Args:
-        tensors: all that it is made of, in their order; they are kept alike.
-        sharding: of the array that it stands for.
+        tensors: all its tensors in order; they are packed alike.
+        sharding: sharding of the unpacked array.
 
     Raises:
-        InputError: a scale that is NaN or infinite; groups that devices would divide.
+        InputError: a scale is NaN or infinite, or devices would split groups.
     """
     kept = tensors[0].kept
     assert kept is not None
@@ -231,7 +232,7 @@ def load_kept(
 def _placed(
     shard: Packed, piece: Packed, corner: Sequence[int], sizes: Sequence[int], device: Any
 ) -> Packed:
-    """A device's part, of these sizes, with a piece of it in its place."""
+    """A device's part with a piece written to its place."""
     order = scale_order(shard.lead, shard.num_inputs, shard.ndim)
 
     def place(buffer: jax.Array, part: np.ndarray, axes: Sequence[int]) -> jax.Array:
@@ -244,7 +245,7 @@ def _placed(
 
 
 def scale_order(lead: int, num_inputs: int, ndim: int) -> list[int]:
-    """Axes of values as scales have them: inputs before outputs."""
+    """The axes of values in the order of scales: inputs before outputs."""
     first = ndim - num_inputs
     return [*range(lead), *range(first, ndim), *range(lead, first)]
 
@@ -257,7 +258,7 @@ def _abstract(
     sharding: Sharding,
     turned: Sequence[int],
 ) -> Packed:
-    """Shape, dtype and place of every part; `shape` and `blocks` outputs before inputs."""
+    """Shape, dtype and sharding of every part; `shape` and `blocks` have outputs before inputs."""
     leading = row.leading
     blocks = (1,) * leading + tuple(blocks)
     counts = [size // block for size, block in zip(shape, blocks, strict=True)]
@@ -298,7 +299,7 @@ def _pieces(
     bounds: Sequence[tuple[int, int]],
     blocks: Sequence[int],
 ) -> Iterator[tuple[list[int], Packed]]:
-    """Where each piece of a device's part begins in it, and the piece."""
+    """Each piece of a device's part, and its begin in the part."""
     leading = row.leading
     counts = row.shape(config)[:leading]
     inner = bounds[leading:]
@@ -323,10 +324,10 @@ def read_piece(
     part: Sequence[tuple[int, int]],
     blocks: Sequence[int],
 ) -> Packed:
-    """A part of a tensor, in NumPy; of axes after the first of outputs, and of inputs, all.
+    """A part of a tensor in NumPy; all axes after the first of outputs, and inputs, are complete.
 
     Raises:
-        InputError: a scale that is NaN or infinite.
+        InputError: a scale is NaN or infinite.
     """
     named = row.sizes(config)
     bounds = dict(zip([axis for group in row.groups for axis in group], part, strict=True))
@@ -352,26 +353,26 @@ def read_piece(
 
 
 def check_finite(name: str, *parts: np.ndarray | None) -> None:
-    """Raises InputError if values or scales of the tensor of this name are NaN or infinite."""
+    """Raises InputError if values or scales of the named tensor are NaN or infinite."""
     if not all(part is None or _all_finite(part) for part in parts):
         raise InputError(f"tensor {name} holds nan or inf, or a scale of it is")
 
 
 def _all_finite(part: np.ndarray) -> bool:
-    if part.dtype == ml_dtypes.float8_e4m3fn:  # which has no infinity; five times as fast
+    if part.dtype == ml_dtypes.float8_e4m3fn:  # it has no infinity; this is five times as fast
         return not ((part.view(np.uint8) & 0x7F) == 0x7F).any()
     return np.issubdtype(part.dtype, np.integer) or bool(np.isfinite(part).all())
 
 
 def halves_in_bytes(values: np.ndarray, group: int) -> np.ndarray:
-    """int4, two in a byte: those of a group's first half in the lower halves of its bytes."""
+    """Packs two int4 per byte: a group's first half is in the lower halves of its bytes."""
     parts = values.reshape(*values.shape[:-1], -1, 2, group // 2)
     packed = parts[..., 0, :] | (parts[..., 1, :] << 4)
     return packed.reshape(*values.shape[:-1], -1).astype(np.uint8)
 
 
 def integers_of(values: Any, group: int) -> Any:
-    """The inverse of `halves_in_bytes`: int4 one in a byte."""
+    """The inverse of `halves_in_bytes`: one int4 per byte."""
     parts = values.reshape(*values.shape[:-1], -1, 1, group // 2)
     both = np.concatenate([parts & 15, parts >> 4], axis=-2)
     return both.reshape(*values.shape[:-1], -1)

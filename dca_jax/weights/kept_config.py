@@ -1,12 +1,12 @@
-"""What the config.json of a converted folder says of matrices that lie there packed.
+"""The description of packed matrices in the config.json of a converted folder.
 
-It stands where Hugging Face's config says such a thing, as the `quantization_config`:
+It is the config's `quantization_config`, as in Hugging Face's configs:
 
     {"quant_method": "dca_jax", "version": 1, "matrices": {
         "layers.mlp.up_proj.kernel": {"form": "int4", "tile": [1, 32], "scale": "float16"}}}
 
-A tile is so many rows and columns of Hugging Face's matrix, null for all of them; `offset`, where
-something is added to the weights, is its dtype. `dca_jax.weights.orbax_packed` has the arrays.
+A tile is a number of rows and columns of Hugging Face's matrix, null for all of them; `offset` is
+the dtype of offsets, if there are any. `dca_jax.weights.orbax_packed` describes the arrays.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ KEYS = frozenset({"form", "tile", "scale", "offset"})
 
 
 def described(kept: Mapping[str, Kept]) -> dict[str, Any]:
-    """The `quantization_config` that says how matrices are packed, by path of the parameter."""
+    """The `quantization_config` for packed matrices, by path of the parameter."""
 
     def one(kept: Kept) -> dict[str, Any]:
         tile = [None if size == EVERY else size for size in kept.tile]
@@ -43,10 +43,10 @@ def described(kept: Mapping[str, Kept]) -> dict[str, Any]:
 
 
 def kept_in(folder: Path) -> dict[str, Kept]:
-    """How the matrices of a converted folder are packed, by path; none, if its config says nothing.
+    """How the matrices of a converted folder are packed, by path; empty without a description.
 
     Raises:
-        InputError: as `read_kept`.
+        InputError: as in `read_kept`.
     """
     if not (folder / CONFIG).is_file():
         return {}
@@ -59,10 +59,11 @@ def read_kept(quantization: Mapping[str, Any], where: str) -> dict[str, Kept]:
     """The inverse of `described`.
 
     Args:
-        quantization: as read. where: the file, for messages.
+        quantization: the config's `quantization_config`.
+        where: the file, for messages.
 
     Raises:
-        InputError: of another method or version, or with a form or a value that is none.
+        InputError: the method or version is another one, or a form or value is invalid.
     """
     where = f"{where}, {QUANTIZATION}"
     method = fields.text(quantization, "quant_method", where)
@@ -93,7 +94,7 @@ def _read_one(matrices: Mapping[str, Any], path: str, where: str) -> Kept:
     form = fields.text(found, "form", where)
     if form not in DTYPES:
         raise InputError(
-            f"{where}: form is {shown(form)}, which is not read; expected one of "
+            f"{where}: form is {shown(form)}, which is not supported; expected one of "
             f"{', '.join(DTYPES)}, or a newer dca_jax"
         )
     tile = found.get("tile")

@@ -1,10 +1,10 @@
-"""Packed matrices in an Orbax checkpoint: written as they are kept, read packed or unpacked.
+"""Packed matrices in an Orbax checkpoint: written packed, read packed or unpacked.
 
-In the place of a matrix that is packed a checkpoint has arrays of its parts: `values` and `scale`,
-and `zero` or `offset` where it has these. They have its leading axes, of layers and of experts, and
-then two: rows and columns of Hugging Face's matrix, [out, in]. Two int4 stand in a byte, the first
-in its lower half, and of the others there is one for each tile. So the arrays are the same whatever
-mesh reads them; where devices part, groups are cut as they are read (`dca_jax.weights.kept`).
+Instead of a packed matrix a checkpoint has arrays of its parts: `values` and `scale`, and `zero` or
+`offset` if present. They have the leading axes of layers and experts, then the rows and columns of
+Hugging Face's matrix, [out, in]. Two int4 share a byte, the first in its lower half; the other
+arrays have one number per tile. So the arrays do not depend on the mesh; at device borders, groups
+are split when they are read (`dca_jax.weights.kept`).
 """
 
 import math
@@ -30,7 +30,7 @@ UINT8 = np.dtype(np.uint8)
 
 
 def part_shapes(row: Parameter, config: LlamaConfig, kept: Kept) -> dict[str, Any]:
-    """Shape and dtype of the arrays that stand for a packed matrix, by name."""
+    """Shape and dtype of a packed matrix's arrays, by name."""
     rows, columns = row.their_shape(config)
     lead = row.shape(config)[: row.leading]
     tiles = [-(-size // tile) for size, tile in zip((rows, columns), kept.tile, strict=True)]
@@ -52,14 +52,14 @@ def streamed_parts(
     tensors: Sequence[KeptTensor],
     progress: Progress | None = None,
 ) -> dict[str, StreamedArray]:
-    """The arrays that stand for a packed matrix, read piece by piece when they are written.
+    """A packed matrix's arrays, which are read piece by piece while being written.
 
     Args:
-        tensors: all that it is made of, in their order; they are kept alike.
-        progress: told the path and the bytes, after each piece.
+        tensors: all its tensors in order; they are packed alike.
+        progress: called with the path and the bytes of each piece.
 
     Raises:
-        InputError: when a piece is read, a scale that is NaN or infinite.
+        InputError: a scale is NaN or infinite (when its piece is read).
     """
     kept = tensors[0].kept
     assert kept is not None
@@ -89,18 +89,18 @@ def streamed_parts(
 
 
 def _height(row: Parameter, config: LlamaConfig, kept: Kept) -> int:
-    """Rows of a piece: whole heads and whole tiles, about `PIECE_SIZE` elements."""
+    """Rows per piece: whole heads and whole tiles, about `PIECE_SIZE` elements."""
     rows, columns = row.their_shape(config)
     sizes, tile = row.sizes(config), kept.tile[0]
     head = math.prod(sizes[axis] for axis in row.groups[0][1:])
-    unit = math.lcm(head, 1 if tile >= rows else tile)  # of one tile any rows will do
+    unit = math.lcm(head, 1 if tile >= rows else tile)  # any rows, if there is one tile
     return max(1, PIECE_SIZE // columns // unit) * unit
 
 
 def _read_part(
     tensor: KeptTensor, kept: Kept, name: str, part: slice, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """So many rows of an array of `part_shapes`, of one matrix of this shape."""
+    """Rows of an array of `part_shapes`, for one matrix of this shape."""
     every = slice(0, shape[1])
     if name == "values":
         values = tensor.read_values((part, every))
@@ -122,8 +122,10 @@ class PackedArray(StoredTensor):
     """One matrix of a packed parameter; `dtype` is float32.
 
     Attributes:
-        path: of the checkpoint. parameter: path of the parameter.
-        corner: where it lies on the leading axes. how: it is packed.
+        path: path of the checkpoint.
+        parameter: path of the parameter.
+        corner: its index on the leading axes.
+        how: how it is packed.
     """
 
     parameter: str
@@ -139,12 +141,12 @@ class PackedArray(StoredTensor):
         """The piece `tensor[index]`, unpacked, in float32.
 
         Raises:
-            InputError: a damaged array.
+            InputError: an array is damaged.
         """
         rows, columns = index
         found = self.read_values((rows, columns)).astype(np.float32)
         scale, zero, offset = self.read_scales((rows, columns), (1, 1))
-        with np.errstate(all="ignore"):  # what is not finite is refused by who reads
+        with np.errstate(all="ignore"):  # callers reject non-finite values
             if zero is not None:
                 found -= zero
             found *= scale.astype(np.float32)
@@ -153,7 +155,7 @@ class PackedArray(StoredTensor):
         return found
 
     def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers, int4 one in a byte, or of the float8."""
+        """A piece of the integers (int4 as one per byte), or of the float8 values."""
         rows, columns = index
         if self.how.form != "int4":
             return self._read("values", index)
@@ -163,10 +165,10 @@ class PackedArray(StoredTensor):
         return both[:, columns.start - 2 * first : columns.stop - 2 * first]
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """Those of each block of a piece.
+        """The scales of each block of a piece.
 
         Raises:
-            InputError: a zero that int4 cannot have.
+            InputError: a zero is out of range for int4.
         """
         tiles = [-(-n // tile) for n, tile in zip(self.shape, self.how.tile, strict=True)]
 
@@ -177,8 +179,8 @@ class PackedArray(StoredTensor):
         zero = read("zero") if self.how.has_zeros else None
         if zero is not None and zero.size and zero.max() > 15:
             raise InputError(
-                f"{self.parameter}.zero in {self.path} holds {zero.max()}, and int4's are at most "
-                "15; convert it again"
+                f"{self.parameter}.zero in {self.path} contains {zero.max()}, but int4 allows at "
+                "most 15; convert it again"
             )
         return Scales(read("scale"), zero, None if self.how.offset is None else read("offset"))
 
@@ -191,13 +193,13 @@ class PackedArray(StoredTensor):
 def packed_arrays(
     path: Path, rows: Sequence[Parameter], config: LlamaConfig, kept: Mapping[str, Kept]
 ) -> dict[str, list[PackedArray]]:
-    """For each packed parameter of a checkpoint its matrices, in the order of Hugging Face's.
+    """The matrices of each packed parameter of a checkpoint, in Hugging Face's order.
 
     Args:
         rows: the parameters that can be packed.
 
     Raises:
-        InputError: what is said to be packed is none of these, or has no such parts.
+        InputError: a parameter described as packed is not one of these, or lacks its arrays.
     """
     known = {row.path: row for row in rows}
     found: dict[str, list[PackedArray]] = {}
@@ -205,12 +207,12 @@ def packed_arrays(
         row = known.get(name)
         if row is None:
             raise InputError(
-                f"config.json says that {shown(name, quote=False)} is packed in {path}, which is "
-                "no matrix of this model that can be"
+                f"config.json says that {shown(name, quote=False)} is packed in {path}, but this "
+                "model has no such matrix that can be packed"
             )
         if how.blocks(row, row.inner(row.shape(config))) is None:
             raise InputError(
-                f"config.json says that {name} is packed in int4 in {path}, and its size of "
+                f"config.json says that {name} is packed in int4 in {path}, but its size of "
                 f"{row.their_shape(config)} does not divide into pairs"
             )
         lead = row.shape(config)[: row.leading]

@@ -1,4 +1,4 @@
-"""Integers in words of 32 bits, and scales of tiles: what Hugging Face's packed forms share."""
+"""Common parts of Hugging Face's packed forms: integers in 32-bit words, and scales of tiles."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dca_jax.weights.tensor_files import StoredTensor
 
 
 def part_of(parts: Mapping[str, StoredTensor], suffix: str) -> StoredTensor:
-    """A module's tensor of this suffix.
+    """A module's tensor with this suffix.
 
     Raises:
         InputError: there is none.
@@ -39,9 +39,9 @@ def check_shape(tensor: StoredTensor, *expected: tuple[int, ...]) -> None:
 
 
 def _tiles(index: Index, tile: tuple[int, int], shape: tuple[int, int]) -> tuple[Index, Any]:
-    """Which scales a piece has, and what spreads them over it.
+    """The scales of a piece, and the indices that repeat them over it.
 
-    `tile` is what a scale is for, `shape` that of the array of scales.
+    `tile` is the size of a scale's tile, `shape` the shape of the array of scales.
     """
     bounds, places = [], []
     for part, size, count in zip(index, tile, shape, strict=True):
@@ -54,10 +54,10 @@ def _tiles(index: Index, tile: tuple[int, int], shape: tuple[int, int]) -> tuple
 def scaled(
     values: np.ndarray, scales: StoredTensor, index: Index, tile: tuple[int, int]
 ) -> np.ndarray:
-    """Values in float32, times the scales of their tiles; scales have two axes, or one value."""
+    """Float32 values times the scales of their tiles; scales have two axes, or one value."""
     if math.prod(scales.shape) == 1:
         return values * whole(scales).astype(np.float32).reshape(())
-    shape = (scales.shape[0], math.prod(scales.shape[1:]))  # one for each row may have one axis
+    shape = (scales.shape[0], math.prod(scales.shape[1:]))  # one scale per row may have one axis
     bounds, spread = _tiles(index, tile, shape)
     found = scales.read(bounds[: len(scales.shape)]).astype(np.float32)
     return values * found.reshape(bounds[0].stop - bounds[0].start, -1)[spread]
@@ -78,7 +78,7 @@ def scales_of_blocks(
 
 
 def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Integers of so many bits, the lowest bits first, that are packed into int32 along an axis."""
+    """Unpacks integers of `bits` bits, lowest bits first, from int32 along an axis."""
     count = 32 // bits
     shifts = np.arange(count, dtype=np.uint32) * bits
     words = np.moveaxis(words.view(np.uint32), axis, -1)[..., None]
@@ -90,7 +90,7 @@ def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 def read_words(
     tensor: StoredTensor, index: Index, bits: int, axis: int, order: np.ndarray | None = None
 ) -> np.ndarray:
-    """The piece `[index]` of the integers that a tensor packs along an axis."""
+    """The piece `[index]` of the integers that are packed along an axis of a tensor."""
     count = 32 // bits
     part = index[axis]
     first, last = part.start // count, -(-part.stop // count)
