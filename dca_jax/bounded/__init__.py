@@ -1,1 +1,1 @@
-"""Other people's programs and files, run and read in a process of their own: bounded, and apart."""
+"""Runs untrusted programs and reads untrusted files in separate processes with limits."""

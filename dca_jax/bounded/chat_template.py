@@ -1,8 +1,8 @@
-"""The process that writes conversations by chat templates, exactly as transformers does.
+"""The process that renders conversations with chat templates, exactly as transformers does.
 
-The environment is that of `transformers.utils.chat_template_utils`, without importing it, which
-would take seconds: sandboxed, with what templates in use call. `tests/test_chat_templates.py`
-compares the two.
+It reproduces the sandboxed environment of `transformers.utils.chat_template_utils`, whose import
+would take seconds, with the functions that templates use. `tests/test_chat_templates.py` compares
+the two.
 """
 
 import json
@@ -20,36 +20,35 @@ from jinja2.utils import Namespace
 
 from dca_jax.bounded.child import MESSAGE, serve
 
-# A conversation is written once or twice, with a template's own words around it: what is much
-# longer is a template gone wrong, and would only be stopped later, in the tokenizer.
+# A template renders a conversation once or twice, plus its own text. A much longer result means a
+# faulty template, and would otherwise be rejected only later, in the tokenizer.
 LEAST, TIMES = 2**20, 16  # characters; characters for each byte of the request
 
 
 class Refused(Exception):
-    """The template refuses these messages, or is none."""
+    """The template is invalid or rejects these messages."""
 
 
 class TooLong(Exception):
-    """The template writes on and on."""
+    """The template's output is too long."""
 
 
 class Writer:
-    """Writes conversations; the template of the last request is kept compiled."""
+    """Renders conversations; the last request's compiled template is cached."""
 
     def __init__(self) -> None:
         self._environment = make_environment()
         self._source, self._template = "", self._environment.from_string("")
 
     def __call__(self, line: bytes) -> list[dict[str, Any]]:
-        """What `dca_jax.inference.chat_templates.ChatTemplates` asks for.
+        """Answers a request of `dca_jax.inference.chat_templates.ChatTemplates`.
 
         Returns:
-            For each conversation its "texts", or the "error" that it alone has raised: the name of
-            the class and the message. `Refused` is the template's own, `TooLong` is more text than
-            a conversation has.
+            For each conversation its "texts", or its "error": the name of the class and the
+            message. `Refused` comes from the template, and `TooLong` means too much output.
 
         Raises:
-            MemoryError: from which nothing can be gone on with.
+            MemoryError: the process cannot continue.
         """
         request = json.loads(line)
         most = LEAST + TIMES * len(line)
@@ -73,7 +72,7 @@ class Writer:
             raise
         except TemplateError as error:
             return {"error": [Refused.__name__, str(error)[:MESSAGE]]}
-        except Exception as error:  # of a template's own making: it may be any
+        except Exception as error:  # a template can raise anything
             return {"error": [type(error).__name__, str(error)[:MESSAGE]]}
         return {"texts": texts}
 
@@ -106,7 +105,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def _as_transformers_has_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null, and with a reply's reasoning under the names that templates read."""
+    """Omits null values, and adds a reply's reasoning under the names that templates use."""
     given = {key: value for key, value in message.items() if value is not None}
     reasoning = next((given[key] for key in REASONING if key in given), None)
     if reasoning is None:
@@ -115,7 +114,7 @@ def _as_transformers_has_it(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """{% generation %}, which marks what the assistant says: here its content as it is."""
+    """{% generation %}, which marks the assistant's text; rendered as its content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own annotation
 
@@ -129,7 +128,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict`, without what its class could be reached for."""
+    """`dict` without access to its class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -139,7 +138,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace`, without names that begin with an underscore."""
+    """`namespace` without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `namespace(self=...)` is a template's right
         self, args = args[0], args[1:]
@@ -159,7 +158,7 @@ def _check_name(name: Any) -> None:
 
 
 def make_environment() -> Environment:
-    """Jinja's sandbox as transformers sets it up."""
+    """Jinja's sandbox with transformers' settings."""
 
     def raise_exception(message: Any) -> None:
         raise TemplateError(message)

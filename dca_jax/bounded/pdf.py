@@ -1,4 +1,4 @@
-"""The process that reads the text of PDF files, by pypdf."""
+"""The process that reads the text of PDF files with pypdf."""
 
 import json
 
@@ -8,25 +8,25 @@ from dca_jax.bounded.child import serve
 
 
 class Encrypted(Exception):
-    """It opens with a password only."""
+    """The file needs a password."""
 
 
 class TooManyPages(Exception):
-    """More than anybody's document has; the message is their number."""
+    """The file has implausibly many pages; the message is their number."""
 
 
 def read(line: bytes) -> list[str]:
-    """The text of each page, as `dca_jax.inference.documents` asks for it.
+    """The text of each page, for `dca_jax.inference.documents`.
 
     Raises:
-        Encrypted, TooManyPages: see there. Whatever pypdf raises: damage reaches its every corner.
+        Encrypted, TooManyPages: see there. On damaged files, pypdf can also raise anything else.
     """
     request = json.loads(line)
     with PdfReader(bytes.fromhex(request["path"]).decode(errors="surrogateescape")) as reader:
         if reader.is_encrypted and not reader.decrypt(""):
             raise Encrypted
         most = request["pages"]
-        # What the file says it has; to count them takes a while. It may say nothing, or a lie.
+        # The number that the file claims, as counting is slow; it may be missing or wrong.
         said = reader.root_object.get("/Pages", {}).get("/Count", 0)
         number = said if isinstance(said, int) and said > most else len(reader.pages)
         if number > most:
@@ -35,7 +35,7 @@ def read(line: bytes) -> list[str]:
 
 
 def _whole_characters(page: PageObject) -> str:
-    # A font may map a glyph to half of a surrogate pair, which no tokenizer takes.
+    # A font may map a glyph to half of a surrogate pair, which no tokenizer accepts.
     return page.extract_text().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,4 +1,4 @@
-"""The process that tries a tokenizer.json: in Rust a damaged one may panic, or end its process."""
+"""The process that tests a tokenizer.json: a damaged one may cause a Rust panic or an abort."""
 
 import json
 import os
@@ -11,22 +11,22 @@ from dca_jax.bounded.child import serve
 
 
 class Panicked(Exception):
-    """In Rust; the message is the panic's."""
+    """A panic in Rust, with its message."""
 
 
 def read(line: bytes) -> None:
-    """Reads the file, as `dca_jax.inference.tokenizer` is about to, and a text with it.
+    """Reads the file as `dca_jax.inference.tokenizer` will, and encodes a text.
 
     Raises:
-        Panicked: the one thing that is not found out as well by reading the file there.
+        Panicked: tokenizers panicked; ordinary errors are left to the caller's own reading.
     """
     path = bytes.fromhex(json.loads(line)["path"]).decode(errors="surrogateescape")
     try:
         tokenizer = Tokenizer.from_file(path)
         tokenizer.decode(tokenizer.encode("Aa é 海 1").ids)
-    except Exception:  # an ordinary failure, which is said where it is met
+    except Exception:  # an ordinary error, reported by the caller's own reading
         return
-    except BaseException as error:  # a panic is no Exception
+    except BaseException as error:  # a panic is not an Exception
         raise Panicked(str(error)) from None
 
 

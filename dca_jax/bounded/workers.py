@@ -1,8 +1,8 @@
 """Processes that do one kind of work within limits of time and memory.
 
-A chat template may loop for ever, and a PDF of a few kilobytes may unpack to gigabytes: inside one
-process neither can be stopped. So they run in another one, which is started when it is first
-needed, kept for the next request, and ended with its owner or with the program.
+A chat template may loop forever, and a PDF of a few kilobytes may unpack to gigabytes: neither can
+be stopped within one's own process. So they run in another process, which is started on first use,
+reused for later requests, and ended with its owner or with the program.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ class StoppedError(Exception):
 
 
 class RaisedError(Exception):
-    """The work raised something; the message is that of what it raised, shortened to a line.
+    """The work raised an exception; the message is the exception's, shortened to a line.
 
     Attributes:
-        kind: the name of its class.
+        kind: the name of the exception's class.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -35,26 +35,26 @@ class RaisedError(Exception):
 
 
 class Workers:
-    """Processes that run one module of this package, as many as are asked at the same time.
+    """Processes that run one module of this package, one for each concurrent request.
 
-    Threads may share one of these, and a forked process starts its own.
+    Threads may share an instance, and a forked process starts its own processes.
 
     Args:
-        module: its name; its `main` calls `dca_jax.bounded.child.serve`.
-        seconds: for one request.
-        memory: bytes of a process, wherever the system can limit them.
+        module: name of the module, whose `main` calls `dca_jax.bounded.child.serve`.
+        seconds: time limit of a request.
+        memory: memory limit of a process in bytes, if the system supports one.
     """
 
     def __init__(self, module: str, *, seconds: float, memory: int) -> None:
         self._module, self._seconds, self._memory = module, seconds, memory
-        self._idle: list[tuple[int, subprocess.Popen[bytes]]] = []  # with the pid of who started it
+        self._idle: list[tuple[int, subprocess.Popen[bytes]]] = []  # with the starting pid
         self.close = weakref.finalize(self, _end_all, self._idle)
 
     def ask(self, request: Any) -> Any:
-        """The reply to a request; both are values that JSON can hold.
+        """The reply to a request; both are values that JSON can represent.
 
         Raises:
-            RaisedError: the work raised something.
+            RaisedError: the work raised an exception.
             StoppedError: it took too long or too much memory, or ended its process.
             TypeError, ValueError, RecursionError: the request is not such a value; a lone
                 surrogate is a UnicodeEncodeError.
@@ -75,13 +75,13 @@ class Workers:
         raise RaisedError(kind, message)
 
     def _process(self) -> subprocess.Popen[bytes]:
-        with contextlib.suppress(IndexError):  # threads may take the last one from one another
+        with contextlib.suppress(IndexError):  # another thread may take the last one
             while True:
                 owner, process = self._idle.pop()
                 if owner == os.getpid() and process.poll() is None:
                     return process
                 _end(owner, process)
-        # Whatever this process can import, the other can, from the same places.
+        # The other process can import the same modules, from the same places.
         places = [str(Path(place).absolute()) for place in sys.path]
         return subprocess.Popen(
             [sys.executable, "-P", "-m", self._module, f"{self._seconds}", f"{self._memory}"],
@@ -120,12 +120,12 @@ def _end_all(idle: list[tuple[int, subprocess.Popen[bytes]]]) -> None:
 
 
 def _end(owner: int, process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and lets its pipes go; what another process started is left to that one."""
+    """Ends a process and closes its pipes, unless another process started it."""
     ours = owner == os.getpid()
     if ours:
         process.kill()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was never sent
+        with contextlib.suppress(OSError):  # unsent data
             if pipe is not None:
                 pipe.close()
     if ours:

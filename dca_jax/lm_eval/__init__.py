@@ -3,18 +3,18 @@
     python -m dca_jax.lm_eval run --model dca_jax --tasks ruler --model_args \\
         pretrained=./Llama-2-7b-hf,method=dca,max_length=32768
 
-is lm-eval's own command, which then knows this model; a program of one's own imports this module.
-(lm-eval finds its models by name in its own list only.)
+is lm-eval's own command with this model registered; other programs can import this module. (lm-eval
+finds models by name only in its own list.)
 
-Results equal those of lm-eval's own model for transformers, `HFLM`, but for this:
+Results equal those of lm-eval's own model for transformers, `HFLM`, with these exceptions:
 
-- `max_length` has nothing to do with the length the model was trained on: it bounds what may be
-  asked. A request beyond it is refused before anything is read; `HFLM` cuts it from the left, and
-  so does `overlong=left`, which says how many were cut.
-- `loglikelihood_rolling` puts one BOS before a text, where `HFLM` (as of 0.4.13) has two.
+- `max_length` is independent of the model's trained length: it limits the requests. A longer
+  request is rejected before anything is read; `HFLM` truncates it on the left, as does
+  `overlong=left`, which reports how many were truncated.
+- `loglikelihood_rolling` puts one BOS before a text; `HFLM` (as of 0.4.13) has two.
 - A continuation that merges with its context into one token is scored from that token on; `HFLM`
-  ends the run. An empty one is refused.
-- Every draw has a seed of its own, made of `seed`, so repeats differ.
+  stops the run. An empty one is rejected.
+- Every sample has its own seed, derived from `seed`, so repeats differ.
 """
 
 import inspect
@@ -69,41 +69,41 @@ except ModuleNotFoundError as error:
 
 eval_logger = logging.getLogger("lm_eval")
 
-MAX_NEW_TOKENS = 256  # where a task says nothing, as in lm-eval's own models
-TOGETHER = 16_384  # tokens of a batch, where its size is left open
-MOST_ROWS = 64  # requests of a batch, where its size is left open
+MAX_NEW_TOKENS = 256  # default, as in lm-eval's own models
+TOGETHER = 16_384  # tokens per batch with automatic size
+MOST_ROWS = 64  # requests per batch with automatic size
 
 
 @register_model("dca_jax")
 class DcaJaxLM(TemplateLM):
-    """A model of this package, as lm-eval calls it.
+    """A model of this package with lm-eval's interface.
 
     Args:
         pretrained: a folder, or a name on the Hugging Face Hub (`dca_jax.load`).
-        method: how to read, a name that `dca_jax.inference.methods` knows. What depends on the
-            length of a text is given that of the longest of a batch, in whole trained lengths.
-        max_length: tokens of a request at most (32768, or "32k"), its answer included; None: what
-            fits into memory.
-        overlong: what becomes of a longer request: "error", or "left" to cut it from the left.
-        truncation: True is `overlong="left"`.
-        max_gen_toks: new tokens where the task does not say.
-        batch_size: requests read together; "auto" (or "auto:N") for as many as 16k tokens hold.
-        max_batch_size: bounds "auto".
-        seed: of the draws of tasks that sample.
-        tokenizer: another folder or name to take the tokenizer from.
-        add_bos_token: False leaves out the special tokens that the tokenizer puts before a text.
-        prefix_token_id: what a text without a context begins with; None: BOS, or else EOS.
-        chat_template_args: given to the chat template, as {"enable_thinking": False}.
-        enable_thinking: the same for this argument alone.
+        method: position method, a name known to `dca_jax.inference.methods`. Methods that depend on
+            a text's length use the longest of a batch, in whole trained lengths.
+        max_length: maximum tokens of a request (32768, or "32k"), including its answer; None for as
+            many as fit into memory.
+        overlong: handling of longer requests: "error", or "left" to truncate them on the left.
+        truncation: True is equivalent to `overlong="left"`.
+        max_gen_toks: default number of new tokens.
+        batch_size: requests read together; "auto" (or "auto:N") for up to 16k tokens.
+        max_batch_size: upper limit for "auto".
+        seed: seed for tasks that sample.
+        tokenizer: another folder or name for the tokenizer.
+        add_bos_token: False to omit the special tokens that the tokenizer puts before a text.
+        prefix_token_id: first token of a text without a context; None for BOS, or else EOS.
+        chat_template_args: arguments of the chat template, such as {"enable_thinking": False}.
+        enable_thinking: shortcut for this argument of the chat template.
         think_end_token: a string or id after which an answer begins.
         dtype, cache_dtype, mesh, weights, sparse: as in `dca_jax.load`.
         peft: folder of a LoRA adapter to merge into the weights.
-        device: as lm-eval's --device; any but the one that JAX computes on is refused.
-        **others: axes of the mesh ("tensor=4" after a comma), and arguments of `HFLM` that are off.
+        device: as lm-eval's --device; any but JAX's device is rejected.
+        **others: axes of the mesh ("tensor=4" after a comma), and disabled arguments of `HFLM`.
 
     Raises:
-        InputError: what `dca_jax.load` and `dca_jax.inference.methods` refuse, a model without
-            tokenizer, or an argument that does not exist or makes no sense.
+        InputError: `dca_jax.load` or `dca_jax.inference.methods` raises, the model has no
+            tokenizer, or an argument is unknown or invalid.
     """
 
     def __init__(
@@ -181,13 +181,13 @@ class DcaJaxLM(TemplateLM):
         self._generation_config = read_json(folder, "generation_config.json") if named else {}
         self._adapter, self._own_tokenizer = peft, tokenizer
 
-    # --- what lm-eval's base class asks for ---
+    # --- the interface of lm-eval's base class ---
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Takes the cache of `--use_cache`, whose keys tell nothing of who has answered.
+        """Sets the cache of `--use_cache`, whose keys do not identify the model.
 
         Raises:
-            InputError: it has answers of another model, or of this one read in another way.
+            InputError: it has answers of another model, or of this one with other settings.
         """
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
@@ -218,14 +218,14 @@ class DcaJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS, or else EOS."""
+        """The first token of a text without a context: BOS, or else EOS."""
         if self._prefix_token_id is not None:
             return self._prefix_token_id
         return prefix_token(self.llm)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the names of lm-eval's caches."""
+        """A name for lm-eval's caches."""
         return self.pretrained.replace("/", "__")
 
     def tok_encode(
@@ -235,7 +235,7 @@ class DcaJaxLM(TemplateLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """A text's ids; unless told, with BOS where the tokenizer adds it and the text has none."""
+        """A text's ids; by default with BOS if the tokenizer adds it and the text has none."""
         del kwargs
         if add_special_tokens is None:
             begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
@@ -246,9 +246,9 @@ class DcaJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's chat template writes it.
+        """A conversation in the model's chat template.
 
-        A system message is left out, with a warning, where the template takes none.
+        A system message is omitted with a warning if the template does not support it.
         """
         try:
             return self._in_template(chat_history, add_generation_prompt)
@@ -349,7 +349,7 @@ class DcaJaxLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model says after each context, up to the first of the task's stop strings."""
+        """The model's answer to each context, up to the first of the task's stop strings."""
         wanted, prompts = [], []
         for request in requests:
             context, kwargs = request.args
@@ -361,7 +361,7 @@ class DcaJaxLM(TemplateLM):
             prompts.append(np.asarray(self.tok_encode(context), np.int32))
         prompts = self._fitting(prompts, [one.max_new_tokens for one in wanted], answered=True)
         texts = [""] * len(requests)
-        # Longest first, alike options together.
+        # Longest first, requests with equal options together.
         order = sorted(range(len(requests)), key=lambda n: (repr(wanted[n]), -len(prompts[n])))
         with tqdm(total=len(order), desc="generate_until", disable=disable_tqdm) as bar:
             while order:
@@ -373,7 +373,7 @@ class DcaJaxLM(TemplateLM):
                     max_new_tokens=how.max_new_tokens,
                     stop=how.until,
                     sampler=how.sampler,
-                    # Another seed for each batch, and the engine makes one for each of its rows.
+                    # A different seed for each batch; the engine derives one for each of its rows.
                     seed=(self.seed + len(requests) - len(order)) % 2**31,
                     progress=False,
                 )
@@ -386,10 +386,10 @@ class DcaJaxLM(TemplateLM):
                 bar.update(len(batch))
         return texts
 
-    # --- how ---
+    # --- helpers ---
 
     def _answer(self, tokens: Sequence[int], how: Wanted) -> str:
-        """The text of an answer's tokens, as lm-eval's own models make it."""
+        """The text of an answer's tokens, as in lm-eval's own models."""
         mark = self.think_end_token
         thought = [n for n, token in enumerate(tokens) if token == mark]
         text = self.tokenizer.decode(
@@ -402,11 +402,11 @@ class DcaJaxLM(TemplateLM):
         )
 
     def _reading(self, length: int) -> LLM:
-        """The model, reading texts of so many tokens by the method."""
+        """The model with the method set for texts of this length."""
         return reading(self.llm, self.method, length)
 
     def _batch_of(self, length: int) -> int:
-        """Requests of `length` tokens to read together; few sizes, for each is compiled."""
+        """Batch size for requests of `length` tokens; few sizes, because each is compiled."""
         if self.batch_size is not None:
             return self.batch_size
         fit = max(1, min(self._most_rows, TOGETHER // length))
@@ -420,16 +420,16 @@ class DcaJaxLM(TemplateLM):
         room: int = 0,
         answered: bool = False,
     ) -> list[np.ndarray]:
-        """The texts, cut from the left where `max_length` and `cuts` ask for it.
+        """The texts, truncated on the left as required by `max_length` and `cuts`.
 
         Args:
-            needed: tokens that are never cut: a continuation at the end of its text, or those to be
-                drawn after it (`answered`).
+            needed: tokens that are never cut: a continuation at the end of its text, or new tokens
+                after it (`answered`).
             room: tokens beyond `max_length` that are only predicted, and not read.
 
         Raises:
-            InputError: a text that is too long, if none is to be cut; or one of which nothing but
-                `needed` would be left.
+            InputError: a text is too long and must not be cut, or only `needed` tokens would be
+                left.
         """
         if self.max_length is None:
             return texts
@@ -467,9 +467,9 @@ class DcaJaxLM(TemplateLM):
         name: str,
         disable_tqdm: bool,
     ) -> list[Scores]:
-        """The scores of each text after what it shares with its group.
+        """The scores of each text after the part that it shares with its group.
 
-        Groups are read longest first and a batch at a time; those of one text by themselves.
+        Groups are read longest first and in batches; groups of one text are separate.
         """
 
         def length_of(group: Family) -> int:
@@ -509,10 +509,10 @@ def _arguments() -> list[str]:
 
 
 def _batch_size(given: int | str | None) -> int | None:
-    """None for what is left open.
+    """The batch size; None for automatic.
 
     Raises:
-        InputError: neither a positive number nor "auto", with or without a number of its own.
+        InputError: it is neither a positive number nor "auto", with or without a number.
     """
     text = str(given)
     if given is None or text == "auto" or re.fullmatch(r"auto:\d+(\.\d+)?", text):

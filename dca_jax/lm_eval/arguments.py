@@ -1,7 +1,7 @@
-"""What lm-eval hands over by name: `--model_args`, and the `generation_kwargs` of tasks.
+"""Named arguments from lm-eval: `--model_args`, and the `generation_kwargs` of tasks.
 
-Those of lm-eval's own model for transformers, `HFLM`, are what its users know. Each is taken in its
-meaning there, or refused by name; none is dropped in silence.
+Users know the arguments of lm-eval's own model for transformers, `HFLM`. Each one has the same
+meaning here or is rejected by name; none is ignored.
 """
 
 import difflib
@@ -19,11 +19,11 @@ from dca_jax.sharding import AXES
 
 log = logging.getLogger(__name__)
 
-LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command passes where --device is not given
-OWNER = "dca_jax"  # the key of a cache that tells whose it is; lm-eval's own are checksums
-OFF = (None, False, "", "False", "false", "None", "none")  # as --model_args writes them
+LM_EVAL_DEVICE = "cuda:0"  # the default of lm-eval's --device
+OWNER = "dca_jax"  # a cache's key for its owner; lm-eval's own keys are checksums
+OFF = (None, False, "", "False", "false", "None", "none")  # as written in --model_args
 
-# Arguments of HFLM that mean nothing here, and what to do instead.
+# Unsupported arguments of HFLM, and what to do instead.
 _INSTEAD = {
     "kv_cache_dtype": "give cache_dtype, int8 or fp8",
     "backend": "",
@@ -50,7 +50,7 @@ _HARMLESS = {"revision": "main", "backend": "causal", "logits_cache": "True", "s
 
 
 def check_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises InputError for an argument of `--model_args` that is not `known` and not off."""
+    """Raises InputError for an argument of `--model_args` that is neither `known` nor disabled."""
     for name, value in given.items():
         if value in OFF or str(value) == _HARMLESS.get(name):
             continue
@@ -66,18 +66,17 @@ def check_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def take_mesh(mesh: str | None, given: dict[str, Any]) -> str | None:
-    """The mesh, with the axes that --model_args has cut off at commas: "context=2,tensor=4"."""
+    """The mesh, rejoined with axes that --model_args has split at commas: "context=2,tensor=4"."""
     axes = [f"{axis}={given.pop(axis)}" for axis in AXES if axis in given]
     return ",".join([*([mesh] if mesh else []), *axes]) or None
 
 
 def check_device(device: str | None) -> None:
-    """Raises InputError for another device than the one that JAX computes on.
+    """Raises InputError for any device but JAX's.
 
-    lm-eval passes its `--device` to every model, in PyTorch's words. JAX chooses its devices when
-    it starts, so another one cannot be had here, and must not be promised. lm-eval's default,
-    `cuda:0`, is what its command passes when nobody asked: where there is no GPU a line says what
-    computes.
+    lm-eval passes its `--device` to every model, with PyTorch's names. JAX chooses its devices when
+    it starts, so another one cannot be selected here. lm-eval's default is `cuda:0`: without a GPU,
+    a warning names the device in use.
     """
     if device is None:
         return
@@ -100,10 +99,10 @@ def check_device(device: str | None) -> None:
 
 
 def claim_cache(answers: MutableMapping[str, Any], owner: Mapping[str, Any]) -> None:
-    """Notes whose answers an empty cache is to have, or compares with what has been noted.
+    """Records the owner of an empty cache, or compares it with the recorded one.
 
     Raises:
-        InputError: another owner, or answers of nobody known.
+        InputError: the owner is another one, or answers have no owner.
     """
     if len(answers) == 0:
         answers[OWNER] = dict(owner)
@@ -118,10 +117,10 @@ def claim_cache(answers: MutableMapping[str, Any], owner: Mapping[str, Any]) -> 
 
 
 def truth(name: str, value: Any) -> bool | None:
-    """True, False or None of an argument, which a command line gives as text.
+    """Parses True, False or None, which a command line passes as text.
 
     Raises:
-        InputError: anything else.
+        InputError: the value is anything else.
     """
     if value in (None, "None", "none"):
         return None
@@ -134,12 +133,12 @@ def truth(name: str, value: Any) -> bool | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """How a request is to be answered; requests that are equal in this may be answered together.
+    """Options for answering a request; requests with equal options can be batched.
 
     Attributes:
-        max_new_tokens: at most so many.
+        max_new_tokens: maximum number of new tokens.
         until: strings that end the answer.
-        sampler: how tokens are drawn.
+        sampler: sampling parameters.
     """
 
     max_new_tokens: int
@@ -153,15 +152,15 @@ _DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 def read_generation_kwargs(
     kwargs: Mapping[str, Any], checkpoint: Mapping[str, Any] | None = None
 ) -> Wanted:
-    """What a task asks for, with the defaults of transformers' `generate`.
+    """A task's options, with the defaults of transformers' `generate`.
 
     Args:
-        kwargs: as lm-eval's `normalize_gen_kwargs` returns them.
-        checkpoint: its generation_config.json, whose values stand where the task has none, as in
-            transformers. Without either a draw is among the 50 likeliest tokens.
+        kwargs: options as returned by lm-eval's `normalize_gen_kwargs`.
+        checkpoint: the checkpoint's generation_config.json, with the task's defaults, as in
+            transformers. Without either, sampling is among the 50 most likely tokens.
 
     Raises:
-        InputError: an option that does not exist here, or a value that makes no sense.
+        InputError: an option is not supported, or a value is invalid.
     """
     known = ("until", "max_gen_toks", "do_sample", *_DRAWING)
     for name, value in kwargs.items():
@@ -201,7 +200,7 @@ def read_generation_kwargs(
 
 
 def _top_k(given: Any) -> int | None:
-    """transformers draws among 50 unless told, and among all with 0."""
+    """As in transformers: 50 by default, and 0 for all tokens."""
     if given is None:
         return 50
     return given or None

@@ -1,7 +1,7 @@
-"""Which requests begin alike, so that what they share is read once.
+"""Groups requests by shared prefix, so that the prefix is read once.
 
-A question with four choices is four requests with one context; the questions about a document are
-as many contexts with one beginning. lm-eval hands over each of them whole.
+A question with four choices is four requests with one context; questions about a document are
+contexts with one prefix. lm-eval passes each of them in full.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from jaxtyping import Int
 
 from dca_jax.inference.prefix import common_beginning
 
-LEAST = 64  # tokens of a beginning worth a reading of its own: the smallest piece
-FEW = 16  # tokens of a context that may be read once for each choice: where words merge
-LONG = 2048  # tokens of a beginning that is worth more than reading other contexts in batches
+LEAST = 64  # shortest prefix worth a separate prefill: the smallest piece
+FEW = 16  # tokens of a context that may be reread for each choice: where words merge
+LONG = 2048  # shortest prefix worth more than reading other contexts in batches
 
 
 class Family(NamedTuple):
-    """Texts that begin alike.
+    """Texts with a shared prefix.
 
     Attributes:
-        shared: how many tokens are read once.
-        members: numbers of the texts.
+        shared: number of tokens that are read once.
+        members: indices of the texts.
     """
 
     shared: int
@@ -32,28 +32,28 @@ class Family(NamedTuple):
 def families(
     texts: Sequence[Int[np.ndarray, " _"]], contexts: Sequence[int], *, share: bool = True
 ) -> list[Family]:
-    """Texts grouped by what they begin with, each in one group.
+    """Groups texts by prefix; each text is in one group.
 
-    Of a context the last token is never shared: what follows is predicted from it.
+    The last token of a context is never shared, because the next token is predicted from it.
 
     Args:
-        texts: ids.
-        contexts: of each text, how many tokens come before what is to be scored; at least 1.
-        share: False makes a group of each.
+        texts: ids of each text.
+        contexts: for each text, the number of tokens before the scored part; at least 1.
+        share: False for a separate group per text.
     """
     if not share:
         return [Family(0, [number]) for number in range(len(texts))]
-    # Big-endian bytes are in the order of the ids, and texts that begin alike are neighbors.
+    # Big-endian bytes sort like the ids, so texts with a shared prefix are neighbors.
     order = sorted(range(len(texts)), key=lambda number: texts[number].astype(">u4").tobytes())
     groups: list[Family] = []
-    whole = 0  # what the group's first member could have shared
+    whole = 0  # tokens that the group's first member could have shared
     for number in order:
         most = contexts[number] - 1
         if groups:
             shared, members = groups[-1]
             common = common_beginning(texts[members[-1]], texts[number])
             less = min(shared, common, most)
-            lost = len(members) * (shared - less)  # read once more for each member
+            lost = len(members) * (shared - less)  # reread for each member
             if less >= LEAST and (whole - less <= FEW or (less >= LONG and lost < less)):
                 groups[-1] = Family(less, [*members, number])
                 continue

@@ -1,6 +1,6 @@
-"""What lm-eval writes to `--output_path`: checked before it evaluates, and after.
+"""Checks lm-eval's files in `--output_path` before and after an evaluation.
 
-It answers a disk that refuses with a warning, and ends as if all were well.
+lm-eval itself only warns if a file cannot be written, and then ends successfully.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from dca_jax.errors import InputError
 
 @contextmanager
 def output_checked(arguments: Sequence[str]) -> Iterator[None]:
-    """Around lm-eval's command, which is given `arguments`.
+    """A context manager for lm-eval's command with `arguments`.
 
-    Files that are left half-written are removed.
+    Incomplete files are removed.
 
     Raises:
-        InputError: before, a path that cannot be written; after, results or samples that are not
-            there whole; meanwhile, a cache (`--use_cache`) that cannot be written.
+        InputError: the path cannot be written (before), the cache of `--use_cache` cannot be
+            written (during), or results or samples are incomplete (after).
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-o", "--output_path", type=Path)
@@ -44,7 +44,7 @@ def output_checked(arguments: Sequence[str]) -> Iterator[None]:
     except sqlite3.Error as error:
         raise InputError(
             f"lm-eval's cache cannot be written: {error}; make room on the disk, or give another "
-            "file to --use_cache, then run the same command again"
+            "file to --use_cache, then repeat the same command"
         ) from error
     if folder is not None:
         _check_written(folder, frozenset(folder.rglob("*.json*")) - before)
@@ -57,13 +57,13 @@ def _check_written(folder: Path, files: frozenset[Path]) -> None:
     if broken or not files:
         names = ", ".join(file.name for file in broken) or "its results"
         raise InputError(
-            f"lm-eval could not write {names} to {folder} (its warning says why); make room there, "
-            "or choose another folder, then run the same command again"
+            f"lm-eval could not write {names} to {folder} (see its warning); make room there, or "
+            "choose another folder, then repeat the same command"
         )
 
 
 def _whole(file: Path) -> bool:
-    """Whether all of a file of JSON, or of JSON lines, is there."""
+    """Whether a file of JSON or JSON lines is complete."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".jsonl":
         return text == "" or text.endswith("\n")
