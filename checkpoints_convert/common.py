@@ -1,4 +1,4 @@
-"""What the converters share: dtype names, companion files, provenance, the progress bar."""
+"""Common parts of the converters: dtype names, companion files, provenance, the progress bar."""
 
 import hashlib
 import json
@@ -74,7 +74,7 @@ def write_provenance(
     forms: Iterable[str] = (),
     adapter: Path | None = None,
 ) -> None:
-    """Writes what was converted (names, sizes, SHA-256), into what, by what and when."""
+    """Writes the source files (names, sizes, SHA-256), the result, the version and the time."""
     folder = source if source.is_dir() else source.parent
     provenance = {
         "source": source.resolve().name,
@@ -96,14 +96,14 @@ def version() -> str:
 
 
 def prepare_process() -> None:
-    """For commands: work on the host only, and leave out what Orbax warns of though all is well."""
-    jax.config.update("jax_platforms", "cpu")  # or JAX would take most of a GPU's memory, unused
+    """For commands: computes on the host only, and hides Orbax's irrelevant warnings."""
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX would allocate most of a GPU's memory
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @contextmanager
 def progress_bar(total_bytes: int, show: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, moved on by calling what this yields with (path, bytes)."""
+    """A progress bar on stderr; yields a function of (path, bytes) that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -118,9 +118,9 @@ def progress_bar(total_bytes: int, show: bool) -> Iterator[Progress]:
 
 @contextmanager
 def told_if_stopped(destination: Path) -> Iterator[None]:
-    """Around a conversion: SIGTERM and Ctrl-C end it cleanly, and say that nothing was written.
+    """During a conversion, SIGTERM and Ctrl-C stop it cleanly and report that nothing was written.
 
-    The program then ends with 128 plus the signal's number. Further signals are not ignored: where
+    The program then exits with 128 plus the signal's number. Further signals are not ignored: if
     the first came in a callback of the garbage collector, Python has dropped its exception.
     """
 

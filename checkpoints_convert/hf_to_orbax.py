@@ -45,25 +45,25 @@ def convert(
 ) -> None:
     """Converts a Hugging Face folder, or a GGUF file, into a folder with Orbax weights.
 
-    `destination` gets `config.json` and the tokenizer's files as they are, or as a GGUF file's
-    metadata says them, `params/` (Orbax) and `provenance.json`. Where matrices are packed in it,
-    its `config.json` says how. It appears when everything is written; whatever happens before, it
-    does not. The weights stream through in pieces: no tensor is ever whole in memory.
+    `destination` gets `config.json` and the tokenizer's files unchanged, or derived from a GGUF
+    file's metadata, `params/` (Orbax) and `provenance.json`. If matrices are packed, `config.json`
+    describes how. The folder appears only when it is complete. The weights are converted in pieces:
+    no tensor is ever completely in memory.
 
     Args:
         source: folder with config.json and safetensors or `.bin` weights, or a `.gguf` file.
-        destination: folder to make.
-        dtype: of what is not packed in `destination`; None keeps each as it is stored, and what is
-            unpacked in the dtype of its values.
-        weights: how matrices are packed in `destination`, as `dca_jax.load` takes it: what is
-            packed already as it is ("stored"), all ("int8" and its like), or none ("unpacked").
+        destination: folder to create.
+        dtype: dtype of unpacked parameters in `destination`; None keeps each parameter's own, and
+            the dtype of the values of unpacked ones.
+        weights: packing of matrices in `destination`, as in `dca_jax.load`: packed ones unchanged
+            ("stored"), all ("int8" and others), or none ("unpacked").
         adapter: folder of a LoRA adapter (PEFT's) to merge into the weights, for which they are
             unpacked.
-        show: a progress bar on stderr.
+        show: whether to show a progress bar on stderr.
 
     Raises:
-        InputError: `destination` exists, or `source` is not a whole and sound checkpoint, or what
-            `dca_jax.weights.adapters.load_adapter` refuses; `weights` that is no such name.
+        InputError: `destination` exists, `source` is not a complete and valid checkpoint,
+            `dca_jax.weights.adapters.load_adapter` raises, or `weights` is unknown.
     """
     config = read_config(source)
     form, keep = packing(weights, on_cpu=False)
@@ -101,7 +101,7 @@ def convert(
 def _bytes(
     row: Parameter, config: LlamaConfig, dtypes: Mapping[str, np.dtype], kept: Mapping[str, Kept]
 ) -> int:
-    """What a parameter takes, before it is compressed."""
+    """Bytes of a parameter before compression."""
     if row.path in dtypes:
         return math.prod(row.shape(config)) * dtypes[row.path].itemsize
     parts = part_shapes(row, config, kept[row.path]).values()

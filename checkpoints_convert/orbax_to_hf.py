@@ -36,25 +36,25 @@ def convert(
     adapter: Path | None = None,
     show: bool = False,
 ) -> None:
-    """Converts a folder with Orbax weights into a Hugging Face one, bit for bit; packed unpacked.
+    """Converts a folder with Orbax weights to a Hugging Face one bit for bit, unpacking weights.
 
     `destination` gets `config.json`, the tokenizer's files and the weights as safetensors: one
     `model.safetensors`, or shards with their index. Tied embeddings are written once, as
-    `model.embed_tokens.weight`. It appears when everything is written. The weights stream through
-    in pieces: no tensor is ever whole in memory.
+    `model.embed_tokens.weight`. The folder appears only when it is complete. The weights are
+    converted in pieces: no tensor is ever completely in memory.
 
     Args:
-        source: folder as `hf_to_orbax` writes it.
-        destination: folder to make.
-        dtype: of the written weights; None keeps each as it is stored, and makes bfloat16 of packed
-            ones, which is logged.
-        shard_bytes: most bytes of weights in a file (but a tensor is never split).
+        source: folder written by `hf_to_orbax`.
+        destination: folder to create.
+        dtype: dtype of the written weights; None keeps each parameter's own, and converts packed
+            ones to bfloat16, which is logged.
+        shard_bytes: maximum bytes of weights per file (but a tensor is never split).
         adapter: folder of a LoRA adapter (PEFT's) to merge into the weights.
-        show: a progress bar on stderr.
+        show: whether to show a progress bar on stderr.
 
     Raises:
-        InputError: `destination` exists, or `source` is not a whole and sound checkpoint, or what
-            `dca_jax.weights.adapters.load_adapter` refuses.
+        InputError: `destination` exists, `source` is not a complete and valid checkpoint, or
+            `dca_jax.weights.adapters.load_adapter` raises.
     """
     config = read_config(source)
     if not is_converted(source):
@@ -84,7 +84,7 @@ def parse_size(text: str) -> int:
     """Bytes in "5GB", "500MB", "100KB" or a plain number of bytes.
 
     Raises:
-        InputError: something else.
+        InputError: the text has another form.
     """
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:

@@ -1,4 +1,4 @@
-"""The same logits as transformers? `python -m checkpoints_convert.verify SRC CONVERTED`."""
+"""Compares logits with transformers: `python -m checkpoints_convert.verify SRC CONVERTED`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from dca_jax.weights.huggingface import read_config
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far two models' next-token distributions are apart.
+    """The difference of two models' next-token distributions.
 
     Attributes:
         max_difference: the largest absolute difference of two logits.
@@ -40,17 +40,17 @@ def compare(
 ) -> Comparison:
     """Runs random tokens through transformers (float32) and through the converted model.
 
-    Both compute in float32 with plain attention, so the difference is that of the weights.
+    Both compute in float32 with plain attention, so only a difference of weights matters.
 
     Args:
         source: the Hugging Face folder or GGUF file.
         converted: the folder made from it.
-        batch, length: size of the token array [batch, length]; the length is cut to what the
-            model was trained for.
-        seed: of the tokens.
+        batch, length: size of the token array [batch, length]; the length is limited to the
+            trained length.
+        seed: seed for the tokens.
 
     Raises:
-        InputError: PyTorch is absent, or a folder is not what it should be.
+        InputError: PyTorch is not installed, or a folder is invalid.
     """
     try:
         import torch

@@ -167,7 +167,7 @@ def test_a_file_without_a_tokenizer(tmp_path):
     [
         ({"model": "t5"}, "its tokenizer is 't5', which is not supported; expected gpt2"),
         ({"pre": "mystery"}, r"with 'mystery' \(tokenizer.ggml.pre\), which is not supported"),
-        ({"pre": ""}, "in the way ''"),
+        ({"pre": ""}, "splits texts with ''"),
         ({"tokens": "x"}, "tokens must be a list of texts, got 'x'"),
         ({"tokens": ["a", "b", "a"]}, "or has 'a' twice"),
         ({"merges": ["a b c"]}, "'a b c' in tokenizer.ggml.merges is not a pair"),

@@ -260,7 +260,7 @@ class _Header:
         for what, count in (("tensors", tensor_count), ("entries of metadata", entries)):
             if count > MOST_ENTRIES:
                 raise InputError(
-                    f"{self.path} is damaged: it claims to have {count} {what}; expected at most "
+                    f"{self.path} is damaged: it says that it has {count} {what}; expected at most "
                     f"{MOST_ENTRIES}"
                 )
         metadata: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""RULER's words and settings: what a prompt must have to be one of the benchmark's.
+"""RULER's prompts and settings.
 
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?" (arXiv
 2404.06654). The sentences of the prompts, the numbers of new tokens and the settings of the
 thirteen tasks are those of github.com/NVIDIA/RULER (scripts/data/synthetic/constants.py and
 scripts/synthetic.yaml), Copyright (c) 2024, NVIDIA CORPORATION, licensed under the Apache License,
-Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0). They are data that a model is to meet
+Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0). They are data that must be reproduced
 exactly; the programs that use them here are not NVIDIA's.
 """
 
@@ -17,12 +17,12 @@ HIDDEN = "One of the special magic {kind} for {key} is: {value}."
 
 
 class Wording(NamedTuple):
-    """What stands around a task's text.
+    """The prompt around a task's text.
 
     Attributes:
-        question: with {context} and {query}.
-        beginning: of the answer, with {query}.
-        new_tokens: that the answer may have; they count as part of the length.
+        question: the question, with {context} and {query}.
+        beginning: the beginning of the answer, with {query}.
+        new_tokens: maximum tokens of the answer, which are part of the length.
     """
 
     question: str
@@ -78,12 +78,12 @@ DOCUMENTS = Wording(
 
 
 class NeedleSetting(NamedTuple):
-    """What a needle task hides, and in what.
+    """The needles and the haystack of a task.
 
     Attributes:
         haystack: RULER's noise, essays, or other needles.
-        key, value: what they are made of.
-        keys, values, queries: how many keys there are, values a key has, and keys asked for.
+        key, value: kinds of keys and values.
+        keys, values, queries: number of keys, of values per key, and of keys in the question.
     """
 
     haystack: Literal["noise", "essays", "needles"]
@@ -95,7 +95,7 @@ class NeedleSetting(NamedTuple):
 
     @property
     def wording(self) -> Wording:
-        """Of one answer, or of several."""
+        """The wording for one answer or for several."""
         return ONE_NEEDLE if self.values * self.queries == 1 else NEEDLES
 
 

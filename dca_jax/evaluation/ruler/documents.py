@@ -30,10 +30,10 @@ def samples(room: Room, draws: Draws, questions: Questions) -> Iterator[Drawn]:
 
 
 def _draw(draws: Draws, questions: Questions, index: int, count: int) -> Drawn:
-    """A question and `count` documents, those of its answer among them.
+    """A question and `count` documents, including its own.
 
     Raises:
-        NoPlaceError: its own documents are more.
+        NoPlaceError: it has more documents of its own.
     """
     asked, documents = questions.asked[index], questions.documents
     if count >= len(documents):

@@ -1,9 +1,9 @@
-"""How RULER draws its samples: one stream of random numbers, and texts made to fit a length.
+"""RULER's sampling: one stream of random numbers, and texts that fit a length.
 
-A sample depends on all that were drawn before it, of the same task, length and seed: on the search
-for the largest size that fits, too. So everything here draws in the order in which
-github.com/NVIDIA/RULER's generators do, from Python's Mersenne Twister and NumPy's old one, and
-the samples of a seed are RULER's own.
+A sample depends on all earlier samples of the same task, length and seed, and on the search for the
+largest size that fits. So everything here draws in the same order as github.com/NVIDIA/RULER's
+generators, from Python's Mersenne Twister and NumPy's legacy one, and the samples of a seed are
+RULER's own.
 """
 
 import random
@@ -18,11 +18,11 @@ TRIES = 20  # of the smallest size, where RULER's generator goes on without end
 
 
 class NoPlaceError(Exception):
-    """A size at which there are fewer places than there is to put into them."""
+    """A size has fewer places than items to place."""
 
 
 class Drawn(NamedTuple):
-    """A question with the beginning of its answer, and the strings that the answer should have."""
+    """A question, the beginning of its answer, and the strings that the answer should contain."""
 
     question: str
     beginning: str
@@ -33,9 +33,9 @@ class Draws:
     """The random numbers of one task and length.
 
     Attributes:
-        seed: of both, and of the shuffles, each of which begins anew.
-        random: Python's.
-        legacy: NumPy's.
+        seed: seed of both generators, and of each shuffle.
+        random: Python's generator.
+        legacy: NumPy's legacy generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -44,32 +44,32 @@ class Draws:
         self.legacy = np.random.RandomState(seed)
 
     def shuffle(self, items: list[str]) -> None:
-        """Shuffles in place: all lists of one length alike, whatever was drawn before."""
+        """Shuffles in place: equally for all lists of one length, regardless of earlier draws."""
         random.Random(self.seed).shuffle(items)
 
     def places(self, count: int, size: int) -> list[int]:
-        """Different numbers below `size`, rising.
+        """`count` distinct numbers below `size`, ascending.
 
         Raises:
-            NoPlaceError: there are not so many.
+            NoPlaceError: there are too few.
         """
         if count > size:
             raise NoPlaceError
         return sorted(self.random.sample(range(size), count))
 
     def letters(self, alphabet: str, count: int) -> str:
-        """A word of so many letters."""
+        """A word of `count` letters."""
         return "".join(self.random.choices(alphabet, k=count))
 
 
 class Room(NamedTuple):
-    """How long a sample may be.
+    """The maximum length of a sample.
 
     Attributes:
-        length: tokens of prompt and answer, as asked for.
-        template: of them, those that a chat template takes.
-        new_tokens: and those of the answer.
-        count_tokens: of a text, without special tokens.
+        length: requested number of tokens of prompt and answer.
+        template: tokens of the chat template, as part of the length.
+        new_tokens: tokens of the answer, as part of the length.
+        count_tokens: function that returns a text's number of tokens, without special ones.
     """
 
     length: int
@@ -79,7 +79,7 @@ class Room(NamedTuple):
 
     @property
     def prompt(self) -> int:
-        """Tokens of question and beginning at most."""
+        """Maximum tokens of question and beginning."""
         return self.length - self.template - self.new_tokens
 
     def tokens(self, drawn: Drawn) -> int:
@@ -88,7 +88,7 @@ class Room(NamedTuple):
 
 
 def upper_bound(tokens: int, step: int, limit: int) -> int:
-    """Where RULER's search begins: three times the units that fit by a sample of `step` units."""
+    """RULER's upper bound: three times the units that fit, estimated from `step` units."""
     return max(int((limit / (tokens / step)) * 3), step * 2)
 
 
@@ -107,10 +107,10 @@ def most_units(fits: Callable[[int], bool], low: int, high: int) -> int:
 def drawn_until_fitting(
     draw: Callable[[int], Drawn], room: Room, units: int, step: int
 ) -> Iterator[Drawn]:
-    """Samples without end; each begins with `units` units, and has `step` fewer until it fits.
+    """Yields samples forever; each starts with `units` units, and has `step` fewer until it fits.
 
     Raises:
-        InputError: not even one of the smallest size fits.
+        InputError: even the smallest size does not fit.
     """
     while True:
         now, tries, tokens = units, 0, None
@@ -130,7 +130,7 @@ def drawn_until_fitting(
 
 
 def too_short(room: Room, tokens: int | None = None) -> InputError:
-    """What to say of a length without room for the smallest prompt, which has so many tokens."""
+    """The error for a length that is too short for the smallest prompt, of `tokens` tokens."""
     least = "" if tokens is None else f", {tokens + room.template + room.new_tokens} or more"
     return InputError(
         f"{room.length} tokens have no room for RULER's smallest prompt of this task and its "

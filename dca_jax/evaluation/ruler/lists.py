@@ -34,11 +34,11 @@ def common_words(
     """Yields samples: a list of words, ten of which come more often than the others.
 
     Args:
-        words: that lists are drawn of.
-        more_words: that longer lists are drawn of; None: there are none.
+        words: words for lists.
+        more_words: words for longer lists, or None.
 
     Raises:
-        InputError: a list needs more words than there are.
+        InputError: there are too few words for a list.
     """
     words = list(words)
     draws.shuffle(words)
@@ -74,7 +74,7 @@ def _numbered(
     count: int,
     repeats: tuple[int, int],
 ) -> tuple[str, list[str]]:
-    """A numbered list of `count` words, ten of them more often, and those ten."""
+    """A numbered list of `count` words, ten of which are more frequent, and those ten."""
     source = words if count <= len(words) else more_words
     if source is None or count > len(source):
         there = len(words) if source is None else len(source)
@@ -98,9 +98,9 @@ PARTS = 32  # of the length, by which the number of words grows until it is too 
 
 
 def coded_words(room: Room, draws: Draws) -> Iterator[Drawn]:
-    """Yields samples: words of six letters, as frequent as a zeta distribution has it.
+    """Yields samples: words of six letters with frequencies of a zeta distribution.
 
-    The most frequent is dots, to be ignored; the next three are asked for.
+    The most frequent word is dots, which are to be ignored; the next three are the answer.
     """
     limit = room.prompt
     size, step = limit // TOKENS_A_WORD, limit // PARTS

@@ -33,8 +33,8 @@ def samples(
     """Yields samples, each with as much haystack as fits.
 
     Args:
-        words: that keys are drawn of (`dca_jax.evaluation.ruler.sources.KeyWords`).
-        essays: for a setting whose haystack they are.
+        words: words for keys (`dca_jax.evaluation.ruler.sources.KeyWords`).
+        essays: the haystack of settings with essays.
     """
     draw = functools.partial(_draw, setting, draws, words, essays)
     small = setting.haystack != "essays" and room.length < SMALL
@@ -51,7 +51,7 @@ def _draw(
     essays: Essays | None,
     units: int,
 ) -> Drawn:
-    """A sample with so many lines of haystack, or words of essays."""
+    """A sample with this many lines of haystack, or words of essays."""
     keys: list[str] = []
     values: list[list[str]] = []
     needles: list[str] = []

@@ -1,4 +1,4 @@
-"""RULER's means as others published them, to stand beside those measured here.
+"""Published RULER means, shown next to those measured here.
 
 Qwen3's are of the model cards of Qwen3-30B-A3B-Instruct-2507 and Qwen3-235B-A22B-Instruct-2507
 (DCA on, 260 samples a length: 13 tasks with 20 each, so each figure carries some two points of
@@ -8,7 +8,7 @@ noise); Qwen2.5-1M's of its report (arXiv 2501.15383), as RULER's README has the
 from collections.abc import Mapping
 from pathlib import Path
 
-# {model: {how it was read: {thousands of tokens: mean, per cent}}}
+# {model: {setting: {thousands of tokens: mean, per cent}}}
 _LENGTHS = (4, 32, 64, 128, 256, 512, 768, 1000)
 MEANS: Mapping[str, Mapping[str, Mapping[int, float]]] = {
     "Qwen2.5-7B-Instruct-1M": {
@@ -47,7 +47,7 @@ MEANS: Mapping[str, Mapping[str, Mapping[int, float]]] = {
 
 
 def published(model: str) -> Mapping[str, Mapping[int, float]]:
-    """The rows of a model, by its hub id or a folder named so; none if it is another."""
+    """The rows of a model, by its hub id or a folder of that name; empty for other models."""
     names = {part.lower().split("--")[-1] for part in Path(model).parts}
     found = [rows for name, rows in MEANS.items() if name.lower() in names]
     return found[0] if found else {}

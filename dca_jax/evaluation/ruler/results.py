@@ -1,7 +1,7 @@
-"""What comes of RULER's samples: a score a task and length, their means, the effective length.
+"""Results of RULER: scores by task and length, their means, and the effective length.
 
 The effective length of a model is the greatest at which its mean over the thirteen tasks is at
-least 85.6 %, what Llama2-7B-Chat has at 4k. Every score has a 95 % interval.
+least 85.6 %, the score of Llama2-7B-Chat at 4k. Every score has a 95 % interval.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Score(NamedTuple):
 
     @classmethod
     def of(cls, *cells: tuple[float, int]) -> "Score":
-        """Of the mean and number of samples of one task, or of several tasks."""
+        """The score from the mean and number of samples of one or several tasks."""
         mean = sum(mean for mean, _ in cells) / len(cells)
         low, high = wilson(*cells[0]) if len(cells) == 1 else mean_interval(cells)
         samples = sum(samples for _, samples in cells)
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """A table a method, one of means, and a picture of each task and length."""
+    """A table per method, a table of means, and a plot by task and length."""
     del paper_model  # the paper has no RULER
     cells = mean_by(records, "score", "method", "task", "length")
     methods = list(dict.fromkeys(record.key["method"] for record in records))
@@ -86,7 +86,7 @@ def _means(
     tasks: Sequence[str],
     lengths: Sequence[int],
 ) -> dict[int, Score]:
-    """By length the mean over the tasks, where every task has been asked."""
+    """The mean over the tasks by length, where all tasks have results."""
     found = {}
     for length in lengths:
         keys = [(method, task, length) for task in tasks]

@@ -1,8 +1,8 @@
-"""What RULER's prompts are made of: word lists, essays, and question-answering files of the user's.
+"""The sources of RULER's prompts: word lists, essays, and the user's question-answering files.
 
-Words are those of the package wonderwords (of the extra `eval`), which RULER's generators import,
-too. Nothing is downloaded here: the essays, SQuAD, HotpotQA and the longer list of words are files
-that the user names.
+Words are those of the package wonderwords (of the extra `eval`), which RULER's generators also
+import. Nothing is downloaded here: the essays, SQuAD, HotpotQA and the longer list of words are
+files given by the user.
 """
 
 import bisect
@@ -24,7 +24,7 @@ LISTS = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "v
 
 
 class WordLists(NamedTuple):
-    """Those of wonderwords."""
+    """The word lists of wonderwords."""
 
     nouns: list[str]
     adjectives: list[str]
@@ -40,7 +40,7 @@ def word_lists() -> WordLists:
     """Reads the lists of wonderwords.
 
     Raises:
-        InputError: it is not installed, or not as known here.
+        InputError: it is not installed, or its contents have changed.
     """
     try:
         import wonderwords  # of the extra `eval`
@@ -63,7 +63,7 @@ class KeyWords(Sequence[str]):
 
     def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:
         self._nouns = sorted(set(nouns))
-        # Beginnings that have one in common, such as "well-" and "well-known-", lie among another.
+        # Entries of prefixes such as "well-" and "well-known-" are interleaved.
         self._blocks: list[tuple[str, list[str] | None]] = []
         beginnings = sorted({f"{adjective}-" for adjective in adjectives})
         start = 0
@@ -104,11 +104,11 @@ def read_more_words(path: Path) -> list[str]:
 
 
 class Essays:
-    """A long text whose first words are haystacks, and begin anew where they end.
+    """A long text whose first words are haystacks; it is repeated if necessary.
 
     Args:
-        text: any.
-        split: cuts a text into its sentences.
+        text: any text.
+        split: function that splits a text into sentences.
     """
 
     def __init__(self, text: str, split: Callable[[str], list[str]]) -> None:
@@ -143,10 +143,10 @@ def read_essays(path: Path) -> str:
 
 
 def sentence_splitter() -> tuple[str, Callable[[str], list[str]]]:
-    """What cuts a text into sentences, and its name: RULER's where it is, else our own rule.
+    """The name of a sentence splitter and its function: RULER's if installed, else a simple rule.
 
-    RULER's is NLTK's "punkt", whose data have to be downloaded. Needles lie between sentences, so
-    where these end decides little else.
+    RULER's is NLTK's "punkt", whose data must be downloaded. Needles are placed between sentences,
+    so the splitting has little other influence.
     """
     try:
         import nltk  # of the extra `eval`
@@ -167,8 +167,8 @@ class Asked:
     Attributes:
         question: its text.
         answers: any of them is right.
-        own: numbers of the documents that come with it.
-        near: of those that stand beside it in the file, and come before all others.
+        own: numbers of its own documents.
+        near: numbers of the documents next to it in the file, which precede all others.
     """
 
     question: str
@@ -258,13 +258,13 @@ READERS: Mapping[str, Callable[[Path], Questions]] = {"qa_1": read_squad, "qa_2"
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What the prompts of a run are made of.
+    """The sources of a run's prompts.
 
     Attributes:
-        words: the lists that keys and lists are drawn of.
-        more_words: for longer lists; None: not given.
-        essays: the haystack of six tasks; None: not given.
-        questions: by task, where a file was given.
+        words: words for keys and lists.
+        more_words: words for longer lists, or None if not given.
+        essays: the haystack of six tasks, or None if not given.
+        questions: questions by task, for tasks with a file.
     """
 
     words: WordLists
@@ -274,17 +274,17 @@ class Sources:
 
 
 def read_sources(haystack: Path | None, files: Mapping[str, Path]) -> tuple[Sources, str]:
-    """Reads what the user gave.
+    """Reads the user's files.
 
     Args:
         haystack: essays, or any long text.
-        files: by task: qa_1, qa_2, and cwe's longer list of words.
+        files: files by task: qa_1, qa_2, and cwe's longer list of words.
 
     Returns:
-        The sources, and how sentences are told apart.
+        The sources, and the name of the sentence splitter.
 
     Raises:
-        InputError: a task that has no file, a bad file, or no wonderwords.
+        InputError: a task takes no file, a file is invalid, or wonderwords is not installed.
     """
     known = (*READERS, "cwe")
     for task in files:

@@ -34,7 +34,7 @@ FORM = Form(
 
 
 def possible_tasks(sources: Sources) -> list[str]:
-    """The tasks for which everything is there."""
+    """The tasks for which all sources are available."""
     missing = set(READERS) - set(sources.questions)
     if sources.essays is None:
         missing |= set(ESSAY_TASKS)
@@ -42,19 +42,19 @@ def possible_tasks(sources: Sources) -> list[str]:
 
 
 def score_of(task: str, answer: str, expected: Sequence[str]) -> float:
-    """From 0 to 1: the share of the expected strings in an answer; of documents, whether any is."""
+    """The share of the expected strings in an answer, or for documents, whether any is (0 or 1)."""
     if task not in READERS:
         return score(answer, expected)
     return max(score(answer, [one]) for one in expected)
 
 
 class Stream:
-    """The samples of one task and length, made when they are asked for, one after another.
+    """The samples of one task and length, generated one after another on demand.
 
-    Each depends on those before it; asking for an earlier one begins anew.
+    Each depends on the earlier ones; requesting an earlier one restarts the stream.
 
     Args:
-        make: what yields them from the beginning.
+        make: function that returns a new iterator over the samples.
     """
 
     def __init__(self, make: Callable[[], Iterator[Drawn]]) -> None:
@@ -63,10 +63,10 @@ class Stream:
         self._next: int | None = None  # number of the first of them
 
     def sample(self, number: int) -> Drawn:
-        """The sample of this number, from 0 on.
+        """The sample with this number, from 0 on.
 
         Raises:
-            InputError: the length has no room for it.
+            InputError: the length is too short for it.
         """
         if self._next is None or number < self._next:
             self._rest, self._next = self._make(), 0
@@ -77,11 +77,11 @@ class Stream:
 
 
 def room_for(llm: LLM, task: str, length: int, *, chat: bool = False) -> Room:
-    """How long a task's samples may be for a model's tokenizer.
+    """The maximum length of a task's samples for a model's tokenizer.
 
     Args:
         length: tokens of prompt, chat template and answer.
-        chat: whether room is left for the model's chat template.
+        chat: whether to leave room for the model's chat template.
     """
     template = len(llm.apply_chat_template([{"role": "user", "content": ""}])) if chat else 0
     return Room(length, template, WORDINGS[task].new_tokens, lambda text: len(encode(llm, text)))
@@ -114,11 +114,11 @@ def stream(room: Room, sources: Sources, task: str, seed: int = SEED) -> Stream:
 
 
 def check(sources: Sources, *, tasks: Sequence[str], lengths: Sequence[int], trials: int) -> None:
-    """Refuses what could not be asked, whatever the model.
+    """Checks the arguments that do not depend on the model.
 
     Raises:
-        InputError: an unknown task, or one whose file was not given; no length or trial; fewer
-            questions than trials.
+        InputError: a task is unknown or its file was not given, there is no length or trial, or
+            there are fewer questions than trials.
     """
     if not tasks or not lengths or trials < 1:
         raise InputError("RULER needs a task, a length and a trial at least")
@@ -147,11 +147,11 @@ def check_room(
     seed: int = SEED,
     chat: bool = False,
 ) -> None:
-    """Makes the first samples, for which no weight is needed, to refuse what has no room.
+    """Checks lengths by generating the first samples, which needs no weights.
 
     Raises:
-        InputError: a model without a chat template, if it is asked for; or a length without room
-            for a sample, or with room for more words than there are.
+        InputError: the model has no chat template but `chat` is set, a length is too short for a
+            sample, or there are too few words for it.
     """
     for task in tasks:
         some = [min(lengths)] if min(lengths) < ROOMY else []
@@ -175,16 +175,18 @@ def evaluate(
     batch: int | None = None,
     capacity: int = 0,
 ) -> None:
-    """Asks `trials` samples of every task and length by every method, and notes what was found.
+    """Asks `trials` samples of every task and length with every method, and records the answers.
 
     Args:
-        tasks: of `possible_tasks`.
-        lengths, chat: as for `room_for`. seed: as for `stream`. batch, capacity: as for `ask`.
+        tasks: names from `possible_tasks`.
+        lengths, chat: as in `room_for`.
+        seed: as in `stream`.
+        batch, capacity: as in `ask`.
 
-    A length without room for a sample fails sample by sample (`check_room` tells before).
+    If a length is too short, its samples fail one by one (`check_room` detects this beforehand).
 
     Raises:
-        InputError: what `check` or `ask` refuses.
+        InputError: `check` or `ask` raises.
     """
     check(sources, tasks=tasks, lengths=lengths, trials=trials)
     for nth, task in enumerate(tasks, start=1):

@@ -39,7 +39,7 @@ def samples(room: Room, draws: Draws) -> Iterator[Drawn]:
 
 
 def _draw(draws: Draws, letters: int, lines: int) -> Drawn:
-    """A chain in so many lines of noise."""
+    """A chain in this many lines of noise."""
     names: list[str] = []
     while len(set(names)) <= HOPS:  # once, as a rule; RULER's generator stops where names are alike
         names = [draws.letters(string.ascii_uppercase, letters) for _ in range(HOPS + 1)]
@@ -61,8 +61,7 @@ def _draw(draws: Draws, letters: int, lines: int) -> Drawn:
 def _example(room: Room, draws: Draws) -> str:
     """The worked example with its answer, of at most 500 tokens.
 
-    Where a tokenizer makes more of the smallest one, RULER's generator goes on drawing without
-    end; here it is taken as it is.
+    If the smallest example has more tokens, RULER's generator never ends; here it is used anyway.
     """
     room = room._replace(length=EXAMPLE_TOKENS, new_tokens=0)
     draw = functools.partial(_draw, draws, EXAMPLE_LETTERS)
