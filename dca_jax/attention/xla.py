@@ -204,10 +204,10 @@ def backward(
 
 
 def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
-    if current_device().platform == "cpu":
-        return min(CPU_TILE, num_queries), min(CPU_BLOCK, num_keys)
-    tile = min(TILE, num_queries)
-    return tile, min(num_keys, LONGEST_BLOCK, LOGITS // tile)
+    on_cpu = current_device().platform == "cpu"
+    tile, longest = (CPU_TILE, CPU_BLOCK) if on_cpu else (TILE, LONGEST_BLOCK)
+    tile = min(tile, num_queries)
+    return tile, min(num_keys, longest, LOGITS // tile)
 
 
 def _blocks(
