@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax._src.mesh import AbstractDevice
 
 from dca_jax.attention.backend import Backend, Rows
+from dca_jax.attention.bands import Method
 from dca_jax.dca import DCAConfig, Phase
 
 
@@ -45,13 +46,14 @@ def shapes(
 def lower_forward(
     backend: Backend,
     shapes: tuple[Any, ...],
-    dca: DCAConfig,
+    dca: Method,
     phases: tuple[Phase, ...],
     *,
     with_lse: bool = True,
 ) -> str:
     def forward(*arrays: Any) -> Any:
-        return backend.forward(*arrays, dca=dca, phases=phases, with_lse=with_lse)
+        options: Any = {"dca": dca, "phases": phases, "with_lse": with_lse}
+        return backend.forward(*arrays, **options)
 
     return lower(forward, *shapes)
 

@@ -357,7 +357,7 @@ def test_dtypes(dtype: Any, atol: float) -> None:
 
 def test_kernels_are_refused() -> None:
     q, k, v = draw(1, 8, 8)
-    with pytest.raises(InputError, match=r"'triton' knows DCA.*ReRoPE runs with 'xla'"):
+    with pytest.raises(InputError, match="it knows DCA and plain attention only, not ReRoPE"):
         dual_chunk_attention(q, k, v, dca=ReRoPE(window=3), rope=ROPE, implementation="triton")
 
 

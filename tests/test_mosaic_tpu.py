@@ -350,16 +350,18 @@ def test_says_why_it_cannot_run() -> None:
                 assert reason(Device("tpu", kind, None), dim=dim, dtype=dtype) is None
 
 
-def test_pages_are_read_by_plain_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a TPU runs where nobody names an implementation; the one that is named says no."""
+def test_what_a_tpu_runs_where_nobody_names_an_implementation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(op, "current_device", lambda: V5E)
     query = jax.ShapeDtypeStruct((1, 512, 8, 128), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, 1, 4096, 2, 128), jnp.bfloat16)
-    for kinds in ({}, {"listed": True}):
+    for kinds in ({}, {"listed": True}, {"paged": True}):
         assert op.choose_implementation(None, query, key, DCA, **kinds) == "mosaic_tpu"
-    assert op.choose_implementation(None, query, key, DCA, paged=True) == "xla"
-    with pytest.raises(InputError, match="it does not read pages"):
-        op.choose_implementation("mosaic_tpu", query, key, DCA, paged=True)
+    both = {"listed": True, "paged": True}
+    assert op.choose_implementation(None, query, key, DCA, **both) == "xla"
+    with pytest.raises(InputError, match="lists of key blocks, or pages, not both"):
+        op.choose_implementation("mosaic_tpu", query, key, DCA, **both)
     # The lists of a tile of all rows and heads are to fit into scalar memory.
     many = jax.ShapeDtypeStruct((1, 8, 2**21, 8, 128), jnp.bfloat16)
     queries = jax.ShapeDtypeStruct((8, 512, 8, 128), jnp.bfloat16)

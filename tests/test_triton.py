@@ -100,7 +100,7 @@ def test_the_log_sum_exp_is_given_on_request(num_queries: int) -> None:
     ],
 )
 def test_lowers_for_cuda(kind: str, head_dim: int, dtype: Any) -> None:
-    """Forward and backward at odd lengths, and decoding from a layer of a cache: every kernel."""
+    """Forward and backward at odd lengths, and decoding from a layer of a cache or from pages."""
     dca = DCAConfig(chunk_len=700, max_query_position=1000)
     device = AbstractDevice(device_kind=kind, num_cores=108, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
@@ -113,10 +113,19 @@ def test_lowers_for_cuda(kind: str, head_dim: int, dtype: Any) -> None:
         rows = op.make_rows(q.shape, dca=dca, rope=ROPE, query_offset=at)
         return op.attend(q, k, v, dca=dca, rows=rows, layer=n, implementation="triton")
 
+    def decode_pages(
+        q: jax.Array, k: jax.Array, v: jax.Array, at: jax.Array, n: jax.Array, pages: jax.Array
+    ) -> jax.Array:
+        rows = op.make_rows(q.shape, dca=dca, rope=ROPE, query_offset=at)
+        options: Any = {"layer": n, "pages": pages, "implementation": "triton"}
+        return op.attend(q, k, v, dca=dca, rows=rows, **options)
+
     q = jax.ShapeDtypeStruct((1, 2001, 8, head_dim), dtype)
     k = jax.ShapeDtypeStruct((1, 2001, 2, head_dim), dtype)
     new = jax.ShapeDtypeStruct((2, 1, 8, head_dim), dtype)
     cache = jax.ShapeDtypeStruct((3, 2, 4096, 2, head_dim), dtype)
+    pool = jax.ShapeDtypeStruct((3, 70, 128, 2, head_dim), dtype)
+    pages = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     at, n = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):
         trained = jax.jit(jax.grad(train, (0, 1, 2))).trace(q, k, k)
@@ -124,9 +133,11 @@ def test_lowers_for_cuda(kind: str, head_dim: int, dtype: Any) -> None:
         text = trained.lower(lowering_platforms=("cuda",)).as_text()
         for kernel in ("forward", "dq", "dkv"):
             assert f'name = "dca_triton_{kernel}"' in text
-        text = decoded.lower(lowering_platforms=("cuda",)).as_text()
-        for kernel in ("forward", "merge"):
-            assert f'name = "dca_triton_{kernel}"' in text
+        paged = jax.jit(decode_pages).trace(new, pool, pool, at, n, pages)
+        for traced in (decoded, paged):
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            for kernel in ("forward", "merge"):
+                assert f'name = "dca_triton_{kernel}"' in text
 
 
 def why_not(device: Device, head_dim: int = 128, dtype: Any = jnp.bfloat16) -> str | None:

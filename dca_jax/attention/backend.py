@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float, Int, Num
 
+from dca_jax.attention.bands import Method
 from dca_jax.attention.softmax import FAR
 from dca_jax.attention.stored import Scales
 from dca_jax.dca import DCAConfig, Phase
@@ -70,13 +71,15 @@ class Backend(Protocol):
         device: Device,
         query: jax.ShapeDtypeStruct,
         key: jax.ShapeDtypeStruct,
-        dca: DCAConfig,
+        dca: Method,
         *,
         listed: bool = False,
         paged: bool = False,
     ) -> str | None:
         """Why this backend cannot run on these shapes and dtypes on this device; None: it can.
 
+        What runs with another method than DCA is given it in place of a `DCAConfig`, without phases
+        and with raw keys.
         `listed` and `paged`: with lists of key blocks, and through pages, S being the tokens of a
         row's page table.
         """

@@ -42,6 +42,23 @@ from dca_jax.rope import rotate
 Number = int | np.integer | Int[Array | np.ndarray, ""]
 
 
+class Steps(NamedTuple):
+    """Positions that are a step function of the distance (`dca_jax.inference.distances`).
+
+    Where a key's number is above a query's, that key stands one position nearer to the query.
+
+    Attributes:
+        query: of each query, a number. key: from text indices to numbers of keys.
+    """
+
+    query: Int[Array, "B T"]
+    key: Callable[[Int[Array, "#B S"]], Int[Array, "#B S"]]
+
+    def nearer(self, index: Int[Array, "#B S"]) -> Bool[Array, "B T S"]:
+        """Which of the keys at these text indices stand one position nearer to each query."""
+        return self.key(index)[:, None, :] > self.query[:, :, None]
+
+
 class Band(NamedTuple):
     """One contiguous range of keys for each of some queries, and where both stand in it.
 
@@ -51,7 +68,7 @@ class Band(NamedTuple):
         query_position: where each query stands.
         key_position: from text indices to where those keys stand; None: as the keys come, be it
             rotated already or raw, which is to stand at 0.
-        meets: from text indices to which of those keys each query meets, in its range; None: all.
+        steps: which keys stand one position nearer to which queries; None: none.
 
     Positions are one for all planes of a head, or have one more axis with one for each plane.
     """
@@ -60,7 +77,12 @@ class Band(NamedTuple):
     stop: Int[Array, "B T"]
     query_position: Int[Array, "B T ..."]
     key_position: Callable[[Int[Array, "#B S"]], Int[Array, "#B S ..."]] | None
-    meets: Callable[[Int[Array, "#B S"]], Bool[Array, "B T S"]] | None = None
+    steps: Steps | None = None
+
+    @property
+    def query_positions(self) -> list[Int[Array, "B T ..."]]:
+        """Where each query stands; with steps, then where it stands to keys that are nearer."""
+        return [self.query_position - n for n in range(1 if self.steps is None else 2)]
 
 
 class Series(NamedTuple):
@@ -204,9 +226,9 @@ def _relative_positions(
         planes = band.query_position.ndim == 3
         relative = jnp.expand_dims(band.query_position, 2) - jnp.expand_dims(key, 1)
         relative = relative.max(axis=-1) if planes else relative
+        if band.steps is not None:
+            relative -= band.steps.nearer(index).astype(jnp.int32)
         met = (band.start[:, :, None] <= index[:, None]) & (index[:, None] < band.stop[:, :, None])
-        if band.meets is not None:
-            met &= band.meets(index)
         return jnp.where(met, relative, matrix)
 
     none = jnp.full((1, length, length), -1, jnp.int32)
@@ -257,13 +279,17 @@ def dense_band_attention(
     j = key_index[:, None, :]
 
     def with_band(logits: Array, band: Band) -> Array:
-        rotated = rotate(grouped, band.query_position, inv_freq)
-        rotated = rotated * scale.astype(compute)[:, :, None, None, None]
         keys = rotated_keys(key, key_index, band, inv_freq)
-        dots = jnp.einsum("BTKGH,BSKH->BKGTS", rotated, keys, precision="highest")
+
+        def dots_at(position: Array) -> Array:
+            rotated = rotate(grouped, position, inv_freq)
+            rotated = rotated * scale.astype(compute)[:, :, None, None, None]
+            return jnp.einsum("BTKGH,BSKH->BKGTS", rotated, keys, precision="highest")
+
+        dots, *nearer = map(dots_at, band.query_positions)
+        if band.steps is not None:
+            dots = jnp.where(band.steps.nearer(key_index)[:, None, None], nearer[0], dots)
         met = (band.start[:, :, None] <= j) & (j < band.stop[:, :, None]) & is_text[:, :, None]
-        if band.meets is not None:
-            met &= band.meets(key_index)
         return jnp.where(met[:, None, None, :, :], dots, logits)
 
     logits = over_bands(bands, with_band, logits, differentiable=True)

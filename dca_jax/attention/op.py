@@ -377,13 +377,6 @@ def choose_implementation(
         InputError: a name that is unknown, or an implementation that cannot run here, and why.
     """
     check_implementation(implementation)
-    if isinstance(dca, PositionMethod):
-        if implementation not in (None, "xla", "reference"):
-            raise InputError(
-                f"attention implementation {implementation!r} knows DCA and plain attention only; "
-                f"{type(dca).__name__} runs with 'xla' or 'reference'"
-            )
-        return implementation or "xla"
     device, kinds = current_device(), {"listed": listed, "paged": paged}
     if implementation == "reference":
         return implementation

@@ -5,6 +5,7 @@ For each tile of queries, one online softmax runs over the blocks of keys of eve
 those the tile's queries meet, so the work is that of causal attention, or less.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -95,14 +96,16 @@ def forward(
         scale = logit_scale(index, dca, rows.scale).astype(compute)
 
         def with_band(state: Softmax, band: Band) -> Softmax:
-            rotated = rotated_query(queries, band, scale, rows)
+            seen = _seen(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
             def step(n: Array, state: Softmax) -> Softmax:
-                at, met = _block(n, num_keys, span, block, band, rows)
+                at, met = _block(n, num_keys, span, block)
+                text = _text_index(at, block, rows)
                 keys = read(key, at, block).astype(queries.dtype)
-                keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
-                logits = dot("BKGTH,BSKH->BKGTS", rotated, keys)
+                keys = rotated_keys(keys, text, band, rows.inv_freq)
+                logits = [dot("BKGTH,BSKH->BKGTS", rotated, keys) for rotated in seen]
+                logits = _chosen(logits, text, band)
                 if scales is not None:
                     logits = logits * read_scales(scales.key, at, block)
                 logits = jnp.where(met, logits, -jnp.inf)
@@ -153,30 +156,35 @@ def backward(
 
         def with_band(state: tuple, band: Band) -> tuple:
             dq, carry = state
-            rotated = rotated_query(queries, band, scale, rows)
+            seen = _seen(queries, band, scale, rows)
             first, last, span = _blocks(index, band, rows, num_keys, block)
 
             def step(n: Array, state: tuple) -> tuple:
-                dk, dv, drotated = state
-                at, met = _block(n, num_keys, span, block, band, rows)
-                keys = read(key, at, block)
-                keys = rotated_keys(keys, _text_index(at, block, rows), band, rows.inv_freq)
+                dk, dv, dseen = state
+                at, met = _block(n, num_keys, span, block)
+                text = _text_index(at, block, rows)
+                keys = rotated_keys(read(key, at, block), text, band, rows.inv_freq)
                 values = read(value, at, block)
-                logits = dot("BKGTH,BSKH->BKGTS", rotated, keys)
-                p = jnp.exp(jnp.where(met, logits - lse, -jnp.inf))
+                logits = [dot("BKGTH,BSKH->BKGTS", rotated, keys) for rotated in seen]
+                p = jnp.exp(jnp.where(met, _chosen(logits, text, band) - lse, -jnp.inf))
                 dp = dot("BKGTH,BSKH->BKGTS", do_tile, values)
-                ds = (p * (dp - delta[..., None])).astype(query.dtype)
+                ds = _shared((p * (dp - delta[..., None])).astype(query.dtype), text, band)
                 p = p.astype(value.dtype)
-                drotated = drotated + dot("BKGTS,BSKH->BKGTH", ds, keys)
-                drotated_keys = dot("BKGTS,BKGTH->BSKH", ds, rotated)
-                dk = _add_at(dk, at, _rotated_back(drotated_keys, at, band, rows))
+                dseen = [
+                    x + dot("BKGTS,BSKH->BKGTH", d, keys) for x, d in zip(dseen, ds, strict=True)
+                ]
+                dkeys = [dot("BKGTS,BKGTH->BSKH", d, x) for d, x in zip(ds, seen, strict=True)]
+                dkeys = functools.reduce(jnp.add, dkeys)
+                dk = _add_at(dk, at, _rotated_back(dkeys, at, band, rows))
                 dv = _add_at(dv, at, dot("BKGTS,BKGTH->BSKH", p, do_tile))
-                return dk, dv, drotated
+                return dk, dv, dseen
 
-            init = (*carry, jnp.zeros(rotated.shape, compute))
-            dk, dv, drotated = jax.lax.fori_loop(first, last, step, init)
-            drotated = jnp.moveaxis(drotated, 3, 1)
-            return dq + rotate(drotated, -band.query_position, rows.inv_freq), (dk, dv)
+            init = (*carry, [jnp.zeros(rotated.shape, compute) for rotated in seen])
+            dk, dv, dseen = jax.lax.fori_loop(first, last, step, init)
+            for position, drotated in zip(band.query_positions, dseen, strict=True):
+                drotated = jnp.moveaxis(drotated, 3, 1)
+                dq = dq + rotate(drotated, -position, rows.inv_freq)
+            return dq, (dk, dv)
 
         state = jnp.zeros(queries.shape, compute), carry
         dq, carry = over_bands(bands_of(index, dca, rows.whole, phases), with_band, state)
@@ -225,12 +233,7 @@ def _blocks(
 
 
 def _block(
-    n: Int[Array, ""],
-    num_keys: int,
-    span: tuple[Array, Array],
-    block: int,
-    band: Band,
-    rows: Rows,
+    n: Int[Array, ""], num_keys: int, span: tuple[Array, Array], block: int
 ) -> tuple[Array, Array]:
     """Where block n starts, and which of its keys each query meets [B, 1, 1, t, block].
 
@@ -241,9 +244,33 @@ def _block(
     j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
     start, stop = span
     met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
-    if band.meets is not None:
-        met &= band.meets(_text_index(at, block, rows))
     return at, met[:, None, None, :, :]
+
+
+def _seen(
+    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: Rows
+) -> list[Float[Array, "B K G t H"]]:
+    """The tile's queries at each of the positions that they have in the band."""
+    return [rotated_query(queries, at, scale, rows) for at in band.query_positions]
+
+
+def _chosen(
+    logits: list[Float[Array, "B K G t block"]], text: Int[Array, "B block"], band: Band
+) -> Float[Array, "B K G t block"]:
+    """Of the logits at each of the queries' positions, those that count."""
+    if band.steps is None:
+        return logits[0]
+    return jnp.where(band.steps.nearer(text)[:, None, None], logits[1], logits[0])
+
+
+def _shared(
+    dlogits: Float[Array, "B K G t block"], text: Int[Array, "B block"], band: Band
+) -> list[Float[Array, "B K G t block"]]:
+    """From the gradient of `_chosen` to those of its logits."""
+    if band.steps is None:
+        return [dlogits]
+    nearer = band.steps.nearer(text)[:, None, None]
+    return [jnp.where(which, dlogits, 0) for which in (~nearer, nearer)]
 
 
 def _rotated_back(

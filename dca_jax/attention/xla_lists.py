@@ -60,7 +60,8 @@ def attend_to_blocks(
         present = (index >= rows.offset[:, None]) & (index < end[:, None])
         state = Softmax.empty((batch, kv_heads, heads // kv_heads, BLOCK, head_dim), compute)
         for phase, band in zip(phases, phase_bands(index, dca, phases), strict=True):
-            rotated = rotated_query(queries, band, rows.scale.astype(compute)[:, None], rows)
+            scale = rows.scale.astype(compute)[:, None]
+            rotated = rotated_query(queries, band.query_position, scale, rows)
             span = _span(band, present, num_keys)
             walk, steps = _walk(span, full_blocks(tile, phase, dca), counts, numbers, phase)
 

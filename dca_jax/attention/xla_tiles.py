@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.bands import Band
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
@@ -50,13 +49,16 @@ class Softmax(NamedTuple):
 
 
 def rotated_query(
-    queries: Float[Array, "B t K G H"], band: Band, scale: Float[Array, "B #t"], rows: Rows
+    queries: Float[Array, "B t K G H"],
+    position: Int[Array, "B t ..."],
+    scale: Float[Array, "B #t"],
+    rows: Rows,
 ) -> Float[Array, "B K G t H"]:
-    """The tile's queries where the band puts them, times the logit scale; rounded once.
+    """The tile's queries at these positions, times the logit scale; rounded once.
 
     Heads come first: so they are transposed once a tile, and not once a block.
     """
-    rotated = rotate(queries.astype(scale.dtype), band.query_position, rows.inv_freq)
+    rotated = rotate(queries.astype(scale.dtype), position, rows.inv_freq)
     rotated = rotated * scale[:, :, None, None, None]
     return jnp.moveaxis(rotated.astype(queries.dtype), 1, 3)
 

@@ -6,14 +6,14 @@ where f has steps of one width, floor(p (i - j) / q), it is one of two such diff
     p i / q = A + a / q,  p j / q = C + c / q  with integers A, C and 0 <= a, c < q:
     floor(p (i - j) / q) = A - C where c <= a, and A - C - 1 where c > a
 
-So a range of distances is two bands over the same keys, of which each query meets some in the one
-and the others in the other.
+So in such a band a query stands at one position to some keys, and at one less to the others:
+`dca_jax.attention.bands.Steps`.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from dca_jax.attention.bands import Band, Number
+from dca_jax.attention.bands import Band, Number, Steps
 
 DIGIT = 9  # bits that `scaled` multiplies by at once
 LONGEST = 2**21  # tokens: what `scaled` can do without an overflow of int32
@@ -29,7 +29,6 @@ def stepped_band(
     *,
     p: Row = 1,
     q: Row = 1,
-    part: Number,
 ) -> Band:
     """Keys at the distances d in [start, stop), at the positions base + floor(p (d - start) / q).
 
@@ -37,25 +36,16 @@ def stepped_band(
         index: text indices of the queries.
         start, stop, base: one for all rows, or one a row.
         p, q: 0 <= p <= q, and p is 1 or q below `LONGEST`.
-        part: 0 for those keys of which c <= a, as the module's docstring says it, 1 for the others.
-            The second part of steps of one token has none.
     """
     whole, rest = scaled(index - start, p, q)
     origin = whole[:, :1]  # near by, so that float32 angles are exact a million tokens on
     first = jnp.maximum(index - (stop - 1), 0)
-    last = index - (start - 1)
-
-    def meets(j: Array) -> Array:
-        _, c = scaled(j, p, q)
-        beyond = c[:, None, :] > rest[:, :, None]
-        return beyond == (jnp.asarray(part) == 1)
-
     return Band(
         first,
-        jnp.where((jnp.asarray(q) == p) & (jnp.asarray(part) == 1), first, last),
-        jnp.asarray(base + whole - origin - part),
+        index - (start - 1),
+        jnp.asarray(base + whole - origin),
         lambda j: scaled(j, p, q)[0] - origin,
-        meets,
+        Steps(rest, lambda j: scaled(j, p, q)[1]),
     )
 
 

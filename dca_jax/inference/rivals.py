@@ -108,7 +108,7 @@ class AdaGroPE(PositionMethod):
         return self.positions - 1
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band | Series, ...]:
-        """Two for each number of tokens that share a position."""
+        """One for each number of tokens that share a position."""
         kept, at, far = self._kept()
         levels, largest, more = self._needed(whole, at, far)
         P = self.positions
@@ -116,8 +116,7 @@ class AdaGroPE(PositionMethod):
         once = (P - more - at[levels]) * (largest - 1)
         split = far[levels] + once
 
-        def of(number: Array) -> Band:
-            level, part = jnp.divmod(number, 2)
+        def of(level: Array) -> Band:
             is_kept, is_last = level < levels, level == levels + 1
             group = jnp.where(is_kept, 1 << level, jnp.where(is_last, largest, largest - 1))
             start = jnp.where(is_kept, far[level], jnp.where(is_last, split, far[levels]))
@@ -127,9 +126,9 @@ class AdaGroPE(PositionMethod):
             base = jnp.where(is_kept, at[level], jnp.where(is_last, last, at[levels]))
             start, stop, base = (x[:, None] for x in (start, stop, base))
             q = jnp.maximum(group, 1)[:, None]
-            return stepped_band(index, start, stop, base, q=q, part=part)
+            return stepped_band(index, start, stop, base, q=q)
 
-        return (Series(2 * (jnp.max(levels) + 2), 2 * (LEVELS + 2), of),)
+        return (Series(jnp.max(levels) + 2, LEVELS + 2, of),)
 
     def _kept(self) -> tuple[Array, Array, Array]:
         """Of n = 2^k tokens, for each k: r_n, and where these positions and distances begin."""
@@ -211,7 +210,7 @@ class LaMPE(PositionMethod):
         return jnp.where(whole < 2 * self.head, whole, found)
 
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band, ...]:
-        """The tail, the middle in its two parts, and the head."""
+        """The tail, the middle and the head."""
         mapped = self.mapped(whole)
         plain = mapped == whole
         near = jnp.where(plain, whole, self.head)[:, None]
@@ -224,8 +223,7 @@ class LaMPE(PositionMethod):
             stop=index - (far - 1),
             query_position=head.query_position - (whole - mapped)[:, None],
         )
-        middle = (stepped_band(index, near, far, self.head, p=p, q=q, part=part) for part in (0, 1))
-        return tail, *middle, head
+        return tail, stepped_band(index, near, far, self.head, p=p, q=q), head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,11 +70,12 @@ def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
     furthest, met = 0, 0
     for band in each_band(method.bands(last, jnp.asarray([length], jnp.int32))):
         keys = jnp.arange(int(band.start[0, 0]), int(band.stop[0, 0]), dtype=jnp.int32)[None, :]
-        if band.meets is not None:
-            keys = keys[band.meets(keys)[:, 0]][None, :]
         if keys.size:
             first = 0 if band.key_position is None else np.asarray(band.key_position(keys)[0, 0])
-            furthest = max(furthest, int(np.max(np.asarray(band.query_position[0, 0]) - first)))
+            relative = np.max(np.asarray(band.query_position[0, 0]) - first)
+            if band.steps is not None:
+                relative -= int(band.steps.nearer(keys)[0, 0, 0])
+            furthest = max(furthest, int(relative))
             met += keys.size
     fields = dataclasses.fields(method)  # pyright: ignore[reportArgumentType] -- each is one
     return {

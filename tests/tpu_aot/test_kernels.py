@@ -210,6 +210,54 @@ def test_decodes_from_8_bits_without_a_copy(name: str, heads: Heads, cache: Any)
     check(name, "decode", 32768, heads, cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("name", "heads", "page", "cache"),
+    [
+        ("v5e", LLAMA, 128, None),
+        *(
+            pytest.param(name, heads, page, cache, marks=pytest.mark.tpu_aot)
+            for name in ("v4", "v6e", "v7x")
+            for heads, page, cache in (
+                (LLAMA, 128, jnp.int8),
+                (NARROW, 1024, None),
+                (WIDE, 384, jnp.float8_e4m3fn),
+            )
+        ),
+    ],
+)
+def test_decodes_from_pages_without_a_copy(name: str, heads: Heads, page: int, cache: Any) -> None:
+    """Eight rows of 32,768 tokens, from a pool of two layers."""
+    device, rows_of_batch, pages_per_row = chip(name), 8, 32_768 // page
+    dca = DCAConfig(chunk_len=3072, max_query_position=4095)
+    pool = 2, rows_of_batch * pages_per_row, page, heads.kv * heads.head_dim
+
+    def like(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def run(query: Any, key: Any, value: Any, offset: Any, pages: Any, scales: Any) -> Any:
+        query = query.reshape(rows_of_batch, 1, heads.query, heads.head_dim)
+        key, value = (x.reshape(*x.shape[:3], heads.kv, heads.head_dim) for x in (key, value))
+        rows = op.make_rows(query.shape, dca=dca, rope=ROPE, query_offset=offset)
+        options: dict[str, Any] = {"implementation": "mosaic_tpu", "pages": pages, "scales": scales}
+        out = op.attend(query, key, value, dca=dca, rows=rows, layer=jnp.int32(1), **options)
+        return out.reshape(rows_of_batch, -1)
+
+    query = like(rows_of_batch, heads.query * heads.head_dim, dtype=jnp.bfloat16)
+    kept, scales = like(*pool, dtype=cache or jnp.bfloat16), None
+    if cache is not None:
+        scale: Any = like(*pool[:2], heads.kv, page, dtype=jnp.float32)
+        scales = Scales(scale, scale)
+    table = like(rows_of_batch, pages_per_row)
+    abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(run).lower(query, kept, kept, like(rows_of_batch), table, scales)
+    compiled = lowered.compile()
+    assert set(vmem(compiled)) == {"dca_tpu_decode"}
+    assert compiled.memory_analysis().temp_size_in_bytes < 16e6  # a layer's keys have 268 MB
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("heads", [LLAMA, NARROW, WIDE], ids=["128", "64", "256"])
 @pytest.mark.parametrize("part", ["forward", "backward", "decode"])

@@ -1,4 +1,8 @@
-"""DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine."""
+"""DCA on Hopper GPUs: Pallas Mosaic GPU kernels, with WGMMA and the bulk copy engine.
+
+Other position methods read prompts by the forward kernel, a launch for each band; their few queries
+(decoding) and their gradient are computed in plain XLA.
+"""
 
 from typing import Any
 
@@ -7,29 +11,34 @@ import jax.numpy as jnp
 from jax._src.lib import cuda_versions
 from jaxtyping import Array, Float, Int, Num
 
+from dca_jax.attention import xla
 from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.bands import Method, PositionMethod
 from dca_jax.attention.mosaic_gpu import (
+    band_forward,
     decode_tiles,
     few_queries,
     flash_forward,
     forward_tiles,
 )
-from dca_jax.attention.mosaic_gpu.backward import backward
+from dca_jax.attention.mosaic_gpu.backward import backward as backward_of_dca
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
 from dca_jax.attention.mosaic_gpu.few_queries import rows_at_once
 from dca_jax.attention.pages import Common, unpaged
 from dca_jax.attention.stored import Scales, dequantized_layer
-from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.dca import PHASES, Phase
 from dca_jax.device import SHARED_BYTES, Device, describe
 
 __all__ = ["backward", "forward", "rows_at_once", "unsupported"]
+
+FEWEST = 64  # queries by another method than DCA that the kernel reads: those of a warpgroup
 
 
 def unsupported(
     device: Device,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
@@ -51,6 +60,8 @@ def unsupported(
         # A few keys may be a slice of a long text: all phases can be among them.
         forward_tiles.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.LIST_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        forward_tiles.BAND_TILES[head_dim].shared_bytes(head_dim, 1),
+        forward_tiles.STEP_TILES[head_dim].shared_bytes(head_dim, 2),
         BACKWARD_TILES[head_dim].shared_bytes(head_dim),
     )
     if needed > SHARED_BYTES:
@@ -75,7 +86,7 @@ def forward(
     layer: Int[Array, ""],
     rows: Rows,
     *,
-    dca: DCAConfig,
+    dca: Method,
     phases: tuple[Phase, ...],
     with_lse: bool,
     scales: Scales | None = None,
@@ -88,6 +99,8 @@ def forward(
     Args:
         common: of one query a row, through pages: what rows have in common. No log-sum-exp then.
     """
+    if isinstance(dca, PositionMethod):
+        return _by_method(query, key, value, layer, rows, dca, with_lse, scales)
     options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": with_lse}
     shape = key.shape
     if pages is not None:
@@ -111,3 +124,44 @@ def forward(
         layer = jnp.int32(0)
     options |= {"blocks": blocks, "pages": pages}
     return flash_forward.forward(query, key, value, layer, rows, **options)
+
+
+def _by_method(
+    query: Float[Array, "B T N H"],
+    key: Num[Array, "L B S K H"],
+    value: Num[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    method: PositionMethod,
+    with_lse: bool,
+    scales: Scales | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """`forward` by another method than DCA, over raw keys."""
+    if query.shape[1] < FEWEST:
+        options: Any = {"dca": method, "phases": (), "with_lse": with_lse, "scales": scales}
+        return xla.forward(query, key, value, layer, rows, **options)
+    if scales is not None:
+        key, value = dequantized_layer(key, value, scales, layer, query.dtype)
+        layer = jnp.int32(0)
+    out, lse = band_forward.forward(query, key, value, layer, rows, method=method)
+    return out, lse if with_lse else None
+
+
+def backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "L B S K H"],
+    value: Float[Array, "L B S K H"],
+    layer: Int[Array, ""],
+    rows: Rows,
+    do: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    *,
+    dca: Method,
+    phases: tuple[Phase, ...],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """As `Backend.backward`."""
+    arrays = query, key, value, layer, rows, do, lse, delta
+    if isinstance(dca, PositionMethod):
+        return xla.backward(*arrays, dca=dca, phases=phases)
+    return backward_of_dca(*arrays, dca=dca, phases=phases)

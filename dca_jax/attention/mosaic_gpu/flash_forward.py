@@ -1,4 +1,4 @@
-"""DCA's forward pass on Hopper: one flash-attention kernel for any of the three phases together.
+"""The forward pass on Hopper: one flash-attention kernel for any of DCA's phases together.
 
 A CTA takes 128 queries of one head: two warpgroups compute, 64 queries each, and a third feeds
 them keys and values through the bulk copy engine. The query is rotated once for each phase, in the
@@ -6,6 +6,8 @@ kernel, and all its rotations stay in shared memory where they fit; so walking f
 to the next costs nothing, and DCA does the work of plain causal attention.
 
 Two query heads of one kv head form a cluster, which reads every block of keys once for both.
+
+It also attends to one band of another method (`band_forward`), whose queries and keys come rotated.
 """
 
 import functools
@@ -23,6 +25,13 @@ from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Problem, Refs, Shared
 from dca_jax.attention.mosaic_gpu.forward_feed import feed
+from dca_jax.attention.mosaic_gpu.forward_queries import (
+    PER_QUERY,
+    Queries,
+    fetch,
+    place_band,
+    place_rotations,
+)
 from dca_jax.attention.mosaic_gpu.forward_tiles import (
     BLOCK_Q,
     LIST_TILES,
@@ -33,10 +42,8 @@ from dca_jax.attention.mosaic_gpu.forward_tiles import (
 )
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.attention.mosaic_gpu.ranges import (
-    Keys,
     Walk,
     locate,
-    ranges_of_queries,
     recall,
     steps,
 )
@@ -45,7 +52,6 @@ from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase
 from dca_jax.errors import InputError
 
-PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
 # A query's maximum may lag behind by this much, in log2 units, before the accumulator is rescaled:
 # weights stay below 2^8, which float16 holds and float32 sums exactly enough.
 SLACK = 8.0
@@ -149,17 +155,29 @@ def _launch(
     if pages is not None:
         cache_row, page = jnp.full_like(cache_row, layer * num_rows), num_keys
         num_keys = pages.shape[1] * page
-    place = jnp.stack([cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
-    problem = Problem(num_keys, heads // kv_heads, cluster, dca, phases, tiles, page)
+    place = jnp.stack([cache_row, cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
+    rotations = len(phases) if tiles.resident else 1
+    group = heads // kv_heads
+    problem = Problem(num_keys, group, cluster, dca, phases, tiles, page, rotations)
+    given = Refs(query, key, value, place, tables, blocks, pages, None, None, None)
+    return launch(problem, given, num_queries, with_lse)
+
+
+def launch(
+    problem: Problem, given: Refs, num_queries: int, with_lse: bool
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    """Runs the kernel on what is given, to which it adds its results; as `Backend.forward`."""
+    query = jax.tree.leaves(given)[0]
+    batch, _, heads, _ = query.shape[-4:]
+    num_tiles, cluster = -(-num_queries // BLOCK_Q), problem.cluster
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy out of one row of an array is not cut off at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
-    given = query, key, value, place, tables, blocks, pages
     out_type = (out, lse) if with_lse else (out,)
     # What is None takes no argument.
-    tree = jax.tree.structure(Refs(*given, out, lse if with_lse else None))
+    refs = given._replace(out=out, lse=lse if with_lse else None)
     out, *lse = plgpu.kernel(
-        functools.partial(_kernel, problem, tree),
+        functools.partial(_kernel, problem, jax.tree.structure(refs)),
         out_type=out_type,
         grid=(heads // cluster, num_tiles, batch),
         grid_names=("heads", "tile", "batch"),
@@ -182,7 +200,7 @@ def _launch(
 
 def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
     gmem: Refs = jax.tree.unflatten(tree, refs)
-    num_queries, _, head_dim = gmem.query.shape[-3:]
+    num_queries, _, head_dim = gmem.out.shape[1:]
     batch = lax.axis_index("batch")
     head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
     # The tiles with most work first: what is left at the end is short.
@@ -194,7 +212,7 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
         pl.when(warpgroup < WARPGROUPS)(lambda: _compute(cta, warpgroup))
         pl.when(warpgroup == WARPGROUPS)(lambda: feed(cta))
 
-    shared = Shared.types(problem, gmem.query.dtype, head_dim)
+    shared = Shared.types(problem, gmem.out.dtype, head_dim)
     pl.run_scoped(body, shared, collective_axes="warpgroup")
 
 
@@ -214,35 +232,15 @@ class _Softmax(NamedTuple):
     largest: Float[Array, " queries"] | None
 
 
-class _Queries(NamedTuple):
-    """A computing warpgroup's share of a CTA's tile."""
-
-    cta: CTA
-    warpgroup: Array
-    first: Array  # the first of them, counted from the row's first query
-
-    @property
-    def slots(self) -> Any:
-        """Where they lie among the row's queries."""
-        return pl.ds(self.first, WARPGROUP_Q)
-
-    def index(self) -> Int[Array, " queries"]:
-        """Their text indices: made anew where they are needed, for they would hold registers."""
-        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WARPGROUP_Q,), 0)
-        return self.cta.gmem.place[self.cta.batch, 1] + self.first + iota(layout=PER_QUERY)
-
-    def in_phase(self, phase: int | Array) -> Any:
-        """In shared memory, as a phase sees them."""
-        return self.cta.smem.q.at[self.warpgroup, phase if self.cta.problem.tiles.resident else 0]
-
-
 def _compute(cta: CTA, warpgroup: Array) -> None:
     """Attention of a warpgroup's queries: first to blocks met in full, then to the edges."""
     plgpu.set_max_registers(232, action="increase")
     smem = cta.smem
-    queries = _Queries(cta, warpgroup, cta.tile * BLOCK_Q + warpgroup * WARPGROUP_Q)
-    if cta.problem.tiles.resident:
-        _place_rotations(queries)
+    queries = Queries(cta, warpgroup, cta.tile * BLOCK_Q + warpgroup * WARPGROUP_Q)
+    if cta.problem.dca is None:
+        place_band(queries)
+    elif cta.problem.tiles.resident:
+        place_rotations(queries)
 
     plgpu.barrier_wait(smem.planned)
     full, edges = recall(smem.walks)
@@ -261,7 +259,7 @@ def _switch(smem: Shared) -> None:
     plgpu.barrier_wait(smem.ping_pong)
 
 
-def _attend_full(queries: _Queries, full: list[Walk], num_steps: Array) -> _Softmax:
+def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> _Softmax:
     """Through the blocks of keys, phase by phase, that all the tile's queries meet."""
     tiles, head_dim = queries.cta.problem.tiles, queries.cta.smem.q.shape[-1]
     skip = _skip(queries)
@@ -271,73 +269,100 @@ def _attend_full(queries: _Queries, full: list[Walk], num_steps: Array) -> _Soft
         _splat((WARPGROUP_Q,), 0.0, PER_QUERY),
         None if skip is None else _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
     )
-    done = jnp.int32(0)
+    choose, done = _chooser(queries), jnp.int32(0)
     for walk in full:
-        q = queries.in_phase(walk.phase)
         if not tiles.resident:
-            pl.when(walk.count > 0)(functools.partial(_fetch, queries, walk.phase))
-        parts = _parts(q, tiles.registers)
+            pl.when(walk.count > 0)(functools.partial(fetch, queries, walk.phase))
+        parts = [_parts(rotated, tiles.registers) for rotated in queries.in_phase(walk.phase)]
 
-        def attend(n: Array, state: _Softmax, parts: list = parts) -> _Softmax:
-            return _attend_block(queries, n, num_steps, state, parts, None)
+        def attend(
+            n: Array,
+            state: _Softmax,
+            parts: list = parts,
+            walk: Walk = walk,
+            done: Array = done,
+        ) -> _Softmax:
+            def chosen(logits: list[Array]) -> Array:
+                return choose(logits, lambda: walk.start + (n - done))
+
+            return _attend_block(queries, n, num_steps, state, parts, chosen)
 
         state = lax.fori_loop(done, done + walk.count, attend, state)
         done = done + walk.count
     return state
 
 
-def _attend_edges(
-    queries: _Queries, state: _Softmax, num_full: Array, num_steps: Array
-) -> _Softmax:
+def _attend_edges(queries: Queries, state: _Softmax, num_full: Array, num_steps: Array) -> _Softmax:
     """Through the blocks that some queries meet in part or not at all."""
-    problem, gmem, batch = queries.cta.problem, queries.cta.gmem, queries.cta.batch
-    block_k = problem.tiles.block_k
+    tiles = queries.cta.problem.tiles
+    block_k = tiles.block_k
     _, edges = recall(queries.cta.smem.walks)
+    choose = _chooser(queries)
 
     def attend(n: Array, state: _Softmax) -> _Softmax:
         phase, block = locate(n, edges, num_full)
-        if not problem.tiles.resident:
-            _fetch(queries, phase)
+        if not tiles.resident:
+            fetch(queries, phase)
 
-        def mask(logits: Array) -> Array:
-            length, keys = gmem.place[batch, 2], Keys(gmem.place[batch, 3], problem.num_keys)
-            lower, upper = ranges_of_queries(
-                queries.index(), length, phase, problem.phases, problem.dca, keys
-            )
+        def masked(logits: list[Array]) -> Array:
+            lower, upper = queries.ranges(phase)
             shape, layout = (WARPGROUP_Q, block_k), plgpu.Layout.WGMMA
             j = block * block_k + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
             met = (j >= _along_keys(lower, block_k)) & (j < _along_keys(upper, block_k))
-            return jnp.where(met, logits, -jnp.inf)
+            return jnp.where(met, choose(logits, lambda: block), -jnp.inf)
 
-        parts = _parts(queries.in_phase(phase), 0)
-        return _attend_block(queries, n, num_steps, state, parts, mask)
+        parts = [_parts(rotated, 0) for rotated in queries.in_phase(phase)]
+        return _attend_block(queries, n, num_steps, state, parts, masked)
 
     return lax.fori_loop(num_full, num_steps, attend, state)
 
 
+def _chooser(queries: Queries) -> Callable[[list[Array], Callable[[], Array]], Array]:
+    """From logits with each rotation of the queries, and the block, to those that count."""
+    gmem, batch = queries.cta.gmem, queries.cta.batch
+    block_k = queries.cta.problem.tiles.block_k
+    if gmem.band is None or gmem.band.query_steps is None:
+        return lambda logits, block: logits[0]
+    of_queries = queries.load(gmem.band.query_steps)
+
+    def choose(logits: list[Array], block: Callable[[], Array]) -> Array:
+        steps = gmem.band.key_steps.at[batch, pl.ds(block() * block_k, block_k)]
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        of_keys = plgpu.load(steps, layout=layout, optimized=False)
+        of_keys = lax.broadcast_in_dim(of_keys, (WARPGROUP_Q, block_k), [1])
+        return jnp.where(of_keys > _along_keys(of_queries, block_k), logits[1], logits[0])
+
+    return choose
+
+
 def _attend_block(
-    queries: _Queries,
+    queries: Queries,
     n: Array,
     num_steps: Array,
     state: _Softmax,
-    parts: list[tuple[Any, Any]],
-    mask: Callable[[Array], Array] | None,
+    rotations: list[list[tuple[Any, Any]]],
+    chosen: Callable[[list[Array]], Array],
 ) -> _Softmax:
-    """Step n of the online softmax, with the block of keys that is in flight for it."""
+    """Step n of the online softmax, with the block of keys that is in flight for it.
+
+    Args:
+        rotations: of the queries, each in parts. chosen: from logits with each to those that count,
+            -inf where masked.
+    """
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
 
-    def logits_of(acc: Any) -> Array:
-        for columns, q in parts:
-            plgpu.wgmma(acc, q, smem.k.at[slot, :, columns].transpose((1, 0)))
+    def logits_of(*accs: Any) -> list[Array]:
+        for acc, parts in zip(accs, rotations, strict=True):
+            for columns, q in parts:
+                plgpu.wgmma(acc, q, smem.k.at[slot, :, columns].transpose((1, 0)))
         _switch(smem)
-        return acc[...]
+        return [acc[...] for acc in accs]
 
-    shape = (WARPGROUP_Q, tiles.block_k)
-    logits = pl.run_scoped(logits_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    acc = plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, tiles.block_k), jnp.float32)
+    logits = pl.run_scoped(logits_of, *(acc for _ in rotations))
     plgpu.barrier_arrive(smem.k_consumed.at[slot])
-    if mask is not None:
-        logits = mask(logits)
+    logits = chosen(logits)
     add = functools.partial(_add_values, queries, n, num_steps)
     skip = _skip(queries)
     if skip is None or state.largest is None:
@@ -350,13 +375,13 @@ def _attend_block(
     return lax.cond(wanted, add, lambda state, _: pass_by(state), state, logits)
 
 
-def _skip(queries: _Queries) -> Float[Array, ""] | None:
+def _skip(queries: Queries) -> Float[Array, ""] | None:
     """`KeyBlocks.skip` of the row, in log2 units."""
     blocks = queries.cta.gmem.blocks
     return None if blocks is None or blocks.skip is None else blocks.skip[queries.cta.batch] * LOG2E
 
 
-def _pass_by(queries: _Queries, n: Array, num_steps: Array, state: _Softmax) -> _Softmax:
+def _pass_by(queries: Queries, n: Array, num_steps: Array, state: _Softmax) -> _Softmax:
     """Leaves out a block of values: keeps step with those who load, and the other warpgroup."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
@@ -373,7 +398,7 @@ def _pass_by(queries: _Queries, n: Array, num_steps: Array, state: _Softmax) -> 
 
 
 def _add_values(
-    queries: _Queries,
+    queries: Queries,
     n: Array,
     num_steps: Array,
     state: _Softmax,
@@ -425,11 +450,11 @@ def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _
     return state._replace(acc=acc, m_i=m_i, l_i=l_i)
 
 
-def _write(queries: _Queries, state: _Softmax) -> None:
+def _write(queries: Queries, state: _Softmax) -> None:
     """The output and the log-sum-exp, by way of shared memory; 0 and -inf for padding."""
     cta, (acc, m_i, l_i, _) = queries.cta, state
     gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
-    is_text = (queries.index() < gmem.place[cta.batch, 2]) & (l_i > 0)
+    is_text = (queries.index() < gmem.place[cta.batch, 3]) & (l_i > 0)
     inverse = jnp.where(is_text, 1 / jnp.where(l_i > 0, l_i, 1.0), 0.0)
     out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
     smem.q[at, 0] = out.astype(smem.q.dtype)
@@ -442,85 +467,6 @@ def _write(queries: _Queries, state: _Softmax) -> None:
         target = gmem.lse.at[cta.batch, cta.head, queries.slots]
         plgpu.copy_smem_to_gmem(smem.lse.at[at], target)
     plgpu.wait_smem_to_gmem(0)
-
-
-# --- the queries -------------------------------------------------------------------------------
-
-
-def _fetch(queries: _Queries, phase: int | Array) -> None:
-    """Where only one rotation of the queries fits: brings this phase's."""
-    cta, at = queries.cta, queries.warpgroup
-    rotated = cta.gmem.query.at[phase, cta.batch, queries.slots, cta.head]
-    plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
-    plgpu.barrier_wait(cta.smem.q_loaded.at[at])
-
-
-def _place_rotations(queries: _Queries) -> None:
-    """Brings the queries, and leaves them in shared memory as each phase sees them."""
-    cta, at = queries.cta, queries.warpgroup
-    problem, smem = cta.problem, cta.smem
-    raw = smem.q.at[at, len(problem.phases) - 1]
-    source = cta.gmem.query.at[cta.batch, queries.slots, cta.head]
-    plgpu.copy_gmem_to_smem(source, raw, smem.q_loaded.at[at])
-    *intra, fixed = cta.gmem.tables
-    intra = [table.at[cta.batch, queries.slots] for table in intra]
-    tables = _load_tables(problem.phases, intra, fixed.at[cta.batch])
-    plgpu.barrier_wait(smem.q_loaded.at[at])
-    q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
-    rotated = _rotations(q, problem.phases, tables, queries.index, problem.dca)
-    plgpu.commit_smem()  # every thread has read the raw query
-    for number, q in enumerate(rotated):
-        smem.q[at, number] = q.astype(smem.q.dtype)
-    plgpu.commit_smem()
-
-
-def _load_tables(
-    phases: tuple[Phase, ...], intra: list[Any], fixed: Any
-) -> tuple[list[Array], list[Array]]:
-    """(cos and sin of intra positions, the constant rotations) that `phases` need, in registers."""
-
-    def constant(number: int) -> Array:
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        return plgpu.load(fixed.at[number], layout=layout, optimized=False)
-
-    per_query, constants = [], []
-    if "intra" in phases or "succ" in phases:
-        per_query = [plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in intra]
-    if "inter" in phases or "succ" in phases:
-        constants = [constant(number) for number in range(4 if "succ" in phases else 2)]
-    return per_query, constants
-
-
-def _rotations(
-    q: Float[Array, "queries H"],
-    phases: tuple[Phase, ...],
-    tables: tuple[list[Array], list[Array]],
-    indices: Callable[[], Int[Array, " queries"]],
-    dca: DCAConfig,
-) -> list[Float[Array, "queries H"]]:
-    """The query as each phase sees it, float32, scaled: logits come out in log2 units."""
-    half = q.shape[1] // 2
-    q = q.astype(jnp.float32)
-    halves = q[:, :half], q[:, half:]
-    per_query, constants = tables
-    constants = [lax.broadcast_in_dim(x, (WARPGROUP_Q, half), [1]) for x in constants]
-
-    def rotate(halves: tuple[Array, Array], cos: Array, sin: Array) -> tuple[Array, Array]:
-        first, second = halves
-        return first * cos - second * sin, second * cos + first * sin
-
-    seen = {}
-    if "inter" in phases or "succ" in phases:
-        seen["inter"] = rotate(halves, *constants[:2])
-    if "intra" in phases or "succ" in phases:
-        seen["intra"] = rotate(halves, *per_query)
-    if "succ" in phases:
-        s, furthest = dca.chunk_len, dca.inter_position
-        near = rotate(seen["intra"], *constants[2:])
-        is_far = lax.rem(indices(), jnp.int32(s)) + s >= furthest
-        is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (WARPGROUP_Q, half), [0])
-        seen["succ"] = tuple(a + (b - a) * is_far for a, b in zip(near, seen["inter"], strict=True))
-    return [jnp.concatenate(seen[phase], axis=1) for phase in phases]
 
 
 def _parts(q_smem: Any, registers: int) -> list[tuple[Any, Any]]:

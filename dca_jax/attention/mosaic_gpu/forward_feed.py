@@ -32,7 +32,7 @@ def feed(cta: CTA) -> None:
     num_stages = problem.tiles.num_stages
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
     axes = "pair" if problem.cluster > 1 else None
-    cache_row = gmem.place[cta.batch, 0]
+    first_rows = gmem.place[cta.batch, 0], gmem.place[cta.batch, 1]
     full, edges = _walks(cta, kv_head)
     # Here, so that those who compute rotate meanwhile, and have the registers for it.
     remember(full, edges, smem.walks)
@@ -41,13 +41,13 @@ def feed(cta: CTA) -> None:
 
     def load(n: Array, _: Any, *, block_of: Callable[[Array], Array]) -> None:
         slot = lax.rem(n, jnp.int32(num_stages))
-        row, slots = _place(cta, cache_row, block_of(n))
-        for source, target, loaded, consumed in (
-            (gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
-            (gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
+        page, slots = _place(cta, block_of(n))
+        for first_row, source, target, loaded, consumed in (
+            (first_rows[0], gmem.key, smem.k, smem.k_loaded, smem.k_consumed),
+            (first_rows[1], gmem.value, smem.v, smem.v_loaded, smem.v_consumed),
         ):
             pl.when(n >= num_stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
-            keys = source.at[row, slots, kv_head]
+            keys = source.at[first_row + page, slots, kv_head]
             plgpu.copy_gmem_to_smem(keys, target.at[slot], loaded.at[slot], collective_axes=axes)
 
     def block_of_full(n: Array) -> Array:
@@ -67,8 +67,13 @@ def feed(cta: CTA) -> None:
 def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:
     """The full blocks and the edges that the tile visits."""
     problem, gmem = cta.problem, cta.gmem
-    num_queries, block_k = gmem.query.shape[-3], problem.tiles.block_k
-    offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(1, 4))
+    if gmem.band is not None:
+        walks = gmem.band.walks.at[cta.batch, cta.tile]
+        full, *edges = (Walk(0, walks[n, 0], walks[n, 1]) for n in range(3))
+        return [full], edges
+    assert problem.dca is not None
+    num_queries, block_k = gmem.out.shape[1], problem.tiles.block_k
+    offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(2, 5))
     first = offset + cta.tile * BLOCK_Q
     last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
     keys = Keys(key_offset, problem.num_keys)
@@ -88,15 +93,12 @@ def _listed(cta: CTA, kv_head: Array, n: Array) -> Array:
     return number * parts + lax.rem(n, parts)
 
 
-def _place(cta: CTA, row: Array, block: Array) -> tuple[Array, Any]:
-    """Where a block of keys lies: the row of the cache, or the page, and which of its slots.
-
-    `row` is the row of the cache; of a pool, the layer's first page.
-    """
-    block_k, page = cta.problem.tiles.block_k, cta.problem.page
+def _place(cta: CTA, block: Array) -> tuple[int | Array, Any]:
+    """Where a block of keys lies: the page, if the keys are in pages, and which slots."""
+    block_k, page, row = cta.problem.tiles.block_k, cta.problem.page, 0
     if page is not None:
         in_page = jnp.int32(page // block_k)
-        row = row + cta.gmem.pages[cta.batch, lax.div(block, in_page)]
+        row = cta.gmem.pages[cta.batch, lax.div(block, in_page)]
         block = lax.rem(block, in_page)
     return row, pl.ds(block * block_k, block_k)
 

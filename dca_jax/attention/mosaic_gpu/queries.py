@@ -12,9 +12,9 @@ from dca_jax.dca import DCAConfig, Phase, query_position
 from dca_jax.rope import rotate
 
 
-def pad_tokens(x: Array, axis: int) -> Array:
-    """`x` with `axis` padded to a multiple of 8: the copy engine takes rows of tokens by eights."""
-    missing = -x.shape[axis] % 8
+def pad_tokens(x: Array, axis: int, multiple: int = 8) -> Array:
+    """`x` with `axis` padded to a multiple: the copy engine takes rows of tokens by eights."""
+    missing = -x.shape[axis] % multiple
     if missing == 0:
         return x
     return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])

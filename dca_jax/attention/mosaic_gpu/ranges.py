@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from dca_jax.attention.blocks import BLOCK, edge_blocks, full_blocks
+from dca_jax.attention.mosaic_gpu.forward_tiles import BLOCK_Q
 from dca_jax.dca import DCAConfig, Phase, key_range
 
 
@@ -98,6 +99,31 @@ def listed_and_edge_walks(
         full.append(Walk(number, start, count))
         start = start + count
     return full, [walk for pair in reversed(edges) for walk in pair]
+
+
+def walks_of_band(
+    start: Int[Array, "B T"], stop: Int[Array, "B T"], present: Bool[Array, "B T"], block_k: int
+) -> Int[Array, "B tiles 3 2"]:
+    """The first block, and how many: of those to be met in full, of edges before and behind them.
+
+    For each tile of queries, which may meet any slots [start, stop); outside of kernels.
+
+    Args:
+        present: False for queries that are not there, whose ranges are empty.
+    """
+    start, stop, present = (x.reshape(x.shape[0], -1, BLOCK_Q) for x in (start, stop, present))
+    met = start < stop
+    most = jnp.int32(2**30)
+    low, low_end = (jnp.where(met, x, most).min(axis=2) for x in (start, stop))
+    high, high_end = (jnp.where(met, x, 0).max(axis=2) for x in (start, stop))
+    begin, end = jnp.minimum(low, high_end) // block_k, -(-high_end // block_k)
+    full_begin, full_end = -(-high // block_k), low_end // block_k
+    by_all = (met | ~present).all(axis=2) & met.any(axis=2)
+    count = jnp.where(by_all, jnp.maximum(full_end - full_begin, 0), 0)
+    before = jnp.where(count > 0, full_begin, end) - begin
+    after = jnp.where(count > 0, end - full_end, 0)
+    starts = jnp.where(count > 0, full_begin, begin), begin, jnp.where(count > 0, full_end, end)
+    return jnp.stack([jnp.stack(starts, axis=2), jnp.stack([count, before, after], axis=2)], axis=3)
 
 
 def steps(walks: list[Walk]) -> Int[Array, ""]:

@@ -3,7 +3,8 @@
 `lists` reads lists of key blocks. Each other kernel (`flash_forward`, `dq`, `dkv`, `decode`) is one
 flash-attention loop over the blocks of all phases. `runs` finds the blocks to process under each
 rotation of the queries, and `steps` encodes them as one word for each step of the grid. Keys and
-values are read in place, [L, B, S, K * H], with heads along the lanes. The kernels rotate the
+values are read in place, [L, B, S, K * H], with heads along the lanes; pages too when decoding,
+while a prefill copies a layer of them out. The kernels rotate the
 queries themselves (`rotation`), once for each run. `tiles` chooses block_q and block_kv.
 """
 
@@ -13,6 +14,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.bands import Method, PositionMethod
+from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.mosaic_tpu import lists
 from dca_jax.attention.mosaic_tpu import tiles as tiling
 from dca_jax.attention.mosaic_tpu.decode import decode
@@ -28,6 +31,7 @@ from dca_jax.attention.mosaic_tpu.runs import (
     query_run_chunks,
 )
 from dca_jax.attention.mosaic_tpu.steps import num_words
+from dca_jax.attention.pages import unpaged
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.attention.stored import Scales, dequantized_layer, is_quantized
 from dca_jax.dca import PHASES, DCAConfig, Phase
@@ -38,14 +42,16 @@ def unsupported(
     device: Device,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
-    if paged:
-        return "it does not read pages"
+    if isinstance(dca, PositionMethod):
+        return f"it knows DCA and plain attention only, not {type(dca).__name__}"
+    if listed and paged:
+        return "it reads lists of key blocks, or pages, not both"
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
     if head_dim not in (64, 128, 256):
@@ -66,8 +72,10 @@ def unsupported(
     if num_head_queries <= tiling.DECODE_QUERIES:
         block = tiling.whole_lanes(tiles.decode) if is_quantized(key.dtype) else tiles.decode
         need = tiling.decode_vmem(num_head_queries, block, heads, itemsize)
-        words = max_kv_steps(num_keys, dca, PHASES, (num_queries, tiles.decode))
-        words += tiles.decode_splits
+        # Through pages, at most: with one block a page, and pages as small as they may be.
+        block_kv = BLOCK if paged else tiles.decode
+        words = max_kv_steps(num_keys, dca, PHASES, (num_queries, block_kv))
+        words += tiles.decode_splits + (num_keys // BLOCK if paged else 0)
     else:
         need = max(
             tiling.forward_vmem(tiles.forward, heads, itemsize),
@@ -119,12 +127,12 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request their natural log-sum-exp."""
-    assert pages is None  # `unsupported` has refused them
     num_head_queries = query.shape[1] * query.shape[2]
     heads = Heads(query=query.shape[2], kv=key.shape[3], head_dim=query.shape[3])
     itemsize = query.dtype.itemsize
     device = current_device()
     if blocks is not None:
+        assert pages is None  # `unsupported` has refused both
         if scales is not None:
             key, value = dequantized_layer(key, value, scales, layer, query.dtype)
             layer = jnp.int32(0)
@@ -133,15 +141,21 @@ def forward(
         return lists.attend_to_blocks(query, key, value, layer, rows, heads, blocks, **options)
     tiles = tiling.choose_tiles(device, heads, dca, itemsize)
     few = num_head_queries <= tiling.DECODE_QUERIES
+    if pages is not None and not few:
+        key, value, scales = unpaged(key, value, scales, layer, pages)
+        layer, pages = jnp.int32(0), None
     if scales is not None and not few:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer, scales = jnp.int32(0), None
     arguments = query, key, value, layer, rows, heads
     if few:
         block_kv = tiles.decode if scales is None else tiling.whole_lanes(tiles.decode)
+        if pages is not None:
+            block_kv = tiling.block_of_page(key.shape[2], block_kv)
         return decode(
             *arguments,
             scales=scales,
+            pages=pages,
             dca=dca,
             phases=phases,
             with_lse=with_lse,

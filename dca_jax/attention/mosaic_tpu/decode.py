@@ -10,6 +10,7 @@ two splits are merged by their log-sum-exp.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,13 +40,14 @@ from dca_jax.rope import rotate
 
 def decode(
     query: Array,  # [B, T, N, H]
-    key: Array,  # [L, B, S, K, H]
+    key: Array,  # [L, B, S, K, H], or a pool of pages [L, P, page, K, H]
     value: Array,
     layer: Array,
     rows: Rows,
     heads: Heads,
     *,
     scales: Scales | None,
+    pages: Array | None,  # [B, pages_per_row]
     dca: DCAConfig,
     phases: tuple[Phase, ...],
     with_lse: bool,
@@ -53,15 +55,20 @@ def decode(
     num_splits: int,
     vmem_bytes: int,
 ) -> tuple[Array, Array | None]:
-    """Output [B, T, N, H], and the natural log-sum-exp [B, N, T] on request."""
+    """Output [B, T, N, H], and the natural log-sum-exp [B, N, T] on request.
+
+    Through pages, block_kv divides a page.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
-    num_keys = key.shape[2]
+    num_keys = key.shape[2] if pages is None else key.shape[2] * pages.shape[1]
     block_q, width = num_heads * num_queries, heads.kv * head_dim
     block_kv = min(block_kv, num_keys)
     runs, max_steps = kv_runs(num_queries, num_keys, rows, dca, phases, (num_queries, block_kv))
     steps, tables = split_block(runs, max_steps, num_splits)
+    tables_of_pages = () if pages is None else (pages.reshape(-1),)
+    place = _place_of_row if pages is None else _place_in_pages(pages, key.shape[2] // block_kv)
     query_spec, key_spec, scale_spec, out_spec, lse_spec = _block_specs(
-        steps, block_q, block_kv, heads, scaled=scales is not None
+        steps, block_q, block_kv, heads, place, scaled=scales is not None
     )
     out_dtype = query.dtype if num_splits == 1 else jnp.float32
     out_shape = [jax.ShapeDtypeStruct((num_splits, batch, block_q, head_dim), out_dtype)]
@@ -71,7 +78,7 @@ def decode(
         out_specs.append(lse_spec)
     out, *lses = pl.pallas_call(
         functools.partial(
-            _kernel,
+            _kernel if pages is None else _kernel_of_pages,
             steps=steps,
             shape=(heads.kv, num_queries, num_heads // heads.kv),
             dca=dca,
@@ -79,7 +86,7 @@ def decode(
             num_keys=num_keys,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=3 + len(tables_of_pages),
             grid=(num_splits, batch, tables.num_steps),
             in_specs=[query_spec, key_spec, key_spec, scale_spec],
             out_specs=out_specs,
@@ -100,6 +107,7 @@ def decode(
         row_scalars(layer, rows, num_queries),
         tables.words,
         tables.runs,
+        *tables_of_pages,
         _rotate_queries(query, heads.kv, rows, dca, phases),
         key.reshape(*key.shape[:3], width),
         value.reshape(*value.shape[:3], width),
@@ -116,19 +124,42 @@ def decode(
     return out, jnp.swapaxes(lse.reshape(by_head[:-1]), 2, 3).reshape(batch, num_heads, -1)
 
 
+# Of a row and the number of a block of its keys: the row or page it lies in, and its number there.
+Place = Callable[..., tuple[Array, Array]]
+
+
+def _place_of_row(row: Array, block: Array) -> tuple[Array, Array]:
+    return row, block
+
+
+def _place_in_pages(pages: Array, blocks_per_page: int) -> Place:
+    pages_per_row = pages.shape[1]
+
+    def place(row: Array, block: Array, table: Any) -> tuple[Array, Array]:
+        page = lax.div(block, jnp.int32(blocks_per_page))
+        return table[row * pages_per_row + page], lax.rem(block, jnp.int32(blocks_per_page))
+
+    return place
+
+
 def _block_specs(
-    steps: Steps, block_q: int, block_kv: int, heads: Heads, *, scaled: bool
+    steps: Steps, block_q: int, block_kv: int, heads: Heads, place: Place, *, scaled: bool
 ) -> tuple[Any, ...]:
     """For queries, keys (values), scales, outputs and log-sum-exps; grid: (split, row, step)."""
     width, head_dim = heads.kv * heads.head_dim, heads.head_dim
 
-    def key_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
-        return rows[0], b, steps.read(words, b, c, i).inner, 0
+    def key_index(
+        c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any, *table: Any
+    ) -> tuple:
+        return rows[0], *place(b, steps.read(words, b, c, i).inner, *table), 0
 
-    def scale_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
-        return rows[0], b, 0, steps.read(words, b, c, i).inner
+    def scale_index(
+        c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any, *table: Any
+    ) -> tuple:
+        row, block = place(b, steps.read(words, b, c, i).inner, *table)
+        return rows[0], row, 0, block
 
-    def query_index(c: Array, b: Array, i: Array, rows: Any, words: Any, _: Any) -> tuple:
+    def query_index(c: Array, b: Array, i: Array, rows: Any, words: Any, *_: Any) -> tuple:
         return steps.read(words, b, c, i).run, b, 0, 0
 
     def out_index(c: Array, b: Array, *_: Any) -> tuple:
@@ -260,6 +291,13 @@ def _kernel(
         out_ref[...] = (out / safe_l).astype(out_ref.dtype)
         for lse_ref in lse_refs:
             lse_ref[...] = block_math.log_sum_exp(m_ref[...], safe_l, any_key)
+
+
+def _kernel_of_pages(
+    rows_ref: Any, words_ref: Any, runs_ref: Any, pages_ref: Any, *refs: Any, **options: Any
+) -> None:
+    """The same: where a block of keys lies concerns the index maps alone."""
+    _kernel(rows_ref, words_ref, runs_ref, *refs, **options)
 
 
 def _in_dtype(x: Array, dtype: jnp.dtype) -> Array:

@@ -116,6 +116,12 @@ def choose_block_kv(chunk_len: int, target: int) -> int:
     return target
 
 
+def block_of_page(page: int, target: int) -> int:
+    """The largest block_kv up to `target` that divides a page, in whole vectors of lanes."""
+    sizes = range(LANES, max(target, LANES) + 1, LANES)
+    return max(size for size in sizes if page % size == 0)
+
+
 def forward_vmem(tile: tuple[int, int], heads: Heads, itemsize: int) -> int:
     """An upper bound on the bytes of VMEM that the forward kernel needs.
 

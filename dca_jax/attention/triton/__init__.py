@@ -12,11 +12,11 @@ meet it in each phase, all query heads of the kv head in turn: no atomics, so bi
 import jax
 import jax.numpy as jnp
 
+from dca_jax.attention.bands import Method, PositionMethod
 from dca_jax.attention.triton import common
 from dca_jax.attention.triton.backward import backward
 from dca_jax.attention.triton.forward import forward
 from dca_jax.attention.triton.tiles import SHARED_KIB, choose_tiles, shared_bytes
-from dca_jax.dca import DCAConfig
 from dca_jax.device import Device, describe
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -26,14 +26,16 @@ def unsupported(
     device: Device,
     query: jax.ShapeDtypeStruct,
     key: jax.ShapeDtypeStruct,
-    dca: DCAConfig,
+    dca: Method,
     *,
     listed: bool = False,
     paged: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on these shapes and dtypes on this device; None: they can."""
-    if listed or paged:
-        return "it reads neither lists of key blocks nor pages"
+    if isinstance(dca, PositionMethod):
+        return f"it knows DCA and plain attention only, not {type(dca).__name__}"
+    if listed:
+        return "it does not read lists of key blocks"
     head_dim = query.shape[-1]
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim must be 16, 32, 64, 128 or 256, got {head_dim}"

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.softmax import FAR, LOG2E, MASKED
 from dca_jax.attention.triton.common import (
+    Slots,
     by_kv_head,
     dot,
     exp2,
@@ -129,7 +130,7 @@ def _dq_kernel(
     """Grid: (query heads, tiles, batch)."""
     _, num_queries, _, group, head_dim = query_ref.shape
     batch, num_keys = pl.program_id(2), key_ref.shape[1]
-    cache_row = layer_ref[0] * offset_ref.shape[0] + batch
+    slots = Slots.of_row(layer_ref[0], batch, offset_ref.shape[0])
     kv_head = lax.div(pl.program_id(0), jnp.int32(group))
     head = lax.rem(pl.program_id(0), jnp.int32(group))
     first = (pl.num_programs(1) - 1 - pl.program_id(1)) * block_q
@@ -166,8 +167,8 @@ def _dq_kernel(
             stop: Array = stop,
             limit: Array = ranges[3],
         ) -> Array:
-            key = load_keys(key_ref, cache_row, at, block_k, kv_head, edge, limit)
-            value = load_keys(value_ref, cache_row, at, block_k, kv_head, edge, limit)
+            key = load_keys(key_ref, slots, at, block_k, kv_head, edge, limit)
+            value = load_keys(value_ref, slots, at, block_k, kv_head, edge, limit)
             logits = dot(query, key, 1, 1) - lse[:, None]
             if edge:
                 j = (at + jnp.arange(block_k, dtype=jnp.int32))[None, :]
@@ -216,11 +217,11 @@ def _dkv_kernel(
     *query_refs, dk_ref, dv_ref = refs
     _, num_queries, _, group, head_dim = do_ref.shape
     kv_head, batch, num_keys = pl.program_id(0), pl.program_id(2), key_ref.shape[1]
-    cache_row = layer_ref[0] * offset_ref.shape[0] + batch
+    slots = Slots.of_row(layer_ref[0], batch, offset_ref.shape[0])
     first = pl.program_id(1) * block_k
     j = first + jnp.arange(block_k, dtype=jnp.int32)
-    key = load_keys(key_ref, cache_row, first, block_k, kv_head, True, num_keys)
-    value = load_keys(value_ref, cache_row, first, block_k, kv_head, True, num_keys)
+    key = load_keys(key_ref, slots, first, block_k, kv_head, True, num_keys)
+    value = load_keys(value_ref, slots, first, block_k, kv_head, True, num_keys)
     offset, key_offset = offset_ref[batch], key_offset_ref[batch]
     limit = jnp.clip(lengths_ref[batch] - offset, 0, num_queries)
     last = jnp.minimum(first + block_k, num_keys) - 1

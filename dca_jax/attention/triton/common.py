@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ def row_arrays(layer: Int[Array, ""], rows: Rows) -> tuple[Array, ...]:
 
 
 def by_kv_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """query [B, T, K, N/K, H], key and value [L*B, S, K, H]: free reshapes."""
+    """query [B, T, K, N/K, H], key and value [L*R, S, K, H]: free reshapes."""
     batch, num_queries, heads, head_dim = query.shape
-    num_layers, _, num_keys, kv_heads, _ = key.shape
+    num_layers, num_rows, num_keys, kv_heads, _ = key.shape
     query = query.reshape(batch, num_queries, kv_heads, heads // kv_heads, head_dim)
-    stacked = (num_layers * batch, num_keys, kv_heads, head_dim)
+    stacked = (num_layers * num_rows, num_keys, kv_heads, head_dim)
     return query, key.reshape(stacked), value.reshape(stacked)
 
 
@@ -214,11 +214,50 @@ def per_head(index: Array, pack: int) -> Array:
 # --- what Triton is told -----------------------------------------------------------------------
 
 
+class Slots(NamedTuple):
+    """Where the keys and values that a program reads lie.
+
+    Attributes:
+        row: row of the cache; with pages, the layer's first page in the pool.
+        pages: page tables of the batch [B, pages_per_row], or None.
+        batch: row of the page tables.
+        page: tokens of a page.
+    """
+
+    row: Array
+    pages: Any = None
+    batch: Array | int = 0
+    page: int = 0
+
+    @classmethod
+    def of_row(
+        cls, layer: Array, batch: Array, rows_of_layer: int, pages: Any = None, page: int = 0
+    ) -> "Slots":
+        """A row's keys, in a cache or pool of so many rows or pages a layer."""
+        if pages is None:
+            return cls(layer * rows_of_layer + batch)
+        return cls(layer * rows_of_layer, pages, batch, page)
+
+    def of(self, at: Array, block: int, limit: Array | int | None) -> tuple[Any, Any]:
+        """Row and slot of `block` keys from index `at` on; with a limit, some may lie beyond it."""
+        if self.pages is None:
+            return self.row, pl.ds(at, block)
+        j = at + jnp.arange(block, dtype=jnp.int32)
+        mask = {} if limit is None else {"mask": j < limit, "other": 0}
+        number = plgpu.load(self.pages.at[self.batch, lax.div(j, jnp.int32(self.page))], **mask)
+        return self.row + number, lax.rem(j, jnp.int32(self.page))
+
+
 def load_keys(
-    ref: Any, cache_row: Array, at: Array, block: int, kv_head: Array, edge: bool, limit: Any
+    ref: Any, slots: Slots, at: Array, block: int, kv_head: Array, edge: bool, limit: Array | int
 ) -> Array:
     """`block` keys or values of a head from index `at`; at an edge, zeros from `limit` on."""
-    keys = ref.at[cache_row, pl.ds(at, block), kv_head, :]
+    rows, where = slots.of(at, block, limit if edge else None)
+    if slots.pages is None:
+        keys = ref.at[rows, where, kv_head, :]
+    else:  # each key by its number, and so all indices are numbers
+        column = jnp.arange(ref.shape[-1], dtype=jnp.int32)
+        keys = ref.at[rows[:, None], where[:, None], kv_head, column[None, :]]
     if not edge:
         return plgpu.load(keys)
     j = at + jnp.arange(block, dtype=jnp.int32)
@@ -226,15 +265,15 @@ def load_keys(
 
 
 def scaled(
-    x: Array, ref: Any, cache_row: Array, at: Array, kv_head: Array, edge: bool, limit: Any
+    x: Array, ref: Any, slots: Slots, at: Array, kv_head: Array, edge: bool, limit: Array | int
 ) -> Array:
     """x [rows, block] times the scales of the same keys or values; x where there are none."""
     if ref is None:
         return x
+    rows, where = slots.of(at, x.shape[1], limit if edge else None)
     j = at + jnp.arange(x.shape[1], dtype=jnp.int32)
-    scales = ref.at[cache_row, kv_head, pl.ds(at, x.shape[1])]
     mask = {"mask": j < limit, "other": 0.0} if edge else {}
-    return x * plgpu.load(scales, **mask)[None, :]
+    return x * plgpu.load(ref.at[rows, kv_head, where], **mask)[None, :]
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

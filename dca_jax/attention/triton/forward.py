@@ -11,9 +11,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
+from dca_jax.attention.pages import unpaged
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.attention.triton.common import (
+    Slots,
     by_kv_head,
     dot,
     exp2,
@@ -52,14 +54,18 @@ def forward(
     pages: Int[Array, "B pages_per_row"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     """Output over the keys of `phases`, and on request its natural log-sum-exp; as `op.Backend`."""
-    assert blocks is None  # `unsupported` has refused them, and pages
-    assert pages is None
+    assert blocks is None  # `unsupported` has refused them
     batch, num_queries, heads, head_dim = query.shape
-    num_keys, kv_heads = key.shape[2:4]
+    kv_heads = key.shape[3]
+    num_keys = key.shape[2] if pages is None else key.shape[2] * pages.shape[1]
     group = heads // kv_heads
     tiles = choose_tiles(current_device(), head_dim)
     packed = is_packed(num_queries, group)
     if scales is not None and not (packed and key.dtype == jnp.int8):
+        if pages is not None:
+            key, value, laid_out = unpaged(key, value, scales, layer, pages)
+            assert laid_out is not None  # as there are scales
+            scales, layer, pages = laid_out, jnp.int32(0), None
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer, scales = jnp.int32(0), None
     if packed:
@@ -75,6 +81,8 @@ def forward(
         _forward_kernel,
         dca=dca,
         phases=phases,
+        rows_of_layer=key.shape[1],
+        num_keys=num_keys,
         block_q=block_q,
         block_k=tile.block_k,
         pack=pack,
@@ -94,6 +102,7 @@ def forward(
         *rotation_tables(num_queries, rows, dca),
         *by_kv_head(query, key, value),
         (None, None) if scales is None else tuple(x.reshape(-1, *x.shape[2:]) for x in scales),
+        pages,
     )
     if splits > 1:
         lses = lse[0].reshape(splits, batch, heads, num_queries)
@@ -113,14 +122,17 @@ def _forward_kernel(
     cos_ref: Any,  # [B, T + 2, H/2]
     sin_ref: Any,
     query_ref: Any,  # [B, T, K, G, H]
-    key_ref: Any,  # [L*B, S, K, H]
+    key_ref: Any,  # [L*B, S, K, H], or pages [L*P, page, K, H]
     value_ref: Any,
     scale_refs: tuple[Any, Any],  # of keys and values [L*B, K, S], or None and None
+    pages_ref: Any,  # [B, pages_per_row], or None
     out_ref: Any,  # [splits, B, T, K, G, H]
     lse_ref: Any = None,  # [splits, B, K, G, T]
     *,
     dca: DCAConfig,
     phases: tuple[Phase, ...],
+    rows_of_layer: int,
+    num_keys: int,
     block_q: int,
     block_k: int,
     pack: int,
@@ -133,8 +145,8 @@ def _forward_kernel(
     (one head, one split) the rotated queries pass through the tile's own place in `out_ref`.
     """
     _, num_queries, _, group, head_dim = query_ref.shape
-    batch, num_keys = pl.program_id(2), key_ref.shape[1]
-    cache_row = layer_ref[0] * offset_ref.shape[0] + batch
+    batch, page = pl.program_id(2), key_ref.shape[1]
+    slots = Slots.of_row(layer_ref[0], batch, rows_of_layer, pages_ref, page)
     if pack > 1 or group == 1:
         kv_head, first_head = pl.program_id(0), jnp.int32(0)
     else:
@@ -190,9 +202,9 @@ def _forward_kernel(
             limit: Array = ranges[3],
         ) -> tuple:
             m_i, l_i, acc = state
-            key = load_keys(key_ref, cache_row, at, block_k, kv_head, edge, limit)
+            key = load_keys(key_ref, slots, at, block_k, kv_head, edge, limit)
             logits = dot(query, key.astype(query.dtype), 1, 1)
-            logits = scaled(logits, key_scale, cache_row, at, kv_head, edge, limit)
+            logits = scaled(logits, key_scale, slots, at, kv_head, edge, limit)
             if edge:
                 j = (at + jnp.arange(block_k, dtype=jnp.int32))[None, :]
                 met = (start[:, None] <= j) & (j < stop[:, None])
@@ -201,8 +213,8 @@ def _forward_kernel(
             p = exp2(logits - m_next[:, None])
             decay = exp2(m_i - m_next)
             l_i = l_i * decay + jnp.sum(p, axis=1)
-            value = load_keys(value_ref, cache_row, at, block_k, kv_head, edge, limit)
-            p = scaled(p, value_scale, cache_row, at, kv_head, edge, limit)
+            value = load_keys(value_ref, slots, at, block_k, kv_head, edge, limit)
+            p = scaled(p, value_scale, slots, at, kv_head, edge, limit)
             update = dot(p.astype(query.dtype), value.astype(query.dtype), 1, 0)
             return m_next, l_i, acc * decay[:, None] + update
 

@@ -1,0 +1,144 @@
+"""The queries of a warpgroup that computes, and their rotations in shared memory."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dca_jax.attention.mosaic_gpu.forward_cta import CTA
+from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q
+from dca_jax.attention.mosaic_gpu.ranges import Keys, ranges_of_queries
+from dca_jax.dca import DCAConfig, Phase
+
+PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
+
+
+class Queries(NamedTuple):
+    """A computing warpgroup's share of a CTA's tile."""
+
+    cta: CTA
+    warpgroup: Array
+    first: Array  # the first of them, counted from the row's first query
+
+    @property
+    def slots(self) -> Any:
+        """Where they lie among the row's queries."""
+        return pl.ds(self.first, WARPGROUP_Q)
+
+    def index(self) -> Int[Array, " queries"]:
+        """Their text indices: made anew where they are needed, for they would hold registers."""
+        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WARPGROUP_Q,), 0)
+        return self.cta.gmem.place[self.cta.batch, 2] + self.first + iota(layout=PER_QUERY)
+
+    def in_phase(self, phase: int | Array) -> list[Any]:
+        """In shared memory, as a phase sees them; or in all the rotations of a band."""
+        q, problem = self.cta.smem.q, self.cta.problem
+        if problem.dca is None:
+            return [q.at[self.warpgroup, number] for number in range(problem.rotations)]
+        return [q.at[self.warpgroup, phase if problem.tiles.resident else 0]]
+
+    def ranges(self, phase: Array) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
+        """[start, stop) of the slots that each of them meets in a phase or a band."""
+        problem, gmem, batch = self.cta.problem, self.cta.gmem, self.cta.batch
+        if gmem.band is not None:
+            return self.load(gmem.band.start), self.load(gmem.band.stop)
+        assert problem.dca is not None
+        keys = Keys(gmem.place[batch, 4], problem.num_keys)
+        length = gmem.place[batch, 3]
+        return ranges_of_queries(self.index(), length, phase, problem.phases, problem.dca, keys)
+
+    def load(self, numbers: Any) -> Int[Array, " queries"]:
+        """A number of each of them, from [B, T] of global memory."""
+        of_queries = numbers.at[self.cta.batch, self.slots]
+        return plgpu.load(of_queries, layout=PER_QUERY, optimized=False)
+
+
+def fetch(queries: Queries, phase: int | Array) -> None:
+    """Where only one rotation of the queries fits: brings this phase's."""
+    cta, at = queries.cta, queries.warpgroup
+    rotated = cta.gmem.query.at[phase, cta.batch, queries.slots, cta.head]
+    plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
+    plgpu.barrier_wait(cta.smem.q_loaded.at[at])
+
+
+def place_band(queries: Queries) -> None:
+    """Brings all rotations of a band's queries."""
+    cta, at = queries.cta, queries.warpgroup
+    for number, source in enumerate(cta.gmem.query):
+        rotated = source.at[cta.batch, queries.slots, cta.head]
+        plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, number], cta.smem.q_loaded.at[at])
+        plgpu.barrier_wait(cta.smem.q_loaded.at[at])
+
+
+def place_rotations(queries: Queries) -> None:
+    """Brings the queries, and leaves them in shared memory as each phase sees them."""
+    cta, at = queries.cta, queries.warpgroup
+    problem, smem = cta.problem, cta.smem
+    assert problem.dca is not None
+    raw = smem.q.at[at, len(problem.phases) - 1]
+    source = cta.gmem.query.at[cta.batch, queries.slots, cta.head]
+    plgpu.copy_gmem_to_smem(source, raw, smem.q_loaded.at[at])
+    *intra, fixed = cta.gmem.tables
+    intra = [table.at[cta.batch, queries.slots] for table in intra]
+    tables = _load_tables(problem.phases, intra, fixed.at[cta.batch])
+    plgpu.barrier_wait(smem.q_loaded.at[at])
+    q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
+    rotated = _rotations(q, problem.phases, tables, queries.index, problem.dca)
+    plgpu.commit_smem()  # every thread has read the raw query
+    for number, q in enumerate(rotated):
+        smem.q[at, number] = q.astype(smem.q.dtype)
+    plgpu.commit_smem()
+
+
+def _load_tables(
+    phases: tuple[Phase, ...], intra: list[Any], fixed: Any
+) -> tuple[list[Array], list[Array]]:
+    """(cos and sin of intra positions, the constant rotations) that `phases` need, in registers."""
+
+    def constant(number: int) -> Array:
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        return plgpu.load(fixed.at[number], layout=layout, optimized=False)
+
+    per_query, constants = [], []
+    if "intra" in phases or "succ" in phases:
+        per_query = [plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in intra]
+    if "inter" in phases or "succ" in phases:
+        constants = [constant(number) for number in range(4 if "succ" in phases else 2)]
+    return per_query, constants
+
+
+def _rotations(
+    q: Float[Array, "queries H"],
+    phases: tuple[Phase, ...],
+    tables: tuple[list[Array], list[Array]],
+    indices: Callable[[], Int[Array, " queries"]],
+    dca: DCAConfig,
+) -> list[Float[Array, "queries H"]]:
+    """The query as each phase sees it, float32, scaled: logits come out in log2 units."""
+    half = q.shape[1] // 2
+    q = q.astype(jnp.float32)
+    halves = q[:, :half], q[:, half:]
+    per_query, constants = tables
+    constants = [lax.broadcast_in_dim(x, (WARPGROUP_Q, half), [1]) for x in constants]
+
+    def rotate(halves: tuple[Array, Array], cos: Array, sin: Array) -> tuple[Array, Array]:
+        first, second = halves
+        return first * cos - second * sin, second * cos + first * sin
+
+    seen = {}
+    if "inter" in phases or "succ" in phases:
+        seen["inter"] = rotate(halves, *constants[:2])
+    if "intra" in phases or "succ" in phases:
+        seen["intra"] = rotate(halves, *per_query)
+    if "succ" in phases:
+        s, furthest = dca.chunk_len, dca.inter_position
+        near = rotate(seen["intra"], *constants[2:])
+        is_far = lax.rem(indices(), jnp.int32(s)) + s >= furthest
+        is_far = lax.broadcast_in_dim(is_far.astype(jnp.float32), (WARPGROUP_Q, half), [0])
+        seen["succ"] = tuple(a + (b - a) * is_far for a, b in zip(near, seen["inter"], strict=True))
+    return [jnp.concatenate(seen[phase], axis=1) for phase in phases]
