@@ -398,10 +398,8 @@ class Llama(nnx.Module):
             return packed_product(subscripts, hidden, stored).astype(jnp.float32)
         if kernel is None and not isinstance(stored, Packed):
             # As it lies: a CPU takes 8 times as long by a table that is to be transposed.
-            kernel = Shards.of(stored).gathered(stored)
-        else:
-            kernel, letters = self.unembedding() if kernel is None else kernel, "DV"
-        return self._logits(hidden, kernel, letters)
+            return self._logits(hidden, Shards.of(stored).gathered(stored), letters)
+        return self._logits(hidden, self.unembedding() if kernel is None else kernel, "DV")
 
     def _logits(
         self, hidden: Float[Array, "*batch D"], kernel: Float[Array, "_ _"], letters: str
