@@ -93,7 +93,7 @@ class Case(NamedTuple):
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/attention.json"
     ),
     lengths: Annotated[
@@ -102,15 +102,15 @@ def measure(
     heads: Annotated[
         str, typer.Option(help="Query and kv heads: 32/8 is grouped-query attention.")
     ] = "32/8,32/32",
-    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="Elements per head.")] = 128,
     passes: Annotated[
-        str, typer.Option(help="Among: forward, backward (forward and backward together).")
+        str, typer.Option(help="forward, backward (both passes), or both separated by a comma.")
     ] = "forward,backward",
     variants: Annotated[
-        str, typer.Option(help="Only variants whose name holds one of these, and the peer.")
+        str, typer.Option(help="Only variants whose name contains one of these, and the peer.")
     ] = "",
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many.")
+        float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
     """Times every variant at every length; what cannot run is a row that says why.
@@ -317,11 +317,11 @@ def mosaic_example(query: Array, key: Array, value: Array, cos: Array, sin: Arra
 @app.command()
 @exit_on_input_error()
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
-    out: Annotated[Path, typer.Option(help="The picture: .svg, .png or .pdf.")] = Path(
+    files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
+    out: Annotated[Path, typer.Option(help="The plot to write: .svg, .png or .pdf.")] = Path(
         "docs/images/attention.svg"
     ),
-    head_dim: Annotated[int, typer.Option(help="Whose rows to draw.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="head_dim of the rows to plot.")] = 128,
 ) -> None:
     """Draws the speed over cuDNN by length, from one or more files; prints their rows as a table.
 

@@ -24,7 +24,7 @@ LENGTHS = (1, 8192, 16384, 32768)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/attention_memory.json"
     ),
     length: Annotated[int, typer.Option(hidden=True)] = 0,

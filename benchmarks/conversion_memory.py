@@ -144,7 +144,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/conversion_memory.json"
     ),
     task: Annotated[str | None, typer.Option(hidden=True)] = None,

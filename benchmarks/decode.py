@@ -93,17 +93,17 @@ class Chain(NamedTuple):
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/decode.json"
     ),
     lengths: Annotated[
-        str, typer.Option(help="Keys of a row, separated by commas; 4k is 4096.")
+        str, typer.Option(help="Keys per row, separated by commas; 4k is 4096.")
     ] = "4k,8k,16k,32k,64k,128k,256k",
     batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,8",
     heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "32/8",
-    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="Elements per head.")] = 128,
     variants: Annotated[
-        str, typer.Option(help="Only variants whose name holds one of these.")
+        str, typer.Option(help="Only variants whose name contains one of these.")
     ] = "",
     tiles: Annotated[
         str,
@@ -113,7 +113,7 @@ def measure(
         ),
     ] = "",
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many.")
+        float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
     """Times a call of decode attention: microseconds, GB/s, and share of the copy bandwidth.
@@ -144,7 +144,7 @@ def measure(
 @app.command("show")
 @exit_on_input_error()
 def show_files(
-    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
     """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
     facts, rows = merged(files, KEY)

@@ -70,18 +70,20 @@ app = typer.Typer(
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="The folder of the results.")] = Path(
-        "outputs/evaluation"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/evaluation"),
     model: ModelOption = MODEL,
     methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(EVERY),
     lengths: LengthsOption = "512,1k,2k,4k,8k",
     windows: WindowsOption = 16,
     trials: TrialsOption = 16,
     grid: GridOption = 16,
-    workers: Annotated[int, typer.Option(min=1, help="Methods read at the same time.")] = 8,
-    long_model: Annotated[str, typer.Option(help="The shape read at last.")] = "llama-3-8b",
-    long_length: Annotated[str, typer.Option(help="Its tokens.")] = "128k",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of methods evaluated at the same time.")
+    ] = 8,
+    long_model: Annotated[
+        str, typer.Option(help="Shape of the model for the long text.")
+    ] = "llama-3-8b",
+    long_length: Annotated[str, typer.Option(help="Tokens of the long text.")] = "128k",
 ) -> None:
     """Reads with every method, and puts the results together."""
     parts = out.with_name(out.name + ".parts")

@@ -57,22 +57,24 @@ def main() -> None:
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/experts.json"
     ),
     preset: Annotated[
-        str, typer.Option(help="A mixture of `generate.py`'s models.")
+        str, typer.Option(help="A mixture of experts among the models of `generate.py`.")
     ] = "qwen3-30b-a3b",
     tokens: Annotated[str, typer.Option(help="Tokens of the products, such as 8k.")] = "8k",
     lengths: Annotated[
-        str, typer.Option(help="Prompts of the whole model; none leaves it out.")
+        str, typer.Option(help="Prompt lengths for the whole model; none skips it.")
     ] = "32k",
-    minutes: Annotated[float, typer.Option(help="Of the whole model, at most.")] = 8.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time limit in minutes for the whole model.")
+    ] = 8.0,
 ) -> None:
     """Times the products of a layer, then prefill and decoding of the model."""
     config = generate.PRESETS.get(preset)
     if config is None or config.mixture is None:
-        raise InputError(f"{preset!r} is no mixture of experts of generate.py")
+        raise InputError(f"{preset!r} is not a mixture of experts in generate.py")
     count = parse_tokens(tokens)
     facts = {"benchmark": "experts", "model": preset, "tokens": count}
     report = Report(out, machine() | facts)

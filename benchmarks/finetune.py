@@ -186,20 +186,28 @@ def measure(
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("outputs/finetune.json"),
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-2-7b",
     mesh: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 16_384,
-    batch: Annotated[int, typer.Option(help="Rows at once, on all devices.")] = 1,
-    accumulate: Annotated[int, typer.Option(help="Batches of an update.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 16_384,
+    batch: Annotated[int, typer.Option(help="Rows per batch, over all devices.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Batches per update.")] = 1,
     remat: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    lora_rank: Annotated[list[int] | None, typer.Option(help="0: all weights.")] = None,
+    lora_rank: Annotated[
+        list[int] | None, typer.Option(help="LoRA rank; 0 trains all weights. May be repeated.")
+    ] = None,
     base: Annotated[list[str] | None, typer.Option(help="dtype, int8, int4; with LoRA.")] = None,
     state: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16: all weights and moments.")
+        list[str] | None,
+        typer.Option(help="Dtype of weights and moments when training all: float32, bfloat16."),
     ] = None,
     texts: Annotated[
-        list[int] | None, typer.Option(help="Of a row, each read alone; default: one.")
+        list[int] | None,
+        typer.Option(help="Texts per row, each attending only to itself (default: one)."),
     ] = None,
-    updates: Annotated[int, typer.Option(help="Timed, after two to warm up.")] = 4,
-    minutes: Annotated[float, typer.Option(help="Begin no variant after so many.")] = 60.0,
+    updates: Annotated[
+        int, typer.Option(help="Number of timed updates, after two for warm-up.")
+    ] = 4,
+    minutes: Annotated[
+        float, typer.Option(help="Start no further variant after this many minutes.")
+    ] = 60.0,
 ) -> None:
     """Time updates in every combination of what may be repeated."""
     report = Report(out, machine() | {"preset": preset, "length": length}, minutes=minutes)

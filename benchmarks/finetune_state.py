@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of activations")
     given = parser.parse_args()
     results = {
         f"{state}, seed {seed}": curves(given, state, seed)

@@ -136,7 +136,7 @@ app = typer.Typer(
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/generate.json"
     ),
     presets: Annotated[
@@ -146,21 +146,25 @@ def measure(
         str, typer.Option(help="Tokens of the prompt, separated by commas; 4k is 4096.")
     ] = "16k,32k,128k",
     engines: Annotated[
-        str, typer.Option(help="Of: dca, plain (ours, with plain attention), transformers.")
+        str, typer.Option(help="Among dca, plain (dca_jax with plain attention) and transformers.")
     ] = "dca,transformers",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 33,
     implementation: Annotated[
-        str | None, typer.Option(help="Our attention's; by default the best for the device.")
+        str | None,
+        typer.Option(help="Attention implementation of dca_jax (default: the best on the device)."),
     ] = None,
     mesh: Annotated[
-        str | None, typer.Option(help="Of ours, such as context=2,tensor=2; default: one device.")
+        str | None,
+        typer.Option(help="Mesh of dca_jax, such as context=2,tensor=2 (default: one device)."),
     ] = None,
     weights: Annotated[
         str,
-        typer.Option(help=f"Ours, separated by commas, of: bfloat16, {', '.join(FORMS)}."),
+        typer.Option(
+            help=f"Weights of dca_jax, separated by commas, among bfloat16, {', '.join(FORMS)}."
+        ),
     ] = "bfloat16",
     minutes: Annotated[
-        float, typer.Option(help="Start no further length after so many.")
+        float, typer.Option(help="Start no further length after this many minutes.")
     ] = math.inf,
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -205,7 +209,7 @@ def measure(
 @app.command("show")
 @exit_on_input_error()
 def show_files(
-    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
     """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
     facts, rows = merged(files, KEY)

@@ -66,22 +66,28 @@ app = typer.Typer(
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/key_blocks.json"
     ),
     implementation: Annotated[str, typer.Option(help="The backend.")] = "mosaic_gpu",
-    what: Annotated[str, typer.Option(help="Of check, lists and decode.")] = "check,lists,decode",
-    head_dims: Annotated[str, typer.Option(help="Of the checks.")] = "64,128,256",
+    what: Annotated[
+        str, typer.Option(help="Among check, lists and decode.")
+    ] = "check,lists,decode",
+    head_dims: Annotated[
+        str, typer.Option(help="Values of head_dim for the checks.")
+    ] = "64,128,256",
     lengths: Annotated[str, typer.Option(help="Keys of the texts.")] = "128k,1024k",
-    queries: Annotated[int, typer.Option(help="The last of a text, read over lists.")] = 4096,
+    queries: Annotated[
+        int, typer.Option(help="Number of queries at the end of a text, read with lists.")
+    ] = 4096,
     shares: Annotated[str, typer.Option(help="Percent of the blocks in a list.")] = "100,10,5,2",
     heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "28/4",
-    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
-    decoded: Annotated[str, typer.Option(help="Keys of a row that is decoded.")] = "128k",
+    head_dim: Annotated[int, typer.Option(help="Elements per head.")] = 128,
+    decoded: Annotated[str, typer.Option(help="Keys per row in decoding.")] = "128k",
     batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1,8",
-    pages: Annotated[str, typer.Option(help="Tokens of a page.")] = "128,256,1k",
+    pages: Annotated[str, typer.Option(help="Tokens per page.")] = "128,256,1k",
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many.")
+        float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
     """Checks, then times; each case by itself, so that a failure does not lose the others."""
@@ -106,7 +112,7 @@ def measure(
 @app.command("show")
 @exit_on_input_error()
 def show_files(
-    files: Annotated[list[Path], typer.Argument(help="JSON files of `measure`.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
     """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
     facts, rows = merged(files, KEY)

@@ -56,15 +56,13 @@ def main() -> None:
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/million.json"
     ),
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "qwen2.5-7b",
-    tokens: Annotated[str, typer.Option(help="Of the text.")] = "1M",
-    whole: Annotated[str, typer.Option(help="Tokens from its beginning that are read whole.")] = (
-        "128k"
-    ),
-    device: Annotated[str, typer.Option(help="Whose plan to print beside.")] = "h200",
+    tokens: Annotated[str, typer.Option(help="Tokens of the text.")] = "1M",
+    whole: Annotated[str, typer.Option(help="Tokens from its beginning to read whole.")] = ("128k"),
+    device: Annotated[str, typer.Option(help="Device whose plan to print next to it.")] = "h200",
 ) -> None:
     """Times pieces along the text, then its beginning as a whole."""
     config = {**SHAPES, **generate.PRESETS}.get(preset)

@@ -71,15 +71,17 @@ def main() -> None:
 @app.command()
 @exit_on_input_error()
 def matrices(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/packed-matrices.json"
     ),
-    minutes: Annotated[float, typer.Option(help="Start nothing more after so many.")] = math.inf,
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing further after this many minutes.")
+    ] = math.inf,
     only: Annotated[str, typer.Option(help="Matrices, separated by commas.")] = ",".join(MATRICES),
     forms: Annotated[
-        str, typer.Option(help="Separated by commas.")
+        str, typer.Option(help="Values separated by commas.")
     ] = "bfloat16,int8,int4:128,int4,int4:32,fp8",
-    rows: Annotated[str, typer.Option(help="Of x, separated by commas.")] = "1,4,16",
+    rows: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = "1,4,16",
     tiny: Annotated[bool, typer.Option(help="One small matrix, in the interpreter.")] = False,
 ) -> None:
     """Times each form of each matrix in each way."""

@@ -34,14 +34,14 @@ COLUMNS += ("peak GB",)
 
 @exit_on_input_error()
 def main(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/perplexity.json"
     ),
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3-8b",
     lengths: Annotated[
-        str, typer.Option(help="Tokens of the window, separated by commas; 4k is 4096.")
+        str, typer.Option(help="Tokens per window, separated by commas; 4k is 4096.")
     ] = "128k",
-    plain: Annotated[bool, typer.Option("--plain", help="Plain attention too.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Also measure plain attention.")] = False,
 ) -> None:
     """Reads a window of each length, after one that compiles, and times its attention alone."""
     report = Report(out, machine() | {"benchmark": "perplexity"})

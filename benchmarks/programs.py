@@ -33,11 +33,11 @@ COLUMNS = ("requests", "compiled", "alive", "resident MB", "slots", "seconds")
 
 def main(
     model: Annotated[str, typer.Option(help="A model's folder.")] = "models/demo-python-7m",
-    requests: Annotated[int, typer.Option(help="How many requests.")] = 500,
+    requests: Annotated[int, typer.Option(help="Number of requests.")] = 500,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 2000,
-    largest: Annotated[int, typer.Option(help="Prompts of the largest batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    largest: Annotated[int, typer.Option(help="Prompts in the largest batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of the requests.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/programs.json"
     ),
 ) -> None:

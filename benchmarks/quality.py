@@ -40,17 +40,19 @@ ANSWER_TOKENS = 12
 
 @exit_on_input_error()
 def main(
-    model: Annotated[str, typer.Argument(help="A folder or file, as dca-jax takes it.")],
+    model: Annotated[str, typer.Argument(help="A model's folder or file, as in dca-jax.")],
     text: Annotated[Path, typer.Option(help="A text file (UTF-8) or a PDF.")],
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/quality.json"
     ),
-    lengths: Annotated[str, typer.Option(help="Tokens of a window; 4k is 4096.")] = "512,2k",
+    lengths: Annotated[str, typer.Option(help="Tokens per window; 4k is 4096.")] = "512,2k",
     windows: Annotated[int, typer.Option(min=1, help="Windows of each length.")] = 8,
-    passkeys: Annotated[str, typer.Option(help="Tokens of passkey prompts; none if empty.")] = "",
+    passkeys: Annotated[str, typer.Option(help="Tokens of passkey prompts; empty for none.")] = "",
     trials: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts read at once.")] = 10,
-    variants: Annotated[str, typer.Option(help="Separated by commas, `exact` first.")] = VARIANTS,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts processed at once.")] = 10,
+    variants: Annotated[
+        str, typer.Option(help="Variants separated by commas, `exact` first.")
+    ] = VARIANTS,
     at_once: Annotated[int, typer.Option(min=1, help="Variants that share the device.")] = 1,
     child: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:

@@ -63,7 +63,7 @@ SHARING = {
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
 }
-MODEL = Annotated[str, typer.Argument(help="A folder or GGUF file, as dca-jax takes it.")]
+MODEL = Annotated[str, typer.Argument(help="A model's folder or GGUF file, as in dca-jax.")]
 TEXT = Annotated[Path, typer.Option(help="A book (UTF-8), for perplexity.")]
 
 app = typer.Typer(
@@ -76,26 +76,28 @@ app = typer.Typer(
 def measure(
     model: MODEL,
     text: TEXT,
-    haystack: Annotated[Path, typer.Option(help="Another, to hide needles in.")],
+    haystack: Annotated[Path, typer.Option(help="Another book, to hide needles in.")],
     l_eval: Annotated[
         Path | None, typer.Option(help="A folder with L-Eval's tpo.jsonl, scientific_qa.jsonl ...")
     ] = None,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = OUT,
-    minutes: Annotated[float, typer.Option(help="After which it stops.")] = math.inf,
+    minutes: Annotated[float, typer.Option(help="Stop after this many minutes.")] = math.inf,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes on the device (default: by cores).")
     ] = None,
-    parts: Annotated[str, typer.Option(help="Of " + ", ".join(PARTS))] = ",".join(PARTS),
-    methods: Annotated[str, typer.Option(help="In place of the plan's, separated by spaces.")] = "",
+    parts: Annotated[str, typer.Option(help="Among " + ", ".join(PARTS))] = ",".join(PARTS),
+    methods: Annotated[
+        str, typer.Option(help="Methods instead of the plan's, separated by spaces.")
+    ] = "",
     windows: Annotated[
         str, typer.Option(help="Tokens of windows.")
     ] = "512,1k,2k,4k,8k,16k,32k,64k,128k",
     lengths: Annotated[str, typer.Option(help="Tokens of prompts.")] = "4k,8k,16k,32k,64k",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each cell.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts per cell.")] = 100,
     texts: Annotated[int, typer.Option(min=1, help="Windows of each length.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="Of weights and activations.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and activations.")] = None,
     only_plan: Annotated[
-        bool, typer.Option("--plan", help="Say what is to be read, and read nothing.")
+        bool, typer.Option("--plan", help="Print the plan without running it.")
     ] = False,
 ) -> None:
     """Reads what the study lacks, as far as the minutes go, and reports."""

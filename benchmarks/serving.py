@@ -59,21 +59,25 @@ AnswerOption = Annotated[int, typer.Option(help="Tokens of its answer.")]
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/serving.json"
     ),
     preset: PresetOption = "llama-3-8b",
-    rows: Annotated[int, typer.Option(help="Texts at once.")] = 32,
+    rows: Annotated[int, typer.Option(help="Number of texts at once.")] = 32,
     clients: ClientsOption = "32,8,1",
     prompt: PromptOption = "4k",
     answer: AnswerOption = 256,
     book: Annotated[str, typer.Option(help="Tokens of the long text.")] = "100k",
-    questions: Annotated[int, typer.Option(help="About the long text, all at once.")] = 100,
+    questions: Annotated[
+        int, typer.Option(help="Number of questions about the long text, all at once.")
+    ] = 100,
     cache_dtype: Annotated[str, typer.Option(help="bfloat16, int8 or fp8.")] = "bfloat16",
     cache: Annotated[
-        str | None, typer.Option(help="Tokens of the cache; default: what fits.")
+        str | None, typer.Option(help="Tokens of the cache (default: as many as fit).")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Begin nothing after so many.")] = math.inf,
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing further after this many minutes.")
+    ] = math.inf,
 ) -> None:
     """Times steps, pieces, first tokens, pauses and clients, each as far as it runs."""
     long, short = parse_tokens(book), parse_tokens(prompt)
@@ -361,14 +365,16 @@ def several(engine: Engine, clients: int, length: int, new: int) -> dict[str, An
 @app.command()
 @exit_on_input_error()
 def peer(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/serving-peer.json"
     ),
     preset: PresetOption = "llama-3-8b",
     clients: ClientsOption = "32,8,1",
     prompt: PromptOption = "4k",
     answer: AnswerOption = 256,
-    minutes: Annotated[float, typer.Option(help="Begin nothing after so many.")] = math.inf,
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing further after this many minutes.")
+    ] = math.inf,
 ) -> None:
     """The same prompts and answers by transformers' continuous batching, as it comes.
 

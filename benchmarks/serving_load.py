@@ -35,11 +35,13 @@ NAME = "demo"
 @exit_on_input_error()
 def load(
     model: Annotated[str, typer.Option(help="A small model.")] = "models/demo-python-7m",
-    requests: Annotated[int, typer.Option(help="How many.")] = 1000,
-    clients: Annotated[int, typer.Option(help="Threads that ask.")] = 32,
-    minutes: Annotated[float, typer.Option(help="Ask nothing more after so many.")] = 1e9,
-    compare: Annotated[int, typer.Option(help="Answers to compare, at most.")] = 10**9,
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    requests: Annotated[int, typer.Option(help="Number of requests.")] = 1000,
+    clients: Annotated[int, typer.Option(help="Number of client threads.")] = 32,
+    minutes: Annotated[
+        float, typer.Option(help="Send no further request after this many minutes.")
+    ] = 1e9,
+    compare: Annotated[int, typer.Option(help="Maximum number of answers to compare.")] = 10**9,
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/serving-load.json"
     ),
 ) -> None:

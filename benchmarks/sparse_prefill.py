@@ -87,16 +87,18 @@ def main() -> None:
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/sparse_prefill.json"
     ),
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "qwen2.5-7b",
     long: Annotated[str, typer.Option(help="Tokens of the long text.")] = "1M",
-    middle: Annotated[str, typer.Option(help="Tokens of the text of middle length.")] = "256k",
-    check: Annotated[str, typer.Option(help="Tokens of the text that is checked.")] = "16k",
-    minutes: Annotated[float, typer.Option(help="After which nothing new is begun.")] = 9.0,
+    middle: Annotated[str, typer.Option(help="Tokens of the medium-length text.")] = "256k",
+    check: Annotated[str, typer.Option(help="Tokens of the text for checks.")] = "16k",
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing further after this many minutes.")
+    ] = 9.0,
     only: Annotated[
-        list[str] | None, typer.Option(help="Of check, choose, middle, pieces and whole.")
+        list[str] | None, typer.Option(help="Among check, choose, middle, pieces and whole.")
     ] = None,
 ) -> None:
     """All of it, as far as the minutes go."""

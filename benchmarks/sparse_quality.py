@@ -97,23 +97,29 @@ class Cell(NamedTuple):
 @app.command()
 @exit_on_input_error()
 def measure(
-    model: Annotated[str, typer.Argument(help="A folder or file, as dca-jax takes it.")],
-    text: Annotated[list[Path], typer.Option(help="Books (UTF-8), taken in turn.")],
-    out: Annotated[Path, typer.Option(help="A folder for what has been read.")] = Path(
+    model: Annotated[str, typer.Argument(help="A model's folder or file, as in dca-jax.")],
+    text: Annotated[list[Path], typer.Option(help="Books (UTF-8), used in turn.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path(
         "outputs/sparse_quality"
     ),
-    selectors: Annotated[str, typer.Option(help="The first matter most.")] = (
+    selectors: Annotated[str, typer.Option(help="In order of priority.")] = (
         "rows,pooled,rows16,rows4"
     ),
-    shares: Annotated[str, typer.Option(help="The first matter most.")] = "0.1,0.05,0.2",
+    shares: Annotated[str, typer.Option(help="In order of priority.")] = "0.1,0.05,0.2",
     lengths: Annotated[str, typer.Option(help="Tokens of texts with needles.")] = "64k,16k,32k",
-    long: Annotated[str, typer.Option(help="Tokens of windows without; may be empty.")] = "128k",
+    long: Annotated[
+        str, typer.Option(help="Tokens of windows without needles; may be empty.")
+    ] = "128k",
     texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 25,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each long length.")] = 3,
-    needles: Annotated[int, typer.Option(min=1, help="Needles of a text.")] = 4,
-    masses: Annotated[bool, typer.Option(help="Note what the blocks kept hold.")] = True,
-    dtype: Annotated[str | None, typer.Option(help="Of weights and activations.")] = None,
-    minutes: Annotated[float, typer.Option(help="After which nothing new is read.")] = math.inf,
+    needles: Annotated[int, typer.Option(min=1, help="Needles per text.")] = 4,
+    masses: Annotated[
+        bool, typer.Option(help="Record the attention mass of the kept blocks.")
+    ] = True,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and activations.")] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Start nothing further after this many minutes.")
+    ] = math.inf,
 ) -> None:
     """Reads all texts by all selectors, as far as the minutes go, and prints what `show` does."""
     begin = time.monotonic()
@@ -160,7 +166,9 @@ def measure(
 
 @app.command("show")
 @exit_on_input_error()
-def show_folder(folder: Annotated[Path, typer.Argument(help="OUT of `measure`.")]) -> None:
+def show_folder(
+    folder: Annotated[Path, typer.Argument(help="The folder OUT of `measure`.")],
+) -> None:
     """Prints a row for each selector, share and length."""
     log = Log(folder / "readings.jsonl", None)
     show(f"{log.facts['model']} on {log.facts['device']}", COLUMNS, log.summary())
@@ -169,8 +177,8 @@ def show_folder(folder: Annotated[Path, typer.Argument(help="OUT of `measure`.")
 @app.command()
 @exit_on_input_error()
 def draw(
-    folder: Annotated[Path, typer.Argument(help="OUT of `measure`.")],
-    to: Annotated[Path, typer.Option(help="The picture, PNG or SVG.")],
+    folder: Annotated[Path, typer.Argument(help="The folder OUT of `measure`.")],
+    to: Annotated[Path, typer.Option(help="The plot to write, PNG or SVG.")],
 ) -> None:
     """Draws what part of each head's attention the blocks that are kept hold."""
     log = Log(folder / "readings.jsonl", None)

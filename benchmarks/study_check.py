@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # nats of a mean NLL: float32 in another order
 def check(
     model: Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face folder.")],
     text: Annotated[Path, typer.Option(help="A book (UTF-8), for perplexity.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Of the window.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the window.")] = 1024,
     asked: Annotated[int, typer.Option(min=1, help="Tokens of a passkey prompt.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Passkey prompts.")] = 3,
 ) -> None:

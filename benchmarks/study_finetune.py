@@ -35,20 +35,22 @@ SAVE = 50  # updates from checkpoint to checkpoint
 
 @exit_on_input_error()
 def run(
-    model: Annotated[str, typer.Argument(help="A folder or GGUF file, as dca-jax takes it.")],
-    data: Annotated[list[Path], typer.Option(help="Dialogues (JSON), as dca-jax finetune.")],
+    model: Annotated[str, typer.Argument(help="A model's folder or GGUF file, as in dca-jax.")],
+    data: Annotated[list[Path], typer.Option(help="Dialogues (JSON), as in dca-jax finetune.")],
     book: Annotated[list[Path], typer.Option(help="Books (UTF-8) to train on, each whole.")],
-    held_out: Annotated[Path, typer.Option(help="A book to tell the loss of, and no other use.")],
+    held_out: Annotated[Path, typer.Option(help="A held-out book, only for its loss.")],
     out: Annotated[Path, typer.Option(help="A folder for both runs.")] = Path(
         "outputs/real_model_finetune"
     ),
-    length: Annotated[str, typer.Option(help="Tokens of a row.")] = "16k",
-    method: Annotated[str, typer.Option(help="DCA's setting.")] = "dca:paper",
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of an update.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-5,
-    gradients: Annotated[str, typer.Option(help="The first matters most.")] = ",".join(GRADIENTS),
-    dtype: Annotated[str, typer.Option(help="Of activations; weights are float32.")] = "bfloat16",
+    length: Annotated[str, typer.Option(help="Tokens per row.")] = "16k",
+    method: Annotated[str, typer.Option(help="The DCA setting.")] = "dca:paper",
+    steps: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Rows per update.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    gradients: Annotated[str, typer.Option(help="In order of priority.")] = ",".join(GRADIENTS),
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of activations; weights are float32.")
+    ] = "bfloat16",
 ) -> None:
     """Trains all weights by each gradient, resuming what was stopped; writes OUT/results.json."""
     from dca_jax.finetune.run import check_output, finetune  # what trains is slow to import

@@ -153,7 +153,7 @@ def peaks() -> str:
         for chip in CHIPS
     ]
     columns = ["chip", "TFLOP/s, bf16", "GB/s", "HBM, GB"]
-    return table([*columns, "FLOP a byte, or block_q needed", "our block_q"], rows)
+    return table([*columns, "FLOP per byte, or block_q needed", "our block_q"], rows)
 
 
 def attention() -> str:
@@ -170,7 +170,7 @@ def attention() -> str:
             numbers = [f"{work.flops:.2e}", f"{work.moved:.2e}", f"{work.flops / work.moved:.0f}"]
             times = [spelled(work.seconds(chip)) for chip, work in works.items()]
             rows.append([f"{kind}, {name}", *numbers, *times])
-    columns = ["one layer", "FLOP", "bytes", "FLOP a byte"]
+    columns = ["one layer", "FLOP", "bytes", "FLOP per byte"]
     return table([*columns, *(chip.name for chip in CHIPS)], rows)
 
 
@@ -191,7 +191,7 @@ def models() -> str:
                 decode = model_decode(length, config).seconds(chip) / chips
                 cells.append(f"{chips}: {spelled(prefill)}, {spelled(decode)}")
             rows.append([f"{model}, {name}", f"{held / 1e9:.0f}", *cells])
-    return table(["model, text", "GB held", *(chip.name for chip in CHIPS)], rows)
+    return table(["model, text", "GB in memory", *(chip.name for chip in CHIPS)], rows)
 
 
 def main() -> None:

@@ -121,11 +121,11 @@ def read_schedule(kernel: str, dump: str) -> Schedule:
 
 @exit_on_input_error()
 def main(
-    chips: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(TOPOLOGIES),
+    chips: Annotated[str, typer.Option(help="Names separated by commas.")] = ",".join(TOPOLOGIES),
     sizes: Annotated[
-        str, typer.Option("--tiles", help="Queries x keys, with commas.")
+        str, typer.Option("--tiles", help="Queries x keys, separated by commas.")
     ] = "1024x1024,512x512",
-    kernels: Annotated[str, typer.Option(help="Names, with commas.")] = "forward,dq,dkv",
+    kernels: Annotated[str, typer.Option(help="Names separated by commas.")] = "forward,dq,dkv",
     head_dim: Annotated[int, typer.Option(help="64, 128 or 256.")] = 128,
 ) -> None:
     """Prints the bundles that a block of each size takes on each chip, in Markdown."""
@@ -149,7 +149,7 @@ def main(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                row += ["more VMEM than there is", "", ""]
+                row += ["exceeds VMEM", "", ""]
             else:
                 schedule = read_schedule(kernel, dump)
                 each = schedule.unmasked * UNIT / (queries * keys * heads.q_per_pack)

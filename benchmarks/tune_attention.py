@@ -167,20 +167,21 @@ MOSAIC_KERNELS = [
 
 @exit_on_input_error()
 def main(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/tune_attention.json"
     ),
     kernels: Annotated[
-        str, typer.Option(help='Only kernels whose name holds one of these: "triton", "forward".')
+        str,
+        typer.Option(help='Only kernels whose name contains one of these: "triton", "forward".'),
     ] = "",
-    head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="Elements per head.")] = 128,
     heads: Annotated[str, typer.Option(help="Query and kv heads.")] = "32/8",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     tokens: Annotated[str, typer.Option(help="Tokens of forward and backward.")] = "32k",
-    keys: Annotated[str, typer.Option(help="Keys that a decoding row reads.")] = "128k",
+    keys: Annotated[str, typer.Option(help="Keys per row in decoding.")] = "128k",
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many, over all kernels.")
+        float, typer.Option(help="Start no further measurement after this many minutes in total.")
     ] = math.inf,
 ) -> None:
     """Tries the candidates of each kernel and prints the best."""

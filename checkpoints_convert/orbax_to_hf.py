@@ -58,7 +58,7 @@ def convert(
     """
     config = read_config(source)
     if not is_converted(source):
-        raise InputError(f"{source} is no Orbax checkpoint (it has no folder {PARAMS})")
+        raise InputError(f"{source} is not an Orbax checkpoint (it has no folder {PARAMS})")
     found = open_weights(source, config, dtype=dtype, unpacked=jnp.bfloat16)
     dtypes, read = found.dtypes, found.read
     if adapter is not None:

@@ -1,4 +1,4 @@
-"""Dual Chunk Attention in JAX: language models read many times their trained length, untrained.
+"""Dual Chunk Attention in JAX: run language models far beyond their trained length, training-free.
 
 >>> import dca_jax
 >>> llm = dca_jax.load("path/to/a/hugging-face/checkpoint")
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Imported when first asked for (PEP 562): the attention alone needs no checkpoint library.
+# Imported on first access (PEP 562): using only the attention needs no checkpoint library.
 _HOMES = {
     "LLM": "dca_jax.inference.llm",
     "DCAConfig": "dca_jax.dca",

@@ -12,20 +12,21 @@ from dca_jax.rope import RopeConfig
 
 CONFIG = "config.json"
 
-# The projections of a layer, any of which LoRA may adapt.
+# The projections of a layer that LoRA can adapt.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """Experts in place of a layer's MLP, of which a router chooses some for each token.
+    """Experts in place of a layer's MLP; a router chooses some of them for each token.
 
     Attributes:
-        num_experts: of each layer. num_experts_per_tok: those that read a token.
+        num_experts: number of experts in each layer.
+        num_experts_per_tok: number of experts chosen for each token.
         moe_intermediate_size: inner width of an expert, in elements.
-        norm_topk_prob: whether the weights of the chosen ones are made to add up to 1.
+        norm_topk_prob: whether the weights of the chosen experts are normalized to add up to 1.
         dense_layers: numbers of the layers that have an MLP instead, ascending.
-        router_aux_loss_coef: by how much finetuning minds that experts are chosen unevenly.
+        router_aux_loss_coef: coefficient of the load-balancing loss in finetuning.
     """
 
     num_experts: int
@@ -49,21 +50,21 @@ class MixtureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Shape of a Llama-family decoder. Names are Hugging Face's; sizes are counts of elements.
+    """Shape of a Llama-family decoder. Names are Hugging Face's; sizes are numbers of elements.
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections have a bias (Qwen2: q, k and v only).
-        qk_norm: each head's query and key are RMS-normed before they are rotated (Qwen3).
-        mixture: of experts, in some or all of the layers; None for an MLP in each.
-        sliding_window: keys a token may look back at in the model's own plain attention (Mistral
-            v0.1), None for all. DCA takes its place; plain attention refuses longer texts.
-        max_position_embeddings: tokens that the model is to read: what it was trained on
-            (`trained_length`), or more where its rope or DCA takes it further.
-        max_sequence_length: the trained length of models finetuned by FastChat (Vicuna 16k), which
-            leave `max_position_embeddings` as it was; None for all others.
-        dca: what the checkpoint itself asks for (`dual_chunk_attention_config`), or None.
-        sparse_attention: what that asks of sparse attention, which is not computed; or None.
-        eos_token_ids: every id that ends a text (Llama 3 has several).
+        qk_norm: whether each head's query and key are RMS-normalized before rotation (Qwen3).
+        mixture: the mixture of experts in some or all layers; None for an MLP in every layer.
+        sliding_window: number of keys that a token can attend to in the model's own plain attention
+            (Mistral v0.1); None for all. DCA replaces it; plain attention refuses longer texts.
+        max_position_embeddings: maximum number of tokens according to the checkpoint: the trained
+            length (`trained_length`), or more if its RoPE scaling or DCA extends it.
+        max_sequence_length: the trained length of models finetuned with FastChat (Vicuna 16k),
+            which do not change `max_position_embeddings`; None for all others.
+        dca: the checkpoint's own setting (`dual_chunk_attention_config`), or None.
+        sparse_attention: the checkpoint's own setting of sparse attention, or None.
+        eos_token_ids: all ids that end a text (Llama 3 has several).
     """
 
     vocab_size: int
@@ -105,7 +106,7 @@ class LlamaConfig:
                 )
         fields.integer(vars(self), "max_sequence_length", "a model's config")
         if self.head_dim % 2:
-            raise InputError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+            raise InputError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
         if self.head_dim == 2 and self.rope.rope_type == "dynamic":
             raise InputError("rope_type 'dynamic' needs a head_dim of at least 4, got 2")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -132,11 +133,13 @@ class LlamaConfig:
                 f"{fields.shown(list(dense))}"
             )
         if len(dense) == len(layers):
-            raise InputError("a mixture of experts needs a layer that is not in dense_layers")
+            raise InputError(
+                "a mixture of experts needs at least one layer that is not in dense_layers"
+            )
 
     @property
     def untied(self) -> bool:
-        """Whether the unembedding is a matrix of its own."""
+        """Whether the unembedding is a separate matrix."""
         return not self.tie_word_embeddings
 
     @property
@@ -159,27 +162,27 @@ class LlamaConfig:
 
     @property
     def qwen_experts(self) -> bool:
-        """Whether experts have the names that Qwen gives them."""
+        """Whether the experts' parameters have Qwen's names."""
         return self.mixture is not None and self.model_type != "mixtral"
 
     @property
     def mixtral_experts(self) -> bool:
-        """Whether experts have the names that Mixtral gives them."""
+        """Whether the experts' parameters have Mixtral's names."""
         return self.mixture is not None and self.model_type == "mixtral"
 
     @property
     def trained_length(self) -> int:
-        """c, the tokens that the model was trained to read at their true positions.
+        """c, the number of tokens that the model was trained to read at their true positions.
 
-        `max_position_embeddings` may be more than that: what DCA or YaRN takes a model to without
-        training. So the first of these that config.json has says it:
+        `max_position_embeddings` may be larger, if DCA or YaRN extends the model without training.
+        So the trained length is the first of these that config.json has:
 
-        1. `original_max_position_embeddings` of its DCA setting (Qwen2.5-1M). If that has none,
-           and `max_position_embeddings` is twice its `chunk_size` or more: that `chunk_size`,
-           beyond which it places no query.
+        1. `original_max_position_embeddings` of its DCA setting (Qwen2.5-1M). If that is missing
+           and `max_position_embeddings` is at least twice its `chunk_size`, then `chunk_size`, the
+           largest query position.
         2. `original_max_position_embeddings` of YaRN, unless the model was finetuned with it.
-           (Llama 3.1's rope names the length of an earlier stage of training: the model was
-           trained on all that it reads.)
+           (In Llama 3.1's RoPE parameters it is the length of an earlier training stage; the model
+           was trained on its full length.)
         3. `max_sequence_length`.
         4. `max_position_embeddings`.
         """
@@ -197,8 +200,8 @@ class LlamaConfig:
         """Reads the dict of a Hugging Face `config.json`, old form or new.
 
         Raises:
-            InputError: an architecture, activation, rope type or quantization that this model does
-                not compute, or a missing or impossible size; named, never ignored.
+            InputError: an unsupported architecture, activation, rope type or quantization, or a
+                missing or impossible size.
         """
         model_type = _model_type(config)
         activation = fields.text(config, "hidden_act", CONFIG, default="silu")
@@ -238,7 +241,9 @@ class LlamaConfig:
                 )
             own["head_dim"] = width // heads
         if kv_heads is None and heads % own["num_key_value_heads"]:
-            own["num_key_value_heads"] = heads  # the family's default fits no model of these heads
+            own["num_key_value_heads"] = (
+                heads  # the family's default does not fit this number of heads
+            )
         dca = fields.mapping(config, "dual_chunk_attention_config", CONFIG)
         return cls(
             **sizes,
@@ -281,9 +286,9 @@ class LoraConfig:
 
     Attributes:
         rank: columns of A, rows of B.
-        alpha: their strength, as in the paper's section 4.1.
-        targets: the projections that have adapters, in every layer; of `LORA_TARGETS`.
-        rslora: whether the strength is alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        alpha: scaling numerator, as in the paper's section 4.1.
+        targets: the projections with adapters, in every layer; names in `LORA_TARGETS`.
+        rslora: whether the scale is alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = 16
@@ -293,25 +298,25 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"the rank of LoRA must be a positive integer, got {self.rank!r}")
+            raise InputError(f"the LoRA rank must be a positive integer, got {self.rank!r}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise InputError(f"the alpha of LoRA must be positive, got {self.alpha}")
+            raise InputError(f"the LoRA alpha must be positive, got {self.alpha}")
         unknown = [name for name in self.targets if name not in LORA_TARGETS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             found = ", ".join(self.targets) or "none"
             raise InputError(
-                f"the targets of LoRA are one or more of {', '.join(LORA_TARGETS)}, each once; got "
+                f"LoRA targets must be one or more of {', '.join(LORA_TARGETS)}, each once; got "
                 f"{found}"
             )
 
     @property
     def scale(self) -> float:
-        """What x A B is multiplied by."""
+        """The factor on x A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def lora_targets(config: LlamaConfig) -> tuple[str, ...]:
-    """The projections of a model that LoRA can adapt: not those of experts."""
+    """The projections of a model that LoRA can adapt; experts are excluded."""
     mlp = ("gate_proj", "up_proj", "down_proj")
     return tuple(name for name in LORA_TARGETS if config.has_mlp or name not in mlp)
 
@@ -321,13 +326,13 @@ def lora_targets(config: LlamaConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one family of Hugging Face checkpoints from another.
+    """The specifics of a family of Hugging Face checkpoints.
 
     Attributes:
         architecture: its class in `transformers`.
-        read: from `config.json` to the fields of `LlamaConfig` that this family says in its own
-            way, or implies.
-        write: the keys of `config.json` that say them back.
+        read: function from `config.json` to the fields of `LlamaConfig` that this family writes in
+            its own way or implies.
+        write: function from a `LlamaConfig` to the family's own keys of `config.json`.
     """
 
     architecture: str
@@ -345,7 +350,7 @@ def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    # What a file leaves out is as in transformers; its null is a value, and means no window.
+    # A missing key has transformers' default; null is a value and means no window.
     window = fields.integer(config, "sliding_window", CONFIG)
     read: dict[str, Any] = {"sliding_window": window if "sliding_window" in config else 4096}
     return read if "num_key_value_heads" in config else read | {"num_key_value_heads": 8}
@@ -368,7 +373,7 @@ def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
 def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     attention_bias = fields.boolean(config, "attention_bias", CONFIG)
     window = None
-    if fields.boolean(config, "use_sliding_window", CONFIG):  # of all layers
+    if fields.boolean(config, "use_sliding_window", CONFIG):  # in all layers
         window = fields.integer(config, "sliding_window", CONFIG, default=4096)
     read: dict[str, Any] = {
         "qk_norm": True,
@@ -381,7 +386,7 @@ def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_qwen_mixture(config: Mapping[str, Any]) -> MixtureConfig | None:
-    # transformers 5 writes `num_local_experts`; all files before it, `num_experts`.
+    # transformers 5 writes `num_local_experts`, earlier versions `num_experts`.
     name = "num_experts" if "num_experts" in config else "num_local_experts"
     experts = fields.integer(config, name, CONFIG, default=128, least=0)
     layers = range(fields.integer(config, "num_hidden_layers", CONFIG) or 1)
@@ -424,7 +429,7 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
     width = fields.integer(config, "intermediate_size", CONFIG)
     if width is None:
         raise InputError("config.json lacks intermediate_size")
-    # Its weights are a softmax over the chosen experts alone: the same as these.
+    # Mixtral's weights are a softmax over only the chosen experts, which is equivalent.
     mixture = MixtureConfig(
         num_experts=fields.integer(config, "num_local_experts", CONFIG, default=8),
         num_experts_per_tok=fields.integer(config, "num_experts_per_tok", CONFIG, default=2),
@@ -461,13 +466,13 @@ def _refuse_sliding_layers(config: Mapping[str, Any]) -> None:
     first = fields.integer(config, "max_window_layers", CONFIG, default=28, least=0)
     if fields.boolean(config, "use_sliding_window", CONFIG) and first < layers:
         raise InputError(
-            "use_sliding_window is true: a Qwen whose upper layers slide is not supported; "
-            "set it to false in config.json to attend to everything"
+            "use_sliding_window is true: sliding-window attention in Qwen's upper layers is not "
+            "supported; set it to false in config.json to attend to everything"
         )
 
 
-# Keys by which relatives of these families compute something else. Unless they are null, false,
-# zero or empty, they are refused; whatever else a file says is about other things.
+# Keys with which related families change the computation. They are refused unless they are null,
+# false, zero or empty; other unknown keys do not affect the result.
 _ELSEWHERE = (
     "attention_chunk_size attn_logit_softcapping attn_temperature_tuning clip_qkv "
     "embedding_multiplier final_logit_softcapping logit_scale logits_scaling no_rope_layers "
@@ -481,8 +486,8 @@ def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
     for name in _ELSEWHERE:
         if config.get(name):
             raise InputError(
-                f"config.json sets {name} ({fields.shown(config[name])}), which changes what a "
-                "model computes and is not supported"
+                f"config.json sets {name} ({fields.shown(config[name])}), which changes the "
+                "model's computation and is not supported"
             )
     layer_types = config.get("layer_types")
     listed = isinstance(layer_types, list) and set(map(str, layer_types)) == {"full_attention"}
@@ -493,7 +498,7 @@ def _refuse_elsewhere(config: Mapping[str, Any]) -> None:
         )
 
 
-# By model_type. A family whose layers have other modules also adds them to
+# By model_type. A family with other modules in its layers also adds them to
 # `dca_jax.weights.parameters.TABLE` and to `dca_jax.layers`.
 FAMILIES = {
     "llama": Family(
@@ -546,13 +551,13 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
     """The DCA setting for a model.
 
     Args:
-        choice: a DCAConfig; a name of `PRESETS`, taken for the model's `trained_length` ("qwen"
-            keeps the checkpoint's own chunks, and gives it Qwen's temperature); "auto" for what
-            the checkpoint itself asks for, or else "paper"; None or "none" for plain attention.
-        config: the model's.
+        choice: a DCAConfig; a name in `PRESETS`, computed from the model's `trained_length` ("qwen"
+            keeps the checkpoint's own chunks and adds Qwen's temperature); "auto" for the
+            checkpoint's own setting or else "paper"; None or "none" for plain attention.
+        config: the model's config.
 
     Raises:
-        InputError: an unknown name, or a trained length that the preset cannot be made for.
+        InputError: an unknown name, or a trained length that the preset does not support.
     """
     if choice is None or isinstance(choice, DCAConfig):
         return choice
@@ -566,7 +571,7 @@ def choose_dca(choice: DCAConfig | str | None, config: LlamaConfig) -> DCAConfig
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
-    """What each letter of a shape stands for in this model."""
+    """The size of each axis letter in this model."""
     mixture = config.mixture
     experts = {}
     if mixture is not None:

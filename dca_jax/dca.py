@@ -1,9 +1,9 @@
 """Dual Chunk Attention: the paper in one file.
 
 An et al., "Training-Free Long-Context Scaling of Large Language Models", ICML 2024
-(arXiv 2402.17463). A text is cut into chunks of `s` tokens. Keys count their position from the
-start of their chunk; a query is given one of three positions, by how far back the key's chunk is,
-so that no relative position ever exceeds what the model was trained on. With n(i) = i // s:
+(arXiv 2402.17463). A text is cut into chunks of `s` tokens. Key positions are counted from the
+start of their chunk. A query has one of three positions, depending on how far back the key's chunk
+is, so that no relative position exceeds those the model was trained on. With n(i) = i // s:
 
     key j                       P_k(j) = j mod s
     query i, same chunk         P_q(i) = i mod s                  intra   n(i) - n(j) == 0, j <= i
@@ -25,11 +25,11 @@ Figure 2 of the paper (s = 6, Q = 9, 12 tokens), the matrix P_q(i) - P_k(j):
      6   6  5  4  3  2  1 | 0
      7   7  6  5  4  3  2 | 1  0
      8   8  7  6  5  4  3 | 2  1  0              succ: exact up to the local window,
-     9   9  8  7  6  5  4 | 3  2  1  0           then held at Q
+     9   9  8  7  6  5  4 | 3  2  1  0           then clipped at Q
     10   9  8  7  6  5  4 | 4  3  2  1  0
     11   9  8  7  6  5  4 | 5  4  3  2  1  0
 
-Everything fast (`dca_jax.attention`) computes what `dense_attention` here computes.
+The fast implementations in `dca_jax.attention` compute the same as `dense_attention` here.
 """
 
 import json
@@ -54,18 +54,18 @@ PHASES: tuple[Phase, ...] = ("inter", "succ", "intra")  # in the order of their 
 
 @dataclass(frozen=True, kw_only=True)
 class DCAConfig:
-    """Where the chunks are cut, and how far a query may stand.
+    """The setting of Dual Chunk Attention: chunk length, largest query position and temperature.
 
     "Chunk size" means two things: the stride (the paper's text) and the largest query position
-    (all released code, and Hugging Face's key). So the fields are named for what they are.
+    (all released code, and Hugging Face's key). The fields here have unambiguous names instead.
 
     Attributes:
         chunk_len: s, the stride of the chunks in tokens.
-        max_query_position: Q, the largest position a query is given; s <= Q, and Q at most
-            the trained length, or the model sees relative positions it was not trained on.
-        trained_length: c, tokens the model was pretrained on, where known.
+        max_query_position: Q, the largest position of a query; s <= Q, and Q must not exceed the
+            trained length, or the model would see relative positions it was not trained on.
+        trained_length: c, the trained length of the model in tokens, if known.
         temperature_slope: a in m(L) = max(1, 1 + a ln(L / c)); logits are multiplied by tau = m^2
-            for a text of L tokens. 0 (the default, and the paper's results): no temperature.
+            for a text of L tokens. 0 (the default, as in the paper's results) means no temperature.
     """
 
     chunk_len: int
@@ -86,7 +86,7 @@ class DCAConfig:
         if self.chunk_len > self.max_query_position:
             raise InputError(
                 f"chunk_len ({self.chunk_len}) must not exceed max_query_position "
-                f"({self.max_query_position}): the first tokens of a chunk would stand too near to "
+                f"({self.max_query_position}): the first tokens of a chunk would be too close to "
                 "the chunk before"
             )
         if self.trained_length is not None and self.max_query_position > self.trained_length:
@@ -98,7 +98,9 @@ class DCAConfig:
             vars(self), "temperature_slope", "a DCA setting", default=0.0, least=0
         )
         if slope > 0.0 and self.trained_length is None:
-            raise InputError("temperature_slope needs trained_length, from which it starts")
+            raise InputError(
+                "temperature_slope needs trained_length, the length where the temperature starts"
+            )
 
     @property
     def local_window(self) -> int:
@@ -107,12 +109,12 @@ class DCAConfig:
 
     @property
     def identity_range(self) -> int:
-        """Texts of at most so many tokens are read exactly as plain RoPE attention reads them."""
+        """Number of tokens up to which the result equals plain RoPE attention."""
         return self.inter_position + 1
 
     @property
     def inter_position(self) -> int:
-        """min(2s - 1, Q): where a query stands towards the keys of older chunks (eq. 5)."""
+        """min(2s - 1, Q): the position of a query relative to keys of older chunks (eq. 5)."""
         return min(2 * self.chunk_len - 1, self.max_query_position)
 
     @classmethod
@@ -124,7 +126,7 @@ class DCAConfig:
     def chunkllama(cls, trained_length: int, *, temperature_slope: float = 0.0) -> "DCAConfig":
         """ChunkLlama's default: chunk_size 3c/4, local window c/8; s = 5c/8, Q = 3c/4.
 
-        Its released code sets `temperature_slope` 0.05.
+        The released code sets `temperature_slope` to 0.05.
         """
         return preset_dca("chunkllama", trained_length, temperature_slope=temperature_slope)
 
@@ -139,7 +141,7 @@ class DCAConfig:
     ) -> "DCAConfig":
         """ChunkLlama's flash decoding: local window c/16; s = 11c/16, Q = 3c/4.
 
-        Its released code sets `temperature_slope` 0.1.
+        The released code sets `temperature_slope` to 0.1.
         """
         return preset_dca(
             "chunkllama_flash_decoding", trained_length, temperature_slope=temperature_slope
@@ -149,10 +151,10 @@ class DCAConfig:
     def qwen(
         cls, trained_length: int, *, temperature_slope: float = 0.1, own: "DCAConfig | None" = None
     ) -> "DCAConfig":
-        """As Qwen chose for Qwen2.5-1M: a window of c/32, the temperature 1 + 0.1 ln(L / c).
+        """Qwen2.5-1M's setting: a window of c/32 and the temperature 1 + 0.1 ln(L / c).
 
         Args:
-            own: a checkpoint's setting, whose chunk length and largest position are then kept.
+            own: a checkpoint's setting, whose chunk length and largest position are kept if given.
         """
         if own is None:
             return preset_dca("qwen", trained_length, temperature_slope=temperature_slope)
@@ -164,9 +166,9 @@ class DCAConfig:
 
         `chunk_size` there is the largest query position and `local_size` the window, so
         s = chunk_size - local_size. With `original_max_position_embeddings` c, the servers that
-        read this key also apply the temperature with a = 0.1, and so does this (it is 1 up to c
-        tokens). `trained_length` is c without a temperature, as `to_hf` writes it. Of its keys for
-        sparse attention, see `SparseConfig`.
+        read this key also apply the temperature with a = 0.1, and so does this function (the
+        temperature is 1 up to c tokens). The key `trained_length`, which `to_hf` writes, is c
+        without a temperature. For the keys of sparse attention, see `SparseConfig`.
         """
         missing = [key for key in ("chunk_size", "local_size") if config.get(key) is None]
         if missing:
@@ -190,11 +192,11 @@ class DCAConfig:
     def to_hf(self) -> dict[str, Any]:
         """The `dual_chunk_attention_config` that `from_hf` reads back.
 
-        Without a temperature the trained length has a key of our own: from
-        `original_max_position_embeddings` other programs would conclude that there is one.
+        Without a temperature the trained length is written under a key specific to this package,
+        because other programs apply a temperature if `original_max_position_embeddings` is present.
 
         Raises:
-            InputError: a temperature slope but 0 and 0.1, which it cannot say.
+            InputError: a temperature slope other than 0 and 0.1, which the format cannot express.
         """
         config = {
             "chunk_size": self.max_query_position,
@@ -202,7 +204,7 @@ class DCAConfig:
         }
         if self.temperature_slope not in (0.0, 0.1):
             raise InputError(
-                f"dual_chunk_attention_config knows the temperature slopes 0 and 0.1, got "
+                f"dual_chunk_attention_config only supports the temperature slopes 0 and 0.1, got "
                 f"{self.temperature_slope}"
             )
         if self.trained_length is not None:
@@ -214,15 +216,15 @@ class DCAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig:
-    """What a `dual_chunk_attention_config` asks of sparse attention while a prompt is read.
+    """The sparse-attention keys of a `dual_chunk_attention_config`, for reading prompts.
 
-    It approximates dense attention, which is computed here: the keys are kept, for who asks.
+    They describe an approximation of dense attention (see `dca_jax.attention.sparse`).
 
     Attributes:
-        enabled: whether the checkpoint asks for it. None: it does not say; servers then take a
-            table (`patterns`) for a yes.
-        threshold: tokens up to which a text is read densely all the same.
-        last_q: queries from which the pattern of a piece is estimated.
+        enabled: whether the checkpoint enables sparse attention; None if it does not say, in which
+            case servers enable it if there is a table (`patterns`).
+        threshold: number of tokens up to which a text is still read densely.
+        last_q: number of queries from which the pattern of a piece is estimated.
         patterns: the table of each layer's heads, as JSON; None without one.
     """
 
@@ -247,7 +249,7 @@ class SparseConfig:
 
     @property
     def wanted(self) -> bool:
-        """Whether a server of this checkpoint would use it."""
+        """Whether a server of this checkpoint would use sparse attention."""
         return self.patterns is not None if self.enabled is None else self.enabled
 
     def to_hf(self) -> dict[str, Any]:
@@ -262,7 +264,7 @@ class SparseConfig:
         return {key: value for key, value in written.items() if value is not None}
 
 
-SPARSE = "sparse_attention_"  # what its keys begin with
+SPARSE = "sparse_attention_"  # the prefix of its keys
 
 
 # --- published settings ------------------------------------------------------------------------
@@ -272,9 +274,9 @@ class Preset(NamedTuple):
     """A published setting as functions of the trained length c (tokens).
 
     Attributes:
-        divisor: c must be a multiple of it.
+        divisor: c must be a multiple of this.
         chunk_len, max_query_position: s and Q.
-        temperature_slope: that of its results.
+        temperature_slope: the slope behind its published results.
     """
 
     divisor: int
@@ -298,10 +300,10 @@ def preset_dca(
 ) -> DCAConfig:
     """A published setting, by its name in `PRESETS`, for a trained length in tokens.
 
-    The temperature's slope is the preset's, if none is given.
+    Without `temperature_slope`, the preset's own slope is used.
 
     Raises:
-        InputError: an unknown name, or a trained length that the preset cannot be made for.
+        InputError: an unknown name, or a trained length that the preset does not support.
     """
     if name not in PRESETS:
         raise InputError(
@@ -330,12 +332,12 @@ def preset_dca(
 
 
 def key_position(index: Int[Array, "..."], dca: DCAConfig) -> Int[Array, "..."]:
-    """P_k(j): the key's place in its chunk (section 3, eq. 2)."""
+    """P_k(j): the key's index within its chunk (section 3, eq. 2)."""
     return index % dca.chunk_len
 
 
 def query_position(index: Int[Array, "..."], phase: Phase, dca: DCAConfig) -> Int[Array, "..."]:
-    """P_q(i) of query `index` towards the keys of a phase (eqs. 3, 5 and 7)."""
+    """P_q(i) of query `index` relative to the keys of a phase (eqs. 3, 5 and 7)."""
     s = dca.chunk_len
     if phase == "intra":
         return index % s
@@ -347,10 +349,10 @@ def query_position(index: Int[Array, "..."], phase: Phase, dca: DCAConfig) -> In
 def key_range(
     index: Int[Array, "..."], phase: Phase, dca: DCAConfig
 ) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
-    """[start, stop) of the keys that query `index` meets in a phase; empty where stop <= start.
+    """[start, stop) of the keys that query `index` attends to in a phase; empty if stop <= start.
 
-    The three ranges follow one another and together are [0, index + 1): so attention is one
-    softmax over them in any order.
+    The three ranges are adjacent and together cover [0, index + 1), so attention is one softmax
+    over them in any order.
     """
     s = dca.chunk_len
     chunk_start = index - index % s
@@ -362,7 +364,7 @@ def key_range(
 
 
 def phases_within(num_keys: int, dca: DCAConfig) -> tuple[Phase, ...]:
-    """The phases that a text of `num_keys` tokens can meet: all three beyond two chunks."""
+    """The phases that occur in a text of `num_keys` tokens: all three beyond two chunks."""
     met = 1 if num_keys <= dca.chunk_len else 2 if num_keys <= 2 * dca.chunk_len else 3
     return PHASES[-met:]
 
@@ -382,7 +384,7 @@ def relative_positions(length: int, dca: DCAConfig) -> Int[np.ndarray, "length l
 
 
 def temperature(lengths: Int[Array, " B"], dca: DCAConfig) -> Float[Array, " B"]:
-    """tau = m(L)^2, by which a text of L tokens has its logits multiplied; float32, 1 if unset.
+    """tau = m(L)^2, the factor on the logits of a text of L tokens; float32, 1 if there is none.
 
     m(L) = max(1, 1 + a ln(L / c)), as in ChunkLlama (a = 0.05) and Qwen2.5-1M (a = 0.1).
     """
@@ -408,20 +410,23 @@ def dense_attention(
     key_offset: Int[Array, " B"],
     allowed: Bool[Array, "B K T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """The definition, with its [T, S] matrix: what every fast path is tested against.
+    """The definition, with the full [T, S] matrix; every fast path is tested against it.
+
+    Computation is in float32, or in float64 for float64 inputs.
 
     Args:
-        query: not rotated. key: rotated to `key_position`. Both are taken to float32 (float64
-            stays), and so is the softmax. Query head n reads kv head n // (N / K).
+        query: unrotated queries; query head n attends to kv head n // (N / K).
+        key: keys rotated to `key_position`.
         inv_freq: radians per position (`dca_jax.rope.inverse_frequencies`).
-        scale: what row b's logits are multiplied by: tau / sqrt(H), times YaRN's factor squared.
-        offset: index of row b's first query in its text.
-        lengths: tokens of row b's text; a query at or beyond it is padding, and gets zeros.
-        key_offset: index of row b's first key in its text; a query that meets no key gets zeros.
-        allowed: of the keys that a query meets, those that it reads; default: all.
+        scale: factor on row b's logits: tau / sqrt(H), times the square of YaRN's factor.
+        offset: text index of row b's first query.
+        lengths: number of tokens of row b's text. Queries at or beyond it are padding; their output
+            is zero.
+        key_offset: text index of row b's first key. The output of a query without keys is zero.
+        allowed: mask of the keys that a query may read, of those it attends to (default: all).
 
     Returns:
-        In the dtype of `query`.
+        The output, in the dtype of `query`.
     """
     compute = compute_dtype(query.dtype)
     group = query.shape[2] // key.shape[2]
@@ -442,7 +447,7 @@ def dense_attention(
     if allowed is not None:
         met = met & jnp.repeat(allowed, group, axis=1)
     any_met = met.any(axis=-1, keepdims=True)
-    # The softmax of nothing is 0/0; its output is defined as zero.
+    # A softmax over no keys is 0/0; its output is defined as zero.
     chosen = jnp.where(met, chosen, jnp.where(any_met, -jnp.inf, 0))
     weights = jnp.where(any_met, jax.nn.softmax(chosen, axis=-1), 0)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value, precision="highest").astype(query.dtype)

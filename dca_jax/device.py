@@ -1,11 +1,11 @@
-"""Which device a computation is being compiled for: what a backend asks before it runs."""
+"""The device that a computation is compiled for; backends use it to decide if they can run."""
 
 import re
 from typing import Any, NamedTuple
 
 import jax
 
-# Compute capability of GPUs by a word of their name: for compiling where there is none of them.
+# Compute capability of GPUs by a word in their name, for compiling without such a GPU.
 CAPABILITIES = {
     "V100": (7, 0),
     "T4": (7, 5),
@@ -18,14 +18,14 @@ CAPABILITIES = {
     **dict.fromkeys(("5080", "5090", "Blackwell"), (12, 0)),
 }
 
-# Of an H100 or H200 (CUDA C++ Programming Guide; NVIDIA's datasheet): how kernels cut their work
-# depends on it.
-SHARED_BYTES = 227 * 1024  # of shared memory that a CTA may have
+# Properties of an H100 or H200 (CUDA C++ Programming Guide; NVIDIA's datasheet), by which kernels
+# split their work.
+SHARED_BYTES = 227 * 1024  # maximum shared memory of a CTA
 MULTIPROCESSORS = 132
 
 
 class Device(NamedTuple):
-    """A platform, its model, and what it can do."""
+    """A platform, a device model and its compute capability."""
 
     platform: str  # "cpu", "gpu" (NVIDIA's), "rocm", "tpu"
     kind: str  # as JAX names it: "NVIDIA H200", "TPU v5e"
@@ -33,10 +33,10 @@ class Device(NamedTuple):
 
 
 def current_device() -> Device:
-    """The device of the mesh in use, if it names one, else that of `jax.default_device`, or JAX's.
+    """The device of the current mesh, else that of `jax.default_device`, else JAX's default.
 
-    A mesh names its devices' kind: of one that is here the device itself is asked; of another
-    (compiling ahead of time) `CAPABILITIES`.
+    A mesh names the kind of its devices. If this machine has such a device, its properties are
+    queried; otherwise (ahead-of-time compilation) they come from `CAPABILITIES`.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is None:
@@ -51,7 +51,7 @@ def current_device() -> Device:
 
 
 def describe(device: Device) -> str:
-    """A device in the words of a refusal."""
+    """A description of a device for error messages."""
     if device.platform == "gpu" and device.capability is None:
         return f"{device.kind}, an unknown GPU (its compute capability is known where one is)"
     have = (
@@ -65,7 +65,7 @@ def _described(device: Any) -> Device:
     numbers = re.fullmatch(r"(\d+)\.(\d+)", found)
     if numbers is not None:
         return Device("gpu", device.device_kind, (int(numbers[1]), int(numbers[2])))
-    # On AMD's GPUs, which JAX's platform "gpu" has too, it is a name such as gfx942.
+    # On AMD GPUs, which also have JAX's platform "gpu", it is a name such as gfx942.
     platform = "rocm" if found.startswith("gfx") else device.platform
     return Device(platform, device.device_kind, None)
 
@@ -80,5 +80,5 @@ def _default_device() -> Any:
 def _local_devices(platform: str) -> list[Any]:
     try:
         return jax.local_devices(backend=platform)
-    except RuntimeError:  # this machine has none
+    except RuntimeError:  # this machine has no such device
         return []

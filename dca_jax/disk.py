@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full, read-only or not ours."""
+"""Writing to a disk that may be full, read-only or without write permission."""
 
 import errno
 import os
@@ -20,20 +20,20 @@ _ADVICE = {
     errno.EPERM: "choose a folder that you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "create its folder first",
-    errno.ENOTDIR: "choose a path that leads through folders only",
+    errno.ENOTDIR: "choose a path whose parents are all folders",
     errno.EEXIST: "choose another name, or remove what is there",
     errno.EISDIR: "choose another name, or remove what is there",
 }
-# How TensorStore, and libraries in Rust (safetensors, tokenizers), pass on an error of the system.
+# The form of a system error from TensorStore and from Rust libraries (safetensors, tokenizers).
 _CODE = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
 
 @contextmanager
 def output_written() -> Iterator[None]:
-    """Around a whole program: a full disk that nobody else has noticed, as under standard output.
+    """Reports write errors on standard output, such as a full disk; wraps a whole program.
 
     Raises:
-        InputError: as `writing`; what is still to be printed is dropped.
+        InputError: as in `writing`; the remaining output is discarded.
     """
     try:
         yield
@@ -46,14 +46,14 @@ def output_written() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Around a block that writes `path`: what the system refuses becomes an `InputError`.
+    """Turns system errors in a block that writes `path` into an `InputError`.
 
-    Libraries that raise an exception of their own for it (TensorStore, Orbax, safetensors) count
-    too; every other error passes as it is.
+    This includes system errors behind the exceptions of TensorStore, Orbax and safetensors. All
+    other errors pass unchanged.
 
     Raises:
-        InputError: the disk is full or read-only, a folder is missing or not ours, a name is too
-            long; it says which path, why, and what to do.
+        InputError: the disk is full or read-only, a folder is missing or not writable, or a name is
+            too long. The message has the path, the reason and what to do.
     """
     try:
         yield
@@ -67,10 +67,12 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` make a file aside, and renames it to `path`: it is whole or not there.
+    """Writes a file under a temporary name with `write` and renames it to `path`.
+
+    So the file is either complete or absent.
 
     Raises:
-        InputError: as `writing`.
+        InputError: as in `writing`.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -84,11 +86,11 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def append(file: BinaryIO, line: bytes, path: Path, *, sync: bool = False) -> None:
-    """Adds a whole line to a file without a buffer, or none of it.
+    """Appends a line to an unbuffered file, completely or not at all.
 
     Args:
-        file: without a buffer, which would try again on closing what a full disk has refused.
-        path: its own, for the message.
+        file: an unbuffered file; a buffer would retry on closing what a full disk has refused.
+        path: its path, for the message.
         sync: whether to wait until the line is on the disk.
 
     Raises:
@@ -97,7 +99,7 @@ def append(file: BinaryIO, line: bytes, path: Path, *, sync: bool = False) -> No
     size = os.fstat(file.fileno()).st_size
     try:
         with writing(path):
-            while line:  # a disk that fills up may take a part
+            while line:  # a nearly full disk may accept only a part
                 line = line[file.write(line) :]
             if sync:
                 os.fsync(file.fileno())

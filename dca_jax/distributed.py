@@ -1,16 +1,17 @@
-"""Several processes as one program: started together, ended together, printing and writing once.
+"""Several processes as one program: they start and end together, and print and write once.
 
-On more than one host every host runs the same program, and JAX joins the devices of all into one
-`jax.devices()` (https://docs.jax.dev/en/latest/multi_process.html). A mesh over them is then made
-as on one host, and nothing else in this package knows how many processes there are, but that
+On several hosts, every host runs the same program, and JAX combines the devices of all into one
+`jax.devices()` (https://docs.jax.dev/en/latest/multi_process.html). A mesh over them is made as on
+one host, and the rest of the package does not depend on the number of processes, except for two
+rules:
 
-    every process must ask the devices for the same things in the same order, or all of them wait
+    every process must run the same computations in the same order, or all of them hang
     only the primary, process 0, prints results and writes files that are not sharded arrays
 
-Arrays that are cut between processes can be computed with, and cannot be brought to one host.
+Arrays that are split over processes can be used in computations, but not fetched to one host.
 
-JAX, which takes seconds to import, is imported only where several processes may be: the command
-line's help and its errors do without it.
+JAX, which takes seconds to import, is imported only where there can be several processes; the
+command line's help and its errors do not need it.
 """
 
 import json
@@ -26,9 +27,9 @@ from typing import Any, NoReturn
 
 from dca_jax.errors import InputError
 
-START_TIMEOUT = 300  # seconds that a process waits for the others to come
-PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as dead
-MEETING_SECONDS = 5  # that a process which fails waits for the others to fail alike
+START_TIMEOUT = 300  # seconds that a process waits for the others to start
+PEER_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
+MEETING_SECONDS = 5  # that a failing process waits for the same failure in the others
 
 
 def initialize(
@@ -39,33 +40,35 @@ def initialize(
     start_timeout: int = START_TIMEOUT,
     peer_timeout: int = PEER_TIMEOUT,
 ) -> None:
-    """Joins this process with the others; call it before anything else touches a device.
+    """Connects this process with the others; call it before any device is used.
 
-    What is None comes from the environment, where JAX knows it: SLURM, Open MPI (4, or 5 with
-    mpi4py), a TPU pod on Compute Engine or GKE, Kubernetes jobs. There a process takes the one
-    device of its number on its host, unless JAX_LOCAL_DEVICE_IDS names more ("0,1,2,3"); TPUs
-    excepted. With all three given, each process takes every device of its host that it can see.
+    Arguments that are None are detected where JAX can: SLURM, Open MPI (4, or 5 with mpi4py), a TPU
+    pod on Compute Engine or GKE, Kubernetes jobs. There a process uses the one device with its
+    local number, unless JAX_LOCAL_DEVICE_IDS names more ("0,1,2,3"); TPUs are an exception. If all
+    three are given, each process uses every device of its host that it can see.
 
-    A peer that dies without a word is noticed after `peer_timeout`, and JAX then ends this process
-    (SIGABRT), wherever it is; most deaths are noticed at once, by the connection they break.
+    A peer that dies silently is noticed after `peer_timeout`, and JAX then aborts this process
+    (SIGABRT). Most deaths are noticed at once through the broken connection.
 
     Args:
-        coordinator: "host:port" of process 0, a port that is free there and open to the others.
-        num_processes: of all hosts together. process_id: from 0.
-        start_timeout: seconds to wait until all are there; if they are not, the program ends with
-            code 1, for JAX cannot begin again in the same process.
-        peer_timeout: seconds, the same in all processes.
+        coordinator: "host:port" of process 0; the port must be free there and reachable by the
+            others.
+        num_processes: total number of processes on all hosts.
+        process_id: number of this process, from 0.
+        start_timeout: seconds to wait for all processes; after that the program ends with code 1,
+            because JAX cannot retry in the same process.
+        peer_timeout: seconds without a heartbeat, the same in all processes.
 
     Raises:
-        InputError: a number that is not given and not found, or out of range; an address that is
-            none, or taken; a device was touched before.
+        InputError: a number that is neither given nor detected, or out of range; an invalid address
+            or one in use; a device has already been used.
     """
     import jax
 
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     _check(coordinator, num_processes, process_id, start_timeout, peer_timeout)
     given = None not in (coordinator, num_processes, process_id)
-    # It would catch SIGTERM, so that neither `kill` nor a scheduler could end the program kindly.
+    # It would catch SIGTERM, so that neither `kill` nor a scheduler could end the program cleanly.
     jax.config.update("jax_enable_preemption_service", False)
     patience = threading.Timer(start_timeout, _give_up, (coordinator, process_id, start_timeout))
     patience.daemon = True
@@ -76,16 +79,16 @@ def initialize(
             num_processes,
             process_id,
             cluster_detection_method="deactivate" if given else None,
-            # JAX's own end of patience is a stack trace: it comes only if ours does not.
+            # JAX's own timeout prints a stack trace, so it is longer than ours.
             initialization_timeout=start_timeout + 30,
             heartbeat_timeout_seconds=peer_timeout,
         )
-        jax.devices()  # here, where all are; later, one that fails alone would wait for the others
-    except (ValueError, TypeError) as error:  # something is None that must not be
+        jax.devices()  # now, in all processes: one that fails alone later would wait for the others
+    except (ValueError, TypeError) as error:  # a required value is None
         raise InputError(
-            f"how many processes there are, and where, is not known ({error}): give the "
-            "coordinator, the number of processes and the process id, or start them where JAX "
-            "finds these (SLURM, Open MPI, Kubernetes, a TPU pod)"
+            f"the coordinator or number of processes could not be detected ({error}): give "
+            "the coordinator, the number of processes and the process id, or start them where JAX "
+            "detects these (SLURM, Open MPI, Kubernetes, a TPU pod)"
         ) from error
     except (RuntimeError, OSError) as error:
         raise InputError(
@@ -98,18 +101,18 @@ def initialize(
 
 
 def is_primary() -> bool:
-    """Whether this is the process that prints and writes: the only one, or process 0."""
+    """Whether this process prints and writes: the only one, or process 0."""
     return not several_processes() or _number_of_all()[0] == 0
 
 
 def several_processes() -> bool:
-    """Whether this program runs in several processes; asking touches no device if it does not."""
+    """Whether this program runs in several processes; uses no device if it does not."""
     return _number_of_all()[1] > 1
 
 
 def _number_of_all() -> tuple[int, int]:
-    """This process' number, and how many there are."""
-    if "jax" not in sys.modules:  # then nobody can have joined others
+    """This process's number, and the number of processes."""
+    if "jax" not in sys.modules:  # then no processes can be connected
         return 0, 1
     import jax
 
@@ -119,22 +122,22 @@ def _number_of_all() -> tuple[int, int]:
 
 
 def print_once() -> None:
-    """From here on, what others than the primary print is dropped; errors are not."""
+    """From here on, discards the standard output of all processes but the primary."""
     if not is_primary():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 -- as long as the process lives
 
 
 def from_primary(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the primary, which alone calls it: in every process.
+    """Calls `make` in the primary only, and returns its result in every process.
 
-    For what only the primary can know, such as what a file of results holds already. All
-    processes must call this together.
+    Use it for values that only the primary can know, such as the contents of a results file. All
+    processes must call it together.
 
     Args:
-        make: returns what JSON can hold.
+        make: function with a JSON-serializable result.
 
     Raises:
-        InputError: `make` raised one; then in every process.
+        InputError: in every process, if `make` raised one.
     """
     if not several_processes():
         return make()
@@ -158,11 +161,11 @@ def from_primary(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends a program of several processes well: the block is the whole program.
+    """Ends a program of several processes cleanly; the block is the whole program.
 
-    What all processes run into alike, such as a wrong option, is said once, by the primary. What
-    one runs into alone it says under its number, and it ends at once, whatever it holds: JAX would
-    let it wait for the others, which wait for it. They then end, too (`initialize`).
+    An error that occurs in all processes, such as a wrong option, is printed once by the primary. A
+    process that fails alone prints the error with its number and exits at once, because JAX would
+    make it wait for the others, which wait for it. The others then end too (`initialize`).
 
     The exit code is 2 for an `InputError`, 1 for any other exception, and that of `SystemExit`.
     With one process it does nothing.
@@ -176,7 +179,7 @@ def ending_together() -> Iterator[None]:
 
 
 def _end(error: BaseException) -> None:
-    """What `ending_together` says of an exception; returns if all processes have it, said once."""
+    """Prints an exception for `ending_together`; returns only if all processes had the same."""
     import jax
 
     if isinstance(error, SystemExit):
@@ -192,7 +195,7 @@ def _end(error: BaseException) -> None:
     elif isinstance(error, jax.errors.JaxRuntimeError):
         _say(
             f"a computation shared with the other processes failed: {str(error)[:2000]}\n"
-            "If this speaks of a connection or of a peer, another process ended first; what it "
+            "If this mentions a connection or a peer, another process ended first; what it "
             "said before tells why"
         )
         _leave(1)
@@ -213,8 +216,8 @@ def _check(
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(
-                f"the coordinator is process 0's host and a free port there, such as node1:8476; "
-                f"got {coordinator!r}"
+                f"the coordinator must be process 0's host and a free port on it, such as "
+                f"node1:8476; got {coordinator!r}"
             )
     if num_processes is not None and num_processes < 1:
         raise InputError(f"the number of processes must be at least 1, got {num_processes}")
@@ -225,28 +228,28 @@ def _check(
         )
     if start_timeout < 1 or peer_timeout < 10:
         raise InputError(
-            f"processes need at least 1 second to start and 10 for a sign of life, got "
+            f"the start timeout must be at least 1 second and the peer timeout at least 10, got "
             f"{start_timeout} and {peer_timeout}"
         )
 
 
 def _give_up(coordinator: str | None, process_id: int | None, seconds: int) -> None:
-    """Called by a timer while JAX waits, where no exception can reach."""
+    """Called by a timer while JAX waits, where no exception could be raised."""
     place = "the coordinator" if coordinator is None else coordinator
     who = "this process" if process_id is None else f"process {process_id}"
     print(
-        f"error: {who} has waited {seconds} s at {place}, and not all processes have come; check "
-        "that each was started with the same coordinator and number and an id of its own, and that "
-        "it reaches that address",
+        f"error: {who} has waited {seconds} s at {place}, but not all processes have started; "
+        "check that each was started with the same coordinator and number of processes and its own "
+        "id, and that it can reach that address",
         file=sys.stderr,
     )
     _leave(1)
 
 
 def _meet(what: str) -> bool:
-    """Whether every process comes here with the same `what`; waits for it a little."""
+    """Whether every process calls this with the same `what`; waits for them for a short time."""
     import jax
-    from orbax.checkpoint import multihost  # slow to import, and needed at a bad end only
+    from orbax.checkpoint import multihost  # slow to import, and needed only after an error
 
     everyone = set(range(jax.process_count()))
     name = f"dca_jax.{zlib.crc32(what.encode())}"
@@ -263,7 +266,7 @@ def _say(message: str) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process now, without the goodbye in which JAX waits for the others."""
+    """Ends the process at once, without JAX's shutdown, which waits for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -273,8 +276,8 @@ def _leave(code: int) -> NoReturn:
 def exit_on_input_error() -> Iterator[None]:
     """Turns an `InputError` into one message on stderr and exit code 2.
 
-    Decorates a command, or wraps a block with `with`. With several processes it is
-    `ending_together` that does so, once for all of them.
+    Decorates a command, or wraps a block with `with`. With several processes, `ending_together`
+    does this once for all of them.
     """
     try:
         yield

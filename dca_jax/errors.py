@@ -1,16 +1,16 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exception for wrong input, as opposed to bugs in the program."""
 
 
 class InputError(ValueError):
-    """Bad input from a person: a file, a config, a prompt, a flag.
+    """Wrong input from the user: a file, a config, a prompt, a flag.
 
-    The message says what was got, what was expected and what to do. The command line prints it
+    The message says what was received, what was expected and what to do. The command line prints it
     and exits with code 2; any other exception is a bug and keeps its traceback.
     """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the host or a device has too little memory.
+    """Whether an exception means that the host or a device ran out of memory.
 
     JAX raises a JaxRuntimeError or a ValueError for it, PyTorch a RuntimeError.
     """

@@ -1,16 +1,17 @@
-"""Mixtures of experts: a router, and for each token the experts that it chooses.
+"""Mixtures of experts: a router chooses a few experts for each token.
 
     p = softmax(x W_router)                     float32, over all experts
-    chosen, w = top-k of p                      exactly k; w / sum(w) where the model says so
-    y = sum over the chosen of w (silu(x W_gate) * (x W_up)) W_down
+    chosen, w = top-k of p                      exactly k; w / sum(w) if the model normalizes y =
+    sum over the chosen of w (silu(x W_gate) * (x W_up)) W_down
 
-(arXiv 1701.06538; Mixtral, arXiv 2401.04088; Qwen3.) No token is dropped and no expert has a
-capacity: a token's result depends on that token alone. Tokens are sorted by expert, and each
-projection is one product of groups of rows (`dca_jax.grouped`); where they are fewer than experts,
-as in decoding, only the matrices that are chosen are read, where they lie in the layers' stack.
+(arXiv 1701.06538; Mixtral, arXiv 2401.04088; Qwen3.) Experts have no
+capacity limit and no token is dropped, so a token's result depends only on that token. Tokens are
+sorted by expert, and each projection is one grouped product (`dca_jax.grouped`). If there are fewer
+tokens than experts, as in decoding, only the matrices of chosen experts are read, in place in the
+layers' stack.
 
-On a mesh `tensor` cuts each expert's inner dimension and `fsdp` the experts: what moves is tokens,
-to all devices of `fsdp` and their sums back, and never an expert.
+On a mesh, `tensor` splits each expert's inner dimension and `fsdp` the experts. Tokens are sent to
+all devices of `fsdp` and their sums back; experts are never moved.
 
 Shapes: E experts, k chosen, M an expert's inner dimension; others as in `dca_jax.model`.
 """
@@ -42,16 +43,16 @@ from dca_jax.products.packed import Packed
 from dca_jax.products.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
-PIECE = 2**14  # tokens that are sorted at once: k copies of each are in memory
+PIECE = 2**14  # tokens sorted at once; k copies of each are in memory
 
 
 class Routing(NamedTuple):
-    """What a router says of each token.
+    """A router's result for each token.
 
     Attributes:
-        probabilities: of all experts, float32.
-        chosen: the experts that read it, the most likely first.
-        weights: theirs, float32.
+        probabilities: probabilities of all experts, float32.
+        chosen: the chosen experts, most likely first.
+        weights: their weights, float32.
     """
 
     probabilities: Float[Array, "B T E"]
@@ -63,8 +64,9 @@ class Balance(NamedTuple):
     """How evenly experts were chosen, summed over tokens and layers; float32.
 
     Attributes:
-        chosen: how often each was. probabilities: what the router gave each.
-        tokens: how many there were.
+        chosen: how often each expert was chosen.
+        probabilities: sum of the router's probabilities for each expert.
+        tokens: number of tokens.
     """
 
     chosen: Float[Array, "... E"]
@@ -80,7 +82,7 @@ class Kernel(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The mixtures of experts of all layers that have one, stacked; a slice is one layer's."""
+    """The stacked mixtures of experts of all layers that have one; a slice is one layer's."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         mixture = config.mixture
@@ -96,11 +98,11 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """What the experts make of each token, and how they were chosen.
+        """The experts' output for each token, and the routing.
 
         Args:
-            x: normed hidden states; on a mesh, cut along batch and tokens.
-            layer: which of the stack; None if this is one layer's slice of it.
+            x: normalized hidden states; on a mesh, split along batch and tokens.
+            layer: index in the stack; None if this is already one layer's slice.
         """
         router, gate, up, down = (
             module.kernel[...]
@@ -142,7 +144,7 @@ class Experts(nnx.Module):
     def route(
         self, x: Float[Array, "B T D"], routers: Float[Array, "L D E"], layer: Int[Array, ""]
     ) -> Routing:
-        """Which experts read each token: the k most likely, of equal ones those numbered lower."""
+        """The k most likely experts for each token; ties go to the lower number."""
         wide = compute_dtype(x.dtype)
         row = x.reshape(-1, x.shape[-1])
         if len(row) == 1 and can_multiply(row, [routers]):
@@ -164,7 +166,7 @@ def _in_pieces(
     weights: Float[Array, "B T k"],
     *kernels: Any,
 ) -> Float[Array, "B T D"]:
-    """`mix` of up to `PIECE` tokens at a time."""
+    """`mix` on up to `PIECE` tokens at a time."""
     k = own.shape[-1]
     flat = x.reshape(-1, x.shape[-1]), own.reshape(-1, k), weights.reshape(-1, k)
     count = -(-len(flat[0]) // PIECE)
@@ -186,11 +188,11 @@ def mix(
     down: Float[Array, "L E M D"] | Packed,
     layer: Int[Array, ""],
 ) -> Float[Array, "T D"]:
-    """The weighted sum of what the chosen ones of these experts make of each token.
+    """The weighted sum of the outputs of each token's chosen experts, among these experts.
 
     Args:
-        own: the chosen, counted from the first of these; a number that is none of theirs is an
-            expert of another device, and adds nothing.
+        own: chosen experts, counted from the first of these. A number outside their range is an
+            expert on another device and adds nothing.
     """
     tokens, k = own.shape
     experts = gate.shape[1]
@@ -209,7 +211,7 @@ def mix(
         rows = spread(x, layout)
         inner = _swiglu(product(rows, gate), product(rows, up))
         out = collect(product(inner, down), layout)
-    # As a sum of products and not as a product of matrices: XLA gathers on the way.
+    # A sum of products instead of a matrix product, so that XLA fuses the gather.
     each = out.reshape(tokens, k, -1).astype(weights.dtype) * weights[..., None]
     return each.sum(axis=1).astype(x.dtype)
 
@@ -218,11 +220,11 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-# --- how evenly they are chosen ------------------------------------------------------------------
+# --- load balancing --------------------------------------------------------------------------
 
 
 def balance_of(routing: Routing, real: Bool[Array, "B T"]) -> Balance:
-    """One layer's sums over the tokens that are real."""
+    """One layer's sums over the real tokens."""
     experts = routing.probabilities.shape[-1]
     numbers = jnp.arange(experts, dtype=jnp.int32)[None, None, None]
     counted = real[..., None, None] & (routing.chosen[..., None] == numbers)
@@ -237,8 +239,8 @@ def balance_of(routing: Routing, real: Bool[Array, "B T"]) -> Balance:
 def load_balancing_loss(balance: Balance) -> Float[Array, ""]:
     """E times the sum over experts of how often each was chosen times its mean probability.
 
-    Of all layers together, as `transformers` has it (after arXiv 2101.03961, eqs. 4 to 6): k where
-    all are chosen alike.
+    It is computed over all layers together, as in `transformers` (after arXiv 2101.03961, eqs. 4 to
+    6). Its value is k if all experts are chosen equally often.
     """
     count = jnp.maximum(balance.tokens.sum(), 1)
     shares = balance.chosen.sum(axis=0) / count * (balance.probabilities.sum(axis=0) / count)

@@ -1,4 +1,4 @@
-"""Values of other people's files, checked for type and range as they are read."""
+"""Values from untrusted files, with their types and ranges checked as they are read."""
 
 import math
 import reprlib
@@ -21,7 +21,7 @@ _SHOWN = _Shown(maxlevel=3, maxdict=4, maxlist=6, maxtuple=6, maxset=6, maxstrin
 
 
 def shown(value: Any, *, quote: bool = True) -> str:
-    """A value as a message shows it: on one line, at most some 200 characters, however large."""
+    """A value for a message: one line of at most about 200 characters, however large it is."""
     text = _SHOWN.repr(value) if quote or not isinstance(value, str) else value
     text = " ".join(text.split())
     return text if len(text) <= 200 else f"{text[:197]}..."
@@ -43,10 +43,10 @@ def integer(
     default: int | None = None,
     least: int = 1,
 ) -> int | None:
-    """An integer from `least` to `LARGEST`; `default` where the field is absent or null.
+    """An integer from `least` to `LARGEST`; `default` if the field is absent or null.
 
     Raises:
-        InputError: anything else; true and 1.0 are no integers.
+        InputError: anything else; true and 1.0 are not integers.
     """
     value = fields.get(name)
     if value is None:
@@ -87,10 +87,10 @@ def number(
     least: float = -math.inf,
     above: float = -math.inf,
 ) -> float | None:
-    """A finite number of at least `least` and greater than `above`; `default` where absent or null.
+    """A finite number of at least `least` and greater than `above`; `default` if absent or null.
 
     Raises:
-        InputError: anything else; true and "1" are no numbers.
+        InputError: anything else; true and "1" are not numbers.
     """
     value = fields.get(name)
     if value is None:

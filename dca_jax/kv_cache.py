@@ -22,21 +22,21 @@ from dca_jax.sharding import AXES, axis_size, partition, replicated
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of the texts read so far, every row from index 0.
+    """Keys and values of the texts read so far; every row starts at index 0.
 
-    A key is stored rotated to its own index, and nothing else: so a prefix can be shared, a text
-    rolled back (`rollback`) and a prefill split anywhere, exactly.
+    A stored key is rotated to its own index and depends on nothing else. So sharing a prefix,
+    rolling back a text (`rollback`) and splitting a prefill anywhere are exact.
 
     Attributes:
-        key, value: all layers in one array each, which a `lax.scan` over layers carries along. A
-            token's heads lie one behind the other, K * H elements, which is free to take apart
-            again, and which a TPU stores without padding.
-        key_scale, value_scale: of keys and values in 8 bits (`dca_jax.attention.stored`), what
-            each head of a token is to be multiplied by; None if they are exact. Slots come last,
-            cut into one block, or into two for each device of `context`.
-        lengths: tokens each row holds; what lies beyond is never read.
-        frequency_lengths: the text length each row's rotary frequencies were made for. Only
-            dynamic NTK depends on it; it is fixed by the first tokens written.
+        key, value: all layers in one array each, the carry of a `lax.scan` over layers. The heads
+            of a token are concatenated to K * H elements. Splitting them again is free, and a TPU
+            stores them without padding.
+        key_scale, value_scale: for keys and values in 8 bits (`dca_jax.attention.stored`), the
+            factor of each head of a token; None for unquantized ones. Slots are the last axis,
+            split into one block, or into two for each device of `context`.
+        lengths: number of tokens in each row; slots beyond are never read.
+        frequency_lengths: text length for each row's rotary frequencies. Only dynamic NTK depends
+            on it; it is fixed when the first tokens are written.
     """
 
     key: Num[Array, "L B S KH"]
@@ -58,22 +58,21 @@ class KVCache:
     ) -> "KVCache":
         """An empty cache for `batch` texts of up to `capacity` tokens each.
 
-        A capacity that is a multiple of 8 is read by the GPU kernels where it lies; any other is
-        copied, layer by layer, at every step (`dca_jax.inference.buckets.capacity_bucket` gives a
-        good one). It takes 2 * L * B * S * K * H elements of `dtype`, and 2 * L * B * S * K scales
-        in float32 if that has 8 bits (`num_bytes` says how many bytes), shared by the devices of
-        the model's `mesh`. Where `context` cuts it, its slots lie in zigzag
-        (`dca_jax.attention.parallel.zigzag`), and the capacity is a multiple of twice the axis'
-        size. Where `tensor` is more than K, each head is kept tensor / K times, once for each
-        device.
+        GPU kernels read a cache in place if its capacity is a multiple of 8; otherwise it is
+        copied, layer by layer, at every step (`dca_jax.inference.buckets.capacity_bucket` returns
+        a suitable one). The cache has 2 * L * B * S * K * H elements of `dtype` and, if that has 8
+        bits, 2 * L * B * S * K float32 scales (see `num_bytes`), split over the devices of the
+        model's `mesh`. If `context` splits it, its slots are in zigzag order
+        (`dca_jax.attention.parallel.zigzag`), and the capacity must be a multiple of twice the
+        axis size. If `tensor` exceeds K, each head is stored tensor / K times, once per device.
 
         Args:
-            dtype: also by name (`dca_jax.dtypes.CACHE_DTYPES`): "int8" and "fp8" keep half the
-                bytes of bfloat16.
+            dtype: a dtype or its name (`dca_jax.dtypes.CACHE_DTYPES`); "int8" and "fp8" take half
+                the bytes of bfloat16.
 
         Raises:
-            InputError: a batch or capacity that is not positive, or that the mesh does not divide;
-                a dtype that no cache has.
+            InputError: a batch or capacity that is not positive or not divisible over the mesh, or
+                a dtype that the cache does not support.
         """
         dtype = parse_cache_dtype(dtype)
         if batch < 1 or capacity < 1:
@@ -84,7 +83,7 @@ class KVCache:
         if batch % rows or (halves > 2 and capacity % halves):
             raise InputError(
                 f"a KV cache on this mesh needs a batch that is a multiple of {rows} and a "
-                f"capacity that is one of {halves}, got {batch} and {capacity}"
+                f"capacity that is a multiple of {halves}, got {batch} and {capacity}"
             )
         sizes = {axis: axis_size(mesh, axis) for axis in AXES}
         arrays = cache_arrays(config, batch=batch, capacity=capacity, dtype=dtype, sizes=sizes)
@@ -97,7 +96,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
+        """Maximum number of tokens in a row."""
         return self.key.shape[2]
 
     @property
@@ -111,13 +110,13 @@ class KVCache:
         return sum(array.nbytes for array in jax.tree.leaves(self.stored))
 
     def rollback(self, lengths: Int[Array, " n"] | Sequence[int]) -> "KVCache":
-        """The same texts cut to `lengths` tokens (never more than they hold); nothing is copied.
+        """The same texts truncated to `lengths` tokens (at most what they have), without a copy.
 
-        Rows beyond the `lengths` given, which fill the cache up, are emptied.
+        Rows beyond the given `lengths`, which only fill up the batch, are emptied.
         """
         if isinstance(lengths, jax.Array) or isinstance(self.lengths, Tracer):
             return replace(self, lengths=jnp.minimum(jnp.asarray(lengths), self.lengths))
-        # On the host, where nothing is compiled for it.
+        # On the host, so nothing is compiled for it.
         rest = self.lengths.shape[0] - len(lengths)
         kept = np.minimum(np.asarray([*lengths, *[0] * rest], np.int32), np.asarray(self.lengths))
         return replace(self, lengths=jax.device_put(kept, self.lengths.sharding))
@@ -126,17 +125,17 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PagedCache:
-    """Keys and values in pages of a common pool; a table says which pages a row's text lies in.
+    """Keys and values in pages of a common pool; a table lists the pages of each row's text.
 
-    Row b's token i lies in slot i % page of pages[b, i // page]. A page may stand in the tables of
-    many rows: a key is stored rotated to its own index, and nothing else, so a common beginning is
-    shared exactly. A page to which a row writes must be its own.
+    Token i of row b is in slot i % page of pages[b, i // page]. A page may be in the tables of
+    several rows: a stored key is rotated to its own index and depends on nothing else, so sharing a
+    common prefix is exact. A page that a row writes to must belong to that row only.
 
     Attributes:
-        key, value, key_scale, value_scale: as in `KVCache`, pages in place of rows.
-        pages: each row's table. What it says beyond a row's length is never read.
-        lengths: as in `KVCache`. frequency_lengths: likewise.
-        common: of texts of which one token is read next, what they have in common, if known.
+        key, value, key_scale, value_scale: as in `KVCache`, with pages instead of rows.
+        pages: the page table of each row. Entries beyond a row's length are never read.
+        lengths, frequency_lengths: as in `KVCache`.
+        common: for decoding, the prefixes that rows have in common, if known.
     """
 
     key: Num[Array, "L P page KH"]
@@ -157,12 +156,12 @@ class PagedCache:
 def create_pool(
     config: LlamaConfig, *, pages: int, page: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> Stored:
-    """What a `PagedCache` holds, empty: so many pages of `page` tokens.
+    """An empty pool for a `PagedCache`, with the given number of pages of `page` tokens.
 
-    On a mesh its heads are cut by `tensor`, and nothing else is cut.
+    On a mesh, `tensor` splits its heads; nothing else is split.
 
     Args:
-        dtype: as of `KVCache.create`.
+        dtype: as in `KVCache.create`.
     """
     sizes = {axis: axis_size(mesh, axis) for axis in AXES}
     dtype = parse_cache_dtype(dtype)
@@ -181,10 +180,10 @@ def _zeros(mesh: Mesh | None, letters: str, shape: tuple[int, ...], dtype: jnp.d
 def cache_arrays(
     config: LlamaConfig, *, batch: int, capacity: int, dtype: jnp.dtype, sizes: Mapping[str, int]
 ) -> dict[str, tuple[str, tuple[int, ...], jnp.dtype]]:
-    """What a cache is made of, by the names of `KVCache`: letters of the axes, shape, and dtype.
+    """The arrays of a cache by their names in `KVCache`: axis letters, shape and dtype.
 
     Args:
-        sizes: of the mesh.
+        sizes: axis sizes of the mesh.
     """
     heads = max(config.num_key_value_heads, sizes["tensor"])
     first = config.num_hidden_layers, batch

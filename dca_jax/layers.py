@@ -24,23 +24,22 @@ from dca_jax.products.packed_product import packed_product, packed_products
 from dca_jax.products.row_products import can_multiply, row_products
 from dca_jax.sharding import Shards
 
-# Given one layer's query [B,T,N,H], key and value [B,T,K,H]: what the queries read, [B,T,N,H].
+# From one layer's query [B,T,N,H], key and value [B,T,K,H] to the attention output [B,T,N,H].
 Attend = Callable[[Array, Array, Array], Array]
 
-ROWS = 8  # of the smallest product of matrices
-SMALL = 48 * 2**20  # bytes of a kernel that cuBLAS reads at much less than the memory's rate
-PRODUCT = "product"  # the name of what a `Linear` gives, for what is kept in training
+ROWS = 8  # rows to which a product with one row is padded
+SMALL = 48 * 2**20  # bytes; cuBLAS reads kernels up to this size far below the memory bandwidth
+PRODUCT = "product"  # the name of a `Linear`'s result, for policies of `jax.checkpoint`
 
 
 class Linear(nnx.Module):
-    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay cut as in x.
+    """y = einsum(x, kernel) + bias, in the dtype of x; batch and tokens stay sharded as in x.
 
-    Called with the letters of the input's and the output's axes after batch and tokens: ("D", "NH")
-    takes [B, T, D] to [B, T, N, H].
+    It is called with the letters of the input's and the output's axes after batch and tokens: ("D",
+    "NH") maps [B, T, D] to [B, T, N, H].
 
-    The kernel may be a packed matrix. With LoRA (arXiv 2106.09685), low-rank and float32,
-    y = einsum(x, kernel) + alpha / rank (x lora_a) lora_b: a kernel that is not trained takes no
-    gradient.
+    The kernel may be a packed matrix. With LoRA (arXiv 2106.09685), in float32, y = einsum(x,
+    kernel) + alpha / rank (x lora_a) lora_b. A kernel that is not trained has no gradient.
     """
 
     def __init__(
@@ -60,7 +59,8 @@ class Linear(nnx.Module):
         a: Any = None
         b: Any = None
         if lora is not None:
-            # The authors' code and PEFT draw A from this range too; with B = 0, y is the base's.
+            # The authors' code and PEFT also draw A from this range; with B = 0, y equals the base
+            # model's.
             shape, bound = (*layers, *inputs, lora.rank), math.prod(inputs) ** -0.5
             a = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
             b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
@@ -69,22 +69,22 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Array, inputs: str, outputs: str, layer: Int[Array, ""] | None = None
     ) -> Array:
-        """[B, T, *inputs] to [B, T, *outputs].
+        """Maps [B, T, *inputs] to [B, T, *outputs].
 
-        With `layer` a kernel that `stays_whole` is not this layer's slice but the whole stack.
+        With `layer`, a kernel that `stays_whole` is the whole stack instead of this layer's slice.
         """
         return project(x, inputs, [(self, outputs)], layer)[0]
 
     def multiply(self, x: Array, inputs: str, outputs: str) -> Array:
-        """x times the kernel, this layer's."""
+        """x times this layer's kernel."""
         kernel, subscripts = self.kernel[...], f"BT{inputs},{inputs}{outputs}->BT{outputs}"
         if is_packed(kernel):
             return packed_product(subscripts, x, kernel)
-        kernel = Shards.of(kernel).gathered(kernel.astype(x.dtype))  # first narrow, then on its way
+        kernel = Shards.of(kernel).gathered(kernel.astype(x.dtype))  # cast before the transfer
         return self._product(subscripts, x, kernel)
 
     def finished(self, x: Array, y: Array, inputs: str, outputs: str) -> Array:
-        """y = einsum(x, kernel), and what LoRA and the bias add."""
+        """y = einsum(x, kernel) plus LoRA's term and the bias."""
         if self.lora is not None:
             a, b = (Shards.of(w).gathered(w) for w in (self.lora_a[...], self.lora_b[...]))
             low = self._product(f"BT{inputs},{inputs}R->BTR", x, a)
@@ -96,7 +96,8 @@ class Linear(nnx.Module):
         return checkpoint_name(y, PRODUCT)
 
     def _product(self, subscripts: str, x: Array, kernel: Array) -> Array:
-        # A float32 model means float32 on every device; bfloat16 sums in float32 by itself.
+        # A float32 model computes in float32 on every device; bfloat16 products sum in float32
+        # anyway.
         precision = "highest" if x.dtype == jnp.float32 else None
         shards = Shards.of(self.kernel[...])
         kernel = kernel.astype(x.dtype)
@@ -109,11 +110,11 @@ class Linear(nnx.Module):
 
     @staticmethod
     def _is_one_row(x: Array, shards: Shards) -> bool:
-        """Whether to multiply eight rows instead, on a GPU.
+        """Whether to pad one row to eight, on a GPU.
 
-        Of one row XLA writes all products down before it adds them up, where a kernel is small; of
-        eight it makes cuBLAS's product, which reads the kernel once and where it lies. Not where
-        devices add up their parts: they would move eight rows.
+        For one row and a small kernel, XLA writes out all products before it adds them up. For
+        eight rows it calls cuBLAS, which reads the kernel once and in place. This does not apply
+        where devices sum partial results, because they would transfer eight rows.
         """
         if x.shape[:2] != (1, 1) or current_device().platform != "gpu":
             return False
@@ -126,10 +127,11 @@ def project(
     linears: Sequence[tuple[Linear, str]],
     layer: Int[Array, ""] | None = None,
 ) -> list[Array]:
-    """What several `Linear`s make of the same x; in one launch where that is faster.
+    """Applies several `Linear`s to the same x, in one kernel launch if that is faster.
 
     Args:
-        linears: with the letters of their outputs. layer: as of `Linear`.
+        linears: the modules with the letters of their outputs.
+        layer: as in `Linear`.
     """
     products: dict[int, Array] = {}
     kernels = {number: linear.kernel[...] for number, (linear, _) in enumerate(linears)}
@@ -144,7 +146,7 @@ def project(
         if n not in products and kernel.ndim > len(inputs + linears[n][1])
     }
     if rows:
-        assert layer is not None  # or each kernel would be one layer's
+        assert layer is not None  # stacks exist only with a layer number
         flat = [kernel.reshape(len(kernel), x[0, 0].size, -1) for kernel in rows.values()]
         found = row_products(x.reshape(1, -1), flat, layer[None])
         for (n, kernel), y in zip(rows.items(), found, strict=True):
@@ -160,14 +162,14 @@ def project(
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, over the last axis; the mean of squares in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale over the last axis; the mean square is float32 (arXiv 1910.07467)."""
 
     def __init__(self, shape: tuple[int, ...], epsilon: float, *, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones(shape, dtype))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        """The same, normed; in the dtype of x."""
+        """Normalizes x; the result has the dtype of x."""
         full = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
         normed = (full * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
@@ -176,9 +178,9 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around attention; what is attended to is the caller's affair.
+    """The projections around attention; the caller supplies the attention function.
 
-    Queries and keys are normed here, where a family does so, before whoever attends rotates them.
+    In families with QK norm, queries and keys are normalized here, before they are rotated.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend, layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """What the tokens read of one another; `layer` as in `Linear`."""
+        """The attention block's output; `layer` as in `Linear`."""
         projections = (self.q_proj, "NH"), (self.k_proj, "KH"), (self.v_proj, "KH")
         query, key, value = project(x, "D", projections, layer)
         if self.q_norm is not None and self.k_norm is not None:
@@ -216,20 +218,20 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Of each token alone; `layer` as in `Linear`."""
+        """Applies the MLP to each token; `layer` as in `Linear`."""
         gate, up = project(x, "D", [(self.gate_proj, "F"), (self.up_proj, "F")], layer)
         return self.down_proj(jax.nn.silu(gate) * up, "F", "D", layer)
 
 
 class Place(NamedTuple):
-    """A layer's numbers: in the stacks of attention, and in that of its MLP or experts."""
+    """A layer's index in the stacks of attention, and its index in those of the MLP or experts."""
 
     attention: Int[Array, ""]
     feed_forward: Int[Array, ""]
 
 
 class Block(NamedTuple):
-    """Layers that are alike, stacked; one slice of it, inside the scan, is one decoder layer."""
+    """Stacked layers of one kind; inside the scan, a slice of it is one decoder layer."""
 
     input_layernorm: RMSNorm
     self_attn: Attention
@@ -239,10 +241,10 @@ class Block(NamedTuple):
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend, place: Place | None = None
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
-        """The layer's output; and what its router said, if it has one.
+        """The layer's output, and the result of its router if it has one.
 
-        With `place` packed kernels and experts are not this layer's slice but whole stacks, in
-        which it has these numbers.
+        With `place`, packed kernels and experts are whole stacks instead of this layer's slices,
+        and `place` has the layer's indices in them.
         """
         attention, number = (None, None) if place is None else place
         with jax.named_scope("self_attn"):
@@ -258,11 +260,12 @@ class Block(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Layers [start, stop), which are alike.
+    """Layers [start, stop), all of one kind.
 
     Attributes:
-        whole: the stacks of all layers. start, stop: numbers of these.
-        first: the first one's number in the stack of MLPs, or of experts.
+        whole: the stacks of all layers.
+        start, stop: the range of layer numbers.
+        first: index of the first one in the stack of MLPs or experts.
     """
 
     whole: Block
@@ -272,7 +275,7 @@ class Run(NamedTuple):
 
     @property
     def numbers(self) -> Int[Array, " n"]:
-        """Of these layers, among all."""
+        """The numbers of these layers among all layers."""
         return jnp.arange(self.start, self.stop, dtype=jnp.int32)
 
     def place(self, number: Int[Array, ""]) -> Place:
@@ -281,12 +284,12 @@ class Run(NamedTuple):
 
     @property
     def block(self) -> Block:
-        """The stacks of these layers alone."""
+        """The stacks of only these layers."""
         last = self.first + self.stop - self.start
         return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
 
     def sliced(self, rows: int) -> Block:
-        """`block` without what is read where it lies in a stack: experts, and `stays_whole`."""
+        """`block` without parts that are read in place in a stack: experts, and `stays_whole`."""
         block = self._common if isinstance(self.whole.feed_forward, Experts) else self.block
 
         def part(path: Any, leaf: Any) -> Any:
@@ -295,7 +298,7 @@ class Run(NamedTuple):
         return jax.tree_util.tree_map_with_path(part, block, is_leaf=is_packed)
 
     def with_stacks(self, sliced: Block, rows: int) -> Block:
-        """A slice of `sliced`, with whole stacks in the place of what it is without."""
+        """A slice of `sliced`, with whole stacks in place of the parts that it lacks."""
         block = self.whole
         if isinstance(block.feed_forward, Experts):
             sliced = sliced._replace(feed_forward=block.feed_forward)
@@ -340,13 +343,13 @@ class Layers(nnx.Module):
         self.experts = Experts(config, dtype=dtype, rngs=rngs) if self.sparse else None
 
     def runs(self) -> Iterator[Run]:
-        """The layers in their order, those that are alike together: mostly there is one run."""
+        """The layers in order, grouped into runs of one kind; most models have a single run."""
         count = self.input_layernorm.scale[...].shape[0]
         common = self.input_layernorm, self.self_attn, self.post_attention_layernorm
         for sparse, group in itertools.groupby(range(count), lambda n: n in self.sparse):
             numbers = list(group)
             start, stop = numbers[0], numbers[-1] + 1
-            before = sum(n < start for n in self.sparse)  # sparse layers; the others are dense
+            before = sum(n < start for n in self.sparse)  # layers with experts, not an MLP
             first = before if sparse else start - before
             feed_forward = self.experts if sparse else self.mlp
             assert feed_forward is not None
@@ -354,16 +357,16 @@ class Layers(nnx.Module):
 
 
 def stays_whole(path: Any, stack: Any, rows: int) -> bool:
-    """Whether so many rows are multiplied by this where it lies in its stack: it is not sliced.
+    """Whether this parameter is read in place in its stack, without slicing, for so many rows.
 
-    That is a packed kernel; and on a GPU, by one row, a kernel that is small.
+    This is true for packed kernels and, on a GPU with one row, for small kernels.
     """
     if is_packed(stack):
         return True
     *_, linear, name, _ = (getattr(key, "name", None) for key in path)
     if rows != 1 or name != "kernel" or Shards.of(stack).mesh is not None:
         return False
-    # Of o_proj heads and their elements are inputs, of all others the width of the model or MLP.
+    # The inputs of o_proj are heads and their elements, those of all others the model or MLP width.
     inputs = math.prod(stack.shape[1 : 3 if linear == "o_proj" else 2])
     outputs = math.prod(stack.shape[1:]) // inputs
     row = jax.ShapeDtypeStruct((1, inputs), stack.dtype)
@@ -373,5 +376,5 @@ def stays_whole(path: Any, stack: Any, rows: int) -> bool:
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:
-    """Layers [start, stop) of a stacked module; itself if these are all."""
+    """Layers [start, stop) of a stacked module; the module itself if these are all layers."""
     return jax.tree.map(lambda w: w if stop - start == len(w) else w[start:stop], stack)

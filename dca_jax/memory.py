@@ -1,8 +1,8 @@
-"""What memory a device has, and how much of it is free.
+"""A device's total and free memory.
 
-Of a GPU or a TPU JAX's allocator says so. A CPU's arrays lie in the process: what it may have is
-the least of the machine's memory, the limit of its control group (a container's), and its own limit
-of address space (`ulimit -v`).
+On a GPU or TPU it is read from JAX's allocator. A CPU's arrays are in the process, whose memory is
+limited by the machine, by its control group (a container) and by its address space (`ulimit -v`);
+the smallest of these counts.
 """
 
 import os
@@ -11,16 +11,16 @@ from typing import Any
 
 try:
     import resource
-except ImportError:  # Windows has none
+except ImportError:  # not on Windows
     resource = None
 
-# Of a GPU's memory what JAX may take, the rest being for CUDA, its libraries and NCCL. Commands ask
-# for this much; JAX on its own takes 0.75 (`XLA_CLIENT_MEM_FRACTION`).
+# Share of a GPU's memory for JAX; the rest is for CUDA, its libraries and NCCL. Commands set this
+# share; JAX's default is 0.75 (`XLA_CLIENT_MEM_FRACTION`).
 GPU_SHARE = 0.95
 
 
 def total_bytes(device: Any) -> int | None:
-    """What arrays and programs on a device may take together; None if nobody knows."""
+    """Bytes available to arrays and programs on a device; None if unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     limits = [_machine("MemTotal"), *(limit for limit, _ in _groups()), _address_space()]
@@ -28,7 +28,7 @@ def total_bytes(device: Any) -> int | None:
 
 
 def free_bytes(device: Any) -> int | None:
-    """How much of it is free now; None if nobody knows."""
+    """Bytes of it that are free now; None if unknown."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")
@@ -42,7 +42,7 @@ def free_bytes(device: Any) -> int | None:
 
 
 def _machine(name: str) -> int | None:
-    """Bytes by their name in /proc/meminfo; without it, those of the whole machine."""
+    """A value in bytes from /proc/meminfo; without that file, the machine's whole memory."""
     kilobytes = _named(Path("/proc/meminfo"), name + ":")
     if kilobytes:
         return 1024 * kilobytes
@@ -51,8 +51,8 @@ def _machine(name: str) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# Where the memory of control groups stands, by version: folder, limit, use, and what of the use is
-# pages of files that were read, which are given up when memory is needed.
+# Files with the memory of control groups, by version: folder, limit, usage, and the part of the
+# usage that is page cache, which is released when memory is needed.
 _GROUPS = {
     True: ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     False: (
@@ -63,7 +63,7 @@ _GROUPS = {
 
 
 def _groups() -> list[tuple[int, int]]:
-    """Limit and use, in bytes, of the control groups of this process that have a limit."""
+    """Limit and usage, in bytes, of the control groups of this process that have a limit."""
     found = []
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -81,7 +81,7 @@ def _groups() -> list[tuple[int, int]]:
 
 
 def _named(path: Path, name: str) -> int:
-    """The number that follows a name in a file of one on each line; 0 where there is none."""
+    """The number after a name in a file with one name per line; 0 if the name is missing."""
     return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
 
 

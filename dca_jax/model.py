@@ -41,16 +41,16 @@ from dca_jax.products.packed_product import packed_product, unpacked_inner
 from dca_jax.rope import Frequencies, RopeConfig
 from dca_jax.sharding import Shards
 
-# What is kept of a layer for the backward pass, by name; the rest is computed again from it.
+# What is saved per layer for the backward pass, by name; the rest is recomputed.
 REMAT: dict[str, Callable[..., Any]] = {
-    "layer": jax.checkpoint_policies.nothing_saveable,  # its input only
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # and what attention gave
+    "layer": jax.checkpoint_policies.nothing_saveable,  # only its input
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # and the attention output
     "products": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),  # and projections
 }
 
 
 class Embed(nnx.Module):
-    """The token table, [V, D]."""
+    """The token embedding table, [V, D]."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
@@ -60,20 +60,23 @@ class Embed(nnx.Module):
 class Llama(nnx.Module):
     """A Llama-family decoder whose attention is DCA (or plain, with `dca=None`).
 
-    A pytree: pass it through `jax.jit`, `jax.grad` and `jax.tree.map` as it is. Any of its matrices
-    may be packed (`dca_jax.products.packed`): `from_params` takes them as they are.
+    The model is a pytree and can be passed to `jax.jit`, `jax.grad` and `jax.tree.map` directly.
+    Any of its matrices may be packed (`dca_jax.products.packed`); `from_params` accepts packed
+    matrices.
 
     Args:
         config: the model's shape.
-        dca: Dual Chunk Attention's setting, or another method's (`dca_jax.inference.baselines`);
-            None is the model's own plain causal attention.
-        param_dtype: of the parameters. dtype: of activations and matrix products.
-        remat: what training keeps of each layer for the backward pass, a name of `REMAT`; None
-            is everything.
-        implementation: of the attention (`dca_jax.attention.IMPLEMENTATIONS`), None for the best.
-        sparse: how long prompts are read (`dca_jax.attention.sparse`); None: densely.
+        dca: setting of Dual Chunk Attention, or another position method
+            (`dca_jax.inference.baselines`). None is the model's own plain causal attention.
+        param_dtype: dtype of the parameters.
+        dtype: dtype of activations and matrix products.
+        remat: what training saves per layer for the backward pass, a key of `REMAT`; None saves
+            everything.
+        implementation: attention implementation (`dca_jax.attention.IMPLEMENTATIONS`); None picks
+            the best.
+        sparse: setting of sparse prefill (`dca_jax.attention.sparse`); None reads densely.
         lora: adapters of the layers' projections (`dca_jax.finetune.lora`), float32.
-        rngs: initialization (normal, 0.02).
+        rngs: random generators for the initialization (normal, standard deviation 0.02).
     """
 
     def __init__(
@@ -103,11 +106,12 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits of whole texts, float32: row b's token t predicts token t + 1.
+        """Logits of whole texts, float32; those at token t of a row predict token t + 1.
 
         Args:
-            tokens: ids below V; right-padded, each row from index 0.
-            lengths: real tokens in each row (default: all T). Logits of padding mean nothing.
+            tokens: token ids below V, right-padded; every row starts at index 0.
+            lengths: number of real tokens in each row (default: T). Logits at padding are
+                meaningless.
         """
         hidden, _ = self.hidden_states(tokens, lengths=lengths)
         return self.unembed(hidden)
@@ -118,16 +122,16 @@ class Llama(nnx.Module):
         lengths: Int[Array, " B"],
         text_index: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """Normed hidden states of whole texts, and how unevenly experts were chosen for them.
+        """Normalized hidden states of whole texts, and the load-balancing loss of the experts.
 
-        The second is `dca_jax.experts.load_balancing_loss` over all real tokens and layers,
-        float32; 0 for a model without experts.
+        The loss is `dca_jax.experts.load_balancing_loss` over all real tokens and layers, float32;
+        0 for a model without experts.
         """
         self.check_window(tokens.shape[1])
         if self.sparse is not None:
             raise InputError(
-                f"this model reads long texts sparsely ({self.sparse.selector.name}), which is for "
-                "prompts and has no gradient; train one that is loaded with sparse='off'"
+                f"this model has sparse prefill ({self.sparse.selector.name}), which has no "
+                "gradient; for training, load it with sparse='off'"
             )
         rows, _ = self._place_rows(tokens, lengths, None, None)
         x, _, balance = self._read_text(tokens, rows, text_index, None, None)
@@ -144,36 +148,37 @@ class Llama(nnx.Module):
         new_cache: DTypeLike | None = None,
         cache_layers: Int[Array, " L"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Normed hidden states of `tokens`, and the cache with them appended.
+        """Normalized hidden states of `tokens`, and the cache with their keys and values appended.
 
-        On a mesh, whole texts are shared by the devices of `context`, and so are the hidden states
-        if their number divides T. Tokens that follow a cache are few, and every device has them.
+        On a mesh, `context` splits whole texts, and also their hidden states if its size divides T.
+        Tokens after a cache are few, so every device has all of them.
 
-        A model that reads long prompts sparsely does so with whole texts beyond its threshold, and
-        with pieces of prompts, which `context_lengths` marks as such: its lengths decide. A piece
-        then begins at a multiple of `sparse.segment`, and T is one.
+        Sparse prefill applies to whole texts longer than its threshold and to pieces of prompts,
+        whose `context_lengths` then decide. A piece must begin at a multiple of `sparse.segment`,
+        and T must be a multiple of it.
 
         Args:
             tokens: new tokens of each row, right-padded; without a cache, whole texts.
-            lengths: how many of the T tokens are real in each row (default: all). Padding is not
-                written to the cache.
-            text_index: of rows that hold several texts which do not see each other: each token's
-                index in its own text, -1 for padding (`dca_jax.attention.packed`); without a cache.
-            cache: what the rows have read so far; `tokens` follow it, at cache.lengths[b]. Tokens
-                beyond the capacity would be lost: check before calling
-                (`dca_jax.inference.generate` does).
-            context_lengths: length of the row's whole prompt, for temperature, dynamic NTK and
-                sparse reading (default: the row's length after this call).
-            new_cache: of whole texts, a dtype: makes a cache of it out of their keys and values,
-                with a capacity of T. It is how a cache shared along `context` is filled.
-            cache_layers: which entry of the cache's first axis belongs to each layer (default: the
-                layer's own number); for a cache in which the rows of a batch stand as layers.
+            lengths: number of real tokens in each row (default: T). Padding is not written to the
+                cache.
+            text_index: for rows that contain several texts which do not attend to each other, the
+                index of each token in its own text, -1 for padding (`dca_jax.attention.packed`).
+                Only without a cache.
+            cache: the text read so far; `tokens` follow it at cache.lengths[b]. Tokens beyond the
+                capacity would be lost, so check it before calling (`dca_jax.inference.generate`
+                does).
+            context_lengths: length of each row's whole prompt, for temperature, dynamic NTK and
+                sparse prefill (default: the row's length after this call).
+            new_cache: for whole texts, the dtype of a new cache with their keys and values and a
+                capacity of T. This is how a cache split along `context` is filled.
+            cache_layers: index of each layer on the first axis of the cache (default: the layer's
+                number), for a cache that stores the rows of a batch as layers.
 
         Raises:
             InputError: plain attention over whole texts longer than the model's sliding window
-                (how much of a cache is read is not known before it runs: `check_window` says
-                whether it may be); a batch, or the capacity of a new cache, that the mesh does not
-                divide; a piece of a prompt to be read sparsely that is no multiple of segments.
+                (with a cache the length is not known before running; use `check_window`), a batch
+                or a capacity of a new cache that is not divisible over the mesh, or a piece for
+                sparse prefill whose length is not a multiple of `sparse.segment`.
         """
         if cache is None:
             self.check_window(tokens.shape[1])
@@ -183,7 +188,7 @@ class Llama(nnx.Module):
             prompts = prompts if self.reading(tokens.shape[1]).sparse else None
             x, kept, _ = self._read_text(tokens, rows, text_index, new_cache, prompts)
         else:
-            if self.sparse is None or context_lengths is None:  # tokens that have been drawn
+            if self.sparse is None or context_lengths is None:  # decoding
                 prompts = None
             else:
                 self.sparse.check_piece(tokens.shape[1])
@@ -200,7 +205,7 @@ class Llama(nnx.Module):
         cache: KVCache | PagedCache | None,
         context_lengths: Int[Array, " B"] | None,
     ) -> tuple[Rows, Int[Array, " B"]]:
-        """Each row's numbers for the attention, and the lengths its frequencies are made for."""
+        """The per-row inputs of the attention, and the lengths for the rotary frequencies."""
         batch, num_new = tokens.shape
         shards = Shards.of(self.norm.scale[...])
         if batch % shards.size("data", "fsdp"):
@@ -235,17 +240,16 @@ class Llama(nnx.Module):
         new_cache: DTypeLike | None,
         prompts: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Stored | None, Balance | None]:
-        """Whole texts: hidden states; with `new_cache`, a cache of their keys and values.
+        """Reads whole texts; returns hidden states, cache (with `new_cache`) and expert balance.
 
-        And, of a mixture of experts, how they were chosen. With `prompts`, their lengths, they are
-        read sparsely.
+        `prompts`, the prompts' lengths, enables sparse prefill.
         """
         num_new, shards = tokens.shape[1], Shards.of(self.norm.scale[...])
         context = shards.size("context")
         if context > 1 and new_cache is not None and num_new % (2 * context):
             raise InputError(
-                f"a cache shared by {context} devices needs a capacity that is a multiple of "
-                f"{2 * context}, got {num_new} tokens; pad them"
+                f"a cache split over {context} devices needs a capacity that is a multiple of "
+                f"{2 * context}, got {num_new} tokens; pad the tokens"
             )
         real = jnp.arange(num_new, dtype=jnp.int32)[None, :] < rows.lengths[:, None]
         if context > 1:
@@ -298,9 +302,9 @@ class Llama(nnx.Module):
         numbers: Int[Array, " L"] | None,
         prompts: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Stored]:
-        """Tokens that follow a cache: hidden states, and its keys and values with theirs.
+        """Reads tokens after a cache; returns hidden states and the updated keys and values.
 
-        With `prompts`, their lengths, they are pieces of prompts that are read sparsely.
+        `prompts`, the prompts' lengths, marks pieces of prompts for sparse prefill.
         """
         shards = Shards.of(self.norm.scale[...])
         paged: dict[str, Any] = {}
@@ -331,10 +335,11 @@ class Llama(nnx.Module):
             x, _ = block(x, attend, run.place(number))
             return (x, stored), None
 
-        # The cache is carried, never scanned over: as xs and ys it would be in memory twice.
+        # The cache is the carry of the scan, not scanned over: as xs and ys it would be in memory
+        # twice.
         carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
         for run in self.layers.runs():
-            # Nor are experts, packed kernels and what one row is multiplied by, to be copied.
+            # Experts, packed kernels and kernels multiplied by one row must not be copied either.
             xs = run.sliced(tokens.size), run.numbers
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
         x, stored = carry
@@ -355,7 +360,7 @@ class Llama(nnx.Module):
             return table.at[tokens].get(out_sharding=place).astype(self.dtype)
         cut = shards.size("tensor") > 1
 
-        # Left to itself, XLA's GPU compiler gathers the table, for every token that is drawn.
+        # Otherwise XLA's GPU compiler would gather the table for every generated token.
         def look_up(own: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
             row = tokens - jax.lax.axis_index("tensor") * len(own) if cut else tokens
             here = (row >= 0) & (row < len(own))
@@ -371,16 +376,16 @@ class Llama(nnx.Module):
         return shards.local(look_up, where, place.spec)(table, tokens)
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """The kernel of `unembed` as it is stored, or unpacked; no longer cut along `fsdp`."""
+        """The kernel of `unembed` as stored or unpacked, gathered along `fsdp`."""
         kernel, letters = self._unembedding()
         shards = Shards.of(kernel)
         kernel = shards.gathered(kernel)
-        if isinstance(kernel, Packed):  # outputs before inputs, whatever it stands for
+        if isinstance(kernel, Packed):  # a packed matrix has outputs before inputs
             return unpacked_inner(kernel, self.dtype).T
         return kernel if letters == "DV" else kernel.T
 
     def _unembedding(self) -> tuple[Any, str]:
-        """The kernel of `unembed`, and the letters of its axes."""
+        """The kernel of `unembed`, and its axis letters."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...], "VD"
         return self.lm_head.kernel[...], "DV"
@@ -388,9 +393,9 @@ class Llama(nnx.Module):
     def unembed(
         self, hidden: Float[Array, "*batch D"], kernel: Float[Array, "D V"] | None = None
     ) -> Float[Array, "*batch V"]:
-        """Logits, float32, of normed hidden states.
+        """Logits, float32, from normalized hidden states.
 
-        `kernel` is `unembedding()`, for a caller that gathers it once for many calls.
+        `kernel` is the result of `unembedding()`, if the caller gathers it once for many calls.
         """
         stored, letters = self._unembedding()
         if kernel is None and isinstance(stored, Packed) and hidden.ndim == 2:
@@ -408,8 +413,8 @@ class Llama(nnx.Module):
         shards = Shards.of(kernel)
         one_row = hidden.ndim == 2 and len(hidden) == shards.size("data", "fsdp")
         if one_row and hidden.dtype != jnp.float32:
-            # By a vector XLA's GPU compiler multiplies in the result's dtype: it would write the
-            # kernel down in float32 for every token that is drawn. Two rows are a matrix.
+            # XLA's GPU compiler multiplies by a vector in the result's dtype, so it would write out
+            # the kernel in float32 for every generated token. Two rows make a matrix product.
             twice = jnp.broadcast_to(hidden[:, None], (len(hidden), 2, hidden.shape[1]))
             return self._logits(twice, kernel, letters)[:, 0]
         kernel = kernel.astype(hidden.dtype)
@@ -430,7 +435,7 @@ class Llama(nnx.Module):
         targets: Int[Array, "*batch"],
         kernel: Float[Array, "D V"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """-ln p(target) of each token, in nats, float32; the logits may be cut along V."""
+        """-ln p(target) of each token, in nats, float32; the logits may be split along V."""
         logits = self.unembed(hidden, kernel)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         is_target = ids == targets[..., None].astype(jnp.int32)
@@ -438,9 +443,9 @@ class Llama(nnx.Module):
         return jax.nn.logsumexp(logits, axis=-1) - target
 
     def params(self) -> dict[str, Any]:
-        """The parameters as a nested dict with stable names, layers stacked.
+        """The parameters as a nested dict with stable names, with stacked layers.
 
-        They are arrays and, where matrices are packed, `dca_jax.products.packed.Packed`.
+        Values are arrays or, for packed matrices, `dca_jax.products.packed.Packed`.
         """
         tree: dict[str, Any] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(self, is_leaf=is_packed):
@@ -453,7 +458,7 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_params(cls, config: LlamaConfig, params: Mapping[str, Any], **options: Any) -> "Llama":
-        """A model around existing arrays or packed matrices (no copy); `options` as in `Llama`.
+        """A model with existing arrays or packed matrices (no copy); `options` as in `Llama`.
 
         Raises:
             InputError: a missing or extra name, or a wrong shape.
@@ -482,7 +487,7 @@ class Llama(nnx.Module):
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
     def reading(self, length: int) -> "Llama":
-        """The same model for texts of up to `length` tokens: dense, if it reads these densely."""
+        """The same model for texts of up to `length` tokens: dense up to the sparse threshold."""
         if self.sparse is None or length > self.sparse.threshold:
             return self
         dense = copy.copy(self)
@@ -490,17 +495,17 @@ class Llama(nnx.Module):
         return dense
 
     def check_window(self, length: int) -> None:
-        """Raises InputError if plain attention over `length` tokens would leave its window."""
+        """Raises InputError if plain attention over `length` tokens exceeds the sliding window."""
         window = self.config.sliding_window
         if self.dca is None and window is not None and length > window:
             raise InputError(
-                f"this model's plain attention slides over {window} tokens, and {length} were "
-                "asked for; use DCA (dca=...), which reads texts of any length"
+                f"this model's plain attention has a sliding window of {window} tokens, which is "
+                f"less than the {length} requested; use DCA (dca=...) for longer texts"
             )
 
 
 def _joined(parts: list[Any]) -> Any:
-    """What runs of layers gave, as of all layers; None if none gave anything."""
+    """The results of runs of layers, concatenated over all layers; None if there are none."""
     if len(parts) < 2:
         return parts[0] if parts else None
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)

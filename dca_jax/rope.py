@@ -20,10 +20,10 @@ from dca_jax.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
-# Keys of `rope_scaling` and `rope_parameters`: those of every type, and those of one.
+# Keys of `rope_scaling` and `rope_parameters`: those common to every type, and those of one type.
 KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 KNOWN |= {"factor", "original_max_position_embeddings"}
-SMALLEST, LARGEST_FACTOR = 1e-30, 1e6  # beyond them float32 has no frequencies
+SMALLEST, LARGEST_FACTOR = 1e-30, 1e6  # outside these, float32 cannot represent the frequencies
 YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 OWN = {
     "yarn": ("attention_factor", *YARN, "truncate"),
@@ -33,7 +33,7 @@ OWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """How a model's rotary frequencies are made. Fields are Hugging Face's `rope_parameters`.
+    """A model's rotary frequencies. The fields are those of Hugging Face's `rope_parameters`.
 
     Attributes:
         rope_type: one of `ROPE_TYPES`. "linear" is Position Interpolation (arXiv 2306.15595),
@@ -42,11 +42,11 @@ class RopeConfig:
         factor: context extension factor (every type but "default").
         original_max_position_embeddings: trained length in tokens before the extension
             ("dynamic", "yarn", "llama3").
-        attention_factor: cos and sin are multiplied by this (so logits by its square); None means
-            what the type prescribes ("yarn": 0.1 ln(factor) + 1; others: 1).
+        attention_factor: factor on cos and sin (so logits are multiplied by its square); None means
+            the default of the type ("yarn": 0.1 ln(factor) + 1; others: 1).
         beta_fast, beta_slow, mscale, mscale_all_dim, truncate: "yarn" only.
         low_freq_factor, high_freq_factor: "llama3" only.
-        finetuned: whether the model was trained on at the extended length ("yarn" only); the
+        finetuned: whether the model was trained further at the extended length ("yarn" only); the
             frequencies are the same.
     """
 
@@ -68,8 +68,8 @@ class RopeConfig:
         if self.rope_type not in ROPE_TYPES:
             raise InputError(
                 f"rope_type {self.rope_type!r} is not supported; expected one of "
-                f"{', '.join(ROPE_TYPES)}. It is not ignored, because the model would read "
-                "positions it was not trained for."
+                f"{', '.join(ROPE_TYPES)}. Ignoring it would give the model positions that it was "
+                "not trained for."
             )
         values, where = vars(self), f"rope ({self.rope_type})"
         fields.number(values, "theta", where, above=1)
@@ -106,12 +106,12 @@ class RopeConfig:
         """Reads the rope of a Hugging Face `config.json`, in its old or its new form.
 
         Old: `rope_theta` and `rope_scaling` at top level (the type under "type" or "rope_type").
-        New (transformers 5): `rope_parameters`, which holds `rope_theta` too.
+        New (transformers 5): `rope_parameters`, which includes `rope_theta`.
 
         Raises:
-            InputError: unknown rope type, a missing key, or rotation of a part of the head only.
+            InputError: an unknown rope type, a missing key, or rotation of only part of the head.
         """
-        # transformers' order: `rope_scaling` replaces `rope_parameters` when both are there.
+        # As in transformers, `rope_scaling` replaces `rope_parameters` if both are present.
         scaling = fields.mapping(config, "rope_scaling", "config.json")
         params = dict(scaling or fields.mapping(config, "rope_parameters", "config.json") or {})
         nested = [name for name, value in params.items() if isinstance(value, Mapping)]
@@ -156,7 +156,7 @@ class RopeConfig:
             or trained
         )
         if rope_type == "dynamic":
-            original = trained  # transformers' dynamic NTK knows max_position_embeddings only
+            original = trained  # transformers' dynamic NTK uses only max_position_embeddings
         if rope_type in ("dynamic", "yarn", "llama3"):
             kwargs["original_max_position_embeddings"] = original
         finetuned = fields.boolean(params, "finetuned", where)
@@ -194,10 +194,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, eq=False)
 class Frequencies:
-    """A rope that has been worked out: what a program is given, to serve all ropes alike.
+    """Precomputed frequencies, passed to a program so that it works for every RoPE.
 
     Attributes:
-        inv_freq: radians per position, float32. scale: `logit_scale`, float32.
+        inv_freq: radians per position, float32.
+        scale: the result of `logit_scale`, float32.
     """
 
     inv_freq: Float[Array, " half"]
@@ -205,14 +206,14 @@ class Frequencies:
 
 
 def logit_scale(rope: RopeConfig | Frequencies, head_dim: int) -> Float[Array, ""]:
-    """What logits are multiplied by, temperature aside: attention_factor^2 / sqrt(head_dim)."""
+    """Factor on the logits, without the temperature: attention_factor^2 / sqrt(head_dim)."""
     if isinstance(rope, Frequencies):
         return rope.scale
     return jnp.float32(attention_factor(rope) ** 2 / math.sqrt(head_dim))
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by; attention logits get its square (YaRN, section 3.4)."""
+    """Factor on cos and sin; logits are multiplied by its square (YaRN, section 3.4)."""
     if rope.attention_factor is not None:
         return float(rope.attention_factor)
     if rope.rope_type != "yarn":
@@ -229,13 +230,13 @@ def attention_factor(rope: RopeConfig) -> float:
 def inverse_frequencies(
     rope: RopeConfig | Frequencies, head_dim: int, lengths: Int[Array, " B"] | None = None
 ) -> Float[Array, "1 half"] | Float[Array, "B half"]:
-    """Angle per position, in radians, of each of the head's `head_dim / 2` planes; float32.
+    """Angle per position, in radians, for each of the head's `head_dim / 2` planes; float32.
 
     Args:
-        rope: the model's rope.
-        head_dim: even.
-        lengths: tokens of each row's text; only dynamic NTK looks at it, and without it dynamic
-            NTK gives the unscaled frequencies.
+        rope: the model's RoPE.
+        head_dim: an even number.
+        lengths: number of tokens of each row's text; used only by dynamic NTK, which gives the
+            unscaled frequencies without it.
 
     Returns:
         [B, head_dim / 2] for dynamic NTK with `lengths`, else [1, head_dim / 2].
@@ -248,8 +249,8 @@ def inverse_frequencies(
         ratio = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
         stretch = (rope.factor * ratio - (rope.factor - 1.0)) ** (head_dim / (head_dim - 2))
         return 1.0 / (rope.theta * stretch)[:, None] ** jnp.asarray(exponent)[None, :]
-    # The powers are rounded to float32 once; the rest follows transformers operation by operation,
-    # so that angles of far positions agree too.
+    # The powers are rounded to float32 once. The rest follows transformers operation by operation,
+    # so that the angles also agree at distant positions.
     period = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
     frequency = np.float32(1.0) / period
     if rope.rope_type == "linear":
@@ -265,7 +266,9 @@ def _yarn(rope: RopeConfig, head_dim: int, period: np.ndarray) -> np.ndarray:
     """NTK-by-parts: fast planes keep their frequency, slow ones are interpolated (section 3.2)."""
     trained = rope.original_max_position_embeddings or 0
 
-    def plane(rotations: float) -> float:  # the plane that turns `rotations` times in training
+    def plane(
+        rotations: float,
+    ) -> float:  # the plane with this many rotations over the trained length
         return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = plane(rope.beta_fast), plane(rope.beta_slow)
@@ -281,7 +284,7 @@ def _yarn(rope: RopeConfig, head_dim: int, period: np.ndarray) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
-    """Llama 3.1: short wavelengths kept, long ones divided by `factor`, a ramp between."""
+    """Llama 3.1: high frequencies are kept, low ones divided by `factor`, with a ramp between."""
     trained = rope.original_max_position_embeddings or 0
     wavelength = np.float32(2 * math.pi) / frequency
     factor, low, high = (
@@ -300,9 +303,9 @@ def rotate(
 ) -> Float[Array, "B T *heads H"]:
     """Rotates every head of `x` to its token's position; angles, cos and sin in float32.
 
-    Plane p is formed by elements p and p + H/2 (the Hugging Face layout). The result has the
-    dtype of `x`; the arithmetic is float32, or float64 for float64 `x`. Negative positions turn
-    back: `rotate(rotate(x, p), -p)` is `x`. Each plane may have a position of its own.
+    Plane p is formed by elements p and p + H/2 (the Hugging Face layout). The result has the dtype
+    of `x`; the arithmetic is float32, or float64 for float64 `x`. Negative positions rotate back:
+    `rotate(rotate(x, p), -p)` is `x`. Each plane may have its own position.
 
     Source: RoFormer (arXiv 2104.09864) eq. 34; `transformers` `apply_rotary_pos_emb`.
     """

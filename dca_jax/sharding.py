@@ -1,17 +1,17 @@
-"""Where arrays lie on a mesh of devices: one table of rules, for parameters and activations alike.
+"""Sharding of arrays over a mesh: one table of rules for parameters and activations.
 
-A mesh has four axes, any of them of size 1; on one device there is no mesh, and the same code runs:
+On one device there is no mesh, and the same code runs. A mesh has four axes of size 1 or more:
 
     data      rows of a batch; each device has all parameters
-    fsdp      rows of a batch too, and parameters cut along D; a layer's are gathered when it is
-              run. Experts are cut by their number, and tokens go to them (`dca_jax.experts`)
+    fsdp      rows of a batch too, and parameters split along D; a layer's are gathered when it
+              runs. Experts are split by number, and tokens are sent to them (`dca_jax.experts`)
     context   tokens of each text (`dca_jax.attention.parallel.context`), and of its KV cache
     tensor    heads, the inner dimension of MLP and experts, and the vocabulary
 
-Arrays are sharded explicitly: their types say how, and JAX refuses what does not fit together
-instead of moving data in silence. `make_mesh` makes a mesh, `parameter_shardings` says where a
-model's parameters go on it, and inside a model `Shards` reads it off the parameters again: nothing
-depends on a mesh set from outside, though one may be.
+Arrays are sharded explicitly: the sharding is part of their type, and JAX refuses mismatches
+instead of moving data silently. `make_mesh` makes a mesh, `parameter_shardings` returns the
+sharding of a model's parameters, and inside a model `Shards` is derived from the parameters. So
+nothing depends on a mesh set from outside, though one may be set.
 """
 
 import logging
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Which mesh axes cut which axis of an array; letters as everywhere (T is a text's tokens, S a
-# cache's slots). D is cut in stored parameters only, and H, L never.
+# The mesh axes that split each array axis, by its letter (T is a text's tokens, S a cache's slots).
+# D is split only in stored parameters, H and L never.
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "T": ("context",),
@@ -54,7 +54,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by axis from "context=2,tensor=4"; axes not named are 1.
 
     Raises:
-        InputError: an unknown or repeated axis, or a size that is no positive integer.
+        InputError: an unknown or repeated axis, or a size that is not a positive integer.
     """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     named = set()
@@ -62,7 +62,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, _, size = (piece.strip() for piece in part.partition("="))
         if axis not in AXES or not size.isdecimal() or int(size) < 1:
             raise InputError(
-                f"a mesh is written like context=2,tensor=4, with axes of {', '.join(AXES)} and "
+                f"expected a mesh such as context=2,tensor=4, with axes {', '.join(AXES)} and "
                 f"positive sizes; got {part!r}"
             )
         if axis in named:
@@ -78,11 +78,12 @@ def make_mesh(
     """A mesh of all four axes, explicitly sharded.
 
     Args:
-        sizes: as `parse_mesh` takes or gives them; None puts all devices on `tensor`.
-        devices: default: all devices of all processes. One process alone may use fewer than it has.
+        sizes: a string for `parse_mesh`, or its result; None puts all devices on `tensor`.
+        devices: the devices (default: all devices of all processes). A single process may use only
+            some of its devices.
 
     Raises:
-        InputError: more devices than there are, or fewer with several processes; and as in
+        InputError: more devices than available, or fewer with several processes; also as in
             `parse_mesh`.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -93,7 +94,7 @@ def make_mesh(
     several = len({device.process_index for device in devices}) > 1
     if count > len(devices) or (several and count < len(devices)):
         raise InputError(
-            f"the mesh {describe(sizes)} takes {count} devices, and there are {len(devices)}; "
+            f"the mesh {describe(sizes)} needs {count} devices, but there are {len(devices)}; "
             + ("several processes must use all of them" if several else "give smaller axes")
         )
     shape = tuple(sizes[axis] for axis in AXES)
@@ -101,7 +102,7 @@ def make_mesh(
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """The mesh as one writes it: "context=2,tensor=4"; "one device" if all sizes are 1."""
+    """The mesh as a string, such as "context=2,tensor=4", or "one device" if all sizes are 1."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
@@ -114,10 +115,10 @@ def partition(
     sizes: Mapping[str, int],
     rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
-    """How an array with these axes lies on a mesh; kv heads that do not divide are left whole.
+    """The partition of an array with these axes; kv heads that do not divide are not split.
 
-    A mesh axis cuts an array once: the first of its axes that the rules cut by it (experts E, then
-    not D).
+    A mesh axis splits an array only once: the first array axis that the rules assign to it (if
+        experts E are split, D is not).
     """
     entries: list[tuple[str, ...] | None] = []
     for letter, size in zip(letters, shape, strict=True):
@@ -131,7 +132,7 @@ def partition(
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree of arrays (a model, a cache) lies on; None on a single device."""
+    """The mesh of a tree of arrays (a model or a cache); None on a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and set(AXES) == set(sharding.mesh.axis_names):
@@ -145,9 +146,9 @@ def axis_size(mesh: Mesh | AbstractMesh | None, *axes: str) -> int:
 
 
 def replicated(x: Any, mesh: Mesh | None) -> Any:
-    """Host arrays of every process (equal ones) as arrays that every device holds whole."""
+    """Host arrays, equal in every process, as arrays replicated on every device."""
     if mesh is None:
-        return jax.device_put(x)  # which compiles nothing
+        return jax.device_put(x)  # compiles nothing
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), x)
 
@@ -157,13 +158,13 @@ def replicated(x: Any, mesh: Mesh | None) -> Any:
 
 @dataclass(frozen=True)
 class Shards:
-    """How a model's arrays lie on its mesh, while it is traced; `mesh` None is one device."""
+    """The shardings of a model's arrays while it is traced; `mesh` is None on one device."""
 
     mesh: AbstractMesh | None
 
     @classmethod
     def of(cls, parameter: Any) -> "Shards":
-        """Of the mesh that a parameter lies on, an array or a packed matrix."""
+        """The shards for the mesh of a parameter, which is an array or a packed matrix."""
         mesh = jax.typeof(jax.tree.leaves(parameter)[0]).sharding.mesh
         return cls(mesh if set(mesh.axis_names) == set(AXES) else None)
 
@@ -172,17 +173,17 @@ class Shards:
         return axis_size(self.mesh, *axes)
 
     def spec(self, letters: str, *, whole: str = "") -> PartitionSpec:
-        """Of an array with these axes, all of `whole` on every device."""
+        """The partition spec of an array with these axes; axes in `whole` are not split."""
         return PartitionSpec(*(None if c in whole else RULES.get(c) for c in letters))
 
     def out(self, letters: str, *, whole: str = "") -> NamedSharding | None:
-        """`spec` as what to give for `out_sharding`; None on one device."""
+        """`spec` as an `out_sharding` argument; None on one device."""
         if self.mesh is None:
             return None
         return NamedSharding(self.mesh, self.spec(letters, whole=whole))
 
     def product(self, subscripts: str, x: Array, kernel: Array) -> NamedSharding | None:
-        """The `out_sharding` of an einsum of two: each axis is cut as it was; sums are whole."""
+        """The `out_sharding` of an einsum: axes keep their split, and sums are complete."""
         if self.mesh is None:
             return None
         operands, _, out = subscripts.partition("->")
@@ -192,17 +193,17 @@ class Shards:
         return NamedSharding(self.mesh, PartitionSpec(*(cut[letter] for letter in out)))
 
     def specs(self, tree: Any) -> Any:
-        """How each array of a tree is cut, as it is."""
+        """The present partition spec of each array of a tree."""
         return jax.tree.map(lambda x: PartitionSpec(*jax.typeof(x).sharding.spec), tree)
 
     def put(self, x: Array, spec: PartitionSpec | None) -> Array:
-        """`x` laid out as `spec` says (None: whole on every device); nothing on one device."""
+        """`x` resharded to `spec` (None: replicated); unchanged on one device."""
         if self.mesh is None:
             return x
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec or PartitionSpec()))
 
     def gathered(self, parameter: Any) -> Any:
-        """A layer's stored parameter as it is computed with: no longer cut along `fsdp`."""
+        """A layer's stored parameter for computation: gathered along `fsdp`."""
         if self.mesh is None:
             return parameter
 
@@ -216,7 +217,7 @@ class Shards:
     def local(
         self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
     ) -> Callable[..., Any]:
-        """`function` of each device's own part of its arguments, which are laid out first."""
+        """`function` applied to each device's part of its arguments, which are resharded first."""
         if self.mesh is None:
             return function
         # check_vma refuses Pallas kernels (see `dca_jax.attention.parallel.context`).

@@ -1,4 +1,4 @@
-"""Text and JSON files of other people: one reader for each format."""
+"""Readers for untrusted text and JSON files, one for each format."""
 
 import codecs
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
-# By the byte order mark a file begins with; UTF-32's first, which begins like UTF-16's.
+# Encodings by byte order mark; UTF-32 comes first, because its mark begins like UTF-16's.
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -19,18 +19,17 @@ ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
-# How a file begins that Git LFS left in place of a large one.
+# The beginning of a pointer file that Git LFS leaves in place of a large file.
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a file in UTF-8, or in the encoding its byte order mark names.
+    """The text of a file in UTF-8, or in the encoding of its byte order mark.
 
-    Lines end in a line feed, whatever ended them in the file.
+    Line endings are converted to line feeds.
 
     Raises:
-        InputError: no such file, one that cannot be read, a pointer of Git LFS, or bytes that are
-            not text.
+        InputError: a missing or unreadable file, a Git LFS pointer, or bytes that are not text.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file")
@@ -44,7 +43,7 @@ def read_text_file(path: Path) -> str:
 
 
 def decode(content: bytes, where: str) -> str:
-    """Text from bytes, as `read_text_file`; `where` begins the message."""
+    """Text from bytes, as in `read_text_file`; messages begin with `where`."""
     refuse_pointer(content, where)
     encoding = next((e for mark, e in ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
@@ -62,28 +61,28 @@ def decode(content: bytes, where: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads any text file
     if "\0" in text:
         raise InputError(
-            f"{where} holds NUL characters (the first at {text.index(chr(0))}), so it is not text "
-            "in UTF-8; if it is UTF-16, save it with a byte order mark or as UTF-8"
+            f"{where} contains NUL characters (the first at {text.index(chr(0))}), so it is not "
+            "UTF-8 text; if it is UTF-16, save it with a byte order mark or as UTF-8"
         )
     return text
 
 
 def refuse_pointer(beginning: bytes, where: Path | str) -> None:
-    """Raises InputError where a file begins as the pointer to one that was not downloaded."""
+    """Raises InputError if a file is a Git LFS pointer to one that was not downloaded."""
     if beginning.startswith(POINTER):
         raise InputError(
-            f"{where} is a pointer of Git LFS and not the file itself; run `git lfs pull` in its "
+            f"{where} is a Git LFS pointer and not the file itself; run `git lfs pull` in its "
             "folder, or download the file again"
         )
 
 
 def check_characters(text: str, where: str) -> None:
-    """Refuses half of a surrogate pair, which is no character and cannot be written anywhere.
+    """Refuses lone surrogates, which are not characters and cannot be encoded.
 
-    JSON can spell one, and Python makes them of an argument's bytes that are not UTF-8.
+    JSON can contain them, and Python creates them from bytes of an argument that are not UTF-8.
 
     Raises:
-        InputError: `text` holds one; `where` begins the message.
+        InputError: `text` contains one; the message begins with `where`.
     """
     try:
         text.encode()
@@ -95,20 +94,20 @@ def check_characters(text: str, where: str) -> None:
                 f"{error.start}); give it in UTF-8"
             ) from None
         raise InputError(
-            f"{where} holds half of a surrogate pair (U+{half:04X} at character {error.start}), "
-            "which is no character; leave it out"
+            f"{where} contains half of a surrogate pair (U+{half:04X} at character {error.start}), "
+            "which is not a character; leave it out"
         ) from None
 
 
 def parse_json(text: str, where: str, *, expected: str = "", unique: bool = False) -> Any:
     """The value of a JSON text.
 
-    Of a name that is in an object twice the last value counts, as everywhere in Python.
+    If a name appears twice in an object, the last value counts, as usual in Python.
 
     Args:
-        where: what the message begins with, such as the file and line.
-        expected: what it ends with.
-        unique: whether such a name is refused instead: right for what people write by hand.
+        where: beginning of the message, such as the file and line.
+        expected: end of the message.
+        unique: whether to refuse repeated names instead, for files that people write by hand.
 
     Raises:
         InputError: not JSON, nested too deeply, or a number with thousands of digits.
@@ -120,7 +119,7 @@ def parse_json(text: str, where: str, *, expected: str = "", unique: bool = Fals
     except (json.JSONDecodeError, _TwiceError) as error:
         reason = str(error)
     except ValueError:  # an integer that Python refuses to parse
-        reason = f"it holds an integer of more than {sys.get_int_max_str_digits()} digits"
+        reason = f"it contains an integer of more than {sys.get_int_max_str_digits()} digits"
     raise InputError(f"{where} is not JSON: {shown(reason, quote=False)}{expected}") from None
 
 
@@ -134,16 +133,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _TwiceError(Exception):
-    """A name that is in an object twice."""
+    """A name appears twice in an object."""
 
 
 def json_lines(text: str, where: str, *, expected: str = "") -> Iterator[tuple[int, Any]]:
     """The number (from 1) and value of each line of JSON that is not blank.
 
-    Only line feeds end a line (RFC 8259): a string may hold U+2028 or U+0085.
+    Only line feeds end a line (RFC 8259); a string may contain U+2028 or U+0085.
 
     Raises:
-        InputError: as `parse_json`, with the line's number.
+        InputError: as in `parse_json`, with the line number.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

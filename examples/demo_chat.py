@@ -100,7 +100,7 @@ def main(
         Path | None, typer.Option(help="Text file or PDF to ask about instead of the manual.")
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="What to ask; may be given several times.")
+        list[str] | None, typer.Option(help="What to ask; may be repeated.")
     ] = None,
     length: Annotated[
         str, typer.Option(metavar="TOKENS", help="Read so much of the text, from its beginning.")

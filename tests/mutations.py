@@ -185,8 +185,8 @@ FAULTS = [
     Fault(
         "a query's gradient is turned on, not back",
         "attention/xla.py",
-        "rotate(drotated, -band.query_position, rows.inv_freq)",
-        "rotate(drotated, band.query_position, rows.inv_freq)",
+        "rotate(drotated, -position, rows.inv_freq)",
+        "rotate(drotated, position, rows.inv_freq)",
         f"{EDGES}[xla-7]",
     ),
     Fault(
@@ -245,6 +245,35 @@ FAULTS = [
         "jnp.divmod(slots, all_slots.shape[-1])",
         "jnp.divmod(slots + 1, all_slots.shape[-1])",
         "tests/test_model.py::test_a_cache_in_8_bits_is_what_is_read",
+    ),
+    # --- other position methods ---
+    Fault(
+        "a key at a query's own step stands nearer",
+        "attention/bands.py",
+        "self.key(index)[:, None, :] > self.query",
+        "self.key(index)[:, None, :] >= self.query",
+        "tests/test_rivals.py::test_relative_positions_are_the_formula[adagrope]",
+    ),
+    Fault(
+        "the gradient of a step's two logits goes to one",
+        "attention/xla.py",
+        "for which in (~nearer, nearer)]",
+        "for which in (~nearer, ~nearer)]",
+        "tests/test_rivals.py::test_gradient[adagrope]",
+    ),
+    Fault(
+        "a query that meets nothing reads its tile's full blocks",
+        "attention/mosaic_gpu/ranges.py",
+        "by_all = (met | ~present).all(axis=2) & met.any(axis=2)",
+        "by_all = met.any(axis=2)",
+        "tests/test_band_forward.py::test_a_tile_walks_over_each_block_that_it_meets",
+    ),
+    Fault(
+        "a band's values are those of the first layer",
+        "attention/mosaic_gpu/band_forward.py",
+        "value_row = layer * batch + row",
+        "value_row = row",
+        "tests/test_band_forward.py::test_what_is_launched_is_the_definition[rerope]",
     ),
     # --- lists of key blocks ---
     Fault(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import key_blocks
 import lowering
+import methods
 import numpy as np
 import packed
 import pytest
@@ -360,3 +361,27 @@ def test_packed_matrices_are_timed_in_every_way(tmp_path, monkeypatch):
         assert packed.row_plans((8192, 28_672), "fp8") == []
     assert len({plan.splits for plan in plans}) > 3
     assert packed.row_plans((8192, 28_672), "int4:128") == []
+
+
+def test_methods_are_compared_and_timed(tmp_path, monkeypatch, capsys):
+    """Attention beside the plain XLA form, and a model's reading; a wrong output is not timed."""
+    monkeypatch.setattr(methods, "CHECKED", 64)
+    monkeypatch.setattr(methods, "piece_length", lambda batch: 128)
+    options = {"shapes": "tiny", "tokens": "512", "minutes": 10.0}
+    out = tmp_path / "methods.json"
+    methods.measure(out=out, methods="dca rope lampe", what="attention,read", **options)
+    rows = json.loads(out.read_text())["rows"]
+    assert not [row for row in rows if "failed" in row]
+    assert [row["what"] for row in rows] == ["attention"] * 3 + ["read"] * 3
+    assert all(row["error"] < 0.01 for row in rows[:3])
+    assert [row["of DCA"] for row in rows[::3]] == [1, 1]
+    assert all(row["of DCA"] > 0 for row in rows)
+
+    monkeypatch.setattr(methods, "attention", lambda case, query, key, value: query)
+    methods.measure(out=out, methods="dca", what="attention", **options)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "differs" in row["failed"]
+    assert "ms" not in row
+    with pytest.raises(SystemExit):
+        methods.measure(out=out, **options | {"shapes": "huge"}, methods="dca", what="speed")
+    assert "huge, speed: not known" in capsys.readouterr().err

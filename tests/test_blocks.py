@@ -252,7 +252,7 @@ def test_who_cannot_pass_by_blocks_says_so() -> None:
     blocks = lists_of("even")._replace(skip=jnp.zeros(1, jnp.float32))
     with pytest.raises(InputError, match="skip-softmax runs with mosaic_gpu and xla"):
         attend(BENCHES["reference"], drawn("even"), blocks=blocks)
-    with pytest.raises(InputError, match="a number for each of 1 rows"):
+    with pytest.raises(InputError, match="one number for each of 1 rows"):
         attend(BENCHES["xla"], drawn("even"), blocks=blocks._replace(skip=jnp.zeros(2)))
 
 
@@ -389,12 +389,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for options, message in (
         ({"blocks": blocks._replace(counts=blocks.counts[:, :1])}, "must have counts"),
         ({"blocks": blocks._replace(numbers=blocks.numbers[:, :, 1:])}, "and numbers"),
-        ({"key": pool, "value": pool, "pages": table[:, :0]}, "a page table of 1 rows"),
+        ({"key": pool, "value": pool, "pages": table[:, :0]}, "a page table for 1 rows"),
         ({"key": pool[:, :96], "value": pool[:, :96], "pages": table}, "a multiple of 128 tokens"),
     ):
         with pytest.raises(InputError, match=message):
             attend(xla, case, **options)
-    with pytest.raises(InputError, match="room for at least one"):
+    with pytest.raises(InputError, match="capacity of at least 1"):
         key_blocks(jnp.asarray(case.kept), rows=case.rows, dca=case.dca, most=0)
     with pytest.raises(InputError, match="not with ReRoPE"):
         attend(xla, case._replace(dca=ReRoPE(window=8)), blocks=blocks)

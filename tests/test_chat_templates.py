@@ -299,7 +299,7 @@ def test_an_open_end_is_that_of_transformers(
             messages, chat_template=template, continue_final_message=True, tokenize=False
         )
         assert templates.write_open(template, tokenizer.special_tokens_map, messages) == wanted
-    with pytest.raises(InputError, match="leaves the last message out"):
+    with pytest.raises(InputError, match="omits the last message"):
         templates.write_open("{{ messages[0].content }}", {}, messages)
 
 
@@ -482,9 +482,9 @@ def test_an_interruption_leaves_no_answer_for_the_next(
         ("hi", r'message 1 must be like \{"role": "user"'),
         ([{"role": "user", "content": "a\ud83d"}], "half of a surrogate pair"),
         ([{"role": "user", "content": "caf\udce9"}], "half of a surrogate pair"),
-        ([{"role": "user", "content": b"hi"}], "must be made of texts, numbers"),
-        ([{"role": "user", "content": {1, 2}}], "must be made of texts, numbers"),
-        ([{("a", "b"): "user"}], "must be made of texts, numbers"),
+        ([{"role": "user", "content": b"hi"}], "must consist of JSON values"),
+        ([{"role": "user", "content": {1, 2}}], "must consist of JSON values"),
+        ([{("a", "b"): "user"}], "must consist of JSON values"),
     ],
 )
 def test_messages_that_are_none(templates: ChatTemplates, messages: Any, message: str) -> None:
@@ -499,7 +499,7 @@ def test_messages_nested_too_deeply_or_in_a_circle(templates: ChatTemplates) -> 
     circle: list[Any] = []
     circle.append(circle)
     for content in (deep, circle):
-        with pytest.raises(InputError, match="must be made of texts"):
+        with pytest.raises(InputError, match="must consist of JSON values"):
             write(templates, CHAT_TEMPLATE, [{"role": "user", "content": content}])
 
 
@@ -513,7 +513,7 @@ def test_which_template_is_a_tokenizers_own(tokenizer: Any, tmp_path: Any) -> No
         assert own_template(having({"default": "d", "rag": "r"})) == "d"
         with pytest.raises(InputError, match="has no chat template"):
             own_template(having(None))
-        with pytest.raises(InputError, match="must be a text, got 3"):
+        with pytest.raises(InputError, match="must be a string, got 3"):
             own_template(having(3))
         with pytest.raises(InputError, match=r"several chat templates \(rag, tool\)") as raised:
             own_template(having({"tool": CHAT_TEMPLATE, "rag": "r"}))

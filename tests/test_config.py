@@ -349,7 +349,7 @@ def test_max_sequence_length_that_is_none(wrong: object) -> None:
         ({"head_dim": 65}, "even"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "lacks local_size"),
-        ({"n_shared_experts": 1}, r"sets n_shared_experts \(1\), which changes what"),
+        ({"n_shared_experts": 1}, r"sets n_shared_experts \(1\), which changes the"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types"),
         ({"layer_types": 5}, "has layer_types 5"),
         ({"layer_types": "full_attention"}, "has layer_types 'full_attention'"),
@@ -435,7 +435,7 @@ def test_the_second_config_and_thinking_through_load_and_the_command(
     assert dca_jax.load(folder, context=64).model.config.dca is None
     with caplog.at_level("WARNING"):
         llm = dca_jax.load(folder, context="1k")
-    assert "is read by its config_1m.json, for a text of 1024 tokens" in caplog.text
+    assert "is loaded with its config_1m.json, for a text of 1024 tokens" in caplog.text
     assert llm.model.dca == DCAConfig.from_hf(asked)
     assert dca_jax.load(folder, config=folder / "config_1m.json").model.dca == llm.model.dca
     messages = [{"role": "user", "content": "Call me " * 40}]  # longer than a chunk
@@ -451,4 +451,4 @@ def test_the_second_config_and_thinking_through_load_and_the_command(
         assert (found["text"], found["prompt_tokens"]) == (wanted.text, wanted.prompt_tokens)
     done = invoke("generate", folder, "Call me", "--thinking")
     assert done.exit_code == 2
-    assert "--thinking is for conversations" in done.stderr
+    assert "--thinking needs a conversation" in done.stderr

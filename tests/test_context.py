@@ -428,5 +428,5 @@ def test_refused() -> None:
     with pytest.raises(InputError, match="two blocks of equal length, got 3 tokens"):
         odd(*arguments, rows)
     oracle = on(mesh_of(1), value_and_grad(None, "reference"), specs, (TEXT, (TEXT, TEXT, TEXT)))
-    with pytest.raises(InputError, match="cannot share one between devices"):
+    with pytest.raises(InputError, match="cannot split one over devices"):
         oracle(*arguments, rows)

@@ -339,7 +339,7 @@ def test_damaged_orbax_checkpoint(tmp_path, damage):
     else:
         (array / ".zarray").write_text("{")
     message = {
-        "no list": "is no Orbax checkpoint",
+        "no list": "is not an Orbax checkpoint",
         "bad list": "is damaged",
         "bad description": r"mlp\.up_proj\.kernel/\.zarray is not JSON",
     }.get(damage, r"is damaged \(.*mlp\.up_proj\.kernel")
@@ -510,11 +510,11 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path):
     assert "exists already; remove it or choose another name" in err
     assert err.count("\n") == 1
     code, _, err = command(orbax_to_hf.app, source, tmp_path / "out")
-    assert (code, "is no Orbax checkpoint" in err) == (2, True)
+    assert (code, "is not an Orbax checkpoint" in err) == (2, True)
     code, _, err = command(orbax_to_hf.app, source, tmp_path / "out", "--shard-size", "big")
     assert (code, "'big' is not understood; expected for example 5GB" in err) == (2, True)
     code, _, err = command(hf_to_orbax.app, source, tmp_path / "no" / "such" / "folder")
-    assert (code, "is no folder; create it first" in err) == (2, True)
+    assert (code, "is not a folder; create it first" in err) == (2, True)
     assert_only(tmp_path, "source")
 
 

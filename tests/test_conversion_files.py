@@ -135,7 +135,7 @@ def test_destinations_that_cannot_be(
     for name, message in (
         ("file", "exists already; remove it or choose another name"),
         ("file/out", "file is a file; expected a folder"),
-        ("no/such/out", "no/such is no folder; create it first"),
+        ("no/such/out", "no/such is not a folder; create it first"),
         ("x" * 300, "cannot be written: File name too long; choose a shorter name"),
         (".", "exists already"),
     ):

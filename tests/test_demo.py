@@ -190,5 +190,5 @@ def test_which_model(tmp_path, monkeypatch):
 def test_a_missing_model_is_one_message(tmp_path, app):
     done = CliRunner().invoke(app, [str(tmp_path / "none"), "--output", str(tmp_path / "out")])
     assert done.exit_code == 2
-    assert "is no folder" in done.output
+    assert "is not a folder" in done.output
     assert "Traceback" not in done.output

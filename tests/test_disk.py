@@ -56,7 +56,7 @@ def test_a_refused_write_says_which_path_why_and_what_to_do(tmp_path: Path) -> N
     [
         ("x" * 300, "File name too long; choose a shorter name"),
         ("absent/out", "No such file or directory; create its folder first"),
-        ("file/out", "Not a directory; choose a path that leads through folders only"),
+        ("file/out", "Not a directory; choose a path whose parents are all folders"),
         ("folder", "Is a directory; choose another name"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_command_says_that_its_path_leads_nowhere(
     out = tmp_path / "file" / "out"
     refused = invoke(*command.format(model=folder, inputs=inputs, out=out).split())
     assert refused.exit_code == 2, refused.output
-    assert re.search("^error: .*file.*(no|is a) (folder|file)|folders only", refused.stderr)
+    assert re.search("^error: .*file.*(not a folder|is a file)|all folders", refused.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -181,7 +181,7 @@ def test_where_compiled_programs_cannot_be_kept_it_is_said_once(
             with full_disk():
                 assert invoke("info", folder).exit_code == 0
             xla = tmp_path / home / "dca_jax" / "xla"
-            expected = f"{xla} cannot be written ({reason}): compiled programs are not kept"
+            expected = f"{xla} cannot be written ({reason}): compiled programs are not cached"
             assert caplog.messages == [expected]
             assert jax.config.jax_compilation_cache_dir is None
     finally:

@@ -279,14 +279,16 @@ def test_a_process_that_never_comes_is_missed(tmp_path, number):
     with processes(tmp_path, command) as (alone,):
         assert alone.wait() == 1
         assert alone.said.startswith(f"error: process {number} has waited 2 s at 127.0.0.1:")
-        assert "not all processes have come" in alone.said
+        assert "not all processes have started" in alone.said
 
 
 def test_without_a_launcher_it_must_be_told(tmp_path):
     command = ["-c", CLI, "--distributed", "explain", "--trained-length", "64"]
     with processes(tmp_path, command) as (alone,):
         assert alone.wait() == 2
-        assert alone.said.startswith("error: how many processes there are, and where, is not known")
+        assert alone.said.startswith(
+            "error: the coordinator or number of processes could not be detected"
+        )
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ def test_a_place_that_cannot_be_is_refused(coordinator, count, number, options, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--process-id", "0"], "go with --coordinator"),
+        (["--process-id", "0"], "need --coordinator"),
         (["--coordinator", "node1", "--process-id", "0"], "such as node1:8476"),
     ],
 )

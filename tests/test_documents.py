@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 
 def test_a_pdf_without_text_is_refused(tmp_path):
     scan = write_pdf(tmp_path / "scan.pdf", "", "")
-    with pytest.raises(InputError, match="holds no text on its 2 pages; if it is a scan"):
+    with pytest.raises(InputError, match="has no text on its 2 pages; if it is a scan"):
         read_document(scan)
     damaged = tmp_path / "damaged.pdf"
     damaged.write_bytes(b"%PDF-1.4\nnothing more")
@@ -119,8 +119,8 @@ FORM = b"<< /Length 5 /Subtype /Form /Resources << /XObject << /X 6 0 R >> >> >>
         (b"\xff~z", {"filters": b"/Filter /JBIG2Decode"}, "DependencyError: jbig2dec"),
         (b"\xff~z", {"filters": b"/Filter /LZWDecode"}, "cannot be read as a PDF"),
         (TEXT, {"more": [b"[" * 100_000 + b"]" * 100_000]}, "RecursionError|hello"),
-        (b"BT /F 1 Tf " + b"[" * 100_000, {}, "holds no text"),
-        (b"/X Do", {"more": [FORM + b"endstream"]}, "holds no text"),
+        (b"BT /F 1 Tf " + b"[" * 100_000, {}, "has no text"),
+        (b"/X Do", {"more": [FORM + b"endstream"]}, "has no text"),
         (TEXT, {"pages": 30}, "has 30 pages, and at most 20 are read; split it"),
         (TEXT, {"pages": 30, "said": 1}, "has 30 pages, and at most 20 are read; split it"),
         (TEXT, {"pages": 1, "said": 10**18}, "at most 20 are read"),

@@ -49,10 +49,10 @@ def test_whatever_a_tokenizer_raises_is_one_sentence(error: BaseException) -> No
 
     tokenizer = SimpleNamespace(decode=fail)
     message = " ".join(str(error).split())
-    with pytest.raises(InputError, match=f"cannot write these ids: {message}"):
+    with pytest.raises(InputError, match=f"cannot decode these ids: {message}"):
         decode(tokenizer, [1])
     for function in (encode, encode_with_places):
-        with pytest.raises(InputError, match=f"cannot read this text: {message}"):
+        with pytest.raises(InputError, match=f"cannot encode this text: {message}"):
             function(fail, "a")
 
 
@@ -67,7 +67,7 @@ def test_an_interruption_is_none_of_a_tokenizers_failures() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a \ud800", r"the text holds half of a surrogate pair \(U\+D800 at character 2\)"),
+        ("a \ud800", r"the text contains half of a surrogate pair \(U\+D800 at character 2\)"),
         ("\ude00\ud83d", r"half of a surrogate pair \(U\+DE00 at character 0\)"),
         ("caf\udce9", r"the text is not UTF-8 text \(byte 0xe9 at character 3\); give it in UTF-8"),
     ],

@@ -110,7 +110,7 @@ def test_questions_are_made_and_read(tmp_path: Path, folder: Path, says):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give files of questions (--data TASK=FILE) or a --length to make some"),
+        ([], "give question files (--data TASK=FILE), or --length to generate questions"),
         (["--length", "1k", "--task", "code_run"], "task 'code_run' is not known; expected one of"),
         (["--data", "passkey={bad}"], "line 1: answer is empty, expected an answer"),
     ],

@@ -61,7 +61,7 @@ def test_examples_are_those_of_an_independent_bm25(choice: str) -> None:
     # The question itself is no example, but where another answer was given to it.
     found = [one.id for one in pool.choose(QUERIES[0], ["answer 0"], 7, seed=0)]
     assert found == [name for name in ranked(QUERIES[0], POOL, choice) if name != "p0"]
-    with pytest.raises(InputError, match="9 examples are needed, and the pool has 8 to give"):
+    with pytest.raises(InputError, match="9 examples are needed, but the pool has only 8"):
         pool.choose("Who?", [], 9, seed=0)
 
 
@@ -133,8 +133,8 @@ def test_the_command_of_table_5(folder: Path, tmp_path: Path) -> None:
     assert "### Few-shot scores, examples: best" in done.stdout
     assert "| 27.30 |" in done.stdout  # the paper's
     for changes, message in (
-        ((*ask, "--examples", "worst"), "its examples is 'best', and 'worst' is asked for"),
-        ((*ask[:-2], "--examples", "best"), "--examples chooses from a --pool"),
+        ((*ask, "--examples", "worst"), "its examples is 'best', not 'worst'"),
+        ((*ask[:-2], "--examples", "best"), "--examples needs --pool"),
         ((*ask[:-1], f"narrativeqa={pool}"), "a pool is for a task with examples: qasper"),
         ((*ask[:-1], "qasper"), "--pool takes TASK=FILE"),
     ):

@@ -84,7 +84,7 @@ def test_as_much_as_fits(limit, first_guess):
     assert measure(found) <= limit
     assert measure(found + 3) > limit  # less than two units of average size are left
     assert len(asked) <= 2 + 9
-    with pytest.raises(InputError, match="at least 60 tokens, and 59 is the limit"):
+    with pytest.raises(InputError, match="at least 60 tokens, but the limit is 59"):
         largest_fitting(measure, 59, first_guess)
 
 

@@ -52,8 +52,8 @@ def test_a_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("perplexity", SETTINGS | {"form": "rolling"}, "its form is 'paper', and 'rolling' is"),
-        ("perplexity", SETTINGS | {"seed": 1}, "its seed is None, and 1 is asked for"),
+        ("perplexity", SETTINGS | {"form": "rolling"}, "its form is 'paper', not 'rolling'"),
+        ("perplexity", SETTINGS | {"seed": 1}, "its seed is None, not 1"),
         ("passkey", SETTINGS, "its task is 'perplexity'"),
     ],
 )
@@ -334,7 +334,7 @@ def test_the_page_needs_nothing_else(two_runs):
     assert "Failed: 1 of 5" in page
     assert "no &lt;memory&gt;" in page
     assert "http" not in page
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="has no results"):
         report.write_page(two_runs / "nothing")
 
 

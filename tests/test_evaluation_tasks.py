@@ -418,7 +418,7 @@ PAIR = {"input": "A text.", "instructions": ["Who?"], "outputs": ["A"]}
     [
         ({"input": ["A text."]}, "line 2: input is ['A text.'], expected a string"),
         ({"input": None}, "line 2: input is None, expected a string"),
-        ({"input": "\ud83d"}, "line 2: input holds half of a surrogate pair"),
+        ({"input": "\ud83d"}, "line 2: input contains half of a surrogate pair"),
         ({"instructions": "Who?"}, "line 2: instructions is 'Who?', expected a list of strings"),
         ({"outputs": "A"}, "line 2: outputs is 'A', expected a list of strings"),
         ({"instructions": [5]}, "line 2: instructions, item 1, is 5, expected a string"),

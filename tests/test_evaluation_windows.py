@@ -391,10 +391,10 @@ def test_token_files(tmp_path):
     for name, vocab, message in (
         ("none.bin", 60, "is not a file"),
         ("a.npy", 50, "no ids of a vocabulary of 50"),
-        ("wide.bin", 60, "seems to hold 32 bits a token"),
-        ("odd.bin", 60, "3 bytes are no list"),
+        ("wide.bin", 60, "seems to have 32 bits per token"),
+        ("odd.bin", 60, "3 bytes are not a list"),
         ("b.npy", 60, "expected a list of integers"),
-        ("c.npy", 60, "no array of numbers"),
+        ("c.npy", 60, "not an array of numbers"),
     ):
         with pytest.raises(InputError, match=message):
             texts.read_token_file(tmp_path / name, vocab)
@@ -403,11 +403,11 @@ def test_token_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npy", b"", "is no array of numbers"),
-        ("a.NPY", b"\x93NUMPY\x01\x00", "is no array of numbers"),
-        ("a.npy", b"\x93NUMPY\x01\x00\xff\x03" + b"(" * 1022 + b"\n", "is no array of numbers"),
-        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (1, 2\n", "is no array of numbers"),
-        ("book.bin", b"Call me Ishmael. " * 40, "holds text, no raw token ids; give it as --text"),
+        ("a.npy", b"", "is not an array of numbers"),
+        ("a.NPY", b"\x93NUMPY\x01\x00", "is not an array of numbers"),
+        ("a.npy", b"\x93NUMPY\x01\x00\xff\x03" + b"(" * 1022 + b"\n", "is not an array of numbers"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (1, 2\n", "is not an array of numbers"),
+        ("book.bin", b"Call me Ishmael. " * 40, "is text, not raw token ids; give it as --text"),
     ],
 )
 def test_files_that_are_no_token_files(tmp_path, name, content, message):
@@ -444,7 +444,7 @@ def test_texts_and_what_stands_before_them(tmp_path, plain_llm):
 def test_numbers_of_tokens():
     assert [parse_tokens(n) for n in ("512", "4k", "1M")] == [512, 4096, 2**20]
     for bad in ("", "k", "0", "-4k", "4.5k", "many", "9" * 5000, "٤"):
-        with pytest.raises(InputError, match=r"no number of tokens|too many"):
+        with pytest.raises(InputError, match=r"not a number of tokens|too many"):
             parse_tokens(bad)
 
 
@@ -527,7 +527,7 @@ def test_samples_that_fail_are_told_at_the_end(tmp_path):
         *("--length", 150, "--stride", 100, "--method", "rope", "--method", "dca"),
     )
     assert result.exit_code == 1
-    assert "slides over 64 tokens" in result.stderr
+    assert "sliding window of 64 tokens" in result.stderr
     assert "samples failed; the first, {'method': 'rope'" in result.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert set(summary["scores"]) == {"dca"}
@@ -540,7 +540,7 @@ def test_samples_that_fail_are_told_at_the_end(tmp_path):
         ([], "give either --text or --tokens"),
         (["--text", "a", "--tokens", "b"], "give either --text or --tokens"),
         (["--text", "nothing.txt"], "is not a file"),
-        (["--text", "a", "--length", "much"], "no number of tokens"),
+        (["--text", "a", "--length", "much"], "not a number of tokens"),
         (["--text", "{text}", "--paper", "gpt-5"], "--paper takes one of llama2-7b"),
         (["--text", "{text}", "--method", "alibi"], "method 'alibi' is not known"),
     ],

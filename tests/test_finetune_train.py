@@ -158,7 +158,7 @@ def test_packed_dialogues_are_trained_as_each_alone() -> None:
     assert_expected(*gradients_of(tree(), {}, batch))
     batch = place(rows, 1, make_mesh("fsdp=2,tensor=2"))
     assert_expected(*plain_gradients_of(tree("fsdp=2,tensor=2"), {}, batch), dca=ONE_CHUNK)
-    with pytest.raises(InputError, match="this mesh shares rows among 2 along `context`"):
+    with pytest.raises(InputError, match="this mesh splits them over 2 along `context`"):
         summed_gradients(build, tree("context=2"), {}, place(rows, 1, make_mesh("context=2")))
 
 

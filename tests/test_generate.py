@@ -191,7 +191,7 @@ def test_an_overflow_is_refused_before_it_happens(model, golden):
 
 
 def test_a_cache_beyond_memory_is_refused(model):
-    fits = r"1 x 2000000001 tokens takes .* GiB, which the device .*: 1 x (\d+) tokens fit"
+    fits = r"1 x 2000000001 tokens takes .* GiB, but the device .*: 1 x (\d+) tokens fit"
     with pytest.raises(InputError, match=fits) as refused:
         Run(model, [[1]], max_new_tokens=2 * 10**9)
     found = re.search(fits, str(refused.value))
@@ -200,7 +200,7 @@ def test_a_cache_beyond_memory_is_refused(model):
     free = memory.free_bytes(jax.devices()[0])
     token = empty_cache(model, 1).num_bytes // CAPACITY
     assert 0.5 < int(found[1]) * token / free < 1
-    with pytest.raises(InputError, match=r"2 x 1000000000 tokens takes .* GiB, which the dev"):
+    with pytest.raises(InputError, match=r"2 x 1000000000 tokens takes .* GiB, but the dev"):
         buckets.copied(model, empty_cache(model, 1), 2, 10**9)
 
 
@@ -281,7 +281,9 @@ def test_plain_attention_is_asked_for_what_the_text_needs():
     prompt = [1] * 141
     # The last token drawn is never read. The cache is larger, which is nobody's need.
     assert len(generate(plain, [prompt], max_new_tokens=10)[0]) == 10
-    with pytest.raises(InputError, match="slides over 150 tokens, and 151 were asked for"):
+    with pytest.raises(
+        InputError, match="sliding window of 150 tokens, which is less than the 151 requested"
+    ):
         generate(plain, [prompt], max_new_tokens=11)
 
 
@@ -308,12 +310,14 @@ def test_bad_prompts_are_refused_at_once(model, prompts, options, message):
 
 def test_a_cache_that_does_not_fit_the_prompts_is_refused(model):
     cache = KVCache.create(model.config, batch=2, capacity=16, dtype=jnp.float32)
-    with pytest.raises(InputError, match="the cache has 2 rows, but there are 3 prompts"):
+    with pytest.raises(InputError, match="the cache has 2 rows for 3 prompts"):
         Run(model, [[1]] * 3, max_new_tokens=1, cache=cache)
     full = replace(cache, lengths=jnp.asarray([1, 3], jnp.int32))
-    with pytest.raises(InputError, match="any others must be empty"):
+    with pytest.raises(InputError, match="any other rows must be empty"):
         Run(model, [[1, 2]], max_new_tokens=1, cache=full)
-    with pytest.raises(InputError, match="row 1 of the cache holds 3 tokens and prompt 1 has 3"):
+    with pytest.raises(
+        InputError, match="row 1 of the cache holds 3 tokens, but prompt 1 has only 3"
+    ):
         Run(model, [[1, 2], [1, 2, 3]], max_new_tokens=1, cache=full)
 
 

@@ -170,7 +170,7 @@ def test_a_file_without_a_tokenizer(tmp_path):
         ({"pre": ""}, "in the way ''"),
         ({"tokens": "x"}, "tokens must be a list of texts, got 'x'"),
         ({"tokens": ["a", "b", "a"]}, "or has 'a' twice"),
-        ({"merges": ["a b c"]}, "'a b c' in tokenizer.ggml.merges is no pair"),
+        ({"merges": ["a b c"]}, "'a b c' in tokenizer.ggml.merges is not a pair"),
         ({"merges": [1, 2]}, "merges must be a list of texts"),
         ({"token_type": [1, 2]}, "token_type must be a number for each of 300 tokens"),
         ({"bos_token_id": 300}, "bos_token is id 300 of 300 tokens"),

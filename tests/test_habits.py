@@ -32,7 +32,7 @@ def _as_a_user_calls() -> Iterator[None]:
         ({"torch_dtype": "float16"}, "load has no argument 'torch_dtype'; here it is dtype"),
         ({"load_in_8bit": True}, "here it is weights='int8'"),
         ({"device_map": "auto"}, "here it is mesh, as 'tensor=4'"),
-        ({"trust_remote_code": True}, "here it is left out: code of a checkpoint is never run"),
+        ({"trust_remote_code": True}, "here it is not needed: code from a checkpoint is never run"),
         ({"max_model_len": 4096}, "here it is context"),
         ({"adaptor": "x"}, "here it is adapter"),
         ({"zzz": 1}, "there are path, dca, rope, dtype"),
@@ -40,10 +40,10 @@ def _as_a_user_calls() -> Iterator[None]:
         ({"dtype": np.int8}, "dtype .*int8.* is not supported"),
         ({"dtype": "half"}, "dtype 'half' is not supported"),
         ({"cache_dtype": "q8_0"}, "cache dtype 'q8_0' is not supported"),
-        ({"mesh": 4}, "a mesh is a text such as tensor=4, or a jax Mesh, got 4"),
-        ({"sparse": True}, "sparse must be a text such as rows:0.05, or None, got True"),
-        ({"context": 0}, "'0' is no number of tokens"),
-        ({"context": -5}, "'-5' is no number of tokens"),
+        ({"mesh": 4}, "mesh must be a string such as tensor=4, or a jax Mesh, got 4"),
+        ({"sparse": True}, "sparse must be a string such as rows:0.05, or None, got True"),
+        ({"context": 0}, "'0' is not a number of tokens"),
+        ({"context": -5}, "'-5' is not a number of tokens"),
         ({"dca": True}, "DCA setting True is not known"),
     ],
 )
@@ -83,11 +83,11 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ("tokenize", 5, "a text must be a string, got 5"),
         ("tokenize", None, "a text must be a string, got None"),
         ("logits", [1, 2, 3], "one list of token ids, got 1"),
-        ("logits", "Call me", "logits are of rows of token ids, got 'Call me'"),
-        ("logits", 3, "logits are of rows of token ids, got 3"),
+        ("logits", "Call me", "tokens must be rows of token ids, got 'Call me'"),
+        ("logits", 3, "tokens must be rows of token ids, got 3"),
         ("logits", [[1.5, 2.0]], r"one list of token ids, got \[1.5, 2.0\]"),
         ("logits", [[]], "a prompt is empty"),
-        ("logits", [], "the rows must have one length"),
+        ("logits", [], "all rows must have the same length"),
         ("perplexity", [1.5, 2.5], r"one list of token ids, got \[1.5, 2.5\]"),
         ("perplexity", [1, 2**40], "token id 1099511627776, but the model's vocabulary"),
         ("perplexity", [1, -5], "token id -5, but the model's vocabulary"),
@@ -108,7 +108,7 @@ def test_windows_are_whole_tokens(llm: LLM, given: dict[str, Any]) -> None:
 def test_thinking_is_of_conversations(llm: LLM) -> None:
     """It was dropped where nothing asks for it."""
     for door in (llm.generate, llm.stream):
-        with pytest.raises(InputError, match="it belongs to `chat`"):
+        with pytest.raises(InputError, match="use it with `chat`"):
             door("Call me", thinking=True)
     assert llm.chat(USER, max_new_tokens=1, thinking=True).tokens
     assert "".join(documents.ask(llm, "Call me", "?", max_new_tokens=1, thinking=False))
@@ -122,9 +122,9 @@ def test_a_prefix_belongs_to_its_model(llm: LLM, tmp_path: Path) -> None:
     plain = dca_jax.load(tmp_path / "twin", dca=None)
     for other in (twin, smaller, plain):
         for prompts in (" Ishmael", [" Ishmael", " a"]):
-            with pytest.raises(InputError, match="read by another model, or by another method"):
+            with pytest.raises(InputError, match="read with another model or method"):
                 other.generate(prompts, max_new_tokens=2, prefix=prefix)
-        with pytest.raises(InputError, match="read by another model"):
+        with pytest.raises(InputError, match="read with another model"):
             other.prefill("Call me Ishmael", reuse=prefix)
     again = llm.generate("Call me Ishmael", max_new_tokens=2)
     assert llm.generate(" Ishmael", max_new_tokens=2, prefix=prefix) == again

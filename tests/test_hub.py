@@ -106,5 +106,5 @@ def test_what_a_download_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["x" * 300, "owner/" + "x" * 300 + "/y", "a\0b"])
 def test_names_that_no_file_system_takes(name: str) -> None:
-    with pytest.raises(InputError, match="is no folder, and no name of a model"):
+    with pytest.raises(InputError, match="is neither a folder nor the name of a model"):
         find_folder(name)

@@ -437,5 +437,5 @@ def test_bad_config(tmp_path, content, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         read_config(tmp_path / "nowhere")

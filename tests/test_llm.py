@@ -111,7 +111,7 @@ def test_every_file_that_names_an_end_is_believed(folder, llm, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no folder, and no name of a model on the Hugging"):
+    with pytest.raises(InputError, match="neither a folder nor the name of a model on the"):
         dca_jax.load(tmp_path / "absent")
     with pytest.raises(InputError, match="could not be downloaded from the Hugging Face Hub"):
         dca_jax.load("nobody/nothing-of-that-name")
@@ -228,7 +228,7 @@ def test_without_a_tokenizer_the_model_reads_tokens(tmp_path):
         ([], {}, "there is no prompt"),
         ([[]], {}, "a prompt is empty"),
         ([[300]], {}, "token id 300, but the model's vocabulary has ids 0 to 299"),
-        ("Call", {"max_new_tokens": 2 * 10**9}, "GiB, which the device does not have"),
+        ("Call", {"max_new_tokens": 2 * 10**9}, "GiB, but the device has only"),
     ],
     ids=str,
 )
@@ -240,7 +240,7 @@ def test_what_cannot_be_generated_is_refused(llm, prompts, options, message):
 def test_a_stream_refuses_before_it_is_read(llm):
     with pytest.raises(InputError, match="the text is empty"):
         llm.stream("")
-    with pytest.raises(InputError, match="stop must hold strings"):
+    with pytest.raises(InputError, match="stop must contain non-empty strings"):
         llm.stream("Call", stop=[""])
 
 
@@ -325,7 +325,7 @@ def test_a_prefix_may_be_built_upon(llm):
     second = llm.prefill(TEXT, reuse=first, room=ROOM)
     assert llm.generate(QUESTIONS[0], max_new_tokens=8, prefix=second) == whole
     assert not first.usable
-    with pytest.raises(InputError, match="handed on to `prefill`"):
+    with pytest.raises(InputError, match="reused by `prefill`"):
         llm.generate("x", prefix=first)
 
 
@@ -396,10 +396,10 @@ def test_a_conversation_gives_one_answer_at_a_time(llm):
     first, second = conversation.ask("Call me"), conversation.ask("Some years ago")
     next(first)
     for again in (lambda: next(second), lambda: conversation.ask("never mind")):
-        with pytest.raises(InputError, match="the last answer is still being given"):
+        with pytest.raises(InputError, match="the last answer is still being generated"):
             again()
     first.close()
-    with pytest.raises(InputError, match="a prefix of its own"):
+    with pytest.raises(InputError, match="its own prefix"):
         conversation.ask("Call me", prefix=llm.prefill("Call me"))
 
 
@@ -470,7 +470,7 @@ def test_logits_are_those_of_the_model(llm):
     np.testing.assert_allclose(
         found, llm.model(jnp.asarray(tokens, jnp.int32)), rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(InputError, match=r"the rows must have one length, got \[1, 2\]"):
+    with pytest.raises(InputError, match=r"all rows must have the same length, got \[1, 2\]"):
         llm.logits([[1], [1, 2]])
 
 
@@ -560,13 +560,13 @@ def test_no_option_is_swallowed(llm, given, message):
         ({"max_new_tokens": 10**15}, "an integer from 1 to"),
         ({"max_new_tokens": None}, "got None"),
         ({"seed": 2**31}, "seed must be an integer from"),
-        ({"stop": [""]}, "none of them empty, got ''"),
-        ({"stop": [3]}, "ids go to stop_ids"),
+        ({"stop": [""]}, "non-empty strings, got ''"),
+        ({"stop": [3]}, "for ids, use stop_ids"),
         ({"stop_ids": ["</s>"]}, "stop_ids must be an integer"),
         ({"stop_ids": 2}, "stop_ids must be a list, got 2"),
         ({"stop_ids": [-1]}, "got -1"),
-        ({"sampler": {"temperature": 1}}, r"sampler must be a dca_jax.Sampler, .* got {'temp"),
-        ({"prefix": "Call me"}, "prefix must be what LLM.prefill returns"),
+        ({"sampler": {"temperature": 1}}, r"sampler must be a dca_jax.Sampler such .* got {'temp"),
+        ({"prefix": "Call me"}, "prefix must be a result of LLM.prefill"),
         ({"progress": 1}, "progress must be True, False or None"),
     ],
 )

@@ -333,7 +333,7 @@ def test_arguments(pair: tuple, caplog: pytest.LogCaptureFixture) -> None:
     for given, message in (
         ({"trust_remote_code": True}, "code from a checkpoint is never run"),
         ({"delta": "x"}, "delta=x is not supported: add"),
-        ({"peft": "/nowhere"}, "/nowhere is no folder"),
+        ({"peft": "/nowhere"}, "/nowhere is not a folder"),
         ({"parallelize": "True"}, "mesh=tensor=4"),
         ({"revision": "v2"}, "give its folder"),
         ({"max_lenght": 5}, "did you mean max_length"),

@@ -483,7 +483,7 @@ def test_peft_opens_ours_and_we_open_pefts(tmp_path: Path) -> None:
     for folder in (tmp_path / "merged there", tmp_path / "merged back"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         close(torch_logits(theirs, tokens), found["rslora"])
-    with pytest.raises(InputError, match="is no folder; expected one with adapter_config"):
+    with pytest.raises(InputError, match="is not a folder; expected one with adapter_config"):
         load_weights(tmp_path / "hf", config, adapter=tmp_path / "nowhere")
 
 
@@ -561,10 +561,10 @@ def adapter(tmp_path: Path) -> Path:
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "of peft_type 'LOHA'; expected 'LORA'"),
-        ({"bias": "all"}, "sets bias 'all', which is not computed here; merge"),
-        ({"no_such_thing": {"x": 1}}, "sets no_such_thing {'x': 1}, which is not computed"),
+        ({"bias": "all"}, "sets bias 'all', which is not supported; merge"),
+        ({"no_such_thing": {"x": 1}}, "sets no_such_thing {'x': 1}, which is not supported"),
         ({"target_modules": {"q_proj": 1}}, "target_modules {'q_proj': 1}; expected a list"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "targets of LoRA .* got q_proj, lm_head"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "LoRA targets .* got q_proj, lm_head"),
         ({"target_modules": ["q_proj"]}, "24 have no place in it"),
         ({"r": 4}, r"has shape \(3, 24\); config.json asks for \(4, 24\)"),
         ({"r": "three"}, "r 'three' and lora_alpha 5; expected numbers"),
@@ -587,15 +587,15 @@ def test_an_adapter_that_is_not_finite_or_not_there(adapter: Path) -> None:
     file.unlink()
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(adapter, CONFIG)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         load_adapter(adapter / "elsewhere", CONFIG)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank of LoRA must be a positive integer, got 0"),
-        ({"alpha": float("nan")}, "alpha of LoRA must be positive, got nan"),
+        ({"rank": 0}, "LoRA rank must be a positive integer, got 0"),
+        ({"alpha": float("nan")}, "LoRA alpha must be positive, got nan"),
         (
             {"targets": ("q_proj", "lm_head")},
             "one or more of q_proj, .*; got q_proj, lm_head",

@@ -177,6 +177,6 @@ def test_what_is_planned_and_refused(tmp_path: Path) -> None:
     for model in (tmp_path / "plain", "llama-2-7b"):
         done = invoke("plan", model, *shape, "--base", "stored")
         assert done.exit_code == 2
-        assert "--base stored keeps what is packed" in done.stderr
+        assert "--base stored keeps weights as quantized" in done.stderr
     with pytest.raises(InputError, match="base stored goes with LoRA"):
         settings(tmp_path / "plain", tmp_path / "d.json", tmp_path / "run", base="stored")

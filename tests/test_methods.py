@@ -456,7 +456,7 @@ def test_on_a_mesh(axes: str, tiny: Llama) -> None:
     shared = Llama.from_params(tiny.config, params, dtype=jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 40)), jnp.int32)
     if "context" in axes:
-        with pytest.raises(InputError, match="SelfExtend reads a text on one device"):
+        with pytest.raises(InputError, match="SelfExtend needs the whole text on one device"):
             run(with_method(shared, "self-extend", 40), tokens)
         return
     ours = run(with_method(shared, "self-extend", 40), tokens)
@@ -622,9 +622,9 @@ def test_self_extend_stays_within_two_thirds_of_the_trained_length() -> None:
         ("streaming-llm:4,-1", "is not 'streaming-llm:SINKS,RECENT'"),
         ("dca:fast", "DCA setting 'fast' is not known; expected one of paper, .*auto"),
         ("dca:1,2,3", "is not 'dca:S,Q'"),
-        ("dca:paper@hot", "the slope of the temperature, a number from 0 on"),
-        ("dca:paper@-1", "the slope of the temperature, a number from 0 on"),
-        ("dca:paper@nan", "the slope of the temperature, a number from 0 on"),
+        ("dca:paper@hot", "the slope of the temperature, a number of at least 0"),
+        ("dca:paper@-1", "the slope of the temperature, a number of at least 0"),
+        ("dca:paper@nan", "the slope of the temperature, a number of at least 0"),
         ("dca:30,20", "must not exceed max_query_position"),
         ("dca+ntk", r"expected \+pi:F"),
         ("dca+flash:2", r"expected \+pi:F"),
@@ -643,7 +643,7 @@ def test_names_refused(name: str, message: str) -> None:
 def test_scalings_that_cannot_be_laid_over_one_another(scaling: str, rope_type: str) -> None:
     rope = RopeConfig(rope_type=rope_type, factor=2.0, original_max_position_embeddings=4096)
     config = replace(LLAMA_2, rope=rope)
-    with pytest.raises(InputError, match=f"{scaling} cannot be laid over .*'{rope_type}'"):
+    with pytest.raises(InputError, match=f"{scaling} cannot be combined with .*'{rope_type}'"):
         method_by_name(scaling, config, 9000)
     assert method_by_name(scaling, config, 4096).rope == rope
 

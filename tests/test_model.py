@@ -363,7 +363,7 @@ def test_params_round_trip_and_names(tiny: Llama) -> None:
 def test_plain_attention_refuses_more_than_its_sliding_window(tmp_path: Path) -> None:
     save_tiny(tmp_path, "mistral-v0.1")
     tokens = jnp.zeros((1, 129), jnp.int32)
-    with pytest.raises(InputError, match="slides over 128 tokens"):
+    with pytest.raises(InputError, match="sliding window of 128 tokens"):
         load(tmp_path)(tokens)
     load(tmp_path, dca=GOLDEN_DCA)(tokens)
 

@@ -127,7 +127,7 @@ def test_the_memory_is_that_of_a_row_and_not_of_every_text_at_its_length() -> No
 
 def test_the_dense_reference_is_refused() -> None:
     query, key, value, _ = map(jnp.asarray, arrays())
-    with pytest.raises(InputError, match="'reference' does not read packed texts"):
+    with pytest.raises(InputError, match="'reference' does not support packed texts"):
         attend_to_packed(
             *(query, key, value, jnp.asarray(text_index(SIZES))),
             dca=DCA,

@@ -99,7 +99,7 @@ def test_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     config, back = read_config(folder), tmp_path / "back"
     assert config == read_config(source)
     assert invoke("convert", folder, back).exit_code == 0
-    assert "packed (int4:16, int4:32); they are unpacked into bfloat16 as" in caplog.text
+    assert "packed (int4:16, int4:32); they are unpacked to bfloat16 while" in caplog.text
     assert "quantization_config" not in (back / "config.json").read_text()
     tensors = read_safetensors(back)
     assert {value.dtype for value in tensors.values()} == {jnp.dtype(jnp.bfloat16)}
@@ -107,7 +107,10 @@ def test_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     same_bits(load_weights(back, config, dtype=jnp.bfloat16), want)
     refused = invoke("convert", folder, tmp_path / "no", "--weights", "int8")
     assert refused.exit_code == 2
-    assert "goes back to Hugging Face's form unpacked; leave out --weights int8" in refused.stderr
+    assert (
+        "converting it back to Hugging Face format writes unquantized weights; omit --weights int8"
+        in refused.stderr
+    )
 
 
 def test_a_packed_folder_can_be_unpacked_on_the_way(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_packing_is_off_by_no_more_than_it_says(form: str, num_inputs: int) -> N
 def test_a_size_that_does_not_divide_has_smaller_groups() -> None:
     assert block_sizes("int4:128", (5, 192), 1) == (1, 64)
     assert block_sizes("fp8", (3, 96, 128), 1) == (1, 32, 128)
-    with pytest.raises(InputError, match=r"do not divide the 7 that a device has; choose int8"):
+    with pytest.raises(InputError, match=r"must divide the 7 on a device; choose int8"):
         block_sizes("int4", (6, 7), 1)
 
 

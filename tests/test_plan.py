@@ -218,7 +218,7 @@ def test_what_is_recommended_for_so_many_devices() -> None:
     found = plan_for("llama-2-70b", "context=8", "h200", context_length=100_000, batch=2)
     assert not found.fits  # each device would hold all weights
     assert found.recommended == parse_mesh("tensor=8")
-    assert "cuts weights" in found.why
+    assert "splits weights" in found.why
     many = plan_for("llama-3-8b", "tensor=8", "h200", context_length=100_000, batch=4)
     assert many.recommended == parse_mesh("tensor=8")
     more = plan_for("llama-3-8b", "data=2,tensor=8", "h200", context_length=8192, batch=4)
@@ -245,7 +245,7 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
         ({"mesh": parse_mesh("tensor=3")}, "tensor=3 does not divide the model's 32 query heads"),
         ({"mesh": parse_mesh("fsdp=3")}, "fsdp=3 does not divide the hidden size 4096"),
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
-        ({"train": True, "cache_dtype": "int8"}, "training keeps no KV cache"),
+        ({"train": True, "cache_dtype": "int8"}, "training has no KV cache"),
         ({"cache_dtype": "int4"}, "cache dtype 'int4' is not supported; expected one of bfloat16"),
         ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 8 devices"),
     ],

@@ -230,11 +230,11 @@ def test_weights_that_stay_packed(tmp_path, name, caplog):
     found = load_weights(tmp_path, config, dtype=jnp.float32, keep="stored")
     check_kept(found, config, expected, [] if name in UNPACKED else KEPT)
     if name in UNPACKED:
-        assert "they are unpacked into float32" in caplog.text
+        assert "they are unpacked to float32" in caplog.text
     else:
         form = {"aw": "int4", "gp": "int4", "w4": "int4", "w8": "int8", "fp": "fp8"}[name[:2]]
         assert f"they stay so ({form}" in caplog.text
-        assert "but down_proj: unpacked into float32 as they are read" in caplog.text
+        assert "except down_proj: unpacked to float32 while loading" in caplog.text
     kept = kept_forms(tmp_path, config, "stored")
     leaves = jax.tree.leaves(found, is_leaf=is_packed)
     sizes = [x.nbytes for leaf in leaves if is_packed(leaf) for x in jax.tree.leaves(leaf)]
@@ -333,7 +333,7 @@ def test_from_the_folder_to_the_devices_and_to_other_folders(tmp_path, name, cap
     shardings = parameter_shardings(config, mesh)
     cut = load_weights(tmp_path / "packed", config, dtype=jnp.float32, sharding=shardings)
     assert "are packed (" in caplog.text
-    assert "they are unpacked into float32 as they are read" in caplog.text
+    assert "they are unpacked to float32 while loading" in caplog.text
     whole = load_weights(tmp_path / "hf", config, dtype=jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, cut, whole)
 

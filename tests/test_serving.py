@@ -378,7 +378,7 @@ def test_log_probabilities_are_those_of_the_model(client, paper_llm):
 def test_what_is_no_request_is_refused_with_a_sentence(client, http):
     good = {"prompt": "Call me", "max_tokens": 2}
     refused = {
-        b"{": "no JSON",
+        b"{": "not JSON",
         b"[" * 100_000: "parsing the body",
         b'"text"': "dictionary",
     }

@@ -243,7 +243,7 @@ def test_a_mesh_is_written_by_its_axes():
 
 @pytest.mark.parametrize("text", ["model=2", "tensor", "tensor=0", "tensor=two", "tensor=-1"])
 def test_a_mesh_that_is_none(text):
-    with pytest.raises(InputError, match="a mesh is written like context=2,tensor=4"):
+    with pytest.raises(InputError, match="expected a mesh such as context=2,tensor=4"):
         parse_mesh(text)
 
 
@@ -253,7 +253,7 @@ def test_an_axis_named_twice():
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(InputError, match="tensor=16 takes 16 devices, and there are 8"):
+    with pytest.raises(InputError, match="tensor=16 needs 16 devices, but there are 8"):
         make_mesh("tensor=16")
 
 

@@ -401,14 +401,14 @@ def test_meshes_of_tensor_and_data(folder: Path, expected: np.ndarray) -> None:
 
 def test_what_is_refused(folder: Path, sparse_llm: dca_jax.LLM) -> None:
     rerope = ReRoPE(window=8, trained_length=64)
-    with pytest.raises(InputError, match="ReRoPE reads texts densely"):
+    with pytest.raises(InputError, match="ReRoPE does not support sparse prefill"):
         dca_jax.load(folder, dca=rerope, sparse="rows")
-    with pytest.raises(InputError, match="ReRoPE reads texts densely"):
+    with pytest.raises(InputError, match="ReRoPE does not support sparse prefill"):
         with_method(sparse_llm.model, "rerope", 64)
-    with pytest.raises(InputError, match=r"rows:0\.1: this mesh shares a text along `context`"):
+    with pytest.raises(InputError, match=r"rows:0\.1: this mesh splits texts along `context`"):
         dca_jax.load(folder, sparse="rows", mesh="context=2")
     tokens, lengths = jnp.zeros((1, 128), jnp.int32), jnp.asarray([128], jnp.int32)
-    with pytest.raises(InputError, match="is for prompts and has no gradient"):
+    with pytest.raises(InputError, match=r"sparse prefill .*, which has no gradient"):
         sparse_llm.model.balanced_hidden_states(tokens, lengths)
     with pytest.raises(InputError, match="pieces of a multiple of 128 tokens"):
         sparse_llm.model.hidden_states(
@@ -418,7 +418,7 @@ def test_what_is_refused(folder: Path, sparse_llm: dca_jax.LLM) -> None:
     pool = create_pool(sparse_llm.model.config, **two)._asdict()
     none = jnp.zeros((1,), jnp.int32)
     paged = PagedCache(**pool, pages=table, lengths=none, frequency_lengths=none)
-    with pytest.raises(InputError, match="a cache in pages is read densely"):
+    with pytest.raises(InputError, match="a paged cache cannot be read sparsely"):
         sparse_llm.model.hidden_states(tokens, cache=paged, context_lengths=lengths)
     with pytest.raises(InputError, match=r"a server reads densely, .*sparse='off'"):
         Engine(sparse_llm, context=128, rows=1, pages=2)
@@ -446,7 +446,7 @@ def test_a_checkpoint_is_read_as_it_asks(folder: Path, tmp_path: Path, caplog: A
     how = dca_jax.load(copied).model.sparse
     assert how is not None
     assert (how.described, how.by_checkpoint) == ("qwen-1m beyond 500 tokens", True)
-    assert "as the checkpoint asks" in caplog.text
+    assert "as set in the checkpoint" in caplog.text
     told = invoke("info", copied)
     assert re.search(r"long prompts \(auto\)\W+qwen-1m beyond 500 tokens", told.stdout)
     opened = open_model(copied, dca=None).llm.model
@@ -527,7 +527,7 @@ def test_names() -> None:
         with pytest.raises(InputError, match=r"rows"):
             choose_sparse(name, wish, **options)
     for name in ("skip-softmax", "skip-softmax:1", "skip-softmax:x"):
-        with pytest.raises(InputError, match="part of the largest weight"):
+        with pytest.raises(InputError, match="fraction of the largest weight"):
             choose_sparse(name, wish, **options)
 
 
@@ -559,7 +559,7 @@ def test_what_a_checkpoint_asks_for() -> None:
         assert getattr(found, "selector", None) == SampledRows()
     for change, message in [
         ([], "qwen-1m needs the checkpoint's table"),
-        ([layer, layer], "2 layers, and the model has 1"),
+        ([layer, layer], "2 layers, but the model has 1"),
         ([{"0": layer["0"]}], "heads 0 to 1"),
         ([layer | {"1": ["stream_llm", 1, 2, 3]}], "head 1 must be"),
     ]:

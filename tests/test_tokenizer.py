@@ -143,12 +143,20 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     [
         ("tokenizer_config.json", {"model_max_length": "20"}, "model_max_length must be a finite"),
         ("tokenizer_config.json", [], "holds a JSON list, expected an object"),
-        ("tokenizer_config.json", {"eos_token": 7}, "eos_token must be a token's text, got 7"),
+        ("tokenizer_config.json", {"eos_token": 7}, "eos_token must be the text of a token, got 7"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, "must be an object, got "),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": "a"}}, "cannot be read: "),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"1": 3}}, "must be a token's text"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"1": 3}},
+            "must be the text of a token",
+        ),
         ("tokenizer_config.json", {"extra_special_tokens": 3}, "must be a list, got 3"),
-        ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text, or a list"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": 3},
+            "chat_template must be a string, or a list",
+        ),
         ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "list of objects with name"),
         ("added_tokens.json", {"<|a|>": "300"}, "must be an integer from 0"),
         ("tokenizer.json", {"model": 3}, "the tokenizer in .* cannot be read: "),
@@ -237,13 +245,13 @@ def test_a_file_that_rust_panics_on_is_refused(
 
 
 def test_a_tokenizer_that_fails_on_a_text_says_so_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read this text: index out of bounds"):
+    with pytest.raises(InputError, match="cannot encode this text: index out of bounds"):
         encode(panic, "x")
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     save_tokenizer(tmp_path, words, unk_token=None, bos_token=None, eos_token=None)
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match=r"the tokenizer cannot read this text: .*UNK"):
+    with pytest.raises(InputError, match=r"the tokenizer cannot encode this text: .*UNK"):
         encode(tokenizer, "a b")
     with pytest.raises(InputError, match=r"half of a surrogate pair .* at character 2"):
         encode(tokenizer, "a \ud800")

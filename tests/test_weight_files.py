@@ -115,13 +115,13 @@ def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path: Path, name: str) -> None
     folder = make_llm(tmp_path / "model")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n"
     (folder / name).write_text(pointer)
-    with pytest.raises(InputError, match=rf"{name} is a pointer of Git LFS .* run `git lfs pull`"):
+    with pytest.raises(InputError, match=rf"{name} is a Git LFS pointer .* run `git lfs pull`"):
         dca_jax.load(folder)
     (tmp_path / "model.gguf").write_text(pointer)
-    with pytest.raises(InputError, match=r"model\.gguf is a pointer of Git LFS"):
+    with pytest.raises(InputError, match=r"model\.gguf is a Git LFS pointer"):
         dca_jax.load(tmp_path / "model.gguf")
     (tmp_path / "book.txt").write_text(pointer)
-    with pytest.raises(InputError, match=r"book\.txt is a pointer of Git LFS"):
+    with pytest.raises(InputError, match=r"book\.txt is a Git LFS pointer"):
         read_text_file(tmp_path / "book.txt")
 
 

@@ -97,7 +97,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: b: c", "is not YAML: line 1: mapping values are not allowed here"),
         ("%YAML 9.9\n--- a", "is not YAML: line 1: "),
         ("a: \x07", "is not YAML: "),
-        (r'model: "\ud83d"', "line 1 holds half of a surrogate pair"),
+        (r'model: "\ud83d"', "line 1 contains half of a surrogate pair"),
         (r'model: "a\0b"', "line 1 holds a NUL character"),
         (b"a: \xff", "is not UTF-8 text"),
         ("", "holds no settings"),

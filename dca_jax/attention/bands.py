@@ -1,8 +1,8 @@
-"""Bands: what DCA and every other way of giving positions have in common.
+"""Bands: a common form for DCA and the other position methods.
 
-Such a method says, for query i and key j, whether they meet and how far apart they stand. The keys
-of a query fall into a few contiguous ranges, its *bands*; within a band the query stands at one
-position and each key at its own, and one softmax runs over all of them:
+A position method determines, for query i and key j, whether the query attends to the key and at
+what relative position. The keys of a query fall into a few contiguous ranges, its *bands*. Within a
+band the query has one position and each key its own, and there is one softmax over all bands:
 
     logit(i, j) = tau * <rope(q_i, P_q(i)), rope(k_j, P_k(j))> / sqrt(head_dim)
     for start(i) <= j < stop(i)
@@ -13,14 +13,15 @@ ReRoPE with a window of 3, for instance, has two bands (`far` and `near`):
      0   0                        near   i - 3 < j <= i   P_q = i, P_k = j
      1   1  0                     far    j <= i - 3       P_q = 3, P_k = 0
      2   2  1  0
-     3   3| 2  1  0               written: the relative position P_q(i) - P_k(j)
+     3   3| 2  1  0               entries: the relative position P_q(i) - P_k(j)
      4   3  3| 2  1  0
      5   3  3  3| 2  1  0
 
-DCA is the case with one P_k for all bands (its phases): so its keys can be rotated once, when they
-are written to a cache. Where P_k differs from band to band, keys are kept raw and rotated inside.
+DCA is the case with the same P_k in all bands (its phases), so its keys can be rotated once, when
+they are written to a cache. If P_k differs between bands, keys are stored unrotated and rotated in
+the attention.
 
-The methods are in `dca_jax.inference.baselines`; `dca_jax.attention.xla` computes them by blocks.
+The methods are in `dca_jax.inference.baselines`; `dca_jax.attention.xla` computes them blockwise.
 """
 
 import abc
@@ -38,39 +39,40 @@ from dca_jax.dca import PHASES, DCAConfig, Phase, key_range, query_position
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
-# Of a method: an array, or what arithmetic makes of it, inside a compiled program.
+# A number of a method; inside a compiled program, an array.
 Number = int | np.integer | Int[Array | np.ndarray, ""]
 
 
 class Steps(NamedTuple):
     """Positions that are a step function of the distance (`dca_jax.inference.distances`).
 
-    Where a key's number is above a query's, that key stands one position nearer to the query.
+    A key whose number is above the query's is one position nearer to the query.
 
     Attributes:
-        query: of each query, a number. key: from text indices to numbers of keys.
+        query: number of each query.
+        key: function from text indices to numbers of keys.
     """
 
     query: Int[Array, "B T"]
     key: Callable[[Int[Array, "#B S"]], Int[Array, "#B S"]]
 
     def nearer(self, index: Int[Array, "#B S"]) -> Bool[Array, "B T S"]:
-        """Which of the keys at these text indices stand one position nearer to each query."""
+        """Which of the keys at these text indices are one position nearer to each query."""
         return self.key(index)[:, None, :] > self.query[:, :, None]
 
 
 class Band(NamedTuple):
-    """One contiguous range of keys for each of some queries, and where both stand in it.
+    """A contiguous range of keys for each query, with the positions of queries and keys in it.
 
     Attributes:
-        start, stop: text indices of the keys each query meets; none where stop <= start. A band
-            lies before its query's own index, or ends with it: attention is causal.
-        query_position: where each query stands.
-        key_position: from text indices to where those keys stand; None: as the keys come, be it
-            rotated already or raw, which is to stand at 0.
-        steps: which keys stand one position nearer to which queries; None: none.
+        start, stop: [start, stop) of the text indices of each query's keys; empty if stop <= start.
+            A band ends at or before its query's own index, because attention is causal.
+        query_position: position of each query.
+        key_position: function from text indices to key positions. None uses the keys as given,
+            either already rotated, or unrotated, which is position 0.
+        steps: which keys are one position nearer to which queries; None for none.
 
-    Positions are one for all planes of a head, or have one more axis with one for each plane.
+    A position is the same for all planes of a head, or has one more axis with a value per plane.
     """
 
     start: Int[Array, "B T"]
@@ -81,16 +83,17 @@ class Band(NamedTuple):
 
     @property
     def query_positions(self) -> list[Int[Array, "B T ..."]]:
-        """Where each query stands; with steps, then where it stands to keys that are nearer."""
+        """Positions of each query: to its keys and, with steps, to keys that are nearer."""
         return [self.query_position - n for n in range(1 if self.steps is None else 2)]
 
 
 class Series(NamedTuple):
-    """As many bands as the data ask for, by their number: a loop of the program.
+    """A number of bands that depends on the data, computed by a loop in the program.
 
     Attributes:
-        count: how many. most: a bound of it, beyond count there are empty ones.
-        band: the band of a number below `most`.
+        count: number of bands.
+        most: upper bound of the count; bands from `count` on are empty.
+        band: function from a number below `most` to its band.
     """
 
     count: Int[Array, ""]
@@ -99,40 +102,41 @@ class Series(NamedTuple):
 
 
 class PositionMethod(abc.ABC):
-    """A way of giving positions, as bands over raw keys. Subclasses are frozen dataclasses.
+    """A position method, as bands over unrotated keys. Subclasses are frozen dataclasses.
 
-    A model takes one in place of a `DCAConfig`: `Llama(..., dca=method)`.
+    A model accepts one in place of a `DCAConfig`: `Llama(..., dca=method)`.
 
     Its numbers (fields that are an int, a float, or a tuple of ints) may be arrays inside a
-    compiled program (`split`), so `bands` and `logit_factor` compute with them and never branch on
-    them: one program then serves all of a method's settings.
+    compiled program (`split`), so `bands` and `logit_factor` must not branch on them. One program
+    then serves all settings of a method.
     """
 
-    # Whether the positions of a text's tokens change with its length.
+    # Whether the positions of a text's tokens depend on its length.
     by_length: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
     def max_position(self) -> Number | None:
-        """The largest relative position it ever uses; None if that grows with the text."""
+        """The largest relative position that the method uses; None if it grows with the text."""
 
     @abc.abstractmethod
     def bands(self, index: Int[Array, "B T"], whole: Int[Array, " B"]) -> tuple[Band | Series, ...]:
         """The bands of the queries at these text indices, in the order of their keys.
 
-        Only differences of positions count, so the positions of a band may be counted from
-        anywhere that is one place for a row's queries (see `near_band`).
+        Only differences of positions matter, so a band's positions may be counted from any point
+        that is the same for all of a row's queries (see `near_band`).
 
         Args:
-            whole: tokens of each row's text, as `Rows.whole`; only methods `by_length` look at it.
+            whole: number of tokens of each row's text, as in `Rows.whole`; used only by methods
+                with `by_length`.
         """
 
     def logit_factor(self, index: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
-        """What the logits of each query are multiplied by; None: nothing."""
+        """Factor on the logits of each query; None for no factor."""
         return None
 
     def with_fields(self, **values: Any) -> "PositionMethod":
-        """The same method with other values in these fields, which are not checked."""
+        """The same method with new values in these fields, without checking them."""
         other = object.__new__(type(self))
         for field in _fields(self):
             value = values.get(field.name, getattr(self, field.name))
@@ -144,9 +148,10 @@ Method = DCAConfig | PositionMethod
 
 
 def split(dca: Method) -> tuple[Method, dict[str, Any]]:
-    """What a program is compiled for, and the numbers that it is given: see `joined`.
+    """The static part of a method, for compilation, and its numbers as arguments; see `joined`.
 
-    DCA's settings are part of a program: kernels are made for them, and lengths change nothing.
+    DCA's settings are all static: kernels are specialized for them, and they do not depend on the
+    length.
     """
     if not isinstance(dca, PositionMethod):
         return dca, {}
@@ -156,7 +161,7 @@ def split(dca: Method) -> tuple[Method, dict[str, Any]]:
 
 
 def joined(form: Method, numbers: dict[str, Any]) -> Method:
-    """The method again, from what `split` made of it; its numbers may be tracers by now."""
+    """The method rebuilt from the result of `split`; its numbers may be tracers."""
     return form.with_fields(**numbers) if isinstance(form, PositionMethod) else form
 
 
@@ -173,14 +178,14 @@ def _number(value: Any) -> Array:
     if isinstance(value, int | float | tuple):
         is_float = isinstance(value, float)
         return jnp.asarray(value, jnp.float32 if is_float else jnp.int32)
-    return value  # an array already
+    return value  # already an array
 
 
 def near_band(index: Int[Array, "B T"], window: Number) -> Band:
-    """The last `window` keys of each query, its own included, at their true distance.
+    """The last `window` keys of each query, including its own, at their true distance.
 
-    Positions count from the row's first query of those given (a tile of them): so they are small,
-    and their float32 angles exact to the last bit or so, a million tokens into a text too.
+    Positions are counted from the first of the given queries of a row (a tile), so they are small
+    and their float32 angles are accurate to about the last bit, even a million tokens into a text.
     """
     origin = index[:, :1]
     start = jnp.maximum(index - (window - 1), 0)
@@ -193,7 +198,7 @@ def rotated_keys(
     band: Band,
     inv_freq: Float[Array, "#B half"],
 ) -> Float[Array, "B S K H"]:
-    """Keys of these text indices where the band puts them, in their dtype."""
+    """Keys at these text indices, rotated to the band's positions, in their own dtype."""
     if band.key_position is None:
         return key
     return rotate(key, band.key_position(index), inv_freq)
@@ -202,13 +207,14 @@ def rotated_keys(
 def relative_positions(
     length: int, method: PositionMethod, whole: int | None = None
 ) -> Int[np.ndarray, "length length"]:
-    """The matrix P_q(i) - P_k(j) of a text, and -1 where query i does not meet key j; int32.
+    """The matrix P_q(i) - P_k(j) of a text, and -1 where query i does not see key j; int32.
 
-    As `dca_jax.dca.relative_positions`, for any method. Where the planes of a head stand apart by
-    different positions, it is the largest of them.
+    Like `dca_jax.dca.relative_positions`, for any method. If the planes of a head have different
+    relative positions, it contains the largest.
 
     Args:
-        whole: tokens of the whole text, of which these are the first; by default these are all.
+        whole: number of tokens of the whole text, if `length` covers only its beginning (default:
+            `length`).
     """
     told = jnp.asarray([length if whole is None else whole], jnp.int32)
     form, numbers = split(method)
@@ -236,7 +242,7 @@ def _relative_positions(
 
 
 def each_band(bands: Sequence[Band | Series]) -> Iterator[Band]:
-    """All of them, one by one; outside of compiled programs."""
+    """Iterates over all bands, including those of series; for use outside compiled programs."""
     for one in bands:
         if isinstance(one, Band):
             yield one
@@ -255,19 +261,21 @@ def dense_band_attention(
     inv_freq: Float[Array, "#B half"],
     scale: Float[Array, "B #T"],
 ) -> Float[Array, "B T N H"]:
-    """The definition, with its [T, S] matrix: what every fast path is tested against.
+    """The definition, with the full [T, S] matrix; every fast path is tested against it.
+
+    Computation is in float32, or in float64 for float64 inputs.
 
     Args:
-        query: not rotated. key: as the bands want it. Both are taken to float32 (float64 stays),
-            and so is the softmax. Query head n reads kv head n // (N / K).
-        bands: of these queries.
-        is_text: False for padding queries, which get zeros; so does a query that meets no key.
+        query: unrotated queries; query head n attends to kv head n // (N / K).
+        key: keys in the form that the bands expect.
+        bands: the bands of these queries.
+        is_text: False for padding queries, whose output is zero, like that of queries without keys.
         key_index: text index of each key.
         inv_freq: radians per position (`dca_jax.rope.inverse_frequencies`).
-        scale: what the logits of each query are multiplied by.
+        scale: factor on the logits of each query.
 
     Returns:
-        In the dtype of `query`.
+        The output, in the dtype of `query`.
     """
     compute = compute_dtype(query.dtype)
     batch, num_queries, num_heads, head_dim = query.shape
@@ -293,7 +301,7 @@ def dense_band_attention(
         return jnp.where(met[:, None, None, :, :], dots, logits)
 
     logits = over_bands(bands, with_band, logits, differentiable=True)
-    # The softmax of nothing is 0/0, and its output is defined as zero.
+    # A softmax over no keys is 0/0; its output is defined as zero.
     met_any = jnp.isfinite(logits).any(axis=-1, keepdims=True)
     weights = jnp.where(met_any, jax.nn.softmax(jnp.where(met_any, logits, 0), axis=-1), 0)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, precision="highest")
@@ -307,10 +315,10 @@ def over_bands(
     *,
     differentiable: bool = False,
 ) -> Any:
-    """The state after `work` on each band in turn; a series is a loop of the program.
+    """The state after `work` on each band in turn; a series becomes a loop in the program.
 
     Args:
-        differentiable: for JAX's own gradient; the loop is as long as a series may be, then.
+        differentiable: whether JAX must differentiate it; a series then loops up to its bound.
     """
     for one in bands:
         if isinstance(one, Band):
@@ -331,7 +339,7 @@ def bands_of(
     whole: Int[Array, " B"],
     phases: tuple[Phase, ...] = PHASES,
 ) -> tuple[Band | Series, ...]:
-    """The bands of these queries: DCA's phases, over keys at P_k; or those of another method."""
+    """The bands of these queries: DCA's phases, over keys rotated to P_k, or a method's bands."""
     if isinstance(dca, PositionMethod):
         return dca.bands(index, whole)
     return phase_bands(index, dca, phases)
@@ -350,7 +358,7 @@ def phase_bands(
 def logit_scale(
     index: Int[Array, "B T"], dca: Method, scale: Float[Array, " B"]
 ) -> Float[Array, "B #T"]:
-    """What each query's logits are multiplied by, from what its row's are."""
+    """Factor on each query's logits, from the factor of its row."""
     factor = dca.logit_factor(index) if isinstance(dca, PositionMethod) else None
     return scale[:, None] if factor is None else scale[:, None] * factor
 
@@ -368,9 +376,9 @@ def dense_method_attention(
     key_offset: Int[Array, " B"],
     whole: Int[Array, " B"],
 ) -> Float[Array, "B T N H"]:
-    """Any method by its bands, with its [T, S] matrix; arguments as in `dca_jax.dca`.
+    """Dense attention with any method's bands; arguments as in `dca_jax.dca.dense_attention`.
 
-    `dca_jax.dca.dense_attention` is DCA written out on its own: the two check each other.
+    `dca_jax.dca.dense_attention` implements DCA independently, so the two check each other.
     """
     i = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     return dense_band_attention(

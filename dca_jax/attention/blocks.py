@@ -1,10 +1,10 @@
-"""Lists of key blocks: which keys a tile of queries reads, where it does not read all it meets.
+"""Lists of key blocks: the keys that a tile of queries reads in sparse attention.
 
-Tiles of queries and blocks of keys have 128 tokens (`BLOCK`) and stand at multiples of 128 of the
-text's index, however a prompt is cut into pieces. In a phase of DCA, a block is met in full by all
-queries of a tile, or by none, or else it is an *edge*: the diagonal, and what a border between
-chunks cuts. Edges are always read, each query of them what it meets. Of the blocks met in full, a
-list names those that are kept. With s = 300, for tile 8 (queries 1024 to 1151, all of chunk 3):
+Tiles of queries and blocks of keys have 128 tokens (`BLOCK`) and start at multiples of 128 in the
+text, however a prompt is split into pieces. In a phase of DCA, a block is *full* for a tile if all
+its queries attend to all its keys, and an *edge* if only some do: on the diagonal, or where a chunk
+border cuts the block. Edges are always read, with a mask for each query. A list names the full
+blocks that are kept. With s = 300, for tile 8 (queries 1024 to 1151, all in chunk 3):
 
     block    0    1    2    3     4     5    6     7     8
             [        inter      600)[  succ     900)[ intra ..
@@ -12,15 +12,15 @@ list names those that are kept. With s = 300, for tile 8 (queries 1024 to 1151, 
     kept     x              x           x
 
     counts[b, k, t]     2     1     0            blocks of inter, of succ and of intra
-    numbers[b, k, t]    0  3  5  .  .  .         the rest is not used
+    numbers[b, k, t]    0  3  5  .  .  .         the rest is unused
 
-A row has one list for each kv head and tile; all query heads of a kv head share it. What a query
-reads depends on its tile's list and on its own index, and on nothing else: not on pieces, padding,
-or the other rows of the batch.
+A row has one list for each kv head and tile, shared by all query heads of the kv head. The keys
+that a query reads depend only on its tile's list and its own index, not on pieces, padding or the
+other rows of the batch.
 
-A tile that a border cuts is of two chunks, so what the one meets as intra the other meets as succ:
-it has no full blocks there, and reads its last two chunks whole. No tile is cut where s is a
-multiple of 128.
+A tile cut by a chunk border belongs to two chunks, and keys that are intra for one are succ for the
+other. So it has no full blocks there and reads its last two chunks whole. If s is a multiple of
+128, no tile is cut.
 """
 
 import jax
@@ -32,21 +32,21 @@ from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.dca import PHASES, DCAConfig, Phase, key_range
 from dca_jax.errors import InputError
 
-BLOCK = 128  # queries a tile, and keys a block
-SKIPPING = 64  # queries of a head that pass by a block together (`KeyBlocks.skip`)
+BLOCK = 128  # queries per tile, and keys per block
+SKIPPING = 64  # queries of a head that skip a block together (`KeyBlocks.skip`)
 Range = tuple[Int[Array, "..."], Int[Array, "..."]]
 
 
 def num_tiles(num_queries: int) -> int:
-    """How many tiles so many queries can lie in, wherever they begin; some of them may be empty."""
+    """Maximum number of tiles that `num_queries` queries can span; some of them may be empty."""
     return (num_queries + BLOCK - 2) // BLOCK + 1
 
 
 def full_blocks(tile: Int[Array, "..."], phase: Phase, dca: DCAConfig) -> Range:
-    """[begin, end) of the blocks that all 128 queries of a tile meet in full in a phase.
+    """[begin, end) of the blocks that are full for a tile of 128 queries in a phase.
 
     Args:
-        tile: its number, counted from the text's first query.
+        tile: number of the tile, counted from the text's first query.
     """
     first = tile * BLOCK
     # Both ends of a phase's keys grow with the query.
@@ -62,8 +62,8 @@ def edge_blocks(
     """(first, count) of the edges before a phase's full blocks, and of those after them.
 
     Args:
-        start, stop: the keys that any query of the tile meets in the phase, [start, stop).
-        full: of `full_blocks`.
+        start, stop: [start, stop) of the keys that any query of the tile attends to in the phase.
+        full: the result of `full_blocks`.
     """
     full_begin, full_end = full
     size = jnp.int32(BLOCK)
@@ -77,26 +77,26 @@ def edge_blocks(
 def key_blocks(
     kept: Bool[Array, "B K tiles blocks"], *, rows: Rows, dca: DCAConfig, most: int
 ) -> KeyBlocks:
-    """The lists of what a selector keeps: edges, which are read anyhow, and unmet blocks left out.
+    """Lists of the blocks that a selector keeps, without edges and blocks that no query attends to.
 
     Args:
-        kept: for each tile (see `KeyBlocks`), which blocks of the row's text it keeps, counted from
-            its first key.
-        rows: of the queries.
+        kept: for each tile (see `KeyBlocks`), whether each block of the row's text is kept, counted
+            from its first key.
+        rows: per-row inputs of the queries.
         dca: `dca_jax.attention.backend.PLAIN` for plain attention.
-        most: the room of a list. It must hold all blocks that a tile keeps: of more, the last
-            are not read.
+        most: capacity of a list. It must hold all blocks that a tile keeps; further blocks are not
+            read.
 
     Raises:
-        InputError: a room that is not positive.
+        InputError: a capacity that is not positive.
     """
     if most < 1:
-        raise InputError(f"a list of key blocks needs room for at least one, got {most}")
+        raise InputError(f"a list of key blocks needs a capacity of at least 1, got {most}")
     tile = _tiles(rows, kept.shape[2])
     number = jnp.arange(kept.shape[3], dtype=jnp.int32)
     full = [_inside(number, *full_blocks(tile, phase, dca)) for phase in PHASES]
     listed = [kept & met[:, None] for met in full]
-    # The phases' full blocks follow one another: ascending numbers are in the order of phases.
+    # The phases' full blocks are consecutive, so ascending numbers are in the order of phases.
     room = jnp.int32(most)
     counts = jnp.cumsum(jnp.stack([jnp.sum(x, axis=3, dtype=jnp.int32) for x in listed], 3), axis=3)
     counts = jnp.diff(jnp.minimum(counts, room), axis=3, prepend=0)
@@ -113,9 +113,9 @@ def key_blocks(
 def allowed_keys(
     blocks: KeyBlocks, rows: Rows, dca: DCAConfig, *, num_queries: int, num_keys: int
 ) -> Bool[Array, "B K T S"]:
-    """The lists as a mask: which keys each query may read, besides what it meets; for the oracle.
+    """The lists as a mask of the keys that each query may read, for the oracle.
 
-    Of an edge, it lets through what the query does not meet, too (the causal mask is not in it).
+    Edges are allowed as a whole; the mask does not include the causal mask.
     """
     tile = _tiles(rows, blocks.counts.shape[2])
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
@@ -132,10 +132,10 @@ def allowed_keys(
 
 
 def check_blocks(blocks: KeyBlocks, query_shape: tuple[int, ...], kv_heads: int) -> None:
-    """Whether lists are of these queries and keys, by their shapes.
+    """Checks that the shapes of lists fit the queries and keys.
 
     Raises:
-        InputError: they are not.
+        InputError: they do not fit.
     """
     batch, num_queries = query_shape[:2]
     expected = batch, kv_heads, num_tiles(num_queries)
@@ -144,16 +144,18 @@ def check_blocks(blocks: KeyBlocks, query_shape: tuple[int, ...], kv_heads: int)
             raise InputError(f"key blocks must be int32, got {name} of {array.dtype}")
     if blocks.counts.shape != (*expected, len(PHASES)) or blocks.numbers.shape[:3] != expected:
         raise InputError(
-            f"key blocks of {num_queries} queries, {kv_heads} kv heads and {batch} rows must have "
+            f"key blocks for {num_queries} queries, {kv_heads} kv heads and {batch} rows must have "
             f"counts {[*expected, len(PHASES)]} and numbers {[*expected, 'most']}, got "
             f"{list(blocks.counts.shape)} and {list(blocks.numbers.shape)}"
         )
     if blocks.skip is not None and blocks.skip.shape != (batch,):
-        raise InputError(f"skip must be a number for each of {batch} rows, got {blocks.skip.shape}")
+        raise InputError(
+            f"skip must have one number for each of {batch} rows, got shape {blocks.skip.shape}"
+        )
 
 
 def _tiles(rows: Rows, count: int) -> Int[Array, "B tiles"]:
-    """Numbers of the rows' tiles, counted from their texts' first."""
+    """Numbers of the rows' tiles, counted from the start of their texts."""
     return (rows.offset // BLOCK)[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
 
 

@@ -1,9 +1,8 @@
-"""One layer's attention on any mesh: keys rotated, written to the cache, and read.
+"""One layer's attention on any mesh: rotates keys, writes them to the cache, and attends.
 
-On one device these are a few lines around `attend`. On a mesh the same lines run on every device's
-own part of the arrays (`jax.shard_map`): rows of the batch and heads need nothing of each other,
-and where tokens are shared along `context`, `dca_jax.attention.parallel.context` reads across
-devices.
+On one device these are a few lines around `attend`. On a mesh the same lines run on each device's
+part of the arrays (`jax.shard_map`): rows of the batch and heads are independent, and where tokens
+are split along `context`, `dca_jax.attention.parallel.context` attends across devices.
 """
 
 from typing import Any, NamedTuple
@@ -33,9 +32,9 @@ class SparseText(NamedTuple):
     """Prompts that are read sparsely.
 
     Attributes:
-        how: the setting.
-        whole: tokens of each row's prompt.
-        number: of the model's layer.
+        how: the sparse setting.
+        whole: number of tokens of each row's prompt.
+        number: number of the model's layer.
     """
 
     how: Sparse
@@ -55,14 +54,14 @@ def attend_to_text(
     cache_dtype: DTypeLike | None = None,
     sparse: SparseText | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored | None]:
-    """Whole texts from their first token: what the queries read; and what a cache keeps of them.
+    """Attention of whole texts from their first token; returns the output and the cache entries.
 
-    Query and key are raw. Where `context` cuts the texts, their tokens lie in zigzag. A text that
-    is kept in 8 bits is read so, as if it came from the cache.
+    Query and key are unrotated. Where `context` splits the texts, their tokens are in zigzag order.
+    With an 8-bit cache, attention uses the quantized keys and values, as if read from the cache.
 
     Args:
-        cache_dtype: of the cache; None keeps nothing.
-        sparse: how the texts are read; None: densely.
+        cache_dtype: dtype of the cache entries to return; None returns none.
+        sparse: how the texts are read sparsely; None reads them densely.
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
@@ -115,7 +114,7 @@ def _quantized_text(
     dtype: DTypeLike,
     context: int,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Stored]:
-    """Keys and values as they will be read from a cache, and the cache of them."""
+    """Keys and values as they will be read from an 8-bit cache, and the cache entries."""
     batch, length, kv_heads, _ = key.shape
     blocks = 1 if context == 1 else 2
     read, kept, scales = [], [], []
@@ -139,12 +138,12 @@ def attend_to_texts(
     implementation: str | None,
     shards: Shards,
 ) -> Float[Array, "B T N H"]:
-    """Packed texts, each on its own (`dca_jax.attention.packed`); query and key are raw."""
+    """Packed texts that do not attend to each other (`dca_jax.attention.packed`), unrotated."""
     if shards.size("context") > 1:
         raise InputError(
-            f"packed texts that do not attend to each other are read on one device, and this mesh "
-            f"shares rows among {shards.size('context')} along `context`; use fsdp or tensor, or "
-            "another way of packing"
+            f"packed texts that do not attend to each other need whole rows on a device, but this "
+            f"mesh splits them over {shards.size('context')} along `context`; use fsdp or tensor, "
+            "or another way of packing"
         )
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
     form, numbers = split(dca or PLAIN)
@@ -178,20 +177,22 @@ def attend_to_cache(
     pages: Int[Array, "B n"] | None = None,
     common: Common | None = None,
 ) -> tuple[Float[Array, "B T N H"], Stored]:
-    """Writes new keys and values to a layer of the cache, then reads it: output, and the cache.
+    """Writes new keys and values to a layer of the cache and attends; returns output and cache.
 
-    The new tokens follow what the rows hold (`rows.offset`); padding is dropped, never written.
-    Where `context` cuts the cache, its slots lie in zigzag and every device has all new tokens.
+    The new tokens follow those already in the rows (`rows.offset`); padding is never written. Where
+    `context` splits the cache, its slots are in zigzag order and every device has all new tokens.
 
     Args:
-        sparse: how the tokens, pieces of prompts, are read; None: densely.
-        pages: of a cache in pages, each row's table (`dca_jax.kv_cache.PagedCache`); `context` does
-            not cut it. common: what rows have in common there, as of `attend`.
+        sparse: how the tokens, which are pieces of prompts, are read sparsely; None reads them
+            densely.
+        pages: each row's page table for a paged cache (`dca_jax.kv_cache.PagedCache`), which
+            `context` does not split.
+        common: beginnings that rows of a paged cache have in common, as in `attend`.
     """
     context = _context(dca, shards)
     _refuse_sparse_context(sparse, context)
     if sparse is not None and pages is not None:
-        raise InputError("a cache in pages is read densely; load with sparse='off'")
+        raise InputError("a paged cache cannot be read sparsely; load with sparse='off'")
     key, value = _head_for_each(key, shards), _head_for_each(value, shards)
     form, numbers = split(dca or PLAIN)
 
@@ -217,13 +218,13 @@ def attend_to_cache(
         if pages is not None:
             row = jnp.take_along_axis(pages, index // capacity, axis=1, mode="clip")
             slots = index % capacity
-        slots = jnp.where(index < rows.lengths[:, None], slots, capacity)  # dropped
+        slots = jnp.where(index < rows.lengths[:, None], slots, capacity)  # out of range: dropped
         with jax.named_scope("cache_update"):
             cache = write(cache, layer, row, slots, key, value)
         heads = key.shape[2:]
         keys, values = (x.reshape(*x.shape[:3], *heads) for x in (cache.key, cache.value))
         scales = cache.scales
-        if scales is None and keys.dtype != query.dtype:  # converted a layer at a time
+        if scales is None and keys.dtype != query.dtype:  # converted one layer at a time
             keys, values = (x[layer][None].astype(query.dtype) for x in (keys, values))
             layer = jnp.int32(0)
         options: dict[str, Any] = {"dca": dca, "implementation": implementation, "scales": scales}
@@ -251,7 +252,7 @@ def attend_to_cache(
 
 
 def _of_text(sparse: SparseText | None, shards: Shards) -> tuple[tuple, tuple]:
-    """The arrays that a sparse text comes with, and how they lie."""
+    """The arrays of a sparse text, and their partition specs."""
     if sparse is None:
         return (), ()
     return (sparse.whole, sparse.number), (shards.spec("B"), PartitionSpec())
@@ -268,10 +269,11 @@ def _blocks(
     dca: Method | None,
     shards: Shards,
 ) -> KeyBlocks:
-    """Which blocks of keys a device's own heads read."""
+    """The key blocks that the heads on one device read."""
     if isinstance(dca, PositionMethod):
         raise InputError(
-            f"{type(dca).__name__} reads texts densely; sparse reading takes DCA or plain attention"
+            f"{type(dca).__name__} does not support sparse prefill; use DCA or plain attention, "
+            "or --sparse off"
         )
     whole, number = of_text
     head = jnp.int32(0)
@@ -285,26 +287,26 @@ def _blocks(
 def _refuse_sparse_context(sparse: SparseText | None, context: int) -> None:
     if sparse is not None and context > 1:
         raise InputError(
-            f"a prompt is read sparsely on one device, and this mesh shares it among {context} "
-            "along `context`; use tensor or data, or read densely (--sparse off)"
+            f"sparse prefill needs the whole prompt on one device, but this mesh splits it over "
+            f"{context} along `context`; use tensor or data, or dense prefill (--sparse off)"
         )
 
 
 def _context(dca: Method | None, shards: Shards) -> int:
-    """How many devices share a text; other methods than DCA cannot, for their keys lie raw."""
+    """Number of devices that share a text; 1 for methods other than DCA, which cache raw keys."""
     context = shards.size("context")
     if context > 1 and isinstance(dca, PositionMethod):
         raise InputError(
-            f"{type(dca).__name__} reads a text on one device, and this mesh shares it among "
-            f"{context} along `context`; use DCA, or a mesh whose context is 1"
+            f"{type(dca).__name__} needs the whole text on one device, but this mesh splits it "
+            f"over {context} along `context`; use DCA, or a mesh with context=1"
         )
     return context
 
 
 def _head_for_each(x: Float[Array, "B T K H"], shards: Shards) -> Float[Array, "B T heads H"]:
-    """Keys or values with each head repeated where `tensor` has more devices than there are heads.
+    """Keys or values, with heads repeated if `tensor` has more devices than there are kv heads.
 
-    Then every device has one, that which its query heads read.
+    Every device then has the one head that its query heads attend to.
     """
     batch, tokens, kv_heads, head_dim = x.shape
     copies = shards.size("tensor") // kv_heads
@@ -315,14 +317,14 @@ def _head_for_each(x: Float[Array, "B T K H"], shards: Shards) -> Float[Array, "
 
 
 def _rows_specs(rows: Rows, shards: Shards) -> Rows:
-    """Each row's numbers lie where the row does; frequencies common to a batch are everywhere."""
+    """Specs of `Rows`: each row's numbers are with the row, common frequencies on every device."""
     batch = rows.lengths.shape[0]
     cut, whole = shards.spec("B"), PartitionSpec()
     return Rows._make(cut if leaf.shape[0] == batch else whole for leaf in rows)
 
 
 def _stored_specs(shards: Shards, quantized: bool, *, layers: str) -> Stored:
-    """How a cache lies on the mesh: the scales as their heads and slots do."""
+    """Specs of a cache on the mesh; scales are split like their heads and slots."""
     kept: Any = shards.spec(layers + "BSK")
     scale: Any = shards.spec(layers + "BSKH") if quantized else None
     return Stored(kept, kept, scale, scale)
@@ -333,10 +335,10 @@ def _put_one(
     place: tuple[Array, Array, Array],
     new: Num[Array, "1 1 KH"],
 ) -> Num[Array, "L R S KH"]:
-    """`new` in a layer's, row's and slot's place; nothing if the slot is beyond S.
+    """Writes `new` at a layer, row and slot; writes nothing if the slot is at or beyond S.
 
-    A slice, for one kernel: of a scatter XLA's GPU compiler makes three, one of which only asks
-    whether it stays inside.
+    It updates a slice, which takes one kernel. XLA's GPU compiler turns a scatter into three, one
+    of which only checks bounds.
     """
     layer, row, slot = place
     last = all_slots.shape[2] - 1
@@ -354,10 +356,10 @@ def write(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
 ) -> Stored:
-    """Writes token t of text b into slot `slots[b, t]` of a layer; slots beyond S are dropped.
+    """Writes token t of text b to slot `slots[b, t]` of a layer; drops slots at or beyond S.
 
     Args:
-        row: of each text, or of each token, its row or page.
+        row: row or page of each text, or of each token.
     """
 
     def put(all_slots: Array, new: Array) -> Array:
@@ -383,5 +385,5 @@ def write(
 
 
 def flat(heads: Num[Array, "*rest K H"]) -> Num[Array, "*rest KH"]:
-    """A token's heads one behind the other, as the cache keeps them."""
+    """The heads of a token concatenated, as in the cache."""
     return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])

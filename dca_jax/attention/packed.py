@@ -1,13 +1,13 @@
-"""Several texts in one row, each of which attends to itself alone, from index 0 on.
+"""Several texts in one row, each attending only to itself, with positions from index 0.
 
-Projections and the MLP see a packed row as it is. For the attention its texts are taken apart:
-those of about one length are gathered into the rows of a ragged batch, which every backend reads,
-and what they have read is put back where they lie. A batch holds no more tokens than one packed
-row, so it takes the memory of a row, and the work is that of the texts: padding meets no keys.
+Projections and the MLP process the packed row. For the attention, its texts are separated: texts of
+similar length are gathered into the rows of a ragged batch, which every backend supports, and the
+outputs are scattered back. A batch has no more tokens than one packed row, so it takes the memory
+of a row, and the work is that of the texts: padding attends to no keys.
 
-The widths of those batches are static, how many of each there are is not: a loop runs as often as a
-row's texts need. JAX cannot differentiate such a loop backwards, and would keep too much of it if
-it could, so the gradient is written here, of the same backward functions.
+The widths of these batches are static, but their number is not: a loop runs as often as a row's
+texts require. JAX cannot differentiate such a loop in reverse mode, and would save too much if it
+could, so the gradient is written out here with the same backward functions.
 """
 
 import functools
@@ -28,7 +28,7 @@ from dca_jax.dtypes import compute_dtype
 from dca_jax.errors import InputError
 from dca_jax.rope import RopeConfig
 
-NARROWEST, WIDER = 256, 4  # tokens of the narrowest batch; how much wider the next one is
+NARROWEST, WIDER = 256, 4  # tokens of the narrowest batch; factor between successive widths
 
 
 def attend_to_packed(
@@ -41,25 +41,25 @@ def attend_to_packed(
     rope: RopeConfig,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`dual_chunk_attention` of every text of every row on its own.
+    """`dual_chunk_attention` of every text of every row independently.
 
     Args:
-        query, key, value: raw, as in `dual_chunk_attention`.
-        text_index: each token's index in its own text: it begins with 0 and grows by 1; -1 is
-            padding. A text lies within one row.
-        dca, rope: as in `dual_chunk_attention`; temperature and dynamic NTK see each text's length.
+        query, key, value: unrotated, as in `dual_chunk_attention`.
+        text_index: index of each token in its own text, starting at 0; -1 for padding. A text is
+            within one row.
+        dca, rope: as in `dual_chunk_attention`; temperature and dynamic NTK use each text's length.
         implementation: a flash backend; None picks the best for the device.
 
     Returns:
-        [B, T, N, H] in the dtype of `query`; 0 where there is padding. Differentiable in query,
-        key and value, exactly.
+        [B, T, N, H] in the dtype of `query`; 0 at padding. It is exactly differentiable in query,
+        key and value.
 
     Raises:
         InputError: an implementation that cannot run, or "reference", which is dense.
     """
     if implementation == "reference":
         raise InputError(
-            "implementation 'reference' does not read packed texts; expected one of "
+            "implementation 'reference' does not support packed texts; expected one of "
             + ", ".join(BACKENDS)
         )
     form, numbers = split(dca or PLAIN)
@@ -67,17 +67,17 @@ def attend_to_packed(
 
 
 class _Texts(NamedTuple):
-    """Texts that are read together, `rows` at a time in rows of `width` tokens."""
+    """Texts that are processed together, `rows` at a time in rows of `width` tokens."""
 
     width: int
     rows: int
-    starts: Int[Array, " most"]  # of each text in all rows' tokens, one after another
+    starts: Int[Array, " most"]  # start of each text in the concatenated tokens of all rows
     lengths: Int[Array, " most"]
-    count: Int[Array, ""]  # how many there are; the rest of both is nothing
+    count: Int[Array, ""]  # number of texts; further entries are unused
 
 
 def _by_width(text_index: Int[Array, "B T"]) -> list[_Texts]:
-    """All texts, by the narrowest width that holds them."""
+    """All texts, grouped by the narrowest width that holds them."""
     batch, length = text_index.shape
     index = text_index.reshape(-1)
     after = jnp.concatenate([index[1:], jnp.zeros((1,), index.dtype)])
@@ -88,7 +88,7 @@ def _by_width(text_index: Int[Array, "B T"]) -> list[_Texts]:
     widths[-1] = length
     found = []
     for narrower, width in zip([0, *widths], widths, strict=False):
-        here = ends & (index >= narrower) & (index < width)  # the last index is the length less 1
+        here = ends & (index >= narrower) & (index < width)  # the last index is the length minus 1
         most = max(1, batch * length // (narrower + 1))
         (last,) = jnp.nonzero(here, size=most, fill_value=0)
         last = last.astype(jnp.int32)
@@ -104,15 +104,15 @@ def _over_batches(
     work: Callable[[Int[Array, "rows width"], Int[Array, " rows"], tuple], tuple],
     carry: tuple,
 ) -> tuple:
-    """Runs `work` for each batch of texts: with the places of their tokens, and their lengths.
+    """Runs `work` for each batch of texts, with the places of their tokens and their lengths.
 
-    The places of padding lie beyond all `tokens`, each of them elsewhere.
+    Places of padding are distinct and beyond all `tokens`.
     """
 
     def batch(number: Array, carry: tuple) -> tuple:
         slots = number * texts.rows + jnp.arange(texts.rows, dtype=jnp.int32)
         starts = texts.starts.at[slots].get(mode="clip")
-        lengths = texts.lengths.at[slots].get(mode="clip")  # an empty row reads a text for nothing
+        lengths = texts.lengths.at[slots].get(mode="clip")  # an empty row repeats a text
         offset = jnp.arange(texts.width, dtype=jnp.int32)[None, :]
         real = (offset < lengths[:, None]) & (slots < texts.count)[:, None]
         nowhere = tokens + jnp.arange(real.size, dtype=jnp.int32).reshape(real.shape)
@@ -138,7 +138,7 @@ def _put(x: Array, places: Int[Array, "rows width"], part: Array) -> Array:
 def _backend(
     dca: Method, rope: RopeConfig, implementation: str | None, query: Array, key: Array
 ) -> tuple[str, tuple[Phase, ...], Callable[[Array], Rows]]:
-    """What reads a batch like these: its name, its phases, and the rows of given lengths."""
+    """The backend for such a batch: its name, its phases, and the rows of given lengths."""
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key[None])]
     name = choose_implementation(implementation, like[0], like[1], dca)
     phases = () if isinstance(dca, PositionMethod) else phases_within(key.shape[1], dca)
@@ -182,7 +182,7 @@ def _read(
                 *(q, keys[None], v[None], jnp.int32(0), rows),
                 **options,
             )
-            assert lse is not None  # asked for
+            assert lse is not None  # requested
             parts = (out, jnp.swapaxes(lse, 1, 2))
             return tuple(_put(x, places, part) for x, part in zip(carry, parts, strict=True))
 

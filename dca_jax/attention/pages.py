@@ -1,18 +1,18 @@
-"""A paged cache: keys and values of many texts in one pool, each where there was room.
+"""A paged cache: keys and values of many texts in the pages of one pool.
 
-A page holds so many tokens, a multiple of 128, of one text. A row's *page table* says where each of
-its pages lies in the pool: token i of row b is token i % page of page pages[b, i // page]. The
-number within the text decides a key's phase, mask and rotation; the page only where it lies. A key
-is rotated to its own index alone, so texts with a common prefix share its pages, exactly.
+A page holds a fixed number of tokens of one text, a multiple of 128. A row's *page table* lists its
+pages in the pool: token i of row b is token i % page of page pages[b, i // page]. A key's phase,
+mask and rotation depend on its index in the text; the page is only its location. A key is rotated
+to its own index only, so texts with a common prefix can share its pages exactly.
 
     pages[b]        7  2  9                     tokens 0 ..    page ..   2 page ..
                     |  |  |
-    pool    [L, P, page, K * H]                 all layers; a token's heads lie one behind the other
+    pool    [L, P, page, K * H]                 all layers; a token's heads are concatenated
              .  .  x  .  .  .  .  x  .  x       pages 0 .. P - 1
              0  1  2  3  4  5  6  7  8  9
 
-Scales of keys and values in 8 bits lie in a pool of their own, [L, P, K, page]. A page that no
-token of a row's text lies in may be any number of the pool: it is not read.
+Scales of 8-bit keys and values have their own pool, [L, P, K, page]. Table entries beyond a row's
+text may be any page number; they are not read.
 """
 
 from typing import NamedTuple
@@ -26,16 +26,16 @@ from dca_jax.errors import InputError
 
 
 class Common(NamedTuple):
-    """What texts that are drawn from have in common: each such beginning may be read once for all.
+    """Common prefixes of rows in decoding, each of which can be read once for all its rows.
 
-    It changes nothing but how often a page is read. A row is in one group at most.
+    This changes only how often a page is read. A row is in at most one group.
 
     Attributes:
-        rows: of each group, its rows, which begin with the same pages; the number of rows of the
-            batch where there is none.
-        tokens: of each group, how many they share: whole pages, and fewer than any of them has; 0
-            where there is no group.
-        place: where each row stands in `rows`, counted through; rows.size where it does not.
+        rows: the rows of each group, which begin with the same pages; unused entries are the number
+            of rows in the batch.
+        tokens: number of tokens that each group shares: whole pages, and fewer than any row has; 0
+            for an unused group.
+        place: flat index of each row in `rows`; rows.size for a row in no group.
     """
 
     rows: Int[Array, "groups members"]
@@ -46,7 +46,7 @@ class Common(NamedTuple):
 def own_pages(
     common: Common, pages: Int[Array, "B pages_per_row"], page: int
 ) -> tuple[Int[Array, " B"], Int[Array, "B pages_per_row"]]:
-    """How many tokens are read in common for each row; and its table of the pages after them."""
+    """The number of shared tokens for each row, and the table of its pages after them."""
     members, count = common.rows.shape[1], pages.shape[1]
     begun = common.tokens.at[common.place // members].get(mode="fill", fill_value=0)
     number = begun[:, None] // page + jnp.arange(count, dtype=jnp.int32)[None, :]
@@ -60,7 +60,7 @@ def unpaged(
     layer: Int[Array, ""],
     pages: Int[Array, "B pages_per_row"],
 ) -> tuple[Num[Array, "1 B S K H"], Num[Array, "1 B S K H"], Scales | None]:
-    """A layer of each row copied out of the pool, as a cache of one layer without pages."""
+    """A layer of each row copied from the pool, as a contiguous cache of one layer."""
 
     def laid_out(pool: Array) -> Array:
         found = pool[layer, pages]
@@ -78,17 +78,17 @@ def unpaged(
 def check_pages(
     pages: Int[Array, "B pages_per_row"], query_shape: tuple[int, ...], pool_shape: tuple[int, ...]
 ) -> None:
-    """Whether a page table is of these queries and this pool [L, P, page, K, H], by their shapes.
+    """Checks that a page table fits these queries and this pool [L, P, page, K, H].
 
     Raises:
-        InputError: it is not.
+        InputError: it does not fit.
     """
     page = pool_shape[2]
     if page % BLOCK:
         raise InputError(f"a page must hold a multiple of {BLOCK} tokens, got {page}")
     if pages.ndim != 2 or pages.shape[0] != query_shape[0] or pages.shape[1] < 1:
         raise InputError(
-            f"a page table of {query_shape[0]} rows must be [{query_shape[0]}, pages of a row], "
+            f"a page table for {query_shape[0]} rows must be [{query_shape[0]}, pages per row], "
             f"got {list(pages.shape)}"
         )
     if pages.dtype != jnp.int32:

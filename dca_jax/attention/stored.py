@@ -1,10 +1,10 @@
-"""Keys and values as a KV cache holds them: exact, or in 8 bits with a scale for each head.
+"""Keys and values as stored in a KV cache: unquantized, or in 8 bits with a scale per head.
 
-In 8 bits a head of a token is `q * scale`: q is int8, or float8 of 4 exponent and 3 mantissa bits
-(OCP 8-bit floating point, E4M3), and scale is float32 and takes the head's largest element to the
-largest q. It is computed once, when the token is written. A scale is common to a head, so kernels
-multiply by q and give the scale to the logit, or to the weight of the value: nothing is rounded
-twice.
+In 8 bits a head of a token is `q * scale`: q is int8, or float8 with 4 exponent and 3 mantissa bits
+(OCP 8-bit floating point, E4M3), and scale is a float32 that maps the head's largest element to the
+largest q. It is computed once, when the token is written. Because a head has a single scale,
+kernels multiply by q and apply the scale to the logit or to the weight of the value, so nothing is
+rounded twice.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-# The largest q of each dtype. Of int8, -128 is left out: so a head and its negative are alike.
+# The largest q of each dtype. int8 does not use -128, so that it is symmetric.
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 
 
 class Scales(NamedTuple):
-    """What keys and values in 8 bits are to be multiplied by: one number for a head of a token.
+    """The scales of 8-bit keys and values: one number per head and token.
 
-    Slots come last: a kernel reads the scales of a block of keys as one line.
+    Slots are the last axis, so that a kernel reads the scales of a block of keys contiguously.
     """
 
     key: Float[Array, "L B K S"]
@@ -28,10 +28,10 @@ class Scales(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """All layers of a cache, and where they are in 8 bits, their scales.
+    """All layers of a cache and, with 8 bits, their scales.
 
-    Slots are cut in P blocks of w for the scales: where the devices of `context` share a text, each
-    has two of the blocks (`dca_jax.attention.parallel.zigzag`); else P is 1.
+    For the scales, slots are split into P blocks of w. If `context` splits texts, each device has
+    two of the blocks (`dca_jax.attention.parallel.zigzag`); otherwise P is 1.
     """
 
     key: Num[Array, "*L B S KH"]
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
     @property
     def scales(self) -> Scales | None:
-        """The scales, every block of slots as a row of its own; None of an exact cache."""
+        """The scales, with every block of slots as a separate row; None if unquantized."""
         if self.key_scale is None or self.value_scale is None:
             return None
         layers, batch, blocks, kv_heads, width = self.key_scale.shape
@@ -59,7 +59,7 @@ def quantize(
 ) -> tuple[Num[Array, "*rest H"], Float[Array, "*rest"]]:
     """x in 8 bits, and the scale of each vector of H elements; a zero vector has scale 0.
 
-    A vector that is not finite has a scale that is not, so that it is noticed where it is read.
+    A non-finite vector has a non-finite scale, so that it is noticed when it is read.
     """
     wide = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / LARGEST[jnp.dtype(dtype)]
@@ -70,7 +70,7 @@ def quantize(
 def dequantize(
     q: Num[Array, "*rest H"], scale: Float[Array, "*rest"], dtype: DTypeLike
 ) -> Float[Array, "*rest H"]:
-    """What `quantize` has left of x."""
+    """The approximation of x from the result of `quantize`."""
     return (q.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
@@ -81,9 +81,10 @@ def dequantized_layer(
     layer: Int[Array, ""],
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "1 B S K H"], Float[Array, "1 B S K H"]]:
-    """A layer's keys and values for a kernel that reads none in 8 bits: a stack of one layer.
+    """A layer's dequantized keys and values, as a stack of one layer, for kernels without 8 bits.
 
-    For many queries: T of them do 4 T S N H operations with the 2 S K H numbers converted here.
+    This pays off for many queries: T of them do 4 T S N H operations with the 2 S K H numbers
+        converted here.
     """
     key, value = (
         dequantize(x[layer], jnp.swapaxes(scale[layer], 1, 2), dtype)[None]

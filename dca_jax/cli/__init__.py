@@ -1,7 +1,7 @@
 """The command line, `dca-jax ...`: parse, call the library, print.
 
-One file a group of commands (`commands.py` has their names); `options.py` has what they share,
-`launch.py` what comes before them.
+Each group of commands has its own file; `commands.py` lists them by name. `options.py` has the
+options that they share, and `launch.py` those given before the command.
 """
 
 import signal
@@ -30,9 +30,10 @@ app.callback()(launch)
 
 @contextmanager
 def _told_if_ended() -> Iterator[None]:
-    """SIGTERM ends the program with a word and 128 plus its number, as Ctrl-C does with its own.
+    """SIGTERM ends the program with a message and exit code 143, as Ctrl-C does with 130.
 
-    Commands that write for long take its place once they have begun, and say how far they came.
+    Commands that write for a long time replace this handler once they have started, and report
+    their progress.
     """
     asked = False
 

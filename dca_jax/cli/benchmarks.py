@@ -1,4 +1,4 @@
-"""Other people's benchmarks of long texts: `eval ruler`, `infinite-bench`, `longbench-v2`."""
+"""Published long-text benchmarks: `eval ruler`, `infinite-bench` and `longbench-v2`."""
 
 import hashlib
 from enum import StrEnum
@@ -35,7 +35,7 @@ from dca_jax.lengths import parse_tokens
 
 
 class LongBenchForm(StrEnum):
-    """The choices of `eval longbench-v2 --form`."""
+    """Values of `eval longbench-v2 --form`."""
 
     answer = "answer"
     letter = "letter"
@@ -50,8 +50,8 @@ def ruler_command(
     task: Annotated[
         list[str],
         typer.Option(
-            help="One of " + ", ".join(TASKS) + "; may be given several times (default: all whose "
-            "files are given)."
+            help="One of " + ", ".join(TASKS) + "; may be repeated (default: all whose files are "
+            "given)."
         ),
     ] = [],  # noqa: B006
     length: LengthOption = ["4k", "8k", "16k", "32k", "64k", "128k"],  # noqa: B006
@@ -59,7 +59,7 @@ def ruler_command(
     haystack: Annotated[
         Path | None,
         typer.Option(
-            help="Hide needles in this: RULER's **PaulGrahamEssays.json**, or any long text or PDF."
+            help="Text to hide needles in: RULER's **PaulGrahamEssays.json**, or any text or PDF."
         ),
     ] = None,
     data: Annotated[
@@ -84,7 +84,7 @@ def ruler_command(
     sparse: SparseOption = "auto",
     batch: BatchOption = None,
 ) -> None:
-    """RULER's thirteen tasks, with its own generators' prompts, scores and effective length.
+    """RULER's thirteen tasks, with its original prompts, scores and effective length.
 
     For example:
 
@@ -121,7 +121,7 @@ def infinite_bench_command(
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="Tasks: " + ", ".join(infinite_bench.TASKS) + "; files: InfiniteBench's.",
+            help="InfiniteBench's file for a task; tasks: " + ", ".join(infinite_bench.TASKS) + ".",
         ),
     ] = [],  # noqa: B006
     length: Annotated[
@@ -129,14 +129,14 @@ def infinite_bench_command(
         typer.Option(
             "--length",
             metavar="TOKENS",
-            help="Make questions of this length, such as 64k; may be given several times.",
+            help="Generate questions of this length, such as 64k; may be repeated.",
         ),
     ] = [],  # noqa: B006
     task: Annotated[
-        list[str], typer.Option(help="With --length: which to make; may be given several times.")
+        list[str], typer.Option(help="With --length: tasks to generate; may be repeated.")
     ] = list(infinite_bench.TASKS),  # noqa: B006
     trials: Annotated[
-        int, typer.Option(min=1, help="With --length: number of questions of each task and length.")
+        int, typer.Option(min=1, help="With --length: number of questions per task and length.")
     ] = 20,
     method: MethodsOption = ["rope", "dca"],  # noqa: B006
     max_length: Annotated[
@@ -158,7 +158,7 @@ def infinite_bench_command(
     batch: BatchOption = None,
     limit: LimitOption = None,
 ) -> None:
-    """InfiniteBench's passkeys, strings of digits and JSON values, of its files or of any length.
+    """InfiniteBench's passkeys, number strings and JSON values, from its files or of any length.
 
     For example:
 
@@ -168,7 +168,9 @@ def infinite_bench_command(
       kv_retrieval=kv_retrieval.jsonl --max-length 128k`
     """
     if not data and not length:
-        raise InputError("give files of questions (--data TASK=FILE) or a --length to make some")
+        raise InputError(
+            "give question files (--data TASK=FILE), or --length to generate questions"
+        )
     given, lengths = task_files(data), [parse_tokens(n) for n in length]
     files = infinite_bench.read_files(given)
     infinite_bench.check_tasks(task)
@@ -207,8 +209,8 @@ def longbench_v2_command(
     form: Annotated[
         LongBenchForm,
         typer.Option(
-            help="**answer**: the model writes, as on the leaderboard; **letter**: its likeliest "
-            "letter counts, and the text is read once."
+            help="**answer**: the model writes an answer, as on the leaderboard; **letter**: the "
+            "most likely letter is the answer, which needs no decoding."
         ),
     ] = LongBenchForm.answer,
     method: MethodsOption = ["dca"],  # noqa: B006

@@ -1,6 +1,6 @@
-"""The commands by name, each imported when it is used.
+"""The commands by name, each imported only when it is used.
 
-So `--help`, `--version` and a misspelt name do without JAX, which takes seconds to import.
+This way `--help`, `--version` and a misspelt name do not import JAX, which takes seconds.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.text_files import check_characters
 
-# By panel and name: the file of `dca_jax/cli/` whose `app` has the command, and the first paragraph
+# By panel and name: the file in `dca_jax/cli/` whose `app` has the command, and the first paragraph
 # of its help.
 COMMANDS = {
     "Run": {
@@ -25,10 +25,10 @@ COMMANDS = {
             "run",
             "Continue a prompt, a file or many prompts, or answer a question about a document.",
         ),
-        "chat": ("run", "Talk to a chat model; each turn reads only what is new."),
+        "chat": ("run", "Talk to a chat model; each turn reads only the new tokens."),
         "serve": (
             "serve",
-            "Serve a model to any client of OpenAI's protocol; many texts are written at once.",
+            "Serve a model over OpenAI's protocol, with continuous batching.",
         ),
     },
     "Measure": {
@@ -49,7 +49,7 @@ COMMANDS = {
         ),
         "preview": (
             "train",
-            "Show the rows that `finetune` would train on, and which of their tokens count.",
+            "Show the rows that `finetune` would train on, and which tokens have a loss.",
         ),
     },
     "Prepare": {
@@ -61,12 +61,12 @@ COMMANDS = {
         "plan": ("prepare", "Estimate memory per device before loading anything."),
         "explain": (
             "prepare",
-            "Show the positions that a method gives to a text: chunks, distances, temperature.",
+            "Show the positions that a method assigns: chunks, distances, temperature.",
         ),
     },
 }
 
-# What others call an option, and what it is called here.
+# Names that other programs use for an option, and the name here.
 ELSEWHERE = {
     "--api-key": "DCA_JAX_API_KEY in the environment",
     "--ctx-size": "--context",
@@ -76,7 +76,7 @@ ELSEWHERE = {
     "--load-in-4bit": "--weights int4",
     "--load-in-8bit": "--weights int8",
     "--lora": "--adapter",
-    "--max-length": "--max-new-tokens, which counts new tokens alone",
+    "--max-length": "--max-new-tokens, which counts only new tokens",
     "--max-model-len": "--context",
     "--max-num-seqs": "--rows",
     "--max-tokens": "--max-new-tokens",
@@ -89,25 +89,25 @@ ELSEWHERE = {
 
 
 class Later(TyperCommand):
-    """A command that is imported once its own words are parsed."""
+    """A command that is imported only when its own arguments are parsed."""
 
     def __init__(self, name: str, panel: str, file: str, summary: str) -> None:
         super().__init__(name, help=summary, rich_help_panel=panel)
         self.file = file
 
     def load(self) -> Any:
-        """The command itself, or group of commands."""
+        """The actual command or group of commands."""
         module = importlib.import_module(f"dca_jax.cli.{self.file}")
         found: Any = typer.main.get_command(module.app)
         return found if found.name == self.name else found.commands[self.name]
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        """The command's own; its `command` is not this one."""
+        """The context of the loaded command; its `command` is not this placeholder."""
         command = self.load()
         with exit_on_input_error():
             try:
                 return command.make_context(info_name, args, *rest, **extra)
-            except Exception as error:  # Typer's kind for an option that is not there is private
+            except Exception as error:  # Typer's exception for an unknown option is private
                 asked = getattr(error, "option_name", None)
                 meant = ELSEWHERE.get(asked or "", "")
                 own = {name for param in getattr(command, "params", ()) for name in param.opts}
@@ -118,7 +118,7 @@ class Later(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """All of them; help shows the options of several processes last."""
+    """All commands; help shows the options for several processes last."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
@@ -127,14 +127,14 @@ class Commands(TyperGroup):
                 self.add_command(Later(name, panel, file, summary))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Click's own, of words that are text."""
+        """Click's own, after checking that every argument is valid text."""
         with exit_on_input_error():
             for number, word in enumerate(args, start=1):
                 check_characters(word, f"argument {number} of dca-jax")
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Typer's own, without those options; then these."""
+        """Typer's help without the options for several processes, then those options."""
         last = [p for p in self.params if getattr(p, "rich_help_panel", None) == PROCESSES]
         table = Table.grid(padding=(0, 2))
         for option in last:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, by its own command line: `lm-eval`."""
+"""lm-evaluation-harness through its own command line: `lm-eval`."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def lm_eval(
     model: ModelArgument,
     rest: Annotated[
         list[str] | None,
-        typer.Argument(metavar="OPTIONS OF LM-EVAL", help="Options that `lm-eval run` gets."),
+        typer.Argument(metavar="OPTIONS OF LM-EVAL", help="Options passed to `lm-eval run`."),
     ] = None,
     method: MethodOption = "auto",
     max_length: Annotated[
@@ -52,7 +52,7 @@ def lm_eval(
 ) -> None:
     """Run lm-evaluation-harness: LongBench, RULER, SCROLLS and all its other tasks.
 
-    Options that are not listed here are those of `lm-eval run`, and are passed on to it.
+    Options that are not listed here are passed to `lm-eval run`.
 
     For example:
 
@@ -76,7 +76,7 @@ def lm_eval(
         arguments["weights"] = weights.value
     if sparse != "auto":
         arguments["sparse"] = sparse
-    # Before lm-eval builds its tasks, which takes minutes.
+    # Checked before lm-eval builds its tasks, which takes minutes.
     check_method(method, read_config(find_folder(model, weights=False)))
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -84,7 +84,7 @@ def lm_eval(
         from dca_jax.lm_eval.output import output_checked  # the package registers the model
     except ModuleNotFoundError as error:
         raise InputError(str(error)) from None
-    # Its parser reads what a program was started with.
+    # lm-eval's parser reads sys.argv.
     sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
     sys.argv += rest or []
     with output_checked(sys.argv[1:]):

@@ -1,4 +1,4 @@
-"""What comes before COMMAND: the version, and the options of several processes."""
+"""Options before COMMAND: the version, and those for several processes."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from dca_jax.distributed import (
 from dca_jax.errors import InputError
 from dca_jax.memory import GPU_SHARE
 
-CACHE_BYTES = 2**32  # of compiled programs on disk; those longest unused go
+CACHE_BYTES = 2**32  # limit for compiled programs on disk; the least recently used are deleted
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def launch(
         typer.Option(
             metavar="HOST:PORT",
             rich_help_panel=PROCESSES,
-            help="Host of process 0 and a free port there.",
+            help="Host of process 0, and a free port on it.",
         ),
     ] = None,
     num_processes: Annotated[
@@ -56,7 +56,7 @@ def launch(
         typer.Option(
             envvar="JAX_NUM_PROCESSES",
             rich_help_panel=PROCESSES,
-            help="Number of processes on all hosts.",
+            help="Total number of processes on all hosts.",
         ),
     ] = None,
     process_id: Annotated[
@@ -64,7 +64,7 @@ def launch(
         typer.Option(
             envvar="JAX_PROCESS_ID",
             rich_help_panel=PROCESSES,
-            help="Number of this process, from 0.",
+            help="Number of this process, counting from 0.",
         ),
     ] = None,
     distributed: Annotated[
@@ -72,7 +72,7 @@ def launch(
         typer.Option(
             "--distributed",
             rich_help_panel=PROCESSES,
-            help="Take what is not given from SLURM, MPI, Kubernetes or the TPU pod.",
+            help="Detect values that are not given from SLURM, MPI, Kubernetes or the TPU pod.",
         ),
     ] = False,
     start_timeout: Annotated[
@@ -82,22 +82,23 @@ def launch(
     peer_timeout: Annotated[
         int,
         typer.Option(
-            rich_help_panel=PROCESSES, help="Seconds of silence after which a process is dead."
+            rich_help_panel=PROCESSES,
+            help="Seconds without a heartbeat after which a process counts as dead.",
         ),
     ] = PEER_TIMEOUT,
 ) -> None:
     """Run Llama-family models on texts far beyond their training context, without finetuning.
 
-    `dca-jax COMMAND --help` explains a command, with examples. Compiled programs are kept between
-    runs (in JAX_COMPILATION_CACHE_DIR, if it is set). Of a GPU's memory commands take 95 %, unless
+    `dca-jax COMMAND --help` explains a command, with examples. Compiled programs are cached between
+    runs (in JAX_COMPILATION_CACHE_DIR, if it is set). Commands use 95 % of a GPU's memory, unless
     XLA_CLIENT_MEM_FRACTION is set.
     """
     del version
-    # Only its tokenizers are used, so nobody needs to be told that there is no PyTorch.
+    # Only its tokenizers are used, so its warning that PyTorch is missing does not matter.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _keep_programs()
     if not any(name in os.environ for name in FRACTIONS):
-        os.environ[FRACTIONS[0]] = str(GPU_SHARE)  # read when JAX first meets its devices
+        os.environ[FRACTIONS[0]] = str(GPU_SHARE)  # read when JAX first initializes its devices
     if coordinator is not None or distributed:
         initialize(
             coordinator,
@@ -108,20 +109,21 @@ def launch(
         )
         print_once()
     elif not (num_processes is None and process_id is None):
-        raise InputError("the number of processes and a process id go with --coordinator")
+        raise InputError("--num-processes and --process-id need --coordinator")
 
 
 def _keep_programs() -> None:
-    """Has JAX keep what it compiles, unless there is nowhere to: then it says so, once."""
-    import jax  # takes seconds, and what only shows help does without it
+    """Enables JAX's compilation cache on disk; if its folder cannot be written, logs that once."""
+    import jax  # takes seconds, and showing help does not need it
 
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = str(home / "dca_jax" / "xla")
-        # By default only what took a second is kept, and a command compiles several such things.
+        # By default only programs that took a second to compile are cached; a command compiles many
+        # smaller ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        if jax.config.jax_compilation_cache_max_size == -1:  # it has no bound, unless one is given
+        if jax.config.jax_compilation_cache_max_size == -1:  # unbounded by default
             jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     if folder and "://" not in folder:
         try:
@@ -131,8 +133,10 @@ def _keep_programs() -> None:
                 file.flush()
         except OSError as error:
             reason = error.strerror or error
-            log.warning("%s cannot be written (%s): compiled programs are not kept", folder, reason)
+            log.warning(
+                "%s cannot be written (%s): compiled programs are not cached", folder, reason
+            )
             folder = ""
     jax.config.update("jax_compilation_cache_dir", folder or None)
-    # Of a disk that fills up meanwhile JAX would speak at every program.
+    # If the disk fills up later, JAX would warn for every program.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

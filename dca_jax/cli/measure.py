@@ -48,9 +48,9 @@ from dca_jax.lengths import parse_tokens
 app = typer.Typer(
     name="eval",
     help="Evaluate a model on long texts: each of the paper's tables and figures is one command.",
-    epilog="Each command writes a folder: one line per sample as it comes, then a summary, a "
-    "table and pictures. Repeat an interrupted command to resume it. `dca-jax eval report` makes "
-    "one page of many such folders.",
+    epilog="Each command writes a folder: one line per sample as it finishes, then a summary, a "
+    "table and plots. Repeat an interrupted command to resume it. `dca-jax eval report` makes one "
+    "page from many such folders.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -58,7 +58,7 @@ app = typer.Typer(
 
 
 class Form(StrEnum):
-    """The choices of `eval perplexity --form`."""
+    """Values of `eval perplexity --form`."""
 
     paper = "paper"
     strided = "strided"
@@ -66,7 +66,7 @@ class Form(StrEnum):
 
 
 class PasskeyForm(StrEnum):
-    """The choices of `eval passkey --form`."""
+    """Values of `eval passkey --form`."""
 
     paper = "paper"
     fitted = "fitted"
@@ -87,12 +87,12 @@ def perplexity(
     text: Annotated[Path | None, typer.Option(help="A text file (UTF-8) or a PDF.")] = None,
     tokens: Annotated[
         Path | None,
-        typer.Option(help="A file of token ids instead: .npy, or raw as ChunkLlama's .bin."),
+        typer.Option(help="A file of token ids instead: .npy, or raw like ChunkLlama's .bin."),
     ] = None,
     length: LengthOption = ["4k", "8k", "16k", "32k", "64k"],  # noqa: B006
     method: MethodsOption = ["rope", "dca:chunkllama_ppl"],  # noqa: B006
     form: Annotated[
-        Form, typer.Option(help="How windows are cut and averaged; see the docs.")
+        Form, typer.Option(help="How windows are placed and averaged; see the docs.")
     ] = Form.paper,
     stride: Annotated[
         int | None,
@@ -109,7 +109,7 @@ def perplexity(
     limit: LimitOption = None,
     paper: PaperOption = None,
 ) -> None:
-    """Perplexity of a long text by length of context (Tables 1 and 2).
+    """Perplexity of a long text by context length (Tables 1 and 2).
 
     For example:
 
@@ -159,7 +159,7 @@ def passkey_command(
     method: MethodsOption = ["rope", "dca:chunkllama"],  # noqa: B006
     form: Annotated[
         PasskeyForm,
-        typer.Option(help="**paper**: ChunkLlama's prompt; **fitted**: never longer than asked."),
+        typer.Option(help="**paper**: ChunkLlama's prompt; **fitted**: at most --length tokens."),
     ] = PasskeyForm.paper,
     grid: Annotated[
         int | None,
@@ -183,7 +183,7 @@ def passkey_command(
     batch: BatchOption = None,
     paper: PaperOption = None,
 ) -> None:
-    """Passkeys hidden in dull text, at random depths or on a grid of them (Fig. 4 to 7).
+    """Passkeys hidden in filler text, at random or evenly spaced depths (Fig. 4 to 7).
 
     For example:
 
@@ -219,12 +219,12 @@ def needle_command(
     haystack: Annotated[
         Path | None,
         typer.Option(
-            help="A long text (UTF-8) or PDF to hide things in (default: filler sentences)."
+            help="A long text (UTF-8) or PDF to hide needles in (default: filler sentences)."
         ),
     ] = None,
     task: Annotated[
         list[str],
-        typer.Option(help="One of " + ", ".join(needle.TASKS) + "; may be given several times."),
+        typer.Option(help="One of " + ", ".join(needle.TASKS) + "; may be repeated."),
     ] = ["single"],  # noqa: B006
     length: LengthOption = ["4k", "8k", "16k", "32k", "64k", "128k"],  # noqa: B006
     method: MethodsOption = ["rope", "dca"],  # noqa: B006
@@ -247,7 +247,7 @@ def needle_command(
     sparse: SparseOption = "auto",
     batch: BatchOption = None,
 ) -> None:
-    """Needles in a haystack of your own, several at once, and chains of variables (after RULER).
+    """Needles in your own haystack, one or several, and chains of variables (after RULER).
 
     For example:
 
@@ -294,22 +294,24 @@ def few_shot_command(
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="Tasks: " + ", ".join(few_shot.TASKS) + "; files: ChunkLlama's or L-Eval's.",
+            help="ChunkLlama's or L-Eval's file for a task; tasks: "
+            + ", ".join(few_shot.TASKS)
+            + ".",
         ),
     ],
     pool: Annotated[
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="Choose the examples from this file, such as the task's training set: lines with "
-            "query and output, or L-Eval's.",
+            help="Choose the examples from this file, such as the task's training set: JSON lines "
+            "with query and output, or L-Eval's format.",
         ),
     ] = [],  # noqa: B006
     examples: Annotated[
         Choice | None,
         typer.Option(
-            help="With --pool: at random (the default), or those most (best) or least (worst) like "
-            "the question by BM25 (Table 5)."
+            help="With --pool: random examples (the default), or the most (best) or least (worst) "
+            "similar to the question by BM25 (Table 5)."
         ),
     ] = None,
     method: MethodsOption = ["dca:chunkllama"],  # noqa: B006
@@ -317,7 +319,7 @@ def few_shot_command(
         str,
         typer.Option(
             metavar="TOKENS",
-            help="Length of prompt and answer in tokens; documents are cut from the left.",
+            help="Length of prompt and answer in tokens; documents are truncated on the left.",
         ),
     ] = "16000",
     output: OutputOption = None,
@@ -343,7 +345,7 @@ def few_shot_command(
       --examples best --paper llama2-7b`
     """
     if examples is not None and not pool:
-        raise InputError("--examples chooses from a --pool TASK=FILE; give one")
+        raise InputError("--examples needs --pool TASK=FILE to choose from")
     files, pools, length = task_files(data), task_files(pool, "--pool"), parse_tokens(max_length)
     choice = examples or Choice.random
     chosen = {"max_length": length, "pools": pools, "choice": choice}
@@ -375,7 +377,7 @@ def l_eval_command(
         str,
         typer.Option(
             metavar="TOKENS",
-            help="Length of prompt and answer in tokens; documents are cut from the right.",
+            help="Length of prompt and answer in tokens; documents are truncated on the right.",
         ),
     ] = "16000",
     chat: Annotated[
@@ -430,11 +432,11 @@ def speed_command(
     model: ModelArgument,
     length: LengthOption = ["4k", "8k", "16k", "32k"],  # noqa: B006
     attention: Annotated[
-        list[str], typer.Option(help="One of dense, flash and dca; may be given several times.")
+        list[str], typer.Option(help="One of dense, flash and dca; may be repeated.")
     ] = list(speed.ATTENTIONS),  # noqa: B006
     method: MethodOption = "dca",
     trials: Annotated[
-        int, typer.Option(min=1, help="Number of timed readings; fewer where they take long.")
+        int, typer.Option(min=1, help="Number of timed runs; fewer if they take long.")
     ] = speed.TRIALS,
     output: OutputOption = None,
     dtype: DtypeOption = None,
@@ -442,14 +444,14 @@ def speed_command(
     adapter: AdapterOption = None,
     weights: WeightsOption = None,
 ) -> None:
-    """Time and memory of reading a prompt with dense, flash and Dual Chunk Attention (Fig. 3).
+    """Prefill time and memory with dense, flash and Dual Chunk Attention (Fig. 3).
 
     For example: `dca-jax eval speed ./Llama-2-7b-hf --length 4k --length 32k`
     """
     lengths = [parse_tokens(n) for n in length]
     loading = {"weights": weights, "context": max(lengths), "sparse": "off"}
     opened = find_model(model, [method], dtype, mesh, adapter, **loading)
-    # What does not fit is a result here, so only the shortest text must.
+    # Running out of memory is a result here, so only the shortest text must fit.
     llm = load_model(model, opened, [(1, min(lengths))])
     with run(output, "speed", model, llm, {"method": method}, None, adapter=adapter) as log:
         options = {"attentions": attention, "lengths": lengths, "setting": method}
@@ -461,7 +463,7 @@ def speed_command(
 def report_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of results.")],
 ) -> None:
-    """Make one HTML page, with everything in it, of all results in a folder and below it.
+    """Make one self-contained HTML page from all results in a folder and its subfolders.
 
     For example: `dca-jax eval report outputs`
     """

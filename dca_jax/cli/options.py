@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is made of them."""
+"""Options shared by several commands, and functions that use them."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ from dca_jax.weights.huggingface import read_config
 
 
 class Dtype(StrEnum):
-    """The choices of `--dtype`; `dca_jax.dtypes.DTYPES`."""
+    """Values of `--dtype` (`dca_jax.dtypes.DTYPES`)."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -34,7 +34,7 @@ class Dtype(StrEnum):
 
 
 class Weights(StrEnum):
-    """The choices of `--weights`; `dca_jax.products.packed.FORMS`, and what packs none."""
+    """Values of `--weights` (`dca_jax.products.packed.FORMS`, and those that pack nothing)."""
 
     int8 = "int8"
     int4 = "int4"
@@ -46,7 +46,7 @@ class Weights(StrEnum):
 
 
 class CacheDtype(StrEnum):
-    """The choices of `--cache-dtype`; `dca_jax.dtypes.CACHE_DTYPES`."""
+    """Values of `--cache-dtype` (`dca_jax.dtypes.CACHE_DTYPES`)."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -56,7 +56,7 @@ class CacheDtype(StrEnum):
 
 
 class Remat(StrEnum):
-    """The choices of `--remat`; `dca_jax.model.REMAT`."""
+    """Values of `--remat` (`dca_jax.model.REMAT`)."""
 
     layer = "layer"
     attention = "attention"
@@ -64,7 +64,7 @@ class Remat(StrEnum):
 
 
 class Base(StrEnum):
-    """The choices of `--base`; `dca_jax.finetune.settings.BASES`."""
+    """Values of `--base` (`dca_jax.finetune.settings.BASES`)."""
 
     dtype = "dtype"
     int8 = "int8"
@@ -73,7 +73,7 @@ class Base(StrEnum):
 
 
 class State(StrEnum):
-    """The choices of `--state`; `dca_jax.finetune.settings.DTYPES`."""
+    """Values of `--state` (`dca_jax.finetune.settings.DTYPES`)."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -81,8 +81,8 @@ class State(StrEnum):
 
 _NAMES = ", ".join(METHODS)
 _METHOD_HELP = (
-    f"{_NAMES}; with a setting as in **dca:chunkllama** or **dca:3072,4095**, or over a scaled "
-    "rope as in **dca+ntk:2**."
+    f"{_NAMES}; with a setting as in **dca:chunkllama** or **dca:3072,4095**, or combined with "
+    "scaled RoPE as in **dca+ntk:2**."
 )
 
 ModelArgument = Annotated[
@@ -93,14 +93,14 @@ ModelArgument = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    str, typer.Option(metavar="NAME", help="How to read long texts: " + _METHOD_HELP)
+    str, typer.Option(metavar="NAME", help="Method for long texts: " + _METHOD_HELP)
 ]
 MethodsOption = Annotated[
     list[str],
     typer.Option(
         "--method",
         metavar="NAME",
-        help="How to read long texts, several times for several methods: " + _METHOD_HELP,
+        help="Method for long texts; may be repeated: " + _METHOD_HELP,
     ),
 ]
 DtypeOption = Annotated[
@@ -111,27 +111,27 @@ CacheDtypeOption = Annotated[
     CacheDtype | None,
     typer.Option(
         help="Dtype of the KV cache (default: that of activations). **int8** and **fp8** take half "
-        "the memory of bfloat16; drawing tokens after a long text is faster."
+        "the memory of bfloat16 and make decoding after a long text faster."
     ),
 ]
 MeshOption = Annotated[
     str | None,
     typer.Option(
         metavar="AXES",
-        help="Share the work between devices: **tensor**=4 splits weights and heads, "
-        "**context**=2 the text, **data** and **fsdp** the batch; separated by commas "
+        help="How to split the work over devices: **tensor**=4 splits weights and heads, "
+        "**context**=2 the text, **data** and **fsdp** the batch; separate axes by commas "
         "(default: one device).",
     ),
 ]
 AdapterOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's folder) to merge into the weights."),
+    typer.Option(metavar="DIR", help="A LoRA adapter (PEFT folder) to merge into the weights."),
 ]
 WeightsOption = Annotated[
     Weights | None,
     typer.Option(
-        help="Pack the weights while they are read: **int8** and **fp8** take half the memory of "
-        "bfloat16, **int4** (in groups of 64, or of the number given) about a quarter."
+        help="Quantize the weights while loading: **int8** and **fp8** take half the memory of "
+        "bfloat16, **int4** (in groups of 64, or as given, such as **int4:128**) about a quarter."
     ),
 ]
 ContextOption = Annotated[
@@ -144,13 +144,13 @@ ContextOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Config to use in place of the model's **config.json**."),
+    typer.Option(metavar="FILE", help="Config to use instead of the model's **config.json**."),
 ]
 ThinkingOption = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
-        help="Let the model think before it answers, or not, if its chat template has the choice "
+        help="Whether the model thinks before it answers, if its chat template has the choice "
         "(Qwen3).",
     ),
 ]
@@ -158,33 +158,33 @@ SparseOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help=f"How to read long prompts: {NAMES}. **auto** does what the model asks for, **off** "
-        "reads every key, **rows:0.05** a twentieth of the blocks of keys.",
+        help=f"Sparse prefill of long prompts: {NAMES}. **auto** follows the model's config, "
+        "**off** reads every key, **rows:0.05** reads a twentieth of the key blocks.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 NewTokensOption = Annotated[
     str, typer.Option(metavar="TOKENS", help="Maximum number of new tokens.")
 ]
 
-# Of what measures.
+# Options of the `eval` commands.
 LengthOption = Annotated[
     list[str],
-    typer.Option(
-        "--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be given several times."
-    ),
+    typer.Option("--length", metavar="TOKENS", help="Length such as 4096 or 4k; may be repeated."),
 ]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
+        help="Folder for the results (default: outputs/COMMAND-MODEL-CHECKSUM, the checksum being "
         "of the model's files)."
     ),
 ]
-BatchOption = Annotated[int | None, typer.Option(min=1, help="Number of texts to read together.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of texts to process together.")
+]
 LimitOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Maximum number of samples of each kind, for a first look."),
+    typer.Option(min=1, help="Maximum number of samples of each kind, for a quick test."),
 ]
 
 _SAMPLING = {
@@ -192,12 +192,15 @@ _SAMPLING = {
     "top_k": (int | None, "Sample from the K most likely tokens."),
     "top_p": (float | None, "Sample from the most likely tokens whose probabilities add up to P."),
     "min_p": (float | None, "Sample from tokens at least P times as likely as the most likely."),
-    "repetition_penalty": (float, "Above 1: tokens that are already in the text are less likely."),
+    "repetition_penalty": (
+        float,
+        "Values above 1 make tokens that are already in the text less likely.",
+    ),
 }
 
 
 def with_sampler(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command that takes `sampler` the options that make one, in its place."""
+    """Replaces a command's parameter `sampler` by the options that define a sampler."""
 
     @functools.wraps(command)
     def call(**given: Any) -> None:
@@ -221,7 +224,7 @@ def with_sampler(command: Callable[..., None]) -> Callable[..., None]:
 def with_signature(
     call: Callable[..., None], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
-    """The same function with the signature that typer is to read."""
+    """The same function with the given signature, for Typer."""
     call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return call
@@ -240,12 +243,12 @@ def find_model(
     cache_dtype: CacheDtype | None = None,
     sparse: str = "auto",
 ) -> Opened:
-    """The one place where a command opens its model: with its own rope, and no method yet.
+    """Opens a command's model with its own RoPE and no method; every command uses this function.
 
-    Every method is made of it (`dca_jax.inference.methods`); nothing is loaded or copied again.
+    Every method is derived from it (`dca_jax.inference.methods`) without loading or copying again.
 
     Raises:
-        InputError: an unknown method, and as `dca_jax.inference.load.open_model`.
+        InputError: an unknown method; also as in `dca_jax.inference.load.open_model`.
     """
     shape = read_config(find_folder(model, weights=False), context=context, file=config)
     for method in methods:
@@ -257,13 +260,14 @@ def find_model(
 
 
 def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> LLM:
-    """Reads the weights of an opened model, unless what it is to read cannot fit beside them.
+    """Loads the weights of an opened model, after checking that there is memory for the texts too.
 
     Args:
-        model: its name. needs: rows and tokens of what is to be read at once.
+        model: the model's name.
+        needs: rows and tokens of each batch to read.
 
     Raises:
-        InputError: as `dca_jax.planning.room.check_room` and `Opened.load`.
+        InputError: as in `dca_jax.planning.room.check_room` and `Opened.load`.
     """
     empty = opened.llm.model
     for batch, length in needs:
@@ -277,11 +281,11 @@ def load_model(model: str, opened: Opened, needs: Iterable[tuple[int, int]]) -> 
 
 
 def check_method(method: str, config: LlamaConfig) -> None:
-    """Raises InputError for a name that is unknown or not for this model."""
+    """Raises InputError if the method is unknown or does not work with this model."""
     method_by_name(method, config, config.trained_length)
 
 
 def refuse_several_processes(command: str) -> None:
-    """For a command that has nothing to share."""
+    """Raises InputError if a command that only works in one process runs in several."""
     if several_processes():
-        raise InputError(f"{command} runs in one process; start it alone, without --coordinator")
+        raise InputError(f"{command} runs in one process; start it without --coordinator")

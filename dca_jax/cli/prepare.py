@@ -1,4 +1,4 @@
-"""Commands around a checkpoint: `convert`, `info`, `plan` and `explain`."""
+"""Commands that prepare a run: `convert`, `info`, `plan` and `explain`."""
 
 import json
 import sys
@@ -50,8 +50,8 @@ from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.kept import Kept
 from dca_jax.weights.packer import packing
 
-MATRIX_TOKENS = 32  # texts of at most so many tokens have their matrix printed
-PLOTTED_TOKENS = 4096  # and of at most so many drawn: the matrix is square
+MATRIX_TOKENS = 32  # the matrix is printed for texts of up to this many tokens
+PLOTTED_TOKENS = 4096  # and plotted up to this many: its size is quadratic
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -67,29 +67,29 @@ def convert(
         ),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="The folder to make; it must not exist yet.")
+        Path, typer.Argument(metavar="DST", help="The folder to create; it must not exist yet.")
     ],
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Dtype of weights that are written unpacked (default: unchanged; bfloat16 of what "
-            "a converted folder has packed)."
+            help="Dtype of weights that are written unquantized (default: unchanged; bfloat16 for "
+            "weights that a converted folder has quantized)."
         ),
     ] = None,
     weights: Annotated[
         Weights,
         typer.Option(
-            help="To Orbax, how matrices are packed: all in **int8**, **int4** or **fp8**; those "
-            "that are packed, as they are (**stored**); or none (**unpacked**)."
+            help="How to quantize matrices in Orbax: **int8**, **int4** or **fp8**; as in the "
+            "source (**stored**); or none (**unpacked**)."
         ),
     ] = Weights.stored,
     adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file to Orbax, or a converted folder back.
 
-    Orbax checkpoints open on any mesh of devices, each reading its own part. Packed matrices stay
-    packed in them, and are unpacked on the way back. DST appears only when it is complete: after an
-    interruption, repeat the command.
+    Orbax checkpoints can be loaded on any device mesh; each device reads only its part. Quantized
+    matrices stay quantized in them and are unpacked when converted back. DST appears only when it
+    is complete. If the command is interrupted, repeat it.
 
     For example:
 
@@ -106,7 +106,7 @@ def convert(
     - `dca-jax convert ./Llama-2-7b-hf ./merged --adapter ./run/adapter`
     """
     refuse_several_processes("convert")
-    # The converters build on this package, so they are imported only where they are needed.
+    # The converters import this package, so they are imported only where they are needed.
     from checkpoints_convert import hf_to_orbax, orbax_to_hf
     from checkpoints_convert.common import prepare_process, told_if_stopped
 
@@ -121,8 +121,8 @@ def convert(
     back = is_converted(folder)
     if back and weights not in (Weights.stored, Weights.unpacked):
         raise InputError(
-            f"{folder} is converted, and goes back to Hugging Face's form unpacked; leave out "
-            f"--weights {weights.value}"
+            f"{folder} is a converted folder, and converting it back to Hugging Face format writes "
+            f"unquantized weights; omit --weights {weights.value}"
         )
     with told_if_stopped(destination):
         if back:
@@ -153,14 +153,16 @@ def plan_command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder or a name on the Hugging Face Hub, of which config.json is read; or one "
-            f"of {', '.join(SHAPES)}.",
+            help="A folder or a name on the Hugging Face Hub, whose config.json is read; or one of "
+            f"{', '.join(SHAPES)}.",
         ),
     ],
     device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")],
     context_length: Annotated[
         str,
-        typer.Option(metavar="TOKENS", help="Length of each text, new tokens included; 128k, 1M."),
+        typer.Option(
+            metavar="TOKENS", help="Length of each text, new tokens included, such as 128k."
+        ),
     ],
     mesh: Annotated[
         str | None,
@@ -179,8 +181,8 @@ def plan_command(
         bool,
         typer.Option(
             "--serve",
-            help="Plan a server: how many texts of which length it holds at once, and how much it "
-            "keeps of others; --context-length is the longest, answer included.",
+            help="Plan a server: how many texts of which length it serves at once, and how much "
+            "cache remains for others; --context-length is the longest text, answer included.",
         ),
     ] = False,
     train: Annotated[
@@ -188,7 +190,7 @@ def plan_command(
     ] = False,
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Dtype of activations, and of weights that are not trained."),
+        typer.Option(help="Dtype of activations and of weights that are not trained."),
     ] = Dtype.bfloat16,
     cache_dtype: CacheDtypeOption = None,
     state: Annotated[
@@ -199,12 +201,12 @@ def plan_command(
         int, typer.Option(help="With --train: train LoRA adapters of this rank.")
     ] = 0,
     base: Annotated[
-        Base, typer.Option(help="With --lora-rank: how the frozen weights are kept.")
+        Base, typer.Option(help="With --lora-rank: format of the frozen weights.")
     ] = Base.dtype,
     weights: WeightsOption = None,
     remat: Annotated[
         Remat,
-        typer.Option(help="With --train: what to keep of each layer, as in `dca-jax finetune`."),
+        typer.Option(help="With --train: what to save per layer, as in `dca-jax finetune`."),
     ] = Remat.attention,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print bytes, tokens and meshes as JSON, for scripts.")
@@ -233,7 +235,7 @@ def plan_command(
     tokens = parse_tokens(context_length)
     shape = find_shape(model, context=tokens, file=config)
     if base is not Base.dtype and not lora_rank:
-        raise InputError(f"--base {base.value} goes with --lora-rank")
+        raise InputError(f"--base {base.value} needs --lora-rank")
     if weights is not None and lora_rank:
         raise InputError("give --base with --lora-rank, and --weights without")
     form, kept = None if base in (Base.dtype, Base.stored) else base.value, {}
@@ -241,8 +243,8 @@ def plan_command(
         kept = {} if model in SHAPES else _kept(model, shape, STORED)
         if not kept:
             raise InputError(
-                f"--base {STORED} keeps what is packed in the checkpoint, and of {model} nothing "
-                "is known to be; choose int8 or int4, which pack it, or dtype"
+                f"--base {STORED} keeps weights as quantized in the checkpoint, but {model} is not "
+                "known to have any; choose int8 or int4 to quantize them, or dtype"
             )
     elif not train:
         form, keep = packing(None if weights is None else weights.value, on_cpu=False)
@@ -259,7 +261,9 @@ def plan_command(
     }
     if serve:
         if train or lora_rank:
-            raise InputError("--serve is about a server, which does not train")
+            raise InputError(
+                "--serve plans a server, which does not train; give only one of --serve and --train"
+            )
         _tell(plan_server(model, shape, context=tokens, rows=batch or ROWS, **common), as_json)
         return
     found = plan(
@@ -289,11 +293,11 @@ def _tell(found: Plan | ServerPlan, as_json: bool) -> None:
 
 
 def _kept(model: str, shape: LlamaConfig, keep: str | None) -> dict[str, Kept]:
-    """How weights stay packed; says so where they are not here to look at."""
+    """How the checkpoint's weights are quantized; prints a note if its files are not available."""
     try:
         return kept_forms(find_folder(model, weights=False), shape, keep)
     except InputError as error:
-        told = f"what stays packed is not known, so all is counted unpacked: {error}"
+        told = f"quantized weights are not known, so all are counted as unquantized: {error}"
         print(told, file=sys.stderr)
         return {}
 
@@ -303,11 +307,13 @@ def _kept(model: str, shape: LlamaConfig, keep: str | None) -> dict[str, Kept]:
 def explain_command(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Take trained length and setting from this model."),
+        typer.Argument(
+            metavar="MODEL", help="Use the trained length and the setting of this model."
+        ),
     ] = None,
     trained_length: Annotated[
         str | None,
-        typer.Option(metavar="TOKENS", help="Length the model was pretrained on, without a MODEL."),
+        typer.Option(metavar="TOKENS", help="Trained length, if no MODEL is given."),
     ] = None,
     method: MethodOption = "auto",
     length: Annotated[
@@ -317,15 +323,15 @@ def explain_command(
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Save a picture of the relative positions (PNG, PDF).")
+        Path | None, typer.Option(help="Save a plot of the relative positions (PNG, PDF).")
     ] = None,
     config: ConfigOption = None,
     sparse: SparseOption = "auto",
 ) -> None:
-    """Show the positions that a method gives to a text: chunks, distances, temperature.
+    """Show the positions that a method assigns: chunks, distances, temperature.
 
-    Up to 32 tokens the matrix of relative positions is printed: row i, column j shows how far back
-    token j appears to token i.
+    For up to 32 tokens, the matrix of relative positions is printed: row i, column j is the
+    distance at which token i sees token j.
 
     For example:
 
@@ -346,14 +352,14 @@ def explain_command(
     elif trained is not None:
         shape = _some_model(trained)
     elif method.startswith("dca") and "," in method:
-        shape = _some_model(1)  # S and Q say all
+        shape = _some_model(1)  # s and Q are enough
     else:
         raise InputError("give a MODEL, or --trained-length, or a --method such as dca:6,9")
     if tokens is None:
         tokens = 4 * shape.trained_length
         if model is None and trained is None:
             setting = method_by_name(method, shape, 1).dca
-            setting = getattr(setting, "dca", setting)  # of an ablation
+            setting = getattr(setting, "dca", setting)  # an ablation wraps it
             assert isinstance(setting, DCAConfig)
             tokens = 4 * setting.chunk_len
     dca, rope = method_by_name(method, shape, tokens)
@@ -365,7 +371,7 @@ def explain_command(
 
 
 def _sparse(name: str, shape: LlamaConfig, dca: DCAConfig | PositionMethod | None) -> Sparse | None:
-    """How a model reads long prompts by a method."""
+    """The model's sparse prefill setting with a method."""
     sizes = {"layers": shape.num_hidden_layers, "heads": shape.num_attention_heads}
     how = choose_sparse(name, shape.sparse_attention, **sizes)
     if how is None or (how.by_checkpoint and dca is None):
@@ -374,7 +380,7 @@ def _sparse(name: str, shape: LlamaConfig, dca: DCAConfig | PositionMethod | Non
 
 
 def _some_model(trained_length: int) -> LlamaConfig:
-    """A model of which nothing but its trained length matters (and heads of 128, to `ntk`)."""
+    """A model for which only the trained length matters (and, for `ntk`, heads of 128)."""
     return LlamaConfig(
         vocab_size=1,
         hidden_size=128,
@@ -388,7 +394,7 @@ def _some_model(trained_length: int) -> LlamaConfig:
 
 
 def _matrix(length: int, dca: DCAConfig | PositionMethod | None) -> str:
-    """Relative positions in columns, DCA's chunks apart, a dot for a key that is not met."""
+    """Relative positions in columns, with DCA's chunks separated and a dot for a masked key."""
     matrix = position_matrix(length, dca)
     chunk_len = dca.chunk_len if isinstance(dca, DCAConfig) else length
     width = len(str(matrix.max())) + 1
@@ -403,11 +409,11 @@ def _matrix(length: int, dca: DCAConfig | PositionMethod | None) -> str:
 
 
 def _save_plot(path: Path, length: int, dca: DCAConfig | PositionMethod | None) -> None:
-    import matplotlib.pyplot as plt  # slow to import, and needed here only
+    import matplotlib.pyplot as plt  # slow to import, and needed only here
 
     with writing(path):
         if not path.parent.is_dir():
-            raise InputError(f"--plot {path}: {path.parent} is no folder; create it first")
+            raise InputError(f"--plot {path}: {path.parent} is not a folder; create it first")
     if length > PLOTTED_TOKENS:
         raise InputError(f"--plot draws up to {PLOTTED_TOKENS} tokens, got --length {length}")
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
@@ -415,7 +421,7 @@ def _save_plot(path: Path, length: int, dca: DCAConfig | PositionMethod | None) 
     try:
         kind = path.suffix.removeprefix(".") or "png"
         written(path, lambda aside: figure.savefig(aside, dpi=150, format=kind))
-    except ValueError as error:  # a format that Matplotlib does not know
+    except ValueError as error:  # a format that Matplotlib does not support
         if isinstance(error, InputError):
             raise
         raise InputError(f"--plot {path} cannot be written: {error}") from None

@@ -1,4 +1,4 @@
-"""What the commands of `dca-jax eval` share: their files, their log and how they end."""
+"""Shared parts of the `dca-jax eval` commands: input files, log and termination."""
 
 import hashlib
 import signal
@@ -24,7 +24,7 @@ from dca_jax.weights.hub import find_folder
 
 
 def task_files(data: Sequence[str], option: str = "--data") -> dict[str, Path]:
-    """The files of `--data TASK=FILE`, or of another option like it."""
+    """The files given with `--data TASK=FILE` or a similar option."""
     files: dict[str, Path] = {}
     for pair in data:
         task, equals, path = pair.partition("=")
@@ -56,7 +56,7 @@ def run(
     *,
     adapter: Path | None = None,
 ) -> Iterator[ResultLog]:
-    """The log of a command; when the block ends, the report is written and its tables printed.
+    """The log of a command; when the block ends, writes the report and prints its tables.
 
     Ends the program with code 1 if samples failed, with 130 on Ctrl-C and with 143 on SIGTERM.
     """
@@ -82,13 +82,13 @@ def run(
     start = time.monotonic()
     with ResultLog(folder, task, {**identity, **settings}, files=files, paper=paper) as log:
         found = Run(folder, task, {**identity, **settings}, {}, paper, log.records)
-        report.check_records(found)  # now, and not when all has been read
+        report.check_records(found)  # before any sample is read
         with _interruptible(log):
             yield log
     failed = [record for record in log.records if record.error is not None]
     if not is_primary():
         if failed:
-            raise SystemExit(1)  # as the primary does: what all do alike ends them quietly
+            raise SystemExit(1)  # like the primary: an exit common to all processes is silent
         return
     facts = report.machine() | {"wall_seconds_of_last_run": round(time.monotonic() - start, 2)}
     outcome = report.write_report(folder, facts)
@@ -106,10 +106,10 @@ def run(
 
 @contextmanager
 def _interruptible(log: ResultLog) -> Iterator[None]:
-    """Ends the program on Ctrl-C or SIGTERM with a word on how far it came, and how to go on.
+    """On Ctrl-C or SIGTERM, prints the progress and how to resume, and ends the program.
 
-    A second signal ends it at once. Only Python's main thread may ask for signals; elsewhere
-    SIGTERM ends the program as it always did.
+    A second signal ends it at once. Only Python's main thread can handle signals; in other threads
+    SIGTERM keeps its default effect.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -133,7 +133,7 @@ def _interruptible(log: ResultLog) -> Iterator[None]:
 
 
 class _StoppedError(BaseException):
-    """SIGTERM has come: no fault of a sample's, so no `Exception`."""
+    """SIGTERM was received; not an `Exception`, so that no sample is recorded as failed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -49,7 +49,7 @@ from dca_jax.weights.files import refuse_existing
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 STDIN = "-"
-CONTEXT = 4  # trained lengths that `chat` prepares length-dependent methods for, unless told
+CONTEXT = 4  # default length of `chat` for length-dependent methods, in trained lengths
 
 Requests = Callable[[LLM], list[Request]]
 
@@ -63,7 +63,7 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="The text to continue; **-**, or nothing in a pipe, reads standard input.",
+            help="The text to continue; **-**, or no argument in a pipe, reads standard input.",
         ),
     ] = None,
     file: Annotated[
@@ -72,24 +72,24 @@ def generate(
     document: Annotated[
         Path | None, typer.Option(help="A text file or PDF to ask a --question about.")
     ] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask about --document.")] = None,
+    question: Annotated[str | None, typer.Option(help="The question about --document.")] = None,
     input: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help='Many prompts, one JSON object a line with "prompt" or "messages" (chat); other '
+            help='Many prompts: one JSON object per line with "prompt" or "messages" (chat); other '
             "fields are copied to the output. **-** reads standard input.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Write the answers to this new file, as --json."),
+        typer.Option(metavar="FILE.jsonl", help="Write the output of --json to this new file."),
     ] = None,
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            help="Print one JSON object a line: the input's fields, text, finish_reason, "
+            help="Print one JSON object per line: the input's fields, text, finish_reason, "
             "prompt_tokens, completion_tokens.",
         ),
     ] = False,
@@ -100,7 +100,7 @@ def generate(
     max_new_tokens: NewTokensOption = "256",
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Stop before this string; may be given several times."),
+        typer.Option(help="Stop before this string; may be repeated."),
     ] = None,
     seed: SeedOption = 0,
     sampler: Sampler = Sampler(),
@@ -172,7 +172,7 @@ def generate(
             advance(len(lines))
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(requests)} prompts have no answer, or a part of one; "
+            f"{len(failed)} of {len(requests)} prompts have no complete answer; "
             f"the first: {failed[0]}"
         )
 
@@ -190,9 +190,9 @@ def chat(
             "--context-length",
             "--context",
             metavar="TOKENS",
-            help="Longest conversation to expect, for methods that depend on the length (pi, ntk, "
-            "yarn, self-extend, string; default: 4 times the trained length), and to choose a "
-            "second config for longer texts (**config_1m.json**), if the model has one.",
+            help="Longest expected conversation, for methods that depend on the length (pi, ntk, "
+            "yarn, self-extend, string; default: 4 times the trained length). A model with a "
+            "second config for longer texts (**config_1m.json**) uses it if needed.",
         ),
     ] = None,
     config: ConfigOption = None,
@@ -207,9 +207,9 @@ def chat(
     weights: WeightsOption = None,
     sparse: SparseOption = "auto",
 ) -> None:
-    """Talk to a chat model; each turn reads only what is new.
+    """Talk to a chat model; each turn reads only the new tokens.
 
-    `/reset` starts again, `/quit` (or Ctrl-D) ends, Ctrl-C cuts an answer short.
+    `/reset` starts over, `/quit` (or Ctrl-D) ends the chat, Ctrl-C stops an answer.
 
     For example: `dca-jax chat ./Llama-2-7b-chat-hf --temperature 0.7 --top-p 0.9`
     """
@@ -225,7 +225,7 @@ def chat(
         length = CONTEXT * llm.model.config.trained_length
     conversation = Conversation(reading(llm, method, length), system=system)
     console = Console(highlight=False)
-    console.print("[dim]/reset starts again, /quit ends, Ctrl-C cuts an answer short[/dim]")
+    console.print("[dim]/reset starts over, /quit ends the chat, Ctrl-C stops an answer[/dim]")
     while True:
         try:
             text = console.input("[bold green]> [/]").strip()
@@ -240,12 +240,12 @@ def chat(
 
 
 def _say(console: Console, conversation: Conversation, text: str, options: Options) -> None:
-    """Prints one answer; neither Ctrl-C nor an answer that cannot be had ends the chat."""
+    """Prints one answer; neither Ctrl-C nor an error in an answer ends the chat."""
     try:
         for piece in conversation.ask(text, options):
             console.out(piece, end="", highlight=False)
     except KeyboardInterrupt:
-        console.print(" [dim](cut short)[/dim]", end="")
+        console.print(" [dim](stopped)[/dim]", end="")
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, end="")
     console.print()
@@ -259,11 +259,11 @@ def _requests(
     input: Path | None,
     thinking: bool | None,
 ) -> Requests:
-    """Reads the one source of prompts that is given; what it returns makes tokens of them."""
+    """Reads prompts from the given source; returns a function that tokenizes them."""
     given = [source for source in (prompt, file, document, input) if source is not None]
     if len(given) > 1:
         raise InputError(
-            "give only one of: a prompt, --file, --document (with --question), --input; got "
+            "give only one of a prompt, --file, --document (with --question) and --input; got "
             f"{len(given)} of them"
         )
     if input is not None:
@@ -277,13 +277,13 @@ def _requests(
         return lambda llm: [Request(about, question_tokens(llm, text, question, thinking=thinking))]
     if thinking is not None:
         raise InputError(
-            "--thinking is for conversations: --document with --question, or --input with messages"
+            "--thinking needs a conversation: --document with --question, or --input with messages"
         )
     if file is not None:
         whole, named = read_document(file), {"file": str(file)}
         return lambda llm: [Request(named, llm.tokenize(whole))]
     if prompt is None or prompt == STDIN:
-        prompt = _standard_input().removesuffix("\n")  # which `echo` puts there
+        prompt = _standard_input().removesuffix("\n")  # added by `echo`
     fields: dict[str, Any] = {"prompt": prompt}
     if not prompt:
         raise InputError("the text is empty; give at least one character")
@@ -291,13 +291,13 @@ def _requests(
 
 
 def _need(together: Sequence[Request], options: Options) -> tuple[int, int]:
-    """Rows and tokens of a batch."""
+    """Rows and tokens that a batch needs."""
     longest = max(len(request.tokens) for request in together)
     return len(together), longest + options.max_new_tokens
 
 
 def _standard_input() -> str:
-    """All of it, as the primary process gets it."""
+    """Standard input of the primary process, read to its end."""
 
     def read() -> str:
         if sys.stdin.isatty():
@@ -321,17 +321,18 @@ def _check_output(output: Path) -> None:
     def check() -> None:
         refuse_existing(output)
         if not output.parent.is_dir():
-            raise InputError(f"{output.parent} is no folder; create it first")
+            raise InputError(f"{output.parent} is not a folder; create it first")
 
     from_primary(check)
 
 
 @contextmanager
 def _lines(output: Path | None) -> Iterator[Callable[[str], None]]:
-    """Yields what writes a line: to standard output, or to `output` aside, renamed at the end.
+    """Yields a function that writes a line to standard output or to `output`.
 
-    If the block raises, the lines so far stay in the file aside, and a message says where. A lock
-    on it keeps two writers apart, and dies with its process.
+    The file is written under a temporary name and renamed at the end. If the block raises, the
+    lines so far stay in the temporary file, and a message says where. A lock that ends with the
+    process keeps a second process from writing to it.
     """
     if output is None:
         yield lambda line: print(line, flush=True)

@@ -27,7 +27,7 @@ from dca_jax.inference.methods import reading
 from dca_jax.lengths import parse_tokens
 
 KEY = "DCA_JAX_API_KEY"
-CONTEXT = 4  # trained lengths that are served unless told
+CONTEXT = 4  # default length of texts, in trained lengths
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def serve(
     model: ModelArgument,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; **0.0.0.0** is every network.")
+        str, typer.Option(help="Address to listen on; **0.0.0.0** means all networks.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
     name: Annotated[
         str | None,
         typer.Option(help="The model's name for clients (default: the last part of MODEL)."),
@@ -57,14 +57,15 @@ def serve(
         ),
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, max=1024, help="Texts that are written at the same time.")
+        int,
+        typer.Option(min=1, max=1024, help="Maximum number of texts generated at the same time."),
     ] = 32,
     cache: Annotated[
         str | None,
         typer.Option(
             metavar="TOKENS",
-            help="Tokens that the cache holds, of all texts together (default: what fits; on a "
-            "CPU --rows texts of --context, if that is less).",
+            help="Size of the cache in tokens, for all texts together (default: as many as fit; on "
+            "a CPU, --rows texts of --context if that is less).",
         ),
     ] = None,
     method: MethodOption = "auto",
@@ -75,11 +76,11 @@ def serve(
     weights: WeightsOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Serve a model to any client of OpenAI's protocol; many texts are written at once.
+    """Serve a model over OpenAI's protocol, with continuous batching.
 
-    What texts begin with in common is read once. Ctrl-C or SIGTERM lets the answers that are being
-    written come to their end; a second one ends at once. If the environment has
-    **DCA_JAX_API_KEY**, clients must give that key.
+    A common prefix of several texts is read only once. On Ctrl-C or SIGTERM the server finishes the
+    answers in progress; a second signal ends it at once. If **DCA_JAX_API_KEY** is set in the
+    environment, clients must send that key.
 
     For example:
 
@@ -103,12 +104,14 @@ def serve(
 
     key = os.environ.get(KEY)
     if key is not None and not key.strip():
-        raise InputError(f"{KEY} is empty; give a key, or leave it out of the environment")
+        raise InputError(f"{KEY} is empty; set a key, or unset the variable")
     wanted, tokens = (None if one is None else parse_tokens(one) for one in (context, cache))
     loading = {"weights": weights, "cache_dtype": cache_dtype, "config": config, "sparse": "off"}
-    with listen(host, port) as listening:  # now, and not after minutes
+    with listen(host, port) as listening:  # before loading, which takes minutes
         if key is None and not is_loopback(listening):
-            log.warning("whoever reaches %s may use this server; %s sets a key", host, KEY)
+            log.warning(
+                "anyone who can reach %s can use this server; set %s to require a key", host, KEY
+            )
         opened = find_model(model, [method], dtype, mesh, adapter, context=wanted, **loading)
         length = wanted or CONTEXT * opened.llm.model.config.trained_length
         check_served(reading(opened.llm, method, length), length)

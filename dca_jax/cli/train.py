@@ -1,8 +1,8 @@
 """Commands that train: `finetune` and `preview`.
 
-Every field of `Settings` is a flag of both, made from the field itself, so there is one list of
-them. What reads dialogues and trains is imported when it is needed: it takes seconds, and packages
-that other commands do without.
+The flags of both are generated from the fields of `Settings`, so there is only one list of them.
+The code that reads dialogues and trains is imported only when needed: it takes seconds, and it
+needs packages that other commands do not.
 """
 
 import functools
@@ -48,7 +48,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _flag(row: Any) -> Any:
-    """A setting as typer wants it: text, but for switches and what may be repeated."""
+    """A setting as a Typer option: a string, except for switches and repeatable options."""
     name = row.name.replace("_", "-")
     default = row.default
     if row.type == Files or row.type == tuple[str, ...]:
@@ -83,8 +83,8 @@ _METAVARS = {
 def finetune(config: ConfigArgument = None, **flags: Any) -> None:
     """Finetune a model on dialogues with Dual Chunk Attention: all weights, or LoRA.
 
-    The loss counts what the assistant says. OUTPUT/model is a model that every other command
-    reads; `dca-jax convert` makes a Hugging Face folder of it.
+    The loss is on the assistant's turns only. Every other command can read the trained model in
+    OUTPUT/model; `dca-jax convert` turns it into a Hugging Face folder.
 
     To resume an interrupted run, repeat the command. SIGTERM and Ctrl-C save a checkpoint first;
     after a kill the run continues from its last checkpoint, with the same losses.
@@ -114,9 +114,9 @@ def preview(
     rows: Annotated[int, typer.Option(help="Number of rows to show.")] = 2,
     **flags: Any,
 ) -> None:
-    """Show the rows that `finetune` would train on, and which of their tokens count.
+    """Show the rows that `finetune` would train on, and which tokens have a loss.
 
-    Takes the same settings and reads no weights.
+    It takes the same settings as `finetune` and does not read the weights.
 
     For example: `dca-jax preview examples/finetune_16k.yaml --model ./Llama-2-7b-chat-hf`
     """
@@ -130,7 +130,7 @@ def preview(
 
 
 def _need_packages() -> None:
-    """Says which extra is missing, before anything else."""
+    """Raises InputError, before anything else, if a package of the extra `train` is missing."""
     for name in ("optax", "grain", "yaml"):
         try:
             __import__(name)

@@ -1,1 +1,1 @@
-"""What long-context models are measured by; `dca-jax eval` and docs/guides/evaluate.md."""
+"""Evaluation of long-context models; see `dca-jax eval` and docs/guides/evaluate.md."""

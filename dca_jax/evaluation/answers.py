@@ -1,4 +1,4 @@
-"""Prompts in, greedy answers out, judged and noted one by one."""
+"""Answers prompts greedily, scores the answers and logs each of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from dca_jax.inference.methods import method_by_name, reading
 from dca_jax.inference.prefix import common_beginning, depends_on_length
 from dca_jax.inference.progress import progress, reading_work
 
-TOGETHER = 32_768  # tokens of prompts that are read together by default, and at most 8 prompts
+TOGETHER = 32_768  # default number of prompt tokens per batch, with at most 8 prompts
 
 
 class Answer(NamedTuple):
-    """What a model said: its new tokens, a stop id included, and their text without it."""
+    """A model's answer: its new tokens, including a stop id, and their text without it."""
 
     tokens: list[int]
     text: str
 
 
 class Question(NamedTuple):
-    """A prompt's ids, and what its answer makes of a record's value."""
+    """A prompt's ids, and the function that scores its answer."""
 
     prompt: list[int]
     judge: Callable[[Answer], dict[str, Any]]
@@ -37,9 +37,9 @@ class Sample:
     """One sample of a task.
 
     Attributes:
-        key: what it is, among all; the method comes to it.
-        length: about how many tokens its prompt has.
-        question: makes the prompt, when it is its turn: prompts are long.
+        key: its unique key, to which the method is added.
+        length: approximate number of tokens of its prompt.
+        question: function that builds the prompt when it is needed, because prompts are long.
     """
 
     key: dict[str, Any]
@@ -55,12 +55,12 @@ def answer(
     *,
     capacity: int = 0,
 ) -> list[Answer]:
-    """What the model says after each prompt, greedily; the prompts are read together.
+    """The model's greedy answer to each prompt; the prompts are processed together.
 
     Args:
-        on_tokens: told how many prompt tokens have been read since the last call.
-        capacity: tokens that the KV cache holds at least; the same for many calls, it lets them
-            share what was compiled.
+        on_tokens: function called with the number of prompt tokens read since the last call.
+        capacity: minimum capacity of the KV cache in tokens; with the same value, calls share
+            compiled programs.
     """
     check_prompts(prompts, llm.model.config.vocab_size)
     longest = max(max(map(len, prompts)) + max_new_tokens, capacity)
@@ -83,9 +83,9 @@ def answer_about(
     *,
     capacity: int = 0,
 ) -> list[Answer]:
-    """`answer`, with the document that the prompts begin with, if there is one, read once only.
+    """`answer`, reading a document that the prompts begin with only once.
 
-    Not where what has been read depends on the length of a prompt (dynamic NTK, a temperature).
+    This is not done for methods that depend on the length of a prompt (dynamic NTK, a temperature).
     """
     shared = _shared_tokens(prompts)
     alone = len(prompts) == 1 or depends_on_length(llm.model)
@@ -104,13 +104,13 @@ def answer_about(
 
 
 def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, at least the last of each not counted."""
+    """Number of tokens that all prompts begin with, excluding at least the last of each."""
     common = min(common_beginning(prompts[0], prompt) for prompt in prompts)
     return min(common, min(map(len, prompts)) - 1)
 
 
 def decode(llm: LLM, ids: Sequence[int]) -> str:
-    """The text of new tokens, taken alone, without special ones."""
+    """The text of only the new tokens, without special ones."""
     return tokenizer.decode(llm.tokenizer, ids)
 
 
@@ -125,23 +125,24 @@ def ask(
     batch: int | None = None,
     capacity: int = 0,
 ) -> None:
-    """Asks every sample by every method, as far as the log lacks it, and notes the judgement.
+    """Asks every sample with every method, unless it is in the log, and logs the scores.
 
-    A record's value is what its question's judge says, with the answer's text and the measured
-    number of the prompt's tokens.
+    A record's value is the result of the question's scoring function, with the answer's text and
+    the actual number of prompt tokens.
 
-    A method that depends on the length of what is read (ntk, string ...) is given that of prompt
-    and answer, rounded up to whole trained lengths: so few settings are to be compiled.
+    Methods that depend on the length (ntk, string ...) use that of prompt and answer, rounded up to
+    whole trained lengths, so that few settings are compiled.
 
     Args:
-        llm: with its own rope, as loaded.
-        name: for the progress bar.
-        batch: prompts read together; by default fewer the longer they are.
-        capacity: tokens that a KV cache holds at least; the same for several lengths, it lets them
-            share what was compiled.
+        llm: the model with its own RoPE, as loaded.
+        name: name for the progress bar.
+        batch: number of prompts processed together (default: fewer for longer ones).
+        capacity: minimum capacity of the KV cache in tokens; with the same value for several
+            lengths, they share compiled programs.
 
     Raises:
-        InputError: a method that is not known, or not for this model; before anything is read.
+        InputError: a method that is unknown or does not work with this model, before anything is
+            read.
     """
     config = llm.model.config
     for method in methods:
@@ -154,7 +155,7 @@ def ask(
         for method, some in missing.items():
 
             def run(few: Sequence[Sample], method: str = method) -> None:
-                length = few[0].length  # of all of them
+                length = few[0].length  # the same for all of them
 
                 def on_tokens(read: int) -> None:
                     advance(work[length] * read / length)
@@ -177,7 +178,7 @@ def _ask_together(
     on_tokens: Callable[[int], None],
     capacity: int,
 ) -> None:
-    """Asks some samples in one batch, and notes each."""
+    """Asks some samples in one batch, and logs each."""
     begin = time.perf_counter()
     questions = [sample.question() for sample in samples]
     length = max(len(question.prompt) for question in questions) + max_new_tokens

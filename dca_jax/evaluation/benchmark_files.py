@@ -1,4 +1,4 @@
-"""Long documents with questions: the files of benchmarks, and cutting documents to length."""
+"""Benchmark files with questions about long documents, and truncation of documents."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.tokenizer import decode
 from dca_jax.text_files import check_characters, json_lines, read_text_file
 
-CUT = 100  # words that ChunkLlama takes off a document at a time, until it fits
+CUT = 100  # words that ChunkLlama removes from a document at a time, until it fits
 
 
 def read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines.
+    """The objects in a JSON lines file.
 
     Args:
-        fields: that every one must have, each of the type that `FIELDS` says.
+        fields: required fields, with the types in `FIELDS`.
 
     Raises:
-        InputError: no such file, or a line that is no object with these fields.
+        InputError: a missing file, or a line that is not an object with these fields.
     """
     rows = []
     for number, row in json_lines(read_text_file(path), f"{path}"):
@@ -47,7 +47,7 @@ def read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raises InputError unless a value is a string that a tokenizer can read."""
+    """Raises InputError unless a value is a string that a tokenizer can encode."""
     if not isinstance(value, str):
         raise InputError(f"{where} is {shown(value)}, expected a string")
     check_characters(value, where)
@@ -84,7 +84,7 @@ def _list_of(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
     return check_all
 
 
-# What checks each field that a benchmark's lines may have; references are not empty.
+# The check of each field in the lines of benchmarks; references must not be empty.
 FIELDS: dict[str, Callable[[Any, str], None]] = {
     "input": check_text,
     "instructions": _list_of(check_text),
@@ -103,13 +103,13 @@ PAIRS = (("instructions", "outputs"), ("query_examples", "output_examples"))
 
 @dataclass(frozen=True)
 class Document:
-    """A document, and how much of it a prompt has room for.
+    """A document, and how much of it fits into a prompt.
 
     Attributes:
-        text: the whole.
-        limit: tokens, special ones included.
-        words: where cutting begins: from so many words on.
-        side: "left" keeps the end, "right" the beginning.
+        text: the whole text.
+        limit: maximum number of tokens, including special ones.
+        words: number of words at which truncation starts.
+        side: side to truncate: "left" keeps the end, "right" the beginning.
     """
 
     text: str
@@ -118,10 +118,10 @@ class Document:
     side: str
 
     def cut(self, count_tokens: Callable[[str], int]) -> str:
-        """The document, cut as ChunkLlama and L-Eval cut it if it has too many tokens.
+        """The document, truncated as in ChunkLlama and L-Eval if it has too many tokens.
 
-        They keep `words` words, then 100 fewer at each round, until the limit is met; a word is
-        what stands between two spaces. So a little more is cut off than would have to be.
+        They keep `words` words, then 100 fewer in each round, until the limit is met; words are
+        separated by single spaces. So slightly more than necessary is removed.
         """
         text, words = self.text, self.words
         while text and count_tokens(text) > self.limit:
@@ -137,9 +137,9 @@ class Document:
 
 
 def cut_in_the_middle(llm: LLM, text: str, limit: int) -> str:
-    """A text of at most about `limit` tokens, half of its beginning and half of its end.
+    """A text truncated in the middle to about `limit` tokens, half from each end.
 
-    As InfiniteBench and LongBench v2 cut; where the halves meet, tokens may come to it.
+    This is as in InfiniteBench and LongBench v2; a few tokens may be added where the halves meet.
     """
     ids = encode(llm, text)
     if len(ids) <= limit:
@@ -151,10 +151,10 @@ def cut_in_the_middle(llm: LLM, text: str, limit: int) -> str:
 
 
 def cached_cut(document: Document, count_tokens: Callable[[str], int]) -> Callable[[], str]:
-    """`Document.cut` when it is first asked for; many questions share a document."""
+    """`Document.cut`, computed on first use, because many questions share a document."""
     return functools.cache(lambda: document.cut(count_tokens))
 
 
 def longest_text(llm: LLM, texts: Sequence[str]) -> int:
-    """Tokens of the text that has most characters."""
+    """Number of tokens of the text with the most characters."""
     return len(llm.tokenize(max(texts, key=len)))

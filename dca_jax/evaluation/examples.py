@@ -1,8 +1,8 @@
 """Examples for few-shot prompts, chosen from a pool of questions with answers (Table 5).
 
 The paper takes them from a benchmark's training set: at random, or by BM25 between the questions
-(Robertson and Zaragoza, 2009), those most like the present one ("best") or least ("worst"). BM25 is
-the package `bm25s`, in Lucene's form with k1 = 1.5 and b = 0.75, over words in lower case.
+(Robertson and Zaragoza, 2009), the most similar ("best") or least similar ones ("worst"). BM25
+comes from the package `bm25s`, in Lucene's form with k1 = 1.5 and b = 0.75, on lower-case words.
 """
 
 import re
@@ -26,7 +26,7 @@ class Choice(StrEnum):
 
 
 class Example(NamedTuple):
-    """A question with its answer, and what it is called in its file."""
+    """A question with its answer, and its identifier in the file."""
 
     id: str
     query: str
@@ -34,13 +34,13 @@ class Example(NamedTuple):
 
 
 def read_pool(path: Path) -> list[Example]:
-    """The questions of a file: lines with `query` and `output`, or L-Eval's.
+    """The questions in a file: lines with `query` and `output`, or L-Eval's format.
 
-    An example without an `id` is called by its line; L-Eval's by line and number of the question,
-    both from 0.
+    An example without an `id` is identified by its line, L-Eval's by line and number of the
+    question, both from 0.
 
     Raises:
-        InputError: a file of neither form.
+        InputError: a file in neither format.
     """
     rows = read_json_lines(path)
     if all("instructions" in row and "outputs" in row for row in rows):
@@ -60,11 +60,11 @@ class Pool:
     """Examples to choose from.
 
     Args:
-        examples: all there are.
+        examples: all available examples.
         choice: how they are chosen.
 
     Raises:
-        InputError: bm25s is not installed, and is needed.
+        InputError: bm25s is needed but not installed.
     """
 
     def __init__(self, examples: Sequence[Example], choice: Choice) -> None:
@@ -82,21 +82,21 @@ class Pool:
             self._index.index([words(one.query) for one in examples], show_progress=False)
 
     def choose(self, query: str, answers: Sequence[str], count: int, seed: int) -> list[Example]:
-        """Examples for a question, in the order of their rank; of equals the first in the file.
+        """Examples for a question in the order of their rank; ties go to the first in the file.
 
-        The question itself, if the pool has it with one of its answers, is none.
+        The question itself is excluded, if the pool has it with one of its answers.
 
         Args:
-            seed: of a random choice.
+            seed: random seed for a random choice.
 
         Raises:
-            InputError: a pool of too few.
+            InputError: the pool has too few examples.
         """
         order: Sequence[int] | np.ndarray
         if self.choice is Choice.random:
             order = np.random.default_rng(seed).permutation(len(self.examples))
         else:
-            # Only words that the pool has: of none of them every score is zero.
+            # Only words in the pool: without any, all scores are zero.
             scores = self._index.get_scores(words(query)) if words(query) else self._zeros()
             order = np.argsort(-scores if self.choice is Choice.best else scores, kind="stable")
         found = []
@@ -105,7 +105,7 @@ class Pool:
             if len(found) < count and not (one.query == query and one.output in answers):
                 found.append(one)
         if len(found) < count:
-            raise InputError(f"{count} examples are needed, and the pool has {len(found)} to give")
+            raise InputError(f"{count} examples are needed, but the pool has only {len(found)}")
         return found
 
     def _zeros(self) -> np.ndarray:

@@ -1,18 +1,20 @@
-"""Few-shot questions about long documents, for models that were not tuned to answer (Table 3).
+"""Few-shot questions about long documents, for base models (Table 3).
 
-After ChunkLlama's `few-shot/test_few_shot.py`: the document, then examples, then the question, all
-after an empty line, as "Question: ... \\nAnswer:...". The document is cut from the left to 200
-tokens less than there is room for. (So long examples make a prompt longer than the limit, as there.
-Its "16k" is 16,000 tokens of prompt and answer; the paper says 16,384.) What a model says after its
-answer, another "Question:", is cut off. Scores are SCROLLS' (`dca_jax.evaluation.scrolls`).
+As in ChunkLlama's `few-shot/test_few_shot.py`, a prompt has the document, examples and the
+question, each after an empty line, in the form "Question: ... \\nAnswer:...". The document is
+truncated on the left to 200 tokens less than the room for it. (So long examples can make a prompt
+longer than the limit, as there. Its "16k" is 16,000 tokens of prompt and answer; the paper says
+16,384.) Anything that a model writes after its answer, starting with another "Question:", is cut
+off. Scores are those of SCROLLS (`dca_jax.evaluation.scrolls`).
 
-A file is ChunkLlama's, whose lines have their examples (`query`, `output`, `query_examples`,
-`output_examples`, `id`), or L-Eval's, whose lines are documents with `instructions` and `outputs`;
-then examples are drawn from the other documents. From a pool, such as the task's training set, they
-are chosen at random or by BM25 instead (`dca_jax.evaluation.examples`, Table 5). L-Eval's questions
-are a selection: their scores are not those of the paper's tables. In ChunkLlama's, lines with one
-id are one question with several answers; its script asks them all and keeps what was said to the
-last of them, so the last is asked here.
+A file has ChunkLlama's format, whose lines include their examples (`query`, `output`,
+`query_examples`, `output_examples`, `id`), or L-Eval's, whose lines are documents with
+`instructions` and `outputs`; then examples are drawn from the other documents. With a pool, such as
+the task's training set, they are chosen from it at random or by BM25
+(`dca_jax.evaluation.examples`, Table 5). L-Eval's questions are a selection, so scores on them are
+not comparable with the paper's tables. In ChunkLlama's files, lines with the same id are one
+question with several answers; its script asks all of them and keeps the answer to the last, so only
+the last is asked here.
 """
 
 import functools
@@ -33,11 +35,11 @@ from dca_jax.evaluation.tables import Outcome, task_table
 from dca_jax.inference.llm import LLM
 
 MARGIN = 200  # tokens that ChunkLlama leaves for examples and question
-MAX_LENGTH = 16_000  # of prompt and answer
+MAX_LENGTH = 16_000  # tokens of prompt and answer
 
 
 class Task(NamedTuple):
-    """One of Table 3's: examples before the question, new tokens, and its measure."""
+    """A task of Table 3: number of examples, number of new tokens, and measure."""
 
     shots: int
     new_tokens: int
@@ -59,9 +61,9 @@ FORM = Form(
 
 
 class Item(NamedTuple):
-    """A question about a document, its examples, and every answer that counts as right.
+    """A question about a document, its examples, and all right answers.
 
-    `chosen` names the examples, where they did not come with the question.
+    `chosen` identifies the examples, if they did not come with the question.
     """
 
     id: str
@@ -73,10 +75,10 @@ class Item(NamedTuple):
 
 
 def read_items(path: Path, task: str) -> list[Item]:
-    """The questions of a file, in order.
+    """The questions in a file, in order.
 
     Raises:
-        InputError: a file that is neither ChunkLlama's nor L-Eval's.
+        InputError: a file in neither ChunkLlama's nor L-Eval's format.
     """
     rows = read_json_lines(path, "input")
     if all("instructions" in row and "outputs" in row for row in rows):
@@ -122,11 +124,12 @@ def read_files(
     """The questions of each task, from its file.
 
     Args:
-        pools: of some tasks, a file to choose the examples from. choice: how.
+        pools: files to choose the examples from, for some tasks.
+        choice: how to choose them.
 
     Raises:
-        InputError: an unknown task, a bad file, or one without a question; a pool of too few
-            examples, or for a task that has none; or a length that has no room for a document.
+        InputError: an unknown task; an invalid file, or one without questions; a pool with too few
+            examples, or for a task without examples; or a length without room for a document.
     """
     pools = pools or {}
     for task in files:
@@ -159,13 +162,13 @@ def _with_examples(item: Item, pool: Pool, shots: int, seed: int) -> Item:
 
 
 def prompt_text(item: Item, document: str) -> str:
-    """The prompt, with the document as far as it fits."""
+    """The prompt, with the truncated document."""
     shots = "".join(f"\n\nQuestion: {q} \nAnswer:{a}" for q, a in item.examples)
     return f"{document}{shots}\n\nQuestion: {item.question} \nAnswer:"
 
 
 def first_answer(text: str) -> str:
-    """What comes before another "Question:", the first part that has more than one character."""
+    """The first part before another "Question:" that has more than one character."""
     parts = text.split("Question:")
     return next((part for part in parts if len(part.replace("\n", "")) > 1), text)
 
@@ -182,15 +185,16 @@ def evaluate(
     limit: int | None = None,
     batch: int | None = None,
 ) -> None:
-    """Asks the questions of some tasks, and notes answers and scores.
+    """Asks the questions of some tasks, and logs answers and scores.
 
     Args:
-        files: of each task, a name of `TASKS`. pools, choice: as in `read_files`.
-        max_length: tokens of prompt and answer, about.
-        limit: only so many questions of each.
+        files: the file of each task, by its name in `TASKS`.
+        pools, choice: as in `read_files`.
+        max_length: approximate number of tokens of prompt and answer.
+        limit: maximum number of questions per task.
 
     Raises:
-        InputError: an unknown task, a bad file, no room for a document, or what `ask` refuses.
+        InputError: an unknown task, an invalid file, or no room for a document; also as in `ask`.
     """
     found = read_files(files, max_length, pools=pools, choice=choice)
     items = {task: some[:limit] for task, some in found.items()}
@@ -233,9 +237,9 @@ def _question(llm: LLM, task: str, item: Item, document: Callable[[], str]) -> Q
 def outcome(
     settings: Mapping[str, Any], records: Sequence[Record], paper_model: str | None
 ) -> Outcome:
-    """Scores by task and method, per cent, and their average; beside them the paper's.
+    """Scores by task and method, in per cent, and their average, next to the paper's.
 
-    These are of Table 3, or, where examples were chosen from a pool, of Table 5.
+    The paper's are from Table 3 or, if examples were chosen from a pool, from Table 5.
     """
     choice = settings.get("examples")
     values: dict[str, dict[str, list[Any]]] = {}

@@ -1,14 +1,14 @@
-"""Which model a result is of: checksums of every file that decides what the model says.
+"""Identifies the model of a result by checksums of every file that affects its answers.
 
-All bytes count. Headers, sizes and blocks here and there would be read in no time, and would take
-two checkpoints for one that differ in a few weights: a training of one layer, or of a few steps
-with a small rate. Times of change are those of the last copy. So the weights are read once more, by
-up to eight threads: 1.1 GB/s for each core (measured on a busy AMD EPYC with SHA instructions), no
-slower than most disks; and they have just been loaded, so that what fits into memory is still
-there. An evaluation takes longer than that.
+All bytes are included. Headers, sizes and a few blocks would be faster to read, but could not
+distinguish checkpoints that differ in a few weights, such as after training one layer or a few
+steps with a small learning rate. Modification times change when files are copied. So the weights
+are read once more, by up to eight threads: 1.1 GB/s for each core (measured on a busy AMD EPYC with
+SHA instructions), no slower than most disks. They have just been loaded, so they are still in the
+page cache as far as they fit. An evaluation takes longer than that.
 
-The same weights in other files (sharded anew, converted) are another model here: refused or read
-again, never mixed up.
+The same weights in other files (resharded, converted) count as another model: they are refused or
+evaluated again, never mixed up.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from dca_jax.weights.files import PARAMS, is_converted
 from dca_jax.weights.gguf_file import gguf_files, is_gguf
 from dca_jax.weights.tensor_files import list_tensors
 
-# Beside the weights: what the model is, its tokenizer, its end of text and its chat templates.
+# Other files that count: config, tokenizer, end-of-text ids and chat templates.
 OTHERS = (
     "config.json",
     "generation_config.json",
@@ -39,20 +39,20 @@ OTHERS = (
 )
 TEMPLATES = "additional_chat_templates"
 PIECE = 64 * 2**20  # bytes of a file that one thread reads
-BLOCK = 2**20  # of them, at once
+BLOCK = 2**20  # bytes read at once
 
 
 def fingerprint(folder: Path, adapter: Path | None = None) -> dict[str, str]:
     """Checksums (SHA-256, hexadecimal) of a model's weights, and of each of its other files.
 
     Args:
-        folder: of a checkpoint that has been loaded, or its GGUF file.
-        adapter: of the LoRA adapter that has been merged into it.
+        folder: folder of a loaded checkpoint, or its GGUF file.
+        adapter: folder of a LoRA adapter that has been merged into it.
 
     Raises:
         InputError: a file that cannot be read.
     """
-    if is_gguf(folder):  # which has all the others too
+    if is_gguf(folder):  # it includes all other files
         found = {"weights": checksum(folder.parent, gguf_files(folder))}
     else:
         found = {"weights": checksum(folder, _weight_files(folder))}
@@ -69,13 +69,13 @@ def fingerprint(folder: Path, adapter: Path | None = None) -> dict[str, str]:
 
 
 def short_name(fingerprint: dict[str, str]) -> str:
-    """Eight digits of a fingerprint, for the name of a folder."""
+    """Eight digits of a fingerprint, for a folder name."""
     parts = "".join(f"{name} {value}\n" for name, value in sorted(fingerprint.items()))
     return hashlib.sha256(parts.encode()).hexdigest()[:8]
 
 
 def checksum(folder: Path, files: Sequence[Path]) -> str:
-    """A checksum of the names and contents of files in a folder or below it."""
+    """A checksum of the names and contents of files in a folder or its subfolders."""
     try:
         pieces = [
             (path, start)

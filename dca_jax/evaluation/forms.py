@@ -1,6 +1,6 @@
-"""What the records of each task hold, checked before a table is made of them.
+"""Checks the records of each task before tables are made from them.
 
-The lines of a run are a file as any other: a disk, a merge or an editor may have damaged it.
+The file with a run's lines may have been damaged by a disk, a merge or an editor.
 """
 
 import re
@@ -17,10 +17,10 @@ FILLED = re.compile(r"\S")  # a string that is not blank
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What the records of a task hold, and which settings its tables need: the type of each.
+    """The types of a task's record fields and of the settings that its tables need.
 
-    A type is one of Python's (float: a finite number; int: from 0 on), `FILLED`, or the strings
-    that a text may be. The fields of `optional` need not be there.
+    A type is a Python type (float: a finite number; int: at least 0), `FILLED`, or a tuple of
+    allowed strings. Fields in `optional` may be missing.
     """
 
     key: Mapping[str, Any]
@@ -29,9 +29,9 @@ class Form:
     optional: frozenset[str] = frozenset()
 
     def check(self, run: Run) -> None:
-        """Raises InputError, with the file and the field, for a record or setting of other types.
+        """Raises InputError, with file and field, for a record or setting of another type.
 
-        What failed has no value; its key is checked all the same.
+        Failed records have no value, but their keys are checked too.
         """
         with damage(f"{run.folder / RUN}"):
             self._check(run.settings, self.settings)

@@ -1,4 +1,4 @@
-"""Accuracy by method, length and depth: what passkey and needle results are shown as."""
+"""Accuracy by method, length and depth, for passkey and needle results."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from dca_jax.evaluation.tables import Outcome, Table, tokens
 
 
 class AccuracyGrid(NamedTuple):
-    """Accuracy, from 0 to 1, by length (tokens) and depth (0 to 1), both rising; NaN: not known."""
+    """Accuracy from 0 to 1 by ascending length (tokens) and depth (0 to 1); NaN if unknown."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -24,11 +24,11 @@ class AccuracyGrid(NamedTuple):
 def mean_by(
     records: Sequence[Record], score: str, *names: str
 ) -> dict[tuple[Any, ...], tuple[float, int]]:
-    """The mean of a score over the records that agree in these keys, and how many they are.
+    """The mean of a score over the records with equal keys, and their number.
 
     Args:
-        score: of the records' values; numbers or truth values.
-        names: of the records' keys.
+        score: name of a number or boolean in the records' values.
+        names: names of the keys to group by.
     """
     cells: dict[tuple[Any, ...], list[float]] = {}
     for record in records:
@@ -58,10 +58,10 @@ def accuracy_table(
     notes: Sequence[str] = (),
     depth: str,
 ) -> Outcome:
-    """Scores, a table of methods by length, a curve, and heat maps where depths are in the keys.
+    """Scores, a table of methods by length, a curve, and heat maps if keys have depths.
 
-    The head of a column has the length asked for and the mean number of tokens measured. Every
-    accuracy has its interval of 95 % (`dca_jax.evaluation.intervals`).
+    Column headers have the requested length and the actual mean number of tokens. Every accuracy
+    has a 95 % interval (`dca_jax.evaluation.intervals`).
     """
     means = mean_by(records, score, "method", "length")
     methods = list(dict.fromkeys(record.key["method"] for record in records))
@@ -102,13 +102,13 @@ def accuracy_table(
         pictures = {"accuracy.png": draw_curves}
         if all("depth" in record.key for record in records):
             pictures |= {"heat_map.png": draw_grids}
-    notes = ["In brackets: the interval of 95 %, and the number of samples.", *notes]
+    notes = ["In parentheses: the 95 % interval and the number of samples.", *notes]
     table = Table(title=f"{title} (per cent)", header=["method", *header], rows=rows, notes=notes)
     return Outcome(scores=scores, tables=[table] if rows else [], pictures=pictures)
 
 
 def accuracy_score(cell: tuple[float, int]) -> dict[str, Any]:
-    """A mean and the number of its samples, for `summary.json`, with its interval of 95 %."""
+    """A mean with its number of samples and 95 % interval, for `summary.json`."""
     mean, samples = cell
     return {"accuracy": mean, "samples": samples, "interval": list(wilson(mean, samples))}
 

@@ -1,4 +1,4 @@
-"""Texts to hide things in: sentences of a text of one's own, or RULER's noise."""
+"""Texts to hide needles in: sentences of your own text, or RULER's noise."""
 
 import itertools
 import math
@@ -11,18 +11,18 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.evaluation.passkey import FILLER
 
-LONGEST = 60  # words of a unit: what has no full stops is cut after so many
+LONGEST = 60  # maximum words of a unit, for text without full stops
 PLACES = np.round(np.linspace(0, 100, 40)) / 100  # where RULER puts needles in essays
-ROUNDS = 8  # prompts tokenized to find out how much fits; each comes closer
+ROUNDS = 8  # rounds of tokenizing to find out how much fits; each comes closer
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Pieces of text, used over and over, between which something can be put.
+    """Pieces of text, repeated as needed, between which needles can be inserted.
 
     Attributes:
         units: whole sentences, or lines.
-        joiner: what stands between two of them.
+        joiner: separator between two of them.
     """
 
     units: Sequence[str]
@@ -30,10 +30,10 @@ class Haystack:
 
     @classmethod
     def of_text(cls, text: str) -> "Haystack":
-        """The sentences of a text, its line breaks and indentation taken as spaces, as RULER does.
+        """The sentences of a text, with line breaks and indentation as spaces, as in RULER.
 
         Raises:
-            InputError: a text without a word.
+            InputError: a text without words.
         """
         flat = " ".join(text.split())
         if not flat:
@@ -47,13 +47,13 @@ class Haystack:
 
     @classmethod
     def noise(cls) -> "Haystack":
-        """RULER's: one dull line, again and again."""
+        """RULER's noise: one line, repeated."""
         return cls([" ".join(FILLER)], "\n")
 
     def places(self, needles: int, seed: int) -> Callable[[int], list[float]]:
-        """Where needles go, by the number of units: depths that rise, each at another place.
+        """A function from the number of units to ascending, distinct depths of needles.
 
-        As RULER draws them: of noise any lines, of a text some of forty even depths.
+        They are drawn as in RULER: any lines of noise, or some of forty even depths of a text.
         """
 
         def depths(count: int) -> list[float]:
@@ -70,8 +70,8 @@ class Haystack:
         """The first `count` units, with needles between them.
 
         Args:
-            needles: in the order in which they come; between sentences, each is made one.
-            depths: of each, from 0 (before all) to 1 (after it), rising.
+            needles: needles in order; between sentences, each becomes a sentence.
+            depths: ascending depths of the needles, from 0 (beginning) to 1 (end).
         """
         units = list(itertools.islice(itertools.cycle(self.units), count))
         stop = "" if self.joiner == "\n" else "."
@@ -81,25 +81,25 @@ class Haystack:
 
 
 def sentences_of(text: str) -> list[str]:
-    """A text cut at the spaces after full stops, question and exclamation marks."""
+    """A text split at spaces after full stops, question marks and exclamation marks."""
     return re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”’)\]])\s+", text)
 
 
 def largest_fitting(measure: Callable[[int], int], limit: int, first_guess: int) -> int:
-    """The most units (nearly) whose prompt has at most `limit` tokens.
+    """Nearly the largest number of units whose prompt has at most `limit` tokens.
 
-    Long prompts take seconds to tokenize, so it is not searched one by one: each round goes on from
-    the tokens a unit that the last ones had, until less than two units of room are left.
+    Long prompts take seconds to tokenize, so each round extrapolates from the last number of tokens
+    per unit, until less than two units of room are left.
 
     Args:
-        measure: the tokens of the prompt with so many units; grows with them.
+        measure: function from the number of units to the tokens of the prompt.
 
     Raises:
-        InputError: not even the prompt without any fits.
+        InputError: even the prompt without units does not fit.
     """
     bare = measure(0)
     if bare > limit:
-        raise InputError(f"the prompt has at least {bare} tokens, and {limit} is the limit")
+        raise InputError(f"the prompt has at least {bare} tokens, but the limit is {limit}")
     fits, too_many, guess = 0, math.inf, max(1, first_guess)
     for _ in range(ROUNDS):
         tokens = measure(guess)

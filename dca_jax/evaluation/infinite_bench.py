@@ -285,7 +285,7 @@ def outcome(
                 title="InfiniteBench's files (per cent)",
                 header=["method", *tasks],
                 rows=rows,
-                notes=["In brackets: the interval of 95 %, and the number of questions."],
+                notes=["In parentheses: the 95 % interval, and the number of questions."],
             )
         )
     return Outcome(scores=scores, tables=tables, pictures=pictures)

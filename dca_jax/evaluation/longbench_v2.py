@@ -248,7 +248,7 @@ def outcome(
         header=["method", *columns],
         rows=rows,
         notes=[
-            "In brackets: the interval of 95 %, and the number of questions. A guess is right in "
+            "In parentheses: the 95 % interval, and the number of questions. A guess is right in "
             "25 % of them."
         ],
     )

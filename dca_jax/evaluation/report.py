@@ -1,7 +1,7 @@
-"""From the lines of a run to its summary, table and pictures, and to one HTML page of many runs.
+"""Makes summaries, tables and plots from the lines of a run, and an HTML page from many runs.
 
-All of it is made from what `dca_jax.evaluation.results` keeps: so it can be made again, and of
-runs that are not finished.
+Everything is made from the files of `dca_jax.evaluation.results`, so it can be made again, also for
+unfinished runs.
 """
 
 import base64
@@ -45,9 +45,9 @@ from dca_jax.text_files import parse_json, read_text_file
 
 
 class Task(NamedTuple):
-    """What the records of a task hold, and what came of it.
+    """The form of a task's records, and the function that computes its outcome.
 
-    `outcome` tells that from the settings, the records that did not fail, and the paper's model.
+    `outcome` is called with the settings, the records that did not fail, and the paper's model.
     """
 
     form: Form
@@ -70,17 +70,17 @@ SUMMARY, MARKDOWN, PAGE = "summary.json", "table.md", "report.html"
 
 
 def check_records(run: Run) -> None:
-    """Raises InputError if a run's records are not those of its task: its files are damaged."""
+    """Raises InputError if a run's records do not fit its task, because files are damaged."""
     if run.task not in TASKS:
         raise InputError(f"task {shown(run.task)} is not known; expected one of {', '.join(TASKS)}")
     TASKS[run.task].form.check(run)
 
 
 def outcome(run: Run) -> Outcome:
-    """What came of a run, of those of its samples that did not fail.
+    """The outcome of a run, from the samples that did not fail.
 
     Raises:
-        InputError: a task that is not known, or records of another form.
+        InputError: an unknown task, or records in another form.
     """
     check_records(run)
     good = [record for record in run.records if record.error is None]
@@ -88,14 +88,14 @@ def outcome(run: Run) -> Outcome:
 
 
 def machine() -> dict[str, Any]:
-    """What this process runs on: packages, device, and the memory it has needed at most.
+    """Facts about this process: packages, device and peak memory.
 
-    `device_peak_bytes` is the device's own count, for the whole of this process, and None where
-    there is none (on a CPU); `host_peak_bytes` is the largest resident set.
+    `device_peak_bytes` is the device's own count for this process, None if there is none (on a
+    CPU); `host_peak_bytes` is the largest resident set.
     """
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
     return {
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
@@ -108,10 +108,10 @@ def machine() -> dict[str, Any]:
 
 
 def write_report(folder: Path, facts: Mapping[str, Any] | None = None) -> Outcome:
-    """Writes summary, tables and pictures of one run into its folder.
+    """Writes summary, tables and plots of one run into its folder.
 
     Args:
-        facts: what else the summary is to say; `machine()` and the like, of the run itself.
+        facts: additional facts about the run for the summary, such as `machine()`.
 
     Raises:
         InputError: no run, a damaged one, or a folder that cannot be written.
@@ -136,14 +136,14 @@ def write_report(folder: Path, facts: Mapping[str, Any] | None = None) -> Outcom
 
 
 def write_page(folder: Path) -> Path:
-    """One HTML page, with all it needs inside, of every run in a folder and the folders below it.
+    """Writes one self-contained HTML page for every run in a folder and its subfolders.
 
     Raises:
         InputError: there is no run.
     """
     runs = sorted(path.parent for path in folder.rglob(RUN))
     if not runs:
-        raise InputError(f"{folder} holds no results: there is no {RUN} in it or below it")
+        raise InputError(f"{folder} has no results: there is no {RUN} in it or its subfolders")
     title = folder.resolve().name
     names = [title if run == folder else str(run.relative_to(folder)) for run in runs]
     sections = "\n".join(map(_section, runs, names))
@@ -196,7 +196,7 @@ def _section(folder: Path, name: str) -> str:
 
 
 def _about(folder: Path, run: Run) -> str:
-    """A line: the model, how much was read, and where."""
+    """A line with model, number of samples, time and device."""
     failed = sum(record.error is not None for record in run.records)
     seconds = sum(record.seconds for record in run.records)
     said = [

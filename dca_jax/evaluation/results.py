@@ -1,15 +1,14 @@
-"""Results as they come: one line a cell or sample, so that a killed run goes on where it was.
+"""Results as JSON lines, one per cell or sample, so that an interrupted run can be resumed.
 
 The folder of a run:
 
-    run.json       what was asked: the task and its settings, and of each file of data a checksum
-    results.jsonl  a line: {"key": {...}, "value": {...}, "seconds": ...}; in place of "value", what
-                   failed has "error"
-    summary.json, table.md and pictures: made of these (`dca_jax.evaluation.report`)
+    run.json       the task, its settings, and a checksum of each data file
+    results.jsonl  lines {"key": {...}, "value": {...}, "seconds": ...}; a failed sample has "error"
+                   instead of "value"
+    summary.json, table.md and plots: made from these (`dca_jax.evaluation.report`)
 
-The lists of a run (its methods, lengths, depths, tasks) are no settings: they are part of the keys.
-So a run is made larger by asking for more in the same folder, and what is there is not computed
-again.
+The lists of a run (its methods, lengths, depths, tasks) are not settings, but part of the keys. So
+a run can be extended with the same folder, and existing results are not computed again.
 """
 
 import fcntl
@@ -31,17 +30,17 @@ from dca_jax.fields import shown
 from dca_jax.text_files import decode, parse_json, read_text_file
 
 RUN, LINES = "run.json", "results.jsonl"
-# Settings that only name a thing whose content a checksum among the settings tells.
+# Settings that are only names of something identified by a checksum in the settings.
 LABELS = frozenset({"model", "text", "haystack"})
-FINGERPRINT = "fingerprint"  # the setting that tells the model: its files' checksums
+FINGERPRINT = "fingerprint"  # the setting that identifies the model: checksums of its files
 
 Key = Mapping[str, str | int | float]
 Files = Mapping[str, Mapping[str, str]]
-"""Of each task that has a file of data: its `name`, and the `sha256` of what it holds."""
+"""The `name` and the `sha256` of the data file of each task that has one."""
 
 
 class UnwritableError(InputError):
-    """The results cannot be written: it ends a run, where what one sample meets is its own."""
+    """The results cannot be written; unlike an error in a sample, this ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,10 @@ class Record:
     """One cell or sample.
 
     Attributes:
-        key: what it is, among all of the run.
-        value: what came out; None if it failed.
-        error: why it failed; None if it did not.
-        seconds: what it took.
+        key: its unique key in the run.
+        value: its result; None if it failed.
+        error: the reason of a failure; None if it did not fail.
+        seconds: its duration.
     """
 
     key: dict[str, Any]
@@ -62,23 +61,23 @@ class Record:
 
 
 class ResultLog:
-    """The lines of one run, appended to its folder as they come; use it with `with`.
+    """The lines of one run, appended to its folder as they are produced; use it with `with`.
 
-    A line is on the disk when `add` returns. Of a process that was killed while it wrote one, the
-    half line is dropped. What failed is tried again by the next run. Of several processes
-    (`dca_jax.distributed`) the primary alone has the file, and all know what is in it.
+    A line is on disk when `add` returns. An incomplete line of a killed process is dropped. Failed
+    samples are retried by the next run. With several processes (`dca_jax.distributed`) only the
+    primary has the file, and all know its contents.
 
     Args:
-        folder: made if it is not there.
-        task: what the lines are lines of, a name of `dca_jax.evaluation.report.TASKS`.
-        settings: all that the samples depend on, but what is in their keys; JSON values.
-        files: the data of the tasks in the keys; tasks that the folder does not have yet are added.
-        paper: the model of the paper (`dca_jax.evaluation.paper.MODELS`) whose figures are to
-            stand beside these; None leaves it as it was.
+        folder: the run's folder; created if missing.
+        task: the task, a name in `dca_jax.evaluation.report.TASKS`.
+        settings: everything that the samples depend on, except their keys; JSON values.
+        files: the data files of the tasks in the keys; new tasks are added to the folder.
+        paper: the model (`dca_jax.evaluation.paper.MODELS`) whose figures in the paper are shown
+            alongside; None keeps the previous one.
 
     Raises:
-        InputError: the folder holds another run, or a damaged one; another process writes it; or it
-            cannot be written.
+        InputError: the folder holds another run or a damaged one, is being written by another
+            process, or cannot be written.
     """
 
     def __init__(
@@ -91,14 +90,14 @@ class ResultLog:
         paper: str | None = None,
     ) -> None:
         self.folder = folder
-        self._file: BinaryIO | None = None  # the primary's alone
+        self._file: BinaryIO | None = None  # only in the primary
         asked = {"task": task, "settings": dict(settings), "files": files or {}, "paper": paper}
         run = json.loads(json.dumps(asked))
         lines = from_primary(lambda: self._open(run))
         self._records = _latest([_record(line) for line in lines])
 
     def _open(self, run: dict[str, Any]) -> list[dict[str, Any]]:
-        """Opens the file for this process alone; returns the lines that it has."""
+        """Opens and locks the file for this process; returns its lines."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / LINES).open("a+b", buffering=0)
@@ -133,21 +132,21 @@ class ResultLog:
             self._file.close()
 
     def __contains__(self, key: Key) -> bool:
-        """Whether this has come out already; what failed has not."""
+        """Whether there is a result for a key; failed ones do not count."""
         record = self._records.get(_identity(key))
         return record is not None and record.error is None
 
     @property
     def records(self) -> list[Record]:
-        """All there is, of this run and those before it, one for each key."""
+        """All records of this run and earlier ones, one per key."""
         return list(self._records.values())
 
     def add(self, key: Key, value: Mapping[str, Any], seconds: float) -> None:
-        """Notes what came out of a cell or sample."""
+        """Logs the result of a cell or sample."""
         self._append(Record(key=dict(key), value=dict(value), error=None, seconds=seconds))
 
     def fail(self, key: Key, error: Exception, seconds: float) -> None:
-        """Notes why there is no result."""
+        """Logs the reason of a failure."""
         reason = f"{type(error).__name__}: {error}"[:2000]
         self._append(Record(key=dict(key), value=None, error=reason, seconds=seconds))
 
@@ -156,7 +155,7 @@ class ResultLog:
         line = {"key": record.key, **outcome, "seconds": round(record.seconds, 4)}
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         if self._file is not None:
-            # What a model or an error says may have half a character, which no file can hold.
+            # A model's text or an error may contain half a character, which cannot be encoded.
             self._write(self._file, text.encode(errors="replace") + b"\n")
         self._records[_identity(record.key)] = record
 
@@ -168,7 +167,7 @@ class ResultLog:
 
 
 class Run(NamedTuple):
-    """What a run's folder holds: see `ResultLog`."""
+    """The contents of a run's folder; see `ResultLog`."""
 
     folder: Path
     task: str
@@ -179,14 +178,14 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run's folder; of lines with one key, the last one.
+    """Reads a run's folder; of lines with the same key, the last one counts.
 
     Raises:
-        InputError: the folder holds no run, or a damaged one.
+        InputError: the folder has no run, or a damaged one.
     """
     path = folder / RUN
     if not path.is_file():
-        raise InputError(f"{folder} holds no results: there is no {RUN} in it")
+        raise InputError(f"{folder} has no results: there is no {RUN} in it")
     with damage(f"{path}"):
         run = parse_json(read_text_file(path), "it")
         if not isinstance(run, dict):
@@ -213,7 +212,7 @@ def read_run(folder: Path) -> Run:
 
 @contextmanager
 def damage(where: str) -> Iterator[None]:
-    """Around reading what a run has written: what is wrong with it is damage, for it wrote well."""
+    """Reports errors in a run's own files as damage, because they were written correctly."""
     try:
         yield
     except InputError as error:
@@ -228,18 +227,19 @@ def in_batches[T](
     run: Callable[[Sequence[T]], None],
     fail: Callable[[T, Exception], None],
 ) -> None:
-    """Runs items `size` at a time; a batch that fails is run again, one item at a time.
+    """Runs items `size` at a time; a failed batch is run again, one item at a time.
 
-    So one bad sample costs no other, and what does not fit into memory together may fit alone.
-    With several processes only what all of them refuse (`InputError`) is noted; what else happens
-    may happen to one alone, and the others would wait for it forever: it ends the run.
+    So one bad sample does not affect others, and items that do not fit into memory together may fit
+    alone. With several processes only errors that all of them have (`InputError`) are logged; any
+    other error may have occurred in one process only, for which the others would wait forever, so
+    it ends the run.
 
     Args:
-        run: does the work, and notes its results only when all of it is done.
-        fail: told of each item that failed alone.
+        run: does the work, and logs its results only when all of it is done.
+        fail: function called for each item that failed alone.
 
     Raises:
-        UnwritableError: results cannot be written; what comes later could not be, either.
+        UnwritableError: results cannot be written, so later ones could not be either.
     """
     for start in range(0, len(items), size):
         batch = items[start : start + size]
@@ -247,7 +247,7 @@ def in_batches[T](
             run(batch)
         except UnwritableError:
             raise
-        except Exception as error:  # whatever it is, it is noted, and the rest goes on
+        except Exception as error:  # log any error, and continue with the rest
             if several_processes() and not isinstance(error, InputError):
                 raise
             if len(batch) == 1:
@@ -257,13 +257,13 @@ def in_batches[T](
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Writes JSON; as `write_text`."""
+    """Writes JSON like `write_text`."""
     write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes a text (UTF-8); as `dca_jax.disk.written`."""
-    # What a model says may have half a character, which no file can hold.
+    """Writes a UTF-8 text with `dca_jax.disk.written`."""
+    # A model's text may contain half a character, which cannot be encoded.
     written(path, lambda aside: aside.write_bytes(text.encode(errors="replace")))
 
 
@@ -285,10 +285,10 @@ def _record(line: Mapping[str, Any]) -> Record:
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines, in order; what follows the last line's end was never finished.
+    """The complete lines, in order; anything after the last line end is incomplete.
 
     Raises:
-        InputError: a line that is none of `ResultLog`'s, with its number.
+        InputError: a line that `ResultLog` did not write, with its number.
     """
     path = folder / LINES
     if not path.is_file():
@@ -303,7 +303,7 @@ def _read_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """A line of `ResultLog`'s; raises InputError if it is something else."""
+    """Checks that a line is in the format of `ResultLog`; raises InputError if not."""
     key = line.get("key") if isinstance(line, dict) else None
     if not isinstance(key, dict) or not all(isinstance(k, str | int | float) for k in key.values()):
         raise InputError(f"it has no key of strings and numbers, got {shown(line)}")
@@ -319,7 +319,7 @@ def _checked(line: Any) -> dict[str, Any]:
 
 
 def _drop_half_line(descriptor: int) -> None:
-    """Cuts a file open for reading and appending after its last line's end."""
+    """Truncates a file, open for reading and appending, after its last complete line."""
     size = os.fstat(descriptor).st_size
     content = os.pread(descriptor, size, 0)
     os.ftruncate(descriptor, content.rfind(b"\n") + 1)
@@ -357,8 +357,8 @@ def _check_same(folder: Path, before: Run, asked: dict[str, Any]) -> None:
     if changed:
         name = changed[0]
         raise InputError(
-            f"{folder} holds the results of another run: its {name} is {shown(was.get(name))}, and "
-            f"{shown(now.get(name))} is asked for; {advice}"
+            f"{folder} holds the results of another run: its {name} is {shown(was.get(name))}, not "
+            f"{shown(now.get(name))}; {advice}"
         )
 
 

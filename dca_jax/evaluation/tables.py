@@ -1,4 +1,4 @@
-"""What comes of a run: scores, tables (as Markdown and HTML) and pictures."""
+"""The outcome of a run: scores, tables (Markdown and HTML) and plots."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ class Table:
     """A table of text.
 
     Attributes:
-        title: one line.
+        title: a title of one line.
         header: the names of the columns; the first one names the rows.
-        rows: as many cells each.
-        notes: what a reader must know, a sentence each.
+        rows: the rows, each with a cell per column.
+        notes: sentences with notes for readers.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """GitHub's Markdown; numbers to the right."""
+        """The table in GitHub's Markdown, with right-aligned numbers."""
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
         table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
         notes = "".join(f"\n- {note}" for note in self.notes)
@@ -46,12 +46,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
-        scores: for `summary.json`.
-        tables: for people.
-        pictures: by file name, what draws each to a path.
+        scores: scores for `summary.json`.
+        tables: tables for readers.
+        pictures: functions that draw a plot to a path, by file name.
     """
 
     scores: dict[str, Any]
@@ -66,12 +66,12 @@ def task_table(
     theirs: Mapping[str, Mapping[Any, float]],
     counts: Mapping[str, Mapping[str, int]],
 ) -> Table:
-    """Scores (per cent) of methods by task, the paper's beside them, and averages over all tasks.
+    """Scores of methods by task in per cent, next to the paper's, and averages over all tasks.
 
     Args:
-        tasks: in the paper's order; those that nobody was asked are left out.
+        tasks: tasks in the paper's order; those without results are omitted.
         scores, theirs: {method: {task: score}}; the paper's may lack methods and tasks.
-        counts: the questions that each score is of.
+        counts: number of questions for each score.
     """
     asked = [task for task in tasks if any(task in row for row in scores.values())]
     shown = {task for row in theirs.values() for task in row}
@@ -99,12 +99,12 @@ def task_table(
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure as it is printed; nothing where there is none."""
+    """A figure as printed; empty for None."""
     return "" if value is None else f"{value:,.{digits}f}"
 
 
 def tokens(count: int) -> str:
-    """A number of tokens: 4096 is 4k, as in the paper; what is no whole k is written out."""
+    """A number of tokens: 4096 is 4k, as in the paper; other numbers are written out."""
     if count >= 1024 and count % 1024 == 0:
         return f"{count // 1024}k"
     return f"{count:,}"

@@ -15,17 +15,17 @@ from dca_jax.inference import tokenizer
 from dca_jax.inference.documents import read_document
 from dca_jax.inference.llm import LLM
 
-SAMPLE = 1024  # bytes at a file's start that tell text from token ids
+SAMPLE = 1024  # bytes at a file's start that distinguish text from token ids
 TEXT_BYTES = frozenset(b"\t\n\r") | frozenset(range(32, 127))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongText:
-    """A text as token ids, and what identifies it in the settings of a run.
+    """A text as token ids, and the facts that identify it in the settings of a run.
 
     Attributes:
-        tokens: without any that a tokenizer puts before or after a text.
-        facts: its file's name and checksum, and what measures by byte or word need.
+        tokens: token ids without special tokens before or after the text.
+        facts: its file's name and checksum, and the numbers of bytes and words.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -45,20 +45,20 @@ def read_text(llm: LLM, path: Path) -> LongText:
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": len(tokens),
         "bytes": len(text.encode()),
-        "words": len(re.split(r"\s+", text)),  # as lm-evaluation-harness counts them
+        "words": len(re.split(r"\s+", text)),  # counted as in lm-evaluation-harness
     }
     return LongText(tokens=tokens, facts=facts)
 
 
 def read_token_file(path: Path, vocab_size: int) -> LongText:
-    """Token ids from a `.npy` file of integers, or from a raw file of unsigned ones.
+    """Token ids from a `.npy` file of integers, or from a raw file of unsigned integers.
 
-    A raw file, such as the paper's `pg19_llama2.validation.bin`, has 16 bits a token if the
-    vocabulary fits into them and 32 if not. (ChunkLlama writes 32 and reads 16: so a file that
-    would have nothing but zeros in every other place is refused.)
+    A raw file, such as the paper's `pg19_llama2.validation.bin`, has 16 bits per token if the
+    vocabulary fits, otherwise 32. (ChunkLlama writes 32 and reads 16, so a file with zeros in every
+    other place is refused.)
 
     Raises:
-        InputError: no such file, or one that holds no ids of this vocabulary.
+        InputError: a missing file, or one without ids of this vocabulary.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file")
@@ -82,9 +82,9 @@ def _npy_ids(path: Path) -> np.ndarray:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # an end of file, a Python literal that cannot be parsed, ...
+    except Exception as error:  # an unexpected end of file, an invalid Python literal, ...
         reason = shown(str(error), quote=False)
-        raise InputError(f"{path} is no array of numbers: {reason}") from None
+        raise InputError(f"{path} is not an array of numbers: {reason}") from None
     if not isinstance(ids, np.ndarray):
         ids.close()
         raise InputError(f"{path} is a zip file of arrays (.npz); save the array of ids alone")
@@ -98,38 +98,38 @@ def _raw_ids(path: Path, vocab_size: int) -> np.ndarray:
     with path.open("rb") as file:
         start = file.read(SAMPLE)
     if len(start) >= SAMPLE // 16 and all(byte in TEXT_BYTES for byte in start):
-        raise InputError(f"{path} holds text, no raw token ids; give it as --text")
+        raise InputError(f"{path} is text, not raw token ids; give it as --text")
     if path.stat().st_size % dtype.itemsize:
-        raise InputError(f"{path}: {path.stat().st_size} bytes are no list of {dtype} ids")
+        raise InputError(f"{path}: {path.stat().st_size} bytes are not a list of {dtype} ids")
     ids = np.fromfile(path, dtype)
     if dtype == np.uint16 and len(ids) > 1 and not ids[1::2].any():
-        raise InputError(f"{path} seems to hold 32 bits a token; save it as .npy instead")
+        raise InputError(f"{path} seems to have 32 bits per token; save it as .npy instead")
     return ids
 
 
 def joined(prefix: list[int], tokens: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
-    """The tokens of a text after those that stand before it."""
+    """The tokens of a text after those of a prefix."""
     return np.concatenate([np.asarray(prefix, np.int32), tokens])
 
 
 def encode(llm: LLM, text: str) -> list[int]:
-    """The ids of a piece of text, with no special tokens around it."""
+    """The ids of a piece of text, without special tokens."""
     if llm.tokenizer is None:
         raise InputError("this model's folder has no tokenizer, so it can read token files only")
     return tokenizer.encode(llm.tokenizer, text, add_special_tokens=False)
 
 
 def special_prefix(llm: LLM) -> list[int]:
-    """The ids that the tokenizer puts before a text: BOS, or none."""
+    """The ids that the tokenizer adds before a text: BOS, or none."""
     bare, whole = encode(llm, "a"), llm.tokenize("a")
-    for start in range(len(whole) - len(bare) + 1):  # some put an EOS after it, too
+    for start in range(len(whole) - len(bare) + 1):  # some also append an EOS
         if whole[start : start + len(bare)] == bare:
             return whole[:start]
     return []
 
 
 def prefix_token(llm: LLM) -> int:
-    """What stands before a text in the rolling form: BOS, or else EOS.
+    """The token before a text in the rolling form: BOS, or else EOS.
 
     Raises:
         InputError: the model has neither.

@@ -1,4 +1,4 @@
-"""Dialogues as ChunkLlama's script writes them, flaws included."""
+"""Rendering of dialogues as in ChunkLlama's script, including its flaws."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dca_jax.finetune.rendered import NotRenderedError, Rendered
 from dca_jax.finetune.turns import Dialogue
 from dca_jax.inference.tokenizer import encode
 
-# The system prompt of ChunkLlama's script: Llama-2's, as its first release had it.
+# The system prompt of ChunkLlama's script: that of Llama 2's first release.
 CHUNKLLAMA_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
@@ -22,25 +22,25 @@ CHUNKLLAMA_SYSTEM = (
 
 
 def chunkllama(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """A dialogue as ChunkLlama's `fine-tune/train_chunkllama_16k.py` has it, flaws included.
+    """Renders a dialogue like ChunkLlama's `fine-tune/train_chunkllama_16k.py`, with its flaws.
 
-    - The first question follows Llama-2's default system prompt, with spaces of its own around it.
-    - Rounds after the first are written only if there are as many questions as answers.
-    - The text begins with "<s>", and the tokenizer puts a BOS before it: two at the beginning.
-    - Of each round the tokens up to "[/INST]" are masked, less one: lengths are counted with the
-      BOS, and one more is taken off. So the last token of "[/INST]", a "]", is trained on.
-    - Where a round has not exactly one "[/INST]" (a user wrote it), masking ends: that round and
-      all after it are not trained on.
-    - The lengths of the rounds are those of each tokenized alone. Where that differs from their
-      tokens in the whole, the masks shift; the script prints a warning and trains on.
+    - The first question follows Llama 2's default system prompt, with other spaces around it.
+    - Rounds after the first are only written if there are as many questions as answers.
+    - The text begins with "<s>" and the tokenizer adds a BOS, so there are two at the beginning.
+    - In each round the tokens up to "[/INST]" are masked, minus one: lengths include the BOS, and
+      one more is subtracted. So the last token of "[/INST]", a "]", is trained on.
+    - If a round does not have exactly one "[/INST]" (because a user wrote it), masking stops: that
+      round and all later ones are not trained on.
+    - The lengths of rounds come from tokenizing each alone. If that differs from their tokens in
+      the whole, the masks shift; the script prints a warning and continues.
 
-    The script cuts at 16,384 tokens, from the right; here rows do so. It hides every <unk> from
-    attention, which serves as its padding; here nothing does. It loads the slow tokenizer; a fast
-    one gives the same ids where its files say the same.
+    The script truncates at 16,384 tokens on the right; here the rows do. It masks every <unk> in
+    the attention, because it uses it as padding; here nothing is masked. It loads the slow
+    tokenizer; a fast one gives the same ids if its files agree.
 
     Raises:
-        NotRenderedError: a dialogue with a system turn, or with an answer that is not to be trained
-            on: the script has neither.
+        NotRenderedError: a dialogue with a system turn, or with an answer that is not trained on;
+            the script supports neither.
     """
     questions = [turn.text for turn in dialogue.turns if turn.role == "user"]
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
@@ -70,13 +70,13 @@ def _chunkllama_mask(text: str, length: int, tokenizer: Any) -> Bool[np.ndarray,
         return len(encode(tokenizer, part))
 
     trained = np.ones(length, np.bool_)
-    done = 1  # the BOS that the tokenizer put first
+    done = 1  # the BOS added by the tokenizer
     for part in text.split("</s>"):
         question, *answer = part.split("[/INST]")
-        if len(answer) != 1:  # and behind the last "</s>" there is nothing
+        if len(answer) != 1:  # and there is nothing after the last "</s>"
             break
         trained[done : done + count(f"{question}[/INST]") - 2] = False
-        done += count(part)  # its BOS stands for the "</s>" that the part has lost
+        done += count(part)  # its BOS makes up for the "</s>" removed from the part
     trained[done:] = False
     trained[:1] = False
     return trained

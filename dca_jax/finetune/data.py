@@ -1,7 +1,7 @@
-"""Rendered dialogues as rows of one length, for ever, from any point on.
+"""An endless stream of fixed-length rows from rendered dialogues, resumable at any point.
 
-The stream of rows is a function of the dialogues, their weights, the seed and the place in it;
-neither of the mesh nor of the number of processes. Every process builds the same rows.
+The stream depends only on the dialogues, their weights, the seed and the position, not on the mesh
+or the number of processes. Every process builds the same rows.
 """
 
 import math
@@ -28,13 +28,13 @@ its own text, -1 for padding."""
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Dialogues of one origin.
+    """Dialogues from one source.
 
     Attributes:
-        name: for messages.
-        dialogues: rendered, none of them empty.
-        weight: how many times each of them is seen in an epoch, on average: 2 is twice, 0.5 every
-            second one, the others in the next epoch. So a source's part of a mixture is its weight
+        name: name for messages.
+        dialogues: rendered dialogues, none of them empty.
+        weight: average number of times that each is used per epoch: 2 is twice, 0.5 every second
+            one, with the others in the next epoch. So a source's share of a mixture is its weight
             times its size.
     """
 
@@ -46,29 +46,29 @@ class Source:
 def training_rows(
     sources: Sequence[Source], *, length: int, batch: int, seed: int, pack: str, pad_id: int
 ) -> grain.IterDataset:
-    """Batches of rows (`Rows`), for ever.
+    """Endless batches of rows (`Rows`).
 
-    An epoch holds every dialogue `weight` times, all sources shuffled together, each epoch anew.
-    An iterator's `get_state` is four small numbers, so JSON can hold it; an iterator over the same
-    sources given it by `set_state` goes on with the very next row.
+    An epoch has every dialogue `weight` times, with all sources shuffled together, anew for each
+    epoch. An iterator's `get_state` is four small numbers that fit into JSON; with `set_state`, an
+    iterator over the same sources continues with the next row.
 
     Args:
-        length: tokens of a row.
-        batch: rows of a batch, of all devices and processes together.
-        pack: what a row is, one of `packing.PACKS`.
-            "cut": dialogues one after the other, cut every `length` tokens wherever that is, as in
-            the paper; across epochs too, so no token is lost or seen twice. A row's first token
-            cannot be a target.
-            "whole": whole dialogues, as many as fit (`packing.best_fit`), of one epoch. A token
-            reads what stands before it in its row.
-            "segments": the same rows, with the `text_index` by which each dialogue is read alone.
-            "none": one dialogue. Batches are of about one length, and padded to the least power of
-            two (at most `length`) that holds them.
-        pad_id: what fills rows up.
+        length: number of tokens per row.
+        batch: number of rows per batch, over all devices and processes.
+        pack: contents of a row, one of `packing.PACKS`.
+            "cut": consecutive dialogues, cut every `length` tokens, as in the paper; also across
+            epochs, so no token is lost or repeated. A row's first token cannot be a target.
+            "whole": whole dialogues of one epoch, as many as fit (`packing.best_fit`). A token
+            attends to everything before it in its row.
+            "segments": the same rows, with a `text_index` so that each dialogue attends only to
+            itself.
+            "none": one dialogue. Batches have similar lengths and are padded to the smallest power
+            of two (at most `length`) that holds them.
+        pad_id: token id for padding.
 
     Raises:
-        InputError: a length, batch, seed or weight that makes no sense; no dialogues, empty ones,
-            or, unless they are cut, ones beyond `length` tokens.
+        InputError: an invalid length, batch, seed or weight; no dialogues, empty ones, or, unless
+            they are cut, ones longer than `length`.
     """
     _check(sources, length, pack)
     if batch < 1 or seed < 0:
@@ -83,13 +83,13 @@ def training_rows(
 
 
 def longest_row(sources: Sequence[Source], length: int) -> int:
-    """Tokens of the longest row where each dialogue is one, padded as `training_rows` pads it."""
+    """Tokens of the longest row with one dialogue per row, padded as in `training_rows`."""
     dialogues = (dialogue for source in sources for dialogue in source.dialogues)
     return bucket(max(len(dialogue.tokens) for dialogue in dialogues), length)
 
 
 def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: str, seed: int = 0) -> int:
-    """Rows of an epoch: on average, rounded up; of whole dialogues, those of the first epoch."""
+    """Rows per epoch: the average, rounded up; for whole dialogues, those of the first epoch."""
     _check(sources, length, pack)
     if pack in ("whole", "segments"):
         order = _order(sources, seed, 0)
@@ -105,9 +105,9 @@ def rows_per_epoch(sources: Sequence[Source], *, length: int, pack: str, seed: i
 def evaluation_rows(
     dialogues: Sequence[Rendered], *, length: int, batch: int, pad_id: int
 ) -> list[Rows]:
-    """Every dialogue once, one a row, cut at `length`; the longest first, so batches are alike.
+    """Every dialogue once, one per row, truncated to `length`; longest first, for similar batches.
 
-    The last batch is filled up with rows of one token, on which nothing is trained.
+    The last batch is padded with rows of one token without targets.
     """
     _check([Source("evaluation", list(dialogues))], length, "cut")
     nothing = Rendered(np.full(1, pad_id, np.int32), np.zeros(1, np.bool_))
@@ -128,7 +128,7 @@ def row(rows: Mapping[str, np.ndarray], index: int) -> Rendered:
 
 
 def text_lengths(rows: Rows) -> Int[np.ndarray, " texts"]:
-    """Tokens of each text of a batch: of its rows, or of what does not see each other in them."""
+    """Tokens of each text of a batch: its rows, or the separate texts in them."""
     if "text_index" not in rows:
         return rows["lengths"]
     index = rows["text_index"].reshape(-1)
@@ -137,10 +137,10 @@ def text_lengths(rows: Rows) -> Int[np.ndarray, " texts"]:
 
 
 class _Rows(grain.IterDataset):
-    """Single rows, not padded.
+    """Single unpadded rows.
 
-    grain's ConcatThenSplitIterDataset cuts alike, but its state does not survive JSON: it compares
-    tuples, and JSON returns lists.
+    grain's ConcatThenSplitIterDataset does the same, but its state does not survive JSON: it
+    compares tuples, and JSON returns lists.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Rows(grain.IterDataset):
 
 
 class _Place(grain.DatasetIterator):
-    """Where the stream is: in which epoch, at which of its dialogues or rows, at which token."""
+    """A position in the stream: epoch, dialogue or row, and token."""
 
     def __init__(self, rows: _Rows) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Place(grain.DatasetIterator):
         self._go_to(epoch=0, place=0, token=0)
 
     def get_state(self) -> dict[str, Any]:
-        """A place in the stream, and a checksum of what the stream is of."""
+        """The position in the stream, and a checksum of its data."""
         return {
             "epoch": self._epoch,
             "place": self._place,
@@ -176,15 +176,15 @@ class _Place(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a place of `get_state`.
+        """Moves to a position from `get_state`.
 
         Raises:
-            InputError: the state is of a stream of other data.
+            InputError: the state belongs to a stream of other data.
         """
         if state["checksum"] != self._rows.checksum:
             raise InputError(
                 "the data is not what this run began with: its dialogues, template, weights, seed "
-                "or packing have changed since. Go on with the old ones, or begin a new run"
+                "or packing have changed. Resume with the old ones, or start a new run"
             )
         self._go_to(epoch=state["epoch"], place=state["place"], token=state["token"])
 
@@ -193,13 +193,13 @@ class _Place(grain.DatasetIterator):
         self._order = _order(self._rows.sources, self._rows.shuffle_seed, epoch)
 
     def _dialogue(self, number: int) -> Rendered:
-        """That of a place in the epoch's order."""
+        """The dialogue at a position in the epoch's order."""
         source, index = self._order[number]
         return self._rows.sources[source].dialogues[index]
 
 
 class _CutRows(_Place):
-    """Dialogues one after the other; a place is a dialogue's, and a token's within it."""
+    """Consecutive dialogues; a position is a dialogue and a token in it."""
 
     def __next__(self) -> dict[str, np.ndarray]:
         parts, missing = [], self._rows.length
@@ -217,7 +217,7 @@ class _CutRows(_Place):
 
 
 class _WholeRows(_Place):
-    """Rows of whole dialogues; a place is a row's, in the epoch's list of rows."""
+    """Rows of whole dialogues; a position is a row in the epoch's list of rows."""
 
     def __next__(self) -> dict[str, np.ndarray]:
         while self._place == len(self._of_rows):
@@ -243,7 +243,7 @@ class _WholeRows(_Place):
 
 
 def _joined(parts: Sequence[Rendered]) -> dict[str, np.ndarray]:
-    """A row of these, one after the other; its first token has nothing to be predicted from."""
+    """A row of concatenated dialogues; its first token cannot be a target."""
     tokens = np.concatenate([part.tokens for part in parts])
     trained = np.concatenate([part.trained for part in parts])
     trained[0] = False
@@ -261,10 +261,10 @@ def _stacked(rows: Sequence[dict[str, np.ndarray]], width: int, pad_id: int) -> 
 
 
 def _order(sources: Sequence[Source], seed: int, epoch: int) -> Int[np.ndarray, "dialogues 2"]:
-    """What an epoch reads: for each place, the number of the source and that of its dialogue.
+    """The order of an epoch: for each position, the numbers of the source and the dialogue.
 
-    A source's dialogues are read in shuffled rounds, of which an epoch takes the next
-    weight × size; so at every point none has been seen twice more often than another.
+    A source's dialogues come in shuffled rounds, and an epoch takes the next weight × size of them.
+    So at any point no dialogue has been used two times more often than another.
     """
     parts = []
     for number, source in enumerate(sources):
@@ -279,12 +279,12 @@ def _order(sources: Sequence[Source], seed: int, epoch: int) -> Int[np.ndarray, 
 
 
 def _taken(source: Source, epochs: int) -> int:
-    """How many dialogues of a source so many epochs have had."""
+    """Number of dialogues of a source in the first `epochs` epochs."""
     return math.floor(_exact(source.weight) * len(source.dialogues) * epochs)
 
 
 def _sizes(sources: Sequence[Source], order: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
-    """Tokens of the dialogue at each place."""
+    """Tokens of the dialogue at each position."""
     sizes = np.zeros(len(order), np.int64)
     for number, source in enumerate(sources):
         here = order[:, 0] == number
@@ -316,9 +316,7 @@ def _check(sources: Sequence[Source], length: int, pack: str) -> None:
         raise InputError("there is no data; give at least one file of dialogues")
     for source in sources:
         if not source.dialogues:
-            raise InputError(
-                f"{source.name}: no dialogue is left of it; see what was dropped, and why"
-            )
+            raise InputError(f"{source.name}: no dialogue is left; see which were dropped, and why")
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise InputError(f"{source.name}: its weight must be above 0, got {source.weight}")
         if any(len(dialogue.tokens) == 0 for dialogue in source.dialogues):

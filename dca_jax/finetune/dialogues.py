@@ -1,4 +1,4 @@
-"""Dialogues and texts from the files that people have; what a file holds its first entry tells.
+"""Dialogues and texts from files in common formats; the first entry determines the format.
 
     ShareGPT       {"conversations": [{"from": "human", "value": "..."}, ...]}, or under "items"
     messages       {"messages": [{"role": "user", "content": "..."}, ...]}, with tools or without
@@ -8,9 +8,9 @@
     completions    {"prompt": ..., "completion": ...}, both texts or both messages
     plain text     {"text": "..."}, or a .txt file, which is one text
 
-Real files have flaws. An entry that is a dialogue, but one that cannot be trained on, is left out
-and counted by reason, as Vicuna's and LongChat's scripts leave it out without a word; an entry that
-is no dialogue at all is an error, for then the file is not what it was taken for.
+Real files have flaws. A dialogue that cannot be trained on is dropped and counted by reason
+(Vicuna's and LongChat's scripts drop them silently). An entry that is not a dialogue at all is an
+error, because then the file has another format.
 """
 
 import json
@@ -24,7 +24,7 @@ from dca_jax.finetune.forms import FORMS, LISTS, Dropped, NotADialogue, form_of,
 from dca_jax.finetune.turns import Dialogue, Text, Turn
 from dca_jax.text_files import json_lines, parse_json, read_text_file
 
-# Who may speak after whom.
+# Roles that may follow each other.
 NEXT = {
     None: ("user",),
     "user": ("assistant",),
@@ -37,28 +37,28 @@ BINARY = (".parquet", ".arrow")
 def read_dialogues(
     path: str | Path, *, gpt4_only: bool = False
 ) -> tuple[list[Dialogue | Text], dict[str, int]]:
-    """What a JSON file (a list), a file of JSON lines, or a .txt file holds, in its order.
+    """Reads the dialogues in a JSON list, a JSON lines file or a .txt file, in order.
 
-    Every dialogue returned begins with the user (or the system, then the user), ends with the
-    assistant, and has no empty turn; user and assistant alternate, with turns of tools between
-    those of the assistant. A first turn of the assistant and last ones of others are cut off, as
-    FastChat does. Of ChunkLlama's form with lists of different lengths only the first round is
-    kept, as in its script: which answer belongs to which question is not known for the others.
+    Every returned dialogue begins with the user (or system, then user), ends with the assistant and
+    has no empty turn; user and assistant alternate, with tool turns between those of the assistant.
+    A first turn of the assistant, and last turns of others, are cut off, as in FastChat. If
+    ChunkLlama's lists have different lengths, only the first round is kept, as in its script,
+    because the matching of the other answers is unknown.
 
-    Turns of the assistant are trained on, those excepted that the file gives a "weight" of 0, as in
-    OpenAI's form of messages, or that belong to a "prompt".
+    Turns of the assistant are trained on, except those with a "weight" of 0, as in OpenAI's
+    messages, and those in a "prompt".
 
     Args:
-        gpt4_only: where the file names a model (`"model": "Model: GPT-4"`, of a dialogue or of a
-            turn), only replies by GPT-4 are trained on. A reply without any such mark counts as
-            GPT-4's, as in FastChat: most files have none.
+        gpt4_only: whether to train only on replies by GPT-4, if the file names models (`"model":
+            "Model: GPT-4"`, for a dialogue or a turn). A reply without such a mark counts as
+            GPT-4's, as in FastChat; most files have no marks.
 
     Returns:
-        The dialogues; and how many were "dropped: ..." and had turns "cut: ...", by reason.
+        The dialogues, and the numbers of those "dropped: ..." or with turns "cut: ...", by reason.
 
     Raises:
-        InputError: a file that cannot be read, is not JSON or not UTF-8, or holds none of these
-            forms; an entry that has not the form of the first one.
+        InputError: a file that cannot be read, is not UTF-8 JSON, or has none of these formats; an
+            entry whose format differs from the first one's.
     """
     path = Path(path)
     dialogues: list[Dialogue | Text] = []
@@ -86,7 +86,7 @@ def read_dialogues(
 
 
 def _checked(found: Dialogue | Text) -> tuple[Dialogue | Text, list[str]]:
-    """What can be trained on, and what was cut off."""
+    """The part that can be trained on, and the reasons for cuts."""
     cuts: list[str] = []
     if isinstance(found, Text):
         if not found.text.strip():
@@ -98,16 +98,16 @@ def _checked(found: Dialogue | Text) -> tuple[Dialogue | Text, list[str]]:
         plain = [[turn.text, dict(turn.more)] for turn in turns] + list(found.tools)
     try:
         json.dumps(plain, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell a lone surrogate, which no tokenizer takes
+    except UnicodeEncodeError:  # JSON can contain a lone surrogate, which no tokenizer accepts
         raise Dropped("half a character") from None
     return found, cuts
 
 
 def _tidied(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], list[str]]:
-    """The turns that can be trained on, and what was cut off."""
+    """The turns that can be trained on, and the reasons for cuts."""
     if turns and turns[0].role == "system":
         head, rest = turns[:1], turns[1:]
-        head = head if head[0].text.strip() else ()  # an empty one says nothing
+        head = head if head[0].text.strip() else ()  # drop an empty system turn
     else:
         head, rest = (), turns
     cuts = []
@@ -134,15 +134,15 @@ def _tidied(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], list[str]]:
 
 
 def _is_empty(turn: Turn) -> bool:
-    """Whether a turn says nothing; a tool may return nothing, and a call needs no words."""
+    """Whether a turn is empty; a tool's result may be, and a call needs no text."""
     return not turn.text.strip() and turn.role != "tool" and not turn.more.get("tool_calls")
 
 
-EXPECTED = "; expected a list of dialogues, or one dialogue a line"
+EXPECTED = "; expected a list of dialogues, or one dialogue per line"
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """The entries of a file, each with where it stands."""
+    """The entries of a file with their positions."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; give a .json, .jsonl or .txt file")
     kind = path.suffix.lower()
@@ -153,7 +153,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         )
     text = read_text_file(path)
     if not text.strip():
-        raise InputError(f"{path} is empty; expected a JSON list of dialogues, or one a line")
+        raise InputError(f"{path} is empty; expected a JSON list of dialogues, or one per line")
     if kind == ".txt":
         yield "the text", {"text": text}
         return

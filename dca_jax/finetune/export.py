@@ -1,4 +1,4 @@
-"""What came out of a run, as folders that others read: a model, and LoRA's adapter."""
+"""Exports a finished run as folders: a model, and the LoRA adapter."""
 
 import json
 import shutil
@@ -30,19 +30,19 @@ from dca_jax.weights.safetensors_folder import write_weights
 def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     """Writes `output/model`, and `output/adapter` if adapters were trained.
 
-    The model is a converted folder, which `dca_jax.load` reads, or (`export: hf`) a Hugging Face
-    folder, which `transformers` reads, too. Weights are in the dtype of the activations. Its
-    config.json asks for the DCA it was trained with, and its tokenizer has the template of its
-    dialogues (but chunkllama's, which is none). It appears when it is whole; after an interruption
-    the same command writes it.
+    The model is a converted folder for `dca_jax.load` or, with `export: hf`, a Hugging Face folder
+    for `transformers` too. Weights have the dtype of the activations. Its config.json has the DCA
+    setting of the training, and its tokenizer the template of the dialogues (except chunkllama's,
+    which is not a template). It appears only when it is complete; after an interruption the same
+    command writes it.
 
-    With LoRA it is the base with the adapters merged into it, read from its folder piece by piece.
+    With LoRA it is the base with merged adapters, read from its folder piece by piece.
 
     Args:
-        params: what was trained.
+        params: the trained parameters.
 
     Raises:
-        InputError: parameters that are not finite, or a disk that is full; there is no model then.
+        InputError: non-finite parameters, or a full disk; then there is no model.
     """
     settings, config, dtype = setup.settings, setup.config, jnp.dtype(setup.settings.dtype)
     if setup.lora is None:
@@ -50,7 +50,7 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
     if not bool(all_finite(params)):
         raise InputError(
             f"the trained parameters are not all finite in {settings.dtype}: there is no model to "
-            "write; begin again with a lower learning rate"
+            "write; start again with a lower learning rate"
         )
     if setup.lora is None:
         read = layers_on_host(params)
@@ -87,21 +87,21 @@ def export(setup: Setup, output: Path, params: dict[str, Any]) -> None:
                 leaves = {row.path: StreamedArray.of(row, config, read, dtype) for row in rows}
                 save(aside / PARAMS, unflatten_dict(leaves, sep="."))
         from_primary(end)
-    except (OSError, ValueError, RuntimeError) as error:  # as Orbax says that a disk is full
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax's errors for a full disk
         if is_primary():
             shutil.rmtree(aside, ignore_errors=True)
         reason = str(error).partition("\n")[0][:300]
         if not isinstance(error, InputError):
             reason = f"{output / 'model'} cannot be written ({type(error).__name__}: {reason})"
         raise InputError(
-            f"{reason}. The training is in the last checkpoint: the same command goes on from it"
+            f"{reason}. The last checkpoint has the training: the same command resumes from it"
         ) from error
 
 
 def layers_on_host(params: Mapping[str, Any]) -> Read:
-    """Reads pieces of arrays that may be cut, also between processes; all must ask for the same.
+    """Reads pieces of arrays that may be sharded, also over processes; all must read the same.
 
-    One layer of one array is on the host at a time.
+    Only one layer of one array is on the host at a time.
     """
     leaves, held = flat(params), ("", -1)
     layer = np.zeros(0)
@@ -126,16 +126,17 @@ def _layer(leaf: Array, number: int | Int[Array, ""]) -> Array:
 def exported_config(
     config: dict[str, Any], *, dtype: str, dca: DCAConfig | None, trained_length: int
 ) -> dict[str, Any]:
-    """A base's config.json with the dtype and the DCA of a run.
+    """A base's config.json with the dtype and the DCA setting of a run.
 
-    Without DCA, what only the base's DCA setting said, the length it was trained on, becomes its
+    Without DCA, a trained length that only the base's DCA setting had becomes
     `max_position_embeddings`.
 
     Args:
-        config: as read. trained_length: the base's (`LlamaConfig.trained_length`), in tokens.
+        config: the base's config.json.
+        trained_length: the base's trained length (`LlamaConfig.trained_length`), in tokens.
     """
     config = config | {"dtype": dtype}
-    config.pop("torch_dtype", None)  # the same, as older files have it
+    config.pop("torch_dtype", None)  # the name in older files
     before = config.pop("dual_chunk_attention_config", None) or {}
     if dca is not None:
         sparse = {key: value for key, value in before.items() if key.startswith(SPARSE)}
@@ -146,7 +147,7 @@ def exported_config(
 
 
 def _write_config(setup: Setup, folder: Path) -> None:
-    """config.json as `exported_config`, and the chat template it was trained with."""
+    """Writes config.json (`exported_config`) and the chat template of the training."""
     config = exported_config(
         read_json(folder, "config.json"),
         dtype=setup.settings.dtype,

@@ -1,4 +1,4 @@
-"""The forms in which files have dialogues and texts: an entry's keys say which, parsers read it."""
+"""Formats of dialogues and texts, recognized by an entry's keys, and their parsers."""
 
 import json
 import re
@@ -20,7 +20,7 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "bing": "assistant",
     "bard": "assistant",
-    "function_call": "assistant",  # LLaMA-Factory's: the call itself, as JSON
+    "function_call": "assistant",  # LLaMA-Factory: the call itself, as JSON
     "tool": "tool",
     "function": "tool",
     "ipython": "tool",
@@ -36,7 +36,7 @@ Entry = dict[str, Any]
 
 
 class NotADialogue(Exception):
-    """The entry has another form; the message says what it has."""
+    """The entry has another format; the message describes it."""
 
 
 class Dropped(Exception):
@@ -45,14 +45,14 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """One of `FORMS`: how it looks, and what reads it (with `gpt4_only`)."""
+    """One of `FORMS`: its appearance and its parser (called with `gpt4_only`)."""
 
     example: str
     parse: Callable[[Entry, bool], Dialogue | Text]
 
 
 def form_of(entry: Entry) -> Form:
-    """What an entry is, by its keys.
+    """The format of an entry, from its keys.
 
     Raises:
         NotADialogue: none of `FORMS`.
@@ -118,14 +118,14 @@ def _turn(item: Any, number: int, entry: Entry, gpt4_only: bool) -> Turn:
 
 
 def _more(item: Entry, number: int) -> dict[str, Any]:
-    """What else a template reads of a turn; OpenAI's older `function_call` as today's list."""
+    """Other keys of a turn for templates; OpenAI's older `function_call` becomes a list."""
     found = {key: item[key] for key in MORE if item.get(key) is not None}
     calls = found.pop("tool_calls", None) or item.get("function_call")
     return found | ({"tool_calls": _calls(calls, number)} if calls else {})
 
 
 def _calls(value: Any, number: int) -> list[Any]:
-    """Calls of tools, with their arguments as objects: OpenAI's are texts, templates' are not."""
+    """Tool calls with arguments as objects, as in templates; OpenAI's are strings."""
     found = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -138,17 +138,17 @@ def _calls(value: Any, number: int) -> list[Any]:
 
 
 def _tools(entry: Entry) -> tuple[Any, ...]:
-    """The descriptions of an entry's tools; some sets have the list as a text."""
+    """The descriptions of an entry's tools; some data sets have the list as a string."""
     value = _from_json(entry.get("tools") or entry.get("functions"))
     if not value:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise NotADialogue(f"has tools that are no list of objects: {shown(value)}")
+        raise NotADialogue(f"has tools that are not a list of objects: {shown(value)}")
     return tuple(t if "function" in t else {"type": "function", "function": t} for t in value)
 
 
 def _from_json(value: Any) -> Any:
-    """What a text spells in JSON, if it is an object or a list; anything else as it is."""
+    """A string parsed as JSON, if that gives an object or a list; otherwise unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -162,7 +162,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _lists(entry: Entry) -> tuple[list[Any], list[Any]] | None:
-    """Inputs and outputs, from wherever the entry has them."""
+    """The lists of inputs and outputs, wherever the entry has them."""
     inner = entry.get("conversations")
     holder = inner if isinstance(inner, dict) else entry
     inputs, outputs = holder.get("inputs"), holder.get("outputs")
@@ -172,7 +172,7 @@ def _lists(entry: Entry) -> tuple[list[Any], list[Any]] | None:
 
 
 def unequal(entry: Entry) -> bool:
-    """Whether an entry's `inputs` and `outputs` are not as many as each other."""
+    """Whether an entry's `inputs` and `outputs` have different lengths."""
     lists = _lists(entry)
     return lists is not None and len(lists[0]) != len(lists[1])
 
@@ -191,11 +191,11 @@ def _parse_alpaca(entry: Entry, gpt4_only: bool) -> Dialogue:
     instruction = _text(entry["instruction"], "its instruction")
     more = _text(entry.get("input"), "its input")
     question = f"{instruction}\n\n{more}" if more.strip() else instruction
-    history = entry.get("history") or []  # LLaMA-Factory's: the rounds before
+    history = entry.get("history") or []  # LLaMA-Factory: the earlier rounds
     if not isinstance(history, list) or not all(
         isinstance(both, list | tuple) and len(both) == 2 for both in history
     ):
-        raise NotADialogue(f"has a history that is no list of pairs: {shown(history)}")
+        raise NotADialogue(f"has a history that is not a list of pairs: {shown(history)}")
     rounds = [*(tuple(both) for both in history), (question, entry["output"])]
     return _rounds(entry, rounds, gpt4_only)
 
@@ -215,7 +215,7 @@ def _parse_plain(entry: Entry, gpt4_only: bool) -> Dialogue:
     text = entry.get("conversation")
     if not isinstance(text, str):
         raise NotADialogue("has no conversation that is text")
-    # Split at its markers, a text is what stands before the first, then marker, turn, marker, ...
+    # Split at its markers, a text is the part before the first, then marker, turn, marker, ...
     before, *rest = MARKERS.split(text)
     if not rest:
         raise NotADialogue('has a conversation without "USER:" and "ASSISTANT:"')
@@ -231,7 +231,7 @@ def _parse_plain(entry: Entry, gpt4_only: bool) -> Dialogue:
 
 
 def _parse_completion(entry: Entry, gpt4_only: bool) -> Dialogue | Text:
-    """TRL's: the completion is trained on; both are texts, or both lists of messages."""
+    """TRL's format: the completion is trained on; both are strings or both lists of messages."""
     prompt, completion = entry.get("prompt"), entry.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return Text(completion, prompt)
@@ -253,7 +253,7 @@ def _by_gpt4(model: Any) -> bool:
 
 
 def _text(value: Any, what: str) -> str:
-    """A turn's text, its parts joined; null is an empty one, as dumps write it."""
+    """A turn's text with its parts joined; null means empty, as in some dumps."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -267,7 +267,7 @@ def _part(part: Any, what: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise NotADialogue(f"has a part {shown(part)} in {what} that is no object with a type")
+        raise NotADialogue(f"has a part {shown(part)} in {what} that is not an object with a type")
     if part["type"] not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise Dropped("a part that is not text")
     return part["text"]

@@ -1,4 +1,4 @@
-"""What a run trains on: its files read, rendered, or taken from what the run has kept of them."""
+"""The training data of a run: reads and renders its files, or loads their stored rendering."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ RENDERED = "rendered"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The dialogues to train on, and the batches of those held out.
+    """The dialogues to train on, and the batches of held-out ones.
 
     Attributes:
-        rendered: what each file became, by the key of `rendered_files`.
+        rendered: the rendering of each file, by the key of `rendered_files`.
     """
 
     data: list[Source]
@@ -34,16 +34,16 @@ class Inputs:
     rendered: Mapping[str, Kept]
 
     def keep(self, output: Path) -> None:
-        """Writes what was rendered into the run's folder, for the next time."""
+        """Stores the rendered dialogues in the run's folder for reuse."""
         for key, found in self.rendered.items():
             keep(output / RENDERED, key, found)
 
 
 def read_inputs(setup: Setup) -> Inputs:
-    """Reads and renders a run's files; says on the way what was left out, and why.
+    """Reads and renders a run's files; prints what was dropped, and why.
 
     Raises:
-        InputError: a file that cannot be trained on, or ids that the model does not have.
+        InputError: a file that cannot be trained on, or ids outside the vocabulary.
     """
     settings, rendered, told = setup.settings, {}, []
     row = None if settings.pack == "cut" else settings.length
@@ -69,10 +69,10 @@ def read_inputs(setup: Setup) -> Inputs:
 
 
 def _rendered(setup: Setup, file: DataFile, cut: int | None) -> tuple[str, Kept]:
-    """A file's dialogues as tokens, with what was left out; and the key to keep them under."""
+    """A file's dialogues as tokens, with counts of dropped ones, and the key for storing them."""
     settings, path = setup.settings, Path(file.path)
     if not path.is_file():
-        read_dialogues(path)  # says what is wrong
+        read_dialogues(path)  # reports the error
     decides = {"gpt4_only": settings.gpt4_only, "min_tokens": file.min_tokens, "cut": cut}
     template = setup.chat_template or settings.template
     key = key_of(path, setup.tokenizer, template, decides)
@@ -101,7 +101,7 @@ def _check_ids(source: Source, vocab_size: int) -> None:
 
 
 def training_rows(setup: Setup, data: Sequence[Source]) -> grain.IterDataset:
-    """The rows of all updates, each update's as one batch."""
+    """The rows of all updates, with one batch per update."""
     settings = setup.settings
     return rows_of(
         data,
@@ -114,10 +114,10 @@ def training_rows(setup: Setup, data: Sequence[Source]) -> grain.IterDataset:
 
 
 def number_of_updates(settings: Settings, data: Sequence[Source]) -> int:
-    """The `steps` of a run, or those of its `epochs`.
+    """The number of updates from a run's `steps` or `epochs`.
 
     Raises:
-        InputError: there are more than are counted.
+        InputError: the number is too large.
     """
     if settings.steps is not None:
         return settings.steps

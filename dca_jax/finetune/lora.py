@@ -1,16 +1,16 @@
-"""LoRA: low-rank adapters over a frozen base (arXiv 2106.09685), which may be packed.
+"""LoRA: low-rank adapters on a frozen, possibly packed base (arXiv 2106.09685).
 
-A projection that has adapters computes y = x W + alpha / rank (x A) B (`dca_jax.model.Linear`).
-Adapters are float32 arrays beside the kernel they adapt, `lora_a` [L, inputs, R] and `lora_b`
-[L, R, outputs], and lie on a mesh as its inputs and its outputs do. A run is:
+A projection with adapters computes y = x W + alpha / rank (x A) B (`dca_jax.layers.Linear`).
+Adapters are float32 arrays next to the kernel they adapt, `lora_a` [L, inputs, R] and `lora_b`
+[L, R, outputs], and are sharded like its inputs and outputs. A run is:
 
     base = load_weights(folder, config, ..., then=packer(projections(config), "int4"))  # or without
     adapters = init_lora(config, lora, key, sharding)
     model = Llama.from_params(config, join(adapters, base), lora=lora)
 
-with gradients of `adapters` alone. `dca_jax.weights.adapters` reads and writes them, and merges
-them into the base. Of a packed base (`dca_jax.products.packed`; QLoRA, arXiv 2305.14314, has
-another form of 4 bits) the layers' kernels are packed, and computed with unpacked.
+with gradients only for `adapters`. `dca_jax.weights.adapters` reads, writes and merges them. In a
+packed base (`dca_jax.products.packed`; QLoRA, arXiv 2305.14314, uses another 4-bit format) the
+layers' kernels are packed, and unpacked for computation.
 """
 
 from collections.abc import Mapping
@@ -31,30 +31,30 @@ from dca_jax.weights.parameters import Shardings, lora_parameters
 def init_lora(
     config: LlamaConfig, lora: LoraConfig, key: Key[Array, ""], sharding: Shardings = None
 ) -> dict[str, Any]:
-    """New adapters, float32: A uniform in +-1 / sqrt(inputs), B zero, so that nothing changes yet.
+    """New float32 adapters: A uniform in +-1 / sqrt(inputs), B zero, so the output is unchanged.
 
     Args:
         config: the model's shape.
         lora: which projections have adapters, and their rank.
-        key: of the random numbers; they do not depend on the sharding.
-        sharding: one for all, or a function of the path (`parameter_shardings(..., lora=lora)`);
-            None is the first local device.
+        key: random key; the numbers do not depend on the sharding.
+        sharding: one sharding for all, or a function of the path (`parameter_shardings(...,
+            lora=lora)`); None is the first local device.
 
     Returns:
-        The adapters' tree, as `split` gives it.
+        The adapters' tree, as from `split`.
     """
     rows = lora_parameters(config, lora)
     leaves = {row.path: row.abstract(config, jnp.float32, sharding).sharding for row in rows}
 
     def make(key: Array) -> dict[str, Any]:
-        # Of all that the model draws, the compiler keeps the adapters.
+        # The compiler removes the initialization of everything but the adapters.
         return split(Llama(config, lora=lora, rngs=nnx.Rngs(key)).params())[0]
 
     return jax.jit(make, out_shardings=unflatten_dict(leaves, sep="."))(key)
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The adapters, which are trained, and the base, which is not: two trees without copies."""
+    """Splits parameters into the trained adapters and the frozen base, without copies."""
     adapters, base = {}, {}
     for path, leaf in flat(params).items():
         (adapters if path.rpartition(".")[2] in ADAPTERS else base)[path] = leaf
@@ -62,5 +62,5 @@ def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def join(adapters: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `split`: what `Llama.from_params(..., lora=lora)` takes."""
+    """The inverse of `split`; returns parameters for `Llama.from_params(..., lora=lora)`."""
     return unflatten_dict(flat(base) | flat(adapters), sep=".")

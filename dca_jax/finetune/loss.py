@@ -1,4 +1,4 @@
-"""The loss on the assistant's tokens, without ever holding the logits of a whole row."""
+"""The loss on the assistant's tokens, without materializing the logits of a whole row."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ from dca_jax.sharding import Shards
 
 
 class Sums(NamedTuple):
-    """Of rows; float32.
+    """Sums over rows, float32.
 
     Attributes:
-        nll: over the trained tokens, of -ln p(token | those before it). tokens: their number.
-        balance: how unevenly experts were chosen (`Llama.balanced_hidden_states`).
+        nll: sum of -ln p(token | earlier tokens) over the trained tokens.
+        tokens: number of trained tokens.
+        balance: load-balancing loss of the experts (`Llama.balanced_hidden_states`).
     """
 
     nll: Float[Array, ""]
@@ -25,10 +26,11 @@ class Sums(NamedTuple):
 
 
 def objective(model: Llama, sums: Sums) -> Float[Array, ""]:
-    """What training minimizes, summed over the trained tokens.
+    """The training objective, summed over the trained tokens.
 
-    The loss, and of a mixture of experts `router_aux_loss_coef` times the loss of uneven choices,
-    which counts once a batch: so it is given the batch's weight in the mean, its trained tokens.
+    It is the loss plus, for a mixture of experts, `router_aux_loss_coef` times the load-balancing
+    loss. The latter has one value per batch, so it is weighted with the batch's number of trained
+    tokens.
     """
     mixture = model.config.mixture
     if mixture is None:
@@ -43,22 +45,22 @@ def summed_nll(
     lengths: Int[Array, " B"],
     text_index: Int[Array, "B T"] | None = None,
 ) -> Sums:
-    """The sum over trained tokens of -ln p(token | those before it), and their number.
+    """The sum of -ln p(token | earlier tokens) over trained tokens, and their number.
 
-    A step's loss is the sum over all its rows divided by the number in all of them: a mean of
-    means would give a token of a short answer more weight than one of a long one.
+    A step's loss is the sum over all its rows divided by their number of trained tokens. A mean of
+    means would give a token in a short answer more weight than one in a long answer.
 
-    At 16k tokens and 128k ids the logits alone would be 8 GB. So they are made for `LOSS_TOKENS`
-    tokens of each row at a time, and made again in the backward pass.
+    With 16k tokens and 128k ids the logits alone would take 8 GB. So they are computed for
+    `LOSS_TOKENS` tokens of each row at a time, and recomputed in the backward pass.
 
     Args:
-        tokens: whole texts, right-padded, every device holding all tokens of its rows.
-        trained: which tokens count; a row's first has nothing to be predicted from, and does not.
-        lengths: real tokens of each row.
-        text_index: of rows whose texts do not see each other (`Llama.hidden_states`).
+        tokens: whole texts, right-padded; every device has all tokens of its rows.
+        trained: which tokens are targets; a row's first token is never one.
+        lengths: number of real tokens of each row.
+        text_index: for rows whose texts do not attend to each other (`Llama.hidden_states`).
     """
     hidden, balance = model.balanced_hidden_states(tokens, lengths, text_index)
-    next_token = ((0, 0, 0), (-1, 1, 0))  # the last token of a row has none
+    next_token = ((0, 0, 0), (-1, 1, 0))  # a row's last token has no next token
     targets = jax.lax.pad(tokens, jnp.int32(0), next_token)
     counts = jax.lax.pad(trained, jnp.bool_(False), next_token)
     kernel = model.unembedding()
@@ -78,7 +80,7 @@ def _pieces(x: Array, shards: Shards) -> Array:
     """[B, T, ..] as [n, B, C, t, ..]: n pieces of t tokens on each of C `context` devices."""
     batch, length, *rest = x.shape
     context = shards.size("context")
-    if length % context:  # then the hidden states are whole on every device
+    if length % context:  # then the hidden states are replicated
         context = 1
     letters = "B" + ("T" if context > 1 else "x") + "x" * (1 + len(rest))
     share = length // context

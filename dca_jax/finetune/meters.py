@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON for each update, a progress bar, and reporters if asked for."""
+"""Reports of a run: a JSON line per update, a progress bar, and optional reporters."""
 
 import json
 import math
@@ -25,10 +25,10 @@ from dca_jax.finetune.settings import Settings
 from dca_jax.weights.parameters import count_parameters, lora_parameters
 
 METRICS = "metrics.jsonl"
-AVERAGED = 20  # updates that the bar's speed is taken over
+AVERAGED = 20  # updates over which the bar's speed is averaged
 
-# Dense bfloat16 operations a second of one device, as JAX counts devices; the makers' figures. A
-# v7x chip is two devices.
+# Dense bfloat16 operations per second and JAX device, from the vendors' specifications. A v7x chip
+# is two devices.
 PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -43,7 +43,7 @@ PEAKS = {
 
 
 class Reporter(NamedTuple):
-    """Where a run's numbers go: told a step and its metrics; and closed when the run ends."""
+    """A destination for a run's metrics: functions to report a step, and to close it."""
 
     report: Callable[[int, dict[str, float]], None]
     close: Callable[[], None]
@@ -52,16 +52,16 @@ class Reporter(NamedTuple):
 def update_flops(
     config: LlamaConfig, lengths: Sequence[int] | np.ndarray, *, lora: LoraConfig | None = None
 ) -> float:
-    """Operations that an update must do: what MFU counts (arXiv 2204.02311, appendix B).
+    """Necessary operations of an update, as counted by MFU (arXiv 2204.02311, appendix B).
 
-    Each weight that a token is multiplied with costs 2 in the forward pass and 4 in the backward
-    pass, of which LoRA's frozen weights need 2. Causal attention reads half the text on average: 4
-    operations for each key, query head and element, thrice. Neither padding nor what is computed
-    again is counted.
+    Per token, each weight takes 2 operations in the forward pass and 4 in the backward pass (frozen
+    weights with LoRA: 2). Causal attention reads half the text on average, with 4 operations for
+    each key, query head and element in the forward pass and twice that in the backward pass.
+    Padding and recomputation are not counted.
 
     Args:
-        lengths: tokens of each text of the update: of its rows, or of the dialogues in them where
-            they do not see each other.
+        lengths: number of tokens of each text of the update: its rows, or the dialogues in them if
+            they do not attend to each other.
     """
     weights = count_parameters(config, active=True)
     if not config.tie_word_embeddings:
@@ -77,18 +77,19 @@ def update_flops(
 
 
 class Meters:
-    """Writes metrics.jsonl, moves the bar, and tells the reporters; use it with `with`.
+    """Writes metrics.jsonl, updates the bar, and calls the reporters; use it with `with`.
 
-    Only the primary of several processes does any of it. Lines beyond `step`, of updates that a
-    killed run had made since its last checkpoint, are cut off: they are made again.
+    Of several processes, only the primary does this. Lines beyond `step`, from updates of a killed
+    run after its last checkpoint, are removed, because those updates are repeated.
 
     Args:
-        folder: of the run.
-        settings: its own; `check_reports` has found the packages of its `report`.
-        step: updates made already. steps: of the whole run.
+        folder: folder of the run.
+        settings: settings of the run; call `check_reports` first.
+        step: number of updates already made.
+        steps: number of updates of the whole run.
 
     Raises:
-        InputError: a reporter that does not start; while the run goes on, a disk that is full.
+        InputError: a reporter that does not start, or, during the run, a full disk.
     """
 
     def __init__(self, folder: Path, settings: Settings, *, step: int, steps: int) -> None:
@@ -128,7 +129,7 @@ class Meters:
         self._bar.stop()
 
     def update(self, step: int, metrics: dict[str, float], tokens: int, flops: float) -> None:
-        """An update has been made, over so many tokens, padding excluded, by `update_flops`."""
+        """Reports an update with its number of tokens without padding and its `update_flops`."""
         self._times = [*self._times[-AVERAGED:], time.perf_counter()]
         seconds = self._times[-1] - self._times[-2]
         speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -148,13 +149,13 @@ class Meters:
         self._bar.update(self._task, completed=step, told=", ".join(told))
 
     def evaluation(self, step: int, loss: float) -> None:
-        """The loss on held-out dialogues after so many updates."""
+        """Reports the loss on held-out dialogues after `step` updates."""
         self._write(step, {"eval_loss": loss})
         self._bar.console.print(f"after {step} updates: held-out loss {loss:.4f}")
         self._times = [time.perf_counter()]
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         self._bar.console.print(message, highlight=False)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
@@ -168,9 +169,10 @@ class Meters:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a half line of a killed process; aside, then renamed.
+    """Removes the lines of later steps and an incomplete line of a killed process.
 
-    A run that begins again has none: what was noted at step 0 is noted again, too.
+    The new file is written under a temporary name and renamed. A run that restarts from the
+    beginning keeps no lines, because those of step 0 are written again.
     """
     if not path.exists():
         return
@@ -186,7 +188,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _peak_memory() -> int | None:
-    """Bytes of the fullest local device, at the peak so far; None where JAX does not know."""
+    """Peak bytes so far of the fullest local device; None if JAX does not know them."""
     found = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
     return max(peaks, default=None)
@@ -206,7 +208,7 @@ def _started(name: str, folder: Path, settings: Settings, step: int) -> Reporter
             return _REPORTERS[name][1](folder, settings, step)
     except InputError:
         raise
-    except Exception as error:  # an account, a network: whatever it is, it is outside this program
+    except Exception as error:  # an account or a network problem, outside this program
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"report {name} does not start: {reason}") from error
 
@@ -214,7 +216,7 @@ def _started(name: str, folder: Path, settings: Settings, step: int) -> Reporter
 def _tensorboard(folder: Path, settings: Settings, step: int) -> Reporter:
     from tensorboardX import SummaryWriter
 
-    # What a killed run has told of later steps is not shown: they are made again.
+    # Later steps of a killed run are not shown, because they are repeated.
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def report(step: int, metrics: dict[str, float]) -> None:
@@ -226,7 +228,7 @@ def _tensorboard(folder: Path, settings: Settings, step: int) -> Reporter:
 
 
 def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
-    """One run of Weights & Biases for a folder, however often it is resumed or moved."""
+    """One Weights & Biases run per folder, even if the run is resumed or moved."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     path, new = folder / "wandb_id.txt", f"{uuid.uuid4().hex}\n"
@@ -239,19 +241,20 @@ def _wandb(folder: Path, settings: Settings, step: int) -> Reporter:
         id=path.read_text(encoding="utf-8").strip(),
         resume="allow",
         config=settings.as_yaml(),
-        allow_val_change=True,  # of a run that is lengthened
+        allow_val_change=True,  # for a run that is lengthened
     )
 
     def report(step: int, metrics: dict[str, float]) -> None:
-        # Steps that a killed run has told are made again, with the same numbers: it has them.
+        # Steps already reported by a killed run are repeated with the same numbers, so they are
+        # skipped.
         if step >= run.step:
             run.log(metrics, step=step)
 
     return Reporter(report, run.finish)
 
 
-# By name: the package, and what makes the reporter of a run: of its folder, its settings, and the
-# updates made already.
+# By name: the package, and the function that creates a reporter from the run's folder, its settings
+# and the number of updates already made.
 _REPORTERS: dict[str, tuple[str, Callable[[Path, Settings, int], Reporter]]] = {
     "tensorboard": ("tensorboardX", _tensorboard),
     "wandb": ("wandb", _wandb),

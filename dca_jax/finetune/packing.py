@@ -1,4 +1,4 @@
-"""Which dialogues make a row: packed by the best fit, or one a row in batches of like length."""
+"""Packing dialogues into rows: best fit, or one per row in batches of similar length."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ import numpy as np
 from jaxtyping import Int
 
 PACKS = ("cut", "whole", "segments", "none")
-TOGETHER = 16  # batches whose rows are sorted by length: so many that they are alike
-NARROWEST = 256  # tokens of the shortest rows: each doubling is a program to compile
+TOGETHER = 16  # batches that are sorted by length together, enough for similar lengths
+NARROWEST = 256  # tokens of the shortest rows; each doubling is another program to compile
 
 
 def best_fit(sizes: Sequence[int] | Int[np.ndarray, " n"], room: int) -> list[list[int]]:
-    """Packs items into rows of `room`, the largest first, each where it leaves the least room.
+    """Packs items into rows of size `room`, largest first, each where it leaves the least room.
 
     Best-fit decreasing needs at most 11/9 of the fewest possible rows and one more (Johnson 1973).
 
     Args:
-        sizes: from 1 to `room`. Of equal ones the earlier comes first.
+        sizes: sizes from 1 to `room`. Of equal sizes, the earlier item comes first.
 
     Returns:
         The numbers of the items of each row.
@@ -49,7 +49,7 @@ def best_fit(sizes: Sequence[int] | Int[np.ndarray, " n"], room: int) -> list[li
 
 
 def packed(sizes: Int[np.ndarray, " n"], room: int, random: np.random.Generator) -> list[list[int]]:
-    """`best_fit`, its rows and the items of each in a random order."""
+    """`best_fit` with its rows, and the items in each row, in random order."""
     rows = best_fit(sizes, room)
     return [random.permutation(rows[n]).tolist() for n in random.permutation(len(rows))]
 
@@ -57,11 +57,11 @@ def packed(sizes: Int[np.ndarray, " n"], room: int, random: np.random.Generator)
 def alike(
     sizes: Int[np.ndarray, " n"], batch: int, before: int, random: np.random.Generator
 ) -> list[int]:
-    """An order in which the items of each batch are of about one size, batches shuffled.
+    """An order with items of similar size in each batch, and with the batches shuffled.
 
     Args:
-        batch: items of a batch.
-        before: items that earlier epochs have had: their last batch is filled up first.
+        batch: number of items in a batch.
+        before: number of items in earlier epochs, whose last batch is filled up first.
     """
     first = min(-before % batch, len(sizes))
     rest = np.arange(first, len(sizes))
@@ -77,7 +77,7 @@ def alike(
 
 
 def bucket(longest: int, length: int) -> int:
-    """The width of a batch whose longest row has so many tokens: a power of two, or `length`."""
+    """The width of a batch with a longest row of `longest` tokens: a power of two, or `length`."""
     width = NARROWEST
     while width < longest:
         width *= 2

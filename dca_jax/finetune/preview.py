@@ -1,4 +1,4 @@
-"""Which tokens of a dialogue are trained on, for the eye."""
+"""Shows which tokens of a dialogue are trained on."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -12,15 +12,15 @@ from dca_jax.finetune.rendered import Rendered
 from dca_jax.inference.tokenizer import decode
 
 TRAINED, MASKED = "bold green", "dim"
-INCOMPLETE = "\ufffd"  # what decoders give for bytes that are not whole characters
-OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where there is no colour
+INCOMPLETE = "\ufffd"  # decoders' output for incomplete characters
+OPEN, CLOSE = "⟦", "⟧"  # mark trained tokens if there is no colour
 
 
 def preview(rendered: Rendered, tokenizer: Any, console: Console) -> None:
-    """Prints the text of tokens, special ones included, and which of them are trained on.
+    """Prints the text of tokens, including special ones, and marks those that are trained on.
 
-    Those are green and the others dim; without colours (a file, a pipe, NO_COLOR) they stand
-    between ⟦ and ⟧. Control characters are spelled out, so that a dialogue cannot steer a terminal.
+    They are green and the others dim; without colours (a file, a pipe, NO_COLOR) they are enclosed
+    in ⟦ and ⟧. Control characters are escaped, so that a dialogue cannot control the terminal.
 
     Args:
         rendered: a dialogue, or a row of a batch (`data.row`).
@@ -45,8 +45,8 @@ def preview(rendered: Rendered, tokenizer: Any, console: Console) -> None:
 def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """The text of each run of tokens that are all trained on, or all not.
 
-    What a token reads depends on those before it, so what is decoded is always all up to the end of
-    a run. A character that a run ends within is part of the next one.
+    The text of a token depends on those before it, so all tokens up to the end of a run are
+    decoded. If a run ends inside a character, that character belongs to the next run.
     """
     tokens = rendered.tokens.tolist()
     done, read = 0, 0
@@ -60,7 +60,7 @@ def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _visible(text: str) -> str:
-    """The text with its control characters spelled out, line breaks and tabs excepted."""
+    """The text with control characters escaped, except line breaks and tabs."""
     return "".join(
         char
         if char in "\n\t" or char.isprintable() or category(char) == "Zs"

@@ -1,4 +1,4 @@
-"""What a dialogue becomes: tokens, and which of them the loss counts."""
+"""A rendered dialogue: its tokens, and which of them have a loss."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Rendered:
     """A dialogue as tokens.
 
     Attributes:
-        tokens: the whole, special ones included.
-        trained: `trained[p]` says that token p is a target: predicted from those before it, and
-            counted by the loss. False at position 0, before which there is nothing.
+        tokens: all tokens, including special ones.
+        trained: `trained[p]` is True if token p is a target of the loss, predicted from the tokens
+            before it. It is False at position 0.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -23,10 +23,10 @@ class Rendered:
 
 
 class NotRenderedError(InputError):
-    """A dialogue that cannot be written, where others may be.
+    """A dialogue that cannot be rendered; others may work.
 
     Attributes:
-        reason: the same for all that have it, to count them by.
+        reason: a common reason, by which such dialogues are counted.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:

@@ -1,10 +1,10 @@
-"""Rendered dialogues kept in the run's folder, so that a run that goes on need not render again.
+"""Rendered dialogues stored in the run's folder, so that a resumed run does not render again.
 
     OUTPUT/rendered/KEY.safetensors    tokens int32 and trained (bits) of all dialogues of a file,
-                                       one after another; ends int64; what was left out, and why
+                                       one after another; ends int64; the dropped ones by reason
 
-KEY is a digest of all that decides what is in it: the data file's contents, the tokenizer, the
-template and the settings. What cannot be read is rendered again.
+KEY is a digest of everything that determines the contents: the data file, the tokenizer, the
+template and the settings. A file that cannot be read is rendered again.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ from dca_jax.disk import writing, written
 from dca_jax.errors import InputError
 from dca_jax.finetune.rendered import Rendered
 
-VERSION = 1  # another one where what dialogues are rendered to changes
+VERSION = 1  # increase it when the rendering changes
 Kept = tuple[list[Rendered], dict[str, int]]
 
 
 def key_of(path: Path, tokenizer: Any, template: str, options: dict[str, Any]) -> str:
-    """A digest of what a file is rendered to.
+    """A digest that identifies the rendering of a file.
 
     Args:
-        template: its text. options: what else decides, as JSON has it.
+        template: text of the template.
+        options: other settings that affect the rendering, as JSON values.
 
     Raises:
         InputError: a file that cannot be read.
@@ -46,10 +47,10 @@ def key_of(path: Path, tokenizer: Any, template: str, options: dict[str, Any]) -
 
 
 def keep(folder: Path, key: str, kept: Kept) -> None:
-    """Writes a file's dialogues, aside and then renamed.
+    """Writes a file's dialogues under a temporary name, and renames it.
 
     Raises:
-        InputError: a disk that is full, or not ours.
+        InputError: the disk is full or not writable.
     """
     dialogues, counts = kept
     path = _file(folder, key)
@@ -67,7 +68,7 @@ def keep(folder: Path, key: str, kept: Kept) -> None:
 
 
 def kept(folder: Path, key: str) -> Kept | None:
-    """What `keep` has written under a key; None if there is nothing, or nothing whole."""
+    """The dialogues that `keep` wrote under a key; None if absent or damaged."""
     try:
         with safe_open(_file(folder, key), framework="numpy") as file:
             counts = json.loads((file.metadata() or {})["counts"])

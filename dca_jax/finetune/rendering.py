@@ -1,4 +1,4 @@
-"""Files of dialogues and texts as tokens: what is left out, cut or split is counted."""
+"""Renders files of dialogues and texts to tokens, and counts what is dropped, cut or split."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from dca_jax.finetune.turns import Dialogue, Text
 from dca_jax.inference.progress import progress
 
 TOGETHER = 256  # dialogues that are rendered at once
-REASONS = 8  # of a template that are counted apart; it may spell them as it likes
+REASONS = 8  # maximum number of a template's own reasons that are counted separately
 
 
 def render_all(
@@ -27,18 +27,18 @@ def render_all(
     """Renders the dialogues of a file, with a bar on stderr.
 
     Args:
-        name: for the bar and messages.
-        template: as for `templates.renderer`.
-        min_tokens: dialogues with fewer are dropped; LongChat's data had none that were short.
-        cut: the length of a row, if rows hold whole dialogues: one that is longer loses its end,
-            and a text is split into several.
+        name: name for the bar and messages.
+        template: as in `templates.renderer`.
+        min_tokens: dialogues with fewer tokens are dropped; LongChat's data has no short ones.
+        cut: the row length, if rows contain whole dialogues: a longer dialogue is truncated, and a
+            longer text is split into several.
 
     Returns:
-        Those kept; and how many were "dropped: ...", "cut: ..." and "split: ...", by reason. What
-        the template does not write is dropped.
+        The rendered ones, and the numbers of those "dropped: ...", "cut: ..." and "split: ...", by
+        reason. Dialogues that the template refuses are dropped.
 
     Raises:
-        InputError: as `templates.renderer` does; or the template writes none of them.
+        InputError: as in `templates.renderer`, or if the template renders none of them.
     """
     write = renderer(tokenizer, template)
     kept: list[Rendered] = []
@@ -52,7 +52,7 @@ def render_all(
                     first = first or rendered
                     reason = rendered.reason.replace("this dialogue", "it")
                     known = reason in refused or len(refused) < REASONS
-                    refused[reason if known else "other reasons of the template's"] += 1
+                    refused[reason if known else "other reasons from the template"] += 1
                     continue
                 if len(rendered.tokens) < min_tokens:
                     counts[f"dropped: fewer than {min_tokens} tokens"] += 1
@@ -79,7 +79,7 @@ def _groups(dialogues: Sequence[Dialogue | Text]) -> Iterator[list[Dialogue | Te
 
 
 def _fitted(rendered: Rendered, length: int | None, *, split: bool) -> list[Rendered]:
-    """What rows of `length` hold of it: its beginning, or all its pieces."""
+    """The part that fits rows of `length`: its beginning, or (with `split`) all its pieces."""
     tokens, trained = rendered.tokens, rendered.trained
     if length is None or len(tokens) <= length:
         return [rendered]

@@ -1,7 +1,7 @@
-"""bfloat16 without drift: rounded up or down at random, so that on average nothing is lost.
+"""Stochastic rounding to bfloat16, which is unbiased.
 
-What a small update adds is then kept in the mean of many updates, where rounding to nearest would
-drop it every time (Gupta et al., arXiv 1502.02551; in bfloat16, Zamirai et al., 2010.06192).
+Small updates then add up correctly on average, while rounding to nearest would lose each of them
+(Gupta et al., arXiv 1502.02551; in bfloat16, Zamirai et al., 2010.06192).
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from jaxtyping import Array, BFloat16, Float32, UInt32
 
 
 def widened(tree: Any) -> Any:
-    """A tree of arrays in float32."""
+    """A tree of arrays, converted to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def stochastically_rounded(pair: tuple[Any, Any], key: Array) -> tuple[Any, Any]:
-    """Two trees alike, of float32 arrays, in bfloat16; one draw gives the bits of both."""
+    """Two trees of float32 arrays, equal in structure, rounded to bfloat16 with shared bits."""
     first, second = map(jax.tree.leaves, pair)
     rounded = []
     for number, (a, b) in enumerate(zip(first, second, strict=True)):

@@ -1,13 +1,12 @@
-"""A run, from its settings to a model: load, train, save, go on after an interruption, export.
+"""A finetuning run from its settings to a model: load, train, save, resume, export.
 
 The folder of a run:
 
-    finetune.yaml    its settings, all of them
-    rendered/        its dialogues as tokens (`dca_jax.finetune.rendered_files`)
-    metrics.jsonl    a line for each update, and for each evaluation
-    checkpoints/     of the state (`dca_jax.finetune.checkpoints`)
-    adapter/         LoRA's, as PEFT has them, when the run has ended
-    model/           what came out, when the run has ended (`dca_jax.finetune.export`)
+    finetune.yaml all its settings rendered/        its dialogues as tokens
+    (`dca_jax.finetune.rendered_files`) metrics.jsonl    a line for each update, and for each
+    evaluation checkpoints/     checkpoints of the state (`dca_jax.finetune.checkpoints`)
+    adapter/         the LoRA adapter in PEFT format, after the run has ended
+    model/           the trained model, after the run has ended (`dca_jax.finetune.export`)
 """
 
 import math
@@ -77,19 +76,20 @@ SETTINGS, CHECKPOINTS, MODEL, ADAPTER = "finetune.yaml", "checkpoints", "model",
 
 
 def finetune(settings: Settings, *, implementation: str | None = None) -> Path:
-    """Runs, or goes on with, what the settings say; returns the folder of the finished model.
+    """Starts or resumes a run with these settings; returns the folder of the finished model.
 
-    Interrupted by SIGTERM or Ctrl-C, it saves and leaves by `SystemExit` (143 or 130); killed, it
-    goes on from its last checkpoint. Either way the losses are those of a run that was not
-    interrupted: bit for bit where the device computes the same thing twice alike, as CPUs do.
+    On SIGTERM or Ctrl-C it saves a checkpoint and raises `SystemExit` (143 or 130); after a kill it
+    resumes from its last checkpoint. In both cases the losses are those of an uninterrupted run,
+    bitwise if the device is deterministic, as CPUs are.
 
     Args:
-        implementation: of the attention, a name of `dca_jax.attention.op.BACKENDS`; None is the
-            best on the device. It is no setting of the run: all of them compute the same.
+        implementation: attention implementation, a name in `dca_jax.attention.op.BACKENDS`; None
+            picks the best on the device. It is not a setting of the run, because all of them
+            compute the same.
 
     Raises:
         InputError: settings, data or a checkpoint that do not fit, before any weight is read; a
-            loss that is not finite, with the step; a checkpoint that cannot be written.
+            non-finite loss, with the step; a checkpoint that cannot be written.
     """
     setup = replace(open_setup(settings), implementation=implementation)
     output = Path(settings.output)
@@ -118,7 +118,7 @@ def open_setup(settings: Settings) -> Setup:
     """Opens the checkpoint's config and tokenizer, and makes the mesh.
 
     Raises:
-        InputError: a checkpoint or setting that does not fit, named.
+        InputError: a checkpoint or setting that does not fit.
     """
     check_reports(settings.report)
     folder = find_folder(settings.model)
@@ -126,20 +126,20 @@ def open_setup(settings: Settings) -> Setup:
     mesh = make_mesh(settings.mesh) if settings.mesh or several_processes() else None
     if settings.pack == "segments" and axis_size(mesh, "context") > 1:
         raise InputError(
-            "pack segments reads each dialogue on one device, and this mesh shares rows along "
-            "context; use fsdp or tensor, or pack whole"
+            "pack segments needs whole rows on a device, but this mesh splits them along context; "
+            "use fsdp or tensor, or pack whole"
         )
     rows = axis_size(mesh, "data", "fsdp")
     if settings.batch % rows:
         raise InputError(
             f"batch {settings.batch} does not divide over the mesh's {rows} devices of data and "
-            f"fsdp; give a multiple of {rows}, or cut the rows themselves with context"
+            f"fsdp; give a multiple of {rows}, or split rows with context"
         )
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; put its files beside config.json")
     chat_template = None
-    own = settings.template == "chat"  # a tokenizer without one does for texts
+    own = settings.template == "chat"  # plain texts need no chat template
     if settings.template != "chunkllama" and not (own and not tokenizer.chat_template):
         chat_template = template_source(tokenizer, settings.template)
     setup = Setup(
@@ -152,7 +152,7 @@ def open_setup(settings: Settings) -> Setup:
         lora=_lora(settings, config),
         mesh=mesh,
     )
-    _ = setup.sharding  # refuses a mesh that the model cannot be cut for
+    _ = setup.sharding  # refuses a mesh that the model cannot be split over
     return setup
 
 
@@ -173,44 +173,44 @@ def _lora(settings: Settings, config: LlamaConfig) -> LoraConfig | None:
 
 
 def _trained_dca(settings: Settings, config: LlamaConfig) -> DCAConfig | None:
-    """The setting of a method that the trained model's config.json can ask for."""
+    """The setting of a method that can be stored in the trained model's config.json."""
     dca, rope = method_by_name(settings.method, config, settings.length)
     if isinstance(dca, PositionMethod) or rope != config.rope:
         raise InputError(
-            f"method {settings.method!r} cannot be trained: config.json has no word for it; "
-            "expected auto, none, or dca with a setting (a scaled rope belongs into config.json)"
+            f"method {settings.method!r} cannot be trained: config.json cannot express it; "
+            "expected auto, none, or dca with a setting (set scaled RoPE in config.json)"
         )
     return dca
 
 
 def check_output(output: Path, settings: Settings) -> None:
-    """Refuses a folder that is not this run's.
+    """Refuses an output folder that does not belong to this run.
 
     Raises:
-        InputError: a finished run, another run, or a folder of something else.
+        InputError: a finished run, another run, or a folder with something else.
     """
     before = settings_before(output)
     if before is not None:
         differing = before.differing(settings)
         if (output / MODEL).exists() and not differing and before.lasts_as_long_as(settings):
             raise InputError(
-                f"{output} holds a run that has ended: {output / MODEL} is its model. To lengthen "
-                "it, give more steps or epochs"
+                f"{output} holds a finished run with the model {output / MODEL}. To lengthen it, "
+                "give more steps or epochs"
             )
         if differing:
             raise InputError(
-                f"{output} holds a run with another {', '.join(differing)}; go on with the "
-                "settings it began with, or choose another output"
+                f"{output} holds a run with a different {', '.join(differing)}; resume with its "
+                "original settings, or choose another output"
             )
     elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} exists and holds no finetuning run; choose another output")
+        raise InputError(f"{output} exists and is not a finetuning run; choose another output")
 
 
 def check_memory(setup: Setup, length: int) -> None:
-    """Refuses rows of `length` tokens that the devices have no room to train on.
+    """Refuses rows of `length` tokens that do not fit into the devices' memory.
 
     Raises:
-        InputError: as `dca_jax.planning.room.check_room` and `kept_base`.
+        InputError: as in `dca_jax.planning.room.check_room` and `kept_base`.
     """
     settings = setup.settings
     check_room(
@@ -229,40 +229,40 @@ def check_memory(setup: Setup, length: int) -> None:
 
 
 def packed_base(settings: Settings) -> str | None:
-    """The form that the layers' frozen kernels are packed in as they are read; None for none."""
+    """The form in which the layers' frozen kernels are packed while loading; None if unpacked."""
     return None if settings.base in ("dtype", STORED) else settings.base
 
 
 def kept_base(setup: Setup) -> dict[str, Kept]:
-    """How frozen weights stay packed as the checkpoint has them, by path: with base `stored`.
+    """The forms of frozen weights that stay packed as in the checkpoint, by path (base `stored`).
 
     Raises:
-        InputError: none of them can.
+        InputError: there are no such weights.
     """
     if setup.settings.base != STORED:
         return {}
     kept = kept_forms(setup.folder, setup.config, STORED)
     if not kept:
         raise InputError(
-            f"base {STORED} keeps what is packed in the checkpoint, and {setup.folder} has nothing "
-            "that can be kept so; choose base int8 or int4, which pack it, or dtype"
+            f"base {STORED} keeps weights as quantized in the checkpoint, but {setup.folder} has "
+            "none that can be kept; choose base int8 or int4 to quantize them, or dtype"
         )
     return kept
 
 
 def settings_before(output: Path) -> Settings | None:
-    """The settings of the run that a folder holds; None if there is none."""
+    """The settings of the run in a folder; None if there is none."""
     path = output / SETTINGS
     return read_settings(path, {}) if path.is_file() else None
 
 
 def lengthen(output: Path, settings: Settings, data: Sequence[Source], steps: int) -> None:
-    """Makes a run that was to have fewer updates one of `steps`, and says what that changes.
+    """Lengthens a run to `steps` updates, and prints what that changes.
 
-    The model of a run that has ended is kept under another name.
+    The model of a finished run is kept under another name.
 
     Raises:
-        InputError: the run was to have more.
+        InputError: the run was planned with more updates.
     """
     before = settings_before(output)
     if before is None or before.lasts_as_long_as(settings):
@@ -270,8 +270,8 @@ def lengthen(output: Path, settings: Settings, data: Sequence[Source], steps: in
     planned = number_of_updates(before, data)
     if steps < planned:
         raise InputError(
-            f"a run can be lengthened and not shortened: {output} has {planned:,} updates, and "
-            f"{steps:,} are asked for; choose another output"
+            f"a run can be lengthened but not shortened: {output} has {planned:,} updates, but "
+            f"{steps:,} were requested; choose another output"
         )
     for name in (MODEL, ADAPTER):
         if (output / name).exists():
@@ -288,7 +288,7 @@ def lengthen(output: Path, settings: Settings, data: Sequence[Source], steps: in
 
 
 def write_settings(output: Path, settings: Settings) -> None:
-    """Makes the run's folder, and notes the settings there, aside and then renamed."""
+    """Creates the run's folder and writes the settings, under a temporary name first."""
     import yaml
 
     text = yaml.safe_dump(settings.as_yaml(), sort_keys=False)
@@ -298,7 +298,7 @@ def write_settings(output: Path, settings: Settings) -> None:
 
 
 def show_rows(settings: Settings, count: int, console: Console) -> None:
-    """Prints the first rows of a run, coloured by what the loss counts; reads no weights."""
+    """Prints the first rows of a run and marks the tokens with a loss; reads no weights."""
     setup = open_setup(replace(settings, mesh=""))
     stream = training_rows(setup, read_inputs(setup).data)
     for number, batch in zip(range(count), stream, strict=False):
@@ -316,7 +316,7 @@ def train(
     held_out: Sequence[Rows],
     steps: int,
 ) -> State:
-    """Makes the updates that are still to be made, and returns the last state."""
+    """Makes the remaining updates and returns the last state."""
     settings = setup.settings
     with _status(f"loading {setup.folder}"):
         state, frozen, place_in_rows = load_state(setup, checkpoints)
@@ -337,7 +337,7 @@ def train(
             tokens = int(batch["lengths"].sum())
             flops = update_flops(setup.config, text_lengths(batch), lora=setup.lora)
             state, metrics = update(state, frozen, place(batch, settings.accumulate, setup.mesh))
-            if pending is not None:  # the one before: so the devices never wait for the host
+            if pending is not None:  # the previous one, so that the devices never wait for the host
                 tell(meters, *pending, checkpoints)
             pending = step, metrics, tokens, flops
             stopped = agreed(stop())
@@ -365,7 +365,7 @@ def _status(text: str) -> Status:
 def load_state(
     setup: Setup, checkpoints: Checkpoints
 ) -> tuple[State, Params, dict[str, Any] | None]:
-    """The state to go on from, the frozen weights, and the place in the rows; None at the start."""
+    """The state to start from, the frozen weights, and the position in the rows (or None)."""
     settings, config, lora = setup.settings, setup.config, setup.lora
     where, frozen = setup.sharding, {}
     if lora is None:
@@ -398,10 +398,10 @@ def tell(
     flops: float,
     checkpoints: Checkpoints,
 ) -> None:
-    """Waits for an update, and notes how it went.
+    """Waits for an update and reports its metrics.
 
     Raises:
-        InputError: its loss or gradient was not finite; what can be gone on from is on the disk.
+        InputError: a non-finite loss or gradient; the last checkpoint is on disk.
     """
     loss, norm, trained, finite = (float(np.asarray(x)) for x in metrics)
     if not finite:
@@ -427,8 +427,8 @@ def make_evaluation(build: Build) -> Callable[..., float]:
         )
         if not math.isfinite(nll):
             raise InputError(
-                f"the loss on the held-out dialogues is {nll:g}: the model, or the dtype, is not "
-                "good for them; compute in float32, or look at them"
+                f"the loss on the held-out dialogues is {nll:g}: they overflow the dtype or the "
+                "model is broken; compute in float32, or check the dialogues"
             )
         return nll / tokens
 
@@ -440,10 +440,10 @@ def make_evaluation(build: Build) -> Callable[..., float]:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Yields what tells the number of the signal that asked to stop, 0 if none has.
+    """Yields a function that returns the number of the signal received, or 0 if none was.
 
-    The first SIGTERM or Ctrl-C asks; a second one ends the program at once. Only Python's main
-    thread may ask for signals: in another one nothing stops a run but what stops the program.
+    The first SIGTERM or Ctrl-C is recorded; a second one ends the program at once. Only Python's
+    main thread can handle signals, so in other threads a run cannot be stopped in this way.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -466,11 +466,11 @@ def stopping() -> Iterator[Callable[[], int]]:
 
 
 def agreement() -> Callable[[int], int]:
-    """What turns the signal that this process has been sent into one that all agree on.
+    """A function from this process's signal to one that all processes agree on.
 
-    All must stop after the same update. With several processes a call starts an exchange, and
-    gives what the call before it has found: that one has ended with its update, so the host stays
-    ahead of the devices, and a signal is followed one update later.
+    All must stop after the same update. With several processes, a call starts an exchange and
+    returns the result of the previous call, which has finished with its update. So the host stays
+    ahead of the devices, and a signal takes effect one update later.
     """
     if not several_processes():
         return lambda number: number

@@ -1,4 +1,4 @@
-"""All that decides a finetuning run, in one flat table: a YAML file, each line of it also a flag.
+"""The settings of a finetuning run as a flat table, from a YAML file or from flags.
 
 The defaults are the paper's recipe (LongChat's hyperparameters) where it has one.
 """
@@ -26,16 +26,16 @@ BASES = ("dtype", "int8", "int4", STORED)
 EXPORTS = ("orbax", "hf")
 DTYPES = ("bfloat16", "float32")
 REPORTS = ("tensorboard", "wandb")
-LARGEST_UPDATE = 2**27  # tokens, padding included: the host builds all rows of an update at once
-WEIGHTS = (1e-6, 1e3)  # of a file: beyond them an epoch is nothing, or has no end
+LARGEST_UPDATE = 2**27  # tokens, including padding: the host builds all rows of an update at once
+WEIGHTS = (1e-6, 1e3)  # range of a file's weight: outside it, an epoch would be empty or endless
 
 
 class DataFile(NamedTuple):
     """A file of dialogues.
 
     Attributes:
-        weight: how many times each of its dialogues is seen in an epoch.
-        min_tokens: shorter dialogues are left out.
+        weight: number of times that each of its dialogues is used per epoch.
+        min_tokens: shorter dialogues are dropped.
     """
 
     path: str
@@ -47,7 +47,7 @@ Files = tuple[DataFile, ...]
 
 
 class Range(NamedTuple):
-    """What a number may be: from `least`, above `above`, below `below`; and always finite."""
+    """Allowed range of a number: at least `least`, above `above`, below `below`, and finite."""
 
     least: float | None = None
     above: float | None = None
@@ -87,13 +87,13 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A finetuning run. What each field means stands beside it, as `--help` says it.
+    """A finetuning run. Each field is described next to it, as shown by `--help`.
 
-    Fields that are `resumable` may change when a run is resumed; the others decide what its losses
-    are. Those that are `tokens` may be written as 16k.
+    Fields marked `resumable` may change when a run is resumed; the others determine its losses.
+    Fields marked `tokens` may be written as 16k.
 
     Raises:
-        InputError: a value that makes no sense, named with what would.
+        InputError: an invalid value; the message says what is allowed.
     """
 
     model: str = _option(
@@ -103,33 +103,34 @@ class Settings:
     # --- dialogues
     data: Files = _option(
         (),
-        "JSON or JSONL file of dialogues; FILE=2 takes each twice an epoch. May be given several "
-        "times; in YAML a file may also have min_tokens.",
+        "JSON or JSONL file of dialogues; FILE=2 uses each dialogue twice per epoch. May be "
+        "repeated; in YAML a file may also have min_tokens.",
     )
     eval_data: Files = _option((), "Held-out dialogues to evaluate the loss on.")
     template: str = _option(
         "chat",
-        "Chat template of the dialogues: chat (the tokenizer's own), llama-2, chunkllama (the "
-        "paper's code, slips included), or a .jinja file.",
+        "Chat template of the dialogues: chat (the tokenizer's own), llama-2, chunkllama (as in "
+        "the paper's code, including its errors), or a .jinja file.",
     )
     length: int = _option(16_384, "Row length in tokens.", tokens=True, within=Range(2))
     pack: str = _option(
         "cut",
-        "How dialogues share rows: cut (joined, and cut every LENGTH tokens), whole (as many whole "
-        "ones as fit), segments (the same, but none sees another) or none (one a row).",
+        "How dialogues are packed into rows: cut (joined, then cut every LENGTH tokens), whole (as "
+        "many whole ones as fit), segments (the same, without attention between dialogues) or none "
+        "(one per row).",
         choices=PACKS,
     )
     gpt4_only: bool = _option(False, "Keep only dialogues marked as answered by GPT-4.")
     # --- attention
     method: str = _option(
         "auto",
-        "How to read: auto (what the checkpoint asks for, else the paper's DCA), none, or dca with "
-        "a setting, as in dca:chunkllama or dca:3072,4095.",
+        "Method: auto (the checkpoint's own setting, else the paper's DCA), none, or dca with a "
+        "setting, as in dca:chunkllama or dca:3072,4095.",
     )
     # --- optimization (AdamW)
     steps: int | None = _option(
         None,
-        "Number of updates (default: from EPOCHS). More than a run had lengthen it.",
+        "Number of updates (default: from EPOCHS). A larger number than before lengthens a run.",
         resumable=True,
         within=FROM_1,
     )
@@ -141,11 +142,11 @@ class Settings:
         within=FROM_1,
     )
     learning_rate: float = _option(
-        2e-5, "Peak learning rate; decays to zero along a cosine.", within=POSITIVE
+        2e-5, "Peak learning rate; decays to zero with a cosine schedule.", within=POSITIVE
     )
     warmup: float = _option(
         0.03,
-        "Fraction of the updates in which the learning rate rises from zero.",
+        "Fraction of the updates used for linear warmup of the learning rate.",
         within=SHARE,
     )
     weight_decay: float = _option(0.0, "Weight decay of the matrices.", within=FROM_0)
@@ -160,23 +161,23 @@ class Settings:
     lora_alpha: float = _option(32.0, "LoRA's scale is alpha / rank.", within=POSITIVE)
     lora_targets: tuple[str, ...] = _option(
         LORA_TARGETS,
-        "Projections that get adapters. May be given several times.",
+        "Projections with adapters. May be repeated.",
     )
     adapter: str = _option(
         "",
-        "Folder of a LoRA adapter to begin with, PEFT's or another run's; its rank, alpha and "
+        "Folder of a LoRA adapter to start from, from PEFT or another run; its rank, alpha and "
         "targets are taken.",
     )
     base: str = _option(
         "dtype",
-        "How the frozen weights are kept with LoRA: in the run's dtype, packed in int8 or int4, or "
-        "as a packed checkpoint has them (stored).",
+        "Format of the frozen weights with LoRA: the run's dtype, quantized to int8 or int4, or as "
+        "in a quantized checkpoint (stored).",
         choices=BASES,
     )
     export: str = _option(
         "orbax",
-        "What OUTPUT/model is: a converted folder (orbax), which every command here reads and any "
-        "mesh restores, or a Hugging Face folder (hf), which transformers reads too.",
+        "Format of OUTPUT/model: a converted folder (orbax), which every command here can load on "
+        "any mesh, or a Hugging Face folder (hf), which transformers can load too.",
         choices=EXPORTS,
         resumable=True,
     )
@@ -188,13 +189,14 @@ class Settings:
     state: str = _option(
         "float32",
         "Dtype of trained weights, their gradients and AdamW's moments; bfloat16 takes half the "
-        "memory, and is rounded stochastically.",
+        "memory and uses stochastic rounding.",
         choices=DTYPES,
     )
     remat: str = _option(
         "attention",
-        "What to keep for the backward pass: each layer's input (layer), also attention's output "
-        "(attention), or also the projections' outputs (products): more memory, less time.",
+        "What to save for the backward pass: each layer's input (layer), also the attention output "
+        "(attention), or also the projections' outputs (products). Saving more takes more memory "
+        "and less time.",
         resumable=True,
         choices=tuple(REMAT),
     )
@@ -204,7 +206,7 @@ class Settings:
     eval_every: int = _option(200, "Updates between evaluations.", resumable=True, within=FROM_1)
     report: tuple[str, ...] = _option(
         (),
-        "Where to report besides metrics.jsonl: tensorboard, wandb. May be given several times.",
+        "Where to report besides metrics.jsonl: tensorboard, wandb. May be repeated.",
         resumable=True,
         choices=REPORTS,
     )
@@ -266,7 +268,7 @@ class Settings:
                 raise InputError(f"{row.name} is one of {', '.join(choices)}; got {shown(one)}")
 
     def as_yaml(self) -> dict[str, Any]:
-        """What `read_settings` reads back, as plain values; fields at their default too."""
+        """All fields as plain values, including defaults, for `read_settings` to read back."""
         values = dataclasses.asdict(self)
         for name in ("data", "eval_data"):  # a list, for a file may be given more than once
             files = (file._asdict() for file in getattr(self, name))
@@ -274,12 +276,12 @@ class Settings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def lasts_as_long_as(self, other: "Settings") -> bool:
-        """Whether both have the same `steps`, or from the same `epochs`."""
+        """Whether both have the same `steps`, or derive them from the same `epochs`."""
         ours, theirs = ((s.steps, s.epochs if s.steps is None else 0) for s in (self, other))
         return ours == theirs
 
     def differing(self, other: "Settings") -> list[str]:
-        """Names of the fields that differ and may not, if one run is to go on as the other."""
+        """Names of the fields whose differences prevent resuming with the other settings."""
         return [
             row.name
             for row in fields(self)
@@ -290,15 +292,15 @@ class Settings:
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any]) -> Settings:
-    """Settings of a YAML file, with flags in place of its lines.
+    """Settings from a YAML file, overridden by flags.
 
     Args:
-        path: a mapping of fields; None for flags alone.
-        flags: by field, as text or as plain values; None for a flag that was not given.
+        path: a file with a mapping of fields; None uses only flags.
+        flags: values by field, as strings or plain values; None for a flag that was not given.
 
     Raises:
-        InputError: no such file, no YAML mapping, a field that there is not, or a value that is
-            of the wrong kind or makes no sense.
+        InputError: a missing file, not a YAML mapping, an unknown field, or a value of the wrong
+            type or out of range.
     """
     values = {} if path is None else _read_yaml(path)
     values |= {name: value for name, value in flags.items() if value is not None}
@@ -312,7 +314,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> Settings:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from dca_jax.finetune.yaml_files import read_yaml  # flags alone need no YAML
+    from dca_jax.finetune.yaml_files import read_yaml  # not needed with only flags
 
     return read_yaml(path)
 

@@ -1,4 +1,4 @@
-"""What is to be trained: settings, model, tokenizer and mesh, before any weight is read."""
+"""The setup of a run (settings, model, tokenizer and mesh) before any weight is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ from dca_jax.weights.placement import parameter_shardings
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is to be trained, before any weight is read.
+    """The setup of a run before any weight is read.
 
     Attributes:
-        folder: of the checkpoint to begin with. mesh: None is one device.
-        chat_template: of the dialogues, if it is not the tokenizer's own.
-        dca: None is plain attention. lora: None trains all weights.
-        implementation: of the attention; None is the best on the device.
+        folder: folder of the checkpoint to start from.
+        mesh: the mesh; None for one device.
+        chat_template: template of the dialogues, if it is not the tokenizer's own.
+        dca: the DCA setting; None for plain attention.
+        lora: the adapters; None to train all weights.
+        implementation: attention implementation; None picks the best on the device.
     """
 
     settings: Settings
@@ -39,19 +41,19 @@ class Setup:
 
     @property
     def sharding(self) -> Shardings:
-        """Where the parameters go."""
+        """The sharding of the parameters."""
         if self.mesh is None:
             return None
         return parameter_shardings(self.config, self.mesh, lora=self.lora)
 
     @property
     def pad_id(self) -> int:
-        """What fills up a row; it is never read."""
+        """The token id for padding; it is never read."""
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
     def build(self, params: Params) -> Llama:
-        """The model around parameters, for a step of training."""
+        """The model with the given parameters, for a training step."""
         return Llama.from_params(
             self.config,
             params,

@@ -1,8 +1,8 @@
-"""Dialogues as tokens, and which of them the loss counts.
+"""Renders dialogues to tokens, and marks those with a loss.
 
-A chat template writes the text, and `dca_jax.finetune.written` finds where in it the assistant
-speaks. The whole text is tokenized once; the tokens of those places, end markers included, are
-trained on.
+A chat template renders the text, and `dca_jax.finetune.written` finds the assistant's turns in it.
+The whole text is tokenized once, and the tokens of these turns, including end markers, are trained
+on.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from dca_jax.text_files import read_text_file
 
 BUILT_IN = ("chat", "llama-2", "chunkllama")
 
-# Meta's format, one BOS and one EOS a round; no system prompt but the dialogue's own.
+# Meta's format, with one BOS and one EOS per round, and only the dialogue's own system prompt.
 LLAMA_2 = """\
 {%- if messages and messages[0].role == 'system' -%}
   {%- set system, turns = messages[0].content, messages[1:] -%}
@@ -46,16 +46,16 @@ LLAMA_2 = """\
 {%- endfor -%}
 """
 
-# From dialogues to the tokens of each, or why it cannot be written.
+# From dialogues to their tokens, or to the reasons why they cannot be rendered.
 Renderer = Callable[[Sequence[Dialogue | Text]], list[Rendered | NotRenderedError]]
 Encoded = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
 
 
 def render(dialogue: Dialogue | Text, tokenizer: Any, template: str = "chat") -> Rendered:
-    """Writes a dialogue as a template has it; `renderer` for many of them.
+    """Renders a dialogue with a template; use `renderer` for many of them.
 
     Raises:
-        InputError: as `renderer` does; or why the dialogue cannot be written.
+        InputError: as in `renderer`, or the reason why the dialogue cannot be rendered.
     """
     (found,) = renderer(tokenizer, template)([dialogue])
     if isinstance(found, NotRenderedError):
@@ -64,22 +64,22 @@ def render(dialogue: Dialogue | Text, tokenizer: Any, template: str = "chat") ->
 
 
 def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
-    """How dialogues are written.
+    """Creates a function that renders dialogues.
 
     Args:
-        tokenizer: of `transformers`, a fast one (of its `tokenizers` kind).
+        tokenizer: a fast tokenizer of `transformers` (based on `tokenizers`).
         template: "chat", the tokenizer's own chat template; "llama-2", Meta's format without a
-            default system prompt; the path of a `.jinja` file, a chat template to use in place of
-            the tokenizer's; or "chunkllama", as `chunkllama` has it. Texts are written without.
+            default system prompt; the path of a `.jinja` file, a chat template to use instead of
+            the tokenizer's; or "chunkllama" (see `chunkllama`). Plain texts need no template.
 
     Returns:
-        A function from dialogues to the tokens of each. In place of one that the template refuses,
-        or of which it writes a beginning otherwise than the whole, it returns the error.
+        A function from dialogues to the tokens of each. For a dialogue that the template refuses,
+        or whose beginning it renders differently from the whole, it returns the error instead.
 
     Raises:
-        InputError: no such template, or a tokenizer that gives no character offsets, or that lacks
-            the special tokens that the template needs. The function itself raises it for dialogues
-            of a tokenizer that has no template.
+        InputError: an unknown template, a tokenizer without character offsets, or one that lacks
+            the special tokens of the template. The function itself raises it for dialogues if the
+            tokenizer has no template.
     """
     if template == "chunkllama":
         if (tokenizer.bos_token, tokenizer.eos_token) != ("<s>", "</s>"):
@@ -99,13 +99,13 @@ def renderer(tokenizer: Any, template: str = "chat") -> Renderer:
             "tokenizer.json into the model's folder, from which a fast tokenizer is made"
         )
     if template != "chat":
-        template_source(tokenizer, template)  # a bad one is refused before anything is read
+        template_source(tokenizer, template)  # refuses a bad one before anything is read
 
     @cache
-    def turns() -> TurnWriter:  # texts alone are written without a template, and need none
+    def turns() -> TurnWriter:  # plain texts need no template
         return TurnWriter(template_source(tokenizer, template), tokenizer.special_tokens_map)
 
-    # What may be an end marker; tokens of spaces only, which some code models have added, are none.
+    # Possible end markers; not tokens of only spaces, which some code models have added.
     marks = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
 
     def render_all(dialogues: Sequence[Dialogue | Text]) -> list[Rendered | NotRenderedError]:
@@ -143,15 +143,15 @@ def template_source(tokenizer: Any, template: str) -> str:
     if template == "llama-2":
         if tokenizer.bos_token is None or tokenizer.eos_token is None:
             raise InputError(
-                "the template llama-2 begins and ends every round with BOS and EOS, and this "
-                "tokenizer has not both; give the path of a .jinja file that does without"
+                "the template llama-2 begins and ends every round with BOS and EOS, but this "
+                "tokenizer lacks at least one of them; give a .jinja file that does not need them"
             )
         return LLAMA_2
     path = Path(template)
     if path.suffix != ".jinja":
         raise InputError(
-            f"{template!r} is no template; expected one of {', '.join(BUILT_IN)}, or the path of a "
-            ".jinja file"
+            f"{template!r} is not a template; expected one of {', '.join(BUILT_IN)} or the path of "
+            "a .jinja file"
         )
     return read_text_file(path)
 
@@ -176,7 +176,7 @@ def _as_written(text: Text) -> Written:
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded | NotRenderedError]:
-    """`encode_with_places` of all at once; one by one if there is one that cannot be encoded."""
+    """`encode_with_places` for all at once; one by one if any cannot be encoded."""
     try:
         return list(encode_with_places(tokenizer, texts)) if texts else []
     except InputError as error:
@@ -186,7 +186,7 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded | NotRenderedErro
 
 
 def _between_marks(encoded: Encoded, written: Written, tokenizer: Any) -> Rendered:
-    """A text's tokens behind what the tokenizer puts before texts (BOS), and an EOS behind it."""
+    """A text's tokens after the tokenizer's prefix (BOS), and followed by an EOS."""
     tokens, begins, ends = encoded
     before = np.asarray(encode(tokenizer, ""), np.int32)
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -205,14 +205,14 @@ def _masked(
     written: Written,
     marks: list[int],
 ) -> Rendered:
-    """A dialogue's tokens, its answers and their end markers trained on."""
+    """A dialogue's tokens, with its answers and their end markers trained on."""
     is_mark = np.isin(tokens, marks)
     trained = np.zeros(len(tokens), np.bool_)
     for start, end in written.spans:
-        # Only tokens about the span are looked at, so the work is that of one pass over the text.
+        # Only tokens near the span are examined, so the work is that of one pass over the text.
         near = slice(np.searchsorted(ends, start), np.searchsorted(begins, end))
         inside = _inside(begins[near], ends[near], start, end)
-        # Templates write a line break after the end marker. Nobody waits for it.
+        # Templates write a line break after the end marker, which is not trained on.
         (places,) = np.nonzero(inside & is_mark[near])
         if len(places) and not written.text[ends[near][places[-1]] : end].strip():
             inside[places[-1] + 1 :] = False
@@ -224,9 +224,9 @@ def _masked(
 def _inside(
     begins: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], start: int, end: int
 ) -> Bool[np.ndarray, " n"]:
-    """Which tokens stand for characters from `start` to `end`.
+    """Which tokens cover characters from `start` to `end`.
 
-    A token without characters (Llama-2's mark of a word's beginning) belongs to what follows it;
-    one that reaches into the answer has to be written by the model.
+    A token without characters (Llama 2's mark of a word's beginning) belongs to the next one; a
+    token that extends into the answer must be generated by the model.
     """
     return (begins < end) & ((ends > start) | (begins >= start))

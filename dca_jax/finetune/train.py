@@ -1,8 +1,8 @@
-"""One update: gradients summed over batches and devices, clipped, AdamW; pure functions.
+"""One update as pure functions: gradients summed over batches and devices, clipping, AdamW.
 
-Two trees of parameters: those that are trained (all of them, in float32 or bfloat16, or LoRA's
-adapters), and those that are frozen. Both are plain nested dicts, placed by `dca_jax.sharding`;
-gradients and AdamW's moments lie where their parameters do, so `fsdp` cuts all three.
+There are two trees of parameters: the trained ones (all, in float32 or bfloat16, or LoRA's
+adapters), and the frozen ones. Both are plain nested dicts, placed by `dca_jax.sharding`. Gradients
+and AdamW's moments are sharded like their parameters, so `fsdp` splits all three.
 """
 
 import math
@@ -24,17 +24,17 @@ from dca_jax.model import Llama
 from dca_jax.sharding import mesh_of
 
 Params = dict[str, Any]
-# The model around parameters, trained and frozen together.
+# Builds the model from trained and frozen parameters together.
 Build = Callable[[Params], Llama]
 
 
 class State(NamedTuple):
-    """What an update changes.
+    """The state that an update changes.
 
     Attributes:
-        params: what is trained, float32; or, like the moments, bfloat16 (`Settings.state`).
-        mean, square: AdamW's moments of the gradient, like `params`.
-        step: updates made.
+        params: trained parameters, float32 or, like the moments, bfloat16 (`Settings.state`).
+        mean, square: AdamW's moments of the gradient, in the structure of `params`.
+        step: number of updates made.
     """
 
     params: Params
@@ -44,11 +44,14 @@ class State(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of one update: A batches, one after another.
+    """The rows of one update: A batches, processed one after another.
 
     Attributes:
-        tokens: right-padded. trained: which are targets. lengths: real tokens of each row.
-        text_index: where texts of a row do not see each other, each token's index in its own.
+        tokens: token ids, right-padded.
+        trained: which tokens are targets.
+        lengths: number of real tokens of each row.
+        text_index: for rows whose texts do not attend to each other, each token's index in its own
+            text.
     """
 
     tokens: Int[Array, "A B T"]
@@ -62,12 +65,14 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one update; float32.
+    """Metrics of one update, float32.
 
     Attributes:
-        loss: nats a trained token. grad_norm: before clipping. tokens: that were trained on.
-        finite: whether loss and gradient are; where not, the update was not made. What an update
-            makes of the parameters is not looked at here (`all_finite`).
+        loss: nats per trained token.
+        grad_norm: norm of the gradient before clipping.
+        tokens: number of trained tokens.
+        finite: whether loss and gradient are finite; if not, the update was not made. The new
+            parameters are not checked here (see `all_finite`).
     """
 
     loss: Float[Array, ""]
@@ -77,9 +82,9 @@ class Metrics(NamedTuple):
 
 
 def learning_rate(settings: Settings, steps: int) -> optax.Schedule:
-    """A linear rise over the share `warmup` of the updates, then a cosine to zero at the end.
+    """Linear warmup over the share `warmup` of the updates, then a cosine to zero at the end.
 
-    As `transformers`' cosine schedule: the number of updates that warm up is rounded up.
+    As in `transformers`' cosine schedule, the number of warmup updates is rounded up.
     """
     warmup = math.ceil(settings.warmup * steps)
     return optax.warmup_cosine_decay_schedule(
@@ -88,7 +93,7 @@ def learning_rate(settings: Settings, steps: int) -> optax.Schedule:
 
 
 def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """Clipping and AdamW (arXiv 1711.05101); norms and biases do not decay."""
+    """Clipping and AdamW (arXiv 1711.05101), without weight decay of norms and biases."""
 
     def decays(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
@@ -109,19 +114,19 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 
 def start(params: Params) -> State:
     """The state before the first update."""
-    # Two copies: an update is given the memory of both.
+    # Two copies, because an update donates the memory of both.
     mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     return State(params, mean, square, jax.device_put(np.int32(0), _step_sharding(params)))
 
 
 def abstract_state(params: Params) -> State:
-    """What `start` gives, as `jax.ShapeDtypeStruct`s, for `params` that are such."""
+    """The result of `start` as `jax.ShapeDtypeStruct`s, for abstract `params`."""
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=_step_sharding(params))
     return State(params, params, params, cast(Any, step))
 
 
 def _step_sharding(params: Params) -> Sharding:
-    # The parameters' devices as they are, or the second update would compile once more.
+    # The parameters' own devices, or the second update would recompile.
     mesh, leaf = mesh_of(params), jax.tree.leaves(params)[0]
     return leaf.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -129,17 +134,16 @@ def _step_sharding(params: Params) -> Sharding:
 def make_update(
     build: Build, settings: Settings, steps: int
 ) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
-    """The function that makes one of `steps` updates; for `jax.jit`, with the state donated.
+    """The function for one of `steps` updates; for `jax.jit`, with the state donated.
 
-    An update whose loss or gradient is not finite changes nothing but says so, so that the state
-    is always one from which a run can go on. Its arithmetic is float32, whatever the state is kept
-    in.
+    An update with a non-finite loss or gradient changes nothing and reports it, so a run can always
+    continue from the state. The arithmetic is float32, whatever the state's dtype.
     """
     rule, seed = optimizer(settings, steps), settings.seed
 
     def update(state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
         nll, tokens, gradients = summed_gradients(build, state.params, frozen, batch)
-        count = jnp.maximum(tokens, 1)  # a question may be longer than the rows: nothing is trained
+        count = jnp.maximum(tokens, 1)  # rows may have no target, if a question fills them
         gradients = jax.tree.map(lambda g: g / count, widened(gradients))
         loss, norm = nll / count, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -160,11 +164,11 @@ def make_update(
 
 
 def narrowed(state: State, key: Array) -> State:
-    """A float32 state in bfloat16.
+    """A float32 state rounded to bfloat16.
 
-    What an update adds to a weight, or to the mean of squares (a thousandth of it), is often less
-    than half of bfloat16's last place, and would always be rounded away; stochastically it is not
-    lost on average. The mean of gradients changes by a tenth of itself: it is rounded to nearest.
+    The change of a weight, or of the mean of squares (a thousandth of it), is often less than half
+    of bfloat16's last place, and rounding to nearest would always lose it; stochastic rounding
+    keeps it on average. The mean of gradients changes by a tenth, so it is rounded to nearest.
     """
     params, square = stochastically_rounded((state.params, state.square), key)
     mean = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.mean)
@@ -173,7 +177,7 @@ def narrowed(state: State, key: Array) -> State:
 
 @jax.jit
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether every number of a tree of arrays is finite: one pass over them, where they lie."""
+    """Whether every number in a tree of arrays is finite; one pass over them, on their devices."""
     leaves = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
@@ -183,7 +187,7 @@ def summed_gradients(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Params]:
     """The summed loss of all batches, the number of trained tokens, and the objective's gradient.
 
-    Sums, so that each token counts alike, in whichever batch it stands.
+    These are sums, so that every token has the same weight in every batch.
     """
 
     def loss(params: Params, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
@@ -205,16 +209,17 @@ def summed_gradients(
 
 
 def joined(params: Params, frozen: Params) -> Params:
-    """Both trees as one; they have no leaf in common."""
+    """Both trees merged; they have no leaf in common."""
     return unflatten_dict(flatten_dict(params) | flatten_dict(frozen))
 
 
 def place(rows: dict[str, np.ndarray], accumulate: int, mesh: Mesh | None) -> Batch:
-    """Rows of the host as a batch of the devices; each process has all rows, and gives its own.
+    """Places host rows on the devices as a batch; each process has all rows and places its part.
 
     Args:
-        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B], perhaps "text_index" [A * B, T].
-        accumulate: A.
+        rows: "tokens" and "trained" [A * B, T], "lengths" [A * B], optionally "text_index" [A * B,
+            T].
+        accumulate: A, the number of batches.
     """
 
     def put(x: np.ndarray) -> Array:

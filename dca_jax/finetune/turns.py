@@ -1,4 +1,4 @@
-"""What is trained on: a dialogue's turns, or a plain text."""
+"""Training data: dialogues with turns, and plain texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says.
+    """A turn of a dialogue.
 
     Attributes:
-        role: system, user, assistant, or tool, which gives what a call of the assistant's returned.
-        text: as the file has it.
-        trained: whether the loss counts it; True for turns of the assistant only.
-        more: what else a chat template reads of it, such as `tool_calls`; as JSON has it.
+        role: system, user, assistant, or tool (the result of a tool call).
+        text: the text from the file.
+        trained: whether it has a loss; True only for turns of the assistant.
+        more: other keys for chat templates, such as `tool_calls`, as JSON values.
     """
 
     role: Role
@@ -24,16 +24,16 @@ class Turn:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The turn as a message for chat templates."""
         return {"role": self.role, "content": self.text, **self.more}
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns in order: perhaps one of the system, then user and assistant by turns.
+    """Turns in order: optionally system, then user and assistant alternating.
 
-    Between two turns of the assistant there may be those of tools. `tools` describes them, as
-    chat templates take it.
+    Between two turns of the assistant there may be tool turns. `tools` has their descriptions for
+    chat templates.
     """
 
     turns: tuple[Turn, ...]
@@ -42,7 +42,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, all of which is trained on; after a prompt, if any, which is not."""
+    """Plain text that is trained on, after an optional prompt that is not."""
 
     text: str
     prompt: str = ""

@@ -1,19 +1,20 @@
-"""Dialogues as a chat template writes them, and where in the text the assistant speaks.
+"""Renders dialogues with a chat template, and finds the assistant's turns in the text.
 
-Templates in use do not say where an answer begins and ends. It is found by writing beginnings of
-the dialogue:
+Existing templates do not mark where an answer begins and ends. It is found by rendering beginnings
+of the dialogue:
 
     up to the question, with the generation prompt    <s>[INST] How far? [/INST]
     up to the answer                                  <s>[INST] How far? [/INST] Ten miles. </s>
                                                                                 ^^^^^^^^^^^^^^^^
 
-What a model is given before it answers is never trained on. What it must write itself is: if a
-template has no generation prompt, that includes the header of the answer.
+The text that the model is given before it answers is never trained on. The text that it must
+generate
+is: if a template has no generation prompt, that includes the header of the answer.
 
-For n rounds this writes text quadratic in n. Most templates write a round the same way wherever it
-stands, so in a long dialogue each round is written once, after a short one that stands for those
-before it. If the rounds written so add up to the dialogue, letter by letter, the places of their
-answers are known. If not, the beginnings are written after all.
+For n rounds this renders text quadratic in n. Most templates render a round in the same way at any
+position. So in a long dialogue each round is rendered once, after a short round that represents the
+earlier ones. If these rounds add up exactly to the dialogue, the positions of their answers are
+known. Otherwise all beginnings are rendered.
 """
 
 from bisect import bisect_left
@@ -25,15 +26,15 @@ from typing import Any
 from dca_jax.finetune.rendered import NotRenderedError
 from dca_jax.inference.chat_templates import ChatTemplates, Conversation, RefusedError
 
-FEW = 4  # answers whose beginnings are written as they are
-TOGETHER = 2**19  # characters of the dialogues of one request to the template's process
+FEW = 4  # up to this many answers, all beginnings are rendered
+TOGETHER = 2**19  # characters of dialogues per request to the template's process
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A dialogue as templates take it; `answers` are the numbers of the messages trained on."""
+    """A dialogue for templates; `answers` are the numbers of the messages trained on."""
 
     messages: Sequence[Message]
     answers: Sequence[int]
@@ -47,17 +48,18 @@ class Chat:
 
 @dataclass(frozen=True)
 class Written:
-    """A text, and from which to which character it is trained on."""
+    """A text, and the character ranges that are trained on."""
 
     text: str
     spans: list[tuple[int, int]]
 
 
 class TurnWriter:
-    """What writes dialogues by one template.
+    """Renders dialogues with one template.
 
     Args:
-        source: the template. variables: the special tokens, by name.
+        source: the template.
+        variables: the special tokens by name.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
@@ -65,10 +67,10 @@ class TurnWriter:
         self._templates = ChatTemplates()
 
     def write(self, chats: Sequence[Chat]) -> list[Written | NotRenderedError]:
-        """Each dialogue's text; or why the template does not write it.
+        """Each dialogue's text, or the reason why the template cannot render it.
 
         Raises:
-            InputError: the template loops or takes too much memory.
+            InputError: the template loops or uses too much memory.
         """
         return [found for group in _groups(chats) for found in self._write_group(group)]
 
@@ -94,7 +96,7 @@ class TurnWriter:
 
 
 def _groups(chats: Sequence[Chat]) -> Iterator[list[Chat]]:
-    """What is asked for in one request."""
+    """The dialogues of each request."""
     group, size = [], 0
     for chat in chats:
         if group and size + chat.size > TOGETHER:
@@ -143,19 +145,19 @@ def _difference(beginning: str, whole: str, turn: int) -> NotRenderedError | Non
 
 
 def _round_ends(chat: Chat) -> list[int]:
-    """Of each round, the number of the message behind it; a round begins with the user."""
+    """For each round, the number of the message after it; a round begins with the user."""
     starts = [n for n, message in enumerate(chat.messages) if message["role"] == "user"]
     return [*starts[1:], len(chat.messages)]
 
 
 def _stub(chat: Chat) -> list[Message]:
-    """A dialogue as short as can be, in place of the rounds before; with a system, if there is."""
+    """A minimal dialogue in place of the earlier rounds; with a system turn if there is one."""
     head = [message for message in chat.messages[:1] if message["role"] == "system"]
     return [*head, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def _rounds(chat: Chat) -> list[Conversation]:
-    """The whole; its first round; and each of the others, behind the stub."""
+    """The whole dialogue, its first round, and each other round after the stub."""
     ends, stub = _round_ends(chat), _stub(chat)
     asked = [Conversation(chat.messages, [(len(chat.messages), False)], chat.tools)]
     for start, end in pairwise([0, *ends]):
@@ -169,7 +171,7 @@ def _rounds(chat: Chat) -> list[Conversation]:
 
 
 def _from_rounds(chat: Chat, replies: list[list[str] | RefusedError]) -> Written | None:
-    """Where the answers are, if the rounds make up the whole."""
+    """The positions of the answers, if the rounds add up to the whole."""
     if any(isinstance(reply, RefusedError) for reply in replies):
         return None
     (whole,), *rounds = (reply for reply in replies if isinstance(reply, list))

@@ -1,4 +1,4 @@
-"""Settings files: YAML of the plain kind, bounded before a parser sees it whole."""
+"""Settings files: plain YAML with limits that are checked before it is parsed."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,19 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import check_characters, read_text_file
 
-LONGEST = 2**18  # characters: the parser takes a second for some ten thousand
+LONGEST = 2**18  # characters; the parser takes a second for about ten thousand
 DEEPEST = 8  # settings have three levels
-LARGEST = 2**63  # of a number: beyond it Python may refuse to write it down
+LARGEST = 2**63  # largest number; Python may refuse to print larger ones
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file: names, and texts, numbers, lists and mappings.
+    """The mapping in a YAML file, with strings, numbers, lists and mappings as values.
 
-    What a file can name with an anchor and repeat with an alias grows without bounds, and of a name
-    that appears twice YAML's parser takes the last: here both are refused.
+    Aliases, which can expand without bounds, and repeated names, of which the parser would take the
+    last, are refused.
 
     Raises:
-        InputError: no such file, not text, or not such a mapping; with the line.
+        InputError: a missing file, not text, or not such a mapping; the message has the line.
     """
     text = read_text_file(path)
     if len(text) > LONGEST:
@@ -47,7 +47,7 @@ def _said(error: yaml.YAMLError) -> str:
 
 
 def _check_shape(text: str, path: Path) -> None:
-    """Refuses aliases and depth, by the parser's events: none of them is a value yet."""
+    """Refuses aliases and deep nesting from the parser's events, before values are built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = f"{path}: line {event.start_mark.line + 1}"
@@ -65,7 +65,7 @@ def _check_shape(text: str, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which says what it cannot make a value of, and where."""
+    """YAML's safe loader with messages that say which value is invalid, and where."""
 
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(text)

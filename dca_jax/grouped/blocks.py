@@ -1,4 +1,4 @@
-"""Products of groups by a loop over blocks of rows, which reads matrices in place; any device."""
+"""Grouped products on any device: a loop over blocks of rows that reads matrices in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from dca_jax.products.packed import Packed
 
 
 def precision(x: Array) -> str | None:
-    """That of a product of float32, which a TPU or GPU would round."""
+    """The precision for float32 products, which a TPU or GPU would otherwise round."""
     return "highest" if x.dtype == jnp.float32 else None
 
 
@@ -37,7 +37,7 @@ def matrix_of(
     group: Int[Array, ""],
     dtype: Any,
 ) -> Float[Array, "inputs outputs"]:
-    """One matrix of the stack."""
+    """A matrix of the stack."""
     if isinstance(kernels, Packed):
         return kernels.at(layer).at(group).unpack(dtype)
     shape = (1, 1, *kernels.shape[2:])

@@ -1,7 +1,7 @@
-"""Few rows, each times matrices of its own, of which no others are read: what decoding takes.
+"""Products of few rows with chosen matrices, reading only those, as in decoding.
 
-The time is that of reading the matrices, by `dca_jax.products.row_products` on NVIDIA's GPUs from
-Ampere on; XLA would write down what it gathers, and read it again.
+The time is that of reading the matrices, with `dca_jax.products.row_products` on NVIDIA GPUs from
+Ampere on; XLA would write out the gathered matrices and read them again.
 """
 
 import functools
@@ -18,7 +18,7 @@ from dca_jax.products.row_products import can_multiply, row_products
 
 
 def are_few(rows: int, groups: int) -> bool:
-    """Whether `chosen_products` is the way to take: a loop over blocks is faster on a CPU."""
+    """Whether to use `chosen_products`; on a CPU a loop over blocks is faster."""
     return 2 * rows <= groups and current_device().platform != "cpu"
 
 
@@ -28,11 +28,13 @@ def chosen_products(
     layer: Int[Array, ""],
     groups: Int[Array, " rows"],
 ) -> tuple[Float[Array, "rows outputs"], ...]:
-    """Each row times the matrix of its group, of each of the stacks; sums are float32 at least.
+    """Each row times the matrix of its group in each stack; sums are at least float32.
 
     Args:
-        x: in any order. groups: of each row.
-        stacks: of one shape, packed or not; layer: which of each stack.
+        x: rows in any order.
+        groups: the group of each row.
+        stacks: stacks of equal shape, packed or not.
+        layer: index in each stack.
     """
     wide = [kernels for kernels in stacks if not isinstance(kernels, Packed)]
     if not wide:
@@ -56,7 +58,7 @@ def chosen_products(
 
 
 def _unpacked_sums(x: Array, kernels: Any, layer: Array, groups: Array) -> Array:
-    """By one fusion that gathers, unpacks, multiplies and sums."""
+    """The sums from one fusion that gathers, unpacks, multiplies and sums."""
     wide = compute_dtype(x.dtype)
     matrices = kernels[layer, groups].unpack_inner(wide)  # outputs before inputs
     return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The gradient of a product of groups of rows, from the two products that it is made of."""
+"""The gradient of a grouped product, from its two constituent products."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, Int
 
 
 def differentiable(multiply: Callable[..., Array], outer: Callable[..., Array]) -> Any:
-    """A way to compute `dca_jax.grouped.grouped_product`, with its gradient.
+    """Creates an implementation of `dca_jax.grouped.grouped_product` with a gradient.
 
     Args:
-        multiply: of (x, kernels, layer, sizes, block): the product; with `transposed`, by the
-            transposed matrices, which is the gradient of x.
-        outer: of (x, dy, kernels, layer, sizes, block): each group's rows of x, transposed, times
-            those of dy, in a stack like `kernels`: their gradient.
+        multiply: function of (x, kernels, layer, sizes, block) for the product; with `transposed`,
+            for the product with transposed matrices, which is the gradient of x.
+        outer: function of (x, dy, kernels, layer, sizes, block) for each group's transposed rows of
+            x times those of dy, in a stack like `kernels`, which is the gradient of the kernels.
     """
 
     @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -27,7 +27,7 @@ def differentiable(multiply: Callable[..., Array], outer: Callable[..., Array]) 
         return product(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
 
     def backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
-        x, kernels, layer, sizes = map(jnp.asarray, saved)  # JAX may keep a constant as NumPy's
+        x, kernels, layer, sizes = map(jnp.asarray, saved)  # constants may be NumPy arrays
         dx = multiply(dy, kernels, layer, sizes, block, transposed=True)
         return dx, outer(x, dy, kernels, layer, sizes, block), None, None
 
@@ -40,7 +40,7 @@ def in_stack(
     kernels: Float[Array, "L E inputs outputs"],
     layer: Int[Array, ""],
 ) -> Float[Array, "L E inputs outputs"]:
-    """One layer's gradient as that of the stack."""
+    """One layer's gradient, embedded in a gradient of the stack."""
     if len(kernels) == 1:
         return own[None].astype(kernels.dtype)
     zeros = jnp.zeros(kernels.shape, kernels.dtype)

@@ -1,7 +1,7 @@
-"""Products of groups on Hopper: tiles of the result, one after another, by as many CTAs as fit.
+"""Grouped products on Hopper: persistent CTAs compute tiles of the result one after another.
 
-Of three warpgroups one keeps `num_stages` steps of both operands in flight, from tile to tile
-without a pause; the two others have 64 rows of the tile each. Three products have this form:
+One of three warpgroups keeps `num_stages` steps of both operands in flight, from tile to tile
+without a pause; the two others compute 64 rows of the tile each. Three products have this form:
 
     y = x W          tiles of a block's rows, and of W's columns; steps along W's rows
     dx = dy W^T      the same, with W read the other way
@@ -23,24 +23,25 @@ from dca_jax.device import MULTIPROCESSORS
 from dca_jax.grouped.gradient import differentiable, in_stack
 from dca_jax.grouped.layout import block_ends, group_of_block
 
-BLOCK = 128  # rows of a block, and of a tile: 64 for each warpgroup that computes
-TILE = 128  # what rows and columns of a matrix are multiples of
-DEPTH = 64  # of a step
-WARPGROUPS = 2  # that compute
+BLOCK = 128  # rows of a block and of a tile: 64 for each computing warpgroup
+TILE = 128  # rows and columns of a matrix must be multiples of this
+DEPTH = 64  # depth of a step
+WARPGROUPS = 2  # computing warpgroups
 WARPGROUP_ROWS = BLOCK // WARPGROUPS
 PART = 64  # columns that are written at once
 
 
 class _Problem(NamedTuple):
-    """What is static about a product.
+    """The static parameters of a product.
 
     Attributes:
-        tiles: how many there are, of the tables.
-        steps: of a tile, of the tables and its number.
-        operands: what a step of a tile reads of both operands, of all and the step's number.
-        target: the result's rows and first column of a tile.
+        tiles: function from the tables to the number of tiles.
+        steps: function from the tables and a tile's number to its steps.
+        operands: function that returns the parts of both operands for a step of a tile.
+        target: function that returns a tile's rows and first column in the result.
         multiply: adds a step's product to the accumulator of a warpgroup's rows.
-        width: columns of a tile. num_stages: steps in flight.
+        width: number of columns of a tile.
+        num_stages: number of steps in flight.
     """
 
     tiles: Callable[[Any], Array]
@@ -135,7 +136,7 @@ def _compute(problem: _Problem, tables: Any, y: Any, smem: _Shared) -> None:
                 slot = lax.rem(done + step, problem.num_stages)
                 plgpu.barrier_wait(smem.ready.at[slot])
                 problem.multiply(acc, smem.a.at[slot], smem.b.at[slot], warpgroup)
-                plgpu.wgmma_wait(1)  # the step before this one is done with its operands
+                plgpu.wgmma_wait(1)  # the previous step has finished with its operands
 
                 @pl.when(step > 0)
                 def _release() -> None:
@@ -184,13 +185,13 @@ def _multiply(
     *,
     transposed: bool,
 ) -> Float[Array, "places m"]:
-    """Blocks of rows times their matrices, of which the first group's is number `first`."""
+    """Blocks of rows times their matrices; the first group's matrix has number `first`."""
     places, inner = x.shape
     outputs = kernels.shape[1 if transposed else 2]
     width = _width(outputs)
     across = outputs // width
     _, ends = block_ends(sizes, BLOCK)
-    # How many blocks there are, then the number of each one's matrix.
+    # The number of blocks, then the number of each block's matrix.
     tables = jnp.concatenate([ends[-1:], first + group_of_block(ends, places // BLOCK)])
 
     def operands(tables: Any, x: Any, w: Any, tile: Array, step: Array) -> tuple[Any, Any]:
@@ -232,7 +233,7 @@ def _outer(
     width = _width(outputs)
     down, across = inputs // TILE, outputs // width
     counts, ends = block_ends(sizes, BLOCK)
-    # Each group's first block, and how many it has.
+    # Each group's first block, and its number of blocks.
     tables = jnp.stack([ends - counts, counts], axis=1)
 
     def operands(tables: Any, x: Any, dy: Any, tile: Array, step: Array) -> tuple[Any, Any]:
@@ -258,7 +259,7 @@ def _outer(
         multiply=multiply,
         shapes=((DEPTH, TILE), (DEPTH, width)),
         width=width,
-        num_stages=4 if jnp.dtype(dtype).itemsize == 2 else 3,  # for the result is larger
+        num_stages=4 if jnp.dtype(dtype).itemsize == 2 else 3,  # because the result is larger
     )
     out = jax.ShapeDtypeStruct((len(sizes), inputs, outputs), dtype)
     return _run(problem, out, tables, x, dy, "grouped_outer")

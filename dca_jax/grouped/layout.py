@@ -2,8 +2,8 @@
 
     group    0 0 0 . | 1 . . . | 3 3 3 3 | 3 . . .        blocks of 4, dots are zeros
 
-So a block of rows is multiplied by one matrix. What stands behind the last group's last block means
-nothing, before a product and after it.
+So a block of rows is multiplied by one matrix. Rows after the last group's last block are
+meaningless, before and after a product.
 """
 
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from dca_jax.dtypes import compute_dtype
 
 
 class Layout(NamedTuple):
-    """Where rows stand.
+    """The placement of rows.
 
     Attributes:
-        source: which row stands at each place; the number of rows where none does.
-        place: where each row stands; the number of places for a row of no group.
-        sizes: how many rows each group has.
+        source: the row at each place; the number of rows for an empty place.
+        place: the place of each row; the number of places for a row of no group.
+        sizes: number of rows in each group.
     """
 
     source: Int[Array, " places"]
@@ -30,16 +30,16 @@ class Layout(NamedTuple):
 
 
 def num_places(rows: int, groups: int, block: int) -> int:
-    """The places that any choice of groups has room in: a whole number of blocks."""
+    """The number of places that suffices for any choice of groups, a multiple of the block."""
     return (rows + min(rows, groups) * (block - 1)) // block * block
 
 
 def lay_out(groups: Int[Array, " rows"], num_groups: int, block: int) -> Layout:
-    """The layout of rows of these groups; one numbered `num_groups` or more is of none."""
+    """The layout of rows with these groups; numbers from `num_groups` on mean no group."""
     rows = len(groups)
     numbers = jnp.arange(num_groups, dtype=jnp.int32)
     sizes = (groups[:, None] == numbers[None]).sum(axis=0, dtype=jnp.int32)
-    firsts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes  # of each group, without padding
+    firsts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes  # first row of each group, without padding
     blocks, ends = block_ends(sizes, block)
     starts = (ends - blocks) * block
     order = jnp.argsort(groups, stable=True).astype(jnp.int32)
@@ -59,25 +59,25 @@ def lay_out(groups: Int[Array, " rows"], num_groups: int, block: int) -> Layout:
 
 
 def block_ends(sizes: Int[Array, " E"], block: int) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
-    """How many blocks each group has, and how many there are up to its last."""
+    """Number of blocks of each group, and the cumulative number up to its last."""
     blocks = -(-sizes // block)
     return blocks, jnp.cumsum(blocks, dtype=jnp.int32)
 
 
 def group_of_block(ends: Int[Array, " E"], blocks: int) -> Int[Array, " blocks"]:
-    """The group of each block; the last one's of blocks behind it."""
+    """The group of each block; blocks after the last group's count as its own."""
     numbers = jnp.arange(blocks, dtype=jnp.int32)
     found = jnp.searchsorted(ends, numbers, side="right", method="compare_all")
     return jnp.minimum(found.astype(jnp.int32), len(ends) - 1)
 
 
-# The gradient of a gather by a permutation is the gather back, where JAX would scatter: on a GPU
-# that adds in any order.
+# The gradient of a gather by a permutation is the inverse gather; JAX would use a scatter, which
+# adds in any order on a GPU.
 
 
 @jax.custom_vjp
 def spread(x: Float[Array, "T D"], layout: Layout) -> Float[Array, "places D"]:
-    """Tokens as rows, each as often as it is chosen; row r is of token r // (rows / T)."""
+    """Tokens repeated as rows, once for each chosen expert; row r has token r // (rows / T)."""
     times = len(layout.place) // len(x)
     return x.at[layout.source // times].get(mode="fill", fill_value=0)
 
@@ -97,7 +97,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def collect(y: Float[Array, "places D"], layout: Layout) -> Float[Array, "rows D"]:
-    """Rows back in the order in which they were given; those of no group are zero."""
+    """Rows in their original order; those of no group are zero."""
     return _taken(y, layout.place)
 
 

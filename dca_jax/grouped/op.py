@@ -1,4 +1,4 @@
-"""The ways to multiply groups of rows, and which to take."""
+"""The implementations of grouped products, and the choice between them."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from dca_jax.grouped.hopper import BLOCK, TILE, mosaic_gpu
 from dca_jax.products.packed import Packed
 
 HOPPER = (9, 0)
-LARGEST = 128  # rows of a block
+LARGEST = 128  # maximum rows of a block
 
 
 def ragged(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
-    """By `jax.lax.ragged_dot`."""
+    """The product with `jax.lax.ragged_dot`."""
     own = jax.lax.dynamic_index_in_dim(kernels, layer, keepdims=False).astype(x.dtype)
     padded = -(-sizes // block) * block
     return jax.lax.ragged_dot(x, own, padded, precision=precision(x))
@@ -33,14 +33,16 @@ def grouped_product(
     sizes: Int[Array, " E"],
     block: int,
 ) -> Float[Array, "places outputs"]:
-    """Each block of rows times the matrix of its group, in the dtype of x; float32 sums at least.
+    """Each block of rows times the matrix of its group, in the dtype of x; sums at least float32.
 
     Args:
-        name: of the way to take, in `PRODUCTS`.
-        x: rows as `lay_out` has them, zero where none stands.
-        kernels: of any floating dtype, or packed (then one layer's are unpacked); taken to the
-            dtype of x. layer: which of the stack.
-        sizes: rows of each group, int32. block: rows of a block.
+        name: name of the implementation in `PRODUCTS`.
+        x: rows in the order of `lay_out`, zero at empty places.
+        kernels: matrices of any floating dtype, or packed (one layer's are then unpacked); they are
+            converted to the dtype of x.
+        layer: index in the stack.
+        sizes: number of rows of each group, int32.
+        block: number of rows of a block.
     """
     if isinstance(kernels, Packed):
         kernels, layer = kernels.at(layer).unpack(x.dtype)[None], jnp.int32(0)
@@ -48,7 +50,7 @@ def grouped_product(
 
 
 def choose(device: Device, dtype: Any, matrix: tuple[int, ...]) -> str:
-    """The name in `PRODUCTS` of the way to take, for a matrix and for its transpose."""
+    """The name in `PRODUCTS` of the implementation for a matrix and its transpose."""
     if device.platform == "tpu":
         return "ragged"
     halves = dtype in (jnp.bfloat16, jnp.float16)
@@ -59,7 +61,7 @@ def choose(device: Device, dtype: Any, matrix: tuple[int, ...]) -> str:
 
 
 def block_size(name: str, rows: int, groups: int) -> int:
-    """Rows of a block: the kernel's, or a power of two near the mean rows of a group."""
+    """Rows per block: the kernel's, or a power of two near the mean rows per group."""
     if name == "mosaic_gpu":
         return BLOCK
     return min(LARGEST, max(1, 2 ** (max(rows // groups, 1) - 1).bit_length()))

@@ -1,1 +1,1 @@
-"""From a checkpoint to text: loading, generation, chat, documents, scores."""
+"""Loading checkpoints, generation, chat, document questions and scoring."""

@@ -1,9 +1,9 @@
-"""Shapes in buckets, so that a process compiles few programs whatever it is asked; and caches.
+"""Shape buckets, so that a process compiles few programs, and creation of caches.
 
-A program is compiled for the rows and the capacity of a KV cache, and for the tokens it reads at
-once. Where a cache is small beside the device's memory, its shapes are few: 1, 8, 16, 32 ... rows
-of 1024, 4096, 16384 ... tokens. Where it is large they are powers of two, and where memory is short
-it is made as the texts need it. Slots that no text needs take memory; nothing reads them.
+A program is compiled for the rows and the capacity of a KV cache, and for the number of tokens it
+reads at once. If a cache is small relative to the device's memory, it has one of a few shapes: 1,
+8, 16, 32 ... rows of 1024, 4096, 16384 ... tokens. A larger one has powers of two, and if memory is
+short, exactly the size that the texts need. Unused slots take memory, but are never read.
 """
 
 import contextlib
@@ -29,42 +29,44 @@ from dca_jax.memory import free_bytes, total_bytes
 from dca_jax.model import Llama
 from dca_jax.sharding import AXES, Shards, axis_size, mesh_of, partition
 
-PIECE = 4096  # tokens read at once, of all rows together
-# And by a mixture of experts: each expert's part of them is to be worth reading its weights.
+PIECE = 4096  # tokens read at once, over all rows
+# With a mixture of experts it is larger, so that reading an expert's weights pays off.
 MIXTURE_PIECE = 16_384
-SMALLEST = 64  # tokens of the smallest piece: fewer cost a GPU, which reads all weights, no less
-# Of a device's memory: a cache up to the first share has one of few shapes, up to the second one of
-# several.
+SMALLEST = (
+    64  # tokens of the smallest piece; fewer take a GPU as long, because it reads all weights
+)
+# Shares of a device's memory: a cache up to the first has one of a few shapes, up to the second one
+# of several.
 FEW, SEVERAL = 1 / 32, 1 / 16
-OF_MANY = 2**34  # bytes taken for a device's memory by each of several processes, which must agree
+OF_MANY = 2**34  # bytes assumed as memory if there are several processes, which must agree
 
 # --- pieces of texts ---------------------------------------------------------------------------
 
 
 def read_at_once(config: LlamaConfig) -> int:
-    """Tokens of a prompt that are read at once, of all rows together.
+    """Number of prompt tokens that are read at once, over all rows.
 
-    It bounds the memory of the activations, whatever the length of the prompt.
+    It bounds the memory for activations, whatever the length of the prompt.
     """
     return PIECE if config.mixture is None else MIXTURE_PIECE
 
 
 def piece_length(batch: int, tokens: int = PIECE) -> int:
-    """Tokens of each row that are read at once: `tokens` in all, and at least 128 of each row."""
+    """Tokens of each row that are read at once: `tokens` in total, and at least 128 per row."""
     return max(128, tokens // power_of_two(batch))
 
 
 def piece_widths(batch: int, tokens: int = PIECE, segment: int = 1) -> tuple[int, ...]:
-    """The widths that pieces of a batch are padded to, the widest first: multiples of `segment`."""
+    """The widths to which pieces of a batch are padded, widest first; multiples of `segment`."""
     width = piece_length(batch, tokens)
     widths = (w for w in (width, width // 8, width // 64) if w >= min(16, width))
     return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
 
 
 def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Pieces that make up `length` tokens, in order: the tokens of each, and its width.
+    """Splits `length` tokens into pieces; returns the tokens and the width of each, in order.
 
-    A piece is padded to a width only where its tokens are more than half of it.
+    A piece is padded to a width only if its tokens fill more than half of it.
     """
     pieces = []
     for width in widths:
@@ -76,7 +78,7 @@ def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def widest_piece(batch: int, length: int, tokens: int = PIECE) -> int:
-    """The width of the first piece of texts of `length` tokens: no other is wider."""
+    """The width of the first, widest piece of texts of `length` tokens."""
     return cut(length, piece_widths(batch, tokens))[0][1]
 
 
@@ -84,15 +86,15 @@ def widest_piece(batch: int, length: int, tokens: int = PIECE) -> int:
 
 
 def padded_batch(batch: int, mesh: Mesh | None) -> int:
-    """Rows that so many texts need: the next multiple of the mesh's `data` times `fsdp`."""
+    """Number of rows for a batch: the next multiple of the mesh's `data` times `fsdp`."""
     return multiple(batch, axis_size(mesh, "data", "fsdp"))
 
 
 def capacity_bucket(length: int, context: int = 1) -> int:
-    """The capacity that `length` tokens need at least: a multiple of 1/8 of a power of two.
+    """The smallest capacity for `length` tokens that is a multiple of 1/8 of a power of two.
 
-    So at most an eighth is wasted, and an octave of lengths has 8 shapes. At least 128; and 16
-    tokens or a multiple in each of the two blocks that a device has of a text shared by `context`.
+    So at most an eighth is wasted, and there are 8 shapes per octave of lengths. The capacity is at
+    least 128, and each of the two blocks per device of `context` has a multiple of 16 tokens.
     """
     step = max(16, power_of_two(length) // 16)
     if context > 1:
@@ -106,8 +108,8 @@ def cache_shape(
     """Rows and capacity of a cache for `batch` texts of up to `length` tokens.
 
     Args:
-        dtype: of the cache, also by name; by default the model's.
-        more_rows: whether there may be more rows than the batch needs.
+        dtype: dtype of the cache or its name (default: the model's).
+        more_rows: whether the result may have more rows than the batch needs.
     """
     mesh, dtype = mesh_of(model), parse_cache_dtype(model.dtype if dtype is None else dtype)
     context = axis_size(mesh, "context")
@@ -127,12 +129,12 @@ def cache_shape(
 def new_cache(
     model: Llama, batch: int, length: int, dtype: Any = None, *, more_rows: bool = True
 ) -> KVCache:
-    """An empty cache for `batch` texts of up to `length` tokens, shaped as `cache_shape` says.
+    """An empty cache for `batch` texts of up to `length` tokens, with the shape of `cache_shape`.
 
-    Arguments as there.
+    The arguments are those of `cache_shape`.
 
     Raises:
-        InputError: it does not fit into memory, beside what is read at once.
+        InputError: the cache and the activations do not fit into memory.
     """
     mesh, dtype = mesh_of(model), parse_cache_dtype(model.dtype if dtype is None else dtype)
     rows, capacity = _fitting(model, batch, length, dtype, more_rows)
@@ -142,9 +144,9 @@ def new_cache(
 
 
 def on_device(model: Llama, tree: Any) -> Any:
-    """Arrays bound to the model's device, as programs leave them: else each compiles once more.
+    """Arrays committed to the model's device like results of programs, to avoid recompilation.
 
-    On a mesh they are bound already.
+    On a mesh they already are.
     """
     if mesh_of(model) is not None:
         return tree
@@ -152,7 +154,7 @@ def on_device(model: Llama, tree: Any) -> Any:
 
 
 def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
-    """A cache as `new_cache` makes it, `batch` of its rows the one row of `cache`.
+    """A cache like that of `new_cache`, with `batch` copies of the only row of `cache`.
 
     Raises:
         InputError: `cache` has more than one row, or the copies do not fit into memory.
@@ -170,7 +172,7 @@ def copied(model: Llama, cache: KVCache, batch: int, length: int) -> KVCache:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Shape:
-    """Of a cache, for a program to be made for."""
+    """The shape of a cache, for compilation."""
 
     rows: int
     capacity: int
@@ -190,7 +192,7 @@ def _copy_rows(shape: _Shape, cache: KVCache) -> KVCache:
             row = row[:, zigzag_order(capacity, context)]
         return jnp.broadcast_to(row, (batch, *row.shape[1:]))
 
-    # A layer at a time: on a mesh, its one row is on every device while it is copied.
+    # One layer at a time: on a mesh, the row is on every device while it is copied.
     def of_tokens(layer: Array) -> Array:
         row = shards.put(layer, shards.spec("BSK", whole="BS"))[:1]
         return shards.put(widened(row), shards.spec("BSK"))
@@ -222,7 +224,7 @@ def _copy_rows(shape: _Shape, cache: KVCache) -> KVCache:
 def _fitting(
     model: Llama, batch: int, length: int, dtype: np.dtype, more_rows: bool = True
 ) -> tuple[int, int]:
-    """`cache_shape`, or InputError where even what the texts need does not fit."""
+    """`cache_shape`; raises InputError if even the exact size does not fit."""
     config, mesh = model.config, mesh_of(model)
     rows, capacity = cache_shape(model, batch, length, dtype, more_rows=more_rows)
     _, free = device_memory(model)
@@ -232,8 +234,8 @@ def _fitting(
         token = needed / capacity
         longest = min(LARGEST, max(0, int(room / token) // 128 * 128))
         raise InputError(
-            f"a KV cache for {batch} x {length} tokens takes {needed / 2**30:.1f} GiB, which the "
-            f"device does not have ({max(0, room) / 2**30:.1f} GiB are left for it): "
+            f"a KV cache for {batch} x {length} tokens takes {needed / 2**30:.1f} GiB, but the "
+            f"device has only {max(0, room) / 2**30:.1f} GiB left for it: "
             f"{batch} x {longest} tokens fit, new ones included; give shorter prompts, fewer rows, "
             "or fewer new tokens"
         )
@@ -247,22 +249,22 @@ def _fitting(
 
 @contextlib.contextmanager
 def _refused_if_too_large(rows: int, capacity: int) -> Iterator[None]:
-    """Where memory was free by the count, but in pieces, or was taken meanwhile."""
+    """Reports an allocation failure despite enough free memory (fragmentation, other programs)."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:
         if not is_out_of_memory(error):
             raise
         raise InputError(
-            f"a KV cache for {rows} x {capacity} tokens does not fit into what memory the device "
-            "has left; give shorter prompts, fewer rows, or fewer new tokens"
+            f"a KV cache for {rows} x {capacity} tokens does not fit into the device's remaining "
+            "memory; give shorter prompts, fewer rows, or fewer new tokens"
         ) from None
 
 
 def cache_bytes(
     config: LlamaConfig, rows: int, capacity: int, dtype: np.dtype, mesh: Mesh | None
 ) -> int:
-    """Bytes of keys, values and scales that one device holds."""
+    """Bytes of keys, values and scales on one device."""
     sizes = {axis: axis_size(mesh, axis) for axis in AXES}
     total = 0
     arrays = cache_arrays(config, batch=rows, capacity=capacity, dtype=dtype, sizes=sizes)
@@ -274,7 +276,7 @@ def cache_bytes(
 
 
 def reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
-    """About what reading a piece of the prompts takes beside the cache: a layer's activations."""
+    """Approximate bytes for reading a piece of the prompts besides the cache: activations."""
     tokens = min(read_at_once(config), batch * length)
     layer = 2 * config.hidden_size + 3 * config.intermediate_size
     if config.mixture is not None:
@@ -284,11 +286,11 @@ def reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> i
 
 
 def device_memory(model: Llama) -> tuple[float, float]:
-    """Bytes of the memory of a model's device, and those that are free; inf where nobody knows."""
+    """Total and free bytes of the memory of a model's device; inf if unknown."""
     if jax.process_count() > 1:
         return OF_MANY, math.inf
     device, mesh = _device(model), mesh_of(model)
-    # The devices of a CPU are one machine.
+    # All CPU devices share one machine.
     shared = mesh.size if mesh is not None and device.platform == "cpu" else 1
     total, free = total_bytes(device), free_bytes(device)
     return (
@@ -298,7 +300,7 @@ def device_memory(model: Llama) -> tuple[float, float]:
 
 
 def _device(model: Llama) -> Any:
-    """The model's device; one of a mesh."""
+    """The model's device; on a mesh, one of its devices."""
     return next(iter(jax.tree.leaves(model)[0].devices()))
 
 

@@ -1,6 +1,6 @@
-"""Settings of methods that were measured on a model: which is whose, and how others are written.
+"""Settings of methods that are calibrated per model: the published ones, and parsing of others.
 
-A model is known by its shape: a base model and its finetunes have one.
+A model is identified by its shape, which a base model and its finetunes share.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from dca_jax.lengths import parse_tokens
 
 
 class _Shape(NamedTuple):
-    """What tells a published model from others."""
+    """The shape that identifies a published model."""
 
     hidden_size: int
     layers: int
@@ -31,7 +31,7 @@ LLAMA_3_1_8B = _Shape(4096, 32, 131072, 5e5)
 MISTRAL_7B_2 = _Shape(4096, 32, 32768, 1e6)
 QWEN_2_5_7B = _Shape(3584, 28, 32768, 1e6)
 
-# Each eighth of the planes' scale. Source: github.com/LuLuLuyi/DPE, README and config/
+# The scale of each eighth of the planes. Source: github.com/LuLuLuyi/DPE, README and config/
 # dpe_config.yaml; Llama 3's are the README's and those of its RULER results.
 DPE_WINDOW = 1024
 DPE_SCALES = {
@@ -42,7 +42,7 @@ DPE_SCALES = {
 }
 
 
-# a, b and M of the curve, and the length below which it gives way to 1,536 positions. Source:
+# a, b and M of the curve, and the length below which 1,536 positions are used instead. Source:
 # github.com/scar-on/LaMPE, `remap_uselen`.
 LAMPE_CURVES: dict[_Shape, dict[str, Any]] = {
     LLAMA_2_7B: {
@@ -69,14 +69,14 @@ LAMPE_HEAD, LAMPE_TAIL = 512, 200
 
 
 def dpe_setting(arguments: str, config: LlamaConfig, trained: int) -> DPE:
-    """DPE with a window and scales: those given, or else those published for a model of this shape.
+    """DPE with the given window and scales, or with those published for a model of this shape.
 
     Args:
-        arguments: "", or W,S1,S2,...: tokens, and scales for parts of the planes of equal size.
+        arguments: "", or W,S1,S2,...: window in tokens, and scales for equal parts of the planes.
 
     Raises:
-        InputError: arguments that are no such numbers, scales that do not divide the planes, or
-            none given for a model that none are published for.
+        InputError: malformed arguments, scales that do not divide the planes, or no arguments for a
+            model without published ones.
     """
     planes = config.head_dim // 2
     window, scales = DPE_WINDOW, DPE_SCALES.get(_Shape.of(config, trained))
@@ -85,7 +85,7 @@ def dpe_setting(arguments: str, config: LlamaConfig, trained: int) -> DPE:
         scales = tuple(given)
     if scales is None:
         raise InputError(
-            "dpe's scales are measured on a model, and none are published for one of this shape "
+            "dpe's scales are calibrated per model, and none are published for one of this shape "
             f"({config.hidden_size} wide, {config.num_hidden_layers} layers, {trained} trained "
             "tokens); give a window and scales, as in dpe:1024,4,4,2,16,32,32,16,128 (for each "
             "eighth of a head's planes, from the fastest to the slowest), or use self-extend"
@@ -100,16 +100,16 @@ def dpe_setting(arguments: str, config: LlamaConfig, trained: int) -> DPE:
 
 
 def lampe_setting(arguments: str, config: LlamaConfig, trained: int) -> LaMPE:
-    """LaMPE with its curve: that given, that published for a model of this shape, or a scaled one.
+    """LaMPE with the given curve, the one published for this shape, or a scaled one.
 
-    Other models get Llama 3's curve and head in proportion to their trained length: a guess of our
-    own, because no rule is published.
+    Other models use Llama 3's curve and head, scaled by their trained length. This is our own
+    choice, because no rule is published.
 
     Args:
         arguments: "", or A,B,M,S1,S2: the curve's numbers, and the tokens of head and tail.
 
     Raises:
-        InputError: arguments that are no such numbers.
+        InputError: malformed arguments.
     """
     if arguments:
         parts = arguments.split(",")

@@ -1,4 +1,4 @@
-"""A conversation that reads nothing twice."""
+"""A conversation that reuses its KV cache between turns."""
 
 import threading
 from collections.abc import Generator
@@ -12,25 +12,25 @@ from dca_jax.inference.llm import LLM, Message
 from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 
-ROOM = 2048  # tokens of the next turns for which the cache need not grow
-BUSY = "the last answer is still being given; finish it, or close it"
+ROOM = 2048  # tokens of further turns that fit before the cache must grow
+BUSY = "the last answer is still being generated; finish or close it first"
 
 
 class Conversation:
-    """Turns of a chat; each reads only what the turns before it have neither read nor written.
+    """Turns of a chat; each turn reads only tokens that are not yet in the cache.
 
-    An answer is not read again if the chat template writes it, in the next turn, as the tokens it
-    was drawn as; from the first token that differs on, it is.
+    An answer is not read again if the chat template renders it in the next turn with the same
+    tokens that were generated. Otherwise it is read again from the first token that differs.
 
     Args:
         llm: a chat model: its tokenizer must have a chat template.
         system: the system message, if any.
 
     Raises:
-        InputError: no chat template, or one that takes no system message.
+        InputError: no chat template, or one that does not accept a system message.
 
     Attributes:
-        messages: all so far, in the form that chat templates take.
+        messages: all messages so far, in the form that chat templates accept.
     """
 
     def __init__(self, llm: LLM, *, system: str | None = None) -> None:
@@ -39,11 +39,11 @@ class Conversation:
         self._answering = threading.Lock()
         self.messages: list[Message] = []
         self.reset()
-        # Better now than after a long question: is there a template, and does it take these?
+        # Check early that there is a template and that it accepts these messages.
         llm.apply_chat_template([*self.messages, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
-        """Starts again, with the system message only."""
+        """Starts over with only the system message."""
         self.messages = (
             [] if self._system is None else [{"role": "system", "content": self._system}]
         )
@@ -51,21 +51,21 @@ class Conversation:
     def ask(
         self, text: str, options: Options | None = None, **changes: Unpack[OptionNames]
     ) -> Generator[str]:
-        """Yields the answer as it comes; an answer that is cut short stays as far as it came.
+        """Yields the answer as it is generated; a stopped answer stays in the conversation.
 
-        Options are those of `LLM.generate`; `prefix` is the conversation's own.
+        Options are those of `LLM.generate`, except `prefix`: the conversation has its own.
 
         Raises:
-            InputError: at once, what `LLM.generate` refuses, or messages that the chat template
-                refuses.
+            InputError: at the call, as in `LLM.generate`, or if the chat template refuses the
+                messages.
         """
         chosen = Options.of(options, changes)
         if self._answering.locked():
             raise InputError(BUSY)
         if chosen.prefix is not None:
-            raise InputError("a conversation has a prefix of its own; give none")
+            raise InputError("a conversation has its own prefix; leave out prefix")
         if not isinstance(text, str):
-            raise InputError(f"what is asked must be a string, got {shown(text)}")
+            raise InputError(f"the question must be a string, got {shown(text)}")
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         if self._prefix is None or not self._prefix.usable:
             cache = new_cache(self._llm.model, 1, 1, self._llm.cache_dtype)

@@ -1,8 +1,8 @@
-"""Conversations as a model's chat template writes them.
+"""Rendering conversations with a model's chat template.
 
-A template is a program of whoever made the model, in Jinja's language. Jinja's sandbox keeps it
-from the machine, but neither from looping for ever nor from taking all memory, and it may raise
-anything. So it runs in a separate process (`dca_jax.bounded`).
+A template is a Jinja program from the author of the model. Jinja's sandbox denies it access to the
+machine, but it can still loop forever, use up all memory or raise any exception. So it runs in a
+separate process (`dca_jax.bounded`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,18 @@ from dca_jax.bounded.workers import RaisedError, StoppedError, Workers
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
-SECONDS = 10  # for one conversation, which takes milliseconds
-MEMORY = 2**30  # bytes; a conversation of ten million characters takes a tenth
+SECONDS = 10  # limit for one conversation, which takes milliseconds
+MEMORY = 2**30  # bytes; a conversation of ten million characters takes a tenth of it
 
-OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # the one that transformers marks the place with
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # the same marker as in transformers
 EXAMPLE = '{"role": "user", "content": "..."}'
 
 
 def own_template(tokenizer: Any) -> str:
-    """A tokenizer's chat template; of several, the one called default.
+    """A tokenizer's chat template; if there are several, the one named default.
 
     Raises:
-        InputError: there is none, there are several and none is the default, or it is no text.
+        InputError: no template, several without a default, or one that is not a string.
     """
     found = getattr(tokenizer, "chat_template", None)
     if not found:
@@ -38,26 +38,26 @@ def own_template(tokenizer: Any) -> str:
         if "default" not in found:
             names = shown(", ".join(sorted(map(str, found))), quote=False)
             raise InputError(
-                f"this tokenizer has several chat templates ({names}), and none is called default; "
+                f"this tokenizer has several chat templates ({names}), and none is named default; "
                 "save the one to use as chat_template.jinja in the model's folder"
             )
         found = found["default"]
     if not isinstance(found, str):
-        raise InputError(f"the tokenizer's chat template must be a text, got {shown(found)}")
+        raise InputError(f"the tokenizer's chat template must be a string, got {shown(found)}")
     return found
 
 
 class RefusedError(InputError):
-    """A template refuses a conversation, or fails on it; it may write others."""
+    """A template refuses a conversation or fails on it; it may work for others."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template writes beginnings of.
+    """A conversation for rendering.
 
     Attributes:
-        messages: `{"role": ..., "content": ...}` and whatever else the template knows.
-        cuts: of each text, how many messages it has, and whether it ends in the template's
+        messages: `{"role": ..., "content": ...}` and any other keys that the template uses.
+        cuts: for each text, the number of messages, and whether it ends with the template's
             generation prompt.
         tools: descriptions of the tools that the assistant may call.
     """
@@ -67,10 +67,10 @@ class Conversation:
     tools: Sequence[Any] = ()
 
     def request(self) -> dict[str, Any]:
-        """As JSON has it.
+        """The conversation as a JSON object.
 
         Raises:
-            InputError: a message that is no object.
+            InputError: a message that is not an object.
         """
         messages = [_plain_message(one, number) for number, one in enumerate(self.messages, 1)]
         cuts, tools = [list(cut) for cut in self.cuts], list(self.tools) or None
@@ -78,16 +78,16 @@ class Conversation:
 
 
 def _refusal(error: Sequence[str], what: str) -> RefusedError:
-    """Of the name of what was raised, and its message."""
+    """The error for an exception's name and message."""
     kind, message = error[0], shown(error[1], quote=False)
     if kind == "Refused":
         return RefusedError(f"the chat template refuses {what}: {message}")
     reason = f"{kind}: {message}" if message else kind
-    return RefusedError(f"the chat template fails on {what} ({reason}); mend it, or use another")
+    return RefusedError(f"the chat template fails on {what} ({reason}); fix it, or use another")
 
 
 class ChatTemplates:
-    """What writes conversations, by any template; its process is started with the first."""
+    """Renders conversations with any template; its process starts with the first one."""
 
     def __init__(self) -> None:
         self._workers = Workers("dca_jax.bounded.chat_template", seconds=SECONDS, memory=MEMORY)
@@ -101,24 +101,24 @@ class ChatTemplates:
         *,
         what: str = "these messages",
     ) -> list[str]:
-        """Beginnings of a conversation, as `tokenizer.apply_chat_template(..., tokenize=False)`.
+        """Renders a conversation like `tokenizer.apply_chat_template(..., tokenize=False)`.
 
         Args:
-            template: in Jinja's language.
-            variables: the special tokens by name, as in `tokenizer.special_tokens_map`; and what
-                else the template is told, such as `enable_thinking`.
-            messages: `{"role": ..., "content": ...}` and whatever else the template knows.
-            cuts: of each text, how many messages it has, and whether it ends in the template's
+            template: the Jinja source.
+            variables: the special tokens by name, as in `tokenizer.special_tokens_map`, and other
+                variables of the template, such as `enable_thinking`.
+            messages: `{"role": ..., "content": ...}` and any other keys that the template uses.
+            cuts: for each text, the number of messages, and whether it ends with the template's
                 generation prompt.
-            what: the conversation's name in messages of errors.
+            what: the conversation's name in error messages.
 
         Returns:
             A text for each cut.
 
         Raises:
-            InputError: a message that is no object of JSON, or holds half of a surrogate pair; a
-                template that is none, that refuses the messages, or that fails, loops or takes
-                too much memory.
+            InputError: a message that is not a JSON object or contains half of a surrogate pair; an
+                invalid template, or one that refuses the messages, fails, loops or uses too much
+                memory.
         """
         one = Conversation(messages, cuts)
         (found,) = self.write_all(template, variables, [one], what=what)
@@ -134,13 +134,13 @@ class ChatTemplates:
         *,
         what: str = "these messages",
     ) -> list["list[str] | RefusedError"]:
-        """As `write` of each, in one request: the process is asked once for all of them.
+        """Like `write` for each conversation, in a single request to the process.
 
         Returns:
-            A conversation's texts, or why the template does not write it, in its place.
+            For each conversation, its texts, or the reason why the template cannot render it.
 
         Raises:
-            InputError: what no template could write, or one that loops or takes too much memory.
+            InputError: invalid messages, or a template that loops or uses too much memory.
         """
         try:
             request = {
@@ -152,21 +152,21 @@ class ChatTemplates:
         except InputError:
             raise
         except (StoppedError, RaisedError) as error:
-            if len(conversations) > 1:  # together they may take more than one may
+            if len(conversations) > 1:  # together they may exceed the limits of one
                 single = ([one] for one in conversations)
                 return [self.write_all(template, variables, one, what=what)[0] for one in single]
             if isinstance(error, RaisedError):
                 return [_refusal([error.kind, str(error)], what)]
             raise InputError(
-                f"the chat template is stopped on {what}: {error}; mend it, or use another"
+                f"the chat template was stopped on {what}: {error}; fix it, or use another"
             ) from None
         except UnicodeEncodeError:
             raise InputError(
-                f"{what}, or the chat template, hold half of a surrogate pair, which is no text"
+                f"{what}, or the chat template, contain half of a surrogate pair, which is not text"
             ) from None
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
-                f"{what} must be made of texts, numbers, lists and objects, as JSON has them "
+                f"{what} must consist of JSON values (strings, numbers, lists and objects) "
                 f"({shown(str(error), quote=False)})"
             ) from None
         return [r["texts"] if "texts" in r else _refusal(r["error"], what) for r in replies]
@@ -174,15 +174,15 @@ class ChatTemplates:
     def write_open(
         self, template: str, variables: Mapping[str, str], messages: Sequence[Any]
     ) -> str:
-        """A conversation whose last message is still being written.
+        """Renders a conversation whose last message is to be continued.
 
-        Like transformers' `continue_final_message`: it ends where that message's content does.
+        Like transformers' `continue_final_message`, it ends where that message's content ends.
 
         Args:
-            template, variables, messages: as for `write`; the last content is a text.
+            template, variables, messages: as in `write`; the last content is a string.
 
         Raises:
-            InputError: as `write`, or the template leaves the last message out.
+            InputError: as in `write`, or if the template omits the last message.
         """
         *before, last = messages
         content = last["content"]
@@ -191,10 +191,10 @@ class ChatTemplates:
         end = text.rfind(OPEN_END.strip())
         if end < 0 or content.strip() not in text:
             raise InputError(
-                "the chat template leaves the last message out, so it cannot be continued; mend "
+                "the chat template omits the last message, so it cannot be continued; fix "
                 "it, or use another"
             )
-        # Where a template trims what a message ends in, that is no part of the text.
+        # A template may trim the end of a message, which is then not part of the text.
         return text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
 
 
@@ -205,7 +205,7 @@ def _plain_message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value without what JSON knows under another name."""
+    """A value converted to JSON's own types."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

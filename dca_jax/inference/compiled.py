@@ -1,4 +1,4 @@
-"""The compiled programs of a process: few, whatever it is asked."""
+"""The compiled programs of a process, limited in number."""
 
 import copy
 import functools
@@ -15,17 +15,17 @@ from dca_jax.model import Llama
 from dca_jax.rope import Frequencies, RopeConfig, inverse_frequencies, logit_scale
 from dca_jax.sharding import mesh_of
 
-PROGRAMS = 32  # that a process keeps, those used last; each takes some megabytes of the host
+PROGRAMS = 32  # kept per process, the most recently used; each takes some megabytes of host memory
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """What to give `jax.jit(..., compiler_options=)` for a function that calls `read` or `decode`.
+    """Options for `jax.jit(..., compiler_options=)` with a function that calls `read` or `decode`.
 
-    A layer's weights lie in a stack. Left to itself, XLA on a GPU copies them out of it for
-    Triton's products, and joins those of q, k and v, which copies them too; cuBLAS reads them where
-    they lie. 7B at 32k tokens on an H200: the prompt in 1.24 s instead of 1.34, and a token in 9.6
-    ms instead of 15.3.
+    The weights of all layers are in a stack. By default, XLA on a GPU copies a layer's weights out
+    of it for Triton's products and to concatenate those of q, k and v. With these options cuBLAS
+    reads them in place. For 7B at 32k tokens on an H200, a prompt takes 1.24 s instead of 1.34, and
+    a token 9.6 ms instead of 15.3.
     """
     return GPU_OPTIONS if jax.default_backend() == "gpu" else None
 
@@ -33,21 +33,21 @@ def compiler_options() -> dict[str, Any] | None:
 def compiled(
     function: Callable[..., Any], model: Any, *shape: int, donated: int | None = None
 ) -> Callable[..., Any]:
-    """`function` of a model and other arguments, as a program of the other arguments.
+    """Compiles `function` of a model and other arguments as a program of the other arguments.
 
-    Every door to a model takes its programs from here, so that there is one bound for all: the
-    `PROGRAMS` used last are kept, and what another one took is free again.
+    Every entry point takes its programs from here, so one limit applies to all: the `PROGRAMS` most
+    recently used are kept, and the others are freed.
 
-    The numbers of a position method and the frequencies of a rope are given to a program: so one
-    serves all settings of a method, and plain attention with any scaling. DCA's settings are part
-    of it, for kernels are made for them.
+    The numbers of a position method and the frequencies of a RoPE are arguments of a program. So
+    one program works for all settings of a method, and for plain attention with any RoPE scaling.
+    DCA's settings are static, because kernels are specialized for them.
 
     Args:
-        function: of a module, so that it is found again; `model` is its first argument, and the
-            others are arrays.
-        model: any pytree. It is taken apart here, once, and not at every call.
-        shape: all that the shapes of the other arguments depend on.
-        donated: number of the argument that is updated where it lies, and not copied.
+        function: a module-level function, so that it is found in the cache; its first argument is
+            `model`, and the others are arrays.
+        model: any pytree; it is flattened once here and not at every call.
+        shape: everything that determines the shapes of the other arguments.
+        donated: number of the argument that is updated in place.
     """
     model, given = _apart(model) if isinstance(model, Llama) else (model, None)
     leaves, tree = jax.tree.flatten(model)
@@ -55,17 +55,17 @@ def compiled(
 
 
 class _Given(NamedTuple):
-    """What a model's positions are computed from: see `split`, and `Frequencies`."""
+    """The inputs for a model's positions; see `split` and `Frequencies`."""
 
     numbers: dict[str, Array]
     frequencies: tuple[Array, Array] | None
 
 
 def _apart(model: Llama) -> tuple[Llama, _Given]:
-    """A model that says only what its program is compiled for, and what the program is given."""
+    """Splits a model into the static part for compilation and the arguments of the program."""
     rope, head_dim, frequencies = model.config.rope, model.config.head_dim, None
     form, numbers = (None, {}) if model.dca is None else split(model.dca)
-    if rope.rope_type != "dynamic":  # whose frequencies a program works out for each text
+    if rope.rope_type != "dynamic":  # its frequencies are computed per text in the program
         frequencies = inverse_frequencies(rope, head_dim)[0], logit_scale(rope, head_dim)
         rope = RopeConfig()
     kind = copy.copy(model)
@@ -77,7 +77,7 @@ def _apart(model: Llama) -> tuple[Llama, _Given]:
 
 
 def _together(model: Llama, given: _Given) -> Llama:
-    """The model again, inside its program; `model` is a new one, and is changed."""
+    """Rebuilds the model inside its program; modifies `model`, which is a fresh copy."""
     if model.dca is not None:
         model.dca = joined(model.dca, given.numbers)
     if given.frequencies is not None:
@@ -89,13 +89,13 @@ def _together(model: Llama, given: _Given) -> Llama:
 def _program(
     function: Callable[..., Any], tree: Any, shape: tuple[int, ...], donated: int | None
 ) -> Any:
-    # A function of its own: what is compiled for it goes when it goes.
+    # A new function object, so that its compiled program is freed with it.
     def of_leaves(parts: tuple[list[Any], _Given | None], *args: Any) -> Any:
         leaves, given = parts
         model = jax.tree.unflatten(tree, leaves)
         return function(model if given is None else _together(model, given), *args)
 
     of_leaves.__name__ = function.__name__  # for profiles and logs
-    # What is donated may be of use to nothing but the result.
+    # Donated memory may be usable only for the result.
     options = {} if donated is None else {"donate_argnums": donated, "keep_unused": True}
     return jax.jit(of_leaves, compiler_options=compiler_options(), **options)

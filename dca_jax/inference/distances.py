@@ -1,13 +1,13 @@
-"""Positions that are a step function of the distance: f(i - j), as some papers define them.
+"""Relative positions that are a step function of the distance, f(i - j), as in some papers.
 
-Such a position is not P_q(i) - P_k(j): one key stands differently to neighbouring queries. But
-where f has steps of one width, floor(p (i - j) / q), it is one of two such differences:
+Such a position is not of the form P_q(i) - P_k(j). But if f has steps of equal width, floor(p (i -
+j) / q), it is one of two such differences:
 
     p i / q = A + a / q,  p j / q = C + c / q  with integers A, C and 0 <= a, c < q:
     floor(p (i - j) / q) = A - C where c <= a, and A - C - 1 where c > a
 
-So in such a band a query stands at one position to some keys, and at one less to the others:
-`dca_jax.attention.bands.Steps`.
+So in such a band a query has one position relative to some keys, and one less relative to the
+others: `dca_jax.attention.bands.Steps`.
 """
 
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from dca_jax.attention.bands import Band, Number, Steps
 
-DIGIT = 9  # bits that `scaled` multiplies by at once
-LONGEST = 2**21  # tokens: what `scaled` can do without an overflow of int32
+DIGIT = 9  # bits that `scaled` processes at once
+LONGEST = 2**21  # tokens up to which `scaled` does not overflow int32
 
 Row = Int[Array, "B 1"] | Number
 
@@ -34,11 +34,11 @@ def stepped_band(
 
     Args:
         index: text indices of the queries.
-        start, stop, base: one for all rows, or one a row.
+        start, stop, base: one for all rows, or one per row.
         p, q: 0 <= p <= q, and p is 1 or q below `LONGEST`.
     """
     whole, rest = scaled(index - start, p, q)
-    origin = whole[:, :1]  # near by, so that float32 angles are exact a million tokens on
+    origin = whole[:, :1]  # nearby, so that float32 angles stay accurate in long texts
     first = jnp.maximum(index - (stop - 1), 0)
     return Band(
         first,
@@ -52,8 +52,8 @@ def stepped_band(
 def scaled(x: Int[Array, "*shape"], p: Row, q: Row) -> tuple[Array, Array]:
     """The floor of p x / q, and p x modulo q; int32 throughout.
 
-    p is multiplied by a few bits of x at a time, and what q goes into is taken out each time: with
-    p <= q < 2^21 and nine bits nothing reaches 2^31.
+    p is multiplied by a few bits of x at a time and reduced modulo q each time. With p <= q < 2^21
+    and nine bits, nothing reaches 2^31.
     """
     quotient, rest = jnp.divmod(x, q)
     if isinstance(p, int) and p == 1:

@@ -1,4 +1,4 @@
-"""Documents: their text, from text files of any kind and from PDF, and questions about it."""
+"""Reading documents (text files and PDFs) and asking questions about them."""
 
 import os
 from collections.abc import Generator
@@ -13,20 +13,20 @@ from dca_jax.inference.options import OptionNames, Options
 from dca_jax.inference.prefix import Prefix
 from dca_jax.text_files import read_text_file
 
-# Of a PDF, which is small or large beside what it unpacks to. Reading 300 pages of a book takes two
-# seconds, and a megabyte of file holds up to some thousands.
+# Limits for a PDF, whose file size says little about its content. Reading 300 pages of a book takes
+# two seconds; a file of one megabyte can have some thousands of pages.
 SECONDS, SECONDS_PER_MB, MOST_SECONDS = 60, 60, 600
 MEMORY = 2 * 2**30  # bytes
 MOST_PAGES = 20_000
 
 
 def read_document(path: str | Path) -> str:
-    """The text of a document: of a PDF (by its suffix) that of its pages, else the file as it is.
+    """The text of a document: the pages of a PDF (by its suffix), else the file's text.
 
     Raises:
-        InputError: no such file, what `dca_jax.text_files.read_text_file` refuses, an empty file, a
-            PDF that is damaged, encrypted or without text (a scan), or that takes more pages, time
-            or memory than a document does (`MOST_PAGES`, `MOST_SECONDS`, `MEMORY`).
+        InputError: a missing or empty file; as in `dca_jax.text_files.read_text_file`; a PDF that
+            is damaged, encrypted or without text (a scan), or that exceeds the limits on pages,
+            time or memory (`MOST_PAGES`, `MOST_SECONDS`, `MEMORY`).
     """
     path = Path(path)
     if not path.is_file():
@@ -56,7 +56,7 @@ def _read_pdf(path: Path) -> str:
     text = "\n\n".join(page for page in pages if page.strip())
     if not text:
         raise InputError(
-            f"{path} holds no text on its {len(pages)} pages; if it is a scan, put it through OCR"
+            f"{path} has no text on its {len(pages)} pages; if it is a scan, run OCR on it"
         )
     return text
 
@@ -67,7 +67,7 @@ def _why_not(path: Path, error: RaisedError) -> str:
             return f"{path} is encrypted; save it without its password"
         case "DependencyError" if "AES" in str(error):
             return (
-                f"{path} is encrypted with AES, which pypdf reads by another package: install "
+                f"{path} is encrypted with AES, which pypdf needs another package for: install "
                 "`cryptography`, or save the file without encryption"
             )
         case "TooManyPages":
@@ -76,7 +76,7 @@ def _why_not(path: Path, error: RaisedError) -> str:
 
 
 def read_once(llm: LLM, document: str, *, progress: bool | None = None) -> Prefix:
-    """Has the model read a document, to be asked about it many times (`ask(..., prefix=)`)."""
+    """Prefills a document once, to ask many questions about it (`ask(..., prefix=)`)."""
     if llm.has_chat_template:
         tokens = llm.apply_chat_template([{"role": "user", "content": document}])
         return llm.prefill(tokens, progress=progress)
@@ -90,11 +90,11 @@ def ask(
     options: Options | None = None,
     **changes: Unpack[OptionNames],
 ) -> Generator[str]:
-    """Asks about a document and yields the answer as it comes.
+    """Asks a question about a document and yields the answer as it is generated.
 
-    A chat model gets document and question as one message; any other completes "Answer:" after
-    them. Options are those of `LLM.generate`; `prefix` is what `read_once` made of the document,
-    and changes nothing but the time.
+    A chat model receives document and question as one message; other models complete "Answer:"
+    after them. Options are those of `LLM.generate`; `prefix` is the result of `read_once` for the
+    document, which only saves time.
     """
     chosen = Options.of(options, changes)
     if chosen.prefix is None:
@@ -108,7 +108,7 @@ def ask(
 def question_tokens(
     llm: LLM, document: str, question: str, *, thinking: bool | None = None
 ) -> list[int]:
-    """The prompt of `ask`, as token ids; `thinking` as in `Options`."""
+    """The prompt of `ask` as token ids; `thinking` as in `Options`."""
     if llm.has_chat_template:
         return llm.apply_chat_template([_message(document, question)], thinking=thinking)
     return llm.tokenize(document + _ending(question))

@@ -1,8 +1,8 @@
-"""The engine: prompts of token ids in, tokens out. It knows nothing of text.
+"""The engine: from prompts of token ids to new token ids; it does not handle text.
 
-`Run` compiles the functions of `dca_jax.inference.steps`, cuts the prompts into pieces, and brings
-the tokens to the host a segment at a time. Shapes come in buckets, so that another prompt length
-seldom compiles anything.
+`Run` compiles the functions of `dca_jax.inference.steps`, splits the prompts into pieces, and
+fetches the tokens to the host one segment at a time. Shapes are rounded up to buckets, so that a
+new prompt length seldom requires compilation.
 """
 
 import time
@@ -40,38 +40,39 @@ from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import axis_size, mesh_of, replicated
 
-STOP_IDS = 64  # for which a program has room; if there are more, it has room for all ids
-SEGMENT_SECONDS = 0.05  # a segment that took longer is not made longer: text streams smoothly
+STOP_IDS = 64  # capacity of a program for stop ids; with more of them, it has one for all ids
+SEGMENT_SECONDS = 0.05  # segments slower than this do not grow, so that text streams smoothly
 
 
 class Run:
-    """One batch of prompts being continued; iterate over it to get the tokens.
+    """Generation for a batch of prompts; iterate over it to get the tokens.
 
-    Every prompt is checked at construction; nothing is computed before the first iteration. Each
-    iteration gives, for each row, the list of its new tokens, a stop id included. They come in
-    segments of one token at first, and of up to `SEGMENT` once that is quick enough to look
-    smooth. What a row gets does not depend on the segments, and when greedy not on the other rows.
+    All prompts are checked at construction; nothing is computed before the first iteration. Each
+    iteration yields a list of new tokens for each row, including a stop id. Segments have one token
+    at first and grow up to `SEGMENT` as long as they are fast enough to stream smoothly. A row's
+    tokens do not depend on the segments and, with greedy decoding, not on the other rows.
 
-    A row whose logits are not all finite ends there, and the others go on: `failed` says so.
+    A row with non-finite logits ends there, and the others continue; see `failed`.
 
     Args:
-        prompts: token ids; rows may differ in length, and none is empty.
-        max_new_tokens: of each row, at least 1.
-        seed: of the draws. Row r draws with a key of its own: equal prompts give different samples.
+        prompts: token ids; rows may differ in length, and none may be empty.
+        max_new_tokens: maximum number of new tokens per row, at least 1.
+        seed: random seed of the sampling. Each row has its own key, so equal prompts give different
+            samples.
         stop_ids: ids that end a row.
-        cache: what has been read before: row b of it must hold the first `lengths[b]` tokens of
-            prompts[b], and not all of them; rows beyond the prompts hold nothing. It is used up,
-            its memory being updated in place, and the attribute `cache` takes its place. Default:
-            a new one, as large as needed.
-        cache_dtype: of a new cache; default: the model's.
-        on_piece: called after each piece of the prompts with the number of tokens read, all rows
-            together; may be set later, as an attribute.
+        cache: an earlier cache, whose row b holds the first `lengths[b]` tokens of prompts[b], but
+            not all of them; rows beyond the prompts must be empty. It is updated in place and
+            cannot be used afterwards; the attribute `cache` replaces it. Default: a new cache of
+            sufficient size.
+        cache_dtype: dtype of a new cache (default: the model's).
+        on_piece: function called after each piece of the prompts with the number of tokens read in
+            all rows; may be set later as an attribute.
 
     Attributes:
-        cache: what the rows have read, their last token drawn not included. After a row has failed
-            it is deleted when the iteration ends, for numbers that are not finite spread.
-        failed: for each row that has failed, how many tokens of its text, those drawn included,
-            stand before the one that could not be drawn.
+        cache: the cache of the rows, without their last generated token. If a row has failed, it is
+            deleted when the iteration ends, because non-finite numbers spread.
+        failed: for each failed row, the number of tokens of its text, generated ones included,
+            before the one that could not be generated.
 
     Raises:
         InputError: no prompts, an empty prompt, an id outside the vocabulary, or a prompt and its
@@ -94,17 +95,17 @@ class Run:
         check_numbers(max_new_tokens, seed)
         check_prompts(prompts, model.config.vocab_size)
         longest = max(map(len, prompts))
-        model.check_window(longest + max_new_tokens - 1)  # the last one drawn is never read
+        model.check_window(longest + max_new_tokens - 1)  # the last generated token is never read
         if cache is None:
             cache = new_cache(model, len(prompts), longest + max_new_tokens, cache_dtype)
         self._start = _check_cache(cache, prompts, max_new_tokens)
-        # Rows that fill up the cache's: one token that is not read, and finished.
+        # Padding rows of the cache: finished, with one token that is not read.
         self._num_rows, fill = len(prompts), cache.lengths.shape[0] - len(prompts)
         self._prompts = [*prompts, *[[0]] * fill]
         self._start += [1] * fill
         self._model, self._sampler = model, sampler.traced()
         self._max_new_tokens, self._seed = max_new_tokens, seed
-        # Of those that can be drawn; filled up, so that another number of them does not recompile.
+        # Only ids that can be generated; padded, so that another number of them does not recompile.
         ids = sorted({int(n) for n in stop_ids if 0 <= n < model.config.vocab_size})
         width = STOP_IDS if len(ids) <= STOP_IDS else model.config.vocab_size
         self._stop_ids = np.asarray(ids + [-1] * (width - len(ids)), np.int32)
@@ -113,7 +114,7 @@ class Run:
         self.failed: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        """Reads the prompts, then draws."""
+        """Reads the prompts, then generates."""
         try:
             yield from self._segments()
         finally:
@@ -123,7 +124,7 @@ class Run:
 
     def _segments(self) -> Iterator[list[list[int]]]:
         hidden = self.read_prompts()
-        # Once: to hand them over at every call takes longer than a token of a small model.
+        # Once: passing them at every call takes longer than a token of a small model.
         numbers = replicated((self._sampler, self._stop_ids), mesh_of(self._model))
         sampler, stop_ids = on_device(self._model, numbers)
         state = self._draw_first(hidden, sampler, stop_ids)
@@ -138,14 +139,14 @@ class Run:
             state, tokens = decode(state, stopped, sampler, stop_ids, limit)
             self.cache = state.cache
             rows = self._rows(np.asarray(tokens), lengths)
-            # Several processes must ask for the same, and their clocks differ.
+            # Several processes must run the same segments, but their clocks differ.
             if jax.process_count() > 1 or time.perf_counter() - start < SEGMENT_SECONDS:
                 segment = min(2 * segment, SEGMENT)
             drawn += limit
             yield rows
 
     def finish(self, row: int) -> None:
-        """Draws no more for this row; for what a stop id cannot say, such as a stop string."""
+        """Stops this row, for conditions other than stop ids, such as a stop string."""
         self._finished[row] = True
 
     def read_prompts(self) -> Float[Array, "B D"]:
@@ -154,13 +155,14 @@ class Run:
         mesh = mesh_of(self._model)
         if axis_size(mesh, "context") > 1 and not any(self._start[: self._num_rows]):
             return self._read_whole(context_lengths)
-        # Placed as `read` leaves it, or a second piece would compile once more.
+        # Placed like the result of `read`, or a second piece would recompile.
         hidden, at = empty_hidden(self._model, len(self._prompts)), np.asarray(self._start)
         rows = 1 if mesh is None else len(self._prompts)
         model = self._model.reading(max(map(len, self._prompts)))
         widths = _widths(model, rows)
         if mesh is None and len(self._prompts) > 1:
-            # Long pieces row by row, for rows differ in length; what is left, all rows together.
+            # Long pieces row by row, because rows differ in length; the rest with all rows
+            # together.
             for row in range(self._num_rows):
                 hidden = self._read_row(row, at, hidden)
             model, widths = model.reading(0), (SMALLEST,)
@@ -178,9 +180,9 @@ class Run:
     def _read_row(
         self, row: int, at: Int[np.ndarray, " B"], hidden: Float[Array, "B D"]
     ) -> Float[Array, "B D"]:
-        """Reads one row as far as it fills wide pieces; moves `at`, where each row stands.
+        """Reads the part of one row that fills wide pieces; advances `at`, the rows' positions.
 
-        One that is read sparsely is read to its end.
+        A row with sparse prefill is read to its end.
         """
         prompt = self._prompts[row]
         model = self._model.reading(len(prompt))
@@ -211,13 +213,13 @@ class Run:
     def _compiled(
         self, function: Callable[..., Any], model: Llama, *widths: int
     ) -> Callable[..., Any]:
-        """One of the steps for this batch; its second argument, the cache or state, is used up."""
+        """One of the steps, compiled for this batch; it donates its second argument."""
         shape = len(self._prompts), self.cache.capacity, *widths
         return compiled(function, model, *shape, donated=1)
 
     def _tell(self, hidden: Float[Array, "B D"], tokens: int) -> None:
         if self.on_piece is not None:
-            jax.block_until_ready(hidden)  # or the bar would run ahead of the device
+            jax.block_until_ready(hidden)  # so that the bar does not run ahead of the device
             self.on_piece(tokens)
 
     def _draw_first(
@@ -232,7 +234,7 @@ class Run:
         return State(cache=self.cache, **state)
 
     def _rows(self, tokens: Int[np.ndarray, "B n"], lengths: list[int]) -> list[list[int]]:
-        """Each row's new tokens; notes what has ended, and the `lengths` of the texts."""
+        """Each row's new tokens; records which rows have ended, and the `lengths` of the texts."""
         rows = []
         for number, row in enumerate(tokens[: self._num_rows].tolist()):
             new = [token for token in row if token >= 0]
@@ -247,26 +249,26 @@ class Run:
 
 
 def _widths(model: Llama, rows: int) -> tuple[int, ...]:
-    """What pieces of prompts are padded to."""
+    """The widths to which pieces of prompts are padded."""
     segment = 1 if model.sparse is None else model.sparse.segment
     return piece_widths(rows, read_at_once(model.config), segment)
 
 
 class NotFiniteError(InputError):
-    """Logits that are not finite, after which a text cannot go on."""
+    """Non-finite logits, after which a text cannot be continued."""
 
     def __init__(self, model: Llama, row: int, position: int) -> None:
         super().__init__(
-            f"prompt {row}: the logits after token {position} are not finite: the weights hold NaN "
+            f"prompt {row}: the logits after token {position} are not finite: the weights have NaN "
             f"or infinity, or overflow {model.dtype}; check the checkpoint, or compute in float32"
         )
 
 
 def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-    """Each prompt's new tokens, a stop id included; `options` are those of `Run`.
+    """Each prompt's new tokens, including a stop id; `options` are those of `Run`.
 
     Raises:
-        InputError: as `Run`; `NotFiniteError`, when the other rows have ended.
+        InputError: as in `Run`; a `NotFiniteError` is raised after the other rows have ended.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     run = Run(model, prompts, **options)
@@ -279,7 +281,7 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], **options: Any) -> 
 
 
 def check_numbers(max_new_tokens: int, seed: int) -> None:
-    """Raises InputError unless there is a token to draw, and a seed to draw it with."""
+    """Raises InputError unless max_new_tokens is at least 1 and the seed has 32 bits."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not -(2**31) <= seed < 2**31:
@@ -296,7 +298,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= vocab_size:
             raise InputError(
-                f"prompt {number} holds token id {low if low < 0 else high}, but the model's "
+                f"prompt {number} has token id {low if low < 0 else high}, but the model's "
                 f"vocabulary has ids 0 to {vocab_size - 1}; is this the model's own tokenizer?"
             )
 
@@ -304,18 +306,18 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 def _check_cache(
     cache: KVCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-    """How many tokens of each prompt the cache holds already."""
+    """The number of tokens of each prompt that are already in the cache."""
     start = [int(n) for n in np.asarray(cache.lengths)]
     if len(start) < len(prompts) or any(start[len(prompts) :]):
         raise InputError(
-            f"the cache has {len(start)} rows, but there are {len(prompts)} prompts; it must have "
-            "a row for each, and any others must be empty"
+            f"the cache has {len(start)} rows for {len(prompts)} prompts; it must have a row for "
+            "each prompt, and any other rows must be empty"
         )
     for number, (prompt, held) in enumerate(zip(prompts, start, strict=False)):
         if held >= len(prompt):
             raise InputError(
-                f"row {number} of the cache holds {held} tokens and prompt {number} has "
-                f"{len(prompt)}: at least the last must be left to read"
+                f"row {number} of the cache holds {held} tokens, but prompt {number} has only "
+                f"{len(prompt)}; at least the last token must remain to be read"
             )
         if len(prompt) + max_new_tokens > cache.capacity:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Text in, text out: a model, its tokenizer and the engine under one roof."""
+"""Text in, text out: a model with its tokenizer and the generation engine."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ from dca_jax.inference.tokenizer import encode
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 
-LONG_PROMPT = 8192  # tokens from which on reading is worth a progress bar
+LONG_PROMPT = 8192  # tokens from which a prefill gets a progress bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Generation:
         finish_reason: "stop" after a stop id or stop string, "length" at `max_new_tokens`, "error"
             if the text could not be continued.
         prompt_tokens: number of tokens in the prompt, prefix included.
-        error: why it could not be continued (its logits are not finite), if it was one of several
+        error: why the text could not be continued (non-finite logits), if there were several
             prompts; else None.
     """
 
@@ -66,7 +66,8 @@ class LLM:
 
     Attributes:
         model: the Flax model.
-        tokenizer: of `transformers`; None if the folder has none, and prompts must be token ids.
+        tokenizer: the tokenizer, from `transformers`; None if the folder has none, and then prompts
+            must be token ids.
         stop_ids: ids that end a text, from the config, the generation config and the tokenizer.
         cache_dtype: dtype of the KV cache.
         chat_templates: renders conversations.
@@ -84,10 +85,10 @@ class LLM:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, with the special tokens the tokenizer adds (BOS).
+        """The token ids of a text, with the special tokens that the tokenizer adds (BOS).
 
         Raises:
-            InputError: an empty text, or what `dca_jax.inference.tokenizer.encode` refuses.
+            InputError: an empty text; also as in `dca_jax.inference.tokenizer.encode`.
         """
         if not isinstance(text, str):
             raise InputError(f"a text must be a string, got {shown(text)}")
@@ -98,16 +99,16 @@ class LLM:
     def apply_chat_template(
         self, messages: Sequence[Message], *, thinking: bool | None = None
     ) -> list[int]:
-        """The token ids of a conversation, up to where the model's answer begins.
+        """The token ids of a conversation, up to the beginning of the model's answer.
 
         Args:
-            messages: `{"role": ..., "content": ...}`, in order; the template decides which roles
-                (tools, for instance) and which other keys there are.
+            messages: `{"role": ..., "content": ...}`, in order; the template determines which roles
+                (such as tools) and which other keys are allowed.
             thinking: as in `Options`.
 
         Raises:
-            InputError: no messages, or what `ChatTemplates.write` and `encode` refuse: such as a
-                tokenizer without a template, messages it refuses, or a template that loops.
+            InputError: no messages; also as in `ChatTemplates.write` and `encode`, such as a
+                tokenizer without a template, or messages that the template refuses.
         """
         tokenizer = self._tokenizer()
         check_messages(messages)
@@ -129,15 +130,14 @@ class LLM:
         """Continues each prompt; several are processed as one batch.
 
         Args:
-            prompts: one prompt or several, each a text or a list of token ids. With a prefix, the
-                text after it; the result is that of prefix and prompt as one text.
-            options: how to generate (default: `Options()`).
-            **changes: fields of `Options`, overriding `options`.
+            prompts: one prompt or several, each a string or a list of token ids. With a prefix, the
+                text after it; the result is the same as for prefix and prompt as one text.
+            options: generation options (default: `Options()`).
+            **changes: fields of `Options` that override `options`.
 
         Raises:
-            InputError: an empty prompt, an id outside the vocabulary, an option that does not exist
-                or makes no sense, a prefix of another model, or a prompt whose cache does not fit
-                into memory.
+            InputError: an empty prompt, an id outside the vocabulary, an unknown or invalid option,
+                a prefix of another model, or a prompt whose cache does not fit into memory.
         """
         chosen = self._for_prompts(Options.of(options, changes))
         rows = [self._continued(prompt, chosen.prefix) for prompt in each_prompt(prompts)]
@@ -149,10 +149,10 @@ class LLM:
         options: Options | None = None,
         **changes: Unpack[OptionNames],
     ) -> Generator[str]:
-        """Continues one prompt and yields text as it is generated; joined, that of `generate`.
+        """Continues one prompt and yields the text of `generate` as it is generated.
 
-        Arguments are those of `generate` and are checked at the call. Close the iterator to stop
-        early.
+        The arguments are those of `generate` and are checked at the call. Close the iterator to
+        stop early.
         """
         chosen = self._for_prompts(Options.of(options, changes))
         return self._stream(self._continued(prompt, chosen.prefix), chosen)
@@ -165,7 +165,7 @@ class LLM:
     ) -> Generation:
         """The model's answer to a conversation; options as in `generate`.
 
-        With a prefix, what the conversation shares with it is not read again.
+        With a prefix, the part that the conversation shares with it is not read again.
         """
         chosen = Options.of(options, changes)
         tokens = self.apply_chat_template(messages, thinking=chosen.thinking)
@@ -191,15 +191,15 @@ class LLM:
     ) -> Prefix:
         """Reads a text once, for many prompts that begin with it (`prefix=` when generating).
 
-        Results equal those of reading each prompt whole, with the exception of what depends on the
-        length of a text: a DCA temperature, dynamic NTK, and position methods made for a length.
-        There a prefix is a text of its own length.
+        The results equal those of reading each prompt whole, except for methods that depend on the
+        length of a text: a DCA temperature, dynamic NTK, and position methods for a given length.
+        With these, the prefix is read with its own length.
 
         Args:
-            text: or its token ids.
-            reuse: an earlier prefix. What the texts share is not read again. Its memory is taken
-                over, so it cannot be used afterwards.
-            room: tokens of question and answer that fit before the cache has to be copied into a
+            text: the text or its token ids.
+            reuse: an earlier prefix. The part that the texts share is not read again. Its memory is
+                reused, so it cannot be used afterwards.
+            room: tokens of question and answer that fit before the cache must be copied into a
                 larger one.
             progress: as in `Options`.
 
@@ -210,30 +210,30 @@ class LLM:
         tokens = self._continued(text, None)
         check_prompts([tokens], self.model.config.vocab_size)
         if isinstance(room, bool) or not isinstance(room, int) or room < 0:
-            raise InputError(f"room must be a number of tokens, at least 0, got {shown(room)}")
+            raise InputError(f"room must be a number of tokens of at least 0, got {shown(room)}")
         cache, to_read = self._cache([tokens], max(room, 1), reuse)
         run = Run(self.model, [tokens], max_new_tokens=1, cache=cache)
         label = self._reading_label(len(tokens))
         with _progress_bar(to_read, progress, label) as run.on_piece:
-            jax.block_until_ready(run.read_prompts())  # so that it is read when this returns
+            jax.block_until_ready(run.read_prompts())  # so that it has been read when this returns
         given = text if isinstance(text, str) else None
         return Prefix(self.model, run.cache, tuple(tokens), given)
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "B T"] | list[list[int]]
     ) -> Float[np.ndarray, "B T V"]:
-        """Logits, float32, of whole texts of one length: token t's predict token t + 1.
+        """Logits, float32, of whole texts of equal length; those at token t predict token t + 1.
 
         Raises:
-            InputError: no rows of ids, rows of different lengths, an id outside the vocabulary, or
-                plain attention over more than the model's window.
+            InputError: not rows of ids, rows of different lengths, an id outside the vocabulary, or
+                plain attention over more than the model's sliding window.
         """
         if isinstance(tokens, str) or not np.iterable(tokens):
-            raise InputError(f"logits are of rows of token ids, got {shown(tokens)}")
+            raise InputError(f"tokens must be rows of token ids, got {shown(tokens)}")
         rows = [token_ids(row) for row in tokens]
         lengths = sorted({len(row) for row in rows})
         if len(lengths) != 1:
-            raise InputError(f"the rows must have one length, got {lengths}")
+            raise InputError(f"all rows must have the same length, got {lengths}")
         check_prompts(rows, self.model.config.vocab_size)
         return text_logits(self.model, np.asarray(rows, np.int32))
 
@@ -247,13 +247,13 @@ class LLM:
         """exp of the mean negative log-likelihood of a text's tokens, without the first.
 
         Args:
-            text: or its token ids.
-            window: tokens per window, each a text of its own (default: the whole text).
+            text: the text or its token ids.
+            window: tokens per window; each window is an independent text (default: the whole text).
             stride: tokens from one window to the next (default: `window`).
 
         Raises:
-            InputError: no text or ids, an id outside the vocabulary, a window that is not at least
-                two tokens of the text, or a stride that is not at least one.
+            InputError: an invalid text, an id outside the vocabulary, a window of fewer than two
+                tokens or longer than the text, or a stride below one.
         """
         tokens = self.tokenize(text) if isinstance(text, str) else token_ids(text)
         check_prompts([tokens], self.model.config.vocab_size)
@@ -265,26 +265,26 @@ class LLM:
         return perplexity(self.model, np.asarray(tokens, np.int32), **options)
 
     def _for_prompts(self, options: Options) -> Options:
-        """`options`, refused where they say how conversations are to be written."""
+        """`options`, refused if they have fields that are only for conversations."""
         if options.thinking is not None:
             raise InputError(
-                "thinking is said to a chat template, so it belongs to `chat`, `stream_chat` and "
-                "conversations; leave it out of `generate` and `stream`"
+                "thinking is an option of chat templates; use it with `chat`, `stream_chat` or a "
+                "conversation, and leave it out of `generate` and `stream`"
             )
         return options
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise InputError(
-                "this model's folder has no tokenizer, so it reads token ids and no text; put the "
-                "tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
+                "this model's folder has no tokenizer, so prompts must be token ids; for text, put "
+                "the tokenizer's files (tokenizer.json, tokenizer_config.json) beside config.json"
             )
         return self.tokenizer
 
     def _continued(self, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """The ids of prefix and prompt as one text.
 
-        As a text it is tokenized whole: where the two meet, a token may belong to both.
+        A string is tokenized as a whole, because a token may span the boundary.
         """
         if isinstance(prompt, str):
             if prefix is not None and prefix.text is not None and prompt:
@@ -298,9 +298,9 @@ class LLM:
     def _cache(
         self, rows: list[list[int]], room: int, prefix: Prefix | None
     ) -> tuple[KVCache, int]:
-        """A cache that holds what each row shares with the prefix, and what is left to read.
+        """A cache with the part that each row shares with the prefix, and the remaining tokens.
 
-        It has `room` for new tokens. Of each row at least the last token is left.
+        The cache has `room` for new tokens. At least the last token of each row remains.
         """
         length = max(map(len, rows)) + room
         to_read = sum(map(len, rows))
@@ -312,7 +312,7 @@ class LLM:
         return prefix.take(self.model, shared[0], length), to_read - shared[0]
 
     def _reading_label(self, length: int) -> str:
-        """What is written beside the bar; how much is read of a text that is read sparsely."""
+        """The label of the progress bar; for sparse prefill, with the share that is read."""
         how = self.model.reading(length).sparse
         return "reading" if how is None else f"reading ({how.told(length)})"
 
@@ -346,7 +346,7 @@ class LLM:
             raise failed[0]
 
     def _text_streams(self, rows: list[list[int]], options: Options) -> list[TextStream]:
-        """Checks what a generator would check too late, and makes each row's text."""
+        """Checks arguments that a generator would check too late, and creates the text streams."""
         check_prompts(rows, self.model.config.vocab_size)
         if options.stop:
             self._tokenizer()
@@ -362,9 +362,9 @@ class LLM:
         options: Options,
         failed: dict[int, NotFiniteError],
     ) -> Iterator[list[str]]:
-        """Runs the engine; yields each row's new text, and leaves the whole in `streams`.
+        """Runs the engine; yields each row's new text and collects the whole text in `streams`.
 
-        What ended a text that its stream did not is left in `failed`.
+        `failed` receives the errors of rows that could not be continued.
         """
         prefix, drawn = options.prefix, []
         cache, to_read = self._cache(rows, options.max_new_tokens, prefix)
@@ -396,10 +396,10 @@ class LLM:
 
 
 def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:
-    """Gives a row's new tokens to its text, and ends the row where the text has ended."""
+    """Adds a row's new tokens to its text stream, and ends the row if the text has ended."""
     text = ""
     for token in tokens:
-        if stream.finish_reason is None:  # the segment may go on beyond a stop string
+        if stream.finish_reason is None:  # the segment may continue beyond a stop string
             text += stream.push(token)
     if stream.finish_reason is not None:
         run.finish(row)
@@ -410,7 +410,7 @@ def _push(run: Run, row: int, stream: TextStream, tokens: list[int]) -> str:
 def _progress_bar(
     tokens: int, show: bool | None, label: str
 ) -> Iterator[Callable[[int], None] | None]:
-    """A bar over `tokens` prompt tokens; yields what to call after each piece, None without one."""
+    """A bar over `tokens` prompt tokens; yields a callback for each piece, None without a bar."""
     if show is None:
         show = tokens >= LONG_PROMPT and sys.stderr.isatty()
     if not show or not is_primary():

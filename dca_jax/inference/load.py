@@ -1,4 +1,4 @@
-"""From a checkpoint's folder or file, or its name on the Hugging Face Hub, to an `LLM`."""
+"""Loads an `LLM` from a folder, a file or a name on the Hugging Face Hub."""
 
 import difflib
 import inspect
@@ -38,7 +38,7 @@ from dca_jax.weights.placement import parameter_shardings
 
 log = logging.getLogger(__name__)
 
-# What other libraries call the arguments of `load`, or write in place of them.
+# Names that other libraries use for arguments of `load`, or equivalents of their arguments.
 _ELSEWHERE = {
     "attn_implementation": "implementation",
     "device": "JAX_PLATFORMS in the environment, or mesh for several devices",
@@ -55,24 +55,24 @@ _ELSEWHERE = {
     "rope_scaling": "rope, a RopeConfig",
     "tensor_parallel_size": "mesh, as 'tensor=4'",
     "torch_dtype": "dtype",
-    "trust_remote_code": "left out: code of a checkpoint is never run",
+    "trust_remote_code": "not needed: code from a checkpoint is never run",
 }
 
 
 class NoOthers(TypedDict):
-    """Keyword arguments that a function answers, and does not have."""
+    """Unsupported keyword arguments, which are only accepted for a helpful error message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A checkpoint of which everything has been read and checked but its weights.
+    """A checkpoint that has been read and checked, except for its weights.
 
     Attributes:
-        llm: what `load` will return, with shapes (`jax.ShapeDtypeStruct`) in place of its weights:
-            it makes tokens of texts, and knows what its arrays will take.
-        read_weights: returns the parameters; reads them each time.
-        weights: the form that they are packed in as they are read; None if they are not.
-        kept: how those are packed that are kept as they are stored, by path.
+        llm: the result of `load`, with shapes (`jax.ShapeDtypeStruct`) in place of the weights; it
+            can tokenize texts, and the sizes of its arrays are known.
+        read_weights: function that reads and returns the parameters.
+        weights: the form in which weights are packed while loading; None if they are not.
+        kept: the form of weights that stay packed as stored, by path.
     """
 
     llm: LLM
@@ -84,7 +84,7 @@ class Opened:
         """Reads the weights.
 
         Raises:
-            InputError: they are damaged, not there, or do not fit into memory.
+            InputError: the weights are damaged, missing, or do not fit into memory.
         """
         model = self.llm.model
         loaded = Llama.from_params(
@@ -120,43 +120,43 @@ def load(
         path: a Hugging Face folder, a folder converted by `checkpoints_convert`, a GGUF file, or,
             if there is no such path, a model's name on the Hugging Face Hub ("owner/name"),
             which is then downloaded into its cache.
-        dca: what `choose_dca` takes: by default what the checkpoint asks for, else the paper's
-            setting for its trained length. None is plain attention. Or another way of giving
-            positions (`dca_jax.inference.baselines`).
-        rope: in place of the checkpoint's own, to compare RoPE scalings.
-        dtype: of weights and activations, also by name; default: bfloat16, on a CPU float32.
-        cache_dtype: of the KV cache, also by name; default: `dtype`. "int8" and "fp8" take half of
-            bfloat16's memory, and drawing a token after a long text is faster.
-        implementation: of the attention; None for the best on this device.
-        mesh: what `dca_jax.sharding.make_mesh` makes, or takes: "context=2,tensor=4". Every device
-            gets its own part of the weights, and every process reads those of its devices only.
-            None is the first device.
-        adapter: folder of a LoRA adapter, PEFT's or of `dca-jax finetune`, which is merged into the
-            weights as they are read.
-        context: tokens of the longest text to be read, as 1048576 or "1M". A checkpoint with a
-            second config for longer texts (Qwen's `config_1m.json`) is read by that if they need
-            it, which is logged. It limits nothing.
-        config: another file than the folder's `config.json`.
-        weights: pack them while they are read (`dca_jax.products.packed.FORMS`): "int8" by output,
-            "int4" in groups of 64, or of "int4:32" or "int4:128", "fp8" in blocks of 128 x 128;
-            what the checkpoint has in just this form stays as it is. "stored" packs nothing, and
-            keeps what the checkpoint has packed in a form that ours hold to the bit; "unpacked"
-            unpacks it. Default: "stored", on a CPU, where that is slower, "unpacked". Products are
-            computed in `dtype` all the same.
-        sparse: how long prompts are read (`dca_jax.attention.sparse.NAMES`): "auto" as the
-            checkpoint asks, and densely if it does not; "off", or None, densely; "rows" by the
-            blocks of keys that a few queries of each tile attend to most, a tenth of them, and
-            "rows:0.05" a twentieth. Tokens are always drawn densely.
-        **others: none; what other libraries call these arguments is answered with their names here.
+        dca: a choice for `choose_dca`: by default the checkpoint's own setting, else the paper's
+            setting for its trained length; None for plain attention. Or another position method
+            (`dca_jax.inference.baselines`).
+        rope: RoPE to use instead of the checkpoint's own, to compare scalings.
+        dtype: dtype of weights and activations, or its name (default: bfloat16; float32 on a CPU).
+        cache_dtype: dtype of the KV cache, or its name (default: `dtype`). "int8" and "fp8" take
+            half the memory of bfloat16 and make decoding after a long text faster.
+        implementation: attention implementation; None picks the best on this device.
+        mesh: a mesh of `dca_jax.sharding.make_mesh`, or its argument: "context=2,tensor=4". Every
+            device gets its part of the weights, and every process reads only those of its devices.
+            None uses the first device.
+        adapter: folder of a LoRA adapter, from PEFT or `dca-jax finetune`, to merge into the
+            weights while loading.
+        context: number of tokens of the longest text, such as 1048576 or "1M". If a checkpoint has
+            a second config for longer texts (Qwen's `config_1m.json`), it is used if needed, and a
+            message is logged. This does not limit the length of texts.
+        config: a config file to use instead of the folder's `config.json`.
+        weights: how to pack the weights while loading (`dca_jax.products.packed.FORMS`): "int8" per
+            output, "int4" in groups of 64 ("int4:32", "int4:128" for other groups), "fp8" in blocks
+            of 128 x 128; weights that the checkpoint already has in this form are kept. "stored"
+            keeps packed weights as stored if one of these forms represents them exactly, and packs
+            no others; "unpacked" unpacks them. Default: "stored"; on a CPU, where that is slower,
+            "unpacked". Products are always computed in `dtype`.
+        sparse: sparse prefill of long prompts (`dca_jax.attention.sparse.NAMES`): "auto" follows
+            the checkpoint, and is dense if it has no setting; "off" or None is dense; "rows" keeps
+            the tenth of the key blocks to which a few queries of each tile attend most, "rows:0.05"
+            a twentieth. Decoding is always dense.
+        **others: unsupported; names that other libraries use are answered with the names here.
 
     Raises:
-        InputError: an argument that does not exist; nothing at `path`, a checkpoint that is damaged
-            or not supported, or a mesh that does not fit the devices or the model; all but the
-            weights are checked before any is read.
+        InputError: an unknown argument; nothing at `path`; a checkpoint that is damaged or not
+            supported; or a mesh that does not fit the devices or the model. Everything but the
+            weights is checked before any of them is read.
     """
     _refuse_names(others)
     if sparse == "auto" and not isinstance(dca, DCAConfig | str):
-        sparse = "off"  # what a checkpoint asks for goes with its DCA
+        sparse = "off"  # the checkpoint's own sparse setting is for its DCA
     opened = open_model(
         path,
         dca=dca,
@@ -198,7 +198,7 @@ def open_model(
     weights: str | None = None,
     sparse: Sparse | str | None = "auto",
 ) -> Opened:
-    """All of `load` that comes before the weights are read; arguments and errors as there."""
+    """Everything that `load` does before reading the weights; same arguments and errors."""
     check_implementation(implementation)
     form, keep = packing(weights, on_cpu=jax.default_backend() == "cpu")
     folder = find_folder(path)
@@ -208,10 +208,12 @@ def open_model(
     chosen = dca if isinstance(dca, PositionMethod) else choose_dca(dca, shape)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise InputError(f"a mesh is a text such as tensor=4, or a jax Mesh, got {shown(mesh)}")
+        raise InputError(
+            f"mesh must be a string such as tensor=4, or a jax Mesh, got {shown(mesh)}"
+        )
     if mesh is None and several_processes():
         raise InputError(
-            f"{jax.process_count()} processes share one model: give a mesh of all their "
+            f"{jax.process_count()} processes share one model: give a mesh over all their "
             f"{jax.device_count()} devices, such as tensor={jax.device_count()}"
         )
     how = _choose_sparse(sparse, shape, mesh)
@@ -246,32 +248,34 @@ def open_model(
 
 
 def _read_config(folder: Path, context: int | str | None, config: str | Path | None) -> LlamaConfig:
-    """The checkpoint's shape; says which config it is of, if not the usual one."""
+    """The checkpoint's shape; logs which config is used, if not the usual one."""
     tokens = None if context is None else parse_tokens(str(context))
     file = config_file(folder, context=tokens, file=config)
     shape = read_config(folder, file=file)
     if file.name == LONG_CONFIG and config is None:
-        log.warning("%s is read by its %s, for a text of %d tokens", folder, LONG_CONFIG, tokens)
+        log.warning(
+            "%s is loaded with its %s, for a text of %d tokens", folder, LONG_CONFIG, tokens
+        )
     return shape
 
 
 def _choose_sparse(
     asked: Sparse | str | None, shape: LlamaConfig, mesh: Mesh | None
 ) -> Sparse | None:
-    """How long prompts are read; says so where only the checkpoint asks for it."""
+    """The sparse prefill setting; logs it if it comes from the checkpoint."""
     sizes = {"layers": shape.num_hidden_layers, "heads": shape.num_attention_heads}
     how = choose_sparse(asked, shape.sparse_attention, **sizes)
     if how is None:
         return None
     if axis_size(mesh, "context") > 1:
-        reason = "this mesh shares a text along `context`, where it is read densely"
+        reason = "this mesh splits texts along `context`, where prefill is dense"
         if not how.by_checkpoint:
             raise InputError(f"{how.selector.name}: {reason}; use tensor or data, or sparse='off'")
-        log.warning("the checkpoint asks for sparse attention; %s", reason)
+        log.warning("the checkpoint enables sparse attention, but %s", reason)
         return None
     if how.by_checkpoint:
         log.warning(
-            "prompts of more than %d tokens are read sparsely (%s), as the checkpoint asks; "
+            "prompts of more than %d tokens are read sparsely (%s), as set in the checkpoint; "
             "sparse='off' reads them densely",
             how.threshold,
             how.selector.name,

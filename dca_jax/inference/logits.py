@@ -1,4 +1,4 @@
-"""Logits of whole texts, in few shapes, whatever their number and lengths."""
+"""Logits of whole texts, computed in few shapes for any number and length of texts."""
 
 import jax
 import numpy as np
@@ -12,19 +12,19 @@ from dca_jax.memory import free_bytes
 from dca_jax.model import Llama
 from dca_jax.sharding import axis_size, mesh_of
 
-WIDTHS = (64, 256, 1024)  # tokens that texts are padded to, or else to a power of two
-TOGETHER = 8  # of the shortest texts are read at once, if there are several; others one by one
+WIDTHS = (64, 256, 1024)  # tokens to which texts are padded; longer ones to a power of two
+TOGETHER = 8  # the shortest texts are read in batches of this size, others one by one
 
 
 def text_logits(model: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
-    """Logits, float32, of whole texts of one length, read in few shapes.
+    """Logits, float32, of whole texts of equal length, computed in few shapes.
 
-    Texts are padded to 64, 256, 1024, 2048 ... tokens, and what padding gives is cut off on the
-    host, where cutting compiles nothing.
+    Texts are padded to 64, 256, 1024, 2048 ... tokens. The logits of padding are removed on the
+    host, where slicing compiles nothing.
 
     Raises:
-        InputError: plain attention over more than the model's window, or more logits than the
-            host has memory for.
+        InputError: plain attention over more than the model's sliding window, or more logits than
+            fit into the host's memory.
     """
     batch, length = tokens.shape
     model.check_window(length)
@@ -32,8 +32,8 @@ def text_logits(model: Llama, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarra
     free = free_bytes(jax.local_devices(backend="cpu")[0])
     if free is not None and size > free:
         raise InputError(
-            f"the logits of {batch} x {length} tokens take {size / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free; give fewer tokens, or ask for the perplexity"
+            f"the logits of {batch} x {length} tokens take {size / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free; give fewer tokens, or use `perplexity`"
         )
     mesh = mesh_of(model)
     width = next((width for width in WIDTHS if width >= length), power_of_two(length))

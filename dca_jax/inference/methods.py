@@ -1,17 +1,17 @@
-"""Every way of reading a long text, by name: what `--method` takes.
+"""Methods for long texts by name, as accepted by `--method`.
 
-`auto` and `dca` are the DCA that the checkpoint asks for, or else the paper's for its trained
-length; `dca:paper` and others name a setting, and `dca:paper@0.1` gives it a temperature of that
-slope (`DCAConfig.temperature_slope`). `none` and `rope` are plain attention.
-Some methods change the rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
-(`dca_jax.attention.bands`): DCA, and those of `dca_jax.inference.baselines`. All are
-training-free, and take the same weights (`with_method`).
+`auto` and `dca` use the checkpoint's own DCA setting, or else the paper's for its trained length;
+`dca:paper` and others name a setting, and `dca:paper@0.1` adds a temperature with that slope
+(`DCAConfig.temperature_slope`). `none` and `rope` are plain attention. Some methods change the
+rotary frequencies (pi, ntk, yarn: `dca_jax.rope`), others the positions
+(`dca_jax.attention.bands`): DCA, and those of `dca_jax.inference.baselines`. All are training-free
+and use the same weights (`with_method`).
 
-A name is `METHOD`, or `METHOD:ARGUMENTS` (as `rerope:1024` or `dca:192k,256k`), and may end in
+A name is `METHOD` or `METHOD:ARGUMENTS` (such as `rerope:1024` or `dca:192k,256k`), and may end in
 `+pi:F`, `+ntk:F` or `+yarn:F`, which first scale the frequencies for a window of F times the
-trained one: `dca+ntk:2` is DCA over a model that NTK has given twice its window. (A model that was
-*trained* with PI or NTK says so in its config, and needs no such ending: `dca` is over the model's
-own rope.)
+trained one: `dca+ntk:2` is DCA on a model whose window is doubled with NTK. (A model that was
+*trained* with PI or NTK has this in its config and needs no such suffix: `dca` uses the model's own
+RoPE.)
 """
 
 import math
@@ -46,29 +46,31 @@ from dca_jax.rope import RopeConfig, attention_factor
 def scaled_rope(
     kind: str, rope: RopeConfig, *, factor: int, trained_length: int, head_dim: int
 ) -> RopeConfig:
-    """A rope for `factor` times the window, by one of the scalings.
+    """A RoPE for `factor` times the window with one of the scalings.
 
     pi: positions divided by the factor (arXiv 2306.15595, eq. 3). ntk: theta times
-    factor^(d / (d - 2)), so that the slowest plane turns as slowly as under pi and the fastest as
-    ever (LocalLLaMA, "NTK-Aware Scaled RoPE", 2023). yarn: NTK by parts, and a temperature
+    factor^(d / (d - 2)), so that the slowest plane rotates as slowly as with pi and the fastest is
+    unchanged (LocalLLaMA, "NTK-Aware Scaled RoPE", 2023). yarn: NTK by parts, and a temperature
     (arXiv 2309.00071). A factor of 1 changes nothing.
 
     Raises:
-        InputError: a rope that is scaled already, in a way that this one cannot be laid over.
+        InputError: a RoPE with another scaling, which this one cannot be combined with.
     """
     if factor == 1:
         return rope
     over = {"pi": ("default", "linear"), "ntk": ("default", "linear", "llama3")}
     if rope.rope_type not in over.get(kind, ("default",)):
         raise InputError(
-            f"{kind} cannot be laid over this model's rope, whose type is {rope.rope_type!r}; it "
-            f"can over {' and '.join(over.get(kind, ('default',)))}. Methods that change positions "
+            f"{kind} cannot be combined with this model's RoPE of type {rope.rope_type!r}, only "
+            f"with {' and '.join(over.get(kind, ('default',)))}. Methods that change positions "
             "(dca, rerope, self-extend, ...) work with any"
         )
     if kind == "pi":
         return replace(rope, rope_type="linear", factor=rope.factor * factor)
     if kind == "ntk" and head_dim == 2:
-        raise InputError("ntk scales the planes of a head apart, and a head_dim of 2 has only one")
+        raise InputError(
+            "ntk scales the planes of a head differently, but a head_dim of 2 has only one"
+        )
     if kind == "ntk":
         return replace(rope, theta=rope.theta * factor ** (head_dim / (head_dim - 2)))
     return replace(
@@ -79,31 +81,31 @@ def scaled_rope(
     )
 
 
-# The code of STRING multiplies cos and sin by this, against the smoothing of the logits; LaMPE's,
-# which is made of it, too.
+# STRING's code multiplies cos and sin by this, against the smoothing of the logits. LaMPE's code,
+# which is based on it, does the same.
 STRING_FACTOR = 0.1 * math.log(2) + 1
 
 # --- names -------------------------------------------------------------------------------------
 
 
 class Method(NamedTuple):
-    """How a model is to read: `Llama(replace(config, rope=rope), dca=dca)`."""
+    """The RoPE and DCA of a method: `Llama(replace(config, rope=rope), dca=dca)`."""
 
     dca: DCAConfig | PositionMethod | None
     rope: RopeConfig
 
 
 class _Wanted(NamedTuple):
-    """What a name is resolved for."""
+    """The model and lengths for which a name is resolved."""
 
     config: LlamaConfig
     rope: RopeConfig
-    trained: int  # tokens of the window, as scaled so far
+    trained: int  # tokens of the window, after scaling
     length: int  # tokens to be read
     arguments: str
 
     def integers(self, usage: str, *defaults: int) -> tuple[int, ...]:
-        """The comma-separated arguments as integers, `defaults` without any."""
+        """The comma-separated arguments as integers, or `defaults` if there are none."""
         if not self.arguments:
             return defaults
         parts = self.arguments.split(",")
@@ -220,8 +222,8 @@ def _dca_setting(wanted: _Wanted) -> DCAConfig:
         number = math.nan
     if not 0 <= number < math.inf:
         raise InputError(
-            f"method argument {shown(wanted.arguments)}: after @ comes the slope of the "
-            "temperature, a number from 0 on, as in dca:paper@0.1"
+            f"method argument {shown(wanted.arguments)}: after @, expected the slope of the "
+            "temperature, a number of at least 0, as in dca:paper@0.1"
         )
     return replace(found, trained_length=wanted.trained, temperature_slope=number)
 
@@ -237,7 +239,7 @@ def _setting_without_temperature(wanted: _Wanted) -> DCAConfig:
             "auto (the checkpoint's own), or S,Q (chunk length and largest query position, in "
             "tokens)"
         )
-    # The checkpoint's own is for the window it was trained on, and for no other.
+    # The checkpoint's own setting is only for the window it was trained on.
     own = wanted.config.dca if wanted.trained == wanted.config.trained_length else None
     if setting == "qwen":
         return DCAConfig.qwen(wanted.trained, own=own)
@@ -256,7 +258,7 @@ def _refuse_arguments(wanted: _Wanted) -> None:
 
 _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
     "auto": ("the same as dca", _auto),
-    "none": ("plain attention: the same as rope", _plain),
+    "none": ("plain attention, same as rope", _plain),
     "rope": ("the model's own RoPE, all keys at their true distance", _plain),
     "pi": ("Position Interpolation by ceil(L / c), for L tokens read and c trained", _scaled("pi")),
     "ntk": ("NTK-aware RoPE, theta scaled for ceil(L / c)", _scaled("ntk")),
@@ -270,7 +272,7 @@ _METHODS: dict[str, tuple[str, Callable[[_Wanted], Method]]] = {
     "lm-infinite": ("[:N] the first N tokens (10) and the last c only", _lm_infinite),
     "string": ("[:S,W] beyond S tokens (0.33 L), positions shifted to begin at W (128)", _string),
     "jet-long": ("[:W0] beyond W0 tokens (c/16), positions in groups of ceil(L / c)", _jet_long),
-    "adagrope": ("[:P] P positions (c); the farther, the more tokens share one", _adagrope),
+    "adagrope": ("[:P] P positions (c), shared by more tokens at larger distances", _adagrope),
     "lampe": ("[:A,B,M,S1,S2] M/(1+exp(-AL-B)) positions, true at both ends", _lampe),
     "dpe": ("[:W,S1,...] Self-Extend, with a group size for each part of a head's planes", _dpe),
     "dca": ("[:SETTING] Dual Chunk Attention (the checkpoint's own setting, else paper)", _dca),
@@ -284,20 +286,21 @@ METHODS = tuple(_METHODS)
 def method_by_name(
     name: str, config: LlamaConfig, context_length: int, *, trained_length: int | None = None
 ) -> Method:
-    """What a method's name means for a model.
+    """Resolves a method's name for a model.
 
     Args:
-        name: as the module's docstring says; `METHODS` and `describe_methods` list them.
-        config: the model's own, with the rope it was trained with.
-        context_length: L, tokens to be read: pi, ntk, yarn, self-extend and string depend on it.
-        trained_length: c, tokens; default the config's.
+        name: see the module docstring; `METHODS` and `describe_methods` list the names.
+        config: the model's own config, with the RoPE it was trained with.
+        context_length: L, number of tokens to be read; pi, ntk, yarn, self-extend and string depend
+            on it.
+        trained_length: c, in tokens (default: the config's).
 
     Returns:
-        What to give a `Llama`, and the rope in place of its config's.
+        The `dca` argument for `Llama`, and the RoPE to use instead of the config's.
 
     Raises:
-        InputError: an unknown name (the known ones are listed), arguments that do not fit it, or a
-            scaling that the model's rope does not take.
+        InputError: an unknown name (the known ones are listed), arguments that do not fit, or a
+            scaling that does not work with the model's RoPE.
     """
     trained = config.trained_length if trained_length is None else trained_length
     if trained < 1 or context_length < 1:
@@ -317,7 +320,7 @@ def method_by_name(
             )
         if trained * factor > LARGEST:
             raise InputError(
-                f"method {shown(name)} makes a window of {trained * factor} tokens; a text has at "
+                f"method {shown(name)} gives a window of {trained * factor} tokens; a text has at "
                 f"most {LARGEST}"
             )
         rope = scaled_rope(
@@ -332,15 +335,15 @@ def method_by_name(
 
 
 def describe_methods() -> str:
-    """The methods, a line each: name, arguments and what it does; for `--help` and errors."""
+    """The methods, one per line, with name, arguments and description; for errors and help."""
     width = max(map(len, _METHODS))
     lines = [f"  {name:<{width}}  {summary}" for name, (summary, _) in _METHODS.items()]
     return "\n".join(
         [
             *lines,
-            "c tokens were trained, L are to be read. SETTING is one of",
+            "c is the trained length, L the length to be read. SETTING is one of",
             f"{', '.join(PRESETS)}, auto, or S,Q.",
-            "It may end in @A: a temperature of slope A.",
+            "It may end in @A: a temperature with slope A.",
             "Any name may end in +pi:F, +ntk:F or +yarn:F: first scale the window to F c tokens.",
         ]
     )
@@ -349,9 +352,9 @@ def describe_methods() -> str:
 def with_method(
     model: Llama, name: str, context_length: int, *, trained_length: int | None = None
 ) -> Llama:
-    """The same weights, reading by another method; nothing is copied.
+    """The same weights with another method; nothing is copied.
 
-    Arguments and errors as in `method_by_name`; `model` is as loaded: with its own rope.
+    Arguments and errors are those of `method_by_name`; `model` must have its own RoPE, as loaded.
     """
     dca, rope = method_by_name(name, model.config, context_length, trained_length=trained_length)
     sparse = model.sparse
@@ -371,13 +374,14 @@ def with_method(
 
 
 def reading(llm: LLM, name: str, length: int) -> LLM:
-    """The same model, reading texts of up to `length` tokens by a method; nothing is copied.
+    """The same model with a method for texts of up to `length` tokens; nothing is copied.
 
-    A method that depends on the length is given whole trained lengths: so few settings are to be
-    compiled, and texts of about one length are read alike.
+    For methods that depend on the length, it is rounded up to whole trained lengths. So few
+    settings are compiled, and texts of similar length are read with the same setting.
 
     Args:
-        llm: as loaded with `dca=None`: with its own rope. Errors as in `method_by_name`.
+        llm: a model loaded with `dca=None`, with its own RoPE. Errors are those of
+            `method_by_name`.
     """
     length = whole_length(llm.model.config, length)
     return replace(llm, model=with_method(llm.model, name, length))

@@ -1,4 +1,4 @@
-"""What every way of generating takes, checked as it is given."""
+"""The options of all generation functions, checked when they are set."""
 
 import difflib
 import operator
@@ -11,7 +11,7 @@ from dca_jax.fields import LARGEST, shown
 from dca_jax.inference.prefix import Prefix
 from dca_jax.inference.sampling import Sampler
 
-# What other libraries call these options, so that their names can be answered with ours.
+# Names that other libraries use for these options, to answer them with ours.
 _SAMPLER_OPTIONS = frozenset(field.name for field in fields(Sampler))
 _ELSEWHERE = {
     "max_new_tokens": (
@@ -43,23 +43,23 @@ class OptionNames(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to generate.
+    """Generation options.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per prompt.
         sampler: how tokens are sampled (default: greedy).
-        seed: random seed of the sampling, 32 bits.
-        stop: strings before which the text ends; a single string may be given as it is.
-        stop_ids: token ids that end the text, besides the model's own.
-        prefix: a text that has been read already (`LLM.prefill`).
+        seed: random seed for sampling, 32 bits.
+        stop: strings that end the text; the text ends before them. A single string is also allowed.
+        stop_ids: token ids that end the text, in addition to the model's own.
+        prefix: a text that has already been read (`LLM.prefill`).
         progress: whether to show a progress bar of the prefill on stderr; None shows it for long
             prompts if stderr is a terminal.
-        thinking: whether a chat model is to think before it answers, for chat templates that ask
-            (`enable_thinking`, as Qwen3's); None leaves it to the template. Of conversations only:
-            `LLM.generate` and `LLM.stream` refuse it.
+        thinking: whether a chat model thinks before it answers, for chat templates with the
+            variable `enable_thinking`, such as Qwen3's; None leaves it to the template. It is for
+            conversations only: `LLM.generate` and `LLM.stream` refuse it.
 
     Raises:
-        InputError: a value of another type, or out of range.
+        InputError: a value of the wrong type or out of range.
     """
 
     max_new_tokens: int = 256
@@ -77,9 +77,11 @@ class Options:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         self._set("stop", _each("stop", stop, _stop_string))
         self._set("stop_ids", _each("stop_ids", self.stop_ids, _stop_id))
-        _check_type("sampler", self.sampler, Sampler, "a dca_jax.Sampler, as Sampler(top_p=0.9)")
+        _check_type(
+            "sampler", self.sampler, Sampler, "a dca_jax.Sampler such as Sampler(top_p=0.9)"
+        )
         if self.prefix is not None:
-            _check_type("prefix", self.prefix, Prefix, "what LLM.prefill returns, or None")
+            _check_type("prefix", self.prefix, Prefix, "a result of LLM.prefill, or None")
         for name in ("progress", "thinking"):
             if getattr(self, name) is not None:
                 _check_type(name, getattr(self, name), bool, "True, False or None")
@@ -89,7 +91,7 @@ class Options:
         """`options` (default: `Options()`) with some fields changed.
 
         Raises:
-            InputError: a name that is no field; the message says what was probably meant.
+            InputError: a name that is not a field; the message suggests the likely one.
         """
         _check_names(changes)
         if options is None:
@@ -124,7 +126,7 @@ def _check_type(name: str, value: Any, kind: type, expected: str) -> None:
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:
-    """NumPy's integers count, too; true and 1.0 do not."""
+    """Accepts NumPy's integers too, but not True or 1.0."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -135,7 +137,7 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _each(name: str, given: Any, check: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """Several values, each as `check` returns it."""
+    """A tuple of the values, each checked with `check`."""
     if not isinstance(given, Iterable):
         raise InputError(f"{name} must be a list, got {shown(given)}")
     return tuple(check(value) for value in given)
@@ -144,7 +146,7 @@ def _each(name: str, given: Any, check: Callable[[Any], Any]) -> tuple[Any, ...]
 def _stop_string(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(
-            f"stop must hold strings, none of them empty, got {shown(value)}; ids go to stop_ids"
+            f"stop must contain non-empty strings, got {shown(value)}; for ids, use stop_ids"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""A text read once, for many prompts."""
+"""A prefix that is read once for many prompts."""
 
 import threading
 from collections.abc import Sequence
@@ -16,19 +16,20 @@ from dca_jax.model import Llama
 
 
 class Prefix:
-    """A text that has been read once, so that many prompts that begin with it need not read it.
+    """A text that has been read once and need not be read again by prompts that begin with it.
 
-    It owns a KV cache. One prompt at a time continues in that cache itself, which is then rolled
-    back; several at once continue in copies. Threads may share it: what would take a cache that is
-    in use is refused.
+    It owns a KV cache. A single prompt continues in that cache, which is then rolled back; several
+    prompts at once continue in copies. Threads may share it: using the cache while it is in use is
+    refused.
 
-    What a long prompt's end reads densely, and a longer one's would not, is read again.
+    With sparse prefill, the end of a prompt is read densely; that part is read again for a longer
+    prompt, which would read it sparsely.
 
     Attributes:
-        model: that has read it, and alone can go on from it.
-        tokens: of the text.
-        text: None if the prefix was given as tokens.
-        room: tokens that a larger cache, when one is needed, has beyond the need.
+        model: the model that has read the text; only it can continue.
+        tokens: the token ids of the text.
+        text: the text; None if the prefix was given as tokens.
+        room: spare tokens of a larger cache, if one is needed.
     """
 
     def __init__(
@@ -41,26 +42,26 @@ class Prefix:
     ) -> None:
         self.model, self.tokens, self.text, self.room = model, tokens, text, room
         self._cache: KVCache | None = cache
-        self._read, self._held = tokens, len(tokens)  # what the cache holds; of the text
-        # Tokens of the prompts as which the text, and what the cache holds, have been read.
+        self._read, self._held = tokens, len(tokens)  # tokens in the cache, and tokens of the text
+        # Lengths of the prompts with which the text and the tokens in the cache have been read.
         self._prompt = self._read_prompt = len(tokens)
         self._lock = threading.Lock()
 
     @property
     def usable(self) -> bool:
-        """False while a prompt is being continued, and after one was interrupted on the device."""
+        """False while a prompt is being continued, and after an interruption on the device."""
         cache = self._cache
         return cache is not None and not cache.key.is_deleted()
 
     def take(self, model: Llama, shared: int, length: int) -> KVCache:
-        """The cache of the first `shared` tokens; the caller's until `give_back`.
+        """The cache with the first `shared` tokens, for the caller's use until `give_back`.
 
         Args:
-            length: tokens there must be room for. A cache with less is copied into one that has
-                `room` beyond them.
+            length: required capacity in tokens. A smaller cache is copied into one with `room`
+                tokens more than that.
 
         Raises:
-            InputError: another model than the prefix's; it is not `usable`, or a larger cache does
+            InputError: not the prefix's model, the prefix is not `usable`, or a larger cache does
                 not fit into memory.
         """
         self._check_model(model)
@@ -72,11 +73,11 @@ class Prefix:
         return cache.rollback([shared])
 
     def copies(self, model: Llama, shared: Sequence[int], length: int) -> KVCache:
-        """A cache for texts of `length` tokens, a row for each number of first tokens in `shared`.
+        """A cache for texts of `length` tokens; row b has the first `shared[b]` tokens.
 
         Raises:
-            InputError: another model than the prefix's; it is not `usable`, or the copies do not
-                fit into memory.
+            InputError: not the prefix's model, the prefix is not `usable`, or the copies do not fit
+                into memory.
         """
         self._check_model(model)
         with self._lock:
@@ -84,10 +85,10 @@ class Prefix:
         return cache.rollback(shared)
 
     def give_back(self, cache: KVCache, read: Sequence[int], prompt: int) -> None:
-        """Returns the cache, which has read the beginning of `read`, if not all of it.
+        """Returns the cache, which contains the tokens `read` or their beginning.
 
         Args:
-            prompt: how many tokens of it were a prompt, and not drawn.
+            prompt: number of prompt tokens among them; the others were generated.
         """
         if not cache.key.is_deleted():
             held = min(int(np.asarray(cache.lengths)[0]), len(read))
@@ -97,20 +98,20 @@ class Prefix:
         self._cache = cache
 
     def shared(self, tokens: Sequence[int]) -> int:
-        """How many tokens of a prompt need not be read again.
+        """Number of tokens of a prompt that need not be read again.
 
-        Only tokens of the prefix itself count, so that a prompt's result does not depend on the
-        prompts before it.
+        Only tokens of the prefix itself count, so that a prompt's result does not depend on earlier
+        prompts.
         """
         return self._alike(common_beginning(tokens, self.tokens[: self._held]), len(tokens))
 
     def keep(self) -> None:
-        """Makes all that has been read the text of this prefix: a prompt and its answer, too."""
+        """Extends the prefix to all tokens read, including a prompt and its answer."""
         self.tokens, self.text, self._held = self._read, None, len(self._read)
         self._prompt = self._read_prompt
 
     def _alike(self, common: int, prompt: int) -> int:
-        """How much of what a prompt of so many tokens has in common with the text is read alike."""
+        """How many of the tokens in common are read in the same way for a prompt of this length."""
         if self.model.sparse is None:
             return common
         return self.model.sparse.shared(common, self._prompt, prompt)
@@ -118,21 +119,20 @@ class Prefix:
     def _check_model(self, model: Llama) -> None:
         if not _reads_alike(model, self.model):
             raise InputError(
-                "this prefix was read by another model, or by another method; prefill the text "
-                "with this one"
+                "this prefix was read with another model or method; prefill the text with this one"
             )
 
     def _usable_cache(self) -> KVCache:
         if self._cache is None or not self.usable:
             raise InputError(
-                "this prefix is in use by another generation, was handed on to `prefill`, or was "
-                "lost to an interruption; finish (or close) the other one, or prefill again"
+                "this prefix is in use by another generation, was reused by `prefill`, or was lost "
+                "in an interruption; finish (or close) the other generation, or prefill again"
             )
         return self._cache
 
 
 def _reads_alike(a: Llama, b: Llama) -> bool:
-    """Whether two models are the same arrays, and read in the same way."""
+    """Whether two models share their arrays and read in the same way."""
     settings = ("config", "dca", "sparse", "dtype")
     ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
     return (
@@ -143,10 +143,10 @@ def _reads_alike(a: Llama, b: Llama) -> bool:
 
 
 def depends_on_length(model: Llama) -> bool:
-    """Whether what is read of a text depends on how long the whole is.
+    """Whether the hidden states of a text depend on its whole length.
 
-    So it is with dynamic NTK, a temperature, and positions that are made for a length, where a
-    prefix is a text of its own.
+    This is the case with dynamic NTK, a temperature, and positions for a given length. A prefix is
+    then read with its own length.
     """
     if isinstance(model.dca, PositionMethod) and model.dca.by_length:
         return True
@@ -158,7 +158,7 @@ Ids = Sequence[int] | Int[np.ndarray, " _"]
 
 
 def common_beginning(a: Ids, b: Ids) -> int:
-    """How many tokens two texts have in common before they differ."""
+    """Length of the common beginning of two texts, in tokens."""
     length = min(len(a), len(b))
     differs = np.asarray(a[:length]) != np.asarray(b[:length])
     return int(differs.argmax()) if differs.any() else length

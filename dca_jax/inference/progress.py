@@ -1,4 +1,4 @@
-"""A bar that knows how long is left, on standard error; in a file, a line a minute."""
+"""A progress bar with the remaining time on standard error; in a file, one line per minute."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +21,15 @@ from dca_jax.weights.parameters import count_parameters
 
 Advance = Callable[[float], None]
 
-LINE = 60.0  # seconds from line to line where there is no terminal
-WINDOW = 600.0  # seconds that the speed is taken over: a piece of a long text takes many of them
+LINE = 60.0  # seconds between lines without a terminal
+WINDOW = (
+    600.0  # seconds over which the speed is averaged: a piece of a long text takes many seconds
+)
 
 
 @contextmanager
 def progress(name: str, total: float) -> Iterator[Advance]:
-    """A bar over `total` units of work; yields what to call with the units just done."""
+    """A bar over `total` units of work; yields a function to call with the units just done."""
     console = Console(stderr=True, quiet=not is_primary())
     if not console.is_terminal:
         yield _lines(console, name, total)
@@ -45,7 +47,7 @@ def progress(name: str, total: float) -> Iterator[Advance]:
 
 
 def _lines(console: Console, name: str, total: float) -> Advance:
-    """What `progress` yields where no bar can move: it prints how far it is, now and then."""
+    """The function that `progress` yields without a terminal; it prints a line now and then."""
     begin = last = time.monotonic()
     done = 0.0
 
@@ -70,12 +72,12 @@ def _lines(console: Console, name: str, total: float) -> Advance:
 
 
 def reading_work(config: LlamaConfig, tokens: int) -> float:
-    """What reading a text of `tokens` tokens costs, in floating point operations.
+    """Floating-point operations for reading a text of `tokens` tokens.
 
-    A token costs twice the parameters (of experts, those it chooses), and its attention four times
-    the width of all query heads for each of the tokens before it, half the text on average. So the
-    estimate of the time left holds for a run over lengths from 4k to 1M, of which the last takes
-    most of the time.
+    A token takes two operations per parameter (of experts, only the chosen ones), and its attention
+    four times the width of all query heads for each earlier token, half the text on average. So the
+    estimate of the remaining time also works for a run over lengths from 4k to 1M, where the last
+    takes most of the time.
     """
     weights = count_parameters(config, active=True)
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim

@@ -1,4 +1,4 @@
-"""What users give as prompts and as messages: many forms, checked as they come in."""
+"""Checks prompts and messages from users, in all supported forms."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,17 +15,17 @@ Prompts = Prompt | Sequence[Prompt] | Int[np.ndarray | Array, "_ _"]
 
 
 def each_prompt(prompts: Any) -> list[Any]:
-    """The prompts of a call; a text, or a list of integers, is one.
+    """The prompts of a call; a string or a list of integers is a single prompt.
 
     Raises:
-        InputError: neither a prompt nor several.
+        InputError: neither a prompt nor a list of prompts.
     """
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise InputError(
-            "a prompt must be a text or a list of token ids (of what a tokenizer returns, its "
-            f"input_ids), got {shown(prompts)}"
+            "a prompt must be a string or a list of token ids (the input_ids of a tokenizer's "
+            f"result), got {shown(prompts)}"
         )
     several = list(prompts)
     alone = bool(several) and np.ndim(several[0]) == 0 and not isinstance(several[0], str)
@@ -36,7 +36,7 @@ def token_ids(prompt: Any) -> list[int]:
     """The ids of a prompt given as a list or an array of integers.
 
     Raises:
-        InputError: anything else, or no id at all.
+        InputError: anything else, or an empty list.
     """
     try:
         ids = np.asarray(prompt)
@@ -45,15 +45,17 @@ def token_ids(prompt: Any) -> list[int]:
     if ids.shape == (0,):
         raise InputError("a prompt is empty; give at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError(f"a prompt must be one text or one list of token ids, got {shown(prompt)}")
+        raise InputError(
+            f"a prompt must be one string or one list of token ids, got {shown(prompt)}"
+        )
     return ids.tolist()
 
 
 def check_messages(messages: Any) -> None:
-    """Raises InputError unless this is a conversation: what is said is the template's affair."""
+    """Raises InputError unless this is a list of messages; the template checks their contents."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(
-            'messages must be a list, as [{"role": "user", "content": "Hello"}], got '
+            'messages must be a list such as [{"role": "user", "content": "Hello"}], got '
             f"{shown(messages)}"
         )
     if not messages:

@@ -1,7 +1,7 @@
-"""Many prompts at once: read from JSONL, answered in batches.
+"""Many prompts from a JSONL file, answered in batches.
 
-A line is an object with "prompt" (a text) or "messages" (a conversation); whatever else it holds
-is kept, and comes back in the line of its answer.
+A line is an object with "prompt" (a string) or "messages" (a conversation); its other fields are
+copied to the line of its answer.
 """
 
 import json
@@ -24,8 +24,8 @@ class Request(NamedTuple):
     """One prompt.
 
     Attributes:
-        fields: what the line of its answer begins with.
-        tokens: the prompt's ids.
+        fields: the first fields of its answer's line.
+        tokens: the prompt's token ids.
     """
 
     fields: dict[str, Any]
@@ -33,13 +33,14 @@ class Request(NamedTuple):
 
 
 def read_lines(data: bytes, name: str) -> dict[str, dict[str, Any]]:
-    """The objects of a JSONL file, by "NAME:LINE"; blank lines are left out.
+    """The objects of a JSONL file by "NAME:LINE"; blank lines are skipped.
 
     Args:
-        data: the whole file. name: for messages.
+        data: the contents of the file.
+        name: its name, for error messages.
 
     Raises:
-        InputError: a line that is no such object as the module describes, or no line at all.
+        InputError: a line that is not an object as described in the module docstring, or no lines.
     """
     found = {}
     for number, line in enumerate(decode(data, name).split("\n"), start=1):
@@ -47,17 +48,17 @@ def read_lines(data: bytes, name: str) -> dict[str, dict[str, Any]]:
             where = f"{name}:{number}"
             found[where] = _checked(line, where)
     if not found:
-        raise InputError(f'{name} is empty; expected one JSON object a line, with a "prompt"')
+        raise InputError(f'{name} is empty; expected one JSON object per line, with a "prompt"')
     return found
 
 
 def make_requests(
     llm: LLM, lines: dict[str, dict[str, Any]], *, thinking: bool | None = None
 ) -> list[Request]:
-    """The prompts of `read_lines`, in tokens; `thinking` as in `Options`.
+    """The prompts of `read_lines` as tokens; `thinking` as in `Options`.
 
     Raises:
-        InputError: a prompt that the model does not take, named by its line.
+        InputError: a prompt that the model does not accept, with its line.
     """
     requests = []
     for where, fields in lines.items():
@@ -77,18 +78,19 @@ def make_requests(
 def answers(
     llm: LLM, requests: Sequence[Request], *, method: str, batch: int, options: Options
 ) -> Iterator[list[dict[str, Any]]]:
-    """Answers the requests in their order, up to `batch` of them together; yields each batch's.
+    """Answers the requests in order, up to `batch` at a time; yields the answers of each batch.
 
-    A method that depends on the length of a text is given that of each prompt and its answer: so
-    how a prompt is read does not depend on the others, and a batch ends where the method differs.
+    A method that depends on the length of a text uses the length of each prompt and its answer. So
+    reading a prompt does not depend on the others, and a batch ends where the method changes.
 
     Args:
-        llm: as loaded with `dca=None`. method: a name that `dca_jax.inference.methods` knows.
-        options: of `LLM.generate`; each batch draws by a seed of its own, made of this one.
+        llm: a model loaded with `dca=None`.
+        method: a name in `dca_jax.inference.methods`.
+        options: options of `LLM.generate`; each batch has its own seed, derived from this one.
 
     Yields:
-        For each request its fields, and those of `ANSWER`; "error" too where the finish_reason is
-        that, because the model's logits were not finite.
+        For each request its fields and those of `ANSWER`; also "error" if that is the finish_reason
+        (non-finite logits).
     """
     reader, current, begun = None, None, 0
     for wanted, together in batches(llm.model.config, requests, method, batch, options):
@@ -99,7 +101,9 @@ def answers(
         prompts = [request.tokens for request in together]
         try:
             said = [_answer(one) for one in reader.generate(prompts, drawn)]
-        except NotFiniteError as error:  # of a batch of one; of several, `Generation` has it
+        except (
+            NotFiniteError
+        ) as error:  # in a batch of one; in larger ones, `Generation` has the error
             said = [_failure(len(prompts[0]), error)]
         yield [{**request.fields, **answer} for request, answer in zip(together, said, strict=True)]
         begun += len(together)
@@ -108,7 +112,7 @@ def answers(
 def batches(
     config: LlamaConfig, requests: Sequence[Request], method: str, batch: int, options: Options
 ) -> Iterator[tuple[Method, list[Request]]]:
-    """The batches that `answers` reads together, in order, and how each is read."""
+    """The batches of `answers` in order, and the method of each."""
     rest, new = list(requests), options.max_new_tokens
 
     def its_method(request: Request) -> Method:
@@ -123,7 +127,7 @@ def batches(
 
 
 def _nth_seed(seed: int, number: int) -> int:
-    """Another seed of 32 bits for each number, `seed` itself for 0."""
+    """A different 32-bit seed for each number; `seed` itself for 0."""
     return (seed + number + 2**31) % 2**32 - 2**31
 
 
@@ -149,7 +153,7 @@ def _checked(line: str, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise InputError(f'{where}: expected a JSON object with either "prompt" or "messages"')
     if "prompt" in fields and not (isinstance(fields["prompt"], str) and fields["prompt"]):
-        raise InputError(f'{where}: "prompt" must be a text that is not empty')
+        raise InputError(f'{where}: "prompt" must be a non-empty string')
     if "messages" in fields and not _is_conversation(fields["messages"]):
         raise InputError(
             f'{where}: "messages" must be a list of objects with "role" and "content" (or '

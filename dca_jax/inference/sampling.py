@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits."""
+"""Sampling the next token from the logits."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dca_jax.errors import InputError
 
-OFF = 2**31 - 1  # as `top_k`: more tokens than a vocabulary has, so all are kept
+OFF = 2**31 - 1  # a `top_k` larger than any vocabulary, which keeps all tokens
 
 
 @jax.tree_util.register_pytree_node_class
@@ -22,10 +22,10 @@ OFF = 2**31 - 1  # as `top_k`: more tokens than a vocabulary has, so all are kep
 class Sampler:
     """Samples tokens from logits, with the filters of `transformers` in the same order.
 
-    A pytree, for `jax.jit`: which filters are on is its structure, and their numbers are leaves.
-    So changing the temperature does not recompile, and a filter that is off costs nothing.
-    `traced` makes leaves of all of them: then one program serves every sampler. Leaves may also be
-    arrays of one number for each row (`of_rows`).
+    It is a pytree for `jax.jit`: the set of active filters is its structure, and their numbers are
+    leaves. So changing the temperature does not recompile, and an inactive filter costs nothing.
+    `traced` makes all settings leaves, so that one program works for every sampler. Leaves may also
+    be arrays with one number per row (`of_rows`).
 
     Attributes:
         temperature: divides the logits; 0 is greedy decoding, which ignores `top_k`, `top_p` and
@@ -44,7 +44,7 @@ class Sampler:
     repetition_penalty: float | int = 1.0
 
     def __post_init__(self) -> None:
-        # Below 1e-4 the division would overflow float32; there is nothing to see down there.
+        # Below 1e-4 the division would overflow float32, and sampling is greedy in effect.
         self._check("temperature", "0 (greedy) or at least 0.0001", lambda t: t == 0 or t >= 1e-4)
         self._check("repetition_penalty", "a positive number", lambda r: r > 0)
         if self.top_p is not None:
@@ -58,17 +58,17 @@ class Sampler:
 
     def _check(self, name: str, allowed: str, holds: Callable[[float], bool]) -> None:
         value = getattr(self, name)
-        number = isinstance(value, Real) and not isinstance(value, bool)  # NumPy's count, too
+        number = isinstance(value, Real) and not isinstance(value, bool)  # includes NumPy's numbers
         found = float(value) if number else math.nan
         if not (math.isfinite(found) and holds(found)):
             raise InputError(f"{name} must be {allowed}, got {value!r}")
-        object.__setattr__(self, name, found)  # an integer would compile once more
+        object.__setattr__(self, name, found)  # an integer would recompile
 
     def traced(self) -> "Sampler":
-        """The same with NumPy numbers for every setting: what is off is a number that says so.
+        """The same sampler with NumPy numbers for all settings, including inactive ones.
 
-        Under `jax.jit` all such samplers have one structure, and run one program, which skips what
-        is off when it runs. `sample` then needs `seen`.
+        Under `jax.jit` all such samplers have the same structure and use the same program, which
+        skips inactive filters at run time. `sample` then needs `seen`.
         """
         numbers = (
             np.float32(self.temperature),
@@ -81,24 +81,24 @@ class Sampler:
 
     @classmethod
     def of_rows(cls, samplers: Sequence["Sampler"]) -> "Sampler":
-        """One for a batch in which each row has its own; `traced`, with an array for each setting.
+        """A `traced` sampler for a batch with a different sampler per row; settings are arrays.
 
-        A row draws what its own sampler would draw.
+        Each row's result is the same as with its own sampler.
         """
         traced = [one.traced().tree_flatten()[0] for one in samplers]
         return cls.tree_unflatten(None, tuple(map(np.stack, zip(*traced, strict=True))))
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken, and no key is needed. Static under jit.
+        """Whether the most likely token is taken, without a key. Static under jit.
 
-        False of a number that is traced, whatever it is.
+        It is False for a traced temperature, whatever its value.
         """
         return isinstance(self.temperature, (int, float)) and self.temperature == 0
 
     @property
     def penalizes(self) -> bool:
-        """Whether `sample` needs to know the tokens seen so far. Static under jit."""
+        """Whether `sample` needs the tokens seen so far. Static under jit."""
         penalty = self.repetition_penalty
         return not (isinstance(penalty, (int, float)) and penalty == 1)
 
@@ -112,8 +112,8 @@ class Sampler:
 
         Args:
             logits: float32.
-            key: one for each row, so that a row's draw does not depend on its neighbors.
-            seen: the tokens that each row holds; needed if (and only if) `penalizes`.
+            key: one key per row, so that a row's token does not depend on the other rows.
+            seen: the tokens in each row; needed if and only if `penalizes`.
         """
         if self.penalizes:
             assert seen is not None, "a repetition penalty needs the tokens seen so far"
@@ -132,7 +132,7 @@ class Sampler:
         return jnp.where(is_greedy, _most_likely(logits), token)
 
     def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """The logits that are drawn from: tempered, and -inf where a filter removes the token."""
+        """The logits for sampling: divided by the temperature, and -inf for removed tokens."""
         temperature = _column(self.temperature, logits.dtype)
         logits = logits / jnp.where(temperature == 0, 1, temperature)  # a greedy row among others
         if self.top_k is not None or self.top_p is not None:
@@ -141,13 +141,13 @@ class Sampler:
             off = jnp.all((top_k >= logits.shape[-1]) & (top_p >= 1))
             logits = jax.lax.cond(off, lambda *x: x[0], _keep_top, logits, top_k, top_p)
         if self.min_p is not None:
-            # p / p_max = exp(logit - logit_max): no softmax is needed to compare with it.
+            # p / p_max = exp(logit - logit_max), so no softmax is needed.
             relative = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
             logits = jnp.where(relative < _column(self.min_p, logits.dtype), -jnp.inf, logits)
         return logits
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """Numbers as leaves; whatever is off as None, which is structure."""
+        """Numbers as leaves; inactive settings as None, which is structure."""
         temperature = None if self.is_greedy else self.temperature
         penalty = self.repetition_penalty if self.penalizes else None
         return (temperature, self.top_k, self.top_p, self.min_p, penalty), None
@@ -173,7 +173,7 @@ def penalized(
 
 
 def _column(number: Any, dtype: DTypeLike) -> Array:
-    """A setting, or one for each row, beside logits [B, V]."""
+    """A setting, or one per row, with a shape that broadcasts to logits [B, V]."""
     return jnp.asarray(number, dtype).reshape(-1, 1)
 
 
@@ -184,7 +184,7 @@ def _most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 def _keep_top(
     logits: Float[Array, "B V"], top_k: Int[Array, "#B 1"], top_p: Float[Array, "#B 1"]
 ) -> Float[Array, "B V"]:
-    """top-k, then top-p among what is left, from one sort; a `top_p` of 1 removes nothing."""
+    """top-k, then top-p among the remaining tokens, with one sort; top_p = 1 removes nothing."""
     vocab = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1)  # ascending
     ranked = jnp.take_along_axis(logits, order, axis=-1)

@@ -1,9 +1,9 @@
-"""Perplexity of long texts, with the memory of a piece of text: no [T, V] logits, ever.
+"""Perplexity of long texts with bounded memory, without [T, V] logits.
 
-A text is read as a long prompt is: in pieces, through a KV cache. So activations and logits are
-bounded by a piece, the cache is all that grows with the text, and one compilation serves every
-window length that fits in it. There is no second path for short texts; they are read several at
-once. `dca_jax.evaluation.windows` has the protocols that are built on this.
+A text is read like a long prompt, in pieces through a KV cache. So the memory of activations and
+logits is bounded by a piece, only the cache grows with the text, and one compilation works for
+every window length that fits into the cache. Short texts use the same code, several at once.
+`dca_jax.evaluation.windows` has the evaluation protocols that use this.
 """
 
 import math
@@ -22,16 +22,16 @@ from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
 
-# Tokens whose logits are there at once: over a vocabulary of 128k they take 256 MiB.
+# Tokens whose logits are in memory at once; with a vocabulary of 128k they take 256 MiB.
 LOGITS = 512
 
 
 class Scores(NamedTuple):
-    """What a model makes of each token of a text but the first, given those before it.
+    """Scores of each token of a text except the first, given the tokens before it.
 
     Attributes:
         nll: -ln p(token), in nats, float32.
-        is_best: whether no other token is likelier.
+        is_best: whether no other token is more likely.
     """
 
     nll: Float[np.ndarray, " _"]  # texts of one batch differ in length
@@ -39,11 +39,11 @@ class Scores(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """Texts that begin alike.
+    """Texts with a common beginning.
 
     Attributes:
-        prefix: what all begin with; may be empty.
-        ends: what follows in each, at least one token; its first token is given, too.
+        prefix: the common beginning; may be empty.
+        ends: the rest of each text, at least one token; its first token is not scored.
     """
 
     prefix: Sequence[int] | Int[np.ndarray, " _"]
@@ -51,15 +51,16 @@ class Branches(NamedTuple):
 
 
 class Reader:
-    """Reads texts through one KV cache, which is emptied and used again.
+    """Reads texts through one KV cache, which is emptied and reused.
 
     Args:
-        model: read with its own attention (`model.dca`), in its own dtype; logits, log-sum-exp
-            and result are float32.
-        batch: texts read together. Fewer are filled up, so that there is one shape to compile.
-        capacity: tokens of the longest text.
-        on_piece: called after each piece with the number of tokens read.
-        cache_dtype: of the cache, also by name; by default the model's.
+        model: the model, with its own attention (`model.dca`) and dtype; logits, log-sum-exp and
+            result are float32.
+        batch: number of texts read together. Smaller batches are padded, so that only one shape is
+            compiled.
+        capacity: number of tokens of the longest text.
+        on_piece: function called after each piece with the number of tokens read.
+        cache_dtype: dtype of the cache, or its name (default: the model's).
 
     Raises:
         InputError: a cache that does not fit into memory.
@@ -88,18 +89,17 @@ class Reader:
         return [scores for (scores,) in found]
 
     def read_branches(self, texts: Sequence[Branches]) -> list[list[Scores]]:
-        """The scores of texts that begin alike, at most `batch` such groups, each prefix read once.
+        """Scores at most `batch` groups of texts with a common beginning, each prefix read once.
 
-        Not for a model whose reading depends on the length of a text
-        (`dca_jax.inference.prefix.depends_on_length`), nor for texts that are read sparsely, unless
-        the prefixes are empty.
+        Unless the prefixes are empty, this does not work for models that depend on the length of a
+        text (`dca_jax.inference.prefix.depends_on_length`), nor with sparse prefill.
 
         Returns:
-            Of each end its tokens' scores, but its first token's.
+            For each end, the scores of its tokens except the first.
 
         Raises:
-            InputError: plain attention over more than the model's window; an NLL that is not
-                finite, named by the first text and token that have one.
+            InputError: plain attention over more than the model's sliding window, or a non-finite
+                NLL; the message names the first text and token with one.
         """
         cache, shared = self._empty(), [len(one.prefix) for one in texts]
         longest = max(len(one.prefix) + len(end) for one in texts for end in one.ends)
@@ -129,10 +129,10 @@ class Reader:
         targets: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
         whole: Sequence[int],
     ) -> tuple[Float[np.ndarray, "B T"], Bool[np.ndarray, "B T"], KVCache]:
-        """Reads on in each row: NLL of the targets after the inputs, and whether each is best.
+        """Continues reading each row; returns the targets' NLL, and whether each is the best.
 
         Args:
-            whole: tokens of each row's text.
+            whole: number of tokens of each row's text.
         """
         rows = cache.lengths.shape[0]  # on a mesh, more than the batch
         counts, context_lengths = np.zeros((rows,), np.int32), np.ones((rows,), np.int32)
@@ -160,7 +160,7 @@ class Reader:
         return np.concatenate(nlls, axis=1), np.concatenate(bests, axis=1), cache
 
     def _check(self, nll: Float[np.ndarray, " _"], row: int, start: int) -> None:
-        """Refuses what is not finite; the cache has gone then, for such numbers spread in it."""
+        """Raises InputError for non-finite scores, and drops the cache, in which they spread."""
         if not np.isfinite(nll).all():
             raise InputError(
                 f"the NLL of token {start + int(np.argmin(np.isfinite(nll))) + 1} of text {row} is "
@@ -169,13 +169,13 @@ class Reader:
             )
 
     def nll(self, tokens: Int[np.ndarray, "b T"]) -> Float[np.ndarray, "b T-1"]:
-        """The negative log-likelihoods of at most `batch` texts of one length."""
+        """The negative log-likelihoods of at most `batch` texts of equal length."""
         return np.stack([scores.nll for scores in self.read(list(tokens))])
 
     def _empty(self) -> KVCache:
-        """The cache, given away to be updated in place: a reading that fails takes it along."""
+        """The cache, for updating in place; it is lost if reading fails."""
         cache, self._cache = self._cache, None
-        if cache is None:  # every row is computed, so there is none that no text needs
+        if cache is None:  # all rows are computed, so there are no unused ones
             shape = self.batch, self.capacity, self._cache_dtype
             cache = new_cache(self.model, *shape, more_rows=False)
         return cache
@@ -188,14 +188,14 @@ def token_nll(
     capacity: int | None = None,
     cache_dtype: Any = None,
 ) -> Float[np.ndarray, "B T-1"]:
-    """Negative log-likelihood, in nats, of each token but the first, given those before it.
+    """Negative log-likelihood, in nats, of each token except the first, given those before it.
 
     Args:
-        model: as for `Reader`.
-        tokens: texts of T >= 2 tokens, ids below the vocabulary size.
-        capacity: tokens the KV cache holds, at least T; by default T. Give the longest of several
-            lengths, and one compilation serves them all.
-        cache_dtype: of the cache, also by name; by default the model's.
+        model: as in `Reader`.
+        tokens: texts of T >= 2 tokens, with ids below the vocabulary size.
+        capacity: capacity of the KV cache in tokens, at least T (default: T). With the longest of
+            several lengths, one compilation works for all of them.
+        cache_dtype: dtype of the cache, or its name (default: the model's).
 
     Returns:
         [B, T - 1] float32: entry t is -ln p(tokens[:, t + 1] | tokens[:, : t + 1]). Its mean over
@@ -224,20 +224,21 @@ def window_nlls(
     batch: int = 1,
     cache_dtype: Any = None,
 ) -> Iterator[float]:
-    """Yields the mean NLL, in nats a token, of each window of `tokens`, in order.
+    """Yields the mean NLL, in nats per token, of each window of `tokens`, in order.
 
-    Every window is a text of its own: its first token is given, the `window - 1` others are
-    predicted from the window alone. Windows start at 0, stride, 2 * stride ... and lie wholly in
-    `tokens`.
+    Every window is an independent text: its first token is given, and the other `window - 1` tokens
+    are predicted from the window only. Windows start at 0, stride, 2 * stride ... and lie
+    completely within `tokens`.
 
     Args:
-        window: tokens a window, at least 2.
-        stride: tokens from one window's start to the next; by default `window` (no overlap).
+        window: tokens per window, at least 2.
+        stride: tokens from one window's start to the next (default: `window`, no overlap).
         capacity, cache_dtype: as in `token_nll`.
-        batch: windows read together.
+        batch: number of windows read together.
 
     Raises:
-        InputError: fewer tokens than one window, a stride or batch below 1, and as in `token_nll`.
+        InputError: fewer tokens than one window, or a stride or batch below 1; also as in
+            `token_nll`.
     """
     tokens = np.asarray(tokens)
     stride = window if stride is None else stride
@@ -267,7 +268,7 @@ def perplexity(
     batch: int = 1,
     cache_dtype: Any = None,
 ) -> float:
-    """exp of the mean of `window_nlls` (same arguments): the figure of the paper's Table 1."""
+    """exp of the mean of `window_nlls` (same arguments), as in the paper's Table 1."""
     options = {"window": window, "stride": stride, "capacity": capacity, "batch": batch}
     nlls = list(window_nlls(model, tokens, cache_dtype=cache_dtype, **options))
     return math.exp(sum(nlls) / len(nlls))
@@ -283,7 +284,7 @@ def check_ids(tokens: Int[np.ndarray, "..."], vocab_size: int) -> None:
 
 
 def _window_nlls(reader: Reader, tokens: np.ndarray, window: int, starts: range) -> Iterator[float]:
-    """The generator behind `window_nlls`, which checks its arguments when called, not later."""
+    """The generator behind `window_nlls`, which itself checks its arguments at the call."""
     for first in range(0, len(starts), reader.batch):
         some = starts[first : first + reader.batch]
         nll = reader.nll(np.stack([tokens[start : start + window] for start in some]))
@@ -300,20 +301,20 @@ def read_piece(
 ) -> tuple[Float[Array, "B P"], Bool[Array, "B P"], KVCache]:
     """NLL of `targets` after each of the next `tokens`, of which `lengths` are real.
 
-    And whether each is the likeliest one; and the cache with the tokens appended.
+    Also returns whether each target is the most likely token, and the updated cache.
     """
     hidden, cache_after = model.hidden_states(
         tokens, lengths=lengths, cache=cache, context_lengths=context_lengths
     )
     assert cache_after is not None
     rows, width = tokens.shape
-    block = max(1, min(width, LOGITS // rows))  # logits of so many tokens of each row at once
+    block = max(1, min(width, LOGITS // rows))  # tokens per row with logits at the same time
     while width % block:
         block -= 1
 
     def score(some: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = some
-        logits = model.unembed(hidden)  # the compiler makes them once, here and for the NLL
+        logits = model.unembed(hidden)  # the compiler computes them once for both uses
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         target = jnp.where(ids == targets[..., None], logits, -jnp.inf).max(axis=-1)
         return model.nll(hidden, targets), target >= logits.max(axis=-1)
@@ -321,7 +322,7 @@ def read_piece(
     blocks = hidden.reshape(rows, -1, block, hidden.shape[-1]), targets.reshape(rows, -1, block)
     scores = jax.lax.map(score, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), blocks))
     nll, is_best = (jnp.moveaxis(x, 0, 1).reshape(rows, width) for x in scores)
-    shards = Shards.of(model.norm.scale[...])  # every process is to see all of them
+    shards = Shards.of(model.norm.scale[...])  # every process needs all of them
     return shards.put(nll, None), shards.put(is_best, None), cache_after
 
 

@@ -1,11 +1,12 @@
-"""What is compiled of generation: a piece of a prompt read, a token drawn, many more drawn.
+"""The compiled steps of generation: reading a piece of a prompt, and generating tokens.
 
-Pure functions, usable under `jax.jit` in a script of your own (examples/jitted_generation.py):
+Pure functions that you can also use under `jax.jit` in your own script
+(examples/jitted_generation.py):
 
     read         appends a piece of each row's prompt to the cache: the prefill, piece by piece
     read_row     the same for one row of a batch
-    first_token  draws each row's first new token from what `read` leaves
-    decode       feeds each row its last token and draws the next, many times, on the device
+    first_token  samples each row's first new token from the result of `read`
+    decode       feeds each row its last token and samples the next, many times, on the device
 
 `dca_jax.inference.generate` calls them for prompts of any length.
 """
@@ -26,24 +27,24 @@ from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards, mesh_of, partition
 
-PAD = -1  # what `decode` gives for a row that has ended: no token has this id
-FAILED = -2  # what it gives in place of a token where the logits are not finite; the row has ended
-SEGMENT = 64  # tokens that are drawn before the host looks at them, at most
+PAD = -1  # returned by `decode` for a row that has ended; no token has this id
+FAILED = -2  # returned instead of a token if the logits are not finite; it ends the row
+SEGMENT = 64  # maximum number of tokens that are generated before the host looks at them
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A batch in the middle of its generation: what goes round in `decode`.
+    """The state of a batch during generation: the carry of the loop in `decode`.
 
     Attributes:
-        cache: everything read so far, the last token drawn not included.
-        token: the last token drawn for each row; `FAILED` where there was none to draw.
-        finished: rows that have drawn a stop id, have failed, or were stopped by the caller; they
-            stay as they are.
-        key: one for each row. With the position of the token it makes the key of its draw: so a
-            draw depends neither on the other rows nor on where the segments are cut.
-        seen: the tokens each row holds, for a repetition penalty; None without one.
+        cache: everything read so far, without the last generated token.
+        token: the last generated token of each row; `FAILED` if it failed.
+        finished: rows that have reached a stop id, have failed, or were stopped by the caller; they
+            do not change any more.
+        key: one key per row. It is combined with the position of each token, so that sampling does
+            not depend on the other rows or on the segments.
+        seen: the tokens in each row, for a repetition penalty; None without one.
     """
 
     cache: KVCache
@@ -64,13 +65,13 @@ def read(
     """Appends a piece of each row's prompt to the cache.
 
     Args:
-        hidden: of each row's last token so far; zeros before the first piece.
-        tokens: the pieces, right-padded. lengths: the real tokens of each; 0 for a row whose
-            prompt has ended before this piece.
-        context_lengths: tokens of each row's whole prompt, the same for every piece.
+        hidden: hidden state of each row's last token so far; zeros before the first piece.
+        tokens: the pieces, right-padded.
+        lengths: number of real tokens of each piece; 0 for a row whose prompt has already ended.
+        context_lengths: number of tokens of each row's whole prompt, the same for every piece.
 
     Returns:
-        The hidden state of each row's last token (what `Llama.unembed` takes), and the cache.
+        The hidden state of each row's last token (for `Llama.unembed`), and the cache.
     """
     piece, cache_after = model.hidden_states(
         tokens, lengths=lengths, cache=cache, context_lengths=context_lengths
@@ -88,10 +89,11 @@ def read_row(
     lengths: Int[Array, " 1"],
     context_lengths: Int[Array, " 1"],
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """`read` of one row only: nothing is computed for the others. Not on a mesh.
+    """`read` for only one row, without computing the others. Not available on a mesh.
 
     Args:
-        row: its number. tokens, lengths, context_lengths: of this row.
+        row: number of the row.
+        tokens, lengths, context_lengths: those of this row.
     """
     layers, batch = cache.key.shape[:2]
     row = jnp.asarray(row, jnp.int32)
@@ -121,7 +123,7 @@ def read_row(
 
 
 def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
-    """What `read` takes as `hidden` before the first piece."""
+    """The `hidden` argument of `read` before the first piece."""
     shape, mesh = (batch, model.config.hidden_size), mesh_of(model)
     zeros = np.zeros(shape, model.dtype)
     if mesh is None:
@@ -132,18 +134,19 @@ def empty_hidden(model: Llama, batch: int) -> Float[Array, "B D"]:
 def read_whole(
     model: Llama, cache: KVCache, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """Reads whole prompts at once, the devices of `context` sharing them: `read` on such a mesh.
+    """Reads whole prompts at once, split over the devices of `context`; replaces `read` there.
 
     Args:
-        cache: an empty one; the result takes its place, and its memory if it is donated.
-        tokens: the prompts, right-padded to the cache's capacity. lengths: their real tokens.
+        cache: an empty cache; the result replaces it and, if donated, reuses its memory.
+        tokens: the prompts, right-padded to the cache's capacity.
+        lengths: number of real tokens of each prompt.
 
     Returns:
-        As `read`.
+        As in `read`.
     """
     if tokens.shape[1] != cache.capacity:
         raise InputError(
-            f"prompts read at once are padded to the cache's capacity, {cache.capacity} tokens; "
+            f"whole prompts must be padded to the cache's capacity, {cache.capacity} tokens; "
             f"got {tokens.shape[1]}"
         )
     hidden, cache_after = model.hidden_states(tokens, lengths=lengths, new_cache=cache.key.dtype)
@@ -152,7 +155,7 @@ def read_whole(
 
 
 def at_last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
-    """Each row's last real token: a sum with one term, for T may be cut between devices."""
+    """Each row's last real token, as a sum with one term, because devices may split T."""
     is_last = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None, :] == lengths[:, None] - 1
     return jnp.where(is_last[:, :, None], hidden, 0).sum(axis=1)
 
@@ -165,7 +168,7 @@ def first_token(
     stop_ids: Int[Array, " n"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> State:
-    """Draws each row's first new token, from the logits after its prompt."""
+    """Samples each row's first new token from the logits after its prompt."""
     token, ends, seen = _draw(logits, key, cache.lengths, seen, sampler, stop_ids)
     return State(cache=cache, token=token, finished=ends, key=key, seen=seen)
 
@@ -179,20 +182,21 @@ def decode(
     *,
     max_tokens: int = SEGMENT,
 ) -> tuple[State, Int[Array, "B max_tokens"]]:
-    """Draws up to `limit` more tokens for each row, until all rows have finished.
+    """Generates up to `limit` more tokens for each row, until all rows have finished.
 
-    A row whose logits are not all finite gets `FAILED` in place of a token, and has finished.
+    A row with non-finite logits gets `FAILED` instead of a token and is finished.
 
-    The cache must have room for them: what does not fit would be lost
-    (`dca_jax.inference.generate.Run` checks).
+    The cache must have room for them, because tokens that do not fit would be lost
+    (`dca_jax.inference.generate.Run` checks this).
 
     Args:
-        sampler, stop_ids: how a token is drawn, and which ones end a row. Ids of -1 are inert.
-        limit: at most `max_tokens`; a traced number, so that another one does not recompile.
-        max_tokens: static, the width of the result.
+        sampler: the sampler.
+        stop_ids: ids that end a row; -1 is ignored.
+        limit: at most `max_tokens`; a traced number, so that changing it does not recompile.
+        max_tokens: static width of the result.
 
     Returns:
-        The state, and each row's new tokens, a stop id included; `PAD` behind them.
+        The state, and each row's new tokens, including a stop id and followed by `PAD`.
     """
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
@@ -202,7 +206,7 @@ def decode(
     def step_once(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, state, tokens = carry
         grows = (~state.finished).astype(jnp.int32)
-        last = jnp.maximum(state.token, 0)[:, None]  # a row that failed has none
+        last = jnp.maximum(state.token, 0)[:, None]  # a failed row has no token
         hidden, cache = model.hidden_states(last, lengths=grows, cache=state.cache)
         assert cache is not None
         logits = whole(model, model.unembed(hidden[:, 0]))
@@ -229,10 +233,10 @@ def _draw(
     stop_ids: Int[Array, " n"],
     state: State | None = None,
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"], Bool[Array, "B V"] | None]:
-    """The token that follows `lengths` others in each row, whether it ends the row, and `seen`.
+    """The token after `lengths` others in each row, whether it ends the row, and `seen`.
 
-    It is `FAILED`, and ends the row, where the logits are not all finite. Rows that have finished
-    in `state` keep their token.
+    If the logits are not all finite, it is `FAILED` and ends the row. Finished rows in `state` keep
+    their token.
     """
     token = sampler.sample(logits, jax.vmap(jax.random.fold_in)(key, lengths), seen)
     token = jnp.where(jnp.isfinite(logits).all(axis=1), token, FAILED)
@@ -245,7 +249,7 @@ def _draw(
 
 
 def whole(model: Llama, x: Any) -> Any:
-    """Logits, or what is drawn from them, whole on every device of the model's mesh."""
+    """Logits or tokens, replicated on every device of the model's mesh."""
     shards = Shards.of(model.norm.scale[...])
     return jax.tree.map(lambda leaf: shards.put(leaf, None), x)
 
@@ -259,7 +263,7 @@ def begin(
     stop_ids: Int[Array, " n"],
     seen: Bool[Array, "B V"] | None,
 ) -> dict[str, Any]:
-    """A `State` but for its cache, which need not pass."""
+    """A `State` without its cache, which does not need to pass through."""
     logits = whole(model, model.unembed(hidden))
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
     key = whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))

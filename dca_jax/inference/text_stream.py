@@ -1,4 +1,4 @@
-"""Tokens to text, one at a time: what can be shown already, and where a stop string cuts."""
+"""Incremental decoding of tokens to text, with stop strings."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
@@ -7,33 +7,33 @@ from dca_jax.inference.token_bytes import TokenBytes
 from dca_jax.inference.tokenizer import decode
 from dca_jax.text_files import check_characters
 
-CONTEXT = 8  # tokens of the prompt that the first new ones are decoded after, at most
+CONTEXT = 8  # maximum number of prompt tokens as context for decoding the first new ones
 
 FinishReason = Literal["stop", "length"]
 
 
 class TextStream:
-    """The text of one row's new tokens, as it comes.
+    """The text of one row's new tokens, as they are generated.
 
-    What a token reads depends on the tokens before it: a character may be spread over several
+    The text of a token depends on the tokens before it: a character may be split over several
     tokens, and the space before a word belongs to the word. So tokens are decoded together with
-    those before them, and text is given out when it is certain: no half characters, and nothing
-    that may turn out to be the beginning of a stop string.
+    those before them, and text is released once it is certain: no incomplete characters, and
+    nothing that may be the beginning of a stop string.
 
     Args:
-        tokenizer: of `transformers`; with None there is no text, and stop ids still count.
+        tokenizer: a tokenizer of `transformers`; with None there is no text, but stop ids work.
         prompt: the row's prompt.
-        stop_ids: ids that end the text; they are tokens of the row and no part of its text.
-        stop: strings that end the text, the first to be complete; the text ends before it. One that
-            holds the name of a special token, such as `</s>`, ends it at that token, too.
+        stop_ids: ids that end the text; they are tokens of the row, but not part of its text.
+        stop: strings that end the text; the text ends before the first complete one. One that
+            contains the name of a special token, such as `</s>`, also matches that token.
 
     Attributes:
-        tokens: those pushed, up to and with the one that ended the text.
-        text: all that has been given out.
-        finish_reason: None while the text goes on.
+        tokens: the tokens pushed, up to and including the one that ended the text.
+        text: the text released so far.
+        finish_reason: None while the text continues.
 
     Raises:
-        InputError: a stop string with half of a surrogate pair, or what `decode` refuses.
+        InputError: a stop string with half of a surrogate pair; also as in `decode`.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class TextStream:
         names = self._bytes.special.values()
         self._named_stop = [s for s in stop if any(name in s for name in names)]
         self._stop = [s for s in stop if s not in self._named_stop]
-        self._window = self._context(list(prompt))  # of these, the first `_read` are text already
+        self._window = self._context(list(prompt))  # the first `_read` of these are already text
         self._read = len(self._window)
         while self._bytes.inside_character(self._window[: self._read]):
-            self._read -= 1  # the prompt ends inside a character, which the first token completes
-        # Decoded, and perhaps the beginning of a stop string; the names of special tokens, which
-        # are no part of the text, are False in `_shown`.
+            self._read -= 1  # the prompt ends inside a character that the first token completes
+        # Decoded text that may be the beginning of a stop string. Names of special tokens, which
+        # are not part of the text, are False in `_shown`.
         self._held, self._shown = "", []
 
     def push(self, token: int) -> str:
@@ -72,12 +72,12 @@ class TextStream:
         return self._release(self._decoded(complete_only=True), name)
 
     def close(self) -> str:
-        """The tokens have reached their number; returns the text held back so far."""
+        """Ends the text at the maximum number of tokens; returns the text held back so far."""
         return "" if self.finish_reason else self._end("length")
 
     def _end(self, reason: FinishReason) -> str:
         text = self._release(self._decoded(complete_only=False))
-        if self.finish_reason is None:  # no stop string in the last of it
+        if self.finish_reason is None:  # no stop string at the end
             self.finish_reason = reason
             text += self._give_out(len(self._held))
         return text
@@ -90,13 +90,15 @@ class TextStream:
             return ""
         before = self._decode(self._window[: self._read])
         text = self._decode(self._window)[len(before) :]
-        if text:  # else it was a special token, and what follows still needs the context before it
+        if (
+            text
+        ):  # otherwise it was a special token, and the next one still needs the context before it
             self._window = self._window[self._read :]
         self._read = len(self._window)
         return text
 
     def _context(self, prompt: list[int]) -> list[int]:
-        """The end of the prompt, from where a character begins."""
+        """The end of the prompt, starting at a character boundary."""
         for start in range(max(len(prompt) - CONTEXT, 0), len(prompt)):
             if not self._bytes.continues_character(prompt[start]):
                 return prompt[start:]
@@ -108,9 +110,9 @@ class TextStream:
         return decode(self._tokenizer, tokens)
 
     def _release(self, new: str, name: str = "") -> str:
-        """Adds decoded text, and then the name of a special token, to what is held back.
+        """Adds decoded text and then the name of a special token to the text held back.
 
-        Gives out what no stop string can reach.
+        Releases the text that cannot belong to a stop string.
         """
         self._held += new + name
         self._shown += [True] * len(new) + [False] * len(name)
@@ -138,7 +140,7 @@ class TextStream:
         return self._give_out(certain)
 
     def _give_out(self, length: int) -> str:
-        """Moves the beginning of what is held back into `text`."""
+        """Moves the beginning of the text held back into `text`."""
         out = "".join(
             letter
             for letter, shown in zip(self._held[:length], self._shown[:length], strict=True)
@@ -150,6 +152,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""The bytes behind tokens: where characters begin and end, which decoded text cannot say.
+"""The bytes of tokens, which show where characters begin and end.
 
-A decoder writes U+FFFD for bytes that are no whole character; but a text may hold that character,
-too. So whether a token ends inside a character is asked of its bytes.
+A decoder writes U+FFFD for an incomplete character, but a text may also contain that character. So
+whether a token ends inside a character is determined from its bytes.
 """
 
 import codecs
@@ -9,13 +9,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-LONGEST = 4  # bytes of a character in UTF-8
+LONGEST = 4  # maximum bytes of a character in UTF-8
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """The letter that stands for each byte in the vocabularies of byte-level BPE, as GPT-2's.
+    """The letter for each byte in vocabularies of byte-level BPE, such as GPT-2's.
 
-    A byte that prints in Latin-1 is itself; the others are U+0100 and up, in their order.
+    A byte that is printable in Latin-1 stands for itself; the others are U+0100 and up, in order.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -27,14 +27,14 @@ _BYTE_OF_LETTER = _byte_of_letter()
 
 
 class TokenBytes:
-    """What a tokenizer of `transformers` knows of its tokens' bytes.
+    """The bytes of the tokens of a `transformers` tokenizer.
 
     Args:
-        tokenizer: with None, or one whose decoder is of neither kind below, every token is taken
-            for whole characters.
+        tokenizer: with None, or with a decoder of neither kind below, every token is assumed to
+            consist of whole characters.
 
     Attributes:
-        special: the special tokens, which are no text, by id.
+        special: the special tokens by id; they are not text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -46,7 +46,7 @@ class TokenBytes:
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def inside_character(self, tokens: Sequence[int]) -> bool:
-        """Whether the text of these tokens ends with a character that is not yet whole."""
+        """Whether the text of these tokens ends with an incomplete character."""
         end = b""
         for token in reversed(tokens):
             if token in self.special:
@@ -68,11 +68,11 @@ class TokenBytes:
         return bool(found) and 0x80 <= found[0] < 0xC0
 
     def of(self, token: int) -> bytes | None:
-        """The bytes of a token; None if it is a text of whole characters."""
+        """The bytes of a token; None if it consists of whole characters."""
         if token in self._added or not (self._byte_level or self._byte_fallback):
             return None
         piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # an id without a token, as a padded vocabulary has
+        if piece is None:  # an id without a token, as in a padded vocabulary
             return None
         if self._byte_fallback and len(piece) == 6 and piece.startswith("<0x"):
             return bytes.fromhex(piece[3:5])
@@ -82,7 +82,7 @@ class TokenBytes:
 
 
 def _decoder_kinds(tokenizer: Any) -> set[str]:
-    """The types of the decoders that the tokenizer's decoder is made of."""
+    """The types of the components of the tokenizer's decoder."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()

@@ -1,8 +1,8 @@
-"""A folder's tokenizer: its tokenizer.json as it is, its chat templates, the ids that end a text.
+"""A folder's tokenizer: an unmodified tokenizer.json, chat templates, and the ids that end a text.
 
-`transformers` makes the object, for its chat templates and decoding; but where there is a
-tokenizer.json, that file alone says which ids a text has. (`AutoTokenizer` of transformers 5 builds
-Llama's and others' anew from its vocabulary, and loses normalizers and unknown tokens on the way.)
+The object comes from `transformers`, for its chat templates and decoding. But if there is a
+tokenizer.json, that file alone determines the ids of a text. (`AutoTokenizer` of transformers 5
+rebuilds Llama's and others' from the vocabulary and loses normalizers and unknown tokens.)
 """
 
 import json
@@ -31,13 +31,13 @@ FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GENERATION = "generation_config.json"
 
-# What a tokenizer is read from. Without any of `VOCABULARIES` a folder has none.
+# The files of a tokenizer. A folder without any of `VOCABULARIES` has none.
 VOCABULARIES = (FILE, "tokenizer.model", "vocab.json", SETTINGS)
 FILES = (*VOCABULARIES, SPECIAL, ADDED, "merges.txt", "chat_template.jinja", "chat_template.json")
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
-SECONDS, MEMORY = 120, 8 * 2**30  # to try a tokenizer.json, of which the largest take two seconds
+SECONDS, MEMORY = 120, 8 * 2**30  # limits for testing a tokenizer.json; the largest take 2 s
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder or a GGUF file, an object of `transformers`; None if none is.
+    """The tokenizer in a folder or a GGUF file, an object of `transformers`; None if there is none.
 
-    A text's ids are those of tokenizer.json, except that nothing is put behind a text: what a
-    tokenizer appends (EOS) would stand between a prompt and its continuation.
+    A text's ids are those of tokenizer.json, but nothing is appended to a text: an EOS would be
+    between a prompt and its continuation.
 
     Raises:
-        InputError: a file that cannot be read, is damaged or lies outside the folder, or a
-            tokenizer that would run code from the checkpoint.
+        InputError: a file that cannot be read, is damaged or is outside the folder, or a tokenizer
+            that would run code from the checkpoint.
     """
     if is_gguf(folder):
         with TemporaryDirectory() as written:
@@ -88,12 +88,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The tokenizer that tokenizer.json holds, with the special tokens that the others name."""
+    """The tokenizer in tokenizer.json, with the special tokens named in the other files."""
     from transformers import AddedToken, PreTrainedTokenizerFast  # takes seconds to import
 
     where, named = f"{folder / SETTINGS}", dict(settings)
     described = fields.mapping(settings, "added_tokens_decoder", where)
-    if described is None and (folder / SPECIAL).exists():  # as transformers, which wrote both
+    if described is None and (folder / SPECIAL).exists():  # as in transformers, which wrote both
         named |= read_json(folder, SPECIAL)
     special = {
         name: _content(value, name, where)
@@ -107,7 +107,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     wanted = [*special.values(), *(_content(v, "extra_special_tokens", where) for v in extra)]
     _try_file(member(folder, FILE))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(member(folder, FILE)))
-    # Tokens that only the older files name. What tokenizer.json knows stays as it has it.
+    # Tokens that only the older files have. Those in tokenizer.json are not changed.
     older = read_json(folder, ADDED) if (folder / ADDED).exists() else {}
     by_id = {fields.integer(older, text, ADDED, default=0, least=0): text for text in older}
     by_id |= {int(number): token for number, token in (described or {}).items()}
@@ -125,7 +125,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def _try_file(path: Path) -> None:
-    """Refuses a tokenizer.json that Rust panics on, which may end the process that reads it."""
+    """Refuses a tokenizer.json that makes Rust panic, which may end the process that reads it."""
     workers = Workers("dca_jax.bounded.tokenizer_file", seconds=SECONDS, memory=MEMORY)
     try:
         workers.ask({"path": os.fsencode(path.absolute()).hex()})
@@ -136,15 +136,15 @@ def _try_file(path: Path) -> None:
 
 
 def _content(value: Any, name: str, where: str) -> str:
-    """The text of a special token, which stands there alone or with its flags."""
+    """The text of a special token, given alone or with its flags."""
     text = value.get("content") if isinstance(value, Mapping) else value
     if not isinstance(text, str):
-        raise InputError(f"{where}: {name} must be a token's text, got {shown(value)}")
+        raise InputError(f"{where}: {name} must be the text of a token, got {shown(value)}")
     return text
 
 
 def _put_nothing_behind(backend: Any) -> None:
-    """Takes what the post-processor appends to a text out of it; what it puts before stays."""
+    """Removes what the post-processor appends to a text; what it prepends stays."""
     from tokenizers import Tokenizer, models
 
     if backend.post_processor is None:
@@ -184,30 +184,31 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> lis
     """The ids of a text.
 
     Raises:
-        InputError: the text holds half a character (a lone surrogate), or the tokenizer has no
-            token for a part of it, or fails in another way.
+        InputError: the text contains half a character (a lone surrogate), the tokenizer has no
+            token for a part of it, or it fails in another way.
     """
     check_characters(text, "the text")
-    with _refusing("the tokenizer cannot read this text"):
+    with _refusing("the tokenizer cannot encode this text"):
         return tokenizer(text, verbose=False, add_special_tokens=add_special_tokens).input_ids
 
 
 def encode_with_places(
     tokenizer: Any, texts: Sequence[str]
 ) -> list[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
-    """The ids of each text, none put around it, and from which character to which each id goes.
+    """The ids of each text, without special tokens, and the character range of each id.
 
-    Some tokenizers leave spaces out of the places: a token then begins where the one before ended.
+    Some tokenizers exclude spaces from the ranges; a token then begins where the previous one
+    ended.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: a fast tokenizer.
 
     Raises:
-        InputError: as `encode`, of any of the texts.
+        InputError: as in `encode`, for any of the texts.
     """
     for text in texts:
         check_characters(text, "the text")
-    with _refusing("the tokenizer cannot read this text"):
+    with _refusing("the tokenizer cannot encode this text"):
         found = tokenizer(
             list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -225,7 +226,7 @@ def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = Tr
     Raises:
         InputError: the tokenizer fails on them.
     """
-    with _refusing("the tokenizer cannot write these ids"):
+    with _refusing("the tokenizer cannot decode these ids"):
         return tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -238,7 +239,7 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # a panic in its Rust code is no Exception
+    except BaseException as error:  # a panic in its Rust code is not an Exception
         reason = shown(str(error), quote=False) or type(error).__name__
         raise InputError(f"{what}: {reason}") from error
 
@@ -247,7 +248,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Every chat template of a folder, by name; later places win over earlier ones."""
+    """Every chat template of a folder, by name; later sources override earlier ones."""
     found = _named_templates(settings, f"{folder / SETTINGS}")
     if not found and (folder / "chat_template.json").exists():
         found = _named_templates(
@@ -261,7 +262,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
 
 
 def _named_templates(settings: Mapping[str, Any], where: str) -> dict[str, str]:
-    """What `chat_template` holds: a text, a list of names and texts, or an object of them."""
+    """The templates in `chat_template`: a string, a list of names and strings, or an object."""
     value = settings.get("chat_template")
     if value is None or isinstance(value, str):
         return {} if value is None else {"default": value}
@@ -273,7 +274,7 @@ def _named_templates(settings: Mapping[str, Any], where: str) -> dict[str, str]:
     found = {n: text for n, text in pairs if isinstance(n, str) and isinstance(text, str)}
     if len(found) < len(pairs):
         raise InputError(
-            f"{where}: chat_template must be a text, or a list of objects with name and template "
+            f"{where}: chat_template must be a string, or a list of objects with name and template "
             f"(each name once), got {shown(value)}"
         )
     return found
@@ -283,13 +284,13 @@ def _named_templates(settings: Mapping[str, Any], where: str) -> dict[str, str]:
 
 
 def find_stop_ids(folder: Path, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a text, by config.json, generation_config.json or the tokenizer.
+    """Every id that ends a text, from config.json, generation_config.json and the tokenizer.
 
-    Chat versions often name theirs in one of the three only. An id outside the model's vocabulary
-    is never drawn, so it ends nothing: it is left out, and that is logged.
+    Chat versions often have theirs in only one of the three. An id outside the model's vocabulary
+    cannot be generated, so it is skipped with a log message.
 
     Raises:
-        InputError: generation_config.json names what is no token id.
+        InputError: generation_config.json has something else than token ids.
     """
     ids = dict.fromkeys(config.eos_token_ids, "config.json")
     if (folder / GENERATION).exists():

@@ -1,1 +1,1 @@
-"""What a model takes and what a setting does, worked out before anything is loaded."""
+"""Memory plans and explanations of settings, without loading anything."""

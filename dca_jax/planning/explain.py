@@ -1,4 +1,4 @@
-"""What a method does to the positions of a text: in figures, and as a picture."""
+"""The effect of a method on the positions of a text, in figures and as a plot."""
 
 import dataclasses
 import math
@@ -24,12 +24,12 @@ def explain(
     rope: RopeConfig | None = None,
     sparse: Sparse | None = None,
 ) -> str:
-    """What a method does to a text of `length` tokens, in words and figures.
+    """Describes the effect of a method on a text of `length` tokens.
 
     Args:
-        dca: a setting of DCA, another method, or None for plain attention.
-        rope: the frequencies, which are named if they are given and scaled.
-        sparse: how long prompts are read, which is told if it is given.
+        dca: a DCA setting, another method, or None for plain attention.
+        rope: the RoPE, which is described if it is given and scaled.
+        sparse: the sparse prefill setting, which is described if it is given.
     """
     if isinstance(dca, DCAConfig):
         name, rows = "Dual Chunk Attention", _of_dca(dca, length)
@@ -57,7 +57,7 @@ def _of_dca(dca: DCAConfig, length: int) -> dict[str, str]:
         "trained length c": "not given" if c is None else f"{c} tokens",
         "chunk length s": f"{dca.chunk_len} tokens ({math.ceil(length / dca.chunk_len)} chunks)",
         "largest query position Q": str(dca.max_query_position),
-        "identity range": f"texts up to {dca.identity_range} tokens are read as by plain RoPE",
+        "identity range": f"texts of up to {dca.identity_range} tokens are read as with plain RoPE",
         "local window": f"tokens at most {dca.local_window} apart keep their true distance",
         "largest relative position": f"{furthest} (plain RoPE: {length - 1})",
         "temperature": f"logits x {tau:.4f}" + (f" (slope {slope})" if slope else " (none)"),
@@ -65,7 +65,7 @@ def _of_dca(dca: DCAConfig, length: int) -> dict[str, str]:
 
 
 def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
-    """Its own fields, and what the last token of the text meets."""
+    """The method's own fields, and the keys of the text's last token."""
     last = jnp.asarray([[length - 1]], jnp.int32)
     furthest, met = 0, 0
     for band in each_band(method.bands(last, jnp.asarray([length], jnp.int32))):
@@ -88,7 +88,7 @@ def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
 def position_matrix(
     length: int, dca: DCAConfig | PositionMethod | None
 ) -> Int[np.ndarray, "length length"]:
-    """Relative position of query i (row) and key j (column); -1 where they do not meet; int32."""
+    """Relative position of query i (row) and key j (column); -1 for masked keys; int32."""
     if isinstance(dca, DCAConfig):
         return relative_positions(length, dca)
     if dca is not None:
@@ -100,7 +100,7 @@ def position_matrix(
 def plot_relative_positions(
     length: int, dca: DCAConfig | PositionMethod | None, axes: "Axes | None" = None
 ) -> "Axes":
-    """Draws `position_matrix`, numbers in the cells while they can be read (<= 32 tokens)."""
+    """Plots `position_matrix`, with numbers in the cells for up to 32 tokens."""
     import matplotlib.pyplot as plt
 
     if axes is None:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words and figures."""
+"""A summary of a checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from dca_jax.weights.parameters import count_parameters, parameters
 
 
 def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
-    """What there is to know of a checkpoint without reading its weights, by name, in order.
+    """Facts about a checkpoint without reading its weights, by name, in order.
 
-    By its `config.json`, and by `config_1m.json` where it has one; or by `file` alone.
+    They come from its `config.json` and, if present, `config_1m.json`; or only from `file`.
 
     Raises:
-        InputError: as `read_config`.
+        InputError: as in `read_config`.
     """
     config = read_config(folder, file=file)
     converted = is_converted(folder)
@@ -73,7 +73,7 @@ def checkpoint_facts(folder: Path, file: Path | None = None) -> dict[str, str]:
 
 
 def _of_packed(folder: Path, config: LlamaConfig) -> dict[str, str]:
-    """What of its weights stays packed, and what all take then."""
+    """The weights that stay packed, and the resulting memory."""
     kept = kept_forms(folder, config, STORED)
     if not kept:
         return {}
@@ -108,7 +108,7 @@ def _of_experts(config: LlamaConfig) -> dict[str, str]:
 
 
 def _of_length(config: LlamaConfig) -> dict[str, str]:
-    """How long its texts may be, and how it reads them."""
+    """The maximum length of texts, and how they are read."""
     try:
         chosen = choose_dca("auto", config)
         setting = (
@@ -136,7 +136,7 @@ def _of_length(config: LlamaConfig) -> dict[str, str]:
 
 
 def _of_long_config(folder: Path, file: Path | None) -> dict[str, str]:
-    """What the second config of a checkpoint says about long texts."""
+    """Facts from a checkpoint's second config for long texts."""
     if file is not None or not (folder / LONG_CONFIG).is_file():
         return {}
     facts = _of_length(read_config(folder, file=folder / LONG_CONFIG))

@@ -1,15 +1,15 @@
-"""What a model, a mesh and a length of text take of each device's memory, before anything loads.
+"""Memory per device for a model, a mesh and a text length, without loading anything.
 
-Only the model's shape is needed. What lies in memory for good is exact: the parameters, and the KV
-cache, cut as `dca_jax.sharding` cuts them. What a program needs while it runs is a formula, of the
-arrays that are alive at once in one layer; tests hold it beside the compiler's own figures.
+Only the model's shape is needed. The sizes of parameters and KV cache, split as in
+`dca_jax.sharding`, are exact. The temporary memory of a program is a formula for the arrays that
+are alive at the same time in one layer; tests compare it with the compiler's figures.
 
-Reading a prompt and drawing tokens (`dca_jax.inference.generate`): parameters and cache in one
-dtype, or the cache in 8 bits, the prompt read in pieces, or at once where `context` shares it.
-Training: parameters, gradients and AdamW's two moments in float32 (or bfloat16: `state`),
-activations in the dtype, what is not kept of a layer (`remat`) computed again in the backward pass,
-the loss taken over `LOSS_TOKENS` tokens of a text at a time. With LoRA only the adapters are
-trained; the base is in the dtype, or its layers' kernels are int8.
+Prefill and decoding (`dca_jax.inference.generate`): parameters and cache in one dtype, or an 8-bit
+cache; the prompt is read in pieces, or at once where `context` splits it. Training: parameters,
+gradients and AdamW's two moments in float32 (or bfloat16: `state`), activations in the dtype,
+recomputation of what is not saved (`remat`), and the loss over `LOSS_TOKENS` tokens of a text at a
+time. With LoRA only the adapters are trained; the base is in the dtype, or its layers' kernels are
+int8.
 """
 
 import math
@@ -37,10 +37,10 @@ from dca_jax.weights.placement import parameter_partition
 GIB = 2**30
 F32 = 4  # bytes
 FLOAT32 = jnp.dtype(jnp.float32)
-LOSS_TOKENS = 1024  # of each row, whose logits a training step holds at once
+LOSS_TOKENS = 1024  # tokens per row whose logits are in memory at once in training
 LONGEST = 2**27  # tokens; no text is longer
-# Of a GPU's memory, what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise. Commands say
-# `dca_jax.memory.GPU_SHARE`, which is what is counted on here.
+# JAX's default share of a GPU's memory, without XLA_CLIENT_MEM_FRACTION. Commands use
+# `dca_jax.memory.GPU_SHARE`, which is assumed here.
 JAX_SHARE = 0.75
 
 
@@ -49,12 +49,12 @@ class DeviceKind:
     """A kind of device, as JAX counts devices.
 
     Attributes:
-        memory: bytes that programs and their data may have.
-        island: devices with fast links to each other, which `tensor` should not leave.
-        runtime: bytes beside arrays and temporaries: workspaces of the libraries, code.
-        links: as much again where several devices exchange data.
-        share: of `memory` that JAX takes unless it is told otherwise.
-        tiles_again: whether XLA copies the MLP's weights and o_proj's, of all layers, to another
+        memory: bytes available to programs and their data.
+        island: number of devices with fast links to each other; `tensor` should stay within it.
+        runtime: bytes besides arrays and temporaries, for library workspaces and code.
+        links: additional bytes if several devices exchange data.
+        share: share of `memory` that JAX uses by default.
+        tiles_again: whether XLA copies the weights of the MLP and o_proj of all layers to another
             tiling at the beginning of each program.
         narrows: whether XLA makes narrow copies of float32 weights for all layers at once.
     """
@@ -70,15 +70,15 @@ class DeviceKind:
 
 
 def _gpu(name: str, gib: float) -> DeviceKind:
-    # One H200, Llama-2-7B: the peak was 0.45 (32k tokens) and 0.6 GB (8k) above its arrays and its
-    # largest program's temporaries; on two, 7B and 70B alike, 1.3 to 1.4 GB more.
+    # On one H200 with Llama-2-7B, the peak was 0.45 GB (32k tokens) and 0.6 GB (8k) above the
+    # arrays and the largest program's temporaries; on two, 1.3 to 1.4 GB more for both 7B and 70B.
     memory = int(GPU_SHARE * gib * GIB)
     return DeviceKind(name, memory, 8, 600_000_000, 1_300_000_000, share=JAX_SHARE / GPU_SHARE)
 
 
 def _tpu(name: str, gib: float, *, tiles_again: bool = False) -> DeviceKind:
-    # The memory that libtpu 0.0.48 compiles for. All chips of a slice are linked alike. The
-    # runtime's part is a guess: programs, and the small arrays between them.
+    # The memory that libtpu 0.0.48 compiles for. All chips of a slice have equal links. The
+    # runtime's part, for programs and small arrays, is a guess.
     memory = int(gib * GIB)
     return DeviceKind(name, memory, 256, 200_000_000, 0, tiles_again=tiles_again, narrows=True)
 
@@ -100,9 +100,12 @@ class Usage:
     """Bytes of one device's memory, at the peak.
 
     Attributes:
-        weights: the parameters. copies: of those that are not computed with as they are stored.
-        cache: keys and values. activations: of the largest program. gradients, optimizer: AdamW's.
-        runtime: the device's (`DeviceKind`).
+        weights: the parameters.
+        copies: copies of parameters that are not used in their stored form.
+        cache: keys and values.
+        activations: activations of the largest program.
+        gradients, optimizer: gradients and AdamW's moments.
+        runtime: the device's own part (`DeviceKind`).
     """
 
     weights: int
@@ -121,7 +124,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model and what is to be done with it; arguments as of `dca_jax.planning.plan.plan`."""
+    """A model and its task; attributes as in `dca_jax.planning.plan.plan`."""
 
     config: LlamaConfig
     device: DeviceKind
@@ -139,12 +142,12 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Bytes of an element: of activations; and of weights that are not trained."""
+        """Bytes per element of activations and of weights that are not trained."""
         return self.dtype.itemsize
 
     @property
     def trained(self) -> list[Parameter]:
-        """What has gradients and moments, in `state` like itself."""
+        """The parameters with gradients and moments, all in the dtype `state`."""
         if not self.train:
             return []
         if self.lora is None:
@@ -158,7 +161,7 @@ class Job:
 
     @property
     def packed(self) -> list[Parameter]:
-        """Those of them that are packed."""
+        """The frozen parameters that are packed."""
         if self.weights is None:
             return [row for row in matrices(self.config) if row.path in self.kept]
         return projections(self.config) if self.train else matrices(self.config)
@@ -179,7 +182,7 @@ class Job:
         return math.prod(own[: row.leading]) * size
 
     def usage(self, sizes: Mapping[str, int]) -> Usage:
-        """Of one device of a mesh that the model can be cut for."""
+        """The usage of one device of a mesh that the model can be split over."""
         trained = self.state.itemsize * sum(
             _share(*_placed(row, self.config, sizes)) for row in self.trained
         )
@@ -195,10 +198,10 @@ class Job:
         )
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a device has that much, and a part that can be packed."""
+        """Whether it fits into a device's memory, and its part can be packed."""
         try:
             return self.usage(sizes).total <= self.device.memory
-        except InputError:  # of int4, an odd number of inputs
+        except InputError:  # int4 with an odd number of inputs
             return False
 
     def longest(self, sizes: Mapping[str, int]) -> int:
@@ -215,17 +218,17 @@ class Job:
 
 
 def frozen_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Weights that are not trained."""
+    """Bytes of weights that are not trained."""
     return sum(job.held(row, sizes) for row in job.frozen)
 
 
 def active_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Of weights that are not trained, what drawing one token of one text reads on this device."""
+    """Bytes of untrained weights that generating one token of one text reads on this device."""
     total, mixture = 0, job.config.mixture
     for row in job.frozen:
         share = job.held(row, sizes)
         if row.path == "embed_tokens.embedding" and not job.config.tie_word_embeddings:
-            share //= job.config.vocab_size  # a row of it
+            share //= job.config.vocab_size  # only a row of it
         if mixture is not None and "{expert}" in row.name:
             most = mixture.num_experts_per_tok * sizes["fsdp"]  # all may lie on one device
             share = share * min(most, mixture.num_experts) // mixture.num_experts
@@ -234,10 +237,10 @@ def active_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Keys and values as `KVCache.create` lays them out, with no more slots than the texts need.
+    """Bytes of keys and values as in `KVCache.create`, with exactly the slots that texts need.
 
-    And scales, if they are in 8 bits. Where memory is free, `inference.buckets` may round them up
-    to 1/16 of it.
+    This includes the scales of an 8-bit cache. If memory is free, `inference.buckets` may round the
+    cache up to 1/16 of it.
     """
     capacity = capacity_bucket(job.context_length, sizes["context"])
     batch = _rows(job, sizes) * sizes["data"] * sizes["fsdp"]
@@ -250,9 +253,9 @@ def cache_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of reading a prompt (a piece, or a share of it all), or of drawing a token.
+    """Activations for reading a prompt (a piece, or a share of the whole), or for decoding.
 
-    The keys and values of a layer too, as a piece is read with them, if they are kept otherwise.
+    This includes a layer's keys and values in the dtype for reading, if the cache has another.
     """
     rows, context, once = _rows(job, sizes), sizes["context"], read_at_once(job.config)
     if context > 1:
@@ -260,7 +263,7 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     elif math.prod(sizes.values()) > 1:
         batch = rows * sizes["data"] * sizes["fsdp"]
         tokens = rows * widest_piece(batch, job.context_length, once)
-    else:  # a row at a time, and the ends of all rows
+    else:  # one row at a time, then the ends of all rows
         tokens = max(widest_piece(1, job.context_length, once), rows * SMALLEST)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
     layer = max(layer, _experts(job, sizes, tokens, *EXPERTS_FORWARD))
@@ -268,14 +271,14 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         read = rows if math.prod(sizes.values()) > 1 else 1
         slots = read * capacity_bucket(job.context_length)
         layer += 2 * job.width * slots * _head_sizes(job.config, sizes)[1]
-    logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, whole on every device
+    logits = 2 * F32 * job.batch * job.config.vocab_size  # of one token, on every device
     return max(layer + choosing_bytes(job, sizes, tokens), logits)
 
 
 def choosing_bytes(job: Job, sizes: Mapping[str, int], tokens: int) -> int:
-    """What choosing the blocks of a sparse reading holds: a number for each row and block.
+    """Bytes for block selection in sparse prefill: a number for each row and block.
 
-    Of the rows that stand for a tile and all heads, in units of 64 as Hopper's kernel has them.
+    It counts the rows that represent a tile, for all heads, in units of 64 as in Hopper's kernel.
     """
     if job.sparse is None or job.context_length <= job.sparse.threshold:
         return 0
@@ -286,9 +289,9 @@ def choosing_bytes(job: Job, sizes: Mapping[str, int], tokens: int) -> int:
 
 
 def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Activations of a step: what is kept of each layer, one layer's backward, the loss.
+    """Activations of a training step: saved values per layer, one layer's backward, the loss.
 
-    Or, if they are more, the random bits that a narrow state's largest array is rounded with.
+    Or the random bits for rounding the largest array of a bfloat16 state, if those are larger.
     """
     config, rows, context = job.config, _rows(job, sizes), sizes["context"]
     length = -(-job.context_length // (2 * context)) * 2
@@ -299,13 +302,13 @@ def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         backward = max(backward, experts + F32 * _largest_expert_share(job, sizes))
     logits = 2 * F32 * rows * min(length, LOSS_TOKENS) * config.vocab_size // sizes["tensor"]
     query, key = _head_sizes(config, sizes)
-    kept = hidden  # the stream it starts from
-    if job.remat != "layer":  # what its attention gave, with the log-sum-exp
+    kept = hidden  # the layer's input
+    if job.remat != "layer":  # the attention output, with the log-sum-exp
         kept += rows * length * (job.width * query + F32 * query // config.head_dim)
-    if job.remat == "products":  # what q, k, v and o_proj gave
+    if job.remat == "products":  # the outputs of q, k, v and o_proj
         kept += hidden + job.width * rows * length * (query + 2 * key)
     products = 0
-    if job.remat == "products" and config.has_mlp:  # and gate and up, but not those of experts
+    if job.remat == "products" and config.has_mlp:  # and of gate and up, but not of experts
         wide = 2 * config.intermediate_size // sizes["tensor"]
         products = len(config.dense_layers) * job.width * rows * length * wide
     bits = 0
@@ -316,17 +319,17 @@ def training_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Of weights: a layer's, or a table, in the form in which they are multiplied.
+    """Bytes of a layer's weights, or of a table, in the form used for multiplication.
 
-    That is not how they are stored if `fsdp` cuts them, or if they are float32 or packed.
+    It differs from the stored form if `fsdp` splits them, or if they are float32 or packed.
     """
     layer, tables, tiled, narrow = 0, [0], 0, 0
     whole = dict(sizes) | {"fsdp": 1}
-    # As they are stored, and as they are multiplied.
+    # In the stored form, and in the form for multiplication.
     state = job.state.itemsize
-    multiplied = job.width if state == job.width else 2 * job.width  # with their gradients
+    multiplied = job.width if state == job.width else 2 * job.width  # including gradients
     packed = job.packed
-    if not job.config.tie_word_embeddings:  # of the table of tokens only rows are unpacked
+    if not job.config.tie_word_embeddings:  # of the embedding table only rows are unpacked
         packed = [row for row in packed if row.path != "embed_tokens.embedding"]
     stored = [
         (row, state * _share(*_placed(row, job.config, whole)), multiplied) for row in job.trained
@@ -336,12 +339,12 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
         stacked = (row for row in job.trained if row.stacked)
         narrow = job.width * sum(_share(*_placed(row, job.config, sizes)) for row in stacked)
     for row, held, multiplied in stored:
-        if "{expert}" in row.name:  # never gathered; a layer's are copied out of the stack
+        if "{expert}" in row.name:  # never gathered; a layer's experts are copied out of the stack
             share = _share(*_placed(row, job.config, sizes))
             layer += share * (multiplied or job.width) // len(row.layers(job.config))
             continue
         share = _share(*_placed(row, job.config, whole))
-        size = share * multiplied + (held if sizes["fsdp"] > 1 else 0)  # no longer cut
+        size = share * multiplied + (held if sizes["fsdp"] > 1 else 0)  # gathered
         if row.stacked:
             layer += size // len(row.layers(job.config))
         else:
@@ -353,22 +356,22 @@ def copied_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def _mlp(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
-    """Elements a token: the stream, its norm; gate, up and their product."""
+    """Elements per token: the residual stream, its norm, gate, up and their product."""
     wide = config.intermediate_size if config.has_mlp else 0
     return 2 * config.hidden_size + 3 * wide // sizes["tensor"]
 
 
-# Of a choice, in D and in M: its row, its result, and the result in the order of tokens; gate, up
-# and their product. In the backward pass the gradients of these too.
+# Arrays per chosen expert, in D and in M: its row, its result, and the result in token order; gate,
+# up and their product. In the backward pass also their gradients.
 EXPERTS_FORWARD, EXPERTS_BACKWARD = (3, 3), (6, 8)
 
 
 def _experts(job: Job, sizes: Mapping[str, int], tokens: int, rows: int, inner: int) -> int:
-    """Bytes of a mixture: the stream and its norm; all choices of `PIECE` tokens at a time."""
+    """Bytes of a mixture: the residual stream and its norm; all choices of `PIECE` tokens."""
     config, mixture = job.config, job.config.mixture
     if mixture is None:
         return 0
-    tokens *= sizes["fsdp"]  # every device of it has the tokens of all
+    tokens *= sizes["fsdp"]  # every device of fsdp has the tokens of all
     inner *= mixture.moe_intermediate_size // sizes["tensor"]
     choices = mixture.num_experts_per_tok * min(tokens, PIECE)
     stream = 3 * config.hidden_size * tokens
@@ -384,30 +387,32 @@ def _largest_expert_share(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def _attention(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
-    """Elements a token: the stream; queries in three rotations, keys, values, what is read."""
+    """Elements per token: residual stream, queries in three rotations, keys, values, output."""
     query, key = _head_sizes(config, sizes)
     held = config.hidden_size + 4 * query + 2 * key
-    # In a ring: keys and values twice in transit; sums in float32, and a block's merged with them.
+    # In ring attention: keys and values twice in transit, float32 sums, and a block's sums to
+    # merge.
     return held if sizes["context"] == 1 else held + 4 * key + 3 * query
 
 
 def _backward(config: LlamaConfig, sizes: Mapping[str, int]) -> int:
-    """Elements a token of a layer's backward, in its MLP: what was recomputed, and gradients."""
+    """Elements per token in the backward pass of an MLP: recomputed values and gradients."""
     query, key = _head_sizes(config, sizes)
-    # The stream twice, its norms, its gradient; gate, silu, up, their product, and four gradients.
+    # The residual stream twice, its norms and gradient; gate, silu, up, their product and four
+    # gradients.
     inner = config.intermediate_size if config.has_mlp else 0
     stream, wide = 5 * config.hidden_size, 8 * inner // sizes["tensor"]
     return stream + 2 * query + 2 * key + wide
 
 
 def _head_sizes(config: LlamaConfig, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Elements a token of a device's query heads, and of its kv heads."""
+    """Elements per token of a device's query heads, and of its kv heads."""
     tensor, found = sizes["tensor"], axis_sizes(config)
     return found["N"] * found["H"] // tensor, max(found["K"], tensor) * found["H"] // tensor
 
 
 def _rows(job: Job, sizes: Mapping[str, int]) -> int:
-    """Texts of the batch that a device has; those that fill it up are like the others."""
+    """Number of texts of the batch on a device, including padding rows."""
     return -(-job.batch // (sizes["data"] * sizes["fsdp"]))
 
 
@@ -418,6 +423,6 @@ def _placed(
 
 
 def _share(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> int:
-    """Elements of an array that one device holds."""
+    """Elements of an array on one device."""
     entries = (axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes is not None)
     return math.prod(shape) // math.prod(sizes[axis] for axes in entries for axis in axes)

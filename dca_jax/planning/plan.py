@@ -1,6 +1,6 @@
-"""`dca-jax plan`: whether a model fits a mesh, how long its texts may be, and which mesh is best.
+"""`dca-jax plan`: whether a model fits a mesh, the longest texts, and the best mesh.
 
-What takes memory is worked out in `dca_jax.planning.memory`, from shapes alone.
+Memory is estimated in `dca_jax.planning.memory` from shapes alone.
 """
 
 import math
@@ -25,20 +25,22 @@ from dca_jax.weights.kept import Kept
 from dca_jax.weights.parameters import parameters
 from dca_jax.weights.placement import check_mesh, cut_by_fsdp, cut_by_tensor
 
-MOST_DEVICES = 1024  # of a mesh that is recommended
+MOST_DEVICES = 1024  # largest recommended mesh
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan` finds out.
+    """The result of `plan`.
 
     Attributes:
-        sizes: of the mesh, by axis.
-        active: bytes of weights that drawing a token reads on each device, of a mixture of
-            experts; None of other models, and in training.
-        fits: into the device's memory. longest: tokens of each text that do; 0 if none.
-        recommended: a mesh for as many devices, and `why`; None if none is enough.
-        fewest: the same for the fewest devices (a power of two); None beyond `MOST_DEVICES`.
+        sizes: sizes of the mesh by axis.
+        active: bytes of weights that generating a token reads on each device, for a mixture of
+            experts; None for other models and in training.
+        fits: whether it fits into the device's memory.
+        longest: largest number of tokens per text that fits; 0 if none does.
+        recommended: the best mesh for the same number of devices; None if none suffices.
+        why: the reason for it.
+        fewest: the best mesh with the fewest devices (a power of two); None beyond `MOST_DEVICES`.
     """
 
     model: str
@@ -63,9 +65,9 @@ class Plan:
 
     @property
     def fraction(self) -> float | None:
-        """What `XLA_CLIENT_MEM_FRACTION` must be, if JAX's default is too little for what fits.
+        """The required `XLA_CLIENT_MEM_FRACTION`, if JAX's default is too small.
 
-        Commands set it to `dca_jax.memory.GPU_SHARE` themselves; a script of one's own must.
+        Commands set it to `dca_jax.memory.GPU_SHARE`; your own script must set it itself.
         """
         device, total = self.device, self.usage.total
         if not self.fits or total <= device.share * device.memory:
@@ -73,7 +75,7 @@ class Plan:
         return math.ceil(100 * GPU_SHARE * total / device.memory) / 100
 
     def facts(self) -> dict[str, str]:
-        """For people: what there is to say, by name, in order."""
+        """Facts about the plan for users, by name, in order."""
         device, usage, count = self.device, self.usage, math.prod(self.sizes.values())
         told = (
             ""
@@ -112,7 +114,7 @@ class Plan:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts: bytes, tokens, and meshes as `--mesh` takes them."""
+        """Bytes, tokens and meshes (in the form of `--mesh`) for scripts."""
         meshes = {"recommended": self.recommended, "fewest": self.fewest}
         return {
             "model": self.model,
@@ -158,28 +160,30 @@ def plan(
     cache_dtype: DTypeLike | None = None,
     sparse: Sparse | None = None,
 ) -> Plan:
-    """Works out a plan.
+    """Estimates the memory of a task.
 
     Args:
-        model: its name, for the plan only.
+        model: name of the model, for the plan only.
         device: one of `DEVICES`.
-        mesh: sizes by axis (`dca_jax.sharding.parse_mesh`); None: the fewest devices that do.
-        context_length: tokens of each text, those to be drawn included. batch: texts at once.
-        train: training instead of generation.
-        dtype: of activations and weights that are not trained.
-        lora: train these adapters only.
-        weights: packed as `dca_jax.products.packed.FORMS` says: all matrices, or with `lora` the
+        mesh: sizes by axis (`dca_jax.sharding.parse_mesh`); None uses the fewest devices that
+            suffice.
+        context_length: number of tokens of each text, including new ones.
+        batch: number of texts at once.
+        train: whether to train instead of generating.
+        dtype: dtype of activations and of weights that are not trained.
+        lora: adapters to train instead of all weights.
+        weights: a form of `dca_jax.products.packed.FORMS` for all matrices or, with `lora`, for the
             kernels of the layers.
-        kept: how those are packed that stay so, by path (`dca_jax.weights.folder.kept_forms`).
-        remat: what training keeps of each layer, a name of `dca_jax.model.REMAT`.
+        kept: forms of weights that stay packed, by path (`dca_jax.weights.folder.kept_forms`).
+        remat: what training saves per layer, a key of `dca_jax.model.REMAT`.
         state: dtype of trained weights, gradients and moments.
-        cache_dtype: of the KV cache, as `dca_jax.load` takes it; default: `dtype`.
-        sparse: how long prompts are read; None: densely.
+        cache_dtype: dtype of the KV cache, as in `dca_jax.load` (default: `dtype`).
+        sparse: sparse prefill setting; None for dense prefill.
 
     Raises:
-        InputError: an unknown device or `remat`, a mesh that does not divide the model or the
-            batch, or no mesh given and none that is enough; `lora` without `train`, or weights that
-            are trained and packed; a `cache_dtype` of training, which has no cache.
+        InputError: an unknown device or `remat`; a mesh that does not divide the model or the
+            batch; no mesh given and none that suffices; `lora` without `train`; packed weights that
+            are trained; or a `cache_dtype` in training, which has no cache.
     """
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not known; expected one of {', '.join(DEVICES)}")
@@ -198,7 +202,7 @@ def plan(
             "the base of LoRA"
         )
     if train and cache_dtype is not None:
-        raise InputError("training keeps no KV cache, so it takes no cache dtype; leave it out")
+        raise InputError("training has no KV cache; leave out the cache dtype")
     cached = parse_cache_dtype(dtype if cache_dtype is None else cache_dtype)
     kept = {} if kept is None or (train and lora is None) else kept
     names = {
@@ -234,7 +238,7 @@ def plan(
     if train and batch % rows:
         raise InputError(
             f"data times fsdp is {rows} devices, which do not divide the batch of {batch} texts; "
-            "give a batch that is a multiple, or cut the texts by context instead"
+            "give a batch that is a multiple, or split the texts by context instead"
         )
     recommended = recommend(job, math.prod(sizes.values()))
     return Plan(
@@ -261,7 +265,7 @@ def plan(
 
 
 def written(sizes: Mapping[str, int]) -> str:
-    """The mesh as `--mesh` takes it."""
+    """The mesh in the form of `--mesh`."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
 
 
@@ -271,13 +275,13 @@ def written(sizes: Mapping[str, int]) -> str:
 def recommend(job: Job, count: int) -> dict[str, int] | None:
     """The best mesh of `count` devices that the job fits into, or None.
 
-    To generate: `tensor`, which cuts the weights, the cache and the work of every token, within an
-    island and up to one kv head a device; then `data` as far as it divides the batch; then
-    `context`. More than one device for a kv head only where nothing else fits; `fsdp` never, for
-    every token would gather the weights.
+    For generation: `tensor`, which splits the weights, the cache and the work of every token,
+    within an island and up to one kv head per device; then `data` as far as it divides the batch;
+    then `context`. More than one device per kv head only if nothing else fits; never `fsdp`,
+    because every token would gather the weights.
 
-    To train: `fsdp` as far as it divides the batch, for it cuts the optimizer too and moves least;
-    then `tensor`, then `context`.
+    For training: `fsdp` as far as it divides the batch, because it also splits the optimizer and
+    moves the least data; then `tensor`, then `context`.
     """
     kv_heads, island = job.config.num_key_value_heads, job.device.island
 
@@ -292,7 +296,7 @@ def recommend(job: Job, count: int) -> dict[str, int] | None:
 
 
 def _meshes(job: Job, count: int) -> Iterator[dict[str, int]]:
-    """Every mesh of so many devices that divides the model and the batch."""
+    """Every mesh of `count` devices that divides the model and the batch."""
     found = axis_sizes(job.config)
     for tensor in _divisors(count):
         if any(found[letter] % tensor for letter in cut_by_tensor(job.config)):
@@ -308,7 +312,7 @@ def _meshes(job: Job, count: int) -> Iterator[dict[str, int]]:
 
 
 def _fewest(job: Job) -> dict[str, int] | None:
-    """The recommended mesh of the smallest power of two of devices that is enough."""
+    """The recommended mesh with the smallest sufficient number of devices, a power of two."""
     counts = (2**n for n in range(MOST_DEVICES.bit_length()))
     return next(filter(None, (recommend(job, count) for count in counts)), None)
 
@@ -316,17 +320,17 @@ def _fewest(job: Job) -> dict[str, int] | None:
 def _why(job: Job, sizes: dict[str, int] | None) -> str:
     """The reason for a recommended mesh, in one line."""
     if sizes is None:
-        return "no mesh of so many devices is enough"
+        return "no mesh of this size suffices"
     reasons = {
-        "data": "texts of the batch, which need nothing of each other",
-        "fsdp": "cuts weights, gradients and optimizer, and texts of the batch",
-        "context": "cuts the texts, for the devices beyond that",
-        "tensor": "cuts weights, heads and cache where the links are fast",
+        "data": "splits the batch, whose texts are independent",
+        "fsdp": "splits weights, gradients, optimizer and batch",
+        "context": "splits the texts over the remaining devices",
+        "tensor": "splits weights, heads and cache where links are fast",
     }
     if sizes["tensor"] > job.config.num_key_value_heads:
-        reasons["tensor"] = "cuts the weights, which would not fit with one device for a kv head"
+        reasons["tensor"] = "splits the weights, which do not fit with one device per kv head"
     parts = [f"{axis}={size} {reasons[axis]}" for axis, size in sizes.items() if size > 1]
-    return "; ".join(reversed(parts)) or f"{describe(sizes)} is enough, and nothing has to move"
+    return "; ".join(reversed(parts)) or f"{describe(sizes)} suffices, without communication"
 
 
 def _divisors(n: int) -> list[int]:

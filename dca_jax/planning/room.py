@@ -1,7 +1,7 @@
-"""Whether a job fits into the memory that is free on the devices at hand, before weights are read.
+"""Checks whether a job fits into the devices' free memory, before weights are read.
 
-What it takes is counted by `dca_jax.planning.memory`, as for `dca-jax plan`; what is free, the
-devices say (`dca_jax.memory`).
+The required memory is estimated by `dca_jax.planning.memory`, as in `dca-jax plan`; the free memory
+is queried from the devices (`dca_jax.memory`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from dca_jax.planning.memory import FLOAT32, GIB, DeviceKind, Job
 from dca_jax.sharding import AXES, axis_size
 from dca_jax.weights.kept import Kept
 
-# What is counted was within 7 % of the peaks measured: what is beyond memory by less may still run.
+# Estimates were within 7 % of measured peaks, so a job that exceeds memory by less may still run.
 TOLERANCE = 1.07
 
 
@@ -42,12 +42,13 @@ def check_room(
     cache_dtype: DTypeLike | None = None,
     sparse: Sparse | None = None,
 ) -> None:
-    """Refuses what cannot fit, with the lengths and batches that would.
+    """Refuses a job that cannot fit, and names lengths and batches that would.
 
-    Arguments as of `dca_jax.planning.plan.plan`, but `mesh`: the devices; None is the first one.
+    The arguments are those of `dca_jax.planning.plan.plan`, except `mesh`: the devices' mesh; None
+    is the first device.
 
     Raises:
-        InputError: the job needs more than what is free. Nothing if nobody knows what that is.
+        InputError: the job needs more than the free memory. Never if that is unknown.
     """
     device = device_at_hand(mesh)
     if device is None:
@@ -73,12 +74,12 @@ def check_room(
 
 
 def device_at_hand(mesh: Mesh | None) -> DeviceKind | None:
-    """This process's devices of a mesh, with what the fullest has free; None if nobody knows."""
+    """The kind of this process's devices, with the least free memory of any; None if unknown."""
     devices: list[Any] = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     free = [bytes for bytes in map(free_bytes, devices) if bytes is not None]
     if len(free) < len(devices):
         return None
-    # The devices of a CPU are one machine.
+    # All CPU devices share one machine.
     memory = min(free) // (len(devices) if devices[0].platform == "cpu" else 1)
     return DeviceKind(devices[0].device_kind, memory, len(devices), runtime=0, links=0)
 
@@ -98,7 +99,7 @@ def _refusal(job: Job, sizes: dict[str, int]) -> str:
     told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     needed = (
         f"{task} {job.batch} x {job.context_length} tokens takes {usage.total / GIB:.1f} GiB of "
-        f"each device ({told}), and {free / GIB:.1f} GiB are free"
+        f"each device ({told}), but only {free / GIB:.1f} GiB are free"
     )
     if not longest:
         return f"{needed}: not even one token fits; choose {advice}, or a smaller model"

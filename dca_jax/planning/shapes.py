@@ -1,4 +1,4 @@
-"""Published models by name, for their shapes: to plan with before a checkpoint is at hand."""
+"""Shapes of published models by name, for planning without a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,22 @@ from dca_jax.weights.huggingface import read_config
 def find_shape(model: str, *, context: int | None = None, file: Path | None = None) -> LlamaConfig:
     """The shape of a checkpoint (a folder, or a name on the Hugging Face Hub), or one of `SHAPES`.
 
-    Of a checkpoint only the configuration is read: that which a text of `context` tokens asks for,
-    or `file` (`dca_jax.weights.huggingface.config_file`).
+    Only the checkpoint's configuration is read: the one for a text of `context` tokens, or `file`
+    (`dca_jax.weights.huggingface.config_file`).
 
     Raises:
-        InputError: neither is there.
+        InputError: there is neither a checkpoint nor a shape of this name.
     """
     try:
         is_there = Path(model).exists()
-    except OSError:  # a name that the file system refuses
+    except OSError:  # not a valid name for the file system
         is_there = False
     if not is_there and "/" not in model:
         if model.lower() in SHAPES:
             return SHAPES[model.lower()]
         raise InputError(
-            f"{shown(model, quote=False)} is no folder, no name on the Hugging Face Hub "
-            f"('owner/name'), and none of {', '.join(SHAPES)}"
+            f"{shown(model, quote=False)} is not a folder, a name on the Hugging Face Hub "
+            f"('owner/name') or one of {', '.join(SHAPES)}"
         )
     return read_config(find_folder(model, weights=False), context=context, file=file)
 
@@ -61,7 +61,7 @@ def _qwen_3_moe(*, moe_intermediate_size: int, **sizes: Any) -> LlamaConfig:
     return LlamaConfig(**common, **family, num_key_value_heads=4, **sizes)
 
 
-# As their `config.json` on the Hugging Face Hub says.
+# From their `config.json` on the Hugging Face Hub.
 SHAPES: dict[str, LlamaConfig] = {
     "llama-2-7b": _llama_2(
         hidden_size=4096,

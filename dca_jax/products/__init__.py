@@ -1,1 +1,1 @@
-"""Products of activations with matrices that are packed, or read where they lie in their stacks."""
+"""Products of activations with packed matrices, or with matrices read in place in stacks."""

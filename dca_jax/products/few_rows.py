@@ -1,14 +1,14 @@
-"""A product of few rows with a packed matrix, which is read packed: a kernel of Pallas-Triton.
+"""A Pallas-Triton kernel for products of few rows with a packed matrix, as in decoding.
 
-What drawing tokens is made of. XLA on a GPU would first write the matrix down unpacked; here a
-program takes a tile of outputs through its share of the inputs, unpacking in registers, and tensor
-cores multiply. Values less their zero are multiplied, exactly, and sums of a block by its scale.
-The matrix is read where it lies in its stack, so no layer is copied out of it.
+XLA on a GPU would first write out the unpacked matrix. Here a program processes a tile of outputs
+over its share of the inputs, unpacks in registers, and multiplies on tensor cores. Values minus
+their zero are multiplied exactly, and the sums of a block are multiplied by its scale. The matrix
+is read in place in its stack, without copying a layer.
 
-On Hopper one row by large matrices has a kernel of its own (`dca_jax.products.packed_row`).
+On Hopper there is another kernel for one row and large matrices (`dca_jax.products.packed_row`).
 
-The inputs of an output lie side by side, as tensor cores take them: each thread has four bytes in a
-register, and unpacks them there. Outputs side by side it would have to fetch a byte at a time.
+The inputs of an output are contiguous, as needed by tensor cores: each thread has four bytes in a
+register and unpacks them there. With contiguous outputs it would have to fetch single bytes.
 """
 
 import functools
@@ -30,24 +30,24 @@ from dca_jax.products.packed import Packed
 from dca_jax.products.packed_row import choose_plan, multiply_row
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
-ROWS = 16  # of a product of tensor cores, at least; fewer are filled up
-INPUTS, OUTPUTS = 128, 128  # of a tile, at most
-STEPS = 4  # tiles that a program takes, at least, if there are as many: the first are waited for
-PROGRAMS = 256  # that a device should have to run: two for each processor of an H200, about
+ROWS = 16  # minimum rows of a tensor-core product; fewer are padded
+INPUTS, OUTPUTS = 128, 128  # maximum size of a tile
+STEPS = 4  # minimum tiles per program, if there are enough: the first ones are not prefetched
+PROGRAMS = 256  # target number of programs: about two per multiprocessor of an H200
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time: inputs and outputs; and how it runs."""
+    """Inputs and outputs that a program processes at a time, and its schedule."""
 
     inputs: int
     outputs: int
     splits: int
     num_warps: int = 4
-    num_stages: int = 3  # of 3 and 4 the faster of the tiles taken, on an H200
+    num_stages: int = 3  # faster than 4 for the tiles in use, on an H200
 
 
 def are_few(rows: int, dtype: Any) -> bool:
-    """Whether `multiply` is the way to take: of up to 16 rows, on NVIDIA's GPUs from Ampere on."""
+    """Whether to use `multiply`: for up to 16 rows, on NVIDIA GPUs from Ampere on."""
     if rows > ROWS or INTERPRET:
         return rows <= ROWS
     capability = current_device().capability
@@ -60,13 +60,14 @@ def multiply(
     layer: Int[Array, ""],
     tile: Tile | None = None,
 ) -> tuple[Float[Array, "rows _"], ...]:
-    """x times matrix `layer` of each of the stacks, in float32; in one launch, if a tile fits all.
+    """x times matrix `layer` of each stack, in float32; in one launch if a tile fits all.
 
     Args:
         x: up to `ROWS` rows.
-        stacks: of one form, and of matrices with the same inputs; of one axis of outputs and one
-            of inputs, stacked.
-        tile: sizes that divide those of a matrix, and groups or blocks; default: `choose_tile`'s.
+        stacks: stacks in the same form with the same number of inputs; each matrix has one axis of
+            outputs and one of inputs.
+        tile: sizes that divide those of a matrix and its groups or blocks (default: those of
+            `choose_tile`).
     """
     rows, inputs = x.shape
     plan = None if tile or INTERPRET else choose_plan(x, stacks)
@@ -106,7 +107,7 @@ def multiply(
 
 
 def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
-    """Sizes for stacks of matrices; None if tensor cores cannot multiply by their groups.
+    """Tile sizes for stacks of matrices; None if their groups do not suit tensor cores.
 
     Groups and tiles are powers of two, and tensor cores add 16 products.
     """
@@ -118,13 +119,15 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
     tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths))
-    if inputs // deep // tile.splits < STEPS:  # narrower, so that fewer programs share the inputs
+    if (
+        inputs // deep // tile.splits < STEPS
+    ):  # a narrower tile, so that fewer programs share the inputs
         tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths))
     return tile
 
 
 def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
-    """A tile of this size, with as many splits of the inputs as give a device enough to do."""
+    """A tile of this size, with enough splits of the inputs to keep a device busy."""
     columns, steps, splits = outputs // wide, inputs // deep, 1
     while columns * splits < PROGRAMS and not steps % (2 * splits):
         splits *= 2
@@ -132,7 +135,7 @@ def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
 
 
 def _filled_up(x: Array) -> Array:
-    """With rows of anything behind, for the interpreter, which reads no row twice."""
+    """Padded with arbitrary rows, for the interpreter, which reads no row twice."""
     return jnp.pad(x, ((0, ROWS - len(x)), (0, 0))) if INTERPRET else x
 
 
@@ -149,7 +152,7 @@ def _kernel(
     """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
     *parts, out_ref = refs
     stacks = jax.tree.unflatten(tree, parts)
-    column, split = pl.program_id(0), pl.program_id(1)  # here, for the interpreter
+    column, split = pl.program_id(0), pl.program_id(1)  # at the top, for the interpreter
     start = 0
     for stack, width in zip(stacks, widths, strict=True):
         stop = start + width // tile.outputs
@@ -176,15 +179,15 @@ def _tiles(
 
     Args:
         where: the matrix's number, and the program's first tile and first output.
-        stack: of references: values [L, outputs, inputs], or half the inputs where two share a
-            byte; scales [L, groups, blocks of outputs]; zeros and offsets, if there are any.
+        stack: references to values [L, outputs, inputs], or half the inputs if two share a byte; to
+            scales [L, groups, blocks of outputs]; and to zeros and offsets, if there are any.
     """
     values_ref, scale_ref = stack.values, stack.scale
     layer, begin, first = where
     outputs = pl.ds(first, tile.outputs)
     block_outputs = values_ref.shape[1] // scale_ref.shape[2]
     row = jnp.arange(ROWS, dtype=jnp.int32)
-    # Rows that fill up are neither read nor stored.
+    # Padding rows are neither read nor stored.
     rows = slice(None) if INTERPRET else jnp.minimum(row, num_rows - 1)
     halves = 2 if stack.form == "int4" else 1
     width = tile.inputs // halves
@@ -219,7 +222,7 @@ def _tiles(
     def step(n: Array, carry: tuple[Array, Packed]) -> tuple[Array, Packed]:
         number = begin + n
         total, own = carry
-        # Those of the next step are on their way while this one computes.
+        # Those of the next step are loaded while this one computes.
         following = parts(begin + jnp.minimum(n + 1, steps - 1))
         values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
@@ -245,7 +248,7 @@ def _tiles(
 
 
 def _store(out_ref: Any, total: Float[Array, "ROWS outputs"], split: Array, first: Array) -> None:
-    """From output `first` on, without the rows that fill up."""
+    """Stores the sums from output `first` on, without padding rows."""
     num_rows, outputs = out_ref.shape[1], pl.ds(first, total.shape[1])
     if INTERPRET:
         out_ref[split, :, outputs] = total[:num_rows]
@@ -286,7 +289,7 @@ def _half(
     shift: int,
     dtype: Any,
 ) -> Array:
-    """The lower (`shift` 0) or the upper (4) halves of bytes, less their zeros."""
+    """The lower (`shift` 0) or upper (4) halves of bytes, minus their zeros."""
     zero = jnp.zeros(len(values), jnp.uint8) if zero is None else zero
     if INTERPRET or dtype != jnp.bfloat16:
         found = (values >> jnp.uint8(shift)) & jnp.uint8(15)
@@ -303,7 +306,7 @@ def _half(
 
 
 # Four bytes become four numbers in bfloat16: 0x4300 and the lower seven bits are 128 + q, from
-# which 0x4300 and the sign's bit are taken, 128 or 256: exactly, and with no conversion.
+# which 0x4300 and the sign bit (128 or 256) are subtracted, exactly and without a conversion.
 _BYTES = """
 {
 .reg .b32 one, wide, offset;
@@ -323,7 +326,7 @@ fma.rn.bf16x2 $1, wide, one, offset;
 
 
 def _bytes(values: Int[Array, "outputs inputs"], dtype: Any) -> Array:
-    """int8 as numbers of a floating dtype."""
+    """int8 values in a floating-point dtype."""
     if INTERPRET or dtype != jnp.bfloat16:
         return values.astype(dtype)
     (found,) = plgpu.elementwise_inline_asm(

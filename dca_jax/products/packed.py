@@ -1,24 +1,24 @@
-"""Packed matrices: int8 by output, int4 in groups of inputs, float8 in blocks.
+"""Packed matrices: int8 per output, int4 in groups of inputs, float8 in blocks.
 
-A packed matrix stands where an array of its shape would: w = (value - zero) * scale + offset. A
-scale is for a block of the matrix, and so is a zero, which only int4 has, or an offset, which some
-files' weights have in place of it. Three forms:
+A packed matrix is used in place of an array of its shape: w = (value - zero) * scale + offset. Each
+block of the matrix has a scale and, with int4, also a zero, or an offset instead of it with some
+files' weights. There are three forms:
 
-    int8   a scale for each output: its inputs have one; values -127 to 127 (of some files -128, and
-           scales for groups of inputs)
+    int8   a scale for each output; values -127 to 127 (from some files also -128, and scales for
+           groups of inputs)
     int4   a scale and a zero for each group of inputs of one output; values and zeros 0 to 15; two
            values in a byte, those of a group's first half in the lower halves of its bytes
     fp8    a scale for each block of inputs and outputs; float8 (e4m3)
 
-Outputs stand before inputs, whatever the array's order: so a product reads the inputs of an output
-side by side. Matrices of layers, and of experts, are stacked on leading axes, and those of
-attention have more than one axis of inputs or outputs: groups and blocks lie along the last one.
-What a scale is for follows from the shapes: `scale` has the axes of `values`, whose sizes its own
-divide, but with inputs before outputs, for a kernel reads those of many outputs at once. So a
-packed matrix is cut on a mesh as an array is, scales with their weights.
+Outputs come before inputs, whatever the array's order, so that a product reads contiguous inputs of
+an output. Matrices of layers and of experts are stacked on leading axes. Those of attention have
+more than one axis of inputs or outputs; groups and blocks are along the last one. The block of a
+scale follows from the shapes: `scale` has the axes of `values` with sizes that divide theirs, but
+with inputs before outputs, because a kernel reads the scales of many outputs at once. So a packed
+matrix is split on a mesh like an array, with the scales following their weights.
 
-They hold what AWQ, GPTQ, compressed-tensors and GGUF's commonest types pack, to the bit
-(`dca_jax.weights.kept`). Activations are never packed, and no gradient reaches a packed matrix.
+They represent the weights of AWQ, GPTQ, compressed-tensors and GGUF's most common types exactly
+(`dca_jax.weights.kept`). Activations are never packed, and packed matrices have no gradient.
 """
 
 import math
@@ -34,16 +34,16 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.errors import InputError
 
-# How many inputs (and, of fp8, outputs) a scale is for at most; an axis that this does not divide
-# has the largest common divisor.
+# Maximum number of inputs (and, with fp8, outputs) per scale; if it does not divide an axis, the
+# greatest common divisor is used.
 FORMS = {"int8": 1, "int4": 64, "int4:32": 32, "int4:128": 128, "fp8": 128}
-# Instead of a form: as the checkpoint has them, where one of the forms holds that; or none packed.
+# Instead of a form: as in the checkpoint, if one of the forms can represent it; or not packed.
 STORED, UNPACKED = "stored", "unpacked"
 FP8 = jnp.float8_e4m3fn
 DTYPES = {"int8": jnp.dtype(jnp.int8), "int4": jnp.dtype(jnp.uint8), "fp8": jnp.dtype(FP8)}
 LARGEST = {"int8": 127.5, "int4": 15.0, "fp8": 448.0}
 FLOAT32 = jnp.float32
-SCALE = jnp.dtype(jnp.bfloat16)  # of int4's scales, where we choose them; others' are float32
+SCALE = jnp.dtype(jnp.bfloat16)  # of int4 scales computed here; those from files are float32
 
 
 @partial(
@@ -56,16 +56,16 @@ class Packed:
     """A packed matrix, or a stack of them.
 
     Attributes:
-        values: int8, float8_e4m3fn, or uint8 with two of int4 in a byte; outputs before inputs.
-        scale: of a floating dtype; inputs before outputs; each axis is that of `values`, or a
-            divisor of it.
-        zero: like `scale`, of int4 alone; uint8. None: zeros are 0.
-        order: which axis of the matrix it stands for each of its last axes is.
-        num_inputs: how many of these are inputs.
-        offset: like `scale`, and of a floating dtype; None: there is none.
+        values: int8, float8_e4m3fn, or uint8 with two int4 values per byte; outputs before inputs.
+        scale: floating-point scales, inputs before outputs; the size of each axis equals that of
+            `values` or divides it.
+        zero: zeros with the shape of `scale`, uint8, only with int4; None means zeros of 0.
+        order: for each of its last axes, the corresponding axis of the represented matrix.
+        num_inputs: how many of these axes are inputs.
+        offset: floating-point offsets with the shape of `scale`; None for no offset.
     """
 
-    # Arrays, or what stands for them in a tree of that shape: how each is cut.
+    # Arrays, or their partition specs in a tree of the same structure.
     values: Any
     scale: Any
     zero: Any
@@ -80,7 +80,7 @@ class Packed:
 
     @property
     def name(self) -> str:
-        """The form as in `FORMS`, with the size of groups that it really has: "int4:64"."""
+        """The form as in `FORMS`, with its actual group size, such as "int4:64"."""
         groups = self.scale.shape[self.lead + self.num_inputs - 1]
         if self.form == "fp8" or (self.form == "int8" and groups == 1):
             return self.form
@@ -88,13 +88,13 @@ class Packed:
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
-        """Of the matrix, outputs before inputs."""
+        """Shape of the matrix, outputs before inputs."""
         *sizes, last = self.values.shape
         return (*sizes, 2 * last if self.form == "int4" else last)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array it stands for."""
+        """Shape of the array that it represents."""
         lead, inner = self.lead, self.inner_shape
         return inner[:lead] + tuple(
             inner[lead + self.order.index(axis)] for axis in range(len(self.order))
@@ -102,29 +102,29 @@ class Packed:
 
     @property
     def lead(self) -> int:
-        """How many axes stack it."""
+        """Number of leading stack axes."""
         return self.ndim - len(self.order)
 
     @property
     def ndim(self) -> int:
-        """How many axes it has."""
+        """Number of axes."""
         return self.values.ndim
 
     def __getitem__(self, index: Any) -> "Packed":
-        """The same index, of leading axes, in every part."""
+        """Applies an index on leading axes to every part."""
         return jax.tree.map(lambda part: part[index], self)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def at(self, layer: Int[Array, ""]) -> "Packed":
-        """One of a stack, whose number may be traced."""
+        """One matrix of a stack; its number may be traced."""
         return jax.tree.map(
             lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), self
         )
 
     def rows(self, numbers: Int[Array, "*n"], dtype: DTypeLike) -> Float[Array, "*n inputs"]:
-        """The inputs of some outputs of a matrix, unpacked; no other is read."""
+        """The unpacked inputs of some outputs of a matrix; no others are read."""
 
         def taken(part: Array) -> Array:
             each = len(self) // part.shape[-1]  # rows that share a scale
@@ -135,13 +135,13 @@ class Packed:
         return replace(others, values=self.values[numbers]).unpack_inner(dtype)
 
     def unpack(self, dtype: DTypeLike) -> Array:
-        """The array it stands for: computed in float32, in `dtype`. Without gradients of scales."""
+        """The array that it represents, computed in float32 and cast to `dtype`; no gradients."""
         lead = self.lead
         back = [lead + self.order.index(axis) for axis in range(len(self.order))]
         return self.unpack_inner(dtype).transpose([*range(lead), *back])
 
     def unpack_inner(self, dtype: DTypeLike) -> Array:
-        """As `unpack`, outputs before inputs."""
+        """Like `unpack`, with outputs before inputs."""
         values, others = self.values, (self.scale, self.zero, self.offset)
         lead, first = self.lead, self.lead + self.num_inputs
         turned = [*range(lead), *range(first, self.ndim), *range(lead, first)]
@@ -149,7 +149,8 @@ class Packed:
         values, scale, zero, offset = jax.lax.stop_gradient((values, scale, zero, offset))
         shape, blocked, spread = self.inner_shape, [], []
         for size, count in zip(shape, scale.shape, strict=True):
-            # An axis with one scale, or one each, needs no splitting (nor that a mesh allows it).
+            # An axis with one scale, or one per element, needs no splitting (which a mesh may not
+            # allow).
             whole = count in (1, size)
             blocked += [size] if whole else [count, size // count]
             spread += [count] if whole else [count, 1]
@@ -168,7 +169,7 @@ class Packed:
 
 
 def is_packed(value: Any) -> TypeGuard[Packed]:
-    """Whether it is a packed matrix: what `jax.tree` takes as `is_leaf` to stop at."""
+    """Whether a value is a packed matrix; use it as `is_leaf` in `jax.tree` functions."""
     return isinstance(value, Packed)
 
 
@@ -182,20 +183,20 @@ def check_form(name: str | None) -> None:
     """Raises InputError for a name that is not one of `FORMS`, and not None."""
     if name is not None and name not in FORMS:
         known = ", ".join([*FORMS, STORED, UNPACKED])
-        raise InputError(f"weights must be one of {known}, or not given, got {name!r}")
+        raise InputError(f"weights must be one of {known}, or None, got {name!r}")
 
 
 def block_sizes(form: str, shape: Sequence[int], num_inputs: int) -> tuple[int, ...]:
-    """How many elements along each axis of a matrix a scale is for.
+    """The size of a scale's block along each axis of a matrix.
 
     Args:
         form: a name in `FORMS`.
-        shape: of the matrix, or of one device's part of it: no block is divided between devices.
-            Outputs come before inputs.
-        num_inputs: how many axes are inputs.
+        shape: shape of the matrix, or of one device's part of it, because blocks are not divided
+            between devices. Outputs come before inputs.
+        num_inputs: number of input axes.
 
     Raises:
-        InputError: int4, of an odd number of inputs.
+        InputError: int4 with an odd number of inputs.
     """
     kind, most = form.partition(":")[0], FORMS[form]
     if kind == "int8":
@@ -205,14 +206,14 @@ def block_sizes(form: str, shape: Sequence[int], num_inputs: int) -> tuple[int, 
         sizes[axis] = math.gcd(most, shape[axis])
     if kind == "int4" and sizes[-1] % 2:
         raise InputError(
-            f"int4 weights stand in groups of up to {most} inputs, an even number, which do not "
-            f"divide the {shape[-1]} that a device has; choose int8"
+            f"int4 weights need groups of an even number of up to {most} inputs, which must divide "
+            f"the {shape[-1]} on a device; choose int8"
         )
     return tuple(sizes)
 
 
 def packed_bytes(form: str, shape: Sequence[int], num_inputs: int) -> int:
-    """What a packed matrix takes, or one device's part of it; arguments as of `block_sizes`."""
+    """Bytes of a packed matrix, or of one device's part; arguments as in `block_sizes`."""
     blocks = block_sizes(form, shape, num_inputs)
     scales = math.prod(size // block for size, block in zip(shape, blocks, strict=True))
     if form.startswith("int4"):
@@ -228,16 +229,17 @@ def pack(
     order: Sequence[int] | None = None,
     axes: Sequence[Any] = (),
 ) -> Packed:
-    """A matrix, packed.
+    """Packs a matrix.
 
-    No weight is off by more than half its scale (int8), a scale (int4, and most by no more than
-    half), or 1/16 of itself (fp8, of weights above 1/28,672 of the block's largest).
+    The error of a weight is at most half its scale (int8), its scale (int4; half of it for most
+    weights), or 1/16 of the weight (fp8, for weights above 1/28,672 of the block's largest).
 
     Args:
-        matrix: of any floating dtype, outputs before inputs; one, not a stack.
-        form: a name in `FORMS`. num_inputs: how many axes are inputs.
-        order: `Packed.order`; default: the matrix's own.
-        axes: of a mesh, if this is one device's part of a matrix: those that cut its inputs.
+        matrix: a single matrix of any floating dtype, outputs before inputs.
+        form: a name in `FORMS`.
+        num_inputs: number of input axes.
+        order: `Packed.order` (default: the matrix's own order).
+        axes: the mesh axes that split the inputs, if this is one device's part of a matrix.
     """
     order = tuple(range(matrix.ndim) if order is None else order)
     kind, blocks = form.partition(":")[0], block_sizes(form, matrix.shape, num_inputs)

@@ -1,4 +1,4 @@
-"""Products with packed matrices: many rows by a matrix unpacked, few rows by the packed one."""
+"""Products with packed matrices: many rows use the unpacked matrix, few rows the packed one."""
 
 import math
 from collections.abc import Sequence
@@ -24,15 +24,16 @@ def packed_product(
     *,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """An einsum of two with a packed matrix: sums in float32.
+    """An einsum of an array and a packed matrix, with float32 sums.
 
-    Many rows are multiplied by the matrix unpacked into the dtype of x, which is written down
-    first. On a mesh the matrix may be cut along `fsdp`, and is gathered packed.
+    For many rows the matrix is first unpacked to the dtype of x. On a mesh the matrix may be split
+    along `fsdp`; it is gathered in packed form.
 
     Args:
-        subscripts: such as "BTD,DNH->BTNH", the matrix last, its inputs side by side.
-        matrix, layer: a matrix; or, with `layer`, a stack in which it has that number.
-        dtype: of the result, default: that of x.
+        subscripts: such as "BTD,DNH->BTNH", with the matrix second and its inputs adjacent.
+        matrix: the matrix, or a stack of matrices if `layer` is given.
+        layer: index of the matrix in the stack.
+        dtype: dtype of the result (default: that of x).
     """
     dtype = x.dtype if dtype is None else dtype
     shards = Shards.of(matrix)
@@ -65,8 +66,8 @@ def packed_products(
     """`packed_product` with each of several stacks, in the dtype of x; few rows in one launch.
 
     Args:
-        subscripts: of each, with the same letters for inputs.
-        stacks: of one form.
+        subscripts: one for each stack, with the same letters for inputs.
+        stacks: stacks in the same form.
     """
     first, _ = subscripts[0].split(",")
     inputs = sum(letter in first for letter in subscripts[0].partition("->")[0].split(",")[1])
@@ -94,7 +95,7 @@ def unpacked_inner(matrix: Packed, dtype: DTypeLike) -> Array:
 def _few(
     subscripts: str, x: Array, matrix: Packed, layer: Int[Array, ""] | None, shards: Shards
 ) -> Array:
-    """By the kernel, where it lies in its stack; on a mesh sums over the devices of the inputs."""
+    """The product with the kernel, in place in the stack; on a mesh, sums over input parts."""
     operands, _, out = subscripts.partition("->")
     x_letters, letters = operands.split(",")
     outputs = [letter for letter in letters if letter not in x_letters]
@@ -102,7 +103,7 @@ def _few(
     if layer is None:
         matrix, layer = matrix[None], jnp.int32(0)
     last = 1 + len(outputs)
-    axes: tuple[str, ...] = ()  # of the mesh, that cut inputs
+    axes: tuple[str, ...] = ()  # the mesh axes that split inputs
 
     def local(x: Array, matrix: Packed, layer: Any) -> Array:
         flat = _flat(matrix, len(inputs))
@@ -124,10 +125,10 @@ def _few(
 
 
 def _flat(stack: Packed, inputs: int) -> Packed:
-    """A stack with one axis of outputs and one of inputs, of which it has so many."""
+    """A stack with one axis of outputs and one of `inputs` inputs."""
 
     def flat(part: Array, first: int) -> Array:
-        """With its first so many axes as one, and the others."""
+        """Merges its first `first` axes into one, and the others into another."""
         sizes = part.shape[1 : 1 + first], part.shape[1 + first :]
         return part.reshape(len(part), *map(math.prod, sizes))
 

@@ -1,16 +1,16 @@
-"""A product of one row with a packed matrix on Hopper, which is read once, as it lies in its stack.
+"""A kernel for Hopper for the product of one row with a packed matrix, read in place in its stack.
 
-One row is what drawing tokens for one text is made of. A matrix's tiles are the left side of WGMMA:
-they go from global to shared memory as they are, from there into registers, and are unpacked there
-into what the tensor cores take, so that no unpacked weight is ever written down. The row is the
-first of eight columns on the right side; the others are zeros.
+One row is the case of decoding a single text. A matrix's tiles are the left operand of WGMMA. They
+are copied packed from global to shared memory and from there to registers, where they are unpacked
+for the tensor cores, so unpacked weights are never written to memory. The row is the first of eight
+columns of the right operand; the others are zeros.
 
-Of some warpgroups one keeps some steps of the matrix in flight, from tile to tile without a
-pause; each of the others has 64 outputs of a tile. The inputs are divided into `splits`, of which a
-CTA has always the same, so that it reads its part of the row once.
+One of the warpgroups keeps several steps of the matrix in flight, from tile to tile without a
+pause; each of the others computes 64 outputs of a tile. The inputs are divided into `splits`, and a
+CTA always has the same split, so that it reads its part of the row only once.
 
-WGMMA sums pairs of inputs in an order of its own. Each thread takes the four bytes that lie
-together, and the row is brought into the order in which that makes pairs (`_ordered`).
+WGMMA sums pairs of inputs in its own order. Each thread takes four adjacent bytes, and the row is
+permuted to match (`_ordered`).
 """
 
 import itertools
@@ -32,14 +32,14 @@ from jaxtyping import Array, Float, Int
 from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES, current_device
 from dca_jax.products.packed import Packed
 
-COLUMNS = 8  # of WGMMA's right side, at least
-ROWS = 64  # outputs of a warpgroup: rows of WGMMA
-STEP = 128  # bytes of an output that are read at a time
+COLUMNS = 8  # minimum columns of WGMMA's right operand
+ROWS = 64  # outputs per warpgroup: rows of WGMMA
+STEP = 128  # bytes of an output that are read per step
 WARPGROUPS, MOST_STAGES = 4, 6
 MARGIN = 4096  # bytes of shared memory for sums and barriers
-TILE_STEPS = 1.5  # the time of beginning and ending a tile, in steps
-# On an H200 `dca_jax.products.few_rows` reads fewer weights, or outputs of int8, as fast or faster,
-# and so it does where the tiles leave more of the device idle.
+TILE_STEPS = 1.5  # time to begin and end a tile, in steps
+# On an H200 `dca_jax.products.few_rows` is as fast or faster with fewer weights, or fewer int8
+# outputs, and where the tiles leave more of the device idle.
 INT4_WEIGHTS, INT8_OUTPUTS, BUSY = 2**24, 2**14, 0.8
 ROW = plgpu.Layout.WGMMA.reduce(1)
 WORDS = plgpu.Layout.WGMMA_UPCAST_2X
@@ -49,8 +49,9 @@ class Plan(NamedTuple):
     """How a product is divided.
 
     Attributes:
-        splits: parts of the inputs. warpgroups: that compute; 64 outputs of a tile for each.
-        stages: steps in flight.
+        splits: number of parts of the inputs.
+        warpgroups: number of computing warpgroups, each with 64 outputs of a tile.
+        stages: number of steps in flight.
     """
 
     splits: int
@@ -64,16 +65,18 @@ class Plan(NamedTuple):
 
     @property
     def ctas(self) -> int:
-        """A multiple of the splits."""
+        """Number of CTAs, a multiple of the splits."""
         return MULTIPROCESSORS // self.splits * self.splits
 
 
 class _Problem(NamedTuple):
-    """What is static about a product.
+    """The static parameters of a product.
 
     Attributes:
-        plan: how it is divided. steps: of a tile. part: inputs of a split.
-        groups: of a step; 0 of int8, whose scales multiply the sums.
+        plan: how it is divided.
+        steps: number of steps per tile.
+        part: number of inputs per split.
+        groups: number of groups per step; 0 for int8, whose scales multiply the sums.
         starts: the first tile of each matrix, and the end.
     """
 
@@ -98,10 +101,10 @@ class _Shared(NamedTuple):
 
 
 def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
-    """How to multiply by these stacks; None if it cannot be done here, or is not faster so.
+    """The plan for these stacks; None if the kernel cannot run here or is not faster.
 
     Args:
-        x, stacks: as of `multiply_row`, or shapes of them.
+        x, stacks: as in `multiply_row`, or their shapes.
     """
     first = stacks[0]
     alike = {(s.form, s.zero is None, s.offset is None, s.scale.shape[1]) for s in stacks}
@@ -120,7 +123,9 @@ def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
     if not known or any(stack.inner_shape[1] % tile for stack in stacks):
         return None
     step = STEP * (2 if first.form == "int4" else 1)
-    found: list[tuple[float, float, Plan]] = []  # time in steps, and how much of it CTAs are busy
+    found: list[
+        tuple[float, float, Plan]
+    ] = []  # time in steps, share of it that CTAs are busy, plan
     for splits in (1, 2, 4, 8, 16, 32):
         part = inputs // splits
         x_bytes, stage = COLUMNS * 2 * part, tile * (STEP + 3 * step // group)
@@ -140,12 +145,12 @@ def choose_plan(x: Any, stacks: Sequence[Packed]) -> Plan | None:
 def multiply_row(
     x: Float[Array, "1 inputs"], stacks: Sequence[Packed], layer: Int[Array, ""], plan: Plan
 ) -> tuple[Float[Array, "1 _"], ...]:
-    """x times matrix `layer` of each of the stacks, in float32, in one launch.
+    """x times matrix `layer` of each stack, in float32, in one launch.
 
     Args:
-        stacks: int8 by output, or int4 with zeros, of one form; of one axis of outputs and one of
-            inputs, stacked.
-        plan: of `choose_plan`.
+        stacks: stacks in the same form, int8 per output or int4 with zeros; each matrix has one
+            axis of outputs and one of inputs.
+        plan: the result of `choose_plan`.
     """
     inputs, is_int4 = x.shape[1], stacks[0].form == "int4"
     widths = [stack.inner_shape[1] for stack in stacks]
@@ -211,7 +216,7 @@ def _sums(
 
 
 def _own(problem: _Problem) -> tuple[Any, Any, Any]:
-    """This CTA's split and first tile, and how many tiles it has, one of every `across`."""
+    """This CTA's split, first tile and number of tiles, which are `across` apart."""
     cta, splits = lax.axis_index("cta"), problem.plan.splits
     first, across = lax.div(cta, splits), problem.plan.ctas // splits
     return lax.rem(cta, splits), first, lax.div(problem.starts[-1] - first + (across - 1), across)
@@ -276,10 +281,10 @@ def _compute(problem: _Problem, out: Any, smem: _Shared) -> None:
 
 
 def _ordered(x: Float[Array, "rows inputs"], halves: bool) -> Float[Array, "rows inputs"]:
-    """The inputs in the order in which WGMMA meets those that threads have in their words.
+    """The inputs in the order in which WGMMA combines them with the words of threads.
 
-    A word has four of 16 inputs. Its pairs are of bytes that follow one another; or, of int4, of
-    bytes that are two apart.
+    A word has four of 16 inputs. Its pairs are adjacent bytes or, with int4, bytes that are two
+    apart.
     """
     rows = len(x)
     if halves:
@@ -319,7 +324,7 @@ def _add_groups(smem: _Shared, slot: Array, rows: Any, step: Array, total: Array
     return total
 
 
-# Bytes two apart, or halves of them: 0x4300 + q is 128 + q in bfloat16.
+# Bytes that are two apart, or their halves: 0x4300 + q is 128 + q in bfloat16.
 _HALF = """
 {{
 .reg .b32 half;
@@ -328,8 +333,8 @@ lop3.b32 half, half, 0x000f000f, 0x43004300, 0xea;
 add.rn.bf16x2 $0, half, $2;
 }}
 """
-# 0x4300 and 7 bits are 128 + m; 0x4300, or with the sign in the exponent's lowest bit 0x4380, is
-# 128 or 256, and is taken away.
+# 0x4300 and 7 bits are 128 + m; 0x4300, or 0x4380 with the sign in the exponent's lowest bit, is
+# 128 or 256, and is subtracted.
 _BYTE = """
 {{
 .reg .b32 pair, a, b;
@@ -342,10 +347,11 @@ sub.rn.bf16x2 $0, a, b;
 
 
 def _widened(words: Array, zero: Array | None, first: int, width: int) -> Array:
-    """Registers of `WORDS` as those of WGMMA's left side, in bfloat16; int4 less its zeros.
+    """Registers of `WORDS` converted to WGMMA's left operand in bfloat16; int4 minus its zeros.
 
     Args:
-        words: [ROWS, STEP]; `first` and `width`: of which bytes, in multiples of 16.
+        words: [ROWS, STEP].
+        first, width: range of bytes, in multiples of 16.
     """
     halves = zero is not None
     shape = (ROWS, 2 * width if halves else width)

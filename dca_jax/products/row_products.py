@@ -1,12 +1,12 @@
-"""Rows, each times matrices of its own, of which no others are read: most of drawing tokens.
+"""Products of rows with chosen matrices, reading only those; most of the time of decoding.
 
-The time is that of reading the matrices, where they lie in their stacks. A kernel of Pallas-Triton
-reads them in as many programs as keep a GPU's memory busy, and all that a row is to be multiplied
-by in one launch: where a matrix is small, XLA's product of one row takes mostly the time of
-beginning and ending, and of matrices that are chosen XLA would write down what it gathers.
+The time is that of reading the matrices, in place in their stacks. A Pallas-Triton kernel reads
+them with enough programs to keep a GPU's memory busy, and multiplies a row by several matrices in
+one launch. For small matrices XLA's product of one row is dominated by launch overhead, and XLA
+would write out a gather of chosen matrices.
 
-Each thread multiplies and adds for itself, and sums meet at a program's end: one row does not fill
-tensor cores. Packed matrices have a kernel of their own (`dca_jax.products.few_rows`).
+Each thread multiplies and adds on its own, and sums are combined at a program's end, because one
+row does not fill tensor cores. Packed matrices have another kernel (`dca_jax.products.few_rows`).
 """
 
 import functools
@@ -25,16 +25,17 @@ from dca_jax.device import current_device
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 INPUTS, OUTPUTS = 32, 128  # of a tile, at most
-PROGRAMS = 512  # that keep a GPU's memory busy: four for each processor of an H200, about
-FEWEST_STEPS, STEPS = 4, 16  # tiles that a program takes, where so many divide the inputs
+PROGRAMS = 512  # enough to keep a GPU's memory busy: about four per multiprocessor of an H200
+FEWEST_STEPS, STEPS = 4, 16  # tiles per program, if they divide the inputs
 
 
 class Tile(NamedTuple):
-    """What a program reads at a time, and how it runs.
+    """The tile that a program reads at a time, and its schedule.
 
     Attributes:
-        inputs, outputs: of a matrix. steps: tiles, along the inputs, that a program takes.
-        ahead: tiles that are on their way before the first is used.
+        inputs, outputs: size of a tile.
+        steps: number of tiles per program, along the inputs.
+        ahead: number of tiles that are prefetched.
     """
 
     inputs: int
@@ -45,7 +46,7 @@ class Tile(NamedTuple):
 
 
 def can_multiply(x: Any, stacks: Sequence[Any]) -> bool:
-    """Whether the kernel runs here and takes these rows and matrices, of shapes and dtypes."""
+    """Whether the kernel runs here with these rows and matrices (their shapes and dtypes)."""
     if x.dtype.itemsize > 4 or choose_tile(stacks, len(x)) is None:
         return False
     return INTERPRET or (current_device().capability or (0, 0)) >= (8, 0)
@@ -60,9 +61,9 @@ def row_products(
     """Each row times matrix `numbers[row]` of each of the stacks, in float32.
 
     Args:
-        x: of up to 32 bits.
-        stacks: with the same inputs; each with outputs of its own.
-        tile: default: `choose_tile`'s.
+        x: rows with a dtype of up to 32 bits.
+        stacks: stacks with the same number of inputs; outputs may differ.
+        tile: tile sizes (default: those of `choose_tile`).
     """
     rows, inputs = x.shape
     tile = choose_tile(stacks, rows) if tile is None else tile
@@ -111,7 +112,7 @@ def _kernel(
         outputs = pl.ds((column - start) * tile.outputs, tile.outputs)
         sums = jnp.zeros((tile.inputs, tile.outputs), jnp.float32)
         for first in range(0, tile.steps, tile.ahead):
-            # All loads before what waits for the first of them.
+            # All loads come before the first use, which waits.
             numbers = range(first, min(first + tile.ahead, tile.steps))
             depths = [pl.ds((split * tile.steps + n) * tile.inputs, tile.inputs) for n in numbers]
             tiles = [plgpu.load(stack_ref.at[number, depth, outputs]) for depth in depths]

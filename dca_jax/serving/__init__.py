@@ -1,1 +1,1 @@
-"""A server: many texts read and continued at once over one cache in pages."""
+"""A server with continuous batching over one paged cache."""

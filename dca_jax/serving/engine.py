@@ -1,8 +1,8 @@
-"""One thread owns the model: it reads pieces of prompts and draws tokens, step by step.
+"""One thread owns the model: it reads pieces of prompts and generates tokens, step by step.
 
-The scheduler says what the next step is, the programs run it. A step is launched before the tokens
-of the one before have come back, so the device does not wait for the host; where a text turns out
-to have ended, its token too many is dropped. Other threads ask for texts and withdraw them.
+The scheduler chooses the next step, and the programs run it. A step is launched before the tokens
+of the previous step have come back, so the device does not wait for the host; if a text turns out
+to have ended, its extra token is dropped. Other threads submit and cancel texts.
 """
 
 import logging
@@ -32,26 +32,26 @@ from dca_jax.serving.programs import COMMON, Drawn, Programs, Texts, groups_of
 from dca_jax.serving.scheduler import Draw, QueueFullError, Read, Row, Scheduler
 from dca_jax.sharding import axis_size, describe, mesh_of
 
-PAGE = 128  # tokens; what the attention's kernels read at once
-# Pages that a step must save to read beginnings in common. A page saved is worth 1.3 us and the
-# second kernel costs 2.5 ms, by a line through steps of 4, 16 and 32 texts (Llama-3-8B's shape, one
-# H200), so reading in common pays from somewhere near 1,900 pages on; at 2,400 it saved 1 ms.
+PAGE = 128  # tokens; the block size of the attention kernels
+# Number of page reads that a step must save to read common prefixes once. A page saves 1.3 us and
+# the second kernel costs 2.5 ms, by a straight-line fit over steps of 4, 16 and 32 texts
+# (Llama-3-8B's shape, one H200), so it pays off from about 1,900 pages; at 2,400 it saved 1 ms.
 WORTH = 1700
-PIECE_SECONDS = 0.2  # that a piece of a prompt may take, if a narrower one takes less
+PIECE_SECONDS = 0.2  # limit for a piece of a prompt, if a narrower one takes less
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one more token brings to a text.
+    """The update of a text with one more token.
 
     Attributes:
-        text: what has become certain.
-        token: its id; None if there was none to draw.
-        logprobs: of the token, and the most likely ones with theirs; None unless asked for.
-        finish_reason: None while the text goes on.
-        error: of an "error", what has happened.
+        text: new text that has become certain.
+        token: the token's id; None if there was none.
+        logprobs: log-probabilities of the token and of the most likely ones; None unless requested.
+        finish_reason: None while the text continues.
+        error: the message, if finish_reason is "error".
     """
 
     text: str
@@ -63,7 +63,7 @@ class Delta:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One text that is being written.
+    """A text that is being generated.
 
     Attributes:
         prompt_tokens: tokens of its prompt.
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def cached_tokens(self) -> int:
-        """Those of them that did not have to be read."""
+        """Number of prompt tokens that did not have to be read."""
         return self.row.cached
 
 
@@ -99,16 +99,17 @@ class _Flight:
 
 
 class Engine:
-    """Many texts written at once by one model.
+    """Continuous batching with one model.
 
     Args:
-        llm: the model, reading by whatever method it reads.
-        context: tokens of the longest text, answer included.
-        rows: texts that are read or drawn at the same time. pages: of the cache, of `PAGE` tokens.
-        queue: texts that wait, at most.
+        llm: the model, with its method.
+        context: number of tokens of the longest text, answer included.
+        rows: maximum number of texts processed at the same time.
+        pages: number of pages of `PAGE` tokens in the cache.
+        queue: maximum number of waiting texts.
 
     Raises:
-        InputError: a model that pages cannot serve, or a cache too small for one text.
+        InputError: a model that a paged cache does not support, or a cache too small for one text.
     """
 
     def __init__(
@@ -128,17 +129,17 @@ class Engine:
         self._changed = threading.Condition()
         self._scheduler = self._new_scheduler()
         self._jobs: dict[Row, Job] = {}
-        # Seconds that so many pieces of a width take at the start of their texts.
+        # Seconds for (number, width) of pieces at the start of their texts.
         self._base: dict[tuple[int, int], float] = {}
-        self._slope = 0.0  # and more for each of its tokens and of those before it
+        self._slope = 0.0  # additional seconds per token and earlier token
         self._stopping = False
         self._thread: threading.Thread | None = None
 
     def start(self, progress: Callable[[str], None] = lambda name: None) -> None:
-        """Compiles what there is to compile, and starts the thread.
+        """Compiles all programs and starts the thread.
 
         Args:
-            progress: told what is compiled next.
+            progress: function called with the name of the next program.
         """
         for name in self.programs.compile():
             progress(name)
@@ -154,7 +155,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread when every text has come to its end."""
+        """Ends the thread after all texts have ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -176,18 +177,18 @@ class Engine:
         logprobs: bool = False,
         ignore_stop_ids: bool = False,
     ) -> list[Job]:
-        """Asks for texts: `choices` of each prompt, one prompt after the other.
+        """Submits texts: `choices` for each prompt, one prompt after another.
 
-        A text is what `LLM.generate([prompt] * choices, options)` gives for it.
+        The texts are those of `LLM.generate([prompt] * choices, options)`.
 
         Args:
-            options: `prefix`, `progress` and `thinking` say nothing here.
-            deliver: of each text, what is called with each `Delta`, in the engine's thread.
-            ignore_stop_ids: go on to `max_new_tokens` whatever is drawn.
+            options: generation options; `prefix`, `progress` and `thinking` are ignored.
+            deliver: for each text, a function called with each `Delta` in the engine's thread.
+            ignore_stop_ids: whether to continue to `max_new_tokens` regardless of stop ids.
 
         Raises:
             InputError: an empty prompt, an id outside the vocabulary, or more than `context`.
-            QueueFullError: too many are waiting.
+            QueueFullError: too many texts are waiting.
         """
         check_prompts(prompts, self.llm.model.config.vocab_size)
         longest, new = max(map(len, prompts)), options.max_new_tokens
@@ -235,14 +236,14 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody wants these texts any more; what they hold is free before the next step."""
+        """Cancels texts; their pages are freed before the next step."""
         with self._changed:
             for job in jobs:
                 self._end(job)
             self._changed.notify()
 
     def counts(self) -> dict[str, int]:
-        """Texts that run and wait; pages that are in use, kept for others, and free."""
+        """Numbers of running and waiting texts, and of used, kept and free pages."""
         with self._changed:
             pages = self._scheduler.pages
             return {
@@ -275,7 +276,7 @@ class Engine:
                 if before is not None:
                     self._collect(before)
                 if flight is not None and isinstance(flight.step, Read):
-                    self._collect(flight)  # what it has read may be shared by the next step
+                    self._collect(flight)  # the next step may share its pages
                     flight = None
             except Exception:
                 log.exception("a step of the server failed; its texts are given up")
@@ -283,7 +284,7 @@ class Engine:
                 self._begin_anew()
 
     def _pieces(self, rows: Sequence[Row]) -> list[int]:
-        """Tokens to read at once of the first rows: as many as take no longer than a piece may."""
+        """Tokens to read at once from the first rows, within the time limit of a piece."""
         widths, first = self.programs.pieces, rows[0]
         quick = [w for w in widths if self._seconds([first], w) <= PIECE_SECONDS]
         counts = [cut(first.left, tuple(quick) or widths[-1:])[0][0]]
@@ -297,12 +298,12 @@ class Engine:
         return counts
 
     def _seconds(self, rows: Sequence[Row], width: int) -> float:
-        """What a piece of each row takes."""
+        """Estimated seconds for a piece of each row."""
         batch = 1 if len(rows) == 1 else self.programs.rests
         return self._base[batch, width] + self._slope * width * sum(row.read for row in rows)
 
     def _prepare(self, step: Read | Draw) -> tuple[Read | Draw, list[Job], Texts]:
-        """What the step's texts are, as they are now."""
+        """The step's texts in their present state."""
         jobs, count = [self._jobs[row] for row in step.rows], len(step.rows)
         if isinstance(step, Read):
             size = 1 if count == 1 else self.programs.rests
@@ -326,7 +327,7 @@ class Engine:
         return step, jobs, texts._replace(sampler=sampler, ranked=ranked, common=common)
 
     def _common(self, tables: Sequence[Sequence[int]], size: int) -> Common | None:
-        """What these texts read in common, if it saves enough."""
+        """The common prefixes of these texts, if reading them once saves enough."""
         limits = {"members": self.programs.members, "most": groups_of(size)}
         groups = common_beginnings(tables, **limits)
         saved = sum((len(rows) - 1) * pages for rows, pages in groups)
@@ -337,7 +338,7 @@ class Engine:
         if isinstance(step, Draw):
             return _Flight(step, jobs, self.programs.draw(texts), started)
         for piece, job in zip(step.pieces, jobs, strict=True):
-            # Here and not before: what earlier pieces draw is not of the text.
+            # Only now, because tokens generated by earlier pieces are not part of the text.
             if piece.is_last and job.options.sampler.penalizes:
                 self.programs.mark(piece.row.slot, piece.row.tokens)
         tokens = [piece.row.tokens[piece.start : piece.end] for piece in step.pieces]
@@ -348,7 +349,7 @@ class Engine:
         return min(width for width in self.programs.pieces if width >= most)
 
     def _collect(self, flight: _Flight) -> None:
-        """Waits for a step, and gives its tokens to their texts."""
+        """Waits for a step and adds its tokens to their texts."""
         step, drawn = flight.step, flight.drawn
         tokens = np.asarray(drawn.token).tolist()
         drawn_from = [True] * len(flight.jobs)
@@ -367,7 +368,7 @@ class Engine:
             self._push(job, token, told)
 
     def _collect_pieces(self, step: Read, jobs: list[Job], finite: np.ndarray) -> list[bool]:
-        """Which of the texts a token has been drawn for; those whose numbers are not finite end."""
+        """Which of the texts got a token; texts with non-finite values end."""
         drawn_from = []
         for piece, job, is_finite in zip(step.pieces, jobs, finite, strict=False):
             drawn_from.append(bool(is_finite) and piece.is_last)
@@ -379,7 +380,7 @@ class Engine:
         return drawn_from
 
     def _time(self, step: Read, seconds: float) -> None:
-        """Learns what a piece takes."""
+        """Updates the time estimate of a piece."""
         width, before = self._width(step), sum(piece.start for piece in step.pieces)
         if before > width:
             batch = 1 if len(step.pieces) == 1 else self.programs.rests
@@ -408,7 +409,7 @@ class Engine:
         job.deliver(Delta(text=text, token=token, logprobs=logprobs, finish_reason=reason))
 
     def _fail(self, job: Job, position: int) -> None:
-        """A text whose numbers are not finite ends alone, and leaves no such number behind."""
+        """Ends a text with non-finite values, and clears them from its pages."""
         with self._changed:
             own = self._end(job)
         self.programs.clear(own)
@@ -432,12 +433,12 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler:
         pages = Pages(self._options["pages"], PAGE)
-        # A token that sees the length of its text is read otherwise than it is drawn.
+        # If positions depend on the text's length, reading a token differs from generating it.
         again = not self._by_length
         return Scheduler(pages, rows=self._rows, queue=self._queue, again=again)
 
     def _begin_anew(self) -> None:
-        """After a step that failed the cache may be lost: every text ends, and nothing is kept."""
+        """Resets after a failed step, which may have lost the cache: ends all texts."""
         with self._changed:
             jobs, self._jobs = list(self._jobs.values()), {}
             for job in jobs:
@@ -449,13 +450,13 @@ class Engine:
 
 
 def check_served(llm: LLM, context: int) -> None:
-    """Refuses what cannot be served; of a model that may still be without its weights.
+    """Checks that a model can be served; its weights need not be loaded.
 
     Args:
-        context: tokens of the longest text, answer included.
+        context: number of tokens of the longest text, answer included.
 
     Raises:
-        InputError: a mesh, a method, a cache or a context that a server does not have.
+        InputError: a mesh, a method, a cache or a context that a server does not support.
     """
     model = llm.model
     mesh, others = mesh_of(model), ("data", "fsdp", "context")
@@ -482,6 +483,6 @@ def check_served(llm: LLM, context: int) -> None:
         )
     if context < 2:
         raise InputError(
-            f"a context of {context} has no room for a prompt and an answer; give at least 2 tokens"
+            f"a context of {context} has no room for a prompt and an answer; give at least 2"
         )
     model.check_window(context)

@@ -1,4 +1,4 @@
-"""What answers look like: OpenAI's objects, whole and as chunks of a stream."""
+"""The format of answers: OpenAI's objects, whole and as chunks of a stream."""
 
 import abc
 import math
@@ -13,12 +13,12 @@ from dca_jax.inference.token_bytes import TokenBytes
 from dca_jax.inference.tokenizer import decode
 from dca_jax.serving.engine import Delta, Job
 
-LEAST = -9999.0  # what OpenAI gives for the logarithm of 0, which JSON does not have
+LEAST = -9999.0  # OpenAI's value for the logarithm of 0, which JSON cannot represent
 
 
 @dataclass
 class Choice:
-    """What one text has come to."""
+    """The state of one text of an answer."""
 
     text: str = ""
     tokens: int = 0
@@ -27,7 +27,7 @@ class Choice:
     logprobs: list[Delta] = field(default_factory=list)
 
     def take(self, delta: Delta) -> None:
-        """Adds what one more token brings."""
+        """Adds the update of one more token."""
         self.text += delta.text
         self.tokens += delta.token is not None
         self.finish_reason, self.error = delta.finish_reason, delta.error
@@ -36,7 +36,7 @@ class Choice:
 
 
 class Tokens:
-    """How tokens are shown beside their log-probabilities."""
+    """The representation of tokens next to their log-probabilities."""
 
     def __init__(self, llm: LLM) -> None:
         self._tokenizer, self._bytes = llm.tokenizer, TokenBytes(llm.tokenizer)
@@ -50,7 +50,7 @@ class Tokens:
             text = self._bytes.special.get(token) or decode(self._tokenizer, [token])
             piece = self._tokenizer.convert_ids_to_tokens(token)
             if piece is not None and piece.startswith("▁") and not text.startswith(" "):
-                text = " " + text  # a decoder takes the space off what it takes for a text's start
+                text = " " + text  # a decoder removes the space at the start of a text
             found = text.encode(errors="replace")
         return found.decode(errors="replace"), list(found)
 
@@ -59,7 +59,8 @@ class Form(abc.ABC):
     """One of the two protocols.
 
     Args:
-        model: the name the model is served under. top: as of `Wanted`.
+        model: the model's name for clients.
+        top: as in `Wanted`.
     """
 
     kind, chunk_kind, prefix = "", "", ""
@@ -83,11 +84,11 @@ class Form(abc.ABC):
         return self._object(self.chunk_kind, [told]) | ({"usage": None} if usage else {})
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What a choice of a stream begins with, if anything."""
+        """The first chunk of a choice in a stream, if any."""
         return None
 
     def last(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The chunk that says what it took."""
+        """The chunk with the usage."""
         return self._object(self.chunk_kind, []) | {"usage": usage}
 
     @abc.abstractmethod
@@ -96,7 +97,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def delta(self, index: int, delta: Delta) -> dict[str, Any]:
-        """One piece of a text."""
+        """A chunk of a text."""
 
 
 class ChatForm(Form):
@@ -121,7 +122,7 @@ class ChatForm(Form):
         }
 
     def delta(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Some more of a message."""
+        """A chunk of a message."""
         told = [delta] if delta.logprobs is not None else []
         return {"delta": {"content": delta.text}, "logprobs": self._logprobs(told)}
 
@@ -159,7 +160,7 @@ class CompletionForm(Form):
         return {"index": index, "text": choice.text, **told}
 
     def delta(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Some more of a text."""
+        """A chunk of a text."""
         told = [delta] if delta.logprobs is not None else []
         return {"text": delta.text, "logprobs": self._logprobs(index, told)}
 
@@ -175,7 +176,7 @@ class CompletionForm(Form):
             texts.append(text)
             own.append(finite(logprob))
             likely: dict[str, float] = {}
-            for token, one in top[: self._top]:  # of two that look alike, the likelier
+            for token, one in top[: self._top]:  # of two that look the same, the more likely one
                 likely.setdefault(self._tokens.shown(token)[0], finite(one))
             tops.append(likely)
             offsets.append(at)
@@ -190,12 +191,12 @@ class CompletionForm(Form):
 
 
 def finite(logprob: float) -> float:
-    """A number that JSON has."""
+    """A number that JSON can represent."""
     return logprob if math.isfinite(logprob) else LEAST
 
 
 def usage(jobs: Sequence[Job], choices: Sequence[Choice], per_prompt: int) -> dict[str, Any]:
-    """Tokens that a request took; a prompt counts once, however many choices it has."""
+    """Token usage of a request; a prompt counts once, whatever its number of choices."""
     prompts = jobs[::per_prompt]
     read, drawn = sum(job.prompt_tokens for job in prompts), sum(c.tokens for c in choices)
     return {

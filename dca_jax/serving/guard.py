@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the size of its body, the count of its answer."""
+"""Checks before every request: API key and body size; counts the answers."""
 
 import json
 import secrets
@@ -14,19 +14,20 @@ OPEN = frozenset(["/health"])  # paths that need no key
 def problem(
     message: str, kind: str, *, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error in the format of OpenAI's clients."""
     told = {"message": message, "type": kind, "param": param, "code": code}
-    # What a client sent may hold half of a surrogate pair, which is no text.
+    # The client's input may contain half of a surrogate pair, which is not text.
     plain = {k: v and v.encode(errors="replace").decode() for k, v in told.items()}
     return {"error": plain}
 
 
 class Guard:
-    """An ASGI application around another.
+    """An ASGI application that wraps another.
 
     Args:
-        key: what a client must have; None for everyone.
-        largest: bytes of a body. paths: those that are counted by name.
+        key: the key that clients must send; None for no key.
+        largest: maximum bytes of a body.
+        paths: paths that are counted by name.
     """
 
     def __init__(

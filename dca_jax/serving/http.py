@@ -1,4 +1,4 @@
-"""The protocol of OpenAI over the engine: routes, streams, and what goes wrong."""
+"""OpenAI's protocol over the engine: routes, streams and errors."""
 
 import asyncio
 import contextlib
@@ -29,19 +29,19 @@ from dca_jax.serving.protocol import (
 )
 from dca_jax.serving.scheduler import QueueFullError
 
-BODY = 2**20, 32  # bytes of a request: some, and more for each token of the context
-GONE = 499  # the status of an answer that nobody reads
+BODY = 2**20, 32  # maximum bytes of a request: a base, and more per token of the context
+GONE = 499  # the status if the client has disconnected
 
 INVALID = "invalid_request_error"
 
 
 def make_app(engine: Engine, name: str, *, key: str | None = None) -> FastAPI:
-    """The application.
+    """Creates the application.
 
     Args:
-        engine: started.
-        name: of the model, as clients say it.
-        key: what clients must have; None for none.
+        engine: the engine, already started.
+        name: the model's name for clients.
+        key: the key that clients must send; None for no key.
     """
     metrics, begun = Metrics(), int(time.time())
     app = FastAPI(title="dca_jax", docs_url=None, redoc_url=None)
@@ -91,7 +91,7 @@ def make_app(engine: Engine, name: str, *, key: str | None = None) -> FastAPI:
 
 
 class Room:
-    """Where requests become texts of the engine, and those become answers."""
+    """Turns requests into texts of the engine, and texts into answers."""
 
     def __init__(self, engine: Engine, name: str, metrics: Metrics) -> None:
         self._engine, self._name, self._metrics = engine, name, metrics
@@ -100,7 +100,7 @@ class Room:
     def check_model(self, wanted: str | None) -> None:
         """Raises HTTPException for a model that is not served."""
         if wanted not in (None, self._name):
-            raise HTTPException(404, f"this server has the model {self._name}, and no other")
+            raise HTTPException(404, f"this server only has the model {self._name}")
 
     async def answer(
         self, form: Callable[..., Form], body: Generation, request: Request
@@ -119,14 +119,14 @@ class Room:
 
 
 class Answer:
-    """The texts of one request, as they come; to be closed in any case.
+    """The texts of one request as they are generated; must always be closed.
 
     Attributes:
-        choices: what they have come to.
-        top: as of `Wanted`.
+        choices: the texts so far.
+        top: as in `Wanted`.
 
     Raises:
-        InputError, QueueFullError: as `Generation.wanted` and `Engine.submit`.
+        InputError, QueueFullError: as in `Generation.wanted` and `Engine.submit`.
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class Answer:
 
     def _put(self, index: int, delta: Delta) -> None:
         """Called in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Every piece of every text, with the number of its choice; an error is the last."""
+        """Every update of every text, with the number of its choice; an error comes last."""
         left = len(self.choices)
         while left:
             index, delta = await self._queue.get()
@@ -170,7 +170,7 @@ class Answer:
                 return
 
     def close(self) -> None:
-        """Withdraws what is not finished, and counts what there was."""
+        """Cancels unfinished texts, and counts the request."""
         self._engine.cancel(self._jobs)
         errors = sum(choice.error is not None for choice in self.choices)
         unfinished = sum(choice.finish_reason is None for choice in self.choices)
@@ -196,7 +196,7 @@ class Stream(StreamingResponse):
         self._answer = answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Writes it; if the client goes away, what is left is withdrawn."""
+        """Sends the stream; if the client disconnects, cancels the rest."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -229,7 +229,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def _unless_gone(request: Request, answer: Any) -> Response:
-    """The answer; if the client goes away first, what writes it is ended."""
+    """The answer; if the client disconnects first, its generation is cancelled."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -246,7 +246,7 @@ async def _unless_gone(request: Request, answer: Any) -> Response:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Everything that goes wrong, in the form that clients know."""
+    """Returns all errors in OpenAI's format."""
 
     @app.exception_handler(InputError)
     async def input_error(_: Request, error: InputError) -> Response:
@@ -274,10 +274,10 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _invalid(errors: Sequence[Any]) -> dict[str, Any]:
-    """What is wrong with a body, by the first field that is."""
+    """Describes the first invalid field of a body."""
     first, where = errors[0], errors[0]["loc"][1:2]
     if first["type"] == "json_invalid":
-        return problem(f"the body is no JSON: {first['ctx']['error']}", INVALID)
+        return problem(f"the body is not JSON: {first['ctx']['error']}", INVALID)
     message = first["msg"].removeprefix("Value error, ")
     if sum(error["loc"][1:2] == where for error in errors) > 1:  # of several kinds it is none
         message = f"of a kind that is not taken: {shown(first['input'])}"

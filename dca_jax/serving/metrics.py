@@ -1,16 +1,16 @@
-"""What a server says of itself, in Prometheus' format."""
+"""Metrics of a server in Prometheus' format."""
 
 import time
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# Seconds: from a token of a small model to a prompt of a million.
+# Seconds, from a token of a small model to a prompt of a million tokens.
 TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The numbers of one server."""
+    """The metrics of a server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Metrics:
         self._gauges = {name: Gauge(name, text, **named) for name, text in gauges.items()}
 
     def written(self, counts: Mapping[str, int]) -> bytes:
-        """Everything, with what the engine counts now."""
+        """All metrics, with the engine's current counts."""
         for name, gauge in self._gauges.items():
             gauge.set(counts[name])
         return generate_latest(self.registry)

@@ -1,11 +1,11 @@
-"""Which page of the cache holds what: shared by equal beginnings, kept while there is room.
+"""The pages of the cache, shared by texts with equal prefixes and kept while there is room.
 
-A page holds the keys and values of a fixed number of tokens. What they are depends on all tokens
-before them, so full pages form a tree: a page is found by the page before it and its own tokens,
-compared one by one and not by a hash. Pages that no text holds stay in the tree until their room is
-needed; those longest unused go first, and the end of a text before its beginning.
+A page has the keys and values of a fixed number of tokens. These depend on all earlier tokens, so
+full pages form a tree: a page is found by the page before it and its own tokens, which are compared
+directly and not by a hash. Pages that no text holds stay in the tree until their space is needed;
+the least recently used are evicted first, and the end of a text before its beginning.
 
-Plain Python: no arrays and no clock.
+This is plain Python without arrays or clocks.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-Node = tuple[int, bytes]  # the number of the entry before it, and the tokens of the page
+Node = tuple[int, bytes]  # the number of the parent entry, and the tokens of the page
 
 ROOT = 0  # the number before the first page of every text
 
@@ -22,33 +22,32 @@ class Pages:
     """The pages of a cache.
 
     Args:
-        count: how many there are. size: tokens of each.
+        count: number of pages.
+        size: number of tokens per page.
     """
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
         self._free = list(range(count - 1, -1, -1))
-        self._holders = [0] * count  # texts that hold each page
+        self._holders = [0] * count  # number of texts that hold each page
         self._found: dict[Node, int] = {}  # the tree
-        self._node: dict[int, Node] = {}  # of each page that is in it
-        self._number: dict[int, int] = {}  # of its entry there, which no other ever has
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # in the tree, held by none; oldest first
+        self._node: dict[int, Node] = {}  # the node of each page in the tree
+        self._number: dict[int, int] = {}  # the unique number of its entry in the tree
+        self._idle: OrderedDict[int, None] = OrderedDict()  # in the tree but not held; oldest first
         self._numbers = itertools.count(ROOT + 1)
 
     @property
     def available(self) -> int:
-        """Pages that can be taken: free, or kept and held by no text."""
+        """Number of pages that can be taken: free, or kept and not held."""
         return len(self._free) + len(self._idle)
 
     @property
     def kept(self) -> int:
-        """Pages that are kept for texts to come, and held by none."""
+        """Number of pages kept for future texts and not held."""
         return len(self._idle)
 
     def take(self) -> int:
-        """An empty page for one holder; there must be one available."""
+        """Takes an empty page for one holder; one must be available."""
         if not self._free:
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
@@ -70,14 +69,15 @@ class Pages:
         return self._number[page]
 
     def hold(self, page: int) -> None:
-        """One more text holds a page of the tree."""
+        """Adds a holder to a page of the tree."""
         self._idle.pop(page, None)
         self._holders[page] += 1
 
     def enter(self, page: int, before: int, tokens: bytes) -> int:
         """Puts a full page into the tree; returns the page to use in its place.
 
-        It is another one where the same tokens were entered meanwhile; then this one is let go.
+        If the same tokens have been entered meanwhile, that is another page, and this one is
+        released.
         """
         twin = self._found.get((before, tokens))
         if twin is not None:
@@ -89,8 +89,10 @@ class Pages:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """A text lets go of its pages, which are given in its order."""
-        for page in reversed(pages):  # the beginning, which more texts may share, is used last
+        """Releases a text's pages, given in order."""
+        for page in reversed(
+            pages
+        ):  # the beginning, which more texts may share, is most recently used
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
@@ -113,16 +115,18 @@ def page_keys(tokens: Sequence[int], size: int) -> list[bytes]:
 def common_beginnings(
     tables: Sequence[Sequence[int]], *, members: int, most: int
 ) -> list[tuple[list[int], int]]:
-    """Groups of texts whose beginnings lie in the same pages, so that reading each once saves most.
+    """Groups of texts with common first pages, chosen so that reading each once saves the most.
 
-    Pages that several texts hold are full, and stand in the tree: where two texts have the same
-    page, they have the same ones before it.
+    Pages held by several texts are full and in the tree, so if two texts share a page, they also
+    share all pages before it.
 
     Args:
-        tables: of each text, its pages. members: texts of a group, at most. most: groups.
+        tables: the pages of each text.
+        members: maximum number of texts in a group.
+        most: maximum number of groups.
 
     Returns:
-        Of each group, the texts' numbers, two or more, and how many pages they have in common.
+        For each group, the numbers of two or more texts, and their number of common pages.
     """
     found = [
         (part, pages)
@@ -137,7 +141,7 @@ def common_beginnings(
 def _best_groups(
     tables: Sequence[Sequence[int]], rows: list[int], known: int
 ) -> list[tuple[list[int], int]]:
-    """Of rows that have `known` pages in common: all as one group, or several that have more."""
+    """Splits rows with `known` common pages into one group, or several with more common pages."""
     common = _common_pages([tables[row] for row in rows], known)
     after: dict[int, list[int]] = {}
     for row in rows:
@@ -156,7 +160,7 @@ def _best_groups(
 
 
 def _common_pages(tables: Sequence[Sequence[int]], known: int) -> int:
-    """How many pages all have in common, by bisection."""
+    """The number of pages that all have in common, by bisection."""
     low, high = known, min(map(len, tables))
     while low < high:
         middle = (low + high + 1) // 2

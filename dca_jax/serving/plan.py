@@ -1,6 +1,6 @@
-"""`dca-jax plan --serve`: which texts a server holds at once, and how much it keeps of others.
+"""`dca-jax plan --serve`: the texts that a server can hold at once, and its spare cache.
 
-By the same counts as the server's own (`dca_jax.serving.sizing`), from the model's shape alone.
+It uses the same estimates as the server (`dca_jax.serving.sizing`), from the model's shape alone.
 """
 
 import math
@@ -22,8 +22,8 @@ from dca_jax.sharding import AXES, describe
 from dca_jax.weights.kept import Kept
 from dca_jax.weights.placement import check_mesh
 
-ROWS = 32  # texts at once, as `dca-jax serve` has them
-SHORTEST = 1024  # tokens of the shortest texts that are counted
+ROWS = 32  # texts at once, the default of `dca-jax serve`
+SHORTEST = 1024  # tokens of the shortest texts in the plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,13 @@ class ServerPlan:
     """What fits into a server.
 
     Attributes:
-        sizes: of the mesh, by axis. rows: texts at once, at most. context: tokens of the longest.
-        weights: bytes on each device. beside: what reading and drawing take there at once.
-        page: bytes of a page. pages: how many there are.
+        sizes: sizes of the mesh by axis.
+        rows: maximum number of texts at once.
+        context: number of tokens of the longest text.
+        weights: bytes of weights per device.
+        beside: bytes per device for prefill and decoding.
+        page: bytes of a page.
+        pages: number of pages.
     """
 
     model: str
@@ -48,11 +52,11 @@ class ServerPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether one of the longest texts does."""
+        """Whether one text of the maximum length fits."""
         return self.pages * PAGE >= self.context
 
     def texts(self) -> list[dict[str, int]]:
-        """Of lengths from `SHORTEST` to the longest: texts at once, and tokens kept beside them."""
+        """Texts at once and spare tokens of the cache, for lengths from `SHORTEST` on."""
         lengths, length = [], SHORTEST
         while length < self.context:
             lengths.append(length)
@@ -67,7 +71,7 @@ class ServerPlan:
         return found
 
     def facts(self) -> dict[str, str]:
-        """For people: what there is to say, by name, in order."""
+        """Facts about the plan for users, by name, in order."""
         count = math.prod(self.sizes.values())
         told = {
             "devices": f"{count} x {self.device.name}, {describe(self.sizes)}",
@@ -83,7 +87,7 @@ class ServerPlan:
         return told
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts: bytes and tokens."""
+        """Bytes and tokens for scripts."""
         return {
             "model": self.model,
             "device": self.device.name,
@@ -112,14 +116,17 @@ def plan_server(
     kept: Mapping[str, Kept] | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> ServerPlan:
-    """Works out what fits.
+    """Estimates what fits into a server.
 
     Args:
-        model: its name, for the plan only.
-        device: one of `DEVICES`. mesh: sizes by axis, of which a server has `tensor` only; None:
-            the fewest devices of one island that hold a text.
-        context: tokens of the longest text, answer included. rows: texts at once, at most.
-        dtype: of weights and activations. weights, kept, cache_dtype: as of `plan`.
+        model: name of the model, for the plan only.
+        device: one of `DEVICES`.
+        mesh: sizes by axis; a server supports only `tensor`. None uses the fewest devices of one
+            island that hold a text.
+        context: number of tokens of the longest text, answer included.
+        rows: maximum number of texts at once.
+        dtype: dtype of weights and activations.
+        weights, kept, cache_dtype: as in `dca_jax.planning.plan.plan`.
 
     Raises:
         InputError: an unknown device, a mesh of other axes, or a number that is not positive.

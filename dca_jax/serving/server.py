@@ -1,4 +1,4 @@
-"""A server's process: its socket, its signals, its beginning and its end."""
+"""A server's process: socket, signals, startup and shutdown."""
 
 import ipaddress
 import os
@@ -11,19 +11,19 @@ import uvicorn
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
-BACKLOG = 2048  # connections that wait to be taken
+BACKLOG = 2048  # maximum pending connections
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 is any that is free.
+    """A listening socket; port 0 chooses a free port.
 
     Raises:
-        InputError: the address is none of this machine's, or taken.
+        InputError: the address does not belong to this machine, or is in use.
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(place[:2], family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:  # the latter of a part of a name that is too long
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is too long
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
             f"cannot listen on {shown(host)} port {port}: {reason}; choose another --host or --port"
@@ -31,12 +31,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(opened: socket.socket) -> bool:
-    """Whether only this machine reaches a socket."""
+    """Whether a socket is reachable only from this machine."""
     return ipaddress.ip_address(opened.getsockname()[0]).is_loopback
 
 
 class Server(uvicorn.Server):
-    """One that a first signal lets end when its answers are written, and a second at once."""
+    """A server that finishes its answers on the first signal, and ends at once on a second."""
 
     def __init__(self, app: Any) -> None:
         options = {"access_log": False, "log_level": "warning", "lifespan": "off", "ws": "none"}

@@ -1,4 +1,4 @@
-"""How many pages a server's cache has: what memory leaves beside the weights."""
+"""The number of pages in a server's cache, from the memory left by the weights."""
 
 import math
 
@@ -12,20 +12,23 @@ from dca_jax.serving.engine import PAGE
 from dca_jax.serving.programs import PIECES
 from dca_jax.sharding import mesh_of
 
-SHARE = 0.9  # of what is free: the rest is for what XLA needs beside its arrays
-CPU_SHARE = 0.25  # of a machine's memory, which is not for the server alone
-LOGITS = 8  # numbers of 4 bytes for each token of the vocabulary and each text, while drawing
+SHARE = 0.9  # share of the free memory; the rest is for XLA's other needs
+CPU_SHARE = 0.25  # share of a machine's memory, which other programs need too
+LOGITS = 8  # 4-byte numbers per vocabulary token and text during decoding
 
 
 def choose_pages(llm: LLM, *, context: int, rows: int, tokens: int | None = None) -> int:
-    """Pages of the cache of a server.
+    """The number of pages for a server's cache.
 
     Args:
-        llm: with its weights. context: tokens of the longest text. rows: texts at once.
-        tokens: of the whole cache; None for what fits, on a CPU at most `rows` texts of `context`.
+        llm: the model with its weights.
+        context: number of tokens of the longest text.
+        rows: number of texts at once.
+        tokens: size of the cache in tokens; None for as many as fit (on a CPU at most `rows` texts
+            of `context`).
 
     Raises:
-        InputError: it does not fit into memory, or not one text fits into it.
+        InputError: the cache does not fit into memory, or is too small for one text.
     """
     config, mesh = llm.model.config, mesh_of(llm.model)
     page = cache_bytes(config, 1, PAGE, llm.cache_dtype, mesh)
@@ -52,10 +55,11 @@ def choose_pages(llm: LLM, *, context: int, rows: int, tokens: int | None = None
 
 
 def beside_bytes(config: LlamaConfig, *, context: int, rows: int, dtype: DTypeLike) -> int:
-    """Bytes that reading a piece and drawing a token for each text take beside weights and cache.
+    """Bytes for reading a piece and generating a token per text, besides weights and cache.
 
     Args:
-        context, rows: as of `choose_pages`. dtype: of activations.
+        context, rows: as in `choose_pages`.
+        dtype: dtype of activations.
     """
     reading = reading_bytes(config, 1, min(context, PIECES[-1]), dtype)
     return reading + LOGITS * 4 * rows * config.vocab_size

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: the parameters' one mapping table, and the formats that hold them."""
+"""Checkpoints on disk: the mapping table of parameters, and the file formats."""

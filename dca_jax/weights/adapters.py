@@ -1,8 +1,8 @@
-"""LoRA adapters beside a checkpoint: PEFT's folders, and merging them into the weights.
+"""LoRA adapters: reading and writing PEFT folders, and merging adapters into the weights.
 
-An adapter is a pair of float32 arrays beside the kernel it adapts (`dca_jax.model.Linear`):
-`lora_a` [L, inputs, R] and `lora_b` [L, R, outputs]. Folders are those of PEFT
-(https://github.com/huggingface/peft), read and written.
+An adapter is a pair of float32 arrays next to the kernel it adapts (`dca_jax.layers.Linear`):
+`lora_a` [L, inputs, R] and `lora_b` [L, R, outputs]. Folders have the format of PEFT
+(https://github.com/huggingface/peft).
 """
 
 import json
@@ -34,10 +34,10 @@ from dca_jax.weights.parameters import (
 from dca_jax.weights.tensor_files import list_file, write_safetensors
 
 ADAPTERS = ("lora_a", "lora_b")  # names of trainable leaves
-# PEFT's names of the files of an adapter's folder.
+# PEFT's file names in an adapter folder.
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Settings of PEFT that are read, or say nothing about what trained adapters compute. Any other one
-# that is set makes them something else than low-rank matrices beside whole kernels.
+# PEFT settings that are read, or do not affect what trained adapters compute. Any other one, if
+# set, means something else than low-rank matrices added to whole kernels.
 _KNOWN = set(
     "peft_type r lora_alpha target_modules exclude_modules bias use_rslora task_type auto_mapping "
     "peft_version revision base_model_name_or_path inference_mode lora_dropout init_lora_weights "
@@ -48,17 +48,16 @@ _TENSOR = re.compile(r"\.(\w+)\.lora_[AB]\.weight")  # the end of a tensor's nam
 
 
 def merge_lora(read: Read, adapters: Mapping[str, Any], lora: LoraConfig) -> Read:
-    """Reads a base with its adapters merged into it: each kernel as W + scale A B.
+    """A `read` for the base with merged adapters: each kernel is W + scale A B.
 
-    The sum is in float32, rounded once to the dtype of what `read` gives. A piece is merged when
-    it is read, so a base of any size needs no more memory than `load_tree` or a `StreamedArray`
-    takes for it. With several processes, all call it.
+    The sum is computed in float32 and rounded once to the dtype of `read`. Pieces are merged as
+    they are read, so this needs no more memory than `load_tree` or a `StreamedArray`. With several
+    processes, all must call it.
 
     Args:
-        read: of the base, as it was before any quantization
-            (`dca_jax.weights.folder.open_weights`).
-        adapters: as `load_adapter` gives them.
-        lora: what they were made with.
+        read: reads pieces of the base, unquantized (`dca_jax.weights.folder.open_weights`).
+        adapters: the adapters from `load_adapter`.
+        lora: their setting.
     """
     leaves = {path: on_host(leaf) for path, leaf in flat(adapters).items()}
 
@@ -85,10 +84,10 @@ def merge_lora(read: Read, adapters: Mapping[str, Any], lora: LoraConfig) -> Rea
 
 
 def with_adapter(read: Read, path: str | Path, config: LlamaConfig) -> Read:
-    """`merge_lora` of the adapter in a folder.
+    """`merge_lora` with the adapter in a folder.
 
     Raises:
-        InputError: as `load_adapter`.
+        InputError: as in `load_adapter`.
     """
     lora, adapters = load_adapter(path, config)
     return merge_lora(read, adapters, lora)
@@ -105,16 +104,16 @@ def save_adapter(
     *,
     base_model: str | None = None,
 ) -> None:
-    """Writes adapters as a folder that PEFT loads: its config, and safetensors in float32.
+    """Writes adapters as a folder that PEFT can load: its config, and safetensors in float32.
 
-    `path` appears when everything is written. With several processes, all call it.
+    `path` appears only when everything is written. With several processes, all must call it.
 
     Args:
-        path: the folder to make.
-        adapters: their tree, whole or cut.
+        path: the folder to create.
+        adapters: their tree, replicated or sharded.
         config: the base model's shape.
-        lora: what they were made with.
-        base_model: name or folder of the base, for PEFT to load by itself.
+        lora: their setting.
+        base_model: name or folder of the base model, from which PEFT can load it.
 
     Raises:
         InputError: `path` exists, or its parent does not.
@@ -156,7 +155,7 @@ def save_adapter(
 def load_adapter(
     path: str | Path, config: LlamaConfig, *, sharding: Shardings = None
 ) -> tuple[LoraConfig, dict[str, Any]]:
-    """The setting and the adapters of a folder that `save_adapter` or PEFT wrote, in float32.
+    """The setting and the float32 adapters in a folder written by `save_adapter` or PEFT.
 
     Args:
         path: the folder.
@@ -164,8 +163,8 @@ def load_adapter(
         sharding: as in `init_lora`.
 
     Raises:
-        InputError: no such folder or files; a variant of LoRA that is not computed here; tensors
-            that do not fit the model, or are NaN or infinite.
+        InputError: a missing folder or file, an unsupported variant of LoRA, or tensors that do not
+            fit the model or are not finite.
     """
     lora, checkpoint = open_adapter(path, config)
     rows, dtype = lora_parameters(config, lora), np.dtype(np.float32)
@@ -176,14 +175,14 @@ def load_adapter(
 
 
 def open_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, Checkpoint]:
-    """The setting of an adapter's folder, and its tensors, which are not read yet.
+    """The setting of an adapter folder, and its tensors without reading them.
 
     Raises:
-        InputError: as `load_adapter`, but for what the tensors hold.
+        InputError: as in `load_adapter`, except for the tensors' values.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected one with {CONFIG_FILE}")
+        raise InputError(f"{folder} is not a folder; expected one with {CONFIG_FILE}")
     found = read_json(folder, CONFIG_FILE)
     stored = {tensor.name: tensor for tensor in list_file(member(folder, WEIGHTS_FILE))}
     lora = _setting(found, folder / CONFIG_FILE, stored)
@@ -192,7 +191,7 @@ def open_adapter(path: str | Path, config: LlamaConfig) -> tuple[LoraConfig, Che
 
 
 def _setting(found: Mapping[str, Any], path: Path, tensors: Collection[str]) -> LoraConfig:
-    """What the tensors of these names were made with, by the settings in the file `path`."""
+    """The setting for tensors with these names, from the config file `path`."""
     kind = found.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path} is of peft_type {shown(kind)}; expected 'LORA'")
@@ -202,7 +201,7 @@ def _setting(found: Mapping[str, Any], path: Path, tensors: Collection[str]) -> 
     if others:
         named = ", ".join(f"{shown(k, quote=False)} {shown(found[k])}" for k in others)
         raise InputError(
-            f"{path} sets {named}, which is not computed here; merge the adapter with PEFT's "
+            f"{path} sets {named}, which is not supported; merge the adapter with PEFT's "
             "merge_and_unload, and load the result"
         )
     rank, alpha, rslora = (found.get(name) for name in ("r", "lora_alpha", "use_rslora"))
@@ -212,15 +211,15 @@ def _setting(found: Mapping[str, Any], path: Path, tensors: Collection[str]) -> 
         )
     targets = found.get("target_modules")
     if isinstance(targets, str) or found.get("exclude_modules"):
-        # A pattern: the tensors tell what it has matched.
+        # A pattern: the tensors show what it matched.
         targets = [match[1] for match in map(_TENSOR.search, tensors) if match]
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise InputError(
             f"{path} has target_modules {shown(targets)}; expected a list of "
             f"{', '.join(LORA_TARGETS)}"
         )
-    # PEFT takes paths as well as names, and writes a set, in any order. Names that are not known
-    # come last, and are refused.
+    # PEFT accepts paths as well as names, and writes a set in any order. Unknown names come last
+    # and are refused.
     names = sorted(
         {name.rpartition(".")[2] for name in targets},
         key=lambda name: ([*LORA_TARGETS, name].index(name), name),
@@ -229,7 +228,7 @@ def _setting(found: Mapping[str, Any], path: Path, tensors: Collection[str]) -> 
 
 
 def on_host(leaf: Array) -> np.ndarray:
-    """The whole of an array that may be cut, also between processes."""
+    """The whole of an array that may be sharded, also over processes."""
     mesh = mesh_of(leaf)
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
@@ -238,5 +237,5 @@ def on_host(leaf: Array) -> np.ndarray:
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a tree of parameters by path."""
+    """The leaves of a parameter tree, by path."""
     return cast(dict[str, Any], flatten_dict(dict(tree), sep="."))

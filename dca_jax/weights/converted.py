@@ -1,4 +1,4 @@
-"""A converted folder: Orbax weights, some of them packed, beside the model's own config.json."""
+"""A converted folder: Orbax weights, possibly packed, with the model's config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +22,12 @@ from dca_jax.weights.tensor_files import cast_weights
 
 
 class Converted(NamedTuple):
-    """A converted folder whose arrays are known to fit its config; no weight has been read.
+    """A converted folder whose arrays fit its config; no weights have been read.
 
     Attributes:
-        dtypes: in which `read` gives each parameter, by path.
-        read: gives pieces of them; of packed ones unpacked.
-        tensors: the matrices of each packed parameter, in the order of Hugging Face's.
+        dtypes: dtype of each parameter from `read`, by path.
+        read: reads pieces of parameters, unpacked.
+        tensors: the matrices of each packed parameter, in Hugging Face's order.
     """
 
     dtypes: dict[str, np.dtype]
@@ -42,15 +42,15 @@ def open_converted(
     dtype: DTypeLike | None = None,
     unpacked: DTypeLike = jnp.float32,
 ) -> Converted:
-    """Opens the weights of a converted folder, and checks them by its config.json.
+    """Opens the weights of a converted folder, and checks them against its config.json.
 
     Args:
-        dtype: to read them in; None for each as it is stored.
-        unpacked: without `dtype`, to read packed ones in.
+        dtype: dtype for reading; None keeps the stored dtypes.
+        unpacked: dtype for packed weights, if `dtype` is None.
 
     Raises:
-        InputError: what `check_arrays` and `kept_in` refuse; packed arrays of other dtypes than
-            config.json says; when reading, a damaged array, or a weight that is NaN or infinite.
+        InputError: as in `check_arrays` and `kept_in`; packed arrays with other dtypes than in
+            config.json; or, when reading, a damaged array or a non-finite weight.
     """
     folder = Path(folder)
     path, rows = folder / PARAMS, parameters(config)

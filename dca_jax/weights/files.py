@@ -1,4 +1,4 @@
-"""Folders of files: read safely, written whole."""
+"""Reading folders safely, and writing them atomically."""
 
 import fcntl
 import os
@@ -16,11 +16,12 @@ from dca_jax.text_files import POINTER, parse_json, read_text_file, refuse_point
 
 PARAMS = "params"  # the Orbax checkpoint's name inside a converted folder
 
-# Where transformers keeps all chat templates but the default one.
+# The folder where transformers stores all chat templates except the default one.
 TEMPLATES = "additional_chat_templates"
 
-# What is not copied from a checkpoint's folder: weights and a trainer's state, in any format, with
-# their indexes; code, which nothing here runs; what describes an adapter or an earlier conversion.
+# Files that are not copied from a checkpoint's folder: weights and trainer states in any format,
+# with their indexes; code, which is never run here; descriptions of an adapter or an earlier
+# conversion.
 WEIGHTS = frozenset(
     ".bin .ckpt .gguf .ggml .h5 .incomplete .joblib .msgpack .npy .npz .onnx .onnx_data .ot "
     ".pickle .pkl .pt .pth .safetensors .tflite".split()
@@ -30,10 +31,10 @@ NOT_COPIED = frozenset({"adapter_config.json", "provenance.json"})
 
 
 def is_converted(folder: str | Path) -> bool:
-    """Whether `folder` is a converted one (Orbax weights) and not a Hugging Face one.
+    """Whether `folder` is a converted folder (Orbax weights) and not a Hugging Face folder.
 
     Raises:
-        InputError: its `params` is a link that leads elsewhere.
+        InputError: its `params` is a link to another place.
     """
     folder = Path(folder)
     if not (folder / PARAMS).is_dir():
@@ -47,14 +48,14 @@ def is_converted(folder: str | Path) -> bool:
 
 
 def member(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, refused if the name or a link leads out of the folder.
+    """The file `name` in `folder`; refused if the name or a link points outside the folder.
 
-    A link into the `blobs` of the same Hugging Face cache is allowed: there every file of a
-    snapshot is one.
+    A link into the `blobs` of the same Hugging Face cache is allowed, because every file of a
+    snapshot is such a link.
 
     Raises:
-        InputError: `name` is not a plain file name, its target lies elsewhere, or it is no file, or
-            only a pointer of Git LFS.
+        InputError: `name` is not a plain file name, its target is elsewhere, or it is not a file or
+            only a Git LFS pointer.
     """
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
         raise InputError(
@@ -63,7 +64,7 @@ def member(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         is_file = path.is_file()
-    except OSError:  # a name that the file system refuses
+    except OSError:  # not a valid name for the file system
         is_file = False
     if not is_file:
         raise InputError(f"{folder}: file {shown(name, quote=False)} is missing")
@@ -89,7 +90,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in `folder`'s JSON file `name`.
 
     Raises:
-        InputError: no such file, not UTF-8, not JSON, or not a JSON object.
+        InputError: a missing file, or one that is not UTF-8, not JSON or not a JSON object.
     """
     path = member(folder, name)
     value = parse_json(read_text_file(path), f"{path}")
@@ -102,7 +103,7 @@ def template_files(folder: Path) -> list[Path]:
     """The chat templates in `folder`'s `additional_chat_templates`, by name; often none.
 
     Raises:
-        InputError: the folder or a file of it is a link that leads out.
+        InputError: the folder or a file in it is a link to a place outside.
     """
     inner = folder / TEMPLATES
     if not inner.is_dir():
@@ -116,13 +117,13 @@ def template_files(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, destination: Path) -> list[Path]:
-    """Copies the files of a checkpoint's folder, but its weights; returns the originals.
+    """Copies the files of a checkpoint's folder except its weights; returns the originals.
 
-    All of them: config.json, the tokenizer's, chat templates, licence and whatever else lies there.
-    Left out are folders (but the one of chat templates), hidden files, and what `WEIGHTS` names.
+    This includes config.json, tokenizer, chat templates, licence and any other file. It excludes
+    folders (except the one of chat templates), hidden files, and those in `WEIGHTS`.
 
     Raises:
-        InputError: no config.json; a file that is a link out of the folder or cannot be read.
+        InputError: no config.json, or a file that cannot be read or is a link to a place outside.
     """
     names = [path.name for path in sorted(source.iterdir()) if _is_companion(path)]
     originals = [member(source, name) for name in dict.fromkeys(["config.json", *names])]
@@ -151,15 +152,15 @@ def _is_companion(path: Path) -> bool:
 
 @contextmanager
 def written_aside(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` when the block ends well.
+    """A folder to write into, which becomes `destination` when the block ends without an error.
 
-    Until then it is `.NAME.partial` beside it. If the block raises, it is removed; if the process
-    is killed, it stays behind and the next writer clears it. A lock on the folder itself keeps two
-    writers of one destination apart, and dies with its process.
+    Until then it is named `.NAME.partial`. If the block raises, it is removed; if the process is
+    killed, it remains and the next writer clears it. A lock on the folder, which ends with the
+    process, keeps a second process from writing to the same destination.
 
     Raises:
-        InputError: `destination` exists, its parent does not, or another process is writing it;
-            or the disk refuses it (`dca_jax.disk.writing`).
+        InputError: `destination` exists, its parent does not, another process is writing it, or
+            writing fails (`dca_jax.disk.writing`).
     """
     with writing(destination):
         refuse_existing(destination)
@@ -167,7 +168,7 @@ def written_aside(destination: Path) -> Iterator[Path]:
         if parent.is_file():
             raise InputError(f"{parent} is a file; expected a folder to write into")
         if not parent.is_dir():
-            raise InputError(f"{parent} is no folder; create it first")
+            raise InputError(f"{parent} is not a folder; create it first")
         aside = destination.with_name(f".{destination.name}.partial")
         aside.mkdir(exist_ok=True)
         lock = os.open(aside, os.O_RDONLY)
@@ -188,14 +189,14 @@ def written_aside(destination: Path) -> Iterator[Path]:
                 refuse_existing(destination)
                 aside.rename(destination)
             except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)  # what is left, the next writer clears
+                shutil.rmtree(aside, ignore_errors=True)  # the next writer clears the rest
                 raise
         finally:
             os.close(lock)
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raises InputError if `destination` exists: nothing is ever overwritten."""
+    """Raises InputError if `destination` exists, because nothing is ever overwritten."""
     with writing(destination):
         if destination.exists() or destination.is_symlink():
             raise InputError(f"{destination} exists already; remove it or choose another name")

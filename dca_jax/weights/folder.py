@@ -1,4 +1,4 @@
-"""A checkpoint, Hugging Face's folder, a converted one or a GGUF file: weights onto the devices."""
+"""Loading weights from a Hugging Face folder, a converted folder or a GGUF file to devices."""
 
 import json
 import logging
@@ -48,25 +48,26 @@ def load_weights(
 ) -> dict[str, Any]:
     """The parameters of a Hugging Face or converted folder or a GGUF file, streamed to devices.
 
-    Each device is filled piece by piece with the part that its sharding gives it, so the host
-    holds a piece or two and never a parameter, and a process reads its own shards only.
+    Each device's part is filled piece by piece, so the host holds only one or two pieces and never
+    a whole parameter, and a process reads only its own shards.
 
     Args:
-        folder: of the checkpoint, or its GGUF file. config: its own (`read_config(folder)`).
-        dtype: of the arrays as they are read; None for each as it is stored.
-        sharding: one for all, or a function of the path; None is the first local device.
-        adapter: folder of a LoRA adapter (PEFT's) to merge into the weights; the sums are float32.
+        folder: folder of the checkpoint, or its GGUF file.
+        config: its config (`read_config(folder)`).
+        dtype: dtype of unpacked arrays; None keeps the stored dtypes.
+        sharding: one sharding for all, or a function of the path; None is the first local device.
+        adapter: folder of a LoRA adapter (PEFT) to merge into the weights, with float32 sums.
         then: as in `dca_jax.weights.parameters.load_tree`.
-        keep: as of `open_weights`; with an adapter, which is merged, all are unpacked.
-        progress: told the path and the bytes placed, after each piece.
+        keep: as in `open_weights`; with an adapter, all weights are unpacked for merging.
+        progress: function called with the path and the bytes placed, after each piece.
 
     Returns:
-        The parameter tree: nested dicts of arrays, or of packed matrices; layers stacked on a
+        The parameter tree: nested dicts of arrays or packed matrices, with layers stacked on a
         leading axis.
 
     Raises:
-        InputError: what `open_weights` and `load_adapter` refuse, before the weights are read; a
-            damaged array, or a weight that is NaN or infinite, when it is met.
+        InputError: as in `open_weights` and `load_adapter`, before weights are read; a damaged
+            array or a non-finite weight, when it is read.
     """
     source = open_weights(folder, config, dtype=dtype, keep=keep if adapter is None else None)
     read = source.read
@@ -88,19 +89,19 @@ def load_weights(
 def copy_description(
     source: Path, destination: Path, kept: Mapping[str, Kept] | None = None
 ) -> list[Path]:
-    """Copies what stands beside a checkpoint's weights, or writes it of a GGUF file.
+    """Copies the other files of a checkpoint, or writes them for a GGUF file.
 
-    The copy's configs do not say that weights are packed as they are in `source`.
+    The copied configs omit the quantization of `source`.
 
     Args:
-        kept: how they are packed in `destination`, by path, which its config.json says; only a
-            converted folder's are.
+        kept: forms of packed weights in `destination`, by path, for its config.json; only for a
+            converted folder.
 
     Returns:
-        The originals.
+        The original files.
 
     Raises:
-        InputError: as `copy_companions` and `write_companions`.
+        InputError: as in `copy_companions` and `write_companions`.
     """
     originals: list[Path] = []
     if is_gguf(source):
@@ -120,14 +121,14 @@ def copy_description(
 
 
 class Source(NamedTuple):
-    """A checkpoint's weights, none of which has been read.
+    """A checkpoint's weights, before reading any of them.
 
     Attributes:
-        dtypes: of each parameter that is read unpacked, by path.
-        read: gives pieces of them in it.
-        kept: the tensors of each parameter that is kept packed.
+        dtypes: dtype of each parameter that is read unpacked, by path.
+        read: reads pieces of those, in their dtype.
+        kept: the tensors of each parameter that stays packed.
         rows: all parameters.
-        files: that hold the weights; none of a converted folder.
+        files: the files with the weights; empty for a converted folder.
     """
 
     dtypes: dict[str, np.dtype]
@@ -147,21 +148,22 @@ def open_weights(
 ) -> Source:
     """The weights of a Hugging Face or converted folder or a GGUF file.
 
-    How packed ones are read is logged.
+    If weights are packed, a log message says how they are loaded.
 
     Args:
-        dtype: of what is not kept packed; None for each as it is stored.
-        unpacked: without `dtype`, of what a converted folder has packed and is not kept so.
-        keep: which are kept packed as they are stored: "stored" for all that can be, a name in
-            `dca_jax.products.packed.FORMS` for those of this form, None for none.
+        dtype: dtype of weights that do not stay packed; None keeps the stored dtypes.
+        unpacked: without `dtype`, the dtype for packed weights of a converted folder that do not
+            stay packed.
+        keep: which weights stay packed as stored: "stored" for all that can, a name in
+            `dca_jax.products.packed.FORMS` for those in this form, None for none.
 
     Raises:
-        InputError: a checkpoint that is damaged or does not fit its config; when reading, a weight
-            that is NaN or infinite.
+        InputError: a checkpoint that is damaged or does not fit its config, or, when reading, a
+            non-finite weight.
     """
     rows, tensors = parameters(config), dict[str, Sequence[StoredTensor]]()
     if is_converted(Path(folder)):
-        from dca_jax.weights.converted import open_converted  # slow to import, and seldom needed
+        from dca_jax.weights.converted import open_converted  # slow to import, and rarely needed
 
         converted = open_converted(folder, config, dtype=dtype, unpacked=unpacked)
         dtypes, read, files = converted.dtypes, converted.read, []
@@ -182,10 +184,10 @@ def open_weights(
 
 
 def kept_forms(folder: Path, config: LlamaConfig, keep: str | None) -> dict[str, Kept]:
-    """How weights are kept packed that `open_weights` would keep, by path; nothing is logged.
+    """The forms of weights that `open_weights` would keep packed, by path; logs nothing.
 
     Raises:
-        InputError: as `open_weights`; of a converted folder its config.json alone is looked at.
+        InputError: as in `open_weights`; for a converted folder only config.json is checked.
     """
     if keep is None:
         return {}
@@ -201,7 +203,7 @@ def kept_forms(folder: Path, config: LlamaConfig, keep: str | None) -> dict[str,
 
 
 def _kept_names(config: LlamaConfig, kept: Mapping[str, Kept], keep: str | None) -> dict[str, str]:
-    """The form of each parameter that is kept, by path; of those that can be."""
+    """The form of each parameter that can and should stay packed, by path."""
     if keep is None:
         return {}
     names, asked = {}, {}
@@ -209,7 +211,7 @@ def _kept_names(config: LlamaConfig, kept: Mapping[str, Kept], keep: str | None)
         if row.path in kept:
             sizes = row.inner(row.shape(config))
             names[row.path], asked[row.path] = kept[row.path].name(row, sizes), keep
-            if keep.startswith("int4"):  # in groups that its inputs divide into
+            if keep.startswith("int4"):  # in groups that divide its inputs
                 asked[row.path] = f"int4:{math.gcd(FORMS[keep], sizes[-1])}"
     return {path: name for path, name in names.items() if keep == STORED or name == asked[path]}
 
@@ -230,10 +232,10 @@ def _say_how(
     dtype = ", ".join(sorted({f"{dtypes[path]}" for path in others}))
     kept = ", ".join(sorted(set(forms.values())))
     if not forms:
-        how = f"they are unpacked into {dtype} as they are read"
+        how = f"they are unpacked to {dtype} while loading"
     elif not others:
         how = f"they stay so ({kept})"
     else:
         names = ", ".join(path.removesuffix(".kernel").rpartition(".")[2] for path in others)
-        how = f"they stay so ({kept}), but {names}: unpacked into {dtype} as they are read"
+        how = f"they stay so ({kept}), except {names}: unpacked to {dtype} while loading"
     log.warning("the weights of %s are packed (%s); %s", folder, kinds, how)

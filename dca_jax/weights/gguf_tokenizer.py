@@ -128,7 +128,8 @@ def _byte_level(file: GGUF, vocab: dict[str, int]) -> dict[str, Any]:
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
     if wrong is not None:
         raise InputError(
-            f"{where}: {shown(' '.join(wrong))} in {GGML}merges is no pair of tokens that make one"
+            f"{where}: {shown(' '.join(wrong))} in {GGML}merges is not a pair of tokens that merge "
+            "into one"
         )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps: list[dict[str, Any]] = [

@@ -8,26 +8,27 @@ from dca_jax.fields import shown
 from dca_jax.weights.files import is_converted
 from dca_jax.weights.gguf_file import SUFFIX, gguf_files, is_gguf
 
-# What is fetched of a repository: configs, tokenizers and chat templates; and weights of the first
-# kind that it has. Many have the same weights under other names too (consolidated.safetensors).
+# Files to download from a repository: configs, tokenizers, chat templates, and weights in the first
+# format that it has. Many repositories have the same weights under other names too
+# (consolidated.safetensors).
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken", "LICENSE*")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-# A pattern's * goes through folders. Of those only chat templates are wanted.
+# A pattern's * also matches subfolders, of which only chat templates are needed.
 INNER = ("*/*.json", "*/*.txt", "*/*.tiktoken", "*/LICENSE*", "*/*.safetensors", "*/*.bin")
 
 
 def find_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a checkpoint, or its GGUF file; one on the Hub is downloaded.
+    """The local folder of a checkpoint, or its GGUF file; downloads a checkpoint on the Hub.
 
-    A folder without other weights that holds one GGUF file, whole or split, stands for it.
+    For a folder with one GGUF file, whole or split, and no other weights, that file is returned.
 
     Args:
         path: as in `load`.
-        weights: False downloads all but the weights.
+        weights: whether to download the weights too.
 
     Raises:
-        InputError: no path; no such path and no model that can be downloaded; a folder of several
-            GGUF files.
+        InputError: an invalid or missing path that cannot be downloaded either, or a folder with
+            several GGUF files.
     """
     if not isinstance(path, str | Path) or not str(path).strip():
         raise InputError(
@@ -48,8 +49,8 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
         )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         raise InputError(
-            f"{shown(str(path), quote=False)} is no folder, and no name of a model on the Hugging "
-            "Face Hub ('owner/name')"
+            f"{shown(str(path), quote=False)} is neither a folder nor the name of a model on the "
+            "Hugging Face Hub ('owner/name')"
         )
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
@@ -71,7 +72,7 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
 
 
 def _only_gguf(folder: Path) -> Path | None:
-    """The one GGUF file, or the first of the one split, of a folder without other weights."""
+    """The only GGUF file, or the first part of the only split one, in a folder without others."""
     if is_converted(folder) or any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         return None
     files = sorted(path for path in folder.glob(f"*{SUFFIX}") if is_gguf(path))

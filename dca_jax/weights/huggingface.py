@@ -1,4 +1,4 @@
-"""Hugging Face folders, and GGUF files: config and weights, checked, then streamed to devices."""
+"""Reading and checking the config and weights of Hugging Face folders and GGUF files."""
 
 import json
 import math
@@ -28,9 +28,9 @@ from dca_jax.weights.parameters import (
 from dca_jax.weights.quantized import read_scheme, unpack
 from dca_jax.weights.tensor_files import StoredTensor, cast_weights, list_tensors
 
-LONG_CONFIG = "config_1m.json"  # Qwen's second config of one checkpoint, for a million tokens
+LONG_CONFIG = "config_1m.json"  # the second config in Qwen's checkpoints, for a million tokens
 SPARSE_TABLE = "sparse_attention_config.json"
-# Old checkpoints carry the rotary frequencies, which the config says already.
+# Old checkpoints include the rotary frequencies, which follow from the config.
 IGNORED = ".rotary_emb.inv_freq"
 
 
@@ -39,14 +39,14 @@ def read_config(
 ) -> LlamaConfig:
     """The model's shape, from a folder's `config.json` or another of its configs, or a GGUF file.
 
-    The table of sparse attention that some folders have beside it is read too.
+    A table of sparse attention next to it, as in some folders, is read too.
 
     Args:
-        folder: of the checkpoint, or its GGUF file.
+        folder: folder of the checkpoint, or its GGUF file.
         context, file: as in `config_file`.
 
     Raises:
-        InputError: no such folder or file, not UTF-8, not JSON, or a model we do not compute.
+        InputError: a missing folder or file, not UTF-8, not JSON, or an unsupported model.
     """
     folder = Path(folder)
     path = config_file(folder, context=context, file=file)
@@ -62,7 +62,7 @@ def read_config(
     config = LlamaConfig.from_hf(found)
     if config.dca is None or not (folder / SPARSE_TABLE).is_file():
         return config
-    # Others write a file of this name about something else: an object, where this is a list.
+    # Other models have a file with this name and an object instead of a list in it.
     path = member(folder, SPARSE_TABLE)
     table = parse_json(read_text_file(path), f"{path}")
     if not isinstance(table, list):
@@ -78,26 +78,26 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def config_file(
     folder: str | Path, *, context: int | None = None, file: str | Path | None = None
 ) -> Path:
-    """The config of a folder that a text asks for; a GGUF file is its own.
+    """The config file in a folder for a text of a given length; a GGUF file is its own config.
 
     Args:
-        folder: of the checkpoint.
-        context: tokens of the text. Beyond the `max_position_embeddings` of `config.json` it is
-            `config_1m.json`, where the folder has one.
-        file: a config to take in any case.
+        folder: folder of the checkpoint.
+        context: number of tokens of the text. If it exceeds the `max_position_embeddings` of
+            `config.json`, `config_1m.json` is used if present.
+        file: a config to use in any case.
 
     Raises:
-        InputError: no such folder or file.
+        InputError: a missing folder or file.
     """
     folder = Path(folder)
-    if file is not None:  # named by the user, who may keep it anywhere, behind a link too
+    if file is not None:  # named by the user: may be anywhere, also behind a link
         if not Path(file).is_file():
             raise InputError(f"{Path(file).parent}: file {shown(Path(file).name)} is missing")
         return Path(file)
     if is_gguf(folder):
         return folder
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder")
+        raise InputError(f"{folder} is not a folder")
     if context is not None and (folder / LONG_CONFIG).is_file():
         most = read_json(folder, CONFIG).get("max_position_embeddings")
         if isinstance(most, int) and context > most:
@@ -107,11 +107,11 @@ def config_file(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder, or a GGUF file, known to fit its config, with no weight read yet.
+    """A Hugging Face folder or GGUF file that fits its config, before reading any weights.
 
     Attributes:
         config: the model's shape.
-        tensors: for each path of our tree, the stored tensors it is made of, in their order.
+        tensors: for each path of our tree, its stored tensors in order.
     """
 
     config: LlamaConfig
@@ -119,14 +119,14 @@ class Checkpoint:
 
     @property
     def packed(self) -> list[str]:
-        """The names of the forms in which weights of it are packed."""
+        """The names of the packed forms of its weights."""
         return sorted({t.packed for each in self.tensors.values() for t in each if t.packed})
 
     def dtype(self, row: Parameter) -> np.dtype:
-        """The dtype in which this parameter is stored; of packed weights that of their values.
+        """The stored dtype of a parameter; for packed weights, the dtype of their values.
 
         Raises:
-            InputError: its layers differ, so that no stacked array can keep it.
+            InputError: its layers have different dtypes, so they cannot be stacked.
         """
         dtypes = {tensor.dtype for tensor in self.tensors[row.path]}
         if len(dtypes) > 1:
@@ -138,20 +138,20 @@ class Checkpoint:
         """The piece `[index]` of our array, within one stored tensor; contiguous, in `dtype`.
 
         Raises:
-            InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
+            InputError: a weight that is not finite, or not finite in `dtype`.
         """
         tensor = self.tensors[row.path][row.tensor_at(self.config, index)]
         axes = row.axes
         sizes = row.sizes(self.config)
         wanted = dict(zip(axes, index[len(index) - len(axes) :], strict=True))
-        # Of flattened axes only the first is cut in the file; the others are cut afterwards.
+        # Only the first of flattened axes is sliced in the file; the others are sliced afterwards.
         in_file, piece_sizes = [], dict(sizes)
         for first, *rest in row.groups:
             inner = math.prod(sizes[axis] for axis in rest)
             in_file.append(slice(wanted[first].start * inner, wanted[first].stop * inner))
             piece_sizes[first] = wanted[first].stop - wanted[first].start
         piece = cast_weights(tensor.read(tuple(in_file)), dtype, tensor.name)
-        if row.transposed:  # moved once, here: the views below then find it as ours wants it
+        if row.transposed:  # transposed once here, so that the views below have our layout
             piece = contiguous(piece.T).T
         inner_axes = {axis for group in row.groups for axis in group[1:]}
         cut = tuple(wanted[axis] if axis in inner_axes else slice(None) for axis in axes)
@@ -160,13 +160,13 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, config: LlamaConfig) -> Checkpoint:
-    """Opens the weights of a folder or GGUF file; checks names, shapes and dtypes by `config`.
+    """Opens the weights of a folder or GGUF file; checks names, shapes and dtypes.
 
     Tied embeddings may be stored under either name, or under both if they are equal.
 
     Raises:
-        InputError: what `list_tensors` refuses; a missing or extra tensor; a wrong shape; tied
-            embeddings that differ.
+        InputError: as in `list_tensors`; a missing or extra tensor; a wrong shape; tied embeddings
+            that differ.
     """
     folder = Path(folder)
     found = list_gguf_tensors(folder, config) if is_gguf(folder) else _list_folder(folder)
@@ -193,7 +193,7 @@ def match_tensors(
     rows: Sequence[Parameter],
     stored: dict[str, StoredTensor],
 ) -> dict[str, list[StoredTensor]]:
-    """For each path of `rows`, the tensors of `folder` it is made of, in their order.
+    """For each path of `rows`, its tensors in `folder`, in order.
 
     Raises:
         InputError: a missing or extra tensor, or a wrong shape.
@@ -203,7 +203,7 @@ def match_tensors(
     if config.mixture is not None:
         counts["experts in each layer"] = config.mixture.num_experts
     for what, count in counts.items():
-        if count > len(stored):  # before that many names are made
+        if count > len(stored):  # checked before so many names are built
             raise InputError(
                 f"the weights in {folder} are not those of the model in its {described}: it asks "
                 f"for {count} {what}, and there are {len(stored)} tensors"

@@ -1,10 +1,10 @@
-"""Orbax checkpoints: trees of plain arrays under stable names, restored onto any mesh.
+"""Orbax checkpoints: trees of plain arrays with stable names, which can be restored on any mesh.
 
-On disk a checkpoint is Orbax's, one zarr array per parameter, compressed in chunks; any Orbax, and
-any zarr reader, opens it. Orbax writes it aside and renames it when it is whole. Packed matrices
-have an array for each of their parts (`dca_jax.weights.orbax_packed`).
+A checkpoint has one zarr array per parameter, compressed in chunks; any version of Orbax and any
+zarr reader can open it. Orbax writes it under a temporary name and renames it when it is complete.
+Packed matrices have an array for each of their parts (`dca_jax.weights.orbax_packed`).
 
-A converted folder (`checkpoints_convert`) keeps one as `params/`, beside the model's own
+A converted folder (`checkpoints_convert`) has one in `params/`, next to the model's own
 `config.json` and tokenizer files.
 """
 
@@ -42,21 +42,21 @@ from dca_jax.weights.parameters import (
 from dca_jax.weights.tensor_files import FLOATS
 
 ZARRAY = ".zarray"  # the description of an array
-ZARRAY_BYTES = 2**14  # of it, at most; those of weights have some 300
+ZARRAY_BYTES = 2**14  # maximum size of it; those of weights have about 300
 
-# zstd at level 1, as Orbax's own arrays: a fifth smaller than bfloat16 weights are.
+# zstd at level 1, as for Orbax's own arrays: a fifth smaller than bfloat16 weights.
 _COMPRESSOR = {"id": "zstd", "level": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedArray:
-    """An array that is saved piece by piece and never exists as a whole.
+    """An array that is saved piece by piece and is never in memory as a whole.
 
     Attributes:
-        shape, dtype: of the array.
+        shape, dtype: those of the array.
         chunks: shape of a chunk on disk.
-        pieces: yields (index, piece); each piece starts at a chunk's corner and fills whole
-            chunks, but for the array's own end. Together they cover the array.
+        pieces: function that yields (index, piece); each piece starts at the corner of a chunk and
+            fills whole chunks, except at the end of the array. Together they cover the array.
     """
 
     shape: tuple[int, ...]
@@ -76,10 +76,11 @@ class StreamedArray:
         """A parameter of a model, read piece by piece when it is written.
 
         Args:
-            row: the parameter. config: the model's shape.
-            read: gives its pieces, in `dtype`.
-            dtype: of the array.
-            progress: told the path and the bytes, after each piece.
+            row: the parameter.
+            config: the model's shape.
+            read: reads its pieces, in `dtype`.
+            dtype: dtype of the array.
+            progress: function called with the path and the bytes, after each piece.
         """
 
         def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
@@ -96,9 +97,10 @@ class StreamedArray:
 def save(path: str | Path, tree: dict[str, Any]) -> None:
     """Saves a tree (nested dicts of jax arrays or `StreamedArray`s) as an Orbax checkpoint.
 
-    Atomic: `path` appears when everything is written. With several processes, all call it.
+    This is atomic: `path` appears only when everything is written. With several processes, all must
+    call it.
 
-    SIGTERM and Ctrl-C wait until nothing is on its way to the disk: after a piece of a
+    SIGTERM and Ctrl-C take effect only when no write is in progress: after a piece of a
     `StreamedArray`, or at the end.
 
     Raises:
@@ -112,7 +114,7 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
-    # Small chunks, one layer at most, so that an export reads one layer and not all of them.
+    # Small chunks of at most one layer, so that an export can read a single layer.
     chunked = jax.tree.map(
         lambda leaf: ocp.SaveArgs(
             chunk_byte_size=PIECE_SIZE * leaf.dtype.itemsize,
@@ -125,10 +127,9 @@ def save(path: str | Path, tree: dict[str, Any]) -> None:
 
 
 def restore(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Restores a checkpoint into arrays that are `like` a tree of `jax.ShapeDtypeStruct`s.
+    """Restores a checkpoint into arrays as described by `like`, a tree of `jax.ShapeDtypeStruct`s.
 
-    Shardings may be any: they need not be those the tree was saved with. A dtype that differs from
-    the saved one is converted to.
+    Shardings may differ from those at saving. Arrays are converted to the dtypes in `like`.
 
     Raises:
         InputError: no checkpoint at `path`, other names or shapes than in `like`, or damage.
@@ -140,11 +141,11 @@ def restore(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_arrays(path: str | Path, like: dict[str, Any]) -> dict[str, np.dtype]:
-    """The dtype of every array of a checkpoint, by path, once names and shapes are those of `like`.
+    """Checks names and shapes of a checkpoint against `like`; returns the dtypes by path.
 
     Raises:
         InputError: no checkpoint at `path`, a damaged one, other names or shapes, or a dtype that
-            is none of weights.
+            weights cannot have.
     """
     wanted, found = _leaves(like), saved_arrays(path)
     for name in sorted(wanted.keys() ^ found.keys()):
@@ -171,14 +172,13 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a checkpoint, by dotted path; no data is read.
 
     Raises:
-        InputError: no checkpoint at `path`, one whose description is damaged, or one with a link
-            that leads out of it.
+        InputError: no checkpoint at `path`, a damaged description, or a link to a place outside.
     """
     path = Path(path).absolute()
     if not (path / "_METADATA").is_file():
-        raise InputError(f"{path} is no Orbax checkpoint (it has no _METADATA)")
+        raise InputError(f"{path} is not an Orbax checkpoint (it has no _METADATA)")
     _refuse_links(path)
-    # Orbax's own reader opens all arrays at once, and if one is damaged says neither which nor why.
+    # Orbax's own reader opens all arrays at once; if one is damaged, it does not say which or why.
     described = parse_json(read_text_file(path / "_METADATA"), f"{path / '_METADATA'}")
     with _damage_reported(path):
         leaves = described["tree_metadata"].values()
@@ -189,10 +189,10 @@ def saved_arrays(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_piece(path: str | Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """The piece `[index]` of a checkpoint's array `name` (its dotted path), without the rest of it.
+    """Reads only the piece `[index]` of a checkpoint's array `name` (its dotted path).
 
     Raises:
-        InputError: the array is not there, or it or a chunk of the piece is damaged.
+        InputError: the array is missing, or it or a chunk of the piece is damaged.
     """
     path = Path(path).absolute()
     array = _open_array(path, name)
@@ -207,16 +207,16 @@ def _open_array(path: Path, name: str) -> ts.TensorStore:
 
 
 def _store(path: Path, name: str) -> dict[str, Any]:
-    if (path / "manifest.ocdbt").exists():  # what Orbax writes when left to its defaults
+    if (path / "manifest.ocdbt").exists():  # Orbax's default format
         return {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
     return {"driver": "file", "path": f"{path / name}/"}
 
 
 def _described_array(path: Path, name: str) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, from its `.zarray`, which is judged before TensorStore sees it.
+    """Shape and dtype of an array from its `.zarray`, checked before TensorStore reads it.
 
-    TensorStore allocates whole chunks, however large they are said to be, and its parser follows
-    any depth; either ends the process.
+    TensorStore allocates whole chunks of any declared size, and its parser follows any depth of
+    nesting; either could end the process.
     """
     where = f"{path / name / ZARRAY}"
     with _damage_reported(path):
@@ -237,7 +237,7 @@ def _described_array(path: Path, name: str) -> jax.ShapeDtypeStruct:
     if math.prod(chunks) > max(math.prod(shape), PIECE_SIZE):
         raise InputError(f"{where}: chunks of {shown(list(chunks))} are larger than the array")
     dtype = fields.text(described, "dtype", where)
-    with _damage_reported(path):  # ml_dtypes' are known to NumPy by name
+    with _damage_reported(path):  # NumPy knows those of ml_dtypes by name
         known = np.dtype(dtype or "no dtype")
     return jax.ShapeDtypeStruct(shape, known)
 
@@ -263,7 +263,7 @@ def _refuse_links(path: Path) -> None:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Orbax raises a bare one for a chunk that it cannot read
+    except Exception as error:  # Orbax raises a plain Exception for a chunk that it cannot read
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -277,10 +277,10 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 class _HeldSignals:
-    """SIGTERM and SIGINT kept back in a block, for handlers that raise.
+    """Defers SIGTERM and SIGINT in a block, for handlers that raise.
 
     An exception in the middle of Orbax ends the event loop while TensorStore still writes, which
-    then reports to a loop that is closed: a traceback each.
+    then prints a traceback for each report to the closed loop.
     """
 
     def __init__(self) -> None:
@@ -288,7 +288,7 @@ class _HeldSignals:
         self._came: int | None = None
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other may ask for signals
+        if threading.current_thread() is threading.main_thread():  # only it can handle signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._keep)
 
@@ -302,7 +302,7 @@ class _HeldSignals:
         self._came = number
 
     def deliver(self) -> None:
-        """Hands on a signal that has come; raises what its handler raises."""
+        """Delivers a deferred signal; raises what its handler raises."""
         if self._came is None:
             return
         number, self._came = self._came, None
@@ -314,16 +314,16 @@ class _HeldSignals:
 
 
 class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
-    """Writes a `StreamedArray` as Orbax writes a `jax.Array`, one piece after another.
+    """Writes a `StreamedArray` like a `jax.Array` in Orbax, one piece after another.
 
-    One process reads and writes; with several, Orbax has all wait for it.
+    Only one process reads and writes; with several, Orbax makes the others wait.
     """
 
     def __init__(self, signals: _HeldSignals) -> None:
         self._signals = signals
 
     def typestr(self) -> str:
-        return "jax.Array"  # so it is recorded, and restored, as one
+        return "jax.Array"  # so that it is restored as one
 
     async def serialize(
         self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Any = None
@@ -340,13 +340,14 @@ class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
                     "chunks": value.chunks,
                     "compressor": _COMPRESSOR,
                 },
-                "store_data_equal_to_fill_value": True,  # Orbax takes an absent chunk for damage
+                "store_data_equal_to_fill_value": True,  # Orbax treats a missing chunk as damage
             }
             store = await ts.open(spec, dtype=value.dtype, create=True, context=info.ts_context)
             written: Awaitable[None] | None = None
             try:
                 for index, piece in value.pieces():
-                    # The last piece is compressed while this one was read; never more than the two.
+                    # The last piece was compressed while this one was read; at most two are in
+                    # memory.
                     if written is not None:
                         await written
                     written = None

@@ -1,4 +1,4 @@
-"""Packs a model's matrices while they are read: on the devices they lie on, or on the host."""
+"""Packs a model's matrices while loading, on their devices or on the host."""
 
 import math
 from collections.abc import Sequence
@@ -30,22 +30,22 @@ ROUTER = "layers.experts.router.kernel"
 
 
 def matrices(config: LlamaConfig) -> list[Parameter]:
-    """What is packed of a model: all its matrices but routers, whose choices rounding changes."""
+    """The matrices to pack: all except routers, whose choices would change with rounding."""
     return [row for row in parameters(config) if len(row.axes) > 1 and row.path != ROUTER]
 
 
 def packer(rows: Sequence[Parameter], form: str) -> Then:
-    """What packs parameters as they come: `then` of `dca_jax.weights.parameters.load_tree`.
+    """A `then` function for `dca_jax.weights.parameters.load_tree` that packs parameters.
 
-    The array is deleted. On a mesh a packed matrix is cut as the array was. All that is not in
-    `rows` stays as it is.
+    It deletes the array. On a mesh the packed matrix has the sharding of the array. Parameters not
+    in `rows` stay unchanged.
 
     Args:
-        rows: of a model, those to pack: its `matrices`, or `projections`.
+        rows: the parameters to pack: a model's `matrices` or `projections`.
         form: a name in `dca_jax.products.packed.FORMS`.
 
     Raises:
-        InputError: a name that is none.
+        InputError: an unknown form.
     """
     check_form(form)
     paths = {row.path for row in rows}
@@ -59,13 +59,13 @@ def packer(rows: Sequence[Parameter], form: str) -> Then:
 
 
 def packing(weights: str | None, *, on_cpu: bool) -> tuple[str | None, str | None]:
-    """The form to pack weights in, and which are kept (`dca_jax.weights.folder.open_weights`).
+    """The form for packing weights, and which stay packed (`dca_jax.weights.folder.open_weights`).
 
     Args:
-        weights: as `dca_jax.load` takes it.
+        weights: as in `dca_jax.load`.
 
     Raises:
-        InputError: a name that is none.
+        InputError: an unknown name.
     """
     if weights is None:
         weights = UNPACKED if on_cpu else STORED
@@ -77,7 +77,7 @@ def packing(weights: str | None, *, on_cpu: bool) -> tuple[str | None, str | Non
 
 @partial(jax.jit, static_argnames=("form", "row"))
 def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
-    """Every matrix of a row's array, packed, each device its own part."""
+    """Packs every matrix of a parameter's array; each device packs its part."""
     shards, leading, order = Shards.of(stack), row.leading, row.inner_order
     turned = [*range(leading), *(leading + axis for axis in order)]
     num_inputs = len(row.groups[1])
@@ -97,7 +97,7 @@ def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
     spec = shards.specs(stack)
     values = PartitionSpec(*(spec[axis] for axis in turned))
     inputs, outputs = values[-num_inputs:], values[leading:-num_inputs]
-    if form == "int8":  # one scale for all inputs, on whichever devices they lie
+    if form == "int8":  # one scale for all inputs, even if they are on several devices
         for entry in inputs:
             axes += () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         inputs = (None,) * num_inputs
@@ -112,12 +112,14 @@ def packed_stack(stack: Array, form: str, row: Parameter) -> Packed:
 
 @dataclass(frozen=True)
 class PackedOnReading(KeptTensor):
-    """A matrix that is packed piece by piece as it is read; as `packer` packs it, to the bit.
+    """A matrix that is packed piece by piece as it is read, bitwise equal to `packer`.
 
     Attributes:
-        name: of Hugging Face's tensor. number: of it among those of the parameter.
-        row, config: the parameter, and the model's shape.
-        source: gives pieces of it, in any floating dtype.
+        name: name of Hugging Face's tensor.
+        number: its index among the tensors of the parameter.
+        row: the parameter.
+        config: the model's shape.
+        source: reads pieces of it, in any floating dtype.
         form: a name in `dca_jax.products.packed.FORMS`.
     """
 
@@ -130,7 +132,7 @@ class PackedOnReading(KeptTensor):
 
     @property
     def kept(self) -> Kept:
-        """How its weights are packed."""
+        """The form in which its weights are packed."""
         kind, blocks = self.form.partition(":")[0], self._blocks
         count = len(self.row.groups[0])
         inputs = EVERY if kind == "int8" else math.prod(blocks[count:])
@@ -143,14 +145,14 @@ class PackedOnReading(KeptTensor):
         return block_sizes(self.form, shape, len(self.row.groups[1]))
 
     def read_values(self, index: Index) -> np.ndarray:
-        """A piece of whole rows, heads and blocks: the integers, int4 one in a byte, or float8."""
+        """A piece of whole rows, heads and blocks: integers (int4 one per byte) or float8."""
         values = np.asarray(self._packed(index).values)
         if self.kept.form == "int4":
             values = integers_of(values, self._blocks[-1])
         return values.reshape(index[0].stop - index[0].start, -1)
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """Those of such a piece, whose blocks are those of `kept`."""
+        """The scales of such a piece, with the blocks of `kept`."""
         packed, rows = self._packed(index), index[0].stop - index[0].start
         order = scale_order(0, len(self.row.groups[0]), packed.scale.ndim)
 
@@ -179,10 +181,10 @@ _pack_on_host = jax.jit(pack, static_argnames=("form", "num_inputs"))
 def packed_on_reading(
     row: Parameter, config: LlamaConfig, source: Read, form: str
 ) -> list[PackedOnReading]:
-    """The matrices of a parameter, in the order of Hugging Face's.
+    """The matrices of a parameter, in Hugging Face's order.
 
     Raises:
-        InputError: int4, of an odd number of inputs.
+        InputError: int4 with an odd number of inputs.
     """
     check_form(form)
     names = enumerate(row.their_names(config))

@@ -29,11 +29,11 @@ from dca_jax.memory import free_bytes
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
 ALIGNED = 64  # bytes: at a multiple of them JAX takes over a host's array without copying it
 
-# Told after each piece: the parameter's path and the bytes just handled.
+# Called after each piece with the parameter's path and the bytes processed.
 Progress = Callable[[str, int], None]
-# Where arrays go: one sharding for all, or one for each path ("layers.mlp.up_proj.kernel").
+# Shardings of arrays: one for all, or a function of the path ("layers.mlp.up_proj.kernel").
 Shardings = Sharding | Callable[[str], Sharding] | None
-# What a row's array becomes, of the same leading axes: it takes the array, and deletes it.
+# A function that converts a row's array, keeping the leading axes, and deletes it.
 Then = Callable[["Parameter"], Callable[[jax.Array], Any] | None]
 
 
@@ -42,13 +42,13 @@ class Parameter:
     """One row of the table.
 
     Attributes:
-        path: in our tree, dotted.
-        name: of the Hugging Face tensor; "{layer}" and "{expert}" stand for their numbers.
-        theirs: axes of the Hugging Face tensor; in brackets, two of ours flattened into one.
-        ours: axes of our array, without the leading L of the layers; those of experts begin with
-            E, along which their tensors are stacked too.
-        when: the config's flag without which the parameter does not exist.
-        rank: of an adapter, its axis R.
+        path: dotted path in our tree.
+        name: name of the Hugging Face tensor; "{layer}" and "{expert}" stand for their numbers.
+        theirs: axes of the Hugging Face tensor; parentheses mark two of our axes flattened to one.
+        ours: axes of our array, without the leading L of the layers; those of experts begin with E,
+            along which their tensors are stacked too.
+        when: the config's flag that the parameter requires.
+        rank: size of the axis R of an adapter.
     """
 
     path: str
@@ -65,12 +65,12 @@ class Parameter:
 
     @property
     def leading(self) -> int:
-        """How many leading axes of our array count Hugging Face's tensors: L, or L and E."""
+        """Number of leading axes of our array that Hugging Face lacks: L, or L and E."""
         return self.stacked + ("{expert}" in self.name)
 
     @property
     def axes(self) -> list[str]:
-        """Axes of our array that a Hugging Face tensor has too."""
+        """The axes of our array that a Hugging Face tensor also has."""
         return self.ours.split()["{expert}" in self.name :]
 
     @property
@@ -86,25 +86,25 @@ class Parameter:
 
     @property
     def inner_order(self) -> tuple[int, ...]:
-        """Its axes, without leading ones, outputs before inputs: as Hugging Face has them."""
+        """Its axes without leading ones, outputs before inputs, as in Hugging Face."""
         return tuple(self.axes.index(axis) for group in self.groups for axis in group)
 
     def inner(self, shape: Sequence[int]) -> list[int]:
-        """Of the sizes of our array, or of a part of it, those of one matrix in that order."""
+        """The sizes of one matrix in that order, from the shape of our array or a part of it."""
         return [shape[self.leading + axis] for axis in self.inner_order]
 
     def sizes(self, config: LlamaConfig) -> dict[str, int]:
-        """What each letter of its axes stands for."""
+        """The size of each of its axis letters."""
         return axis_sizes(config) | {"R": self.rank}
 
     def shape(self, config: LlamaConfig) -> tuple[int, ...]:
-        """Shape of our array, with the leading axis of layers where there is one."""
+        """Shape of our array, including a leading axis of layers if there is one."""
         sizes = self.sizes(config)
         layers = (len(self.layers(config)),) if self.stacked else ()
         return layers + tuple(sizes[axis] for axis in self.ours.split())
 
     def layers(self, config: LlamaConfig) -> Sequence[int]:
-        """Numbers of the layers that have it, as they are stacked."""
+        """Numbers of the layers that have it, in stacking order."""
         if self.path.startswith("layers.mlp."):
             return config.dense_layers
         if self.path.startswith("layers.experts."):
@@ -119,7 +119,7 @@ class Parameter:
     def abstract(
         self, config: LlamaConfig, dtype: DTypeLike, sharding: Shardings
     ) -> jax.ShapeDtypeStruct:
-        """Our array's shape, dtype and place; `sharding` None is the first local device."""
+        """Our array's shape, dtype and sharding; `sharding` None is the first local device."""
         if sharding is None:
             sharding = SingleDeviceSharding(jax.local_devices()[0])
         if not isinstance(sharding, Sharding):
@@ -127,13 +127,13 @@ class Parameter:
         return jax.ShapeDtypeStruct(self.shape(config), jnp.dtype(dtype), sharding=sharding)
 
     def their_names(self, config: LlamaConfig) -> list[str]:
-        """The Hugging Face tensors that our array is made of: by layer, and by expert in each."""
+        """The Hugging Face tensors of our array, by layer, and by expert in each layer."""
         layers = self.layers(config) if self.stacked else (0,)
         experts = range(self.sizes(config)["E"] if "{expert}" in self.name else 1)
         return [self.name.format(layer=n, expert=e) for n in layers for e in experts]
 
     def tensor_at(self, config: LlamaConfig, index: tuple[slice, ...]) -> int:
-        """Which of `their_names` the piece at `index` of our array is a part of."""
+        """Which of `their_names` contains the piece at `index` of our array."""
         counts = self.shape(config)[: self.leading]
         number = 0
         for part, count in zip(index[: self.leading], counts, strict=True):
@@ -141,7 +141,7 @@ class Parameter:
         return number
 
     def place_of(self, config: LlamaConfig, number: int) -> tuple[slice, ...]:
-        """The inverse of `tensor_at`: where a whole tensor lies in our array."""
+        """The inverse of `tensor_at`: the index of a whole tensor in our array."""
         shape = self.shape(config)
         corner = np.unravel_index(number, shape[: self.leading]) if self.leading else ()
         return (
@@ -159,7 +159,7 @@ class Parameter:
         return apart.transpose([axes.index(axis) for axis in self.axes])
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`: what is ours without leading axes as Hugging Face has it."""
+        """The inverse of `to_ours`: our array without leading axes in Hugging Face's layout."""
         own = self.axes
         sizes = dict(zip(own, ours.shape, strict=True))
         flat = [math.prod(sizes[axis] for axis in group) for group in self.groups]
@@ -167,7 +167,7 @@ class Parameter:
         return ours.transpose([own.index(axis) for axis in axes]).reshape(flat)
 
 
-# Gives the piece of an array at an index that `pieces` made, within one Hugging Face tensor.
+# Reads the piece of an array at an index from `pieces`, within one Hugging Face tensor.
 Read = Callable[[Parameter, tuple[slice, ...]], np.ndarray]
 
 
@@ -193,7 +193,7 @@ def _experts(block: str, gate: str, up: str, down: str, when: str) -> tuple[Para
     )
 
 
-# Hugging Face's axes stand before ours.
+# Hugging Face's axes come before ours.
 TABLE = (
     Parameter("embed_tokens.embedding", "model.embed_tokens.weight", "V D", "V D"),
     _layer("input_layernorm", "scale", "weight", "D", "D"),
@@ -227,9 +227,9 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
 
 
 def count_parameters(config: LlamaConfig, *, active: bool = False) -> int:
-    """How many numbers the parameters are; `active`: those that one token is computed with.
+    """The number of parameters; with `active`, only those used for one token.
 
-    Of a mixture of experts these are the chosen experts' alone.
+    For a mixture of experts, the latter include only the chosen experts.
     """
     total = 0
     for row in parameters(config):
@@ -241,16 +241,16 @@ def count_parameters(config: LlamaConfig, *, active: bool = False) -> int:
 
 
 def projections(config: LlamaConfig) -> list[Parameter]:
-    """A layer's kernels but those of experts: what can be quantized, and what LoRA can adapt."""
+    """A layer's kernels except those of experts; LoRA can adapt these."""
     dense = ("layers.self_attn.", "layers.mlp.")
     kernels = [row for row in parameters(config) if row.path.endswith(".kernel")]
     return [row for row in kernels if row.path.startswith(dense)]
 
 
 def lora_parameters(config: LlamaConfig, lora: LoraConfig) -> list[Parameter]:
-    """A and B of each projection that LoRA adapts, with the names that PEFT gives them.
+    """A and B of each projection that LoRA adapts, with PEFT's names.
 
-    A stands for a kernel's inputs and R, B for R and its outputs, each cut as the kernel is.
+    A has a kernel's inputs and R as axes, B has R and its outputs, each sharded like the kernel.
 
     Raises:
         InputError: a target that no layer of this model has.
@@ -280,7 +280,7 @@ def lora_parameters(config: LlamaConfig, lora: LoraConfig) -> list[Parameter]:
 def pieces(
     row: Parameter, config: LlamaConfig, index: tuple[slice, ...] | None = None
 ) -> Iterator[tuple[slice, ...]]:
-    """Cuts our array, or the part `index` of it, into pieces of about `PIECE_SIZE` elements.
+    """Splits our array, or the part `index` of it, into pieces of about `PIECE_SIZE` elements.
 
     Each is a range of whole rows of one Hugging Face tensor, in order.
     """
@@ -299,7 +299,7 @@ def pieces(
 
 
 def piece_shape(row: Parameter, config: LlamaConfig) -> tuple[int, ...]:
-    """Shape of a full piece: of one Hugging Face tensor, and of its rows as many as fit."""
+    """Shape of a full piece: as many rows of one Hugging Face tensor as fit."""
     sizes = row.sizes(config)
     rows = row.groups[0][0]
     row_size = math.prod(sizes[axis] for axis in row.axes if axis != rows)
@@ -321,7 +321,7 @@ def abstract_params(
 def contiguous(matrix: np.ndarray) -> np.ndarray:
     """A C-contiguous copy of a transposed matrix, two to four times as fast as NumPy's own.
 
-    It goes 16 columns at a time, so that what is read stays in the cache until it is used up.
+    It copies 16 columns at a time, so that the data stays in the CPU cache until it is used up.
     """
     copy = np.empty(matrix.shape, matrix.dtype)
     for start in range(0, matrix.shape[1], 16):
@@ -339,21 +339,21 @@ def load_tree(
     then: Then | None = None,
     instead: Callable[[Parameter], Any] | None = None,
 ) -> dict[str, Any]:
-    """Fills the parameter tree, every device with the pieces of its own shards.
+    """Fills the parameter tree; every device receives the pieces of its own shards.
 
     Args:
         config: the model's shape.
         like: shape, dtype and sharding of every array, by path.
-        read: gives pieces, in the array's dtype.
-        progress: told of every piece.
-        rows: of the tree; None for those of `parameters`.
-        then: what becomes of an array once it is filled, which is not kept: of a stack, layer by
-            layer. It may say so of some rows alone, and give None for the others.
-        instead: what stands in the place of an array, which is then not read; or None.
+        read: reads pieces, in the array's dtype.
+        progress: function called for every piece.
+        rows: the rows of the tree; None for those of `parameters`.
+        then: converts an array once it is filled and replaces it, layer by layer for a stack. It
+            may apply to some rows only and return None for the others.
+        instead: returns a replacement for an array, which is then not read; or None.
 
     Raises:
-        InputError: they do not fit into the devices' memory; before any is read, where `then` does
-            not make them smaller.
+        InputError: the arrays do not fit into the devices' memory; raised before any is read,
+            unless `then` makes them smaller.
     """
     if then is None and not _fits(like):
         raise InputError(_too_large(like))
@@ -377,7 +377,7 @@ def load_tree(
 
 
 def _fits(like: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
-    """Whether the devices of this process have room for their parts, as far as one knows."""
+    """Whether the devices of this process have room for their parts, as far as known."""
     needed: Counter[Any] = Counter()
     for leaf in like.values():
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -411,7 +411,7 @@ def _load_changed(
     load: Callable[[jax.ShapeDtypeStruct, Read], jax.Array],
     change: Callable[[jax.Array], Any],
 ) -> Any:
-    """What an array becomes. No more than a layer of it is there at one time as it is read."""
+    """Loads and converts an array, with at most one layer of the original in memory at a time."""
     if not row.stacked:
         return change(load(leaf, read))
     count, *shape = leaf.shape
@@ -446,7 +446,7 @@ def _load_leaf(
     read: Read,
     progress: Progress | None,
 ) -> jax.Array:
-    # Devices that hold the same part (replicas) are filled from one reading of it.
+    # Devices with the same part (replicas) are filled from one read of it.
     devices_of: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     placement = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     for device, index in placement.items():
@@ -464,7 +464,7 @@ def _load_leaf(
             corner = [own.start - whole.start for own, whole in zip(index, part, strict=True)]
             for device in devices:
                 shards[device] = placed(shards[device], piece, corner, device)
-            # Without this, pieces would pile up on the host faster than the devices take them.
+            # Without this, pieces would pile up on the host faster than they are transferred.
             jax.block_until_ready([shards[device] for device in devices])
             if progress is not None:
                 progress(row.path, piece.nbytes)
@@ -488,7 +488,7 @@ def _buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.n
 def placed[Buffer: (jax.Array, np.ndarray)](
     buffer: Buffer, piece: np.ndarray, corner: Sequence[int], device: Any
 ) -> Buffer:
-    """A device's buffer with a piece in it that begins at a corner; the buffer is used up."""
+    """A device's buffer with a piece written at a corner; the buffer is donated."""
     if isinstance(buffer, np.ndarray):
         buffer[tuple(slice(n, n + size) for n, size in zip(corner, piece.shape, strict=True))] = (
             piece

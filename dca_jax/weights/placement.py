@@ -1,4 +1,4 @@
-"""Where a model's parameters lie on a mesh, and which meshes a model can be cut for."""
+"""The sharding of a model's parameters on a mesh, and the meshes that a model supports."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def cut_by_tensor(config: LlamaConfig) -> str:
-    """Letters of the axes that `tensor` must divide (kv heads may be fewer, or left whole)."""
+    """Letters of the axes that `tensor` must divide (kv heads may be fewer, or not split)."""
     return "N" + "F" * config.has_mlp + "M" * (config.mixture is not None) + "V"
 
 
@@ -35,10 +35,11 @@ def cut_by_fsdp(config: LlamaConfig) -> str:
 
 
 def check_mesh(config: LlamaConfig, sizes: Mapping[str, int]) -> None:
-    """Refuses a mesh that a model cannot be cut for.
+    """Refuses a mesh that a model cannot be split over.
 
     Raises:
-        InputError: an axis that does not divide what it cuts; it names the sizes that would.
+        InputError: an axis that does not divide the sizes it splits; the message lists sizes that
+            do.
     """
     tensor, found = sizes["tensor"], axis_sizes(config)
     letters = cut_by_tensor(config)
@@ -78,12 +79,12 @@ def _divisors(n: int) -> list[int]:
 def parameter_shardings(
     config: LlamaConfig, mesh: Mesh, *, lora: LoraConfig | None = None
 ) -> Callable[[str], NamedSharding]:
-    """Where each parameter goes, by its path: what the loaders take as `sharding`.
+    """The sharding of each parameter by path, as the `sharding` argument of the loaders.
 
-    With `lora`, also where its adapters go.
+    With `lora`, this includes the adapters.
 
     Raises:
-        InputError: see `check_mesh`.
+        InputError: as in `check_mesh`.
     """
     check_mesh(config, mesh.shape)
     adapters = [] if lora is None else lora_parameters(config, lora)
@@ -98,8 +99,8 @@ def parameter_shardings(
 def parameter_partition(
     row: Parameter, config: LlamaConfig, sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """How a parameter lies on a mesh of these sizes."""
+    """The partition spec of a parameter on a mesh with these sizes."""
     letters = "L" * row.stacked + row.ours.replace(" ", "")
-    # A norm's scale is a few kilobytes: everywhere, whole.
+    # A norm's scale has only a few kilobytes and is replicated.
     rules = STORED if len(row.ours.split()) > 1 else RULES
     return partition(letters, row.shape(config), sizes, rules)

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints with packed weights (`quantization_config`): unpacked, or kept so.
+"""Hugging Face checkpoints with packed weights (`quantization_config`): unpacked or kept packed.
 
-Each packed weight [out, in] is w = (q - zero) * scale, with a scale, and a zero where there is one,
-for a tile of it: the whole matrix, a row, a group of columns of one row, or a block. Read are
+Each packed weight [out, in] is w = (q - zero) * scale, with a scale, and possibly a zero, for each
+tile: the whole matrix, a row, a group of columns of one row, or a block. Supported are
 
 - `fp8`: float8 in blocks (DeepSeek's and Qwen's; `weight_scale_inv` multiplies);
 - `compressed-tensors`: int8 and int4 packed into int32, int8, and float8, by tensor, row, group or
@@ -10,7 +10,7 @@ for a tile of it: the whole matrix, a row, a group of columns of one row, or a b
 - `gptq` of 4 and 8 bits, with and without `desc_act`
   (https://github.com/ModelCloud/GPTQModel).
 
-What runs these elsewhere may round activations too; here only the weights are rounded.
+Other programs may also round activations for these formats; here only the weights are rounded.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,23 +35,23 @@ from dca_jax.weights.tensor_files import FLOATS, StoredTensor
 
 WHERE = "quantization_config of config.json"
 METHODS = ("fp8", "compressed-tensors", "awq", "gptq")
-# In an int32 of AWQ's, where the four bits of each of eight columns lie.
+# The position of the four bits of each of eight columns in an int32 of AWQ.
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a checkpoint are packed.
+    """The packing scheme of a checkpoint.
 
     Attributes:
-        name: as a message calls it.
-        suffix: of the tensor of a module that holds its packed weights.
-        others: suffixes of those that belong to it; what of them is not there need not be.
-        shape: [out, in] of the weights, from the module's tensors.
-        read: a piece of the weights in float32, from the module's tensors.
-        kept: how they can be kept packed, from the module's tensors; None if they cannot.
-        values, scales: as `dca_jax.weights.kept.KeptTensor` reads them.
-        plain: modules that are not packed, by name.
+        name: name for messages.
+        suffix: suffix of the tensor with a module's packed weights.
+        others: suffixes of its other tensors; these may be missing.
+        shape: function from a module's tensors to the shape [out, in] of the weights.
+        read: function that reads a piece of the weights in float32.
+        kept: function from a module's tensors to the form in which they stay packed, or None.
+        values, scales: functions for `dca_jax.weights.kept.KeptTensor`.
+        plain: names of modules that are not packed.
     """
 
     name: str
@@ -77,35 +77,35 @@ class PackedTensor(StoredTensor):
     parts: Mapping[str, StoredTensor]
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The piece `tensor[index]`, unpacked, in float32.
+        """The piece `tensor[index]`, unpacked to float32.
 
         Raises:
-            InputError: as `StoredTensor.read`; indices of groups that are none.
+            InputError: as in `StoredTensor.read`, or invalid group indices.
         """
         rows, columns = index
-        with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
+        with np.errstate(all="ignore"):  # callers refuse non-finite scales
             return self.scheme.read(self.parts, (rows, columns))
 
     @property
     def kept(self) -> Kept | None:
-        """How its weights can be kept packed."""
+        """The form in which its weights can stay packed."""
         return self.scheme.kept(self.parts)
 
     def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers, or of the float8."""
+        """A piece of the integer or float8 values."""
         return self.scheme.values(self.parts, index)
 
     def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """Those of each block of a piece."""
+        """The scales of each block of a piece."""
         return self.scheme.scales(self.parts, index, block)
 
 
 def unpack(stored: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint, with one that unpacks in the place of each packed weight's.
+    """The tensors of a checkpoint, with packed weights replaced by tensors that unpack them.
 
     Raises:
-        InputError: a packed weight of a module that is said to be plain, without its scales, or
-            with tensors whose shapes do not fit together.
+        InputError: a packed weight in a module declared as not packed, a missing scale, or tensors
+            whose shapes do not fit together.
     """
     found = dict(stored)
     for name in stored:
@@ -135,15 +135,15 @@ def unpack(stored: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, Stor
 
 
 def is_packed(tensor: StoredTensor) -> bool:
-    """Whether a tensor's own values mean nothing without its scales."""
+    """Whether a tensor's values are meaningless without its scales."""
     return tensor.dtype.itemsize == 1 or np.issubdtype(tensor.dtype, np.integer)
 
 
 def read_scheme(quantization: Mapping[str, Any]) -> Scheme:
-    """How weights are packed, from the `quantization_config` of a `config.json`.
+    """The packing scheme from the `quantization_config` of a `config.json`.
 
     Raises:
-        InputError: a way that is not read; named.
+        InputError: an unsupported scheme.
     """
     method = fields.text(quantization, "quant_method", WHERE)
     if method == "fp8":
@@ -196,7 +196,7 @@ def _fp8(quantization: Mapping[str, Any]) -> Scheme:
 
 
 def _kept(form: str, tile: tuple[int, int], scales: StoredTensor) -> Kept | None:
-    """What `Packed` has with scales of these dtypes; of no others."""
+    """The form for `Packed`, if it supports scales of this dtype; else None."""
     known = [FLOATS[name] for name in ("F32", "F16", "BF16")]
     return Kept(form, tile, scales.dtype) if scales.dtype in known else None
 
@@ -285,7 +285,7 @@ def _compressed(quantization: Mapping[str, Any]) -> Scheme:
 
 
 def _compressed_tile(weights: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """What one scale is for: rows and columns."""
+    """Rows and columns per scale."""
     strategy = fields.text(weights, "strategy", where, default="tensor")
     block = weights.get("block_structure")
     if strategy == "tensor":
@@ -302,7 +302,7 @@ def _compressed_tile(weights: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 def _scale_shapes(shape: tuple[int, int], tile: tuple[int, int]) -> list[tuple[int, ...]]:
-    """The shapes that an array of scales may have."""
+    """The possible shapes of an array of scales."""
     rows, columns = shape
     full = (-(-rows // tile[0]), -(-columns // tile[1]))
     if full == (1, 1):
@@ -359,7 +359,7 @@ def _read_packed(
 def _kept_packed(
     parts: Mapping[str, StoredTensor], bits: int, tile: tuple[int, int]
 ) -> Kept | None:
-    """Not inputs in an order of their own, and not int8 with zeros."""
+    """The form to keep; None for reordered inputs and for int8 with zeros."""
     if "weight_g_idx" in parts or (bits == 8 and "weight_zero_point" in parts):
         return None
     return _kept(f"int{bits}", tile, parts["weight_scale"])
@@ -391,7 +391,7 @@ def _packed_scales(
 def _groups(
     parts: Mapping[str, StoredTensor], name: str, columns: slice, size: int, scales: StoredTensor
 ) -> np.ndarray:
-    """The group of each column of a piece: by number, or as an array of them says it."""
+    """The group of each column of a piece, by position or from an array of groups."""
     count = scales.shape[-1] if name == "weight_g_idx" else scales.shape[0]
     if name not in parts:
         return np.arange(columns.start, columns.stop) // size
@@ -432,7 +432,7 @@ def _awq(quantization: Mapping[str, Any]) -> Scheme:
 def _words_turned(
     words: StoredTensor, index: Index, axis: int, order: np.ndarray | None = None
 ) -> np.ndarray:
-    """A piece of int4 that are stored as [in, out], packed along an axis of that."""
+    """A piece of int4 values stored as [in, out] and packed along one of these axes."""
     rows, columns = index
     return read_words(words, (columns, rows), 4, axis, order).T.astype(np.uint8)
 
@@ -445,7 +445,7 @@ def _grouped_scales(
     order: np.ndarray | None = None,
     more: int = 0,
 ) -> Scales:
-    """Of int4 whose scales and zeros are stored as [groups, out]."""
+    """Scales of int4 values whose scales and zeros are stored as [groups, out]."""
     groups, outputs = parts["scales"].shape
     shape = outputs, groups
 
@@ -478,7 +478,7 @@ def _gptq(quantization: Mapping[str, Any]) -> Scheme:
     if form not in ("gptq", "gptq_v2"):
         raise _refused("checkpoint_format", form, "gptq or gptq_v2")
     group = _group_size(quantization.get("group_size"))
-    more = 0 if form == "gptq_v2" else 1  # the older form keeps zeros less 1
+    more = 0 if form == "gptq_v2" else 1  # the older format stores zeros minus 1
     return Scheme(
         name=f"gptq, int{bits}",
         suffix="qweight",
@@ -493,7 +493,7 @@ def _gptq(quantization: Mapping[str, Any]) -> Scheme:
 
 
 def _kept_gptq(parts: Mapping[str, StoredTensor], bits: int, group: int) -> Kept | None:
-    """int4 whose groups are of inputs that follow one another."""
+    """The form to keep for int4 whose groups have consecutive inputs; else None."""
     if bits != 4:
         return None
     if "g_idx" in parts:
@@ -527,7 +527,7 @@ def _group_size(value: Any) -> int:
 def _grouped_shape(
     parts: Mapping[str, StoredTensor], bits: int, group: int, *, packed_axis: int
 ) -> tuple[int, int]:
-    """[out, in], of weights that are stored as [in, out]."""
+    """The shape [out, in] of weights stored as [in, out]."""
     sizes = list(_two_axes(parts["qweight"]))
     sizes[packed_axis] *= 32 // bits
     ins, outs = sizes

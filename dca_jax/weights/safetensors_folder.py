@@ -1,4 +1,4 @@
-"""Weights as a Hugging Face folder has them: safetensors, in shards with their index."""
+"""Writing weights as in a Hugging Face folder: safetensors, in shards with an index."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from dca_jax.weights.parameters import (
 )
 from dca_jax.weights.tensor_files import SAFETENSORS, write_safetensors
 
-SHARD_BYTES = 5 * 10**9  # as transformers cuts them
+SHARD_BYTES = 5 * 10**9  # as in transformers
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Tensor:
     """A Hugging Face tensor to write: one layer of a parameter, or one expert of a layer.
 
     Attributes:
-        place: where it lies in our array. layer: its number in the model, -1 without one.
+        place: its index in our array.
+        layer: its number in the model, -1 without one.
     """
 
     name: str
@@ -55,14 +56,14 @@ def write_weights(
 ) -> None:
     """Writes a model's weights into a folder: one `model.safetensors`, or shards with their index.
 
-    They stream through in pieces: no tensor is ever whole in memory. Tied embeddings are written
-    once, as `model.embed_tokens.weight`. With several processes, all call it and the primary
-    writes.
+    Weights are streamed in pieces, so no tensor is ever whole in memory. Tied embeddings are
+    written once, as `model.embed_tokens.weight`. With several processes, all must call it, and the
+    primary writes.
 
     Args:
-        read: gives pieces of the parameters, in the dtype that `dtypes` has for their path.
-        shard_bytes: most bytes of weights in a file (but a tensor is never split).
-        progress: told the path and the bytes written, after each piece.
+        read: reads pieces of the parameters, in the dtype in `dtypes` for their path.
+        shard_bytes: maximum bytes of weights in a file (a tensor is never split).
+        progress: function called with the path and the bytes written, after each piece.
     """
     tensors = []
     for row in parameters(config):
@@ -78,7 +79,7 @@ def write_weights(
         if is_primary():
             headers = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
             write_safetensors(folder / name, headers, data)
-        else:  # reading may be an exchange between the processes
+        else:  # reading may involve communication between processes
             for _ in data:
                 pass
     if len(shards) > 1 and is_primary():
@@ -91,7 +92,7 @@ def write_weights(
 
 
 def _shards(tensors: list[Tensor], shard_bytes: int) -> dict[str, list[Tensor]]:
-    # Layer by layer, as Hugging Face writes them; what has no layer comes before.
+    # Layer by layer, as in Hugging Face; parameters without a layer come first.
     tensors = sorted(tensors, key=lambda tensor: tensor.layer)
     shards: list[list[Tensor]] = []
     room = 0

@@ -1,8 +1,8 @@
 """The tensors of a Hugging Face folder: listed without reading them, read piece by piece.
 
-safetensors or PyTorch `.bin`, one file or many with an index. A file is mapped into memory anew
-for every piece, so what stays resident is a piece and not a file. The exception is a `.bin` file as
-PyTorch wrote it before version 1.6, which is no zip file and cannot be mapped: it is read whole.
+It supports safetensors and PyTorch `.bin`, as one file or many with an index. A file is
+memory-mapped for every piece, so only a piece stays resident. The exception is a `.bin` file from
+before PyTorch 1.6, which is not a zip file and cannot be mapped: it is read whole.
 """
 
 import json
@@ -36,7 +36,7 @@ FLOATS = {
 }
 
 
-# What packed weights are kept in, beside scales of `FLOATS`.
+# Dtypes of packed weights, in addition to scales in `FLOATS`.
 PACKED = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
@@ -47,12 +47,12 @@ PACKED = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor(KeptTensor):
-    """A tensor in a file: what its header says. `read` is the only thing that touches the data.
+    """A tensor in a file, described by its header. Only `read` accesses the data.
 
     Attributes:
-        dtype: of what `read` gives.
-        loaded: the PyTorch tensor, of a file that cannot be mapped.
-        packed: the name of the form in which fewer bits stand for its values; none if it is empty.
+        dtype: dtype of the result of `read`.
+        loaded: the PyTorch tensor, if the file cannot be mapped.
+        packed: name of the packed form with fewer bits; empty if it is not packed.
     """
 
     path: Path
@@ -68,24 +68,24 @@ class StoredTensor(KeptTensor):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The piece `tensor[index]`, in memory of its own; one slice with both ends per axis.
+        """A copy of the piece `tensor[index]`; `index` has one slice with both ends per axis.
 
         Raises:
-            InputError: the file is no longer what it was when it was listed.
+            InputError: the file has changed since it was listed.
         """
         if self.loaded is not None:
             return _numpy(self.loaded[index])
         with _damage_reported(self.path):
             if self.path.suffix == ".bin":
                 return _numpy(_load_bin(self.path)[self.name][index])
-            if self.dtype == PACKED["F8_E4M3"]:  # which the library has no NumPy dtype for
+            if self.dtype == PACKED["F8_E4M3"]:  # the library has no NumPy dtype for it
                 return _mapped(self)[index].copy()
             with safetensors.safe_open(self.path, framework="numpy") as file:
                 return file.get_slice(self.name)[index]
 
 
 def _mapped(tensor: StoredTensor) -> np.ndarray:
-    """A tensor's data in a safetensors file that has been listed, mapped into memory."""
+    """The memory-mapped data of a tensor in a safetensors file that has been listed."""
     with tensor.path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(size))[tensor.name]["data_offsets"]
@@ -95,17 +95,17 @@ def _mapped(tensor: StoredTensor) -> np.ndarray:
 
 
 def list_tensors(folder: Path, *, packed: bool = False) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, by name, from the files' headers alone.
+    """Every tensor of the checkpoint in `folder`, by name, from the files' headers only.
 
-    With `packed` they may be of the dtypes of `PACKED` too, in safetensors files.
+    With `packed`, dtypes in `PACKED` are allowed too, in safetensors files.
 
-    Of several checkpoints in one folder it takes that which transformers takes: what config.json
-    names as `transformers_weights`, else `model.safetensors`, `model.safetensors.index.json`,
-    `pytorch_model.bin` or `pytorch_model.bin.index.json`, the first there is.
+    If a folder has several checkpoints, the choice is as in transformers: the file named by
+    `transformers_weights` in config.json, else the first of `model.safetensors`,
+    `model.safetensors.index.json`, `pytorch_model.bin` and `pytorch_model.bin.index.json`.
 
     Raises:
-        InputError: no checkpoint there; a file that is truncated, corrupt, missing or outside the
-            folder; an index that does not match its files; a tensor that is not floating-point.
+        InputError: no checkpoint; a file that is truncated, corrupt, missing or outside the folder;
+            an index that does not match its files; a tensor that is not floating-point.
     """
     candidates = [name for base in (SAFETENSORS, PYTORCH) for name in (base, f"{base}{INDEX}")]
     named = _named_weights(folder)
@@ -114,7 +114,7 @@ def list_tensors(folder: Path, *, packed: bool = False) -> dict[str, StoredTenso
     if chosen is None:
         for name in candidates:
             if (folder / name).is_symlink():
-                member(folder, name)  # says that what it leads to is missing
+                member(folder, name)  # reports a link with a missing target
         raise InputError(
             f"{folder} holds no weights: expected {SAFETENSORS} or {PYTORCH}, or one of them in "
             f"shards with its {INDEX}"
@@ -125,7 +125,7 @@ def list_tensors(folder: Path, *, packed: bool = False) -> dict[str, StoredTenso
 
 
 def _named_weights(folder: Path) -> str:
-    """The file of weights that config.json names itself, as transformers writes some; or none."""
+    """The weights file named in config.json, as some are written by transformers; or none."""
     if not (folder / CONFIG).is_file():
         return ""
     name = fields.text(read_json(folder, CONFIG), "transformers_weights", CONFIG)
@@ -138,10 +138,10 @@ def _named_weights(folder: Path) -> str:
 
 
 def cast_weights(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`piece` in `dtype`, every weight of it finite; `name` is for the message.
+    """`piece` converted to `dtype` with all weights finite; `name` is for the message.
 
     Raises:
-        InputError: a weight that is NaN or infinite, or becomes so in `dtype`.
+        InputError: a weight that is not finite, or not finite in `dtype`.
     """
     finite = np.isfinite(piece)
     if not finite.all():
@@ -162,10 +162,10 @@ def cast_weights(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def write_safetensors(
     path: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], data: Iterator[bytes]
 ) -> None:
-    """Writes a safetensors file from (name, dtype, shape)s and their data in pieces, in order.
+    """Writes a safetensors file from (name, dtype, shape) tuples and pieces of data, in order.
 
-    The library writes whole tensors only; the format is a header's length, a JSON header and the
-    data (https://huggingface.co/docs/safetensors).
+    The library can only write whole tensors. The format is the header's length, a JSON header and
+    the data (https://huggingface.co/docs/safetensors).
     """
     names = {dtype: name for name, dtype in FLOATS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -189,7 +189,7 @@ def _list_sharded(folder: Path, index_name: str, packed: bool) -> dict[str, Stor
         raise InputError(f"{folder / index_name} has no weight_map from tensor names to files")
     if not all(isinstance(shard, str) for shard in shard_of.values()):
         raise InputError(f"{folder / index_name}: a value of weight_map is not a file name")
-    # Every name is judged before any file is opened.
+    # Every name is checked before any file is opened.
     paths = {shard: member(folder, shard) for shard in dict.fromkeys(shard_of.values())}
     tensors: dict[str, StoredTensor] = {}
     for shard, path in paths.items():
@@ -212,7 +212,7 @@ def list_file(path: Path, *, packed: bool = False) -> Iterator[StoredTensor]:
     """Every tensor of one file, from its header; `packed` as in `list_tensors`.
 
     Raises:
-        InputError: as `list_tensors` does for a file.
+        InputError: as in `list_tensors` for a file.
     """
     if path.suffix == ".bin":
         mapped = zipfile.is_zipfile(path)
@@ -224,7 +224,7 @@ def list_file(path: Path, *, packed: bool = False) -> Iterator[StoredTensor]:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a .safetensors or .bin file")
     with _damage_reported(path), safetensors.safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118 -- safe_open is no dict
+        for name in file.keys():  # noqa: SIM118 -- safe_open is not a dict
             header = file.get_slice(name)
             shape, dtype = tuple(header.get_shape()), header.get_dtype()
             if packed and dtype in PACKED:
@@ -273,7 +273,7 @@ _TORCH_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float6
 def _load_bin(path: Path) -> dict[str, Any]:
     """The tensors of a PyTorch file, by name; `weights_only` runs no code from it.
 
-    They are mapped and not read, unless the file is of the old kind that is no zip file.
+    They are memory-mapped, unless the file has the old format that is not a zip file.
     """
     try:
         import torch
@@ -307,7 +307,7 @@ def _load_bin(path: Path) -> dict[str, Any]:
 def _numpy(tensor: Any) -> np.ndarray:
     import torch
 
-    tensor = tensor.detach().clone()  # out of the mapping; a Parameter's data
-    if tensor.dtype == torch.bfloat16:  # unknown to NumPy: the same bits, named by ml_dtypes
+    tensor = tensor.detach().clone()  # copied out of the mapping, without gradient
+    if tensor.dtype == torch.bfloat16:  # unknown to NumPy: the same bits as ml_dtypes' bfloat16
         return tensor.view(torch.int16).numpy().view(FLOATS["BF16"])
     return tensor.numpy()

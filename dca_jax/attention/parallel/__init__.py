@@ -1,1 +1,1 @@
-"""One long text shared by several devices along the mesh axis `context`."""
+"""Context parallelism: one long text split over devices along the mesh axis `context`."""

@@ -1,16 +1,16 @@
-"""Context parallelism: one long text shared by the devices along the mesh axis `context`.
+"""Context parallelism: one long text split over the devices along the mesh axis `context`.
 
-Device c of C holds blocks c and 2C - 1 - c of the text's 2C (`dca_jax.attention.parallel.zigzag`):
-their queries and their keys. Keys travel rotated, for a key's rotation depends on its own index
-only; queries are raw and stay. Each kernel call meets one block of queries with one range of keys,
-and is told where in the text both begin (`Rows.offset`, `Rows.key_offset`); which of DCA's phases
-they meet in, the kernel works out from that, as always. What a query reads in several calls is
-merged by log-sum-exp, so the result is that of one softmax over the whole text.
+Device c of C holds the queries and keys of blocks c and 2C - 1 - c of the text's 2C blocks
+(`dca_jax.attention.parallel.zigzag`). Keys are sent rotated, because their rotation depends only on
+their own index; queries are unrotated and stay. Each kernel call combines one block of queries with
+one range of keys, and gets the text indices where both begin (`Rows.offset`, `Rows.key_offset`),
+from which the kernel derives DCA's phases as usual. The outputs of several calls are merged by
+log-sum-exp, so the result is that of one softmax over the whole text.
 
-    ring_attention    (in the module `ring`) prefill, evaluation, training: keys travel
-    decode_attention  few queries over a cache that is shared like a text: no key moves
+    ring_attention    (in the module `ring`) prefill, evaluation, training: keys are sent around
+    decode_attention  few queries over a cache that is split like a text: keys are not sent
 
-Gradient. The ring has one custom_vjp around the whole: it saves this device's q, k, v, out and the
+Gradient. The ring has one custom_vjp around the whole. It saves this device's q, k, v, out and the
 *global* log-sum-exp, with which the flash backward of each pair of blocks is exact on its own (see
 `dca_jax.attention.op`). `rows` has no gradient.
 
@@ -51,22 +51,22 @@ def decode_attention(
     axis_name: str = AXIS,
     scales: Scales | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Few queries over a KV cache shared in zigzag: one token each, or the next turn of a chat.
+    """Few queries over a KV cache split in zigzag order: one token each, or the next chat turn.
 
-    Every device has all the queries and reads its own keys in one kernel call, its two blocks as
-    two rows; what it found is merged with the others' by log-sum-exp (arXiv 2408.04093). Across the
-    axis go a maximum of B N T and a sum of B T N (H + 1) float32 numbers, and no key. For
-    inference: it has no gradient.
+    Every device has all the queries and attends to its own keys in one kernel call, with its two
+    blocks as two rows; the results are merged by log-sum-exp (arXiv 2408.04093). Devices exchange a
+    maximum of B N T and a sum of B T N (H + 1) float32 numbers, but no keys. It is for inference
+    and has no gradient.
 
     Args:
-        query: raw, the same on every device of the axis; any T.
-        key, value: this device's part of all layers of a cache whose C * S slots are the indices of
-            the text in zigzag; keys are rotated.
-        layer: the one to read.
-        rows: as for `dca_jax.attention.attend` over the whole cache: `offset` is the text index of
-            the first query, `lengths` include the queries' own. `key_offset` is not read.
-        dca, implementation, axis_name: as for `ring_attention`.
-        scales: of keys and values in 8 bits; the device's two blocks are rows of their own.
+        query: unrotated, the same on every device of the axis; any T.
+        key, value: this device's part of all layers of a cache whose C * S slots are text indices
+            in zigzag order; keys are rotated.
+        layer: index of the layer to read.
+        rows: as in `dca_jax.attention.attend` for the whole cache: `offset` is the text index of
+            the first query, `lengths` include the queries. `key_offset` is ignored.
+        dca, implementation, axis_name: as in `ring_attention`.
+        scales: scales of 8-bit keys and values; the device's two blocks are separate rows.
 
     Returns:
         [B, T, N, H] in the dtype of `query`, the same on every device of the axis.
@@ -77,7 +77,7 @@ def decode_attention(
     size, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     num_layers, batch, num_slots, kv_heads, head_dim = key.shape
     width = half_width(num_slots)
-    as_rows = (num_layers, 2 * batch, width, kv_heads, head_dim)  # a view: nothing is copied
+    as_rows = (num_layers, 2 * batch, width, kv_heads, head_dim)  # a view, without a copy
     keys, twice = (key.reshape(as_rows), value.reshape(as_rows)), jnp.repeat(query, 2, axis=0)
     kernel = Kernel.choose(
         implementation,
@@ -95,7 +95,7 @@ def decode_attention(
     out = out.astype(lse.dtype).reshape(batch, 2, *query.shape[1:])
     lse = lse.reshape(batch, 2, *lse.shape[1:])
     m_max = jax.lax.pmax(lse.max(axis=1), axis_name)
-    m_max = jnp.where(jnp.isfinite(m_max), m_max, 0)  # padding meets no key anywhere
+    m_max = jnp.where(jnp.isfinite(m_max), m_max, 0)  # padding has no keys anywhere
     weight = jnp.swapaxes(jnp.exp(lse - m_max[:, None]), 2, 3)[..., None]
     sums = jnp.sum(weight * out, axis=1), jnp.sum(weight, axis=1)
     total, weights = jax.lax.psum(sums, axis_name)
@@ -106,7 +106,7 @@ def decode_attention(
 
 
 class OfOut(NamedTuple):
-    """What the backward needs of an output: of all the keys it was made from, wherever they are."""
+    """Inputs of the backward pass from an output over all its keys on all devices."""
 
     do: Float[Array, "*block T N H"]
     lse: Float[Array, "*block N T"]
@@ -114,16 +114,16 @@ class OfOut(NamedTuple):
 
     @classmethod
     def of_halves(cls, do: Array, out: Array, lse: Float[Array, "2 B N h"]) -> "OfOut":
-        """From do and out [B,t,N,H] of a device, its two blocks apart: [2, B, ..]."""
+        """From do and out [B,t,N,H] of a device, with its two blocks separated: [2, B, ..]."""
         do, out = to_halves(do), to_halves(out)
         return cls(do, lse, output_delta(do, out, lse.dtype))
 
 
 class Kernel(NamedTuple):
-    """The backend, with all that is static about its calls (hashable, for `custom_vjp`).
+    """The backend with all static arguments of its calls (hashable, for `custom_vjp`).
 
-    Its two calls are compiled functions of their own, so that a program with many calls of one
-    shape, such as a ring, builds the kernel once.
+    Its two calls are separate jitted functions, so that a program with many calls of the same
+    shape, such as a ring, builds the kernel only once.
     """
 
     name: str
@@ -142,13 +142,13 @@ class Kernel(NamedTuple):
         num_keys: int,
         axis_name: str,
     ) -> "Kernel":
-        """For calls with these shapes, on texts of up to `num_keys` tokens."""
+        """Chooses the backend for calls with these shapes, on texts of up to `num_keys` tokens."""
         dca = dca or PLAIN
         name = choose_implementation(implementation, query, key, dca)
         if name == "reference":
             raise InputError(
-                "implementation 'reference' reads whole texts and cannot share one between "
-                f"devices; expected one of {', '.join(BACKENDS)}, or None"
+                "implementation 'reference' needs whole texts and cannot split one over devices; "
+                f"expected one of {', '.join(BACKENDS)}, or None"
             )
         return cls(name, dca, phases_within(num_keys, dca), axis_name)
 
@@ -161,7 +161,7 @@ class Kernel(NamedTuple):
         rows: Rows,
         scales: Scales | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-        """Output and log-sum-exp over a layer of `keys`, which are keys and values."""
+        """Output and log-sum-exp over a layer of `keys`, a pair of keys and values."""
         options = {"dca": self.dca, "phases": self.phases, "with_lse": True, "scales": scales}
         out, lse = BACKENDS[self.name].forward(query, *keys, layer, rows, **options)
         assert lse is not None  # it was asked for

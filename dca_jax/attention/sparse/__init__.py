@@ -1,4 +1,4 @@
-"""Sparse reading of long prompts: selectors of key blocks (`dca_jax.attention.sparse.selector`)."""
+"""Sparse prefill of long prompts with key-block selectors (see `.selector`)."""
 
 from dca_jax.attention.sparse.piece import Keys, Piece, Selector
 from dca_jax.attention.sparse.pooled import PooledQueries

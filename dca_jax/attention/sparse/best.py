@@ -1,4 +1,4 @@
-"""The k best of some scores, exactly, for a k that differs from tile to tile."""
+"""Exact top-k of scores, where k differs between tiles."""
 
 import math
 from fractions import Fraction
@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-LEAST = 32  # blocks that a tile keeps at least: 4,096 keys
-DIGIT = 4  # bits of a threshold that are found at once
+LEAST = 32  # minimum number of blocks per tile: 4,096 keys
+DIGIT = 4  # bits of the threshold that are determined at once
 
 
 def blocks_to_keep(share: float, blocks: int) -> Int[np.ndarray, " blocks"]:
-    """k of each tile of a text: max(32, ceil(share x blocks up to its own))."""
-    exact = Fraction(repr(share))  # as it is written: 0.07 of 100 blocks are 7
+    """k for each tile of a text: max(32, ceil(share x blocks up to its own))."""
+    exact = Fraction(repr(share))  # the decimal value: 0.07 of 100 blocks is 7
     return np.asarray([max(LEAST, math.ceil(exact * (n + 1))) for n in range(blocks)], np.int32)
 
 
 def always_kept(tile: Int[Array, "B tiles"], blocks: int) -> Bool[Array, "B tiles blocks"]:
-    """A text's first block, and a tile's own and the one before it."""
+    """Mask of a text's first block, a tile's own block and the one before it."""
     number = jnp.arange(blocks, dtype=jnp.int32)[None, None, :]
     own = tile[:, :, None]
     return (number == 0) | (number == own) | (number == own - 1)
@@ -32,7 +32,7 @@ def best_blocks(
 ) -> Bool[Array, "B K tiles blocks"]:
     """For tile I, keep[I] blocks: those always kept, and the best of the others up to I.
 
-    Where scores are equal, the first. All, if there are no more.
+    Ties go to the first block. If there are not enough blocks, all are kept.
     """
     blocks = scores.shape[3]
     always = always_kept(tile, blocks)[:, None]
@@ -46,14 +46,14 @@ def best_blocks(
 def largest(
     values: Int[Array, "*tiles blocks"], count: Int[Array, "*#tiles"]
 ) -> Bool[Array, "*tiles blocks"]:
-    """The `count` largest, the first of equal ones; negative values are never among them.
+    """Mask of the `count` largest values, with ties going to the first; negative ones never count.
 
-    The smallest of them is found digit by digit: a few passes, where sorting takes many.
+    The threshold is determined digit by digit, which takes fewer passes than sorting.
     """
     threshold = jnp.zeros((*values.shape[:-1], 1), jnp.int32)
     digits = jnp.arange(1 << DIGIT, dtype=jnp.int32).reshape(*[1] * (threshold.ndim - 1), -1)
     for shift in range(32 - DIGIT, -1, -DIGIT):
-        # The first digit's upper half would be negative numbers, which are reached by none.
+        # The upper half of the first digit would be negative numbers, which cannot occur.
         steps = digits[..., : 8 if shift == 32 - DIGIT else None] << shift
         reached = threshold + steps
         at_least = jnp.sum(values[..., None] >= reached[..., None, :], axis=-2, dtype=jnp.int32)

@@ -1,7 +1,7 @@
-"""How much of its attention a query pays to each block of keys, in plain XLA.
+"""The share of a query's attention on each block of keys, in plain XLA.
 
-A few queries stand for a tile of them. Their logits against all earlier keys are taken a span of
-keys at a time, of which only each block's log-sum-exp is kept: never the logits of a whole text.
+A few queries represent a tile. Their logits with all earlier keys are computed one span of keys at
+a time, and only the log-sum-exp of each block is kept, never the logits of a whole text.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from dca_jax.dca import DCAConfig, Phase, key_range, phases_within
 from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
 
-# Keys whose logits are there at once: a CPU's caches are small, and a GPU has to launch each step.
+# Keys per span: a CPU's caches are small, and a GPU must launch each step.
 SPAN, CPU_SPAN = 16_384, 1024
-TOGETHER = 32  # queries of a head that are multiplied at once, whatever the length of a piece
+TOGETHER = 32  # queries of a head per product, whatever the length of a piece
 
 Queries = Mapping[Phase, Float[Array, "B K M H"]]
 
@@ -33,17 +33,17 @@ def block_scores(
     *,
     of_maximum: float,
 ) -> Float[Array, "B K tiles blocks"]:
-    """What R queries of each tile give to blocks of keys, over all heads that share a list.
+    """Scores of key blocks from R queries of each tile, over all heads that share a list.
 
-    The mean of their probabilities, and `of_maximum` times the largest: one softmax for each query
-    over the keys up to its own. The blocks are those of the cache. Tiles are taken in groups of one
-    size, so that their arithmetic is that of every piece.
+    A score is the mean of the queries' probabilities plus `of_maximum` times the largest, with a
+    softmax for each query over the keys up to its own. The blocks are those of the cache. Tiles are
+    processed in groups of fixed size, so that the arithmetic is the same in every piece.
 
     Args:
-        rotated: the queries as each phase sees them, times the logit scale.
-        index: their text indices: keys beyond them are not met. They are the last query of each of
-            R equal parts of a tile.
-        wanted: tiles that are to be scored; the others' scores mean nothing.
+        rotated: the queries rotated for each phase, times the logit scale.
+        index: their text indices; later keys are masked. They are the last query of each of R equal
+            parts of a tile.
+        wanted: tiles to score; the scores of other tiles are meaningless.
     """
     batch, tiles, count = index.shape
     if hopper.fits(piece, dca):
@@ -79,7 +79,7 @@ def block_scores(
 
 
 def by_kv_head(query: Float[Array, "B *rows N H"], kv_heads: int) -> Float[Array, "B K M H"]:
-    """Queries that share a kv head together: row after row, its query heads within."""
+    """Queries grouped by kv head: rows in order, with the query heads inside each row."""
     batch, head_dim = query.shape[0], query.shape[-1]
     query = query.reshape(batch, -1, kv_heads, query.shape[-2] // kv_heads, head_dim)
     return jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, -1, head_dim)
@@ -92,7 +92,7 @@ def _log_masses(
     keys: Keys,
     dca: DCAConfig,
 ) -> Float[Array, "B K M blocks"]:
-    """The logits' log-sum-exp over each block of keys; -inf of one that is not met."""
+    """The logits' log-sum-exp over each block of keys; -inf for a block without visible keys."""
 
     def note(masses: Array, at: Array, logits: Array) -> Array:
         new = jax.nn.logsumexp(logits.reshape(*logits.shape[:3], -1, BLOCK), axis=-1)
@@ -116,14 +116,15 @@ def walk_keys[State](
     state: State,
     update: Callable[[State, Int[Array, ""], Float[Array, "B K M span"]], State],
 ) -> State:
-    """Goes through all keys that some queries meet, phase by phase, a span of them at a time.
+    """Visits all keys that some queries attend to, phase by phase, one span at a time.
 
     Args:
-        queries: as each phase sees them, rounded. index: where they stand in their texts.
-        wanted: those that meet anything.
-        keys: in whole blocks (`Piece.keys`).
-        update: the state after a span that begins at a key, a multiple of 128; logits are float32,
-            and -inf where a query does not meet the key in this phase.
+        queries: the queries rotated for each phase, rounded.
+        index: their text indices.
+        wanted: mask of the queries to process.
+        keys: the keys, in whole blocks (`Piece.keys`).
+        update: function that returns the state after a span from its first key, a multiple of 128,
+            and its logits; these are float32, and -inf for keys outside the phase.
     """
     num_keys = keys.count
     span = min(CPU_SPAN if current_device().platform == "cpu" else SPAN, num_keys)
@@ -138,7 +139,7 @@ def walk_keys[State](
         def step(
             n: Array, state: State, query: Array = query, start: Array = start, stop: Array = stop
         ) -> State:
-            # The last span may begin early: what it has of the one before is masked.
+            # The last span may overlap the one before, and the overlap is masked.
             at = jnp.minimum(n * span, num_keys - span)
             logits = _product(query, keys.span(at, span).astype(query.dtype))
             if keys.scale is not None:
@@ -155,7 +156,7 @@ def walk_keys[State](
 def _product(
     query: Float[Array, "B K M H"], key: Float[Array, "B S K H"]
 ) -> Float[Array, "B K M S"]:
-    """Logits, summed in float32 (float64 of float64); float32 inputs unrounded."""
+    """Logits with float32 sums (float64 for float64); float32 inputs are not rounded."""
     precision = None if query.dtype.itemsize < 4 else "highest"
     options = {"precision": precision, "preferred_element_type": compute_dtype(query.dtype)}
     return jnp.einsum("BKMH,BSKH->BKMS", query, key, **options)

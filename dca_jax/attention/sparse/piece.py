@@ -1,4 +1,4 @@
-"""What a selector looks at, and how one is described."""
+"""The input of a selector, and its interface."""
 
 import abc
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from dca_jax.rope import rotate
 
 
 class Keys(NamedTuple):
-    """A layer of keys in a stack of them, read where it lies; scales if they are in 8 bits."""
+    """A layer of keys in a stack, read in place, with scales if they have 8 bits."""
 
     key: Num[Array, "L B S K H"]
     scale: Float[Array, "L B K S"] | None
@@ -25,11 +25,11 @@ class Keys(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Keys of a row, a multiple of 128."""
+        """Number of keys in a row, a multiple of 128."""
         return self.key.shape[2]
 
     def span(self, at: Int[Array, ""], size: int) -> Num[Array, "B size K H"]:
-        """`size` keys of the layer, from `at` on."""
+        """`size` keys of the layer, starting at `at`."""
         layers, batch, count, kv_heads, head_dim = self.key.shape
         flat = self.key.reshape(layers, batch, count, kv_heads * head_dim)
         zero, at = jnp.int32(0), jnp.asarray(at, jnp.int32)
@@ -38,7 +38,7 @@ class Keys(NamedTuple):
         return found.reshape(batch, size, kv_heads, head_dim)
 
     def scales(self, at: Int[Array, ""], size: int) -> Float[Array, "B K 1 size"]:
-        """The scales of the same keys, as logits are laid out."""
+        """The scales of the same keys, in the layout of logits."""
         assert self.scale is not None
         _, batch, kv_heads, _ = self.scale.shape
         zero, at = jnp.int32(0), jnp.asarray(at, jnp.int32)
@@ -50,14 +50,15 @@ class Piece(NamedTuple):
     """A piece of each row's text, and the keys up to its end.
 
     Attributes:
-        query: raw, from a multiple of the selector's `segment` on (`rows.offset`).
-        key: rotated, a stack of layers of a cache from the text's first token on.
-        layer: which of the stack is read.
-        rows: of the queries.
-        whole: tokens of each row's prompt.
-        scales: of keys in 8 bits.
-        number: of the model's layer, which a table of patterns goes by.
-        head: number of the first query head here, of all heads of the layer.
+        query: unrotated queries, starting at a multiple of the selector's `segment`
+            (`rows.offset`).
+        key: rotated keys, a stack of cache layers from the text's first token.
+        layer: index of the layer in the stack.
+        rows: per-row inputs of the queries.
+        whole: number of tokens of each row's prompt.
+        scales: scales of 8-bit keys.
+        number: number of the model's layer, for a table of patterns.
+        head: number of the first query head here, among all heads of the layer.
     """
 
     query: Float[Array, "B T N H"]
@@ -71,17 +72,17 @@ class Piece(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of 128 queries, the last of them perhaps with fewer."""
+        """Number of tiles of 128 queries; the last one may have fewer."""
         return -(-self.query.shape[1] // BLOCK)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of 128 keys, the last of them perhaps with fewer."""
+        """Number of blocks of 128 keys; the last one may have fewer."""
         return -(-self.key.shape[2] // BLOCK)
 
     @property
     def tile(self) -> Int[Array, "B tiles"]:
-        """Numbers of the tiles, counted from the text's first."""
+        """Numbers of the tiles, counted from the start of the text."""
         return self.tiles(self.num_tiles)
 
     def tiles(self, count: int) -> Int[Array, "B tiles"]:
@@ -103,23 +104,23 @@ class Piece(NamedTuple):
     def rotated(
         self, query: Float[Array, "B T N H"], index: Int[Array, "B T"], phase: Phase, dca: DCAConfig
     ) -> Float[Array, "B T N H"]:
-        """Queries as a phase sees them, times the logit scale; float32, to be rounded once."""
+        """Queries rotated for a phase, times the logit scale; float32, to be rounded only once."""
         wide = query.astype(compute_dtype(query.dtype))
         seen = rotate(wide, query_position(index, phase, dca), self.rows.inv_freq)
         return seen * self.rows.scale[:, None, None, None].astype(wide.dtype)
 
 
 class Selector(abc.ABC):
-    """A way of choosing the blocks that a tile reads. Subclasses are frozen dataclasses.
+    """A method for selecting the blocks that a tile reads. Subclasses are frozen dataclasses.
 
-    What it chooses for a tile depends on the text, up to the end of the tile's segment, and on
-    nothing else: not on pieces, padding, or other rows.
+    The selection for a tile depends only on the text up to the end of the tile's segment, not on
+    pieces, padding or other rows.
     """
 
     @property
     @abc.abstractmethod
     def segment(self) -> int:
-        """Tokens, a multiple of 128: pieces begin and end at multiples of it."""
+        """Number of tokens, a multiple of 128; pieces begin and end at multiples of it."""
 
     @property
     @abc.abstractmethod
@@ -129,22 +130,22 @@ class Selector(abc.ABC):
     @property
     @abc.abstractmethod
     def rows_of_tile(self) -> int:
-        """Queries that stand for a tile."""
+        """Number of queries that represent a tile."""
 
     @property
     def skip(self) -> float | None:
-        """As in `KeyBlocks`, if blocks that are read may be passed by."""
+        """`KeyBlocks.skip`, if blocks in the lists may be skipped."""
         return None
 
     @abc.abstractmethod
     def counts(self, blocks: int) -> Int[np.ndarray, " blocks"] | None:
-        """How many blocks each tile of a text keeps, if there are so many; None: the text tells."""
+        """Number of blocks that each tile of a text keeps; None if it depends on the text."""
 
     @abc.abstractmethod
     def kept(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Bool[Array, "B K tiles blocks"]:
-        """Which blocks each tile of `wanted` keeps, its own and earlier ones.
+        """Mask of the blocks that each tile of `wanted` keeps, among its own and earlier ones.
 
-        What stands for other tiles, and for later blocks, is not looked at.
+        Values for other tiles and later blocks are ignored.
         """

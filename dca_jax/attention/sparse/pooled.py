@@ -1,11 +1,11 @@
-"""`pooled`: one mean query of each tile says which blocks all of it reads.
+"""`pooled`: the mean query of each tile selects the blocks for the whole tile.
 
-It costs an eighth of `rows`, and keeps about the same mass, but is blind to what a few queries of a
-tile look for. For tile I and a kv head with its query heads n:
+It costs an eighth of `rows` and keeps about the same mass, but it misses what only a few queries of
+a tile look for. For tile I and a kv head with its query heads n:
 
-    q(n)     the mean of the tile's 128 queries as a phase sees them
-    p(n, b)  what it gives to block b: one softmax over all keys j <= 128 I + 127, each by the
-             phase in which the tile's last query meets it
+    q(n)     the mean of the tile's 128 queries, rotated for a phase
+    p(n, b)  its attention on block b: one softmax over all keys j <= 128 I + 127, each in the
+             phase of the tile's last query
     score(b) mean of p over n
 """
 
@@ -29,7 +29,7 @@ class PooledQueries(Selector):
     """The blocks that a tile's mean query attends to most.
 
     Attributes:
-        share: of the blocks up to a tile's own, those that are kept.
+        share: share of the blocks up to a tile's own that is kept.
     """
 
     share: float = SHARE
@@ -61,7 +61,7 @@ class PooledQueries(Selector):
         index = piece.rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
 
         def pooled(query: Float[Array, "B T N H"]) -> Float[Array, "B tiles 1 N H"]:
-            # Of a tile with fewer queries, which is read densely, it means nothing.
+            # Meaningless for a tile with fewer queries, which is read densely.
             query = jnp.pad(query, ((0, 0), (0, -num_queries % BLOCK), (0, 0), (0, 0)))
             tiles = query.reshape(batch, -1, BLOCK, heads, head_dim)
             return tiles.mean(axis=2, keepdims=True)

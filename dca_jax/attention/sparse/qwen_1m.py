@@ -1,23 +1,23 @@
-"""`qwen-1m`: vertical and slash lines, as Qwen's million-token checkpoints ask for them.
+"""`qwen-1m`: vertical and slash lines, as configured in Qwen's million-token checkpoints.
 
-A table of the checkpoint (`sparse_attention_config.json`) says how many columns of keys
-(*vertical*) and how many distances (*slash*) every query head needs. Which ones, the last 64
-queries of a segment of the text tell, by the softmax of their logits against all earlier keys:
+A table in the checkpoint (`sparse_attention_config.json`) has the number of key columns
+(*vertical*) and of distances (*slash*) for every query head. The last 64 queries of a segment of
+the text select them, by the softmax of their logits over all earlier keys:
 
-    vertical  the keys that all 64 together give most to; the first 30 always
-    slash     the distances i - j that all 64 together give most to; the last 100 keys' always
+    vertical  the keys with the most attention from all 64 together; always the first 30
+    slash     the distances i - j with the most attention; always those of the last 100 keys
 
               j                    One line each in a segment of 8 queries; a block that a line
          i    .  |  .  \\ .         touches is read whole, so no key of Qwen's own choice is
               .  |  .  . \\         missing.
               .  |  .  .  .
 
-The logits have the positions of the attention that is served, but for one thing, as at Qwen:
-towards earlier chunks they are not clamped (P_q = i mod s + s, and i mod s + Q), so that a line
-keeps its relative position all along.
+The logits use the model's own positions, with one exception, as in Qwen's code: positions relative
+to earlier chunks are not clamped (P_q = i mod s + s, and i mod s + Q), so that the relative
+position is constant along a line.
 
-Qwen's servers take the last queries of each *piece* of a prompt, so that their choice depends on
-how it is cut; here segments begin at multiples of 4,096 of the text.
+The servers that Qwen recommends use the last queries of each *piece* of a prompt, so their
+selection depends on how it is split; here segments begin at multiples of 4,096 in the text.
 
 Source: `vertical_and_slash` of vLLM's and SGLang's backends for dual chunk attention; MInference
 (arXiv 2407.02490).
@@ -41,8 +41,8 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.rope import rotate
 
-SEGMENT = 4096  # tokens that have one choice of lines
-FIRST, LAST = 30, 100  # columns, and keys' distances, that are always chosen
+SEGMENT = 4096  # tokens with a common selection of lines
+FIRST, LAST = 30, 100  # columns, and distances of keys, that are always selected
 KIND = "vertical_and_slash"
 Table = tuple[tuple[int, ...], ...]
 
@@ -52,8 +52,8 @@ class VerticalSlash(Selector):
     """The blocks that lines of each query head touch.
 
     Attributes:
-        vertical, slash: how many lines each query head of each layer has.
-        last_q: queries of a segment that choose them.
+        vertical, slash: number of lines for each query head of each layer.
+        last_q: number of queries at the end of a segment that select them.
     """
 
     vertical: Table
@@ -62,7 +62,7 @@ class VerticalSlash(Selector):
 
     @property
     def segment(self) -> int:
-        """What has one choice of lines."""
+        """Number of tokens with a common selection of lines."""
         return SEGMENT
 
     @property
@@ -76,7 +76,7 @@ class VerticalSlash(Selector):
         return -(-self.last_q * BLOCK // SEGMENT)
 
     def counts(self, blocks: int) -> None:
-        """As `Selector.counts`: where lines lie, the text tells."""
+        """As in `Selector.counts`: None, because the lines depend on the text."""
         return
 
     def kept(
@@ -134,7 +134,7 @@ class VerticalSlash(Selector):
         return (touched & (apart >= 0)[:, None]) | blocks[:, :, None, :]
 
     def _of_heads(self, table: Table, piece: Piece, kv_heads: int) -> Int[Array, "K G"]:
-        """A layer's entries for the query heads that are here."""
+        """A layer's entries for the query heads on this device."""
         of_layer = jnp.asarray(table, jnp.int32)[piece.number]
         here = jax.lax.dynamic_slice_in_dim(of_layer, piece.head, piece.query.shape[2])
         return here.reshape(kv_heads, -1)
@@ -148,9 +148,9 @@ def line_masses(
     dca: DCAConfig,
     group: int,
 ) -> tuple[Float[Array, "B K G S"], Float[Array, "B K G S"]]:
-    """What some consecutive queries together give to each key, and to each distance.
+    """The attention of some consecutive queries together on each key, and on each distance.
 
-    The distance i - j stands at the key that the last of them meets at it.
+    The distance i - j is indexed by the key at this distance from the last query.
     """
     batch, kv_heads, rows, _ = next(iter(queries.values())).shape
     count, num_keys = rows // group, keys.count
@@ -178,11 +178,11 @@ def line_masses(
 
 
 def _along_lines(p: Float[Array, "B K R G span"]) -> Float[Array, "B K G span+R-1"]:
-    """Sums along diagonals: row r, of the R rows, is moved R - 1 - r places to the right."""
+    """Sums along diagonals: row r of the R rows is shifted R - 1 - r places to the right."""
     batch, kv_heads, count, group, span = p.shape
-    rows = jnp.swapaxes(p, 2, 3)[..., ::-1, :]  # the last row first, which stays
+    rows = jnp.swapaxes(p, 2, 3)[..., ::-1, :]  # the last row, which is not shifted, comes first
     wide = jnp.pad(rows, [(0, 0)] * 4 + [(0, count)])
-    # Read in rows that are one shorter, each row begins one place further to the right.
+    # Reshaped to rows shorter by one, each row begins one place further to the right.
     flat = wide.reshape(batch, kv_heads, group, -1)[..., : count * (span + count - 1)]
     return flat.reshape(batch, kv_heads, group, count, -1).sum(axis=3)
 
@@ -199,14 +199,14 @@ def _critical(
     piece: Piece,
     dca: DCAConfig,
 ) -> Float[Array, "B R N H"]:
-    """Queries where a line keeps its relative position all along its phase; scaled, rounded."""
+    """Queries at unclamped positions, so that lines have constant relative positions; rounded."""
     beyond = {"intra": 0, "succ": dca.chunk_len, "inter": dca.max_query_position}[phase]
     seen = rotate(query.astype(jnp.float32), index % dca.chunk_len + beyond, piece.rows.inv_freq)
     return (seen * piece.rows.scale[:, None, None, None]).astype(query.dtype)
 
 
 def _bits(mass: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Numbers in the order of the masses; -1 of a line that nobody gives anything to."""
+    """Integers in the order of the masses; -1 for a line without any attention."""
     bits = jax.lax.bitcast_convert_type(mass, jnp.int32)
     return jnp.where(mass > 0, bits, -1)
 
@@ -214,12 +214,12 @@ def _bits(mass: Float[Array, "..."]) -> Int[Array, "..."]:
 def _block_distances(
     lines: Bool[Array, "B K S"], last: Int[Array, " B"]
 ) -> Bool[Array, "B K blocks"]:
-    """How many blocks back the lines of a tile reach: a distance touches one block, or two."""
+    """How many blocks back the lines of a tile are: a distance touches one or two blocks."""
     distance = jnp.arange(lines.shape[2], dtype=jnp.int32)[None, None, :]
     at = last[:, None, None] - distance
     chosen = jnp.take_along_axis(lines, jnp.maximum(at, 0), axis=2) & (at >= 0)
     chosen = chosen.reshape(*lines.shape[:2], -1, BLOCK)
-    cut = chosen[..., 1:].any(axis=3)  # no multiple of 128: the block before is touched too
+    cut = chosen[..., 1:].any(axis=3)  # not a multiple of 128: touches the block before too
     return chosen.any(axis=3) | jnp.pad(cut, ((0, 0), (0, 0), (1, 0)))[..., :-1]
 
 
@@ -227,7 +227,7 @@ def _block_distances(
 
 
 def has_table(text: str | None) -> bool:
-    """Whether a checkpoint's JSON is a table of lines: others give its name to other things."""
+    """Whether a checkpoint's JSON is a table of lines; other files may have the same name."""
     return text is not None and _is_table(json.loads(text))
 
 
@@ -236,10 +236,10 @@ def _is_table(found: Any) -> bool:
 
 
 def read_table(text: str, *, layers: int, heads: int, last_q: int = 64) -> VerticalSlash:
-    """The selector of a checkpoint's table: a list of layers, each an object of heads by number.
+    """The selector for a checkpoint's table: a list of layers, each an object of heads by number.
 
     Raises:
-        InputError: it is no such table, or of another model.
+        InputError: not such a table, or a table for another model.
     """
     where = "the table of sparse attention (sparse_attention_config)"
     table = json.loads(text)
@@ -248,7 +248,7 @@ def read_table(text: str, *, layers: int, heads: int, last_q: int = 64) -> Verti
             f"{where} must be a list with an object for each layer, got {shown(table)}"
         )
     if len(table) != layers:
-        raise InputError(f"{where} is of {len(table)} layers, and the model has {layers}")
+        raise InputError(f"{where} has {len(table)} layers, but the model has {layers}")
     vertical, slash = [], []
     for number, layer in enumerate(table):
         if sorted(layer) != sorted(map(str, range(heads))):
@@ -266,10 +266,10 @@ def read_table(text: str, *, layers: int, heads: int, last_q: int = 64) -> Verti
 
 
 def _lines(entry: Any, where: str) -> tuple[int, int]:
-    """The numbers of vertical and of slash lines of a head."""
+    """The numbers of vertical and slash lines of a head."""
     if isinstance(entry, list) and len(entry) >= 3 and entry[0] == KIND:
         counts = entry[1:3]
         if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
             vertical, slash = counts
-            return 130 if vertical == 30 else vertical, slash  # as Qwen's servers have it
+            return 130 if vertical == 30 else vertical, slash  # as in Qwen's servers
     raise InputError(f'{where} must be ["{KIND}", vertical, slash, score], got {shown(entry)}')

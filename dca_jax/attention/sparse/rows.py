@@ -1,14 +1,14 @@
-"""`rows`: a few exact query rows of each tile say which blocks all of it reads.
+"""`rows`: a few exact query rows of each tile select the blocks for the whole tile.
 
 For tile I (queries 128 I to 128 I + 127) and a kv head with its query heads n, with R = 8 rows:
 
     rows i      128 I + 16 r + 15, r = 0 .. 7
-    p(n, i, b)  what row i of head n gives to block b: the sum over its keys of one softmax over all
-                keys j <= i, with positions and scale as they are served
+    p(n, i, b)  attention of row i of head n on block b: the sum over its keys of one softmax over
+                all keys j <= i, with the model's own positions and scale
     score(b)    mean of p over n and i, plus 1/8 of its maximum
 
-The maximum is for rows that look for something the others do not. Measured beside other selectors
-on a real model: docs/explanation/sparse.md.
+The maximum covers rows that look for something the others do not. For a comparison of selectors on
+a real model, see docs/lab/sparse.md.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class SampledRows(Selector):
     """The blocks that a tile's sampled rows attend to most.
 
     Attributes:
-        share: of the blocks up to a tile's own, those that are kept.
-        count: rows of a tile; a divisor of 128.
+        share: share of the blocks up to a tile's own that is kept.
+        count: number of sampled rows per tile, a divisor of 128.
     """
 
     share: float = SHARE
@@ -68,7 +68,7 @@ class SampledRows(Selector):
     def scores(
         self, piece: Piece, wanted: Bool[Array, "B tiles"], dca: DCAConfig
     ) -> Float[Array, "B K tiles blocks"]:
-        """What the sampled rows make of each block up to their tile's own."""
+        """Scores of each block up to the tile's own from the sampled rows."""
         query, index = sampled(piece, self.count)
         flat = query.reshape(query.shape[0], -1, *query.shape[3:]), index.reshape(len(index), -1)
         rotated: dict[Phase, Array] = {

@@ -1,19 +1,20 @@
-"""Sparse reading of long prompts: which blocks of keys a tile of queries reads, and when.
+"""Sparse prefill of long prompts: which key blocks a tile of queries reads, and when.
 
-While a prompt is read, a tile of 128 queries reads some blocks of the keys before it instead of all
-(`dca_jax.attention.blocks`); a *selector* chooses them:
+During prefill, a tile of 128 queries reads some of the key blocks before it instead of all
+(`dca_jax.attention.blocks`). A *selector* chooses them:
 
-    rows          eight exact query rows of each tile, and what they attend to most: the default
-    pooled        one mean query of each tile: cheaper, blind to what few queries look for
-    qwen-1m       vertical and slash lines, by a table that the checkpoint brings
-    skip-softmax  all are scored, and of those with small logits the values are left out
+    rows          what eight exact query rows of each tile attend to most (the default)
+    pooled        what the mean query of each tile attends to most: cheaper, but misses what only
+                  few queries look for
+    qwen-1m       vertical and slash lines, from a table in the checkpoint
+    skip-softmax  scores all blocks, but skips the values of those with small logits
 
     text    0 ........................................................ L
     read      each tile: first block, selected blocks, the one before, its own      | densely
                                                             the last 128 tokens' tiles
 
-A tile's choice depends on its text only. Prompts up to a threshold are read densely, tokens are
-always drawn densely, and there is no gradient.
+The selection for a tile depends only on the text. Prompts up to a threshold are read densely,
+decoding is always dense, and there is no gradient.
 """
 
 import re
@@ -34,8 +35,10 @@ from dca_jax.dca import DCAConfig, SparseConfig
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 
-THRESHOLD = 32_768  # tokens of a prompt up to which it is read densely
-TAIL = 128  # tokens at a prompt's end whose tiles are read densely: without, no selector answered
+THRESHOLD = 32_768  # prompts of up to this many tokens are read densely
+TAIL = (
+    128  # the tiles of a prompt's last tokens are read densely: without this, no selector answered
+)
 NAMES = (
     "auto, off, rows, rows:SHARE, rows4 or rows16, pooled, pooled:SHARE, qwen-1m, "
     "skip-softmax:LAMBDA"
@@ -44,12 +47,12 @@ NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """How long prompts are read.
+    """The setting of sparse prefill.
 
     Attributes:
-        selector: chooses the blocks of each tile.
-        threshold: tokens of a prompt up to which it is read densely.
-        by_checkpoint: nobody but the checkpoint asked for it.
+        selector: selects the blocks of each tile.
+        threshold: number of tokens up to which a prompt is read densely.
+        by_checkpoint: whether the setting comes from the checkpoint only.
     """
 
     selector: Selector
@@ -58,18 +61,18 @@ class Sparse:
 
     @property
     def segment(self) -> int:
-        """Tokens: pieces of a prompt begin and end at multiples of it."""
+        """Number of tokens; pieces of a prompt begin and end at multiples of it."""
         return self.selector.segment
 
     @property
     def described(self) -> str:
-        """For people, and for the records of what has been measured."""
+        """A description for users and for records of measurements."""
         return f"{self.selector.name} beyond {self.threshold} tokens"
 
     def share(self, length: int) -> float | None:
-        """Of the blocks of keys that a prompt's tiles meet, those that are read.
+        """The share of key blocks that a prompt's tiles read.
 
-        1 of a prompt that is read densely; None where only the text tells.
+        It is 1 for a prompt that is read densely, and None if it depends on the text.
         """
         blocks = -(-length // BLOCK)
         counts = self.selector.counts(blocks)
@@ -82,25 +85,26 @@ class Sparse:
         return float(np.where(dense, met, np.minimum(counts, met)).sum() / met.sum())
 
     def told(self, length: int) -> str:
-        """How a prompt of so many tokens is read, in a few words."""
+        """A short description of how a prompt of `length` tokens is read."""
         share = self.share(length)
         if self.selector.skip is not None and length > self.threshold:
             return f"{self.selector.name}, all keys scored"
         if share is None:
-            return f"{self.selector.name}, by lines that the text tells"
+            return f"{self.selector.name}, lines depend on the text"
         if share == 1:
             return "all keys"
         return f"{self.selector.name}, {100 * share:.1f} % of the blocks of keys"
 
     def dense_from(self, length: int) -> int:
-        """From which token on a prompt of `length` tokens is read densely; 0 if all of it is."""
+        """The token from which a prompt of `length` tokens is read densely; 0 if all of it is."""
         return 0 if length <= self.threshold else max(0, length - TAIL) // BLOCK * BLOCK
 
     def shared(self, common: int, one: int, other: int) -> int:
-        """How many first tokens two prompts read alike.
+        """Number of first tokens that two prompts read in the same way.
 
         Args:
-            common: tokens they begin with alike. one, other: tokens of each.
+            common: number of tokens at the beginning that they have in common.
+            one, other: number of tokens of each prompt.
         """
         dense = self.dense_from(one), self.dense_from(other)
         if not any(dense):
@@ -108,23 +112,23 @@ class Sparse:
         return min(common, *dense) // self.segment * self.segment
 
     def for_method(self, dca: DCAConfig | PositionMethod | None) -> "Sparse | None":
-        """This, where texts are read by a method that can be read sparsely.
+        """This setting if the method supports sparse prefill, else None.
 
         Raises:
-            InputError: by another one, though it was asked for.
+            InputError: an unsupported method, if sparse prefill was requested explicitly.
         """
         if not isinstance(dca, PositionMethod):
             return self
         if self.by_checkpoint:
             return None
         raise InputError(
-            f"{type(dca).__name__} reads texts densely; sparse reading ({self.selector.name}) is "
-            "for DCA and plain attention, so leave out the one or the other"
+            f"{type(dca).__name__} does not support sparse prefill ({self.selector.name}); use DCA "
+            "or plain attention, or sparse='off'"
         )
 
     def blocks(self, piece: Piece, dca: DCAConfig) -> KeyBlocks:
-        """The lists of a piece: what the selector keeps; all, where a prompt is read densely."""
-        # A short prompt may go on from anywhere, and then lies in a tile more.
+        """The lists for a piece: the blocks that the selector keeps, or all for dense prefill."""
+        # A short prompt may continue from anywhere and then span one more tile.
         more = num_tiles(piece.query.shape[1]) - piece.num_tiles
         tile = piece.tiles(piece.num_tiles + more)
         whole = piece.whole[:, None]
@@ -144,31 +148,31 @@ class Sparse:
         """Raises InputError for a piece of a prompt that ends within a segment."""
         if num_queries % self.segment:
             raise InputError(
-                f"a prompt that is read sparsely ({self.selector.name}) is read in pieces of a "
-                f"multiple of {self.segment} tokens, padding included; got {num_queries}"
+                f"sparse prefill ({self.selector.name}) needs pieces of a multiple of "
+                f"{self.segment} tokens, padding included; got {num_queries}"
             )
 
 
 def choose_sparse(
     asked: "Sparse | str | None", wish: SparseConfig | None, *, layers: int, heads: int
 ) -> Sparse | None:
-    """How a model reads long prompts; None: densely.
+    """A model's setting of sparse prefill; None for dense prefill.
 
     Args:
-        asked: a name (`NAMES`), where a number after a colon is the share of blocks that is kept;
-            "auto" is what the checkpoint asks for; None is "off".
-        wish: the checkpoint's.
-        layers, heads: of the model.
+        asked: a name (`NAMES`), where a number after a colon is the share of blocks to keep; "auto"
+            follows the checkpoint; None means "off".
+        wish: the checkpoint's own setting.
+        layers, heads: numbers of layers and heads of the model.
 
     Raises:
-        InputError: an unknown name, a share that is none, or `qwen-1m` without its table.
+        InputError: an unknown name, an invalid share, or `qwen-1m` without its table.
     """
     if isinstance(asked, Sparse):
         return asked
     if asked is None or asked == "off":
         return None
     if not isinstance(asked, str):
-        raise InputError(f"sparse must be a text such as rows:0.05, or None, got {shown(asked)}")
+        raise InputError(f"sparse must be a string such as rows:0.05, or None, got {shown(asked)}")
     wish = wish or SparseConfig()
     threshold = wish.threshold
     if asked == "auto":
@@ -185,7 +189,7 @@ def _by_name(name: str, wish: SparseConfig, layers: int, heads: int) -> Selector
         if wish.patterns is None or not has_table(wish.patterns):
             raise InputError(
                 "--sparse qwen-1m needs the checkpoint's table of heads (sparse_attention_config."
-                "json beside its config), and there is none; rows needs no table"
+                "json beside its config), but there is none; rows needs no table"
             )
         return read_table(wish.patterns, layers=layers, heads=heads, last_q=wish.last_q)
     known, _, share = name.partition(":")
@@ -207,8 +211,8 @@ def _lambda(text: str, name: str) -> float:
         part = 0.0
     if not 0 < part < 1:
         raise InputError(
-            f"sparse reading {shown(name)} must name the part of the largest weight, above 0 and "
-            "below 1, up to which keys are left out, as skip-softmax:0.001"
+            f"sparse reading {shown(name)} must have a fraction of the largest weight, above 0 and "
+            "below 1, below which keys are skipped, such as skip-softmax:0.001"
         )
     return part
 

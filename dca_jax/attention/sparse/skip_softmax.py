@@ -1,16 +1,16 @@
-"""`skip-softmax`: every key is scored, and blocks whose logits are small are passed by.
+"""`skip-softmax`: scores every key and skips blocks with small logits.
 
-The softmax goes through a tile's blocks one after another, and knows the largest logit of each
-query so far. Half a tile (64 queries) of a head passes a block by if for each of its queries
+The softmax visits a tile's blocks one after another and tracks the largest logit of each query.
+Half a tile (64 queries) of a head skips a block if, for each of its queries,
 
     largest logit of the block  <=  largest logit so far + ln(lambda)
 
-so no key that is passed by has more than lambda of the weight of another. That saves the block's
-exponentials and its product with V; not that with K, which is half of the work. The blocks come in
-the order of the text, but for what a border between chunks cuts, which comes last: with chunks of
-whole blocks (all presets from 2,048 trained tokens on) what is passed by depends on the text alone.
+so a skipped key has at most lambda times the weight of another key. Skipping saves the block's
+exponentials and its product with V, but not the product with K, which is half of the work. Blocks
+come in the order of the text, except for those cut by a chunk border, which come last. With chunks
+of whole blocks (all presets from 2,048 trained tokens on), skipping depends only on the text.
 
-Source: BLASST, which TensorRT-LLM and ModelOpt have under the name skip-softmax.
+Source: BLASST, implemented in TensorRT-LLM and ModelOpt under the name skip-softmax.
 """
 
 import math
@@ -27,7 +27,7 @@ from dca_jax.dca import DCAConfig
 
 @dataclass(frozen=True)
 class SkipSoftmax(Selector):
-    """All blocks, of which those with small logits are passed by.
+    """Reads all blocks, but skips those with small logits.
 
     Attributes:
         part: lambda, above 0 and below 1.
@@ -47,7 +47,7 @@ class SkipSoftmax(Selector):
 
     @property
     def rows_of_tile(self) -> int:
-        """None stands for it: all are scored."""
+        """0: all queries are scored."""
         return 0
 
     @property

@@ -1,7 +1,7 @@
 """What comes of RULER's samples: a score a task and length, their means, the effective length.
 
 The effective length of a model is the greatest at which its mean over the thirteen tasks is at
-least 85.6 %, what Llama2-7B-Chat has at 4k. Every score has its interval of 95 %.
+least 85.6 %, what Llama2-7B-Chat has at 4k. Every score has a 95 % interval.
 """
 
 import functools
@@ -21,7 +21,7 @@ from dca_jax.evaluation.tables import Outcome, Table, number, tokens
 
 
 class Score(NamedTuple):
-    """A score with its interval of 95 %, in per cent, and the number of samples it is of."""
+    """A score in per cent, with its 95 % interval and number of samples."""
 
     mean: float
     low: float
@@ -111,7 +111,7 @@ def _task_table(
             [task, *(str(row[n]) if n in row else "" for n in lengths)]
             for task, row in rows.items()
         ],
-        notes=[f"In brackets: the interval of 95 %; {many} samples a cell."],
+        notes=[f"In parentheses: the 95 % interval; {many} samples a cell."],
     )
 
 

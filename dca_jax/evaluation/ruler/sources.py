@@ -96,7 +96,7 @@ def read_more_words(path: Path) -> list[str]:
     """
     found = parse_json(read_text_file(path), f"{path}")
     if not isinstance(found, dict) or not all(isinstance(word, str) for word in found.values()):
-        raise InputError(f"{path} is no object of words, as RULER's english_words.json is")
+        raise InputError(f"{path} is not a JSON object of words like RULER's english_words.json")
     return list(found.values())
 
 
