@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 FUZZ := 1000
 # The versions the checks ran with; without them a new release of a dependency could break `make`.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles a module when it is first imported: of some 20,000 files most never are.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # Where there is no accelerator, libtpu (of the extra `dev`) need not look for one, loudly.
 ifeq ($(wildcard /dev/nvidia* /dev/kfd /dev/accel* /dev/vfio/[0-9]*),)

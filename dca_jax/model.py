@@ -401,17 +401,25 @@ class Llama(nnx.Module):
         if kernel is None and isinstance(stored, Packed) and hidden.ndim == 2:
             subscripts = f"BD,{letters}->BV"
             return packed_product(subscripts, hidden, stored).astype(jnp.float32)
-        kernel = self.unembedding() if kernel is None else kernel
+        if kernel is None and not isinstance(stored, Packed):
+            # As it lies: a CPU takes 8 times as long by a table that is to be transposed.
+            return self._logits(hidden, Shards.of(stored).gathered(stored), letters)
+        return self._logits(hidden, self.unembedding() if kernel is None else kernel, "DV")
+
+    def _logits(
+        self, hidden: Float[Array, "*batch D"], kernel: Float[Array, "_ _"], letters: str
+    ) -> Float[Array, "*batch V"]:
+        """The product of `unembed`; `letters` are those of the kernel's axes."""
         shards = Shards.of(kernel)
         one_row = hidden.ndim == 2 and len(hidden) == shards.size("data", "fsdp")
         if one_row and hidden.dtype != jnp.float32:
             # XLA's GPU compiler multiplies by a vector in the result's dtype, so it would write out
             # the kernel in float32 for every generated token. Two rows make a matrix product.
             twice = jnp.broadcast_to(hidden[:, None], (len(hidden), 2, hidden.shape[1]))
-            return self.unembed(twice, kernel)[:, 0]
+            return self._logits(twice, kernel, letters)[:, 0]
         kernel = kernel.astype(hidden.dtype)
         rows = "BTU"[: hidden.ndim - 1]
-        subscripts = f"{rows}D,DV->{rows}V"
+        subscripts = f"{rows}D,{letters}->{rows}V"
         return jnp.einsum(
             subscripts,
             hidden,

@@ -89,6 +89,7 @@ def golden_model() -> Llama:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of the blockwise backend so small that short texts cross many of them."""
     monkeypatch.setattr(xla, "TILE", 16)
+    monkeypatch.setattr(xla, "CPU_TILE", 16)
     monkeypatch.setattr(xla, "LOGITS", 16 * 18)  # no block of keys ends where a chunk does
 
 

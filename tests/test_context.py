@@ -167,6 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def tiles_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of queries and blocks of keys in each block of a text."""
     monkeypatch.setattr(xla, "TILE", 4)
+    monkeypatch.setattr(xla, "CPU_TILE", 4)
     monkeypatch.setattr(xla, "LOGITS", 12)
 
 

@@ -586,7 +586,7 @@ def test_golden_nll_of_moby_dick_through_the_command(shared, tmp_path):
     """What ChunkLlama itself computes of the windows [0, L) of a real book (nats a token)."""
     np.save(tmp_path / "moby.npy", read_tokens(shared))
     names = {"plain_rope": "rope", "chunkllama_ppl": "dca:chunkllama_ppl"}
-    lengths = (300, 4096)
+    lengths = (300, 2048)
     result = invoke(
         *("perplexity", shared / "models/tinystories-656k", "--tokens", tmp_path / "moby.npy"),
         *(part for method in names.values() for part in ("--method", method)),

@@ -472,10 +472,9 @@ def test_a_model_on_a_mesh_is_that_of_one_device_whatever_the_padding(mesh: str 
         np.testing.assert_allclose(leaf, gradient[name], atol=1e-5 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["fsdp=4,tensor=2", pytest.param("context=4,tensor=2", marks=SLOW)]
-)
-def test_generated_tokens_are_those_of_one_device(mesh: str) -> None:
+def test_generated_tokens_are_those_of_one_device() -> None:
+    """Experts, heads and a cache's slots are all cut."""
+    mesh = "fsdp=2,context=2,tensor=2"
     prompts = [BATCH[0, :30].tolist(), BATCH[1, :5].tolist()]
     texts = [generate(model_on(m), prompts, max_new_tokens=6) for m in (None, mesh)]
     assert texts[0] == texts[1]

@@ -369,7 +369,7 @@ def training_model(remat: str) -> Llama:
     return Llama(config, remat=remat, rngs=nnx.Rngs(0), **options)
 
 
-@pytest.mark.parametrize("setting", ["plain_rope", "chunkllama"])
+@pytest.mark.parametrize("setting", test_moby_dick.SETTINGS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_golden_nll_of_moby_dick(name: str, setting: str, shared: Path) -> None:
     runs_here(name, test_moby_dick.HEAD_DIM)

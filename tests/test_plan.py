@@ -247,11 +247,11 @@ def test_it_says_what_jax_must_be_told_to_take() -> None:
         ({"mesh": parse_mesh("fsdp=2"), "train": True}, "do not divide the batch of 1 texts"),
         ({"train": True, "cache_dtype": "int8"}, "training has no KV cache"),
         ({"cache_dtype": "int4"}, "cache dtype 'int4' is not supported; expected one of bfloat16"),
-        ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 8 devices"),
+        ({"mesh": None, "context_length": 2**34}, "fits no mesh of up to 4 devices"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "MOST_DEVICES", 8)  # all their meshes are tried
+    monkeypatch.setattr(planning, "MOST_DEVICES", 4)  # all their meshes are tried
     common: dict[str, Any] = {"device": "h200", "mesh": None, "context_length": 4096}
     with pytest.raises(InputError, match=message):
         plan("llama-2-7b", SHAPES["llama-2-7b"], **common | options)

@@ -27,6 +27,7 @@ from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.memory import free_bytes
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
+ALIGNED = 64  # bytes: at a multiple of them JAX takes over a host's array without copying it
 
 # Called after each piece with the parameter's path and the bytes processed.
 Progress = Callable[[str, int], None]
@@ -452,11 +453,11 @@ def _load_leaf(
         parts = zip(index or (), leaf.shape, strict=True)
         bounds = tuple(part.indices(size)[:2] for part, size in parts)
         devices_of.setdefault(bounds, []).append(device)
-    shards: dict[Any, jax.Array] = {}
+    shards: dict[Any, Any] = {}
     for bounds, devices in devices_of.items():
         local_shape = tuple(stop - start for start, stop in bounds)
         for device in devices:
-            shards[device] = jnp.zeros(local_shape, leaf.dtype, device=device)
+            shards[device] = _buffer(local_shape, leaf.dtype, device)
         part = tuple(slice(start, stop) for start, stop in bounds)
         for index in pieces(row, config, part):
             piece = read(row, index)
@@ -467,13 +468,32 @@ def _load_leaf(
             jax.block_until_ready([shards[device] for device in devices])
             if progress is not None:
                 progress(row.path, piece.nbytes)
+        for device in devices:
+            shards[device] = jax.device_put(shards[device], device)
     return jax.make_array_from_single_device_arrays(
         leaf.shape, leaf.sharding, [shards[device] for device in placement]
     )
 
 
-def placed(buffer: jax.Array, piece: np.ndarray, corner: Sequence[int], device: Any) -> jax.Array:
+def _buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
+    """For pieces to be placed in; a CPU's is an array of the host, which needs no program."""
+    if device.platform != "cpu":
+        return jnp.zeros(shape, dtype, device=device)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    first = -memory.ctypes.data % ALIGNED
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def placed[Buffer: (jax.Array, np.ndarray)](
+    buffer: Buffer, piece: np.ndarray, corner: Sequence[int], device: Any
+) -> Buffer:
     """A device's buffer with a piece written at a corner; the buffer is donated."""
+    if isinstance(buffer, np.ndarray):
+        buffer[tuple(slice(n, n + size) for n, size in zip(corner, piece.shape, strict=True))] = (
+            piece
+        )
+        return buffer
     # A caller may be inside `jax.set_mesh` of all devices; this concerns one of them.
     with jax.set_mesh(Mesh(np.array([device]), ("device",))):
         return _place(buffer, jax.device_put(piece, device), np.array(corner, np.int32))

@@ -1,0 +1,123 @@
+"""A laptop's user: a small model on a CPU, beside transformers, in one process.
+
+    python benchmarks/cpu.py SmolLM2-135M-Instruct.Q4_1.gguf --out outputs/cpu.json
+
+Both read one prompt of random ids, then draw tokens greedily after it, float32, with as many
+threads as each takes by itself. Ours reads by DCA; the peer is transformers on PyTorch as it comes:
+plain attention by SDPA, its default KV cache, the logits of the last token only. The peer's other
+dtypes are named by `--peers`. The engines take turns, so that what else the machine does falls on
+all of them, and each has a round beforehand, in which ours compiles. A figure is the median over
+the rounds; `cpu` is processor time, which other processes change less than they change time.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from common import Report, machine, numbers, say, show
+from transformers import AutoModelForCausalLM
+
+import dca_jax
+from dca_jax.distributed import exit_on_input_error
+from dca_jax.inference.generate import Run
+
+OURS = "dca_jax float32"
+COLUMNS = ("engine", "task", "tokens", "ms", "cpu ms", "speed", "speed by cpu")
+WARM_UP = 4  # tokens drawn in the round beforehand
+
+# Prefill, then single tokens: each iteration ends when its token is known.
+Engine = Callable[[list[int], int], Iterator[Any]]
+
+
+@exit_on_input_error()
+def main(
+    model: Annotated[Path, typer.Argument(help="A GGUF file, or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+        "outputs/cpu.json"
+    ),
+    length: Annotated[str, typer.Option(help="Tokens of the prompt; 2k is 2048.")] = "2k",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn after the first.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are timed.")] = 3,
+    peers: Annotated[str, typer.Option(help="Dtypes of the peer.")] = "float32,bfloat16",
+) -> None:
+    """Prefill and decoding by each engine; speeds are ours over the peer's."""
+    (tokens,) = numbers(length)
+    llm = dca_jax.load(model, dtype="float32")
+    ids = np.random.default_rng(0).integers(0, llm.model.config.vocab_size, tokens).tolist()
+
+    def ours(ids: list[int], new_tokens: int) -> Iterator[Any]:
+        yield from Run(llm.model, [ids], max_new_tokens=new_tokens + 1)
+
+    engines: dict[str, Engine] = {OURS: ours}
+    engines |= {f"transformers {dtype}": peer(model, dtype) for dtype in peers.split(",")}
+    for name, engine in engines.items():
+        say(f"{name}: a round beforehand")
+        measured(engine, ids, WARM_UP)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in engines}
+    for number in range(rounds):
+        for name, engine in engines.items():
+            found[name].append(measured(engine, ids, new_tokens))
+            say(f"round {number}, {name}: (ms, cpu ms) {found[name][-1].round(1).tolist()}")
+    facts = {"benchmark": "cpu", "model": model.name, "rounds": rounds, **machine()}
+    report = Report(out, facts | {"threads of PyTorch": torch.get_num_threads()})
+    rows = list(summary(found, tokens, new_tokens))
+    for row in rows:
+        report.add(row)
+    show(f"{model.name}, {tokens} tokens", COLUMNS, rows)
+
+
+def peer(model: Path, dtype: str) -> Engine:
+    """The same weights, unpacked, in transformers."""
+    is_file = model.is_file()
+    options = {"gguf_file": model.name} if is_file else {}
+    torch_model = AutoModelForCausalLM.from_pretrained(
+        model.parent if is_file else model, dtype=getattr(torch, dtype), **options
+    )
+    torch_model.eval()
+
+    def run(ids: list[int], new_tokens: int) -> Iterator[Any]:
+        given, cache = torch.tensor([ids]), None
+        with torch.inference_mode():
+            for _ in range(new_tokens + 1):
+                out = torch_model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                given, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+                yield given.item()
+
+    return run
+
+
+def measured(engine: Engine, ids: list[int], new_tokens: int) -> np.ndarray:
+    """Milliseconds, and those of the processor: [prefill and first token, a token after it][2]."""
+    steps = engine(ids, new_tokens)
+    marks = [(time.perf_counter(), time.process_time())]
+    next(steps)
+    marks.append((time.perf_counter(), time.process_time()))
+    for _ in steps:
+        pass
+    marks.append((time.perf_counter(), time.process_time()))
+    return 1e3 * np.diff(marks, axis=0) / [[1], [new_tokens]]
+
+
+def summary(
+    found: dict[str, list[np.ndarray]], tokens: int, new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each engine and task: medians, and how many times ours is as fast."""
+    medians = {
+        name: [[statistics.median(each) for each in task] for task in np.stack(rounds, axis=-1)]
+        for name, rounds in found.items()
+    }
+    for task, (what, count) in enumerate((("prefill", tokens), ("a token", new_tokens))):
+        for name, median in medians.items():
+            ms, cpu = median[task]
+            own_ms, own_cpu = medians[OURS][task]
+            row = {"engine": name, "task": what, "tokens": count, "ms": ms, "cpu ms": cpu}
+            yield row | {"speed": ms / own_ms, "speed by cpu": cpu / own_cpu}
+
+
+if __name__ == "__main__":
+    typer.run(main)
