@@ -346,13 +346,13 @@ GROUP = CASES["w4a16"][0]["config_groups"]["group_0"]
     [
         (
             {"quant_method": "bitsandbytes"},
-            "is 'bitsandbytes', which is not read; expected fp8",
+            "is 'bitsandbytes', which is not supported; expected fp8",
         ),
         ({"quant_method": "mxfp4"}, "quant_method is 'mxfp4'"),
-        (AWQ | {"version": "gemv"}, "version is 'gemv', which is not read; expected gemm"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv', which is not supported; expected gemm"),
         (AWQ | {"bits": 8}, "bits is 8"),
         (AWQ | {"group_size": 0}, "group_size is 0"),
-        (GPTQ | {"bits": 3}, "bits is 3, which is not read; expected 4 or 8"),
+        (GPTQ | {"bits": 3}, "bits is 3, which is not supported; expected 4 or 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         (FP8, "weight_block_size is None"),
         (FP8 | {"weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt is 'e5m2'"),
@@ -362,7 +362,7 @@ GROUP = CASES["w4a16"][0]["config_groups"]["group_0"]
         (compressed(*W4, group_size=32) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (
             compressed(*W4, group_size=32) | {"config_groups": {"a": GROUP, "b": GROUP}},
-            r"config_groups is \['a', 'b'\], which is not read; expected one group",
+            r"config_groups is \['a', 'b'\], which is not supported; expected one group",
         ),
         ({"quant_method": ["awq"]}, "quant_method must be a string"),
         (AWQ | {"modules_to_not_convert": "lm_head"}, "must be a list of names"),

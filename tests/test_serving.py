@@ -401,7 +401,7 @@ def test_what_is_no_request_is_refused_with_a_sentence(client, http):
         ({"temperature": 1e-9}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n:"),
-        ({"n": 100}, "queue takes 8"),
+        ({"n": 100}, "the queue holds at most 8"),
         ({"seed": 2**40}, "seed"),
         ({"stop": ["a", ""]}, "empty"),
         ({"stop": ["\udc00"]}, "surrogate"),

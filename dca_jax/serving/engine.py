@@ -203,7 +203,7 @@ class Engine:
         texts = [(prompt, choice) for prompt in prompts for choice in range(choices)]
         if len(texts) > self._queue:
             raise InputError(
-                f"a request for {len(texts)} texts, and this server's queue takes {self._queue}; "
+                f"a request for {len(texts)} texts, and the queue holds at most {self._queue}; "
                 "ask for fewer at once"
             )
         streams = [
