@@ -436,7 +436,7 @@ def test_templates_that_cannot_be_used(
 
 
 def test_no_such_template_and_no_such_tokenizer(byte_level: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected one of chat, llama-2, chunkllama, or the path"):
+    with pytest.raises(InputError, match=r"expected one of chat, llama-2, chunkllama or the path"):
         renderer(byte_level, "alpaca")
     with pytest.raises(InputError, match="is not a file"):
         renderer(byte_level, str(tmp_path / "missing.jinja"))
