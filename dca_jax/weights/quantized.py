@@ -158,7 +158,8 @@ def read_scheme(quantization: Mapping[str, Any]) -> Scheme:
 
 
 def _refused(key: str, value: Any, expected: str) -> InputError:
-    return InputError(f"{WHERE}: {key} is {shown(value)}, which is not supported; expected {expected}")
+    found = f"{key} is {shown(value)}, which is not supported"
+    return InputError(f"{WHERE}: {found}; expected {expected}")
 
 
 def _plain(quantization: Mapping[str, Any], key: str) -> frozenset[str]:
