@@ -402,7 +402,7 @@ class Llama(nnx.Module):
             subscripts = f"BD,{letters}->BV"
             return packed_product(subscripts, hidden, stored).astype(jnp.float32)
         if kernel is None and not isinstance(stored, Packed):
-            # As it lies: a CPU takes 8 times as long by a table that is to be transposed.
+            # In its stored layout: XLA's CPU compiler makes a slow loop of a transposed table.
             return self._logits(hidden, Shards.of(stored).gathered(stored), letters)
         return self._logits(hidden, self.unembedding() if kernel is None else kernel, "DV")
 

@@ -205,12 +205,9 @@ def test_offset_lengths_and_temperature(bench: Bench) -> None:
 # --- a cache -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_queries", "heads"), [(3, 4), (20, 2)], ids=["3", "20"])
+@pytest.mark.parametrize(("num_queries", "heads"), [(1, 4), (3, 4), (20, 2)], ids=["1", "3", "20"])
 def test_a_layer_of_a_ragged_cache(bench: Bench, num_queries: int, heads: int) -> None:
-    """Few queries, and more than are packed; one alone is below, in 8 bits.
-
-    Beyond a row's tokens lies what must not be read.
-    """
+    """Few queries, and more than are packed. Beyond a row's tokens lies what must not be read."""
     offset = jnp.asarray([0, S - 1, 2 * S, 3 * S + 5], jnp.int32)
     q, raw, value = bench.draw(5, 4, num_queries, 100, heads, heads // 2)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)

@@ -34,7 +34,6 @@ from dca_jax.evaluation.fingerprint import fingerprint
 from dca_jax.inference.load import open_model
 from dca_jax.products.packed import is_packed, packed_forms
 from dca_jax.sharding import make_mesh
-from dca_jax.weights import gguf_blocks
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.gguf_file import read_gguf
 from dca_jax.weights.hub import find_folder
@@ -63,8 +62,7 @@ def theirs(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_is_unpacked_as_the_library_does(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(gguf_blocks, "SLAB", 2000)  # several, which do not divide the rows
+def test_every_format_is_unpacked_as_the_library_does(tmp_path, kind):
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     raw = gguf.GGMLQuantizationType[kind]

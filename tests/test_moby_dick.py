@@ -68,16 +68,15 @@ def load(
     return Llama.from_params(config, params, **options)
 
 
-# Half of the text by one setting: time grows with its square, and a quarter of it is five chunks.
-# Its whole on a GPU: test_gpu.py.
+# The whole text by one setting: time grows with its square, and a quarter of it is five chunks.
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_golden_nll_at_every_length(shared, tokens, setting):
     # Attention is causal, so the window [0, L) is the beginning of the longest one.
-    longest = LONGEST // 2 if setting == "chunkllama_ppl" else LONGEST // 4
+    longest = LONGEST if setting == "chunkllama_ppl" else LONGEST // 4
     nll = token_nll(load(shared, SETTINGS[setting]), tokens[None, :longest])[0]
     rows = [row for row in ROWS if row["setting"] == setting and row["L"] <= longest]
-    lengths = [300, 512, 1024, 2048, 4096]
+    lengths = [300, 512, 1024, 2048, 4096, LONGEST]
     assert [row["L"] for row in rows] == [n for n in lengths if n <= longest]
     ours = [float(nll[: row["L"] - 1].mean()) for row in rows]
     assert ours == pytest.approx([row["nll"] for row in rows], abs=1e-3)

@@ -328,7 +328,7 @@ def test_one_row_has_the_logits_that_it_has_among_others(tiny: Llama) -> None:
 def test_a_table_is_multiplied_where_it_lies() -> None:
     """Tied unembedding of one row on a CPU: no transposed table is written down, nor read across.
 
-    XLA made a loop of its own of such a product, at 1/8 of the rate of the library's.
+    XLA made a loop of its own of such a product instead of a call of its library.
     """
     config = LlamaConfig.from_hf(
         TINY | {"model_type": "llama", "vocab_size": 2048, "tie_word_embeddings": True}

@@ -612,13 +612,14 @@ def test_an_address_that_is_taken_is_said_so():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8 on a mesh", "temperature"])
+@pytest.mark.parametrize("form", ["int8", "temperature", "tensor"])
 def test_other_caches_temperatures_and_meshes_serve_what_they_generate(form, folder):
     import dca_jax
 
     changes = {
-        "int8 on a mesh": {"cache_dtype": "int8", "mesh": "tensor=2"},
+        "int8": {"cache_dtype": "int8"},
         "temperature": {"dca": dca_jax.DCAConfig.paper(64, temperature_slope=0.1)},
+        "tensor": {"mesh": "tensor=2"},
     }[form]
     llm = dca_jax.load(folder, **changes)
     engine = Engine(llm, context=256, rows=2, pages=8)

@@ -30,17 +30,16 @@ LENGTHS = np.array([37, 5, 1, 20, 36, 30, 2, 19], np.int32)  # no axis divides T
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 37)).astype(np.int32)
 PROMPTS = [TOKENS[0].tolist(), TOKENS[1, :5].tolist(), np.tile(TOKENS[2], 4).tolist()]
 
-# Each axis whole, each two axes cut together, and those that share a text's work in four. The
-# ring among eight takes long to compile: test_context.py.
+# Each axis whole, each two axes cut together, and those that share a text's work in four. Of the
+# ring among eight, which takes long to compile: test_context.py, and the tokens below.
 QUICK = [(2, 2, 1, 2), (1, 1, 4, 2)]
 MESHES = [
     *QUICK,
     *((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8)),
     *((2, 1, 2, 2), (1, 2, 2, 2)),
 ]
-# Of those that generate; data=2,context=2,tensor=2 draws, and in context=4,tensor=2 a text goes on
-# in a cache of 8 bits.
-SOME = [QUICK[0], (1, 1, 1, 8)]
+# Of those that generate; data=2,context=2,tensor=2 draws, and in context=4,tensor=2 a text goes on.
+SOME = [QUICK[0], (1, 1, 8, 1), (1, 1, 1, 8)]
 
 
 def meshes(sizes: list[tuple[int, ...]]) -> list:
@@ -150,8 +149,6 @@ def test_a_cache_in_8_bits_is_cut_with_its_scales(sizes):
         cache = run.cache.rollback([len(first)])
         if "context" in sizes:
             cache = copied(reader, cache, 1, 256)
-            if reader is model:
-                assert cache.key.sharding.spec[2] in ("context", ("context",))
             for scale in (cache.key_scale, cache.value_scale):
                 assert scale.sharding.shard_shape(scale.shape)[2] == (2 if reader is model else 1)
         again = Run(reader, [both], max_new_tokens=6, cache=cache)
@@ -164,6 +161,21 @@ def test_draws_are_those_of_one_device():
     sizes = {"data": 2, "context": 2, "tensor": 2}
     options = {"max_new_tokens": 12, "stop_ids": [7], "sampler": sampler, "seed": 3}
     assert generate(model_on(sizes), PROMPTS, **options) == expected_tokens(sampler)
+
+
+def test_a_text_goes_on_in_a_cache_cut_along_context():
+    """A prompt read at once, then a second turn after it in pieces, in a cache that has grown."""
+    model = model_on({"context": 4, "tensor": 2})
+    first, both = PROMPTS[0], PROMPTS[0] + PROMPTS[2]
+    cache = new_cache(model, 1, len(first) + 1)
+    run = Run(model, [first], max_new_tokens=1, cache=cache)
+    run.read_prompts()
+    cache = copied(model, run.cache.rollback([len(first)]), 1, 256)
+    assert cache.key.sharding.spec[2] in ("context", ("context",))
+    again = Run(model, [both], max_new_tokens=12, cache=cache)
+    assert [t for (new,) in again for t in new] == generate(
+        model_on(None), [both], max_new_tokens=12
+    )[0]
 
 
 def test_plain_attention_and_tied_embeddings_run_on_a_mesh_too():

@@ -21,7 +21,8 @@ DCA is the case with the same P_k in all bands (its phases), so its keys can be 
 they are written to a cache. If P_k differs between bands, keys are stored unrotated and rotated in
 the attention.
 
-The methods are in `dca_jax.inference.baselines`; `dca_jax.attention.xla` computes them blockwise.
+The methods are in `dca_jax.inference.baselines` and `rivals`. `dca_jax.attention.xla` computes them
+blockwise; on Hopper GPUs `dca_jax.attention.mosaic_gpu.band_forward` reads prompts.
 """
 
 import abc

@@ -1,4 +1,4 @@
-"""GGUF's packed blocks: unpacked weights, or integers and scales if they can be kept packed.
+"""The integers and scales of GGUF's blocks that can be kept packed.
 
 Each row of a tensor is stored in blocks with these numbers of values (ggml's `ggml-common.h`):
 
@@ -11,12 +11,11 @@ Each row of a tensor is stored in blocks with these numbers of values (ggml's `g
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Integer, UInt8
+from jaxtyping import Integer, UInt8
 
 from dca_jax.weights.kept import Kept
 
 GROUP = 32  # values per scale, in all of them
-SLAB = 2**20  # bytes unpacked at a time, so that the results stay in the caches
 _HALF, _WIDE = np.dtype(np.float16), np.dtype(np.float32)
 KEPT = {
     "Q4_0": Kept("int4", (1, GROUP), _HALF),
@@ -26,35 +25,6 @@ KEPT = {
 }
 # The offset of the integers in a block.
 _BEGIN = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16, "Q8_0": 2}
-
-
-def unpacked(
-    kind: str, blocks: UInt8[np.ndarray, "*rows blocks bytes"]
-) -> Float32[np.ndarray, "*rows values"]:
-    """The weights of whole blocks, computed in float32 as ggml computes them."""
-    *rows, count, size = blocks.shape
-    with np.errstate(all="ignore"):  # scales that are not finite are refused by who reads
-        if kind not in KEPT:
-            from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
-
-            return dequantize(blocks.reshape(*rows, -1), GGMLQuantizationType[kind])
-        # The same, to the bit, which `gguf` does 16 rows at a time: in half the time.
-        blocks = blocks.reshape(-1, count, size)
-        parts = np.array_split(blocks, max(1, blocks.size // SLAB))
-        return np.concatenate([_slab(kind, part) for part in parts]).reshape(*rows, -1)
-
-
-def _slab(
-    kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
-) -> Float32[np.ndarray, "rows values"]:
-    scale, offset = block_scales(kind, blocks)
-    values = block_values(kind, blocks)
-    values = values.astype(np.int8) - np.int8(8) if kind == "Q4_0" else values
-    weights = values.reshape(*scale.shape, GROUP).astype(np.float32)
-    weights *= scale[..., None].astype(np.float32)
-    if offset is not None:
-        weights += offset[..., None].astype(np.float32)
-    return weights.reshape(len(blocks), -1)
 
 
 def block_values(

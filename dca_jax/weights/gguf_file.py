@@ -22,7 +22,7 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import POINTER, refuse_pointer
-from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values, unpacked
+from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values
 from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
 
@@ -100,14 +100,18 @@ class GGUFTensor(StoredTensor):
         Raises:
             InputError: the file has changed since it was listed.
         """
+        from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
+
         if self.head_dim and len(index) == 1:  # a bias: each value is a row
             whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
             return whole[self._rows(index)]
-        blocks, first = self._blocks(index)
+        packed, first = self._blocks(index)
+        packed = packed.reshape(*packed.shape[:-2], -1)
         if not self.packed:
-            return blocks.reshape(*blocks.shape[:-2], -1).view(self.dtype)
+            return packed.view(self.dtype)
         cut = slice(index[-1].start - first, index[-1].stop - first)
-        return unpacked(self.packed, blocks)[..., cut]
+        with np.errstate(all="ignore"):  # the caller refuses scales that are not finite
+            return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
 
     @property
     def kept(self) -> Kept | None:
@@ -314,23 +318,7 @@ class _Header:
         if inner != STRING or count > MOST_STRINGS:
             what = "values of an unknown type" if inner != STRING else "texts"
             raise InputError(f"{self.path} is damaged: {shown(name)} lists {count} {what}")
-        return self.strings(name, count)
-
-    def strings(self, what: str, count: int) -> list[str]:
-        """As `string`, for `count` strings: one call per vocabulary entry or merge is too slow."""
-        length, found = struct.Struct("<Q").unpack_from, []
-        try:
-            for _ in range(count):
-                (size,) = length(self.data, self.at)
-                begin, end = self.at + 8, self.at + 8 + size
-                if size > MOST_BYTES or end > self.size:
-                    break
-                found.append(self.data[begin:end].decode())
-                self.at = end
-        except (struct.error, UnicodeDecodeError):
-            pass
-        # If the loop stopped early, `string` raises the error for that string.
-        return found + [self.string(what) for _ in range(count - len(found))]
+        return [self.string(name) for _ in range(count)]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, number of the type, and offset in the data."""
