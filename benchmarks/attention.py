@@ -334,42 +334,53 @@ def plot(
     drawn = [row for row in drawn if not row["variant"].startswith(PEER)]
     if not drawn:
         raise InputError(f"no row of head_dim {head_dim} has a speed over {PEER}")
-    layouts = list(dict.fromkeys(row["heads"] for row in drawn))
-    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in drawn)]
-    figure = Figure(figsize=(5 * len(kinds) + 2.6, 3.6 * len(layouts)), layout="constrained")
-    grid = figure.subplots(len(layouts), len(kinds), squeeze=False, sharex=True)
-    handles: dict[str, Any] = {}
-    for line, layout in enumerate(layouts):
-        for column, kind in enumerate(kinds):
-            axes: Axes = grid[line, column]
-            here = [row for row in drawn if row["heads"] == layout and row["pass"] == kind]
-            handles |= _draw(axes, here)
-            query_heads, kv_heads = layout.split("/")
-            axes.set_title(f"{kind}, {query_heads} query and {kv_heads} kv heads", fontsize=10)
-    figure.supxlabel("tokens")
-    figure.supylabel("speed over cuDNN, plain causal, rope counted")
-    figure.suptitle(f"{facts['device']}, head_dim {head_dim}, batch 1, bfloat16")
-    figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
+    figure = draw(drawn, f"{facts['device']}, head_dim {head_dim}, batch 1, bfloat16")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".partial.{out.name}")
     figure.savefig(aside, metadata={"Date": None} if out.suffix == ".svg" else None)
     aside.replace(out)
 
 
-def _draw(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One panel; returns its curves by name."""
+def draw(rows: list[dict[str, Any]], title: str) -> Figure:
+    """Speed by length: a panel for each number of heads and pass that has rows, on one x axis."""
+    layouts = list(dict.fromkeys(row["heads"] for row in rows))
+    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
+    figure = Figure(figsize=(5 * len(kinds) + 2.6, 3.6 * len(layouts)), layout="constrained")
+    grid = figure.subplots(len(layouts), len(kinds), squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for line, layout in enumerate(layouts):
+        for column, kind in enumerate(kinds):
+            axes: Axes = grid[line, column]
+            here = [row for row in rows if row["heads"] == layout and row["pass"] == kind]
+            if not here:
+                axes.remove()
+                continue
+            handles |= _curves(axes, here)
+            query_heads, kv_heads = layout.split("/")
+            axes.set_title(f"{kind}, {query_heads} query and {kv_heads} kv heads", fontsize=10)
+    lengths = sorted({row["tokens"] for row in rows})  # of all panels, which share the axis
+    names = [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths]
+    axes = figure.axes[0]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, names)
+    axes.xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("tokens")
+    figure.supylabel("speed relative to cuDNN, plain causal, with RoPE")
+    figure.suptitle(title)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
+    return figure
+
+
+def _curves(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draws one panel; returns its curves by name."""
     curves: dict[str, Any] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         points = sorted((row["tokens"], row["speed"]) for row in rows if row["variant"] == name)
         lengths, speeds = zip(*points, strict=True)
         (curves[name],) = axes.plot(lengths, speeds, **_style(name))
     axes.axhline(1, color="black", linewidth=1)
-    lengths = sorted({row["tokens"] for row in rows})
-    axes.set_xscale("log", base=2)
-    names = [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths]
-    axes.set_xticks(lengths, names)
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
+    axes.tick_params(labelbottom=True)  # there may be no panel below
     axes.grid(visible=True, axis="y", alpha=0.25)
     return curves
 

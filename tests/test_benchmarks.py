@@ -101,6 +101,25 @@ def test_attention_rows_and_their_picture(tmp_path, monkeypatch, capsys):
         attention.plot([out], picture, head_dim=128)
 
 
+def test_the_picture_has_no_empty_panel_and_names_every_length():
+    names = {"head_dim": 128, "variant": "mosaic_gpu: DCA", "speed": 1.1}
+    forward = [
+        names | {"heads": heads, "pass": "forward", "tokens": tokens}
+        for heads in ("32/32", "32/8")
+        for tokens in (4096, 8192, 131072)
+    ]
+    both = names | {"heads": "32/8", "pass": "forward + backward", "tokens": 8192}
+    figure = attention.draw([*forward, both], "H200")
+    panels = [axes.get_title() for axes in figure.axes]
+    assert panels == [
+        "forward, 32 query and 32 kv heads",
+        "forward, 32 query and 8 kv heads",
+        "forward + backward, 32 query and 8 kv heads",
+    ]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["4k", "8k", "128k"]
+
+
 def test_peers_rotation_is_the_models():
     """The tables that the peers are given rotate as `dca_jax.rope` does: the same attention."""
     shape = (1, 24, 2, 16)
