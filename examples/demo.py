@@ -345,8 +345,7 @@ def main(
     with timed(seconds, "total"):
         output.mkdir(parents=True, exist_ok=True)
         keep_compiled(output / "compilation_cache")
-        # Neither a lack of PyTorch nor what Orbax warns of concerns anybody here.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Orbax's warnings are not about anything that a reader of the demo could change.
         logging.getLogger("absl").setLevel(logging.ERROR)
         with timed(seconds, "conversion"), tempfile.TemporaryDirectory() as scratch:
             hf_to_orbax.convert(source, Path(scratch) / source.name)

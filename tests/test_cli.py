@@ -497,3 +497,13 @@ def test_a_signal_before_a_command_has_begun_is_answered_with_a_word(monkeypatch
     assert stopped.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_lm_eval_that_is_not_installed_is_named_with_its_extra(folder, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = invoke("lm-eval", folder, "--tasks", "ruler")
+    assert done.exit_code == 2
+    assert "lm-eval needs packages that are not installed" in done.output
+    assert "pip install 'dca_jax[eval]'" in done.output

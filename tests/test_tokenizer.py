@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer
 
 from dca_jax.errors import InputError
-from dca_jax.inference.tokenizer import encode, find_stop_ids, load_tokenizer
+from dca_jax.inference.tokenizer import ADVICE, encode, find_stop_ids, load_tokenizer
 
 TEXTS = ("a b", " a  b", "x </s>y", "a#é\n", "<s> hi</s> ", "<|user|>hi")
 CONFIG = replace(LEAST, vocab_size=300, eos_token_ids=(2,))
@@ -319,3 +322,21 @@ def test_stop_ids_outside_the_vocabulary_are_left_out_and_said(
     with caplog.at_level(logging.WARNING):
         assert find_stop_ids(tmp_path, CONFIG, None) == {2, 299}
     assert "id 300 of generation_config.json is outside the model's vocabulary" in caplog.text
+
+
+@pytest.mark.slow
+def test_reading_a_tokenizer_advises_nobody_to_install_pytorch(folder):
+    """A process of its own, in which PyTorch cannot be found."""
+    code = (
+        "import importlib.util as util, os, sys; find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
+        "from pathlib import Path; from dca_jax.inference.tokenizer import ADVICE, load_tokenizer\n"
+        "load_tokenizer(Path(sys.argv[1])); assert ADVICE not in os.environ\n"
+        "from transformers.utils import is_torch_available; assert not is_torch_available()"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != ADVICE}
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, env=clean
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stderr

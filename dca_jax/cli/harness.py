@@ -83,7 +83,9 @@ def lm_eval(
 
         from dca_jax.lm_eval.output import output_checked  # the package registers the model
     except ModuleNotFoundError as error:
-        raise InputError(str(error)) from None
+        raise InputError(
+            f"lm-eval needs packages that are not installed ({error}): pip install 'dca_jax[eval]'"
+        ) from None
     # lm-eval's parser reads sys.argv.
     sys.argv = ["lm-eval", "run", "--model", "dca_jax", "--model_args", json.dumps(arguments)]
     sys.argv += rest or []

@@ -39,6 +39,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an ad
 
 SECONDS, MEMORY = 120, 8 * 2**30  # limits for testing a tokenizer.json; the largest take 2 s
 
+ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # the environment variable that turns it off
+
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +74,8 @@ def load_tokenizer(folder: Path) -> Any:
         if FILE in present:
             tokenizer = _from_file(folder, settings)
         else:
-            from transformers import AutoTokenizer  # takes seconds to import
+            with _without_advice():
+                from transformers import AutoTokenizer  # takes seconds to import
 
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
@@ -87,9 +90,22 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Imports transformers without its advice to install PyTorch, which tokenizers do not need."""
+    given = os.environ.get(ADVICE)
+    os.environ[ADVICE] = "1" if given is None else given
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[ADVICE]
+
+
 def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     """The tokenizer in tokenizer.json, with the special tokens named in the other files."""
-    from transformers import AddedToken, PreTrainedTokenizerFast  # takes seconds to import
+    with _without_advice():
+        from transformers import AddedToken, PreTrainedTokenizerFast  # takes seconds to import
 
     where, named = f"{folder / SETTINGS}", dict(settings)
     described = fields.mapping(settings, "added_tokens_decoder", where)

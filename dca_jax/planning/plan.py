@@ -91,11 +91,11 @@ class Plan:
             advice += f"; {written(self.fewest)} would do"
         elif self.recommended is None and self.fewest is not None:
             advice += f"; {written(self.fewest)} is"
-        purpose = "to train on" if self.train else "those to be drawn included"
+        purpose = "to train on" if self.train else "including those generated"
         if self.lora is not None:
             purpose = f"to train adapters of rank {self.lora.rank} on"
         purpose += "" if self.weights is None else f", over {self.weights} weights"
-        kept = {"kept of each layer": self.remat, "state": self.state} if self.train else {}
+        kept = {"kept per layer": self.remat, "state": self.state} if self.train else {}
         if self.cache_dtype in ("int8", "fp8"):
             kept["KV cache"] = f"in {self.cache_dtype}"
         if self.sparse is not None:
@@ -106,8 +106,8 @@ class Plan:
             "texts": f"{self.batch} of {self.context_length:,} tokens, {purpose}",
             **kept,
             **parts,
-            **({} if self.active is None else {"weights read for a token": decimal(self.active)}),
-            "a device's total": f"{decimal(usage.total)} of {decimal(device.memory)}",
+            **({} if self.active is None else {"weights read per token": decimal(self.active)}),
+            "total per device": f"{decimal(usage.total)} of {decimal(device.memory)}",
             "fits": verdict,
             "longest that fits": f"{self.longest:,} tokens" if self.longest else "none",
             "recommended mesh": advice,

@@ -76,13 +76,13 @@ class ServerPlan:
         told = {
             "devices": f"{count} x {self.device.name}, {describe(self.sizes)}",
             "weights": decimal(self.weights),
-            "reading and drawing": decimal(self.beside),
+            "prefill and decoding": decimal(self.beside),
             "cache": f"{self.pages * PAGE:,} tokens: {self.pages:,} pages of {decimal(self.page)}",
             "fits": "yes" if self.fits else f"no: not one text of {self.context:,} tokens",
         }
         for each in self.texts() if self.fits else []:
             told[f"texts of {each['tokens']:,}"] = (
-                f"{each['texts']} at once, and {each['kept']:,} tokens kept of others"
+                f"{each['texts']} at once, and {each['kept']:,} cached tokens of others"
             )
         return told
 
