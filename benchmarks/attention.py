@@ -1,16 +1,16 @@
-"""DCA beside plain causal attention, which cannot do DCA, on one GPU, in one process.
+"""Compares DCA with plain causal attention, which cannot do DCA, on one GPU, in one process.
 
     python benchmarks/attention.py measure --lengths 8k,32k --out outputs/attention.json
     python benchmarks/attention.py plot outputs/attention*.json --out docs/images/attention.svg
 
-Ours, through every backend that can run here, from raw queries and keys to the output: the fused
-kernel; the paper's three passes and their merge; and plain causal attention by the same kernel, as
-a control. Beside them plain causal attention by cuDNN and by JAX's own Pallas kernels (Triton, and
-its Mosaic GPU example, in float16), each with queries and keys rotated on the way and without. The
-peers' cosines and sines are made beforehand and cost them nothing; ours are part of our time.
+Our variants run on every backend that is available, from unrotated queries and keys to the output:
+the fused kernel; the paper's three passes and their merge; and plain causal attention by the same
+kernel, as a control. The peers are plain causal attention by cuDNN and by JAX's own Pallas kernels
+(Triton, and its Mosaic GPU example, in float16), each with rotation of queries and keys and without
+it. The peers' cosines and sines are precomputed and not timed; ours are.
 
-Every speed is over that of cuDNN with its rotation, timed first among the variants of its length
-and once more after them, which says how far the clock has drifted meanwhile.
+Speeds are relative to cuDNN with rotation, which is timed before the other variants of a length and
+again after them, to show how far the clock has drifted.
 """
 
 import itertools
@@ -58,7 +58,7 @@ PASSES = ("forward", "forward + backward")
 KEY = ("tokens", "heads", "head_dim", "pass", "variant")
 COLUMNS = ("tokens", "heads", "head_dim", "pass", "variant", "ms", "TFLOP/s", "speed")
 
-# query, key, value, and the peers' cos and sin [T, head_dim / 2]: the output.
+# Query, key, value, and the peers' cos and sin [T, head_dim / 2], to the output.
 Attention = Callable[[Array, Array, Array, Array, Array], Array]
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ class Variant:
     """A way to compute attention.
 
     Attributes:
-        scaled: it takes queries that are scaled already.
+        scaled: it expects queries that are already scaled.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Variant:
 
 
 class Case(NamedTuple):
-    """What a table of variants is about; the batch is 1."""
+    """One table of variants; the batch is 1."""
 
     tokens: int
     heads: int
@@ -113,10 +113,10 @@ def measure(
         float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Times every variant at every length; what cannot run is a row that says why.
+    """Times every variant at every length; a variant that cannot run gets a row with the reason.
 
-    One length, one pass or a few variants at a time make several files, which `plot` joins.
-    The plain XLA backend takes half a minute and more a variant from 64k tokens on.
+    Measure one length, one pass or a few variants at a time if you like: `plot` joins the files.
+    From 64k tokens on, the plain XLA backend takes half a minute or more per variant.
     """
     if not on_gpu():
         raise InputError(f"needs a GPU (cuDNN is the peer); JAX runs on {jax.default_backend()}")
@@ -152,7 +152,7 @@ def _split_heads(layout: str) -> tuple[int, int]:
 def start_all(
     variants: Iterable[Variant], case: Case, pool: Executor
 ) -> list[tuple[Variant, Future]]:
-    """Begins to compile the variants, all at once."""
+    """Starts compiling all variants at once."""
     return [(variant, _start(variant, case, pool)) for variant in variants]
 
 
@@ -169,7 +169,7 @@ def _start(variant: Variant, case: Case, pool: Executor) -> Future:
 
 
 def compare(report: Report, case: Case, started: list[tuple[Variant, Future]]) -> None:
-    """Adds a row for every variant; the first is the peer, and comes once more at the end."""
+    """Adds a row for every variant; the first is the peer, which is repeated at the end."""
     wait(future for _, future in started)  # compiling and timing would disturb each other
     flops = 2 * case.heads * case.head_dim * case.tokens**2
     flops *= 1 if case.kind == PASSES[0] else 3.5  # five matrix products backward, two forward
@@ -189,10 +189,10 @@ def compare(report: Report, case: Case, started: list[tuple[Variant, Future]]) -
         try:
             wanted = variant.dtype, variant.scaled
             if made_for != wanted:
-                inputs = []  # frees the others first
+                inputs = []  # frees the previous one's first
                 made_for, inputs = wanted, _inputs(case, *wanted)
             time = timed(compiled.result(), *inputs)
-        except Exception as error:  # out of memory, or a shape that it cannot take
+        except Exception as error:  # out of memory, or an unsupported shape
             report.add(row | {"failed": reason(error)})
             require_live_device()
             continue
@@ -204,7 +204,7 @@ def compare(report: Report, case: Case, started: list[tuple[Variant, Future]]) -
 
 
 def random_inputs(case: Case, dtype: Any, scaled: bool) -> list[Array]:
-    """Query, key, value, cos, sin; and the output's gradient for a backward pass."""
+    """Query, key, value, cos and sin; for a backward pass also the output's gradient."""
     counts = case.heads, case.kv_heads, case.kv_heads, case.heads
     query, key, value, do = (
         jax.random.normal(
@@ -227,7 +227,7 @@ _inputs = jax.jit(random_inputs, static_argnums=(0, 1, 2))
 
 
 def all_variants(case: Case) -> Iterator[Variant]:
-    """Everything but the peer: ours by each backend that can run, then the other peers."""
+    """All variants but the main peer: ours on each available backend, then the other peers."""
     shapes = (
         jax.ShapeDtypeStruct((1, case.tokens, case.heads, case.head_dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((1, 1, case.tokens, case.kv_heads, case.head_dim), jnp.bfloat16),
@@ -239,7 +239,7 @@ def all_variants(case: Case) -> Iterator[Variant]:
         else:
             say(f"{name}: {refusal}")
     yield Variant("cuDNN", cudnn)
-    if case.heads == case.kv_heads:  # it takes no other
+    if case.heads == case.kv_heads:  # it supports no other
         yield Variant("JAX Triton mha + rope", rotated(triton_mha))
         yield Variant("JAX Triton mha", triton_mha)
     name, options = "JAX Mosaic GPU example", {"dtype": jnp.float16, "scaled": True}
@@ -248,12 +248,12 @@ def all_variants(case: Case) -> Iterator[Variant]:
 
 
 def cudnn_with_rope() -> Variant:
-    """What all speeds are over."""
+    """The main peer, to which speeds are relative."""
     return Variant(PEER, rotated(cudnn))
 
 
 def ours(name: str) -> Iterator[Variant]:
-    """DCA fused and in three passes, and plain causal attention, by one backend."""
+    """DCA fused and in three passes, and plain causal attention, on one backend."""
 
     def fused(dca: DCAConfig | None) -> Attention:
         return lambda query, key, value, cos, sin: dual_chunk_attention(
@@ -275,7 +275,7 @@ def ours(name: str) -> Iterator[Variant]:
 
 
 def rotated(attention: Attention) -> Attention:
-    """Attention behind RoPE of queries and keys."""
+    """Attention preceded by RoPE of queries and keys."""
 
     def rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Array:
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -303,10 +303,10 @@ def triton_mha(query: Array, key: Array, value: Array, cos: Array, sin: Array) -
 
 
 def mosaic_example(query: Array, key: Array, value: Array, cos: Array, sin: Array) -> Array:
-    """Plain causal attention by the example that comes with JAX; it does not scale by itself."""
+    """Plain causal attention by JAX's own example, which does not apply the scale."""
     from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
 
-    block_kv = 128 if query.shape[-1] <= 128 else 64  # what shared memory has room for
+    block_kv = 128 if query.shape[-1] <= 128 else 64  # as many as fit into shared memory
     tiles = TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=True)
     return attention(query, key, value, tiles)
 
@@ -323,9 +323,9 @@ def plot(
     ),
     head_dim: Annotated[int, typer.Option(help="head_dim of the rows to plot.")] = 128,
 ) -> None:
-    """Draws the speed over cuDNN by length, from one or more files; prints their rows as a table.
+    """Plots the speed relative to cuDNN by length, from one or more files, and prints their rows.
 
-    Where files have measured the same thing, the last one counts.
+    If several files measured the same thing, the last one counts.
     """
     facts, rows = merged(files, KEY)
     rows.sort(key=lambda row: [str(row["heads"]), row["pass"], row["tokens"]])
@@ -386,7 +386,7 @@ def _curves(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """The color says who computes, the line what; colors of Okabe and Ito (2008)."""
+    """Color by implementation, line style by variant; colors of Okabe and Ito (2008)."""
     colors = {"mosaic_gpu": "#D55E00", "triton": "#0072B2", "xla": "#009E73", "cuDNN": "#000000"}
     colors |= {"JAX Triton": "#56B4E9", "JAX Mosaic": "#E69F00"}
     color = next((c for start, c in colors.items() if name.startswith(start)), "#CC79A7")

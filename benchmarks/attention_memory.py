@@ -1,7 +1,7 @@
 """Peak memory of blockwise attention on a CPU, by length: it grows with T, not with T squared.
 
-Each length runs forward and backward in a process of its own; its peak resident memory, less that
-of a process that attends to one token, is what the attention took. Prints a table, writes JSON.
+Each length runs forward and backward in its own process. Reported is its peak resident memory minus
+that of a process that attends to one token. Prints a table and writes JSON.
 
     python benchmarks/attention_memory.py --out outputs/attention_memory.json
 """

@@ -1,9 +1,9 @@
-"""What the benchmarks share: how they time, what they record of the machine, tables and files.
+"""Shared by the benchmarks: timing, facts about the machine, tables and files.
 
-A figure is a median over blocks of calls. A block is queued at once and waited for at its end, so
-the device goes from one call to the next without waiting for Python. A loaded chip lowers its clock
-to keep its power: so every variant runs for a while before it is timed, and ratios are between
-variants timed one after the other in one process.
+A figure is a median over blocks of calls. All calls of a block are queued, and only its end is
+waited for, so the device never waits for Python. A chip under load lowers its clock to stay within
+its power limit, so every variant runs for a while before it is timed, and ratios compare variants
+that were timed one after the other in one process.
 """
 
 import json
@@ -25,9 +25,9 @@ from rich.table import Table
 
 from dca_jax.errors import InputError
 
-WARM_UP = 0.5  # seconds of calls before the first that is timed
-BLOCK, BLOCKS = 0.15, 5  # seconds of a block, at least one call; how many blocks
-LONG = 2.0  # seconds: a call that takes longer has warmed the chip itself, and is timed once
+WARM_UP = 0.5  # seconds of calls before timing starts
+BLOCK, BLOCKS = 0.15, 5  # seconds per block (at least one call), and the number of blocks
+LONG = 2.0  # seconds; a longer call warms up the chip by itself, and is timed once
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"),
     *("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "torch", "triton", "transformers"),
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call: the median over blocks, and the fastest and slowest block."""
+    """Milliseconds per call: the median over blocks, and the fastest and slowest block."""
 
     median: float
     low: float
@@ -46,21 +46,21 @@ class Timing(NamedTuple):
 
 
 def start_compiling(pool: Executor, function: Callable[..., Any], *arrays: Any) -> Future:
-    """Lowers a function here and compiles it in a thread: the future of what then runs it.
+    """Lowers a function and compiles it in a thread; returns the future of the compiled function.
 
     Args:
-        arrays: what it will be called with, or their `jax.ShapeDtypeStruct`.
+        arrays: its arguments, or their `jax.ShapeDtypeStruct`.
     """
     try:
         return pool.submit(jax.jit(function).lower(*arrays).compile)
-    except Exception as error:  # a shape that it cannot take, say: whoever asks for it is told
+    except Exception as error:  # an unsupported shape, for example: raised where the result is used
         failed: Future = Future()
         failed.set_exception(error)
         return failed
 
 
 def timed(function: Callable[..., Any], *arrays: Any) -> Timing:
-    """Times a compiled function of arrays, after a warm-up (a jitted one compiles in it)."""
+    """Times a compiled function after a warm-up, in which a jitted one compiles."""
     jax.block_until_ready(function(*arrays))
     seconds = _block(function, arrays, 1)
     if seconds > LONG:
@@ -74,7 +74,7 @@ def timed(function: Callable[..., Any], *arrays: Any) -> Timing:
 
 
 def _block(function: Callable[..., Any], arrays: Sequence[Any], calls: int) -> float:
-    """Seconds a call over `calls` calls in a row; only the last result is kept."""
+    """Seconds per call over `calls` consecutive calls; only the last result is kept."""
     start = time.perf_counter()
     result = None
     for _ in range(calls):
@@ -84,16 +84,16 @@ def _block(function: Callable[..., Any], arrays: Sequence[Any], calls: int) -> f
 
 
 def copy_bandwidth(gigabytes: float = 2.0) -> float:
-    """Bytes a second that the device copies, read and written ones both counted.
+    """The device's copy bandwidth in bytes per second, counting reads and writes.
 
-    The faster of the driver's own copy and of a kernel that changes every element on its way.
+    The faster of the driver's own copy and a kernel that changes every element.
     """
     x = jax.random.bits(jax.random.key(0), (int(gigabytes * 1e9) // 4,), jnp.uint32)
     ways = jax.jit(jnp.copy), jax.jit(lambda x: x ^ jnp.uint32(1))
     return max(2 * x.nbytes / timed(way, x).median * 1e3 for way in ways)
 
 
-# --- what goes wrong ---------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------------
 
 
 def reason(error: BaseException) -> str:
@@ -103,23 +103,23 @@ def reason(error: BaseException) -> str:
 
 
 def require_live_device() -> None:
-    """Ends the program if the device answers no more: an illegal access ends all later calls."""
+    """Ends the program if the device no longer responds, as after an illegal memory access."""
     try:
         jax.block_until_ready(jnp.ones(1, jnp.float32) + 1)
     except Exception as error:
-        sys.exit(f"the device answers no more, so nothing is left to measure: {reason(error)}")
+        sys.exit(f"the device no longer responds, so nothing else can be measured: {reason(error)}")
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
 class Report:
-    """The rows of one run, in a file that is whole after every row; prints each as it comes.
+    """The rows of one run. Each is printed when added, and the file is complete after each.
 
     Args:
-        path: the JSON file; one that is there is replaced.
-        facts: what holds for every row: device, versions, settings.
-        minutes: after so many, `out_of_time`.
+        path: the JSON file; an existing one is replaced.
+        facts: facts that hold for every row: device, versions, settings.
+        minutes: time limit, after which `out_of_time` returns True.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], *, minutes: float = math.inf) -> None:
@@ -129,25 +129,25 @@ class Report:
         self.write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Prints a row and writes the file anew."""
+        """Adds and prints a row, and rewrites the file."""
         self.rows.append(row)
         cells = (f"{name} {cell(value)}" for name, value in row.items() if value is not None)
         say(f"{time.monotonic() - self._start:6.1f} s  " + "  ".join(cells))
         self.write()
 
     def minutes_left(self) -> float:
-        """How many of the minutes are left."""
+        """Number of minutes left."""
         return (self._seconds - (time.monotonic() - self._start)) / 60
 
     def out_of_time(self) -> bool:
-        """Whether the minutes are over; it says so if they are."""
+        """Whether the time limit is reached; prints a message if it is."""
         over = self.minutes_left() < 0
         if over:
-            say("out of time: the rest is not measured")
+            say("out of time: the rest was not measured")
         return over
 
     def write(self) -> None:
-        """Writes the file anew, after a change of its rows."""
+        """Rewrites the file after its rows have changed."""
         aside = self.path.with_name(f".{self.path.name}.partial")
         aside.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n")
         aside.replace(self.path)
@@ -157,7 +157,7 @@ def merged(paths: Iterable[Path], key: Sequence[str]) -> tuple[dict[str, Any], l
     """The facts and rows of several runs; of rows that agree in `key`, the last one counts.
 
     Raises:
-        InputError: no file, one that is no result of a benchmark, or results of unlike devices.
+        InputError: there is no file, a file is not a benchmark's result, or devices differ.
     """
     facts: dict[str, Any] = {}
     rows: dict[tuple, dict] = {}
@@ -177,7 +177,7 @@ def merged(paths: Iterable[Path], key: Sequence[str]) -> tuple[dict[str, Any], l
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Prints the named columns of rows as a table; a row that failed says why in place of them."""
+    """Prints the named columns as a table; a failed row shows the reason instead."""
     rows = list(rows)
     shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
     failed = any("failed" in row for row in rows)
@@ -189,7 +189,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> 
 
 
 def cell(value: Any) -> str:
-    """A value as it is printed: four significant digits of a float."""
+    """A value as it is printed; floats have four significant digits."""
     if value is None:
         return ""
     if not isinstance(value, float):
@@ -198,7 +198,7 @@ def cell(value: Any) -> str:
 
 
 def say(text: str) -> None:
-    """A line of progress, printed at once."""
+    """Prints a line of progress immediately."""
     print(text, flush=True)
 
 
@@ -206,7 +206,7 @@ def say(text: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The device in use, its driver and power limit, and the versions of what takes part."""
+    """The device in use, its driver and power limit, and the versions of the libraries."""
     device = jax.devices()[0]
     versions = {}
     for package in PACKAGES:
@@ -239,7 +239,7 @@ def numbers(text: str) -> list[int]:
     """Counts from a list such as "4k,32k,100": k is 1024.
 
     Raises:
-        InputError: something else.
+        InputError: the text has another form.
     """
     try:
         parts = [part.strip().lower() for part in text.split(",")]

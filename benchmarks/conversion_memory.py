@@ -1,12 +1,11 @@
-"""Peak host memory of conversion, on a 2 GB sharded checkpoint made for the purpose.
+"""Peak host memory of conversion, on a generated 2 GB checkpoint in shards.
 
     python benchmarks/conversion_memory.py
 
-Each task runs in a process of its own, which reports its peak resident set
-(`resource.getrusage`). The bound is twice the largest tensor of the source checkpoint plus 1 GiB.
-The loaders fill CPU arrays here, which are host memory themselves: their size is subtracted.
-The checkpoint too is written by a process of its own: a process's peak on Linux starts at that of
-the one that made it.
+Each task runs in its own process, which reports its peak resident set (`resource.getrusage`). The
+bound is twice the largest tensor of the source checkpoint plus 1 GiB. The loaders fill CPU arrays
+here, which are host memory too, so their size is subtracted. The checkpoint is also written by
+another process, because on Linux a child process starts with its parent's peak.
 """
 
 import json
@@ -94,7 +93,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def run_task(task: str, folder: Path) -> None:
-    """What a measured process does; prints its peak, the arrays it holds (bytes) and seconds."""
+    """Runs one task; prints this process's peak, the size of its arrays (bytes) and seconds."""
     if task == "write":
         write_checkpoint(folder / "hf")
         return
@@ -150,7 +149,7 @@ def main(
     task: Annotated[str | None, typer.Option(hidden=True)] = None,
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure the peak host memory of conversion and loading; needs 7 GB of disk for a while."""
+    """Measure the peak host memory of conversion and loading; needs 7 GB of disk temporarily."""
     if task is not None and folder is not None:
         run_task(task, folder)
         return

@@ -1,13 +1,13 @@
-"""A laptop's user: a small model on a CPU, beside transformers, in one process.
+"""A small model on a laptop's CPU, compared with transformers in one process.
 
     python benchmarks/cpu.py SmolLM2-135M-Instruct.Q4_1.gguf --out outputs/cpu.json
 
-Both read one prompt of random ids, then draw tokens greedily after it, float32, with as many
-threads as each takes by itself. Ours reads by DCA; the peer is transformers on PyTorch as it comes:
-plain attention by SDPA, its default KV cache, the logits of the last token only. The peer's other
-dtypes are named by `--peers`. The engines take turns, so that what else the machine does falls on
-all of them, and each has a round beforehand, in which ours compiles. A figure is the median over
-the rounds; `cpu` is processor time, which other processes change less than they change time.
+Both read one prompt of random ids and then decode greedily, in float32, with their default number
+of threads. Ours uses DCA; the peer is transformers on PyTorch with its defaults: plain attention by
+SDPA, its default KV cache, the logits of the last token only. `--peers` names other dtypes for the
+peer. The engines take turns, so that other load on the machine affects all of them equally, after a
+warm-up round in which ours compiles. A figure is the median over the rounds; `cpu` is processor
+time, which depends less on other processes than wall time does.
 """
 
 import statistics
@@ -28,24 +28,26 @@ from dca_jax.inference.generate import Run
 
 OURS = "dca_jax float32"
 COLUMNS = ("engine", "task", "tokens", "ms", "cpu ms", "speed", "speed by cpu")
-WARM_UP = 4  # tokens drawn in the round beforehand
+WARM_UP = 4  # tokens decoded in the warm-up round
 
-# Prefill, then single tokens: each iteration ends when its token is known.
+# Prefill, then single tokens; each iteration ends when its token is known.
 Engine = Callable[[list[int], int], Iterator[Any]]
 
 
 @exit_on_input_error()
 def main(
-    model: Annotated[Path, typer.Argument(help="A GGUF file, or a Hugging Face folder.")],
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    model: Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/cpu.json"
     ),
     length: Annotated[str, typer.Option(help="Tokens of the prompt; 2k is 2048.")] = "2k",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn after the first.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are timed.")] = 3,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Number of tokens decoded after the first.")
+    ] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
     peers: Annotated[str, typer.Option(help="Dtypes of the peer.")] = "float32,bfloat16",
 ) -> None:
-    """Prefill and decoding by each engine; speeds are ours over the peer's."""
+    """Times prefill and decoding with each engine; speeds are ours relative to the peer's."""
     (tokens,) = numbers(length)
     llm = dca_jax.load(model, dtype="float32")
     ids = np.random.default_rng(0).integers(0, llm.model.config.vocab_size, tokens).tolist()
@@ -56,7 +58,7 @@ def main(
     engines: dict[str, Engine] = {OURS: ours}
     engines |= {f"transformers {dtype}": peer(model, dtype) for dtype in peers.split(",")}
     for name, engine in engines.items():
-        say(f"{name}: a round beforehand")
+        say(f"{name}: warm-up round")
         measured(engine, ids, WARM_UP)
     found: dict[str, list[np.ndarray]] = {name: [] for name in engines}
     for number in range(rounds):
@@ -72,7 +74,7 @@ def main(
 
 
 def peer(model: Path, dtype: str) -> Engine:
-    """The same weights, unpacked, in transformers."""
+    """The same weights, unpacked, in a model of transformers."""
     is_file = model.is_file()
     options = {"gguf_file": model.name} if is_file else {}
     torch_model = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +94,7 @@ def peer(model: Path, dtype: str) -> Engine:
 
 
 def measured(engine: Engine, ids: list[int], new_tokens: int) -> np.ndarray:
-    """Milliseconds, and those of the processor: [prefill and first token, a token after it][2]."""
+    """Wall and processor milliseconds: [prefill with the first token, each further token][2]."""
     steps = engine(ids, new_tokens)
     marks = [(time.perf_counter(), time.process_time())]
     next(steps)
@@ -106,7 +108,7 @@ def measured(engine: Engine, ids: list[int], new_tokens: int) -> np.ndarray:
 def summary(
     found: dict[str, list[np.ndarray]], tokens: int, new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each engine and task: medians, and how many times ours is as fast."""
+    """A row for each engine and task: medians, and our speed relative to the peer's."""
     medians = {
         name: [[statistics.median(each) for each in task] for task in np.stack(rounds, axis=-1)]
         for name, rounds in found.items()

@@ -1,18 +1,18 @@
-"""Decode attention on one GPU: one query a row over a long KV cache, beside the copy bandwidth.
+"""Decode attention on one GPU: one query per row over a long KV cache, against copy bandwidth.
 
     python benchmarks/decode.py measure --lengths 32k,128k --batches 1,8 --out outputs/decode.json
 
-A step of decoding reads every key and value once, so the yardstick is the rate at which the device
-copies, measured in the same run: `share` is the bytes that must be read, over that rate, over the
-time it took. Calls are chained inside one compiled loop, from layer to layer of a cache too large
-for the device's own cache, as a model calls them: the time is a call's, without Python, and with
-the loop's own overhead, which `empty loop` shows.
+A decoding step reads every key and value once, so it is compared with the rate at which the device
+copies, measured in the same run: `share` is the time that reading those bytes takes at that rate,
+divided by the measured time. Calls are chained in one compiled loop over the layers of a cache that
+is too large for the device's L2 cache, as in a model. Times are per call, without Python, and
+include the loop's own overhead, which `empty loop` shows.
 
-Ours read a layer in place in a cache [L, B, S, K, H], by every backend that can run here, with DCA
-and with plain causal attention, and from caches in 8 bits: `share` is of their own bytes, their
-scales included, and `error` is the output's distance from what plain XLA makes of the same numbers
-with a float32 query, relative, of the worst head. The peers are plain attention, and are given
-layers that lie apart (and Pallas's the layout it likes), so that none has to copy one.
+Our variants read a layer in place in a cache [L, B, S, K, H], on every available backend, with DCA
+and with plain causal attention, and from 8-bit caches. For those, `share` counts their own bytes,
+including scales, and `error` is the relative distance of the worst head's output from that of plain
+XLA on the same numbers with a float32 query. The peers are plain attention. They get separate
+arrays per layer (Pallas in its preferred layout), so that none has to copy a layer.
 """
 
 import itertools
@@ -54,7 +54,7 @@ from dca_jax.distributed import exit_on_input_error
 from dca_jax.dtypes import CACHE_DTYPES
 
 DCA, ROPE = DCAConfig.paper(4096), RopeConfig()
-CACHE = 0.5e9  # bytes of keys and values a chain goes through, at least: 8 times the H200's L2
+CACHE = 0.5e9  # least bytes of keys and values per chain: 8 times the H200's L2 cache
 MIN_LAYERS, MAX_LAYERS = 2, 32
 CHAIN = 0.02  # seconds a chain should take at the copy bandwidth
 KEY = ("keys", "batch", "lengths", "variant")
@@ -69,21 +69,21 @@ Decode = Callable[[Array, Array, Array, Rows, Array], Array]
 
 
 class Variant(NamedTuple):
-    """A way to compute decode attention: over a stack of layers, or over a list of them."""
+    """A way to compute decode attention, over a stack of layers or a list of them."""
 
     name: str
     decode: Decode
     stacked: bool
     heads_first: bool = False  # keys and values are [B, K, S, H]
-    cache: str | None = None  # "int8" or "fp8": they are pairs of these, and of scales [B, K, S]
+    cache: str | None = None  # "int8" or "fp8": pairs of values and of scales [B, K, S]
 
     def bytes_of_token(self, kv_heads: int, head_dim: int) -> int:
-        """What a token's keys and values take."""
+        """Bytes of one token's keys and values."""
         return 2 * kv_heads * (2 * head_dim if self.cache is None else head_dim + 4)
 
 
 class Chain(NamedTuple):
-    """Calls in a loop: `run` takes `make_inputs()` and the rows' lengths, and makes `calls`."""
+    """A loop of `calls` calls; `run` takes `make_inputs()` and the rows' lengths."""
 
     run: Callable[[Array, Any, Any, Array], Array]
     calls: int
@@ -116,9 +116,9 @@ def measure(
         float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Times a call of decode attention: microseconds, GB/s, and share of the copy bandwidth.
+    """Times decode attention: microseconds per call, GB/s, and share of the copy bandwidth.
 
-    A batch is measured with all rows full, and with ragged rows of 1/B, 2/B .. all of the keys.
+    A batch is measured with all rows full, and with ragged rows of 1/B, 2/B ... of the keys.
     """
     query_heads, kv_heads = map(int, heads.split("/"))
     wanted = [word.strip() for word in variants.split(",") if word.strip()]
@@ -146,7 +146,7 @@ def measure(
 def show_files(
     files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
-    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    """Prints the rows of one or more files as a table; of repeated rows, the last one."""
     facts, rows = merged(files, KEY)
     show(f"Decode attention on {facts['device']}", COLUMNS, rows)
 
@@ -154,7 +154,7 @@ def show_files(
 def start_all(
     variants: Iterable[Variant], shape: tuple[int, ...], bandwidth: float, pool: Executor
 ) -> list[tuple[Variant, Chain, Future]]:
-    """Begins to compile the variants' chains, all at once."""
+    """Starts compiling all variants' chains at once."""
     started = []
     for variant in variants:
         chain = chain_of_calls(variant, shape, bandwidth)
@@ -170,7 +170,7 @@ def compare(
     started: list[tuple[Variant, Chain, Future]],
     bandwidth: float,
 ) -> None:
-    """Adds a row a variant for full rows, and for a batch one for ragged rows."""
+    """Adds a row per variant for full rows and, with a batch, one for ragged rows."""
     batch, keys, _, kv_heads, head_dim = shape
     wait(future for _, _, future in started)  # compiling and timing would disturb each other
     kinds = {"full": jnp.full(batch, keys, jnp.int32)}
@@ -185,12 +185,12 @@ def compare(
         try:
             wanted = variant.stacked, variant.heads_first, variant.cache
             if made_for != wanted:
-                inputs = ()  # frees the others first
+                inputs = ()  # frees the previous one's first
                 made_for, inputs = wanted, chain.make_inputs()
             if variant.cache is not None:
                 row["error"] = error_of(variant, shape, inputs, kinds[kind])
             time = timed(compiled.result(), *inputs, kinds[kind])
-        except Exception as error:  # out of memory, or a shape that it cannot take
+        except Exception as error:  # out of memory, or an unsupported shape
             report.add(row | {"failed": reason(error)})
             require_live_device()
             continue
@@ -205,7 +205,7 @@ def compare(
 def error_of(
     variant: Variant, shape: tuple[int, ...], inputs: tuple[Any, ...], lengths: Array
 ) -> float:
-    """Distance of a layer's output from plain XLA's with a float32 query, of the worst head."""
+    """Relative distance of the worst head's output from plain XLA's with a float32 query."""
     batch, _, query_heads, _, head_dim = shape
     layer = jnp.int32(1)
 
@@ -224,11 +224,11 @@ def error_of(
 def chain_of_calls(
     variant: Variant, shape: tuple[int, ...], bandwidth: float, dtype: Any = jnp.bfloat16
 ) -> Chain:
-    """Many calls as one function.
+    """Many calls in one function.
 
     Args:
         shape: batch, keys of a row, query heads, kv heads, head_dim.
-        bandwidth: bytes a second, to guess how long a call takes.
+        bandwidth: bytes per second, to estimate how long a call takes.
     """
     batch, keys, query_heads, kv_heads, head_dim = shape
     size = batch * keys * variant.bytes_of_token(kv_heads, head_dim)
@@ -253,7 +253,7 @@ def chain_of_calls(
         return make_rows(query_shape, dca=DCA, rope=ROPE, lengths=lengths, query_offset=lengths - 1)
 
     def next_query(query: Array, out: Array) -> Array:
-        """Depends on the call before, and stays much as it is."""
+        """The next query: depends on the previous call, but hardly changes."""
         return query + out.astype(query.dtype) * jnp.asarray(2**-10, query.dtype)
 
     def over_stack(query: Array, key: Array, value: Array, lengths: Array) -> Array:
@@ -282,7 +282,7 @@ def chain_of_calls(
 def _random_layers(
     seed: int, layers: int, shape: tuple[int, ...], dtype: Any, stacked: bool
 ) -> Any:
-    """[L, ...] or a list of L arrays, normal; made a layer at a time, to save memory."""
+    """[L, ...] or a list of L arrays, normal; made one layer at a time to save memory."""
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), layers)
     normal = partial(jax.random.normal, shape=shape, dtype=dtype)
     return jax.lax.map(normal, keys) if stacked else [normal(key) for key in keys]
@@ -292,7 +292,7 @@ def _random_layers(
 def _random_bytes(
     seed: int, layers: int, shape: tuple[int, ...], cache: str
 ) -> tuple[Array, Array]:
-    """Normal numbers in 8 bits, and scales of which no two are alike."""
+    """Normal numbers in 8 bits, and scales that all differ."""
     batch, keys, kv_heads, _ = shape
     largest = {"int8": 40.0, "fp8": 140.0}[cache]
 
@@ -310,7 +310,7 @@ EMPTY = "empty loop"
 
 
 def all_variants(shape: tuple[int, ...]) -> Iterator[Variant]:
-    """Ours by each backend that can run, then the peers."""
+    """Ours on each available backend, then the peers."""
     batch, keys, query_heads, kv_heads, head_dim = shape
     yield Variant(EMPTY, lambda query, key, value, rows, layer: query, stacked=True)
     shapes = (
@@ -333,7 +333,7 @@ def all_variants(shape: tuple[int, ...]) -> Iterator[Variant]:
 
 
 def of_tiles(sizes: str) -> Iterator[Variant]:
-    """The Hopper kernel over caches in 8 bits, with other tiles than its own."""
+    """The Hopper kernel over 8-bit caches, with other tiles than its own."""
     for size in filter(None, sizes.split(",")):
         block, stages, ctas = map(int, size.split("x"))
         tiles = DecodeTiles(block=block, num_stages=stages, ctas=ctas)
@@ -345,7 +345,7 @@ def of_tiles(sizes: str) -> Iterator[Variant]:
 def with_tiles(
     tiles: DecodeTiles, query: Array, key: Any, value: Any, rows: Rows, layer: Array
 ) -> Array:
-    """As `ours` with DCA, by the Hopper kernel."""
+    """Like `ours` with DCA, by the Hopper kernel."""
     scales = Scales(key[1], value[1])
     phases = phases_within(key[0].shape[2], DCA)
     options = {"dca": DCA, "phases": phases, "with_lse": False, "scales": scales, "tiles": tiles}
@@ -361,7 +361,7 @@ def ours(
     rows: Rows,
     layer: Array,
 ) -> Array:
-    """The last token of each row, as the model's decode step asks for it."""
+    """Attention of the last token of each row, as in the model's decode step."""
     options = {"dca": dca, "rows": rows, "layer": layer, "implementation": name}
     if isinstance(key, tuple):
         (key, key_scale), (value, value_scale) = key, value
@@ -382,7 +382,7 @@ def triton_gqa(query: Array, key: Array, value: Array, rows: Rows, layer: Array)
     """Plain attention by JAX's Pallas-Triton decode kernel, with its default blocks."""
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 
-    # It turns heads and tokens over by itself, which undoes this: nothing moves.
+    # The kernel transposes heads and tokens itself, which undoes this: nothing is moved.
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     start = jnp.zeros_like(rows.lengths)
     return gqa(query[:, 0], key, value, start_idx=start, kv_seq_len=rows.lengths)[:, None]

@@ -1,20 +1,20 @@
-"""The paper's Table 1 and figures 4, 5 and 7 in the scale of the demo model, by every method.
+"""The paper's Table 1 and Figures 4, 5 and 7 at the demo model's scale, with every method.
 
     python benchmarks/evaluation_figures.py measure --out outputs/evaluation
 
-runs `dca-jax eval perplexity` and `eval passkey --form fitted` (at random depths, and on a grid of
-them), `benchmarks/perplexity.py` for 128k tokens of a Llama-3-8B shape, and `eval report`:
+runs `dca-jax eval perplexity` and `eval passkey --form fitted` (at random depths and on a grid),
+`benchmarks/perplexity.py` for 128k tokens with a Llama-3-8B shape, and `eval report`:
 
     OUT/perplexity/         Table 1, figure 4 left
     OUT/passkey/            figures 4 right and 7: random depths
-    OUT/grid/               figure 5: a heat map a method
+    OUT/grid/               figure 5: a heat map per method
     OUT/llama-3-8b.json     tokens a second, memory and the share of attention
-    OUT/report.html         all of it but the last
-    OUT.parts/METHOD/       the runs of one method each, and what they printed
+    OUT/report.html         all of the above but the last
+    OUT.parts/METHOD/       each method's runs and their output
 
-A model of 7M parameters takes less time to read than to compile, and every method is a program of
-its own: so each has a process, several on the device at once, and their lines are put together in
-the end. What is interrupted goes on where it was, with the same command; keep both folders.
+A model of 7M parameters takes longer to compile than to run, and every method is a program of its
+own. So each method has a process, several of which share the device, and the results are merged at
+the end. To resume an interrupted run, repeat the command; keep both folders.
 """
 
 import json
@@ -42,14 +42,15 @@ from dca_jax.inference.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/demo-python-7m")
-# Two names of methods that have another, and one whose scales are measured on each model.
+# Two aliases of other methods, and one whose scales must be measured for each model.
 LEFT_OUT = ("auto", "none", "dpe")
 EVERY = (*(name for name in METHODS if name not in LEFT_OUT), "dca:chunkllama")
 EVERY += ("dca:chunkllama_ppl", "dca:chunkllama_flash_decoding", "dca+pi:2", "dca+ntk:2")
 TASKS = ("perplexity", "passkey", "grid")
-FACTS = ("versions", "device", "devices", "platform")  # of a part's summary, that hold for all
-# For processes on one device: none takes most of its memory for itself, and none spends more time
-# on the choice of matrix products than these short programs can win back.
+# fields of a part's summary that hold for all parts
+FACTS = ("versions", "device", "devices", "platform")
+# For processes that share a device: none preallocates most of its memory, and none spends more time
+# on autotuning matrix products than these short programs would gain.
 SHARING = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
@@ -58,9 +59,9 @@ TOKENS, LONG = "held_out.npy", "llama-3-8b.json"
 
 ModelOption = Annotated[Path, typer.Option(help="The demo model's folder.")]
 LengthsOption = Annotated[str, typer.Option(help="Tokens, separated by commas; 4k is 4096.")]
-WindowsOption = Annotated[int, typer.Option(help="Windows of each length.")]
-TrialsOption = Annotated[int, typer.Option(help="Passkeys of each length, at random depths.")]
-GridOption = Annotated[int, typer.Option(help="Depths of the grid; two passkeys in each cell.")]
+WindowsOption = Annotated[int, typer.Option(help="Windows per length.")]
+TrialsOption = Annotated[int, typer.Option(help="Passkeys per length, at random depths.")]
+GridOption = Annotated[int, typer.Option(help="Depths of the grid; two passkeys per cell.")]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -85,7 +86,7 @@ def measure(
     ] = "llama-3-8b",
     long_length: Annotated[str, typer.Option(help="Tokens of the long text.")] = "128k",
 ) -> None:
-    """Reads with every method, and puts the results together."""
+    """Evaluates every method and merges the results."""
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     save_tokens(model, parts / TOKENS)
@@ -111,7 +112,9 @@ def measure(
             say((parts / "long.txt").read_text())
     failed = [name for name, well in ended.items() if not well]
     if failed:
-        raise InputError(f"not all was read, see {parts}: {', '.join(failed)}; try again")
+        raise InputError(
+            f"not everything was evaluated, see {parts}: {', '.join(failed)}; try again"
+        )
 
 
 @app.command()
@@ -125,7 +128,7 @@ def method(
     trials: TrialsOption,
     grid: GridOption,
 ) -> None:
-    """What `measure` has a process do: one method, all three evaluations, in FOLDER."""
+    """Runs all three evaluations of one method in FOLDER; `measure` starts it as a process."""
     common: list[str] = ["--method", name, "--dtype", "float32"]
     for length in lengths.split(","):
         common += ["--length", length]
@@ -141,13 +144,13 @@ def method(
         arguments = [command, model, *common, *options, "--output", folder / task]
         try:
             evaluation(list(map(str, arguments)), standalone_mode=False)
-        except SystemExit as end:  # some samples failed; the next evaluation may do better
+        except SystemExit as end:  # some samples failed; the next evaluation may succeed
             ended.append(end.code)
     raise SystemExit(max(map(int, ended), default=0))
 
 
 def save_tokens(model: Path, path: Path) -> None:
-    """The demo model's held-out text as token ids; kept, for another Python's differs a little."""
+    """The demo model's held-out text as token ids; saved, since it differs between Pythons."""
     if path.is_file():
         return
     held_out_text = runpy.run_path(str(ROOT / "examples/demo_data.py"))["held_out_text"]
@@ -157,7 +160,7 @@ def save_tokens(model: Path, path: Path) -> None:
 
 
 def run_script(log: Path, *arguments: object, **environment: str) -> bool:
-    """Runs a Python script with its output in a file; whether it ended well."""
+    """Runs a Python script with its output in a file; returns whether it succeeded."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -172,7 +175,7 @@ def run_script(log: Path, *arguments: object, **environment: str) -> bool:
 
 
 def join(parts: Sequence[Path], folder: Path) -> None:
-    """One run of the runs of many methods, with its table and pictures."""
+    """Merges the runs of several methods into one, with its table and plots."""
     runs = {part: read_run(part) for part in parts if (part / RUN).is_file()}
     if not runs:
         return

@@ -1,14 +1,15 @@
-"""Mixtures of experts: products of groups of rows beside a dense one, and a whole model.
+"""Mixtures of experts: grouped matrix products compared with a dense one, and a whole model.
 
     python benchmarks/experts.py measure --out outputs/experts.json
     python benchmarks/experts.py measure --preset tiny-experts --tokens 256 --lengths 256
 
-First the products of one layer (`dca_jax.grouped`), with every way that the device has, forward and
-with the gradients: random tokens, each with its k random experts, beside one dense product of the
-same numbers of multiplications. `share` is the dense one's time over theirs. Each way is held
-against float32 before it is timed. The few rows of decoding come after, with the share of the time
-that reading the chosen matrices once would take. Then `generate.py` reads and decodes with the
-whole model, ours and transformers', into `OUT.generate.json` (left out by `--lengths ""`).
+First, the products of one layer (`dca_jax.grouped`) with every implementation that the device has,
+forward and with gradients: random tokens, each with k random experts, compared with one dense
+product of as many multiplications. `share` is the dense product's time divided by theirs. Every
+implementation is checked against float32 before it is timed. Then the few rows of decoding, where
+`share` is the time that reading the chosen matrices once takes at copy bandwidth, divided by the
+measured time. Finally `generate.py` runs prefill and decoding with the whole model, ours and
+transformers', and writes `OUT.generate.json` (skipped by `--lengths ""`).
 """
 
 import subprocess
@@ -42,7 +43,7 @@ from dca_jax.grouped import (
 from dca_jax.lengths import parse_tokens
 
 COLUMNS = ("product", "way", "rows", "matrix", "ms", "TFLOP/s", "share", "error", "chosen")
-GROUPS_FOR_SLOW = 16  # beyond, only the way that is chosen is timed: others take minutes
+GROUPS_FOR_SLOW = 16  # beyond, only the default implementation is timed: others take minutes
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -51,7 +52,7 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keeps `measure` a command of its own."""
+    """Makes `measure` a subcommand."""
 
 
 @app.command()
@@ -61,9 +62,11 @@ def measure(
         "outputs/experts.json"
     ),
     preset: Annotated[
-        str, typer.Option(help="A mixture of experts among the models of `generate.py`.")
+        str, typer.Option(help="A mixture of experts known to `generate.py`.")
     ] = "qwen3-30b-a3b",
-    tokens: Annotated[str, typer.Option(help="Tokens of the products, such as 8k.")] = "8k",
+    tokens: Annotated[
+        str, typer.Option(help="Number of tokens in the products, such as 8k.")
+    ] = "8k",
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths for the whole model; none skips it.")
     ] = "32k",
@@ -71,7 +74,7 @@ def measure(
         float, typer.Option(help="Time limit in minutes for the whole model.")
     ] = 8.0,
 ) -> None:
-    """Times the products of a layer, then prefill and decoding of the model."""
+    """Times the products of one layer, then prefill and decoding of the model."""
     config = generate.PRESETS.get(preset)
     if config is None or config.mixture is None:
         raise InputError(f"{preset!r} is not a mixture of experts in generate.py")
@@ -94,7 +97,7 @@ def measure(
 
 
 def shapes(config: LlamaConfig) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of a layer's two kinds of product."""
+    """Name, inputs and outputs of a layer's two kinds of products."""
     mixture = config.mixture
     assert mixture is not None
     wide, narrow = config.hidden_size, mixture.moe_intermediate_size
@@ -102,14 +105,14 @@ def shapes(config: LlamaConfig) -> list[tuple[str, int, int]]:
 
 
 def dtype() -> Any:
-    """That of the measurement: a CPU computes bfloat16 through float32."""
+    """The dtype to measure in: a CPU computes bfloat16 through float32."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def inputs_of(
     config: LlamaConfig, tokens: int, inputs: int, outputs: int
 ) -> tuple[Array, Array, np.ndarray]:
-    """Tokens, the kernels of one layer, and the experts that each token chooses."""
+    """Tokens, the kernels of one layer, and each token's experts."""
     mixture = config.mixture
     assert mixture is not None
     experts, k = mixture.num_experts, mixture.num_experts_per_tok
@@ -124,7 +127,7 @@ def inputs_of(
 def measure_products(
     config: LlamaConfig, tokens: int, inputs: int, outputs: int
 ) -> list[dict[str, Any]]:
-    """A row for the dense product and for each way; forward, and with both gradients."""
+    """A row for the dense product and for each implementation, forward and with gradients."""
     x, kernels, choices = inputs_of(config, tokens, inputs, outputs)
     chosen = choose(current_device(), x.dtype, (inputs, outputs))
     flops = 2.0 * choices.size * inputs * outputs
@@ -151,7 +154,7 @@ def measure_products(
                 error = None if way == "dense" else checked(run, x, laid, kernels, layout)
                 arrays = laid, kernels, jnp.int32(0), layout.sizes
                 milliseconds = timed(run, *arrays).median
-            except Exception as failure:  # a kernel that this device does not take
+            except Exception as failure:  # a kernel that this device does not support
                 require_live_device()
                 rows.append(row | {"failed": reason(failure)})
                 continue
@@ -168,7 +171,7 @@ def forward(product: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def with_gradients(product: Callable[..., Array], *arrays: Array) -> Any:
-    """The gradients of rows and kernels, of the sum of squares of the product; and the product."""
+    """The gradients of the sum of squares of the product by rows and kernels, and the product."""
     x, kernels, *rest = arrays
     out, back = jax.vjp(lambda x, kernels: product(x, kernels, *rest), x, kernels)
     return out, *back(out)
@@ -177,17 +180,17 @@ def with_gradients(product: Callable[..., Array], *arrays: Array) -> Any:
 def checked(
     run: Callable[..., Any], x: Array, laid: Array, kernels: Array, layout: Layout
 ) -> float:
-    """The largest relative error (Frobenius) of some groups' results, against float32.
+    """The largest relative error (Frobenius norm) of some groups' results against float32.
 
     Raises:
-        ValueError: more than the dtype explains.
+        ValueError: the error is larger than the dtype explains.
     """
     results = run(laid, kernels, jnp.int32(0), layout.sizes)
     out, *gradients = results if isinstance(results, tuple) else (results,)
     place, worst = np.asarray(layout.place), 0.0
     experts, times = kernels.shape[1], len(place) // len(x)
     group = np.asarray(layout.sizes).cumsum().searchsorted(np.arange(len(place)), side="right")
-    order = np.argsort(place)  # the rows in the order of their groups
+    order = np.argsort(place)  # rows in the order of their groups
 
     def compare(got: Array, want: np.ndarray) -> None:
         nonlocal worst
@@ -212,7 +215,7 @@ def checked(
 
 
 def measure_few(config: LlamaConfig) -> list[dict[str, Any]]:
-    """One token's choices, each with its own matrices out of a stack of layers, in turn."""
+    """One token's experts, each with its own matrices of a stack of layers, in turn."""
     mixture, rows = config.mixture, []
     assert mixture is not None
     k, layers = mixture.num_experts_per_tok, 8 if jax.default_backend() == "gpu" else 2
@@ -220,7 +223,7 @@ def measure_few(config: LlamaConfig) -> list[dict[str, Any]]:
     gate_and_up, down = shapes(config)
     for (name, inputs, outputs), count in ((gate_and_up, 2), (down, 1)):
         x, kernels, _ = inputs_of(config, k, inputs, outputs)
-        # More than a cache holds.
+        # More than the device's cache holds.
         stacks = tuple(
             jnp.concatenate([kernels * (n + 1) for n in range(layers)]) for _ in range(count)
         )

@@ -1,18 +1,18 @@
-"""Updates of finetuning at 16k tokens: tokens a second, MFU, and peak memory beside `plan`'s.
+"""Finetuning updates at 16k tokens: tokens per second, MFU, and peak memory compared with `plan`.
 
     python benchmarks/finetune.py measure --mesh fsdp=2 --batch 2 --out outputs/finetune.json
     python benchmarks/finetune.py measure --lora-rank 16 --base dtype --base int8
     python benchmarks/finetune.py measure --state float32 --state bfloat16 --texts 1 --texts 16
 
-A model of a published shape with random weights made on the devices, and random tokens, all of them
-trained on: no checkpoint and no data are read. What is timed is the library's own update, from
-tokens to new weights (`dca_jax.finetune.train.make_update`), under its own `jax.jit`; each variant
-is warmed up by two updates and then timed over several in a row. MFU counts what an update must do
-(`dca_jax.finetune.meters.update_flops`) over the makers' peak; what is computed again is not
-counted. The paper's finetuning of 7B took 40 GPU hours (section 4.1; its GPUs are A100s) for
-16k updates of 16k tokens: 1,820 tokens a second and device.
+A model of a published shape with random weights generated on the devices, and random tokens, all of
+them trained on; no checkpoint and no data are read. Timed is the library's own update, from tokens
+to new weights (`dca_jax.finetune.train.make_update`), under its own `jax.jit`: two updates of
+warm-up, then several in a row. MFU is the arithmetic that an update requires
+(`dca_jax.finetune.meters.update_flops`) relative to the vendor's peak; recomputation is not
+counted. The paper's finetuning of 7B took 40 GPU hours (section 4.1; its GPUs are A100s) for 16k
+updates of 16k tokens: 1,820 tokens per second and device.
 
-A variant has a process of its own, so that a peak is its own.
+Each variant runs in its own process, so that its peak memory is its own.
 """
 
 import itertools
@@ -46,7 +46,7 @@ from dca_jax.weights.packer import packer
 from dca_jax.weights.parameters import parameters, projections
 from dca_jax.weights.placement import parameter_shardings
 
-PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens a second of one A100
+PAPER = 16_000 * 16_384 / (40 * 3600)  # tokens per second of one A100
 KINDS = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80g"}
 COLUMNS = (
     "devices remat state lora_rank base texts seconds tokens_per_second_device over_paper mfu"
@@ -56,7 +56,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured."""
+    """One variant to measure."""
 
     preset: str
     mesh: str
@@ -72,7 +72,7 @@ class Variant:
 
 
 def measure_here(variant: Variant) -> dict[str, Any]:
-    """Times a variant in this process."""
+    """Measures a variant in this process."""
     config, sizes = SHAPES[variant.preset], parse_mesh(variant.mesh)
     mesh = make_mesh(sizes)
     lora = LoraConfig(rank=variant.lora_rank) if variant.lora_rank else None
@@ -86,7 +86,8 @@ def measure_here(variant: Variant) -> dict[str, Any]:
             key = jax.random.fold_in(jax.random.key(0), number)
             if not row.stacked:
                 return 0.02 * jax.random.normal(key, row.shape(config), dtype)
-            layers, *shape = row.shape(config)  # one at a time: what it is drawn from is larger
+            # one at a time: the random numbers behind each are larger
+            layers, *shape = row.shape(config)
             keys = jax.random.split(key, layers)
             return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape, dtype), keys)
 
@@ -125,7 +126,7 @@ def measure_here(variant: Variant) -> dict[str, Any]:
         "trained": np.arange(variant.length)[None, :].repeat(rows, axis=0) > 0,
         "lengths": np.full(rows, variant.length, np.int32),
     }
-    if variant.texts > 1:  # as `pack: segments` has them
+    if variant.texts > 1:  # as with `pack: segments`
         index = np.arange(variant.length, dtype=np.int32) % -(-variant.length // variant.texts)
         arrays |= {"text_index": index[None].repeat(rows, axis=0)}
         arrays["trained"] &= index[None] > 0
@@ -145,7 +146,7 @@ def measure_here(variant: Variant) -> dict[str, Any]:
 def figures(
     variant: Variant, seconds: float, loss: float, lora: LoraConfig | None
 ) -> dict[str, Any]:
-    """What follows from the seconds of an update."""
+    """Derived figures, from the seconds of an update."""
     config, sizes = SHAPES[variant.preset], parse_mesh(variant.mesh)
     count, rows = int(np.prod(list(sizes.values()))), variant.batch * variant.accumulate
     speed = rows * variant.length / seconds / count
@@ -183,7 +184,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("outputs/finetune.json"),
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
+        "outputs/finetune.json"
+    ),
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-2-7b",
     mesh: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 16_384,
@@ -209,7 +212,7 @@ def measure(
         float, typer.Option(help="Start no further variant after this many minutes.")
     ] = 60.0,
 ) -> None:
-    """Time updates in every combination of what may be repeated."""
+    """Time updates for every combination of the repeatable options."""
     report = Report(out, machine() | {"preset": preset, "length": length}, minutes=minutes)
     combinations = itertools.product(
         mesh or ["tensor=1"],
@@ -241,7 +244,7 @@ def measure(
 
 @app.command(hidden=True)
 def one(variant: str) -> None:
-    """One variant, as JSON on standard output."""
+    """Measures one variant and prints JSON."""
     try:
         print(json.dumps(measure_here(Variant(**json.loads(variant)))))
     except Exception as error:

@@ -2,8 +2,8 @@
 
     python benchmarks/finetune_state.py models/demo-python-7m --data a.json --eval-data b.json
 
-Prints the mean loss of each tenth of the updates, and the held-out loss; `OUT/results.json` has the
-loss of every update. A difference that is not larger than that between seeds says nothing.
+Prints the mean loss of each tenth of the updates and the held-out loss; `OUT/results.json` has the
+loss of every update. A difference no larger than that between seeds is not significant.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TENTHS = 10
 
 
 def main() -> None:
-    """Runs every state with every seed, and prints what came of it."""
+    """Trains with every state and every seed, and prints the results."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def curves(given: argparse.Namespace, state: str, seed: int) -> dict[str, list[float]]:
-    """The loss of every update of a run, and the held-out loss at its beginning and end."""
+    """The loss of every update of a run, and the held-out loss before and after it."""
     output = given.out / f"{state}-{seed}"
     settings = Settings(
         model=given.model,
@@ -68,7 +68,7 @@ def curves(given: argparse.Namespace, state: str, seed: int) -> dict[str, list[f
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """A table for the documentation."""
+    """The results as a Markdown table."""
     print("| run | mean loss of each tenth of the updates | held out, before | after |")
     print("|---|---|---|---|")
     for name, found in results.items():

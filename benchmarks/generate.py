@@ -1,22 +1,22 @@
-"""A whole model: prefill and decoding with DCA, beside transformers without it, or on a mesh.
+"""A whole model: prefill and decoding with DCA, against transformers without it, or on a mesh.
 
     python benchmarks/generate.py measure --lengths 32k --out outputs/generate.json
     python benchmarks/generate.py measure --presets llama-2-70b --lengths 16k --engines dca \
         --mesh tensor=2
 
-Llama-2, Llama-3 and Qwen3's mixture of experts in shape, with random bfloat16 weights made on the
-device, and packed there if `--weights` says so: no checkpoint is read, and the text means nothing.
-Ours goes through
-`dca_jax.inference.generate.Run`, as every caller does: prompts in pieces (on a mesh with `context`,
-at once), tokens in segments. The peer is the same model of transformers on PyTorch as it comes, on
-one GPU: plain attention by SDPA, its default KV cache, the logits of the last token only.
+Models have the shapes of Llama-2, Llama-3 and Qwen3's mixture of experts, with random bfloat16
+weights generated on the device, and packed there if `--weights` asks for it; no checkpoint is
+read, and the text is meaningless. Ours goes through `dca_jax.inference.generate.Run`, like every
+caller: prompts in pieces (on a mesh with `context`, at once), tokens in segments. The peer is the
+same model in transformers on PyTorch with its defaults, on one GPU: plain attention by SDPA, its
+default KV cache, the logits of the last token only.
 
-Each engine has a process of its own, one after the other, so that they do not share memory. `share`
-is the time that moving a device's weights and cache once would take, at the rate it copies
-(measured in the same run), over the time a token took, which is that of the longest segments: the
-first ones are short, so that text streams, and each call has a cost of its own. `TFLOP/s` are those
-of the prefill, for each device: two for every weight that a token is multiplied with, and causal
-attention's. Speeds are over transformers'.
+Engines run one after the other, each in its own process, so that they do not share memory. `share`
+is the time that reading a device's weights and cache once takes at its copy bandwidth (measured in
+the same run), divided by the time per token. That time is taken from the longest segments: the
+first ones are short, so that text streams, and every call has a cost of its own. `TFLOP/s` is that
+of the prefill, per device: two operations for every weight that a token is multiplied with, and
+causal attention's. Speeds are relative to transformers.
 """
 
 import itertools
@@ -123,7 +123,7 @@ PRESETS["tiny-experts"] = replace(
 )
 OURS, PLAIN, PEER = "dca_jax", "dca_jax, plain", "transformers"
 ENGINES = {"dca": OURS, "plain": PLAIN, "transformers": PEER}
-PREFILLS, PREFILL_SECONDS = 3, 5.0  # prefills timed, as long as they take less than this together
+PREFILLS, PREFILL_SECONDS = 3, 5.0  # seconds; prefills are repeated until they have taken this long
 KEY = ("model", "weights", "tokens", "engine", "mesh")
 COLUMNS = (*KEY, "attention", "prefill ms", "TFLOP/s", "first token ms", "ms/token", "tokens/s")
 COLUMNS += ("share", "peak GB", "prefill speed", "decode speed", "warm-up s")
@@ -211,16 +211,16 @@ def measure(
 def show_files(
     files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
-    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    """Prints the rows of one or more files as a table; of repeated rows, the last one."""
     facts, rows = merged(files, KEY)
     show(f"Generation on {facts['device']}", COLUMNS, rows)
 
 
 def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[str]) -> None:
-    """Runs an engine in a process of its own, and adds its rows as they come."""
+    """Runs an engine in its own process, and adds its rows as they arrive."""
     command = [sys.executable, __file__, "measure", "--child", engine, *options]
-    # One engine at a time has the device, and its memory in one piece: a cache that takes most of
-    # it would not fit between others' pieces.
+    # One engine at a time has the device and its memory, unfragmented: a cache that takes most of
+    # it would not fit between another engine's allocations.
     environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": str(GPU_SHARE)}
     say(f"{row['model']}, {row['weights']}, {row['engine']}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -228,7 +228,7 @@ def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[s
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:
-                say(line.rstrip())  # a library's
+                say(line.rstrip())  # printed by a library
                 continue
             if "tokens" in found:
                 report.add(_rated(row | found, report))
@@ -239,7 +239,7 @@ def _run_child(report: Report, row: dict[str, Any], engine: str, options: list[s
 
 
 def _rated(row: dict[str, Any], report: Report) -> dict[str, Any]:
-    """The row with what needs other rows: share, and speeds of ours over transformers'."""
+    """Adds what depends on other rows: share, and our speeds relative to transformers."""
     copied, seconds = report.facts.get("copy GB/s"), row.get("ms/token", math.nan) / 1e3
     if copied and seconds > 0:
         row["share"] = row["GB/token"] / copied / seconds
@@ -265,7 +265,7 @@ def measure_ours(
     mesh: str | None,
     weights: str,
 ) -> Iterator[dict[str, Any]]:
-    """Facts of the device, then a row a length."""
+    """Facts about the device, then a row per length."""
     bandwidth = copy_bandwidth(2.0 if jax.default_backend() == "gpu" else 0.01)
     yield machine() | {"copy GB/s": bandwidth / 1e9}
     start = time.perf_counter()
@@ -274,7 +274,7 @@ def measure_ours(
         config, dca=dca, implementation=implementation, mesh=devices, weights=weights
     )
     held = _device_bytes(jax.block_until_ready(model.params()))
-    progress(f"{held / 1e9:.2f} GB of weights a device, {time.perf_counter() - start:.1f} s")
+    progress(f"{held / 1e9:.2f} GB of weights per device, {time.perf_counter() - start:.1f} s")
     for length in lengths:
         try:
             yield {"tokens": length} | _time_ours(model, length, new_tokens)
@@ -290,9 +290,9 @@ def random_model(
     mesh: Mesh | None = None,
     weights: str = "bfloat16",
 ) -> Llama:
-    """A model of normal weights, made in bfloat16 on the devices a layer at a time.
+    """A model with normal weights, generated in bfloat16 on the devices one layer at a time.
 
-    If they are packed, then so on one device; on a mesh once all layers are there.
+    Weights are packed layer by layer on one device, and after the last layer on a mesh.
     """
     options: dict[str, Any] = {
         "dca": DCAConfig.paper(config.max_position_embeddings) if dca else None,
@@ -350,12 +350,12 @@ def random_model(
 
 
 def _device_bytes(tree: Any) -> int:
-    """What the first device holds of a tree of arrays."""
+    """Bytes of a tree of arrays on the first device."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _prefill_flops(model: Llama, length: int) -> float:
-    """Two for every weight that a token is multiplied by, and causal attention's two products."""
+    """FLOP: two for every weight that a token is multiplied by, and causal attention's products."""
     config = model.config
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     weights = count_parameters(config, active=True) - tables
@@ -364,10 +364,10 @@ def _prefill_flops(model: Llama, length: int) -> float:
 
 
 def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
-    """Compiles on a short prompt in a cache of the full size, then times on the long one."""
+    """Compiles with a short prompt in a full-size cache, then times the long prompt."""
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, length).tolist()
     cache, mesh = new_cache(model, 1, length + new_tokens), mesh_of(model)
-    # Of the table of tokens one row is read, and of experts those that are chosen.
+    # Only one row of the embedding table is read, and only the chosen experts.
     weights = _device_bytes(model.params()) - _device_bytes(model.embed_tokens.embedding[...])
     mixture = model.config.mixture
     if mixture is not None:
@@ -389,7 +389,7 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
         ),
         model.dca or PLAIN_CONFIG,
     )
-    short = length if length <= width else width + length % width  # the same shapes of pieces
+    short = length if length <= width else width + length % width  # pieces of the same shapes
     start = time.perf_counter()
     run = Run(model, [prompt[:short]], max_new_tokens=3, cache=cache)
     del cache
@@ -430,7 +430,7 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
 
 
 def _clocked(run: Run) -> list[tuple[float, int]]:
-    """Runs it to its end: the seconds and the tokens of each segment; the first is the prompt's."""
+    """Runs to the end: seconds and tokens of each segment, the first being the prompt's."""
     times, counts = [time.perf_counter()], []
     for (tokens,) in run:
         times.append(time.perf_counter())
@@ -439,7 +439,7 @@ def _clocked(run: Run) -> list[tuple[float, int]]:
 
 
 def _emptied(run: Run) -> Any:
-    """A run's cache without its texts; the memory is the same."""
+    """A run's cache, emptied, in the same memory."""
     return run.cache.rollback([0])
 
 
@@ -454,7 +454,7 @@ def measure_transformers(
     mesh: str | None,
     weights: str,
 ) -> Iterator[dict[str, Any]]:
-    """A row a length, on PyTorch."""
+    """A row per length, with PyTorch."""
     import torch
     import transformers
 
@@ -487,7 +487,7 @@ def measure_transformers(
 
 
 def _time_transformers(model: Any, length: int, new_tokens: int) -> dict[str, Any]:
-    """Prefill, first token and the steps after it, by the device's clock."""
+    """Prefill, first token and further steps, by the device's clock."""
     import torch
     from transformers import DynamicCache
 
@@ -506,7 +506,7 @@ def _time_transformers(model: Any, length: int, new_tokens: int) -> dict[str, An
     samples: list[float] = []
     firsts: list[float] = []
     while len(samples) < PREFILLS and sum(samples) < PREFILL_SECONDS:
-        cache = None  # frees the last one's memory
+        cache = None  # frees the previous length's memory
         cache = DynamicCache(config=model.config)
         start, clock = time.perf_counter(), _clock()
         token = step(prompt, cache)
@@ -529,7 +529,7 @@ def _time_transformers(model: Any, length: int, new_tokens: int) -> dict[str, An
 
 
 def _clock() -> Callable[[], float]:
-    """Starts a clock; calling it waits for the device and gives the seconds since, by its own."""
+    """Starts a clock. Calling the result waits for the device and returns seconds by its clock."""
     import torch
 
     if not torch.cuda.is_available():
@@ -547,7 +547,7 @@ def _clock() -> Callable[[], float]:
 
 
 def progress(text: str) -> None:
-    """A line for whoever watches; a child's standard output carries its rows."""
+    """Prints a line of progress to standard error; a child's standard output carries its rows."""
     print(f"          {text}", file=sys.stderr, flush=True)
 
 

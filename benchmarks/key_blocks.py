@@ -1,16 +1,17 @@
-"""Attention over lists of key blocks, and through pages, on one GPU: is it right, and how fast.
+"""Attention over lists of key blocks and through pages, on one GPU: correctness and speed.
 
     python benchmarks/key_blocks.py measure --minutes 5 --out outputs/key_blocks.json
 
-First small cases of every head_dim beside the masked oracle in float32: `error` is the relative
-distance from it, and `equal` whether two ways are equal to the bit: a full list and none (where
-chunks are of whole blocks), pages in any order and no pages. Where quiet blocks are passed by
-(skip-softmax) the oracle is plain XLA, and `moved` the distance from reading them. Then times of
-the last queries of a long text, Qwen2.5-7B-1M in shape: lists of `share` of the blocks at random,
-`kept` with the edges that every tile reads; `of ideal` is the dense time, times what is kept, over
-the time taken, moving the queries to their tiles included; and skip-softmax over all blocks, where
-all are loud or few. Last, decoding from layer to layer of a cache as a model does, through pages of
-several sizes in any order: `of ideal` is the time without pages, over the time.
+First, small cases of every head_dim are compared with the masked oracle in float32: `error` is the
+relative distance from it, and `equal` says whether two variants agree bit for bit (a full list and
+no list, where chunks are whole blocks; shuffled pages and no pages). Where quiet blocks are skipped
+(skip-softmax), the oracle is plain XLA, and `moved` is the distance from reading them. Second,
+times for the last queries of a long text with the shape of Qwen2.5-7B-1M: lists of a random `share`
+of the blocks (`kept` includes the edges that every tile reads), where `of ideal` is the dense time
+times the share kept, divided by the measured time, including the sorting of queries into tiles; and
+skip-softmax over all blocks, with all or few of them loud. Third, decoding over the layers of a
+cache as in a model, through shuffled pages of several sizes; there `of ideal` is the time without
+pages divided by the measured time.
 """
 
 import functools
@@ -52,9 +53,9 @@ from dca_jax.dca import PHASES, key_range
 from dca_jax.distributed import exit_on_input_error
 
 QWEN = DCAConfig(chunk_len=253_952, max_query_position=262_144)
-SKIP = 0.1  # lambda of skip-softmax: small beside loud keys, large beside quiet ones
+SKIP = 0.1  # lambda of skip-softmax: small relative to loud keys, large relative to quiet ones
 LOUD = 1.0, 0.1  # shares of the blocks
-CHAIN = 0.02  # seconds a chain of decoding calls should take, at a guess
+CHAIN = 0.02  # estimated seconds of a chain of decoding calls
 KEY = ("what", "keys", "batch", "variant")
 COLUMNS = (*KEY, "kept", "ms", "of ideal", "of dense", "error", "equal", "moved")
 
@@ -90,7 +91,7 @@ def measure(
         float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Checks, then times; each case by itself, so that a failure does not lose the others."""
+    """Checks, then times; each case on its own, so that a failure does not affect the others."""
     report = Report(out, machine() | {"benchmark": "key_blocks", "heads": heads}, minutes=minutes)
     wanted = [word.strip() for word in what.split(",")]
     query_heads, kv_heads = map(int, heads.split("/"))
@@ -114,13 +115,13 @@ def measure(
 def show_files(
     files: Annotated[list[Path], typer.Argument(help="JSON files from `measure`.")],
 ) -> None:
-    """Prints the rows of one or more files as one table; of rows measured twice, the last one."""
+    """Prints the rows of one or more files as a table; of repeated rows, the last one."""
     facts, rows = merged(files, KEY)
     show(f"Lists of key blocks, and pages, on {facts['device']}", COLUMNS, rows)
 
 
 def guarded(report: Report, row: dict[str, Any], fill: Callable[[], dict[str, Any]]) -> None:
-    """Adds the row with what `fill` finds, or with why it failed."""
+    """Adds the row with the results of `fill`, or with the reason for its failure."""
     if report.out_of_time():
         return
     try:
@@ -133,13 +134,13 @@ def guarded(report: Report, row: dict[str, Any], fill: Callable[[], dict[str, An
     report.add(row)
 
 
-# --- is it right -------------------------------------------------------------------------------
+# --- correctness -------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    """Queries of two rows, and a cache of two layers that holds their keys, laid out and in pages.
+    """Queries of two rows, and a cache of two layers with their keys, contiguous and in pages.
 
-    `page_table` says where in the pools each row's pages lie: in any order.
+    `page_table` holds the place of each row's pages in the pools, in shuffled order.
     """
 
     query: Array
@@ -161,7 +162,7 @@ class Case(NamedTuple):
         page: int,
         dtype: Any = jnp.bfloat16,
     ) -> "Case":
-        """Drawn at random; of many queries, every row's but the first's end in padding."""
+        """Random inputs; with many queries, all rows but the first end in padding."""
         query_heads, kv_heads, dim = heads
         capacity = -(-(max(offset) + num_queries) // page) * page
         batch, count = len(offset), capacity // page
@@ -189,7 +190,7 @@ class Case(NamedTuple):
         return cls(query, key, value, key_pool, value_pool, table, rows, dca)
 
     def blocks(self, share: float) -> KeyBlocks:
-        """Lists of about so many of the blocks."""
+        """Lists of about this share of the blocks."""
         batch, num_queries = self.query.shape[:2]
         count = -(-self.key.shape[2] // BLOCK)
         shape = batch, self.key.shape[3], num_tiles(num_queries), count
@@ -198,25 +199,25 @@ class Case(NamedTuple):
 
 
 def in_pages(x: Array, where: np.ndarray, page: int) -> Array:
-    """[2, B, S, ...] as a pool [2, P, page, ...] with three pages more; NaN is nowhere read."""
+    """[2, B, S, ...] as a pool [2, P, page, ...] with three extra pages of NaN, never read."""
     pieces = x.reshape(2, -1, page, *x.shape[3:])
     pool = jnp.full((2, pieces.shape[1] + 3, *pieces.shape[2:]), 99, x.dtype)
     return pool.at[:, where].set(pieces)
 
 
 class Programs:
-    """Compiled attention: each program once, traced one at a time and compiled in threads."""
+    """Compiled attention: each program once, traced sequentially and compiled in threads."""
 
     def __init__(self, name: str, pool: Executor) -> None:
         self.name, self._pool = name, pool
         self._lock, self._found = threading.Lock(), {}
 
     def run(self, case: Case, key: Array, value: Array, **options: Any) -> Array:
-        """The second layer's attention."""
+        """Attention of the second layer."""
         return self._run(self.name, case, key, value, options)
 
     def run_dense_with_list_tiles(self, case: Case) -> Array:
-        """The Hopper kernel without a list, with the tiles that it has over lists."""
+        """The Hopper kernel without a list, but with the tiles it uses with lists."""
 
         def attention(query: Array, key: Array, value: Array, rows: Rows) -> Array:
             options = {"dca": case.dca, "phases": PHASES, "with_lse": False}
@@ -227,14 +228,14 @@ class Programs:
         return self._compiled("dense", attention, case.query, case.key, case.value, case.rows)
 
     def definition(self, case: Case, **options: Any) -> Array:
-        """The dense oracle's, in float32."""
+        """The dense oracle's output, in float32."""
         query, key, value = (x.astype(jnp.float32) for x in case[:3])
         wide = case._replace(query=query)
         with jax.default_matmul_precision("highest"):
             return self._run("reference", wide, key, value, options)
 
     def plainly(self, case: Case, **options: Any) -> Array:
-        """Plain XLA's, in float32."""
+        """Plain XLA's output, in float32."""
         query, key, value = (x.astype(jnp.float32) for x in case[:3])
         with jax.default_matmul_precision("highest"):
             return self._run("xla", case._replace(query=query), key, value, options)
@@ -258,8 +259,8 @@ class Programs:
 
 
 def check(report: Report, name: str, dim: int) -> None:
-    """Lists and pages of one head_dim, at the edges."""
-    page, whole = 256, dim == 128  # the others in part: compiling is what takes the time
+    """Checks lists and pages of one head_dim at the edges."""
+    page, whole = 256, dim == 128  # the others in part, since compiling takes most of the time
     cases = {
         "s = 512": Case.of(chunks(512, 700), [1536, 512], 640, (8, 2, dim), page),
         "s = 300": Case.of(chunks(300, 400), [1003, 130], 500, (4, 4, dim), page),
@@ -281,7 +282,7 @@ def check(report: Report, name: str, dim: int) -> None:
 
 
 def chunks(chunk_len: int, largest: int) -> DCAConfig:
-    """s and Q."""
+    """The DCA setting with this s and Q."""
     return DCAConfig(chunk_len=chunk_len, max_query_position=largest)
 
 
@@ -333,7 +334,7 @@ def of_lists(programs: Programs, case: Case) -> Iterator[tuple[str, Test]]:
 
 
 def with_loud_blocks(key: Array, share: float) -> Array:
-    """Keys [L, B, S, K, H] of which the first block and others at random are loud, most quiet."""
+    """Keys [L, B, S, K, H]: the first block and random others are loud, most are quiet."""
     chance = np.random.default_rng(11).random(-(-key.shape[2] // BLOCK))
     loud = (chance < share) | (np.arange(len(chance)) == 0)
     factor = np.where(loud, 3, 0.05).repeat(BLOCK)[: key.shape[2]]
@@ -368,19 +369,19 @@ def of_pages(programs: Programs, case: Case, in_8_bits: bool) -> Iterator[tuple[
 
 
 def relative(found: Array, expected: Array) -> float:
-    """The distance, relative, of the worst row and head."""
+    """Relative distance of the worst row and head."""
     ours, theirs = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (found, expected))
     size = np.linalg.norm(theirs, axis=(2, 3))
     return float((np.linalg.norm(ours - theirs, axis=(2, 3)) / np.maximum(size, 1e-9)).max())
 
 
 def same(found: Array, expected: Array) -> str:
-    """Whether they are equal to the bit; else how many numbers differ."""
+    """Whether two arrays are equal bit for bit; otherwise how many numbers differ."""
     differ = int((np.asarray(found) != np.asarray(expected)).sum())
     return "yes" if differ == 0 else f"no: {differ} of {found.size} differ"
 
 
-# --- how fast: lists ---------------------------------------------------------------------------
+# --- speed: lists ------------------------------------------------------------------------------
 
 
 def time_lists(
@@ -392,7 +393,7 @@ def time_lists(
     percents: list[int],
     pool: Executor,
 ) -> None:
-    """The last queries of a text, densely and over lists."""
+    """Times the last queries of a text, densely and over lists."""
     query_heads, kv_heads, dim = shape
     if report.out_of_time():
         return
@@ -443,14 +444,14 @@ def time_lists(
 
 
 class Tiles(NamedTuple):
-    """The tiles of the last queries of a text: which blocks are full, and how many are edges."""
+    """The tiles of a text's last queries: which blocks are full, and how many are edges."""
 
     full: np.ndarray  # [tiles, blocks]
     edges: np.ndarray  # [tiles]
 
     @classmethod
     def of(cls, keys: int, queries: int) -> "Tiles":
-        """Of a text of so many keys, whose last queries begin at a multiple of 128."""
+        """The tiles of a text with this many keys; its last queries begin at a multiple of 128."""
         tile = (keys - queries) // BLOCK + np.arange(num_tiles(queries))
         tile = jnp.asarray(tile[tile * BLOCK < keys], jnp.int32)
         number, full, edges = np.arange(-(-keys // BLOCK)), False, 0
@@ -465,7 +466,7 @@ class Tiles(NamedTuple):
         return cls(np.asarray(full), np.asarray(edges))
 
     def lists(self, rows: Rows, kv_heads: int, share: float) -> KeyBlocks:
-        """So many of each tile's full blocks, drawn at random for each kv head."""
+        """This many of each tile's full blocks, chosen at random for each kv head."""
         chance = np.random.default_rng(7).random((kv_heads, *self.full.shape), np.float32)
         rank = np.argsort(np.argsort(np.where(self.full, chance, 2), axis=2), axis=2)
         wanted = np.round(share * self.full.sum(axis=1)).astype(int)
@@ -476,7 +477,7 @@ class Tiles(NamedTuple):
         return make(jnp.asarray(kept), rows=rows)
 
     def share_read(self, blocks: KeyBlocks) -> float:
-        """Blocks that are read, edges included, of those that the dense kernel reads."""
+        """Share of the dense kernel's blocks that are read, edges included."""
         listed = np.asarray(blocks.counts).sum(axis=(2, 3)).mean()
         return float((listed + self.edges.sum()) / (self.full.sum() + self.edges.sum()))
 
@@ -487,7 +488,7 @@ def normal(seed: int, shape: tuple[int, ...]) -> Array:
     return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16)
 
 
-# --- how fast: decoding ------------------------------------------------------------------------
+# --- speed: decoding ---------------------------------------------------------------------------
 
 
 def time_decoding(
@@ -497,11 +498,11 @@ def time_decoding(
     pages: list[int],
     pool: Executor,
 ) -> None:
-    """One query a row through a cache's layers, one after another, without pages and with them."""
+    """Times one query per row through all layers of a cache, without and with pages."""
     keys, batch, query_heads, kv_heads, dim = shape
     if report.out_of_time():
         return
-    size = 4 * batch * keys * kv_heads * dim  # bytes of keys and values of a layer
+    size = 4 * batch * keys * kv_heads * dim  # bytes of one layer's keys and values
     layers = max(2, math.ceil(1e9 / size)) if size > 1e6 else 2
     calls = layers * max(1, round(CHAIN / (size / 4e12) / layers)) if size > 1e6 else layers
     query = normal(0, (batch, 1, query_heads, dim))

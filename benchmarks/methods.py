@@ -1,15 +1,15 @@
-"""Position methods beside DCA and RoPE: how long each takes to read a prompt, on one device.
+"""Time to read a prompt with each position method, compared with DCA and RoPE, on one device.
 
     python benchmarks/methods.py measure --out outputs/methods.json
     python benchmarks/methods.py measure --shapes smollm2-135m --tokens 128k --what attention
 
-For the shapes of some models, bfloat16 and batch 1: the attention of a whole prompt, from raw
-queries and keys to the output; and the reading of the prompt by a model of random weights, piece by
-piece as the engine does it, the first layers only of a large one. pi, ntk and yarn run the program
-of rope. Before a method is timed its output is compared with that of the plain XLA form, for some
-queries at the beginning, in the middle and at the end of the same prompt.
+For the shapes of some models, in bfloat16 at batch 1: the attention of a whole prompt, from
+unrotated queries and keys to the output; and prefill by a model with random weights, piece by piece
+as in the engine (only the first layers of a large model). pi, ntk and yarn run rope's program.
+Before a method is timed, its output is compared with that of plain XLA for some queries at the
+beginning, middle and end of the same prompt.
 
-Ratios are over DCA, which is timed first of each shape.
+Ratios are relative to DCA, which is timed first for each shape.
 """
 
 import math
@@ -67,8 +67,8 @@ NAMES = (
     *("adagrope", "lampe", "dpe:1024,4,4,2,16,32,32,16,128", "dca-intra", "dca-intra-inter"),
 )
 LAYERS = 8  # of a model, at most
-CHECKED = 512  # queries that are compared at each place
-LARGEST_ERROR = 1e-2  # of the norm; both forms round to bfloat16 on their way
+CHECKED = 512  # queries compared at each place
+LARGEST_ERROR = 1e-2  # of the norm; both round to bfloat16 on the way
 COLUMNS = ("shape", "tokens", "what", "layers", "method", "error", "ms", "of DCA")
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True)
 class Case:
-    """A method's name, what it means for a shape, and the length of the prompt."""
+    """A method by name, applied to a shape and a prompt length."""
 
     shape: str
     name: str
@@ -97,13 +97,13 @@ class Case:
 
 @app.callback()
 def main() -> None:
-    """Keeps `measure` a command of its own."""
+    """Makes `measure` a subcommand."""
 
 
 @app.command()
 @exit_on_input_error()
 def measure(
-    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/methods.json"
     ),
     shapes: Annotated[
@@ -113,10 +113,10 @@ def measure(
     methods: Annotated[str, typer.Option(help="Names, separated by spaces.")] = " ".join(NAMES),
     what: Annotated[str, typer.Option(help="Of: attention, read.")] = "attention,read",
     minutes: Annotated[
-        float, typer.Option(help="Start no further measurement after so many.")
+        float, typer.Option(help="Start no further measurement after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Compares and times every method; what cannot run is a row that says why."""
+    """Checks and times every method; one that cannot run gets a row with the reason."""
     kinds = {"attention": attention_rows, "read": read_rows}
     wanted = [kind.strip() for kind in what.split(",")]
     if unknown := {*wanted} - {*kinds} | {*shapes.split(",")} - {*SHAPES}:
@@ -137,11 +137,11 @@ def measure(
 
 
 def _row(case: Case, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row of what `work` finds, or of why it cannot."""
+    """Adds a row with the results of `work`, or with the reason for its failure."""
     row = {"shape": case.shape, "tokens": case.tokens, "what": what, "method": case.name}
     try:
         return row | work()
-    except Exception as error:  # out of memory, or a shape that it cannot take
+    except Exception as error:  # out of memory, or an unsupported shape
         return row | {"failed": reason(error)}
 
 
@@ -149,7 +149,7 @@ def _row(case: Case, what: str, work: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def attention_rows(cases: list[Case], pool: Executor, report: Report) -> Iterator[dict[str, Any]]:
-    """Each method's attention, compared and timed."""
+    """Checks and times each method's attention."""
     inputs = jax.eval_shape(partial(random_inputs, cases[0]))
     some = jax.ShapeDtypeStruct((1, CHECKED, *inputs[0].shape[2:]), inputs[0].dtype)
     offset = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -190,13 +190,13 @@ def random_inputs(case: Case) -> list[Array]:
 
 
 def attention(case: Case, query: Array, key: Array, value: Array) -> Array:
-    """By the best implementation for the device."""
+    """Attention by the best implementation for the device."""
     method = case.method
     return dual_chunk_attention(query, key, value, dca=method.dca, rope=method.rope)
 
 
 def plain_form(case: Case, query: Array, key: Array, value: Array, offset: Array) -> Array:
-    """Of some queries from `offset` on, in plain XLA."""
+    """Attention of some queries from `offset` on, in plain XLA."""
     method = case.method
     return dual_chunk_attention(
         *(query, key, value),
@@ -209,7 +209,7 @@ def plain_form(case: Case, query: Array, key: Array, value: Array, offset: Array
 
 
 def largest_error(out: Array, form: Callable[..., Array], arrays: list[Array]) -> float:
-    """Of the outputs at three places, the largest error relative to the norm."""
+    """The largest error at three places, relative to the norm."""
     query, key, value = arrays
     last = query.shape[1] - CHECKED
     errors = []
@@ -225,7 +225,7 @@ def largest_error(out: Array, form: Callable[..., Array], arrays: list[Array]) -
 
 
 def read_rows(cases: list[Case], pool: Executor, report: Report) -> Iterator[dict[str, Any]]:
-    """Each method's reading of the prompt by a model, piece by piece."""
+    """Times prefill of the prompt with each method, piece by piece."""
     config = cases[0].config
     config = replace(config, num_hidden_layers=min(config.num_hidden_layers, LAYERS))
     base = generate.random_model(config, dca=False, implementation=None)
@@ -241,7 +241,7 @@ def read_rows(cases: list[Case], pool: Executor, report: Report) -> Iterator[dic
         return KVCache.create(config, batch=1, capacity=capacity, dtype=base.dtype)
 
     def run(program: Any, pieces: list[np.ndarray]) -> tuple[Array, float]:
-        """The last hidden state, and seconds."""
+        """Reads the prompt; returns the last hidden state and seconds."""
         cache, hidden = empty(), empty_hidden(base, 1)
         jax.block_until_ready(cache)
         begin = time.perf_counter()
@@ -270,7 +270,7 @@ def read_rows(cases: list[Case], pool: Executor, report: Report) -> Iterator[dic
 
 
 def with_method(base: Llama, method: Method) -> Llama:
-    """The same weights, reading by a method."""
+    """The same weights with another position method."""
     config = replace(base.config, rope=method.rope)
     return Llama.from_params(config, base.params(), dca=method.dca, dtype=base.dtype)
 

@@ -1,14 +1,14 @@
-"""A text of a million tokens on one device: pieces timed where they lie, and what memory it takes.
+"""A text of a million tokens on one device: the time of pieces along it, and peak memory.
 
     python benchmarks/million.py measure --out outputs/million.json
     python benchmarks/million.py measure --preset tiny --tokens 64k --whole 8k
 
-Qwen2.5-7B in shape, with DCA as Qwen2.5-7B-Instruct-1M asks for it, random bfloat16 weights. To
-read the whole text densely takes some minutes. What is run here is the engine's own reading of
-single pieces, in a cache of the full size that holds random keys and values up to where the piece
-begins. The time of a piece grows linearly with what lies before it, so the time of the whole is the
-sum over pieces of a straight line through those that were timed; the first tokens are read whole as
-a check of that line.
+The shape of Qwen2.5-7B with the DCA setting of Qwen2.5-7B-Instruct-1M and random bfloat16 weights.
+Reading the whole text densely takes minutes. Instead, the engine reads single pieces in a full-size
+cache, which holds random keys and values up to where the piece begins. The time of a piece grows
+linearly with the number of tokens before it, so the time of the whole text is predicted by a line
+through the pieces that were timed, summed over all pieces. As a check, the first tokens are read
+completely.
 """
 
 import math
@@ -40,7 +40,7 @@ QWEN_1M = {
     "local_size": 8_192,
     "original_max_position_embeddings": 262_144,
 }
-PLACES = 5  # where pieces are timed, from the text's first to its last
+PLACES = 5  # where pieces are timed, from the first to the last of the text
 COLUMNS = ("tokens before", "piece ms", "finite", "read s", "said s", "peak GB", "plan GB")
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keeps `measure` a command of its own."""
+    """Makes `measure` a subcommand."""
 
 
 @app.command()
@@ -61,10 +61,14 @@ def measure(
     ),
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "qwen2.5-7b",
     tokens: Annotated[str, typer.Option(help="Tokens of the text.")] = "1M",
-    whole: Annotated[str, typer.Option(help="Tokens from its beginning to read whole.")] = ("128k"),
-    device: Annotated[str, typer.Option(help="Device whose plan to print next to it.")] = "h200",
+    whole: Annotated[str, typer.Option(help="Number of first tokens to read completely.")] = (
+        "128k"
+    ),
+    device: Annotated[
+        str, typer.Option(help="Device for the plan printed next to the measured memory.")
+    ] = "h200",
 ) -> None:
-    """Times pieces along the text, then its beginning as a whole."""
+    """Times pieces along the text, then reads its beginning completely."""
     config = {**SHAPES, **generate.PRESETS}.get(preset)
     if config is None:
         raise InputError(f"{preset!r} is not one of {', '.join(SHAPES)}")
@@ -82,7 +86,7 @@ def measure(
     program = compiled(read, model, 1, cache.capacity, width, donated=1)
     places = [round(n * (length // width - 1) / (PLACES - 1)) * width for n in range(PLACES)]
     line: list[float] = []
-    for place in [places[0], *places]:  # the first time it is compiled
+    for place in [places[0], *places]:  # the first call compiles
         seconds = []
         for _ in range(2):
             cache = at(cache, place)
@@ -113,7 +117,7 @@ def measure(
 def step(
     program: Any, model: Llama, cache: KVCache, text: np.ndarray, place: int, width: int
 ) -> tuple[Array, KVCache]:
-    """One piece, to its end."""
+    """Reads one piece and waits for it."""
     hidden = empty_hidden(model, 1)
     piece, lengths = text[:, place : place + width], np.asarray([width], np.int32)
     total = np.asarray([text.shape[1]], np.int32)
@@ -121,15 +125,15 @@ def step(
 
 
 def at(cache: KVCache, length: int) -> KVCache:
-    """The cache as one that holds `length` tokens."""
+    """The cache as if it held `length` tokens."""
     lengths = jax.device_put(np.asarray([length], np.int32), cache.lengths.sharding)
     return replace(cache, lengths=lengths)
 
 
 def filled_cache(model: Llama, capacity: int) -> KVCache:
-    """A cache full of normal numbers, made some tokens of a layer at a time.
+    """A cache full of normal numbers, made a few tokens of a layer at a time.
 
-    So few that making them takes less memory than reading will: the peak is to be that of reading.
+    Making them must take less memory than reading does, whose peak is to be measured.
     """
     cache = KVCache.create(model.config, batch=1, capacity=capacity, dtype=model.dtype)
     at_once = math.gcd(capacity, 32_768)

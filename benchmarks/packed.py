@@ -1,18 +1,17 @@
-"""Packed weights: products of few rows with one matrix.
+"""Packed weights: products of a few rows with one matrix.
 
     python benchmarks/packed.py matrices --out outputs/packed-matrices.json
     python benchmarks/packed.py matrices --rows 1 --forms int8,int4:128 --only 70B-gate,70B-down
 
-`matrices` times x @ packed for the matrices of Llama-3-8B and Llama-2-70B, several layers of a
-stack one after the other so that none is in the device's cache: our kernels with several tiles, of
-one row on Hopper also the kernel for that (`dca_jax.products.packed_row`) with several plans, what
-the model chooses among them ("ours"), XLA's own ways, and bfloat16 beside them. `share` is the time
-that moving the matrix's bytes once would take, at the rate the device copies, over the time it
-took. `error` is the largest difference from the product with the unpacked float32 matrix, over the
-largest value.
+`matrices` times x @ packed for the matrices of Llama-3-8B and Llama-2-70B. It goes through several
+layers of a stack, so that no matrix is in the device's cache. Compared are our kernels with several
+tiles; for one row on Hopper also `dca_jax.products.packed_row` with several plans; the model's
+choice among them ("ours"); XLA's own variants; and bfloat16. `share` is the time that reading the
+matrix once takes at the device's copy bandwidth, divided by the measured time. `error` is the
+largest difference from the product with the unpacked float32 matrix, divided by the largest value.
 
-The plans for one row are compiled for an H200 in `tests/gpu_aot/test_h200_packed.py`; what they
-take has not been measured with this script.
+The plans for one row are compiled for an H200 in `tests/gpu_aot/test_h200_packed.py`; they have not
+been timed with this script.
 """
 
 import itertools
@@ -56,7 +55,7 @@ MATRICES = {
     "70B-down": (28_672, 8192),
 }
 TINY = {"tiny": (256, 128)}
-STACK = 16  # layers one after the other; of large matrices fewer
+STACK = 16  # layers in turn; fewer of large matrices
 STACK_BYTES = 2**30
 COLUMNS = ("matrix", "weights", "rows", "way", "us", "share", "error")
 
@@ -65,7 +64,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 @app.callback()
 def main() -> None:
-    """Commands of this benchmark."""
+    """Makes `matrices` a subcommand."""
 
 
 @app.command()
@@ -82,9 +81,9 @@ def matrices(
         str, typer.Option(help="Values separated by commas.")
     ] = "bfloat16,int8,int4:128,int4,int4:32,fp8",
     rows: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = "1,4,16",
-    tiny: Annotated[bool, typer.Option(help="One small matrix, in the interpreter.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Run one small matrix in the interpreter.")] = False,
 ) -> None:
-    """Times each form of each matrix in each way."""
+    """Times each packed form of each matrix with each implementation."""
     few_rows.INTERPRET = not on_gpu()
     counts = sorted(numbers(rows))
     report = Report(out, {"benchmark": "packed matrices"} | machine(), minutes=minutes)
@@ -109,7 +108,7 @@ def matrices(
 def _time_matrix(
     shape: tuple[int, int], form: str, rate: float, counts: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """Every way of one row, then the fastest with more."""
+    """Times every implementation with one row, then the fastest with more rows."""
     inputs, outputs = shape
     layers = max(2, min(STACK, STACK_BYTES // (inputs * outputs)))
     stack = _random_stack(layers, shape, form)
@@ -149,14 +148,14 @@ def _time_matrix(
 def _time_ways(
     ways: dict[str, Callable], x: Any, stack: Any, layers: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Microseconds a layer of each way; they are compiled at once."""
+    """Microseconds per layer of each implementation; all are compiled at once."""
 
     def all_layers(product: Callable, x: Any, stack: Any) -> Any:
         product = jax.jit(product)  # lowered once
         total = jnp.zeros((), jnp.float32)
         for number in range(layers):
             y = product(x, stack, jnp.int32(number))
-            # The next waits for this one, and no two are one.
+            # The next call depends on this one, so that no two are merged.
             total = y[0, 0].astype(jnp.float32) * 1e-30
             x = x + total.astype(x.dtype)
         return y
@@ -183,7 +182,7 @@ def _time_ways(
 
 
 def _seconds(run: Callable, *arrays: Any) -> float:
-    """The fastest of some blocks of calls."""
+    """Time of the fastest of several blocks of calls."""
     jax.block_until_ready(run(*arrays))
     best, calls = math.inf, 1
     for _ in range(4):
@@ -237,13 +236,13 @@ def _unpacked_dot(x: Any, stack: Packed, layer: Any) -> Any:
 
 
 def _fused(x: Any, stack: Packed, layer: Any) -> Any:
-    """One fusion that unpacks, multiplies and sums."""
+    """A single fusion that unpacks, multiplies and sums."""
     matrix = _own(stack, layer).unpack(jnp.float32)
     return jnp.sum(x.astype(jnp.float32)[:, :, None] * matrix[None], axis=1)
 
 
 def _tiles(shape: tuple[int, int], form: str) -> list[Tile]:
-    """Tiles worth trying, with as many splits as give the device's processors work."""
+    """Tiles worth trying, with enough splits to occupy all of the device's processors."""
     kind, _, group = form.partition(":")
     deep = int(group or 64) if kind == "int4" else 128
     if not on_gpu():
@@ -262,7 +261,7 @@ def _tiles(shape: tuple[int, int], form: str) -> list[Tile]:
 
 
 def row_plans(shape: tuple[int, int], form: str) -> list[Plan]:
-    """Plans of the kernel for one row that fit a Hopper GPU; none elsewhere, or of other forms."""
+    """One-row kernel plans that fit a Hopper GPU; none on other devices or for other forms."""
     inputs, outputs = shape
     kind, _, group = form.partition(":")
     capability = current_device().capability

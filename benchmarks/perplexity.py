@@ -1,11 +1,12 @@
-"""Reading a long text for its perplexity: tokens a second, memory, and the share of attention.
+"""Perplexity of a long text: tokens per second, memory, and attention's share of the time.
 
     python benchmarks/perplexity.py --model llama-3-8b --lengths 128k --out outputs/perplexity.json
 
-A model's shape with random bfloat16 weights, made on the device: the perplexity means nothing, and
-takes as long as any. The text is read as `dca-jax eval perplexity` reads a window. Attention is
-then timed alone, a piece's queries over one layer's keys as the reading has them at each place of
-the text; its share is that time, for all layers and pieces, over the time of the reading.
+A model's shape with random bfloat16 weights, generated on the device: the perplexity is
+meaningless, but takes as long as a real one. The text is read like a window of `dca-jax eval
+perplexity`. Then attention is timed alone, a piece's queries over one layer's keys, at each place
+of the text; its share is that time for all layers and pieces, divided by the time of the whole
+reading.
 """
 
 import math
@@ -43,7 +44,7 @@ def main(
     ] = "128k",
     plain: Annotated[bool, typer.Option("--plain", help="Also measure plain attention.")] = False,
 ) -> None:
-    """Reads a window of each length, after one that compiles, and times its attention alone."""
+    """Reads a window of each length, after a warm-up, and times its attention alone."""
     report = Report(out, machine() | {"benchmark": "perplexity"})
     for method in ("dca", "rope") if plain else ("dca",):
         reading = random_model(find_shape(model), dca=method == "dca", implementation=None)
@@ -51,7 +52,7 @@ def main(
             row = {"model": model, "tokens": length, "method": method}
             try:
                 report.add(row | measured(reading, length))
-            except Exception as error:  # what does not fit is a result too
+            except Exception as error:  # not fitting is a result too
                 report.add(row | {"failed": reason(error)})
     show(f"Perplexity on {report.facts.get('device')}", COLUMNS, report.rows)
     if any("failed" in row for row in report.rows):
@@ -59,7 +60,7 @@ def main(
 
 
 def measured(model: Llama, length: int) -> dict[str, Any]:
-    """One window, and its attention."""
+    """Times one window, and its attention alone."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
     reader = Reader(model, 1, length)
     reader.nll(tokens.astype(np.int32))
@@ -81,7 +82,7 @@ def measured(model: Llama, length: int) -> dict[str, Any]:
 
 
 def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
-    """Of all layers and pieces of a text; and the attention's implementation."""
+    """Seconds of attention for all layers and pieces of a text, and the implementation."""
     config, width = model.config, piece_length(1)
     keys = (*cache_shape(model, 1, length), config.num_key_value_heads, config.head_dim)
     key, value = (jax.random.normal(jax.random.key(n), keys, model.dtype) for n in range(2))

@@ -1,13 +1,13 @@
-"""How many programs a process compiles for mixed requests, and what memory they keep.
+"""Number of programs a process compiles for mixed requests, and the memory they hold.
 
     python benchmarks/programs.py --requests 500 --out outputs/programs.json
 
-Requests of six kinds go to one `LLM` one after the other: to generate (of random length, batch,
-number of new tokens, sampler, seed and stop ids), the same after a prefix, streams of one text,
-turns of conversations, logits, and perplexities. Every program that XLA compiles counts, those of
-operations outside `jax.jit` too. A row after every 50 requests: programs compiled and alive,
-resident memory, and the slots of the KV caches of the first three kinds over those that the texts
-need. Prints a table, writes JSON.
+Six kinds of requests go to one `LLM` in turn: generation (with random length, batch, number of new
+tokens, sampler, seed and stop ids), the same after a prefix, streams of one text, turns of
+conversations, logits, and perplexities. Every program that XLA compiles is counted, including those
+of operations outside `jax.jit`. Every 50 requests give a row: programs compiled and alive, resident
+memory, and the slots of the first three kinds' KV caches, relative to those that the texts need.
+Prints a table and writes JSON.
 """
 
 import math
@@ -26,13 +26,14 @@ from dca_jax.inference.buckets import cache_shape
 from dca_jax.inference.chat import Conversation
 from dca_jax.inference.llm import LLM
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX notes of each program
+# the event that JAX records for each program
+COMPILED = "/jax/core/compile/backend_compile_duration"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 COLUMNS = ("requests", "compiled", "alive", "resident MB", "slots", "seconds")
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A model's folder.")] = "models/demo-python-7m",
+    model: Annotated[str, typer.Option(help="Folder of a model.")] = "models/demo-python-7m",
     requests: Annotated[int, typer.Option(help="Number of requests.")] = 500,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 2000,
     largest: Annotated[int, typer.Option(help="Prompts in the largest batch.")] = 8,
@@ -67,7 +68,7 @@ def main(
 
 
 class Requests:
-    """Random requests to one model, whose conversations go on for some turns."""
+    """Random requests to one model, with conversations of several turns."""
 
     def __init__(self, llm: LLM, draw: random.Random, longest: int, largest: int) -> None:
         llm.tokenizer.chat_template = TEMPLATE  # the demo model has none
@@ -75,7 +76,7 @@ class Requests:
         self.conversation = Conversation(llm)
 
     def one(self) -> tuple[int, int]:
-        """One request; returns the slots of its caches, and those that its texts need."""
+        """Runs one request; returns the slots of its caches, and those that its texts need."""
         kind = self.draw.choice(("generate", "prefix", "stream", "chat", "logits", "score"))
         if kind in ("generate", "prefix"):
             return self._generate(after_prefix=kind == "prefix")
@@ -144,7 +145,7 @@ class Requests:
 
 
 def _count_programs() -> list[int]:
-    """A list whose one number grows with every program that is compiled."""
+    """A list with one number, which counts the programs compiled so far."""
     compiled = [0]
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -155,7 +156,7 @@ def _count_programs() -> list[int]:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Resident memory of this process in bytes (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

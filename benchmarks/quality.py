@@ -1,13 +1,13 @@
-"""What packed weights and 8-bit caches cost a real model: perplexity and retrieval, beside exact.
+"""What packed weights and 8-bit caches cost a real model in perplexity and retrieval.
 
     python benchmarks/quality.py MODEL --text book.txt --lengths 512,2k --windows 8
 
-Each variant reads the same windows, spread over the text, and answers the same passkey prompts, by
-the same method; `loss` is the part by which perplexity grows, and `least` and `most` are those of
-single windows. A variant is weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". Of
-weights that are packed in the file give it an unpacked copy (`dca-jax convert --dtype bfloat16`).
-Each has a process of its own, and `--at-once` of them share the device: most of the time goes into
-compiling.
+Each variant reads the same windows, spread over the text, and answers the same passkey prompts,
+with the same method. `loss` is the relative growth of perplexity over `exact`; `least` and `most`
+are that of single windows. A variant names weights, a cache, or both: "int8", "cache:int8",
+"int8+cache:int8". If the file's weights are packed, give an unpacked copy (`dca-jax convert --dtype
+bfloat16`). Each variant has its own process, and `--at-once` of them share the device, since most
+of the time goes into compiling.
 """
 
 import json
@@ -40,15 +40,17 @@ ANSWER_TOKENS = 12
 
 @exit_on_input_error()
 def main(
-    model: Annotated[str, typer.Argument(help="A model's folder or file, as in dca-jax.")],
+    model: Annotated[str, typer.Argument(help="Folder or file of a model, as in dca-jax.")],
     text: Annotated[Path, typer.Option(help="A text file (UTF-8) or a PDF.")],
     out: Annotated[Path, typer.Option(help="JSON file to write the figures to.")] = Path(
         "outputs/quality.json"
     ),
     lengths: Annotated[str, typer.Option(help="Tokens per window; 4k is 4096.")] = "512,2k",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each length.")] = 8,
-    passkeys: Annotated[str, typer.Option(help="Tokens of passkey prompts; empty for none.")] = "",
-    trials: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 50,
+    windows: Annotated[int, typer.Option(min=1, help="Windows per length.")] = 8,
+    passkeys: Annotated[
+        str, typer.Option(help="Tokens of the passkey prompts; empty for none.")
+    ] = "",
+    trials: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Prompts processed at once.")] = 10,
     variants: Annotated[
         str, typer.Option(help="Variants separated by commas, `exact` first.")
@@ -56,7 +58,7 @@ def main(
     at_once: Annotated[int, typer.Option(min=1, help="Variants that share the device.")] = 1,
     child: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Perplexity and passkeys found, by variant."""
+    """Measures perplexity and passkeys found by each variant."""
     if child:
         found = measured(
             *(model, variants, text, numbers(lengths), windows),
@@ -113,7 +115,7 @@ def measured(
     trials: int,
     batch: int,
 ) -> Iterator[dict[str, Any]]:
-    """The machine, then a row a length and task, of one variant."""
+    """Facts about the machine, then a row per length and task, for one variant."""
     llm = loaded(model, variant)
     yield machine()
     tokens = np.asarray(read_text(llm, text).tokens, np.int32)
@@ -127,7 +129,7 @@ def measured(
 
 
 def loaded(model: str, variant: str) -> LLM:
-    """The model as a variant has it."""
+    """The model with a variant's weights and cache."""
     options: dict[str, Any] = {"weights": "unpacked"}
     for part in variant.split("+"):
         if part != "exact":
@@ -145,7 +147,7 @@ def losses(llm: LLM, tokens: np.ndarray, length: int, windows: int) -> list[floa
 
 
 def compared(nlls: list[float], exact: list[float]) -> dict[str, float]:
-    """How much larger perplexity is than the exact one."""
+    """Relative growth of perplexity over the exact one."""
     moved = [math.expm1(a - b) for a, b in zip(nlls, exact, strict=True)]
     return {
         "loss": math.expm1((sum(nlls) - sum(exact)) / len(nlls)),
@@ -155,9 +157,10 @@ def compared(nlls: list[float], exact: list[float]) -> dict[str, float]:
 
 
 def prompts(llm: LLM, length: int, trials: int) -> list[tuple[list[int], list[list[int]]]]:
-    """Passkey prompts at random depths, and the tokens that answer each.
+    """Passkey prompts at random depths, and the answer's tokens for each.
 
-    All have as much filler as the first has room for, less a sentence for keys of more tokens.
+    All have as much filler as fits into the first, minus a sentence, since a key may take more
+    tokens.
     """
     rng = np.random.default_rng([0, length])
     first = passkey_prompt(lambda text: len(llm.tokenize(text)), length, 0.5, rng)
@@ -171,7 +174,7 @@ def prompts(llm: LLM, length: int, trials: int) -> list[tuple[list[int], list[li
 
 
 def retrieved(llm: LLM, prompts: list[tuple[list[int], list[list[int]]]], batch: int) -> float:
-    """The share of the keys that were found."""
+    """Share of the keys that were found."""
     right = 0
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]

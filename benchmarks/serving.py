@@ -1,14 +1,14 @@
-"""A server's speed and its patience: steps, first tokens, clients; and answers under load.
+"""A server's speed and stability: steps, first tokens, clients; and answers under load.
 
     python benchmarks/serving.py measure --out outputs/serving.json
     python benchmarks/serving.py peer --out outputs/serving-peer.json
     python benchmarks/serving.py load --requests 1000 --clients 32
 
-`measure` asks the engine in this process, with no HTTP: a model of random bfloat16 weights, greedy
-or not it makes no difference. `share` is the time that moving the weights and the keys once would
-take, at the rate the device copies (measured in the same run), over the time of a step. `peer` runs
-the same clients by transformers' continuous batching (`generate_batch`), a batch for each number of
-clients. `load` starts `dca-jax serve` with a small model and compares every answer with `generate`.
+`measure` uses the engine in this process, without HTTP, and a model with random bfloat16 weights.
+`share` is the time that reading the weights and keys once takes at the device's copy bandwidth
+(measured in the same run), divided by the time of a step. `peer` runs the same clients with
+transformers' continuous batching (`generate_batch`), one batch per number of clients. `load` starts
+`dca-jax serve` with a small model and compares every answer with `generate`.
 """
 
 import itertools
@@ -51,9 +51,11 @@ app = typer.Typer(
 app.command()(load)
 
 PresetOption = Annotated[str, typer.Option(help=f"The model's shape: {', '.join(PRESETS)}.")]
-ClientsOption = Annotated[str, typer.Option(help="Clients at once, separated by commas.")]
-PromptOption = Annotated[str, typer.Option(help="Tokens of a client's prompt.")]
-AnswerOption = Annotated[int, typer.Option(help="Tokens of its answer.")]
+ClientsOption = Annotated[
+    str, typer.Option(help="Numbers of simultaneous clients, separated by commas.")
+]
+PromptOption = Annotated[str, typer.Option(help="Tokens per prompt of a client.")]
+AnswerOption = Annotated[int, typer.Option(help="Tokens per answer.")]
 
 
 @app.command()
@@ -63,13 +65,13 @@ def measure(
         "outputs/serving.json"
     ),
     preset: PresetOption = "llama-3-8b",
-    rows: Annotated[int, typer.Option(help="Number of texts at once.")] = 32,
+    rows: Annotated[int, typer.Option(help="Maximum number of simultaneous texts.")] = 32,
     clients: ClientsOption = "32,8,1",
     prompt: PromptOption = "4k",
     answer: AnswerOption = 256,
     book: Annotated[str, typer.Option(help="Tokens of the long text.")] = "100k",
     questions: Annotated[
-        int, typer.Option(help="Number of questions about the long text, all at once.")
+        int, typer.Option(help="Number of simultaneous questions about the long text.")
     ] = 100,
     cache_dtype: Annotated[str, typer.Option(help="bfloat16, int8 or fp8.")] = "bfloat16",
     cache: Annotated[
@@ -79,7 +81,7 @@ def measure(
         float, typer.Option(help="Start nothing further after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Times steps, pieces, first tokens, pauses and clients, each as far as it runs."""
+    """Times steps, pieces, first tokens, pauses and clients; a failure does not stop the rest."""
     long, short = parse_tokens(book), parse_tokens(prompt)
     report = Report(out, {"benchmark": "serving", "model": preset}, minutes=minutes)
     report.facts |= machine()
@@ -130,7 +132,7 @@ def measure(
 
 
 def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A step for each number of texts of `length` tokens, each in pages of its own."""
+    """Times a step for each number of texts of `length` tokens, each in its own pages."""
     programs, leaves = engine.programs, engine.llm.model
     weights = sum(x.nbytes for x in jax.tree.leaves(leaves.params()))
     weights -= leaves.embed_tokens.embedding[...].nbytes
@@ -142,7 +144,7 @@ def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, A
             continue
         texts.slots[:] = np.arange(batch)
         texts.lengths[:] = texts.prompts[:] = length
-        # Neighbours in a text lie far apart in the pool.
+        # Neighboring pages of a text lie far apart in the pool.
         places = np.random.default_rng(0).permutation(programs.num_pages)[: batch * used]
         texts.pages[:, :used] = places.reshape(batch, used)
         seconds = _median(lambda texts=texts: programs.draw(texts).token)
@@ -153,7 +155,7 @@ def steps(engine: Engine, length: int, bandwidth: float) -> Iterator[dict[str, A
 
 
 def steps_in_common(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
-    """A step of texts that share all of a long text but its end, read for each and in common."""
+    """Times a step of texts that share a long beginning, read separately and in common."""
     programs = engine.programs
     shared = length // programs.page - 1
     for batch in reversed(programs.batches):
@@ -172,7 +174,7 @@ def steps_in_common(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
 
 
 def rests(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
-    """The last tokens of prompts about one long text, of one and of several at once."""
+    """Times the last tokens of prompts about a long text, one prompt and several at once."""
     programs = engine.programs
     width, shared = programs.pieces[-1], length // programs.page - 1
     for batch in sorted({1, programs.rests}):
@@ -186,7 +188,7 @@ def rests(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
 
 
 def _long_texts(programs: Programs, batch: int, shared: int) -> Texts:
-    """Texts that share so many pages, and have two of their own each."""
+    """Texts that share this many pages and have two of their own each."""
     texts, count = programs.texts(batch), shared + 2 * batch
     texts.slots[:] = np.arange(batch)
     texts.lengths[:] = shared * programs.page + np.arange(batch)
@@ -198,7 +200,7 @@ def _long_texts(programs: Programs, batch: int, shared: int) -> Texts:
 
 
 def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
-    """A piece of each width, at the beginning of a text and at its end."""
+    """Times a piece of each width, at the beginning and at the end of a text."""
     programs = engine.programs
     texts = programs.texts(1)
     texts.slots[:], texts.prompts[:] = 0, length
@@ -216,7 +218,7 @@ def pieces(engine: Engine, length: int) -> Iterator[dict[str, Any]]:
 
 
 def _median(step: Callable[[], Any], seconds: float = 0.3, blocks: int = 5) -> float:
-    """Seconds of a step, by blocks of steps that are queued at once."""
+    """Seconds per step, over blocks of steps that are queued at once."""
     jax.block_until_ready(step())
     start = time.perf_counter()
     jax.block_until_ready(step())
@@ -235,7 +237,7 @@ def _median(step: Callable[[], Any], seconds: float = 0.3, blocks: int = 5) -> f
 
 
 class Asked:
-    """A text that has been asked for, and when its tokens came."""
+    """A submitted text and the arrival times of its tokens."""
 
     def __init__(self, engine: Engine, prompt: list[int], new: int) -> None:
         self.times: list[float] = []
@@ -251,7 +253,7 @@ class Asked:
             self._ended.put(delta.error)
 
     def wait(self) -> "Asked":
-        """Until it has ended."""
+        """Waits until the text is finished."""
         error = self._ended.get()
         if error is not None:
             raise RuntimeError(error)
@@ -269,13 +271,13 @@ class Asked:
 
 
 def some_tokens(engine: Engine, length: int, seed: int) -> list[int]:
-    """A text that means nothing."""
+    """A meaningless text."""
     vocab = engine.llm.model.config.vocab_size
     return np.random.default_rng(seed).integers(0, vocab, length).tolist()
 
 
 def about_a_book(engine: Engine, length: int, questions: int) -> Iterator[dict[str, Any]]:
-    """A long text read; one question about it after the other; many at once."""
+    """Times reading a long text, questions about it in turn, and many at once."""
     text = some_tokens(engine, length, 1)
     read = Asked(engine, text, 1).wait()
     yield {"what": "a book read", "tokens": length, "first token s": read.first}
@@ -302,7 +304,7 @@ def about_a_book(engine: Engine, length: int, questions: int) -> Iterator[dict[s
 
 
 def pauses(engine: Engine, length: int, rows: int) -> Iterator[dict[str, Any]]:
-    """How long texts that are drawn wait for a token while a long text is read."""
+    """Times the pauses of running texts while a long text is read."""
     short = [
         Asked(engine, some_tokens(engine, 512, n), 2000 if length > 4096 else 64)
         for n in range(rows)
@@ -332,7 +334,7 @@ def pauses(engine: Engine, length: int, rows: int) -> Iterator[dict[str, Any]]:
 
 
 def several(engine: Engine, clients: int, length: int, new: int) -> dict[str, Any]:
-    """Clients that ask one thing after the other, each prompt another one."""
+    """Times clients that send one request after the other, all with different prompts."""
     each = max(2, 8 // clients)
     found: list[Asked] = []
 
@@ -376,9 +378,9 @@ def peer(
         float, typer.Option(help="Start nothing further after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """The same prompts and answers by transformers' continuous batching, as it comes.
+    """The same prompts and answers with transformers' continuous batching and its defaults.
 
-    Its own warm-up does not count: the time is from when the prompts were given to the last token.
+    Its warm-up is not counted: the time is from handing over the prompts to the last token.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -414,7 +416,7 @@ def peer(
 
 
 def answered(model: Any, prompts: list[list[int]], new: int) -> dict[str, Any]:
-    """What transformers takes for answers to prompts that come at once."""
+    """Times transformers' answers to prompts that arrive at once."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(

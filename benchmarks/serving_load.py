@@ -1,4 +1,4 @@
-"""A server under load: every answer is compared, and what goes wrong must go wrong alone."""
+"""A server under load: every answer is compared, and a failure must affect its request only."""
 
 import contextlib
 import os
@@ -26,9 +26,9 @@ from dca_jax.distributed import exit_on_input_error
 from dca_jax.inference.options import Options
 from dca_jax.inference.sampling import Sampler
 
-LONGEST, NEW = 4000, 48  # tokens of a prompt and of an answer, at most
+LONGEST, NEW = 4000, 48  # maximum tokens of a prompt and of an answer
 CANCELLED, MALFORMED = 0.05, 0.02
-TIE = 1e-4  # two logits that are closer are one to float32
+TIE = 1e-4  # logits closer than this are ties in float32
 NAME = "demo"
 
 
@@ -45,7 +45,7 @@ def load(
         "outputs/serving-load.json"
     ),
 ) -> None:
-    """Asks a server many things at once, compares its answers, kills it, and starts it again."""
+    """Sends a server many requests at once, compares answers, kills it, and restarts it."""
     report = Report(out, {"benchmark": "serving load", "model": model})
     llm = dca_jax.load(model)
     code = "\n".join(
@@ -59,7 +59,7 @@ def load(
         _kill_and_restart(model, Path(folder), text, report)
     wrong = _compare(llm, asked[:compare], report)
     if wrong:
-        raise SystemExit(f"{wrong} answers are not those of generate")
+        raise SystemExit(f"{wrong} answers differ from those of generate")
 
 
 # --- the server --------------------------------------------------------------------------------
@@ -75,18 +75,18 @@ class Serving:
     seconds: float
 
     def memory(self) -> float:
-        """Bytes that it holds, in millions."""
+        """Its resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1e3
 
     def compiled(self) -> int:
-        """Programs that have been compiled with this folder as JAX's cache."""
+        """Number of programs compiled with this folder as JAX's cache."""
         return sum(path.name.endswith("-cache") for path in self.programs.iterdir())
 
 
 @contextlib.contextmanager
 def serving(model: str, programs: Path) -> Iterator[Serving]:
-    """Runs `dca-jax serve`, every program it compiles being kept in a folder."""
+    """Runs `dca-jax serve` with a folder that keeps every program it compiles."""
     options = f"--port 0 --name {NAME} --context {LONGEST + NEW} --rows 16 --cache 64k".split()
     kept = {
         "JAX_COMPILATION_CACHE_DIR": str(programs),
@@ -107,7 +107,7 @@ def serving(model: str, programs: Path) -> Iterator[Serving]:
         while found is None:
             line = process.stderr.readline()
             if not line:
-                raise SystemExit("the server has ended before it served")
+                raise SystemExit("the server ended before it was ready")
             found = re.search(r"http://\S+/v1", line)
         threading.Thread(target=_repeat, args=(process.stderr,), daemon=True).start()
         yield Serving(process, found[0], programs, time.perf_counter() - start)
@@ -128,7 +128,7 @@ def _repeat(lines: Any) -> None:
 
 @dataclass
 class Question:
-    """One request, and what came of it."""
+    """A request and its outcome."""
 
     prompt: list[int]
     options: Options
@@ -141,7 +141,7 @@ class Question:
 
 
 def questions(text: list[int], seed: int = 0) -> Iterator[Question]:
-    """Endless: prompts of all lengths, half of them with a beginning that others have."""
+    """Endless requests with prompts of all lengths, half of them with a shared beginning."""
     rng = random.Random(seed)
     while True:
         length = round(LONGEST ** rng.random())
@@ -212,7 +212,7 @@ def _ask_all(
 
 
 def _ask(client: Any, one: Question) -> str:
-    """Asks, and says in a word what came of it."""
+    """Sends the request; returns the outcome in one word."""
     import openai
 
     sampler, start = one.options.sampler, time.perf_counter()
@@ -256,7 +256,7 @@ def _ask(client: Any, one: Question) -> str:
 
 
 def _kill_and_restart(model: str, programs: Path, text: list[int], report: Report) -> None:
-    """kill -9 under load: clients are told, and a new server serves."""
+    """kill -9 under load: clients get an error, and a new server serves."""
     import openai
 
     def ask(server: Serving, client: Any, one: Question) -> None:
@@ -295,7 +295,7 @@ def _kill_and_restart(model: str, programs: Path, text: list[int], report: Repor
 
 
 def _compare(llm: dca_jax.LLM, asked: list[Question], report: Report) -> int:
-    """How many answers differ from those of `generate` by more than a tie of two tokens."""
+    """Number of answers that differ from `generate` by more than a tie between two tokens."""
     equal, ties, wrong = 0, 0, 0
     for number, one in enumerate(asked):
         if one.kind == "malformed" or one.outcome not in ("answered", "gone"):
@@ -320,7 +320,7 @@ def _compare(llm: dca_jax.LLM, asked: list[Question], report: Report) -> int:
 
 
 def _closest(llm: dca_jax.LLM, prompt: list[int], tokens: list[int]) -> float:
-    """The smallest distance between the two most likely tokens anywhere in an answer."""
+    """The smallest gap between the two most likely tokens' logits anywhere in an answer."""
     logits = llm.logits([[*prompt, *tokens]])[0, len(prompt) - 1 : -1]
     top = np.sort(logits, axis=-1)[:, -2:]
     return float((top[:, 1] - top[:, 0]).min())

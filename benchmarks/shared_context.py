@@ -18,7 +18,7 @@ CHOICES = (" nothing", " a list of names", " the sum of its arguments", " an err
 
 
 def requests(model: Any, length: int, questions: int) -> list[Instance]:
-    """Of a document of `length` tokens: this package's own code."""
+    """Questions about a document of `length` tokens, which is this package's own code."""
     folder = Path(dca_jax.__file__).parent
     code = "\n".join(path.read_text() for path in sorted(folder.rglob("*.py")))
     document = model.tokenizer.decode(model.tok_encode(code, add_special_tokens=False)[:length])
@@ -31,14 +31,14 @@ def requests(model: Any, length: int, questions: int) -> list[Instance]:
 
 
 def main() -> None:
-    """Reads twice, the second time without compiling; on a busy machine its cores tell more."""
+    """Runs the task twice, the second time without compiling; prints CPU time for busy machines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="models/demo-python-7m")
     parser.add_argument("--length", default="16k", help="tokens of the document")
     parser.add_argument("--questions", type=int, default=1)
     parser.add_argument("--method", default="dca")
     chosen = parser.parse_args()
-    make: Any = DcaJaxLM  # which lm-eval's decorator hides from a type checker
+    make: Any = DcaJaxLM  # lm-eval's decorator hides its type from type checkers
     model = make(chosen.model, method=chosen.method)
     asked = requests(model, parse_tokens(chosen.length), chosen.questions)
     for name in ("with compiling", "again"):

@@ -1,20 +1,20 @@
-"""Sparse reading of long prompts: what choosing costs, and what a whole prompt takes.
+"""Sparse prefill: the cost of choosing key blocks, and the time of a whole prompt.
 
     python benchmarks/sparse_prefill.py measure --out outputs/sparse_prefill.json
     python benchmarks/sparse_prefill.py measure --preset tiny --long 4k --middle 2k --check 2k
 
-Qwen2.5-7B in shape, with DCA as Qwen2.5-7B-Instruct-1M asks for it, random bfloat16 weights: the
-shares that are read are fixed by their names, so times mean what they would with real weights, and
-answers mean nothing. In this order, each on its own, so that one that fails costs only itself:
+The shape of Qwen2.5-7B with the DCA setting of Qwen2.5-7B-Instruct-1M and random bfloat16 weights.
+The names of selectors fix the share that is read, so times equal those with real weights; answers
+are meaningless. The parts run in this order, and a failure of one does not affect the others:
 
-    check    the kernel that scores beside the same scores in plain XLA on the CPU; also with the
-             heads of SmolLM2-135M (`pooled`: the lists alone)
-    choose   scoring and choosing for one piece at the end of the long text, beside attention to all
-             of its keys and to those that are chosen
-    middle   a prompt of middle length read whole, densely and sparsely
-    pieces   of the long text, in a cache that holds random keys and values before them, and what a
-             straight line through them says of the whole
-    whole    the long text read whole, where the minutes that are left are enough for it
+    check    the scoring kernel compared with the same scores in plain XLA on the CPU; also with the
+             heads of SmolLM2-135M (`pooled`: the lists only)
+    choose   scoring and choosing for one piece at the end of the long text, compared with attention
+             to all keys and to the chosen ones
+    middle   a prompt of medium length, read densely and sparsely
+    pieces   pieces of the long text, in a cache with random keys and values before them, and the
+             time that a line through them predicts for the whole
+    whole    the whole long text, if enough minutes are left
 """
 
 import time
@@ -68,10 +68,11 @@ MIDDLE = ("off", "rows:0.1", "rows:0.05", "pooled:0.05")
 LONG = ("rows:0.1", "rows:0.05", "pooled:0.05")
 CHOOSE = ("rows:0.05", "rows4:0.05", "rows16:0.05", "pooled:0.05", "qwen-1m")
 ATTEND = ("rows:0.1", "rows:0.05", "qwen-1m")
-LINES = 1000, 6096  # of each head: the most frequent entry of MInference's table for Qwen2.5-7B-1M
+LINES = 1000, 6096  # for each head: the most frequent entry of MInference's table for Qwen2.5-7B-1M
 CHECKED = {"heads of the model": None, "9/3 heads of 64": (9, 3, 64)}
-PLACES = 5  # where pieces are timed, from the text's first to its last
-SPARE = 1.1, 20.0  # a reading is begun where so many times what it will take are left, and seconds
+PLACES = 5  # where pieces are timed, from the first to the last of the text
+# a reading starts if this multiple of its predicted time is left, plus these seconds
+SPARE = 1.1, 20.0
 COLUMNS = ("what", "sparse", "ms", "of dense", "of ideal", "read s", "said s", "peak GB", "finite")
 
 app = typer.Typer(
@@ -81,7 +82,7 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Keeps `measure` a command of its own."""
+    """Makes `measure` a subcommand."""
 
 
 @app.command()
@@ -101,7 +102,7 @@ def measure(
         list[str] | None, typer.Option(help="Among check, choose, middle, pieces and whole.")
     ] = None,
 ) -> None:
-    """All of it, as far as the minutes go."""
+    """Runs all parts within the time limit."""
     config = {**SHAPES, **generate.PRESETS}.get(preset)
     if config is None:
         raise InputError(f"{preset!r} is not one of {', '.join(SHAPES)}")
@@ -127,7 +128,7 @@ def measure(
 
 
 def guarded(report: Report, what: str, name: str, run: Callable[[], Any]) -> Any:
-    """Runs one thing, unless the time is over; a failure is a row."""
+    """Runs one part, unless out of time; a failure becomes a row."""
     if report.out_of_time():
         return None
     try:
@@ -142,7 +143,7 @@ def guarded(report: Report, what: str, name: str, run: Callable[[], Any]) -> Any
 
 
 def draw(config: LlamaConfig, tokens: int, keys: int) -> tuple[Array, Array]:
-    """Queries [1, T, N, H], and keys [1, 1, S, K, H]: some that many look for."""
+    """Queries [1, T, N, H] and keys [1, 1, S, K, H], some of which many queries match."""
     heads, kv_heads, dim = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -161,7 +162,7 @@ def draw(config: LlamaConfig, tokens: int, keys: int) -> tuple[Array, Array]:
 
 
 def rows_of(config: LlamaConfig, dca: DCAConfig, tokens: int, keys: int) -> Rows:
-    """Of a piece at the end of the keys, in a longer text: no tile of it is read densely."""
+    """Rows of a piece at the end of the keys in a longer text, so that no tile is dense."""
     shape = (1, tokens, config.num_attention_heads, config.head_dim)
     whole = jnp.asarray([keys + 2 * tokens], jnp.int32)
     options = {"query_offset": keys - tokens, "context_lengths": whole}
@@ -169,14 +170,14 @@ def rows_of(config: LlamaConfig, dca: DCAConfig, tokens: int, keys: int) -> Rows
 
 
 def piece_of(query: Array, key: Array, rows: Rows) -> Piece:
-    """What a selector is given."""
+    """The input of a selector."""
     zero = jnp.int32(0)
     whole = rows.lengths + 2 * query.shape[1]
     return Piece(query, key, zero, rows, whole, None, zero, zero)
 
 
 def check_scores(report: Report, config: LlamaConfig, keys: int, heads: str) -> None:
-    """The scores of this device beside those of the CPU's plain XLA, over three phases of DCA."""
+    """Compares this device's scores with plain XLA's on the CPU, over DCA's three phases."""
     dca = DCAConfig(chunk_len=keys // 4 // 512 * 512 or BLOCK, max_query_position=keys // 3)
     tokens = min(1024, keys)
     query, key = draw(config, tokens, keys)
@@ -219,7 +220,7 @@ def _listed(blocks: Any) -> list[set[int]]:
 
 
 def choose(report: Report, config: LlamaConfig, keys: int, tokens: int) -> None:
-    """Times one piece: all keys, the choice, and the keys that were chosen."""
+    """Times one piece: attention to all keys, the choice, and attention to the chosen keys."""
     dca = DCAConfig.from_hf(QWEN_1M)
     query, key = draw(config, tokens, keys)
     value, rows = key[::-1], rows_of(config, dca, tokens, keys)
@@ -280,7 +281,7 @@ def choose(report: Report, config: LlamaConfig, keys: int, tokens: int) -> None:
 
 
 def _all_blocks(shape: tuple[int, ...], keys: int, tokens: int) -> float:
-    """Blocks that a piece's tiles meet, in all kv heads."""
+    """Number of blocks that a piece's tiles can attend to, over all kv heads."""
     first, last = (keys - tokens) // BLOCK, keys // BLOCK
     return shape[0] * shape[1] * sum(range(first + 1, last + 1))
 
@@ -289,9 +290,10 @@ def _all_blocks(shape: tuple[int, ...], keys: int, tokens: int) -> float:
 
 
 def named(config: LlamaConfig, name: str) -> Sparse:
-    """A setting that has no threshold: even short texts are read so, here."""
+    """A setting without threshold, so that even short texts are read sparsely."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    if name == "qwen-1m":  # needs a checkpoint's table: this one has the same lines everywhere
+    # needs a checkpoint's table: this one has the same pattern for every head
+    if name == "qwen-1m":
         vertical, slash = (((count,) * heads,) * layers for count in LINES)
         return Sparse(selector=VerticalSlash(vertical=vertical, slash=slash), threshold=0)
     found = choose_sparse(name, None, layers=layers, heads=heads)
@@ -302,7 +304,7 @@ def named(config: LlamaConfig, name: str) -> Sparse:
 def read(
     report: Report, config: LlamaConfig, lengths: dict[str, int], width: int, wanted: list[str]
 ) -> None:
-    """The middle text whole; pieces of the long one; the long one whole, as time allows."""
+    """Times the medium text, pieces of the long one, and the whole long one if time allows."""
     random = generate.random_model(config, dca=True, implementation=None)
     options = {"dca": DCAConfig.from_hf(QWEN_1M), "dtype": jnp.bfloat16}
 
@@ -342,7 +344,7 @@ def read(
 
 
 class Reader:
-    """Reads one random text through one cache, by models that differ in how they read."""
+    """Reads one random text through one cache, with models that differ in how they read."""
 
     def __init__(self, report: Report, models: dict[str, Llama], length: int, width: int) -> None:
         self.report, self.models, self.length, self.width = report, models, length, width
@@ -353,7 +355,7 @@ class Reader:
         self.programs: dict[str, Future] = {}
 
     def start(self, names: Iterable[str]) -> KVCache:
-        """A cache full of random numbers, when the programs of these models are compiled."""
+        """Makes a cache of random numbers after compiling the programs of these models."""
         cache = self.filled()
         jitted = jax.jit(steps.read, donate_argnames="cache", compiler_options=compiler_options())
         tokens, number = self.text[:, : self.width], np.asarray([self.width], np.int32)
@@ -364,7 +366,7 @@ class Reader:
                 try:
                     compiling = jitted.lower(*arguments).compile
                     self.programs[name] = pool.submit(compiling)
-                except Exception as error:  # a shape it cannot take: whoever asks is told
+                except Exception as error:  # an unsupported shape: raised where the result is used
                     self.programs[name] = Future()
                     self.programs[name].set_exception(error)
         return cache
@@ -374,7 +376,7 @@ class Reader:
         return filled_cache(self.model, capacity_bucket(self.length))
 
     def piece(self, name: str, cache: KVCache, place: int) -> tuple[Array, KVCache]:
-        """One piece, to its end."""
+        """Reads one piece and waits for it."""
         program = self.programs[name].result()
         return step(program, self.models[name], cache, self.text, place, self.width)
 
@@ -382,7 +384,7 @@ class Reader:
         """Seconds of reading the text from its first token to its last; None if it failed."""
 
         def run() -> tuple[float, KVCache]:
-            _, read = self.piece(name, at(cache, 0), 0)  # a first time, which is not counted
+            _, read = self.piece(name, at(cache, 0), 0)  # warm-up, not counted
             start, read = time.perf_counter(), at(read, 0)
             for place in range(0, self.length, self.width):
                 hidden, read = self.piece(name, read, place)
@@ -394,12 +396,12 @@ class Reader:
         return self._guarded(what, name, cache, run)
 
     def pieces(self, name: str, cache: KVCache) -> tuple[float | None, KVCache]:
-        """Times pieces along the text; what a line through them says of the whole, in seconds."""
+        """Times pieces along the text; returns the seconds that a line predicts for the whole."""
 
         def run() -> tuple[float, KVCache]:
             last = self.length // self.width - 1
             places = [round(n * last / (PLACES - 1)) * self.width for n in range(PLACES)]
-            places[-1] -= self.width * (last > 1)  # the last one's end is read densely
+            places[-1] -= self.width * (last > 1)  # the end of the last piece is read densely
             read, line = cache, []
             for place in places:
                 seconds = []
@@ -423,7 +425,7 @@ class Reader:
     def _guarded(
         self, what: str, name: str, cache: KVCache, run: Callable[[], tuple[float, KVCache]]
     ) -> tuple[float | None, KVCache]:
-        """What was found, and the cache; a new one where the old one has been given away."""
+        """The result and the cache, or a new cache if the old one was donated."""
         found = guarded(self.report, what, name, run)
         if found is not None:
             return found

@@ -1,25 +1,25 @@
-"""What sparse reading costs in quality: needles and perplexity of a real model, by selector.
+"""The cost of sparse prefill in quality: a real model's needles and perplexity, by selector.
 
     python benchmarks/sparse_quality.py measure MODEL --text moby-dick.txt --text alice.txt
     python benchmarks/sparse_quality.py show outputs/sparse_quality
     python benchmarks/sparse_quality.py draw outputs/sparse_quality --to masses.png
 
-Every selector reads the same texts, each beginning at another sentence of a book, with DCA as
-`dca-jax` sets it. In a text stand so many needles ("One of the special magic numbers for
-bold-ladder is: 5213971."), far apart; once it is read, each is asked for by itself, in the model's
-chat form. What has been read before a question serves all of them, as it does in `dca-jax`: of a
-prompt that is read sparsely, all but the last tiles is common. A needle is found if each of its
-seven digits is the likeliest token after those before it: what greedy decoding would write.
+Every selector reads the same texts, each beginning at another sentence of a book, with the DCA
+setting that `dca-jax` chooses. A text contains needles ("One of the special magic numbers for
+bold-ladder is: 5213971.") far apart. Once it is read, a separate question asks for each, in the
+model's chat form. As in `dca-jax`, what was read before a question is shared by all of them: all of
+the prompt but its last tiles. A needle is found if each of its seven digits is the most likely
+token after the previous ones, as greedy decoding would write it.
 
-Perplexity is that of the tokens of the same texts, and of windows of `--long` tokens without
-needles; `loss` is the part by which it grows beside dense reading, `error` the standard error of
-its mean over texts. `missed` are needles that dense reading finds and this does not, `gained` the
-other way round; `answer` is the mean NLL of a needle's digits together.
+Perplexity is that of the same texts' tokens, and of windows of `--long` tokens without needles.
+`loss` is its relative growth over dense reading, and `error` the standard error of its mean over
+texts. `missed` counts needles that dense reading finds and this selector does not, `gained` the
+reverse; `answer` is the mean NLL of all digits of a needle.
 
-The share is an argument of what is compiled, so there is one program for a selector, and all
-lengths are read through one cache. At least 32 blocks are kept, as always: shares that come to
-the same blocks at a length are read once. Repeat an interrupted command to go on: what is in OUT is
-not read again. The most telling cells come first.
+The share is an argument of the compiled program, so there is one program per selector, and all
+lengths use one cache. At least 32 blocks are kept, as always; shares that amount to the same blocks
+at a length are read once. To resume an interrupted run, repeat the command; what is in OUT is not
+read again. The most informative cells come first.
 """
 
 import functools
@@ -67,14 +67,15 @@ HEAD = (
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
 BEGINNING = " The special magic number for {key} mentioned in the provided text is "
 BLOCK = 128
-REST = 100  # tokens of a text that are read with the question: with it, they are the last tiles
-PIECE, ASKED = 4096, 384  # tokens read at once; and of the rest of a text, a question, its answer
+REST = 100  # tokens of a text that are read with the question, and form the last tiles with it
+# tokens read at once; tokens of the rest of a text, a question and its answer
+PIECE, ASKED = 4096, 384
 DENSE = "off"
 COLUMNS = (
     *("tokens", "sparse", "share", "texts", "perplexity", "loss", "error"),
     *("needles", "found", "missed", "gained", "answer"),
 )
-MASSES = ("rows", "pooled")  # of which the part of the attention that is kept is noted
+MASSES = ("rows", "pooled")  # whose kept share of the attention is recorded
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -82,7 +83,7 @@ app = typer.Typer(
 
 
 class Cell(NamedTuple):
-    """A selector by name with its share, reading texts of one length."""
+    """A selector by name, its share, and a text length."""
 
     tokens: int
     selector: str
@@ -90,14 +91,14 @@ class Cell(NamedTuple):
 
     @property
     def sparse(self) -> str:
-        """As `--sparse` takes it."""
+        """Its name for `--sparse`."""
         return DENSE if self.selector == DENSE else f"{self.selector}:{self.share:g}"
 
 
 @app.command()
 @exit_on_input_error()
 def measure(
-    model: Annotated[str, typer.Argument(help="A model's folder or file, as in dca-jax.")],
+    model: Annotated[str, typer.Argument(help="Folder or file of a model, as in dca-jax.")],
     text: Annotated[list[Path], typer.Option(help="Books (UTF-8), used in turn.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path(
         "outputs/sparse_quality"
@@ -106,12 +107,12 @@ def measure(
         "rows,pooled,rows16,rows4"
     ),
     shares: Annotated[str, typer.Option(help="In order of priority.")] = "0.1,0.05,0.2",
-    lengths: Annotated[str, typer.Option(help="Tokens of texts with needles.")] = "64k,16k,32k",
+    lengths: Annotated[str, typer.Option(help="Tokens per text with needles.")] = "64k,16k,32k",
     long: Annotated[
-        str, typer.Option(help="Tokens of windows without needles; may be empty.")
+        str, typer.Option(help="Tokens per window without needles; may be empty.")
     ] = "128k",
-    texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 25,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each long length.")] = 3,
+    texts: Annotated[int, typer.Option(min=1, help="Texts per length.")] = 25,
+    windows: Annotated[int, typer.Option(min=1, help="Windows per long length.")] = 3,
     needles: Annotated[int, typer.Option(min=1, help="Needles per text.")] = 4,
     masses: Annotated[
         bool, typer.Option(help="Record the attention mass of the kept blocks.")
@@ -121,7 +122,7 @@ def measure(
         float, typer.Option(help="Start nothing further after this many minutes.")
     ] = math.inf,
 ) -> None:
-    """Reads all texts by all selectors, as far as the minutes go, and prints what `show` does."""
+    """Reads all texts with all selectors within the time limit, and prints the table of `show`."""
     begin = time.monotonic()
     llm = dca_jax.load(model, dtype=dtype, sparse="off")
     short, more = numbers(lengths), numbers(long) if long else []
@@ -144,7 +145,7 @@ def measure(
         ]
     for cell, number, kind in wanted:
         if time.monotonic() - begin > 60 * minutes:
-            say("out of time: the rest is not read")
+            say("out of time: the rest was not read")
             break
         if (*cell, number, kind) in log.rows:
             continue
@@ -154,7 +155,7 @@ def measure(
             found = study.read(programs, cell, number, kind)
         except InputError:
             raise
-        except Exception as error:  # one cell's failure loses no other
+        except Exception as error:  # one cell's failure must not lose the others
             say(f"{row}: {reason(error)}")
             continue
         row |= found | {"seconds": time.monotonic() - start}
@@ -180,7 +181,7 @@ def draw(
     folder: Annotated[Path, typer.Argument(help="The folder OUT of `measure`.")],
     to: Annotated[Path, typer.Option(help="The plot to write, PNG or SVG.")],
 ) -> None:
-    """Draws what part of each head's attention the blocks that are kept hold."""
+    """Plots the share of each head's attention that falls on the kept blocks."""
     log = Log(folder / "readings.jsonl", None)
     rows = [row for row in log.rows.values() if row["kind"] == "masses"]
     if not rows:
@@ -202,7 +203,7 @@ def draw(
 def cells_of(
     short: list[int], long: list[int], names: list[str], shares: list[float]
 ) -> Iterator[tuple[Cell, str]]:
-    """Cells and their kinds, the most telling first; shares that keep the same blocks once."""
+    """Cells and their kinds, the most informative first; shares that keep equal blocks once."""
     seen = set()
 
     def new(tokens: int, name: str, share: float, kind: str) -> Iterator[tuple[Cell, str]]:
@@ -229,11 +230,11 @@ def cells_of(
 
 
 class Text(NamedTuple):
-    """Tokens that are read once, and what is asked about them.
+    """Tokens that are read once, and the questions about them.
 
     Attributes:
-        read: what all questions have in common.
-        questions: what follows it in each, and the digits that are expected.
+        read: the tokens that all questions share.
+        questions: the tokens that follow for each question, and the expected digits.
     """
 
     read: np.ndarray
@@ -241,7 +242,7 @@ class Text(NamedTuple):
 
     @property
     def whole(self) -> int:
-        """Tokens of the prompts: all of them have the same tiles."""
+        """Tokens of the prompts, which all have the same tiles."""
         return len(self.read) + max((len(ids) for ids, _ in self.questions), default=0)
 
 
@@ -259,7 +260,7 @@ def with_needles(
         asked = encode(llm, QUESTION.format(key=key))
         questions.append([*asked, *last, *encode(llm, BEGINNING.format(key=key))])
     room = (tokens - REST - max(map(len, questions)) - 8) // BLOCK * BLOCK
-    # A needle stands somewhere in the middle of its part of the text.
+    # Each needle is somewhere in the middle of its part of the text.
     head = [*first, *encode(llm, HEAD)]
     places = ((np.arange(needles) + draw.uniform(0.2, 0.8, needles)) / needles * room).astype(int)
     ids, at, hidden = list(head), int(draw.integers(len(sentences))), 0
@@ -278,7 +279,7 @@ def with_needles(
 
 
 def _around(llm: dca_jax.LLM) -> tuple[list[int], list[int]]:
-    """The ids that the chat form puts before a user's message, and after it."""
+    """The token ids that the chat template puts before and after a user's message."""
     one, two = (
         list(llm.apply_chat_template([{"role": "user", "content": word}])) for word in ("A", "B")
     )
@@ -292,43 +293,43 @@ def _around(llm: dca_jax.LLM) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """How many blocks each tile keeps, by the tile's number: an argument of the program."""
+    """The number of blocks each tile keeps, by tile, as an argument of the program."""
 
     counts: Array
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(SampledRows):
-    """`rows`, of which it is an argument how many blocks are kept."""
+    """`rows`, with the number of kept blocks as an argument."""
 
     given: Kept | None = None
 
     def counts(self, blocks: int) -> Any:
-        """As `Selector.counts`."""
+        """See `Selector.counts`."""
         assert self.given is not None
         return self.given.counts[:blocks]
 
 
 @dataclass(frozen=True, eq=False)
 class Pooled(PooledQueries):
-    """`pooled`, likewise."""
+    """`pooled`, with the number of kept blocks as an argument."""
 
     given: Kept | None = None
 
     def counts(self, blocks: int) -> Any:
-        """As `Selector.counts`."""
+        """See `Selector.counts`."""
         assert self.given is not None
         return self.given.counts[:blocks]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Watched(Sparse):
-    """Reads as it is told, and notes what part of each head's attention is in the blocks kept."""
+    """Records the share of each head's attention that falls on the kept blocks."""
 
     note: Callable[..., None]
 
     def blocks(self, piece: Piece, dca: DCAConfig) -> KeyBlocks:
-        """As `Sparse.blocks`."""
+        """See `Sparse.blocks`."""
         blocks = super().blocks(piece, dca)
         query, key, layer, rows = piece.query, piece.key, piece.layer, piece.rows
         shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
@@ -348,7 +349,7 @@ class Watched(Sparse):
 
 
 class Study:
-    """The model, its texts, and one cache that all are read through."""
+    """The model, its texts, and the one cache through which all are read."""
 
     def __init__(self, llm: dca_jax.LLM, books: list[Path], longest: int, needles: int) -> None:
         self.llm, self.needles = llm, needles
@@ -366,7 +367,7 @@ class Study:
         self._text = functools.lru_cache(maxsize=64)(self._make_text)
 
     def compiled(self, names: list[str], masses: bool) -> dict[str, Future]:
-        """What reads a piece, by selector; and what asks. Traced here, compiled in threads."""
+        """Programs that read a piece, by selector, and one that asks; compiled in threads."""
         pool = ThreadPoolExecutor()
         found = {"ask": self._start(pool, DENSE, ASKED)}
         for name in (DENSE, *names):
@@ -388,7 +389,7 @@ class Study:
         arguments = self.llm.model.params(), kept, self.cache, row, row, one, one
         try:
             return pool.submit(jitted.lower(*arguments).compile)
-        except Exception as error:  # whoever reads by it is told
+        except Exception as error:  # raised where it is used
             failed: Future = Future()
             failed.set_exception(error)
             return failed
@@ -415,7 +416,7 @@ class Study:
         if kind != "window":
             sentences = self.sentences[number % len(self.sentences)]
             return with_needles(self.llm, sentences, number, tokens, self.needles)
-        # Windows lie one behind the other, as far as the books go.
+        # Windows are consecutive, as far as the books go.
         starts = [
             (book, at)
             for book, ids in enumerate(self.ids)
@@ -429,7 +430,7 @@ class Study:
     def read(
         self, programs: dict[str, Future], cell: Cell, number: int, kind: str
     ) -> dict[str, Any]:
-        """NLL of the text, and of its second half; which needles are found; or masses."""
+        """NLL of the text and of its second half, and the needles found; or masses."""
         text = self._text(cell.tokens, number, kind)
         kept = jnp.asarray(blocks_to_keep(cell.share, self.capacity // BLOCK))
         name = cell.selector if kind != "masses" else f"masses of {cell.selector}"
@@ -459,7 +460,7 @@ class Study:
     def _ask(
         self, program: Future, kept: Array, read: int, question: np.ndarray, digits: np.ndarray
     ) -> tuple[bool, float]:
-        """Whether the digits are what would be written after a question; and their NLL."""
+        """Whether greedy decoding would write the digits after a question, and their NLL."""
         assert self.cache is not None
         self.cache = self.cache.rollback([read])
         ids = np.concatenate([question, digits])
@@ -475,7 +476,7 @@ class Study:
         width: int,
         whole: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Reads some tokens: the NLL of the one after each, and whether it is the likeliest."""
+        """Reads tokens; returns each next token's NLL, and whether it is the most likely one."""
         count = len(ids)
         given = np.zeros((2, 1, width), np.int32)
         given[:, 0, :count] = ids, targets
@@ -485,20 +486,20 @@ class Study:
         return np.asarray(nll)[0, :count], np.asarray(best)[0, :count]
 
     def _empty(self) -> None:
-        if self.cache is None:  # it went with a reading that failed
+        if self.cache is None:  # a failed reading had donated it
             options = {"batch": 1, "capacity": self.capacity, "dtype": self.llm.model.dtype}
             self.cache = KVCache.create(self.config, **options)
         self.cache = self.cache.rollback([0])
 
 
-# --- what came of it ---------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
 class Log:
-    """Readings by cell, text and kind: a line each, appended as they come.
+    """Readings by cell, text and kind: one line each, appended immediately.
 
     Args:
-        facts: what holds for all of them; None takes those of the file, which must be there.
+        facts: facts that hold for all of them; None reads them from the file, which must exist.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any] | None) -> None:
@@ -507,7 +508,7 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(machine() | facts) + "\n")
         if not path.exists():
-            raise InputError(f"{path} is not there; measure writes it")
+            raise InputError(f"{path} does not exist; measure writes it")
         head, *lines = path.read_text().splitlines()
         self.facts = json.loads(head)
         noted = {name: self.facts.get(name) for name in facts or {}}
@@ -521,13 +522,13 @@ class Log:
         self.rows[key] = row
 
     def add(self, row: dict[str, Any]) -> None:
-        """Notes a reading."""
+        """Records a reading."""
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._take(row)
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row for each cell, over the texts that dense reading has read too."""
+        """A row per cell, over the texts that were also read densely."""
         groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
         for row in self.rows.values():
             if row["kind"] != "masses":
@@ -545,7 +546,7 @@ class Log:
 
 
 def _summary(cell: Cell, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """A cell's texts beside those that were read densely."""
+    """Pairs a cell's texts with their dense readings."""
     nll, dense = (np.asarray([row["nll"] for row in column]) for column in zip(*pairs, strict=True))
     moved = nll - dense
     error = float(moved.std(ddof=1) / math.sqrt(len(moved))) if len(moved) > 1 else None

@@ -1,9 +1,10 @@
-"""What the study of a real model measures: its cells, in the order in which they are worth most.
+"""What the study of a real model measures: its cells, the most useful first.
 
-A cell is one method, asked so many samples of one kind and length. The plan goes from the question
-that matters most (which setting finds a key in twice the trained length?) over perplexity, the
-ablation that explains the answer, other prompts and lengths, to every method in everything. All
-lengths of the plan are shares or multiples of c, the trained length, so it serves any model.
+A cell is one method with a number of samples of one kind and length. The plan begins with the most
+important question (which setting finds a key in twice the trained length?), continues with
+perplexity, the ablation that explains the answer, and other prompts and lengths, and ends with
+every method on every task. All lengths are fractions or multiples of c, the trained length, so the
+plan fits any model.
 """
 
 import math
@@ -16,13 +17,13 @@ from dca_jax.evaluation import l_eval, needle
 from dca_jax.evaluation.examples import Choice
 from dca_jax.inference.methods import METHODS
 
-# Of methods that have another name, or are no way to read that anyone would choose.
+# Aliases of other methods, and methods that nobody would choose for reading.
 LEFT_OUT = ("auto", "none", "dca", "dca-intra", "dca-intra-inter")
-QUARTERS = (1, 2, 3, 4)  # of Q + 1, as the chunk length
+QUARTERS = (1, 2, 3, 4)  # of Q + 1, for the chunk length
 IN_CONTEXT = "qasper"  # the task of the in-context examples: answers in free words, F1
 L_EVAL_FILES = {name: f"{name}.jsonl" for name in l_eval.TASKS}
 IN_CONTEXT_FILE = "scientific_qa.jsonl"
-PARTS = {  # by folder: what `dca_jax.evaluation.report.TASKS` calls it
+PARTS = {  # by folder: its name in `dca_jax.evaluation.report.TASKS`
     "passkey": "passkey",
     "passkey-chat": "passkey",
     "passkey-paper": "passkey",
@@ -35,14 +36,14 @@ PARTS = {  # by folder: what `dca_jax.evaluation.report.TASKS` calls it
 
 
 class Cell(NamedTuple):
-    """One method, asked `samples` samples of one kind.
+    """One method with `samples` samples of one kind.
 
     Attributes:
         part: one of `PARTS`.
-        task: of a part that has several; else "".
-        method: a name that `dca_jax.inference.methods` knows.
-        length: tokens of a prompt or window, at most.
-        samples: prompts, windows, or questions of a file (as far as it has so many).
+        task: one of the part's tasks, if it has several; else "".
+        method: a name known to `dca_jax.inference.methods`.
+        length: maximum tokens of a prompt or window.
+        samples: prompts, windows, or questions of a file (at most as many as it has).
     """
 
     part: str
@@ -53,13 +54,13 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Of its results, in the study's."""
+        """Folder of its results, within the study's."""
         name = self.method.replace(":", "-")
         return Path(self.part, *([self.task] if self.task else []), name, str(self.length))
 
     @property
     def tokens(self) -> int:
-        """About how many are read."""
+        """Approximate number of tokens to read."""
         return self.length * self.samples
 
     def __str__(self) -> str:
@@ -68,15 +69,15 @@ class Cell(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """How much is measured.
+    """The extent of a study.
 
     Attributes:
         trained: c, the model's trained length (tokens).
         windows: lengths whose perplexity is measured.
-        lengths: of prompts.
-        samples, texts: prompts of each cell; windows of each.
-        ruler: RULER's tasks for which everything is there.
-        methods: in place of the plan's own; empty: those.
+        lengths: lengths of prompts.
+        samples, texts: prompts per cell; windows per cell.
+        ruler: RULER's tasks for which all files are given.
+        methods: methods instead of the plan's own; empty for the plan's.
     """
 
     trained: int
@@ -89,19 +90,19 @@ class Extent(NamedTuple):
 
 
 def setting(largest: int, quarters: int = 3, slope: float | None = None) -> str:
-    """A DCA setting by name: Q = `largest` - 1, s so many quarters of `largest`, a temperature."""
+    """A DCA setting by name: Q = `largest` - 1, s in quarters of `largest`, a temperature."""
     chunk_len = min(max(quarters * largest // 4, 1), largest - 1)
     return f"dca:{chunk_len},{largest - 1}" + ("" if slope is None else f"@{slope:g}")
 
 
 def main_methods(trained: int) -> list[str]:
-    """What every part is measured for first: plain, the strongest rival, DCA by three sizes."""
+    """First in every part: plain RoPE, the strongest rival, and DCA with three sizes."""
     half, quarter = setting(trained // 2), setting(trained // 4)
     return ["rope", "yarn", "dca:paper", half, quarter, "dca:chunkllama"]
 
 
 def ablation(trained: int) -> list[str]:
-    """Settings that differ from the paper's, or from its half, in one thing each."""
+    """Settings that differ in one parameter from the paper's, or from the paper's for c/2."""
     sizes = [setting(trained * eighths // 8) for eighths in (6, 4, 3, 2, 1)]
     strides = [
         setting(largest, quarters)
@@ -114,14 +115,14 @@ def ablation(trained: int) -> list[str]:
 
 
 def every_method(trained: int) -> list[str]:
-    """All there are: new ones of the library join by their names."""
+    """All methods of the library, including any added later."""
     presets = [f"dca:{name}" for name in PRESETS]
     named = [name for name in METHODS if name not in LEFT_OUT]
     return list(dict.fromkeys([*main_methods(trained), *presets, *named]))
 
 
 def plan(extent: Extent) -> list[Cell]:
-    """Every cell once, the most useful first."""
+    """All cells, each once, the most useful first."""
     return list(dict.fromkeys(_cells(extent)))
 
 
@@ -182,12 +183,12 @@ def _cells(extent: Extent) -> Iterator[Cell]:
 
 
 def by_interest(lengths: Sequence[int], trained: int) -> list[int]:
-    """Twice the trained length first, where methods part; then what is nearest to it."""
+    """Lengths sorted by distance from twice the trained length, where methods differ most."""
     return sorted(lengths, key=lambda n: (abs(math.log2(n / (2 * trained))), -n))
 
 
 def files_of(folder: Path | None) -> dict[str, Path]:
-    """The files of L-Eval's folder that are there, by the name of the task."""
+    """The files present in L-Eval's folder, by task name."""
     if folder is None:
         return {}
     named = L_EVAL_FILES | {IN_CONTEXT: IN_CONTEXT_FILE}

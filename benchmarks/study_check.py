@@ -1,4 +1,4 @@
-"""A few figures of the study against transformers' own model of the same dequantized weights."""
+"""Compares a few figures of the study with transformers' own model of the dequantized weights."""
 
 import math
 from pathlib import Path
@@ -17,22 +17,21 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.methods import with_method
 from dca_jax.inference.score import token_nll
 
-FACTOR = 4  # of YaRN's window, so that short texts are read otherwise than by RoPE
-TOLERANCE = 1e-3  # nats of a mean NLL: float32 in another order
+FACTOR = 4  # of YaRN's window, so that even short texts differ from RoPE
+TOLERANCE = 1e-3  # nats of a mean NLL: float32 sums in another order
 
 
 @exit_on_input_error()
 def check(
     model: Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face folder.")],
-    text: Annotated[Path, typer.Option(help="A book (UTF-8), for perplexity.")],
+    text: Annotated[Path, typer.Option(help="A book (UTF-8) for perplexity.")],
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the window.")] = 1024,
-    asked: Annotated[int, typer.Option(min=1, help="Tokens of a passkey prompt.")] = 1024,
-    samples: Annotated[int, typer.Option(min=1, help="Passkey prompts.")] = 3,
+    asked: Annotated[int, typer.Option(min=1, help="Tokens per passkey prompt.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Number of passkey prompts.")] = 3,
 ) -> None:
-    """Holds a window's perplexity by RoPE and YaRN, and answers to passkeys, against transformers.
+    """Compares a window's perplexity (RoPE, YaRN) and answers to passkeys with transformers'.
 
-    Both compute in float32. `pip install torch transformers gguf` is needed, and nothing is
-    downloaded.
+    Both compute in float32. Needs `pip install torch transformers gguf`; nothing is downloaded.
     """
     llm = dca_jax.load(model, dca=None, dtype="float32", weights="unpacked")
     ids = np.asarray(read_text(llm, text).tokens[:tokens], np.int32)
@@ -50,11 +49,11 @@ def check(
         if rope is None:
             wrong += sum(not same for same in passkeys(llm, theirs, asked, samples))
     if wrong:
-        raise InputError(f"{wrong} figures are not those of transformers")
+        raise InputError(f"{wrong} figures differ from transformers'")
 
 
 def peer(model: Path, rope: str | None, trained: int) -> Any:
-    """transformers' model, its weights dequantized by transformers."""
+    """transformers' model, with weights dequantized by transformers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,7 +78,7 @@ def their_nll(theirs: Any, ids: np.ndarray) -> float:
 
 
 def passkeys(llm: LLM, theirs: Any, length: int, samples: int) -> list[bool]:
-    """Whether each answer is what transformers draws greedily."""
+    """Whether each answer equals transformers' greedy one."""
     import torch
 
     found = []

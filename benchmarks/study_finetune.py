@@ -1,8 +1,9 @@
-"""The study's model, finetuned with DCA beyond its trained length: by both gradients.
+"""Finetunes the study's model with DCA beyond its trained length, with both gradients.
 
-`exact` is this library's gradient, `detached` that of ChunkLlama's code, whose merge of passes
-leaves the log-sum-exp without one (`examples/detached_merge.py`). Both are trained on the same rows
-from the same weights: dialogues, and books whole, as long texts. `measure` takes OUT/exact/model.
+`exact` is this library's gradient, `detached` that of ChunkLlama's code, which detaches the
+log-sum-exp where it merges its passes (`examples/detached_merge.py`). Both are trained from the
+same weights on the same rows: dialogues, and whole books as long texts. `measure` reads
+OUT/exact/model.
 """
 
 import json
@@ -30,16 +31,16 @@ from dca_jax.weights.folder import load_weights
 ROOT = Path(__file__).resolve().parent.parent
 GRADIENTS = ("exact", "detached")
 HELD_OUT = 8 * 16_384 * 4  # characters of the held-out book: about eight rows of 16k
-SAVE = 50  # updates from checkpoint to checkpoint
+SAVE = 50  # updates between checkpoints
 
 
 @exit_on_input_error()
 def run(
-    model: Annotated[str, typer.Argument(help="A model's folder or GGUF file, as in dca-jax.")],
-    data: Annotated[list[Path], typer.Option(help="Dialogues (JSON), as in dca-jax finetune.")],
-    book: Annotated[list[Path], typer.Option(help="Books (UTF-8) to train on, each whole.")],
-    held_out: Annotated[Path, typer.Option(help="A held-out book, only for its loss.")],
-    out: Annotated[Path, typer.Option(help="A folder for both runs.")] = Path(
+    model: Annotated[str, typer.Argument(help="Folder or GGUF file of a model, as in dca-jax.")],
+    data: Annotated[list[Path], typer.Option(help="Dialogues (JSON), as for dca-jax finetune.")],
+    book: Annotated[list[Path], typer.Option(help="Books (UTF-8) to train on, each as one text.")],
+    held_out: Annotated[Path, typer.Option(help="A held-out book to measure the loss on.")],
+    out: Annotated[Path, typer.Option(help="Folder for both runs.")] = Path(
         "outputs/real_model_finetune"
     ),
     length: Annotated[str, typer.Option(help="Tokens per row.")] = "16k",
@@ -52,8 +53,8 @@ def run(
         str, typer.Option(help="Dtype of activations; weights are float32.")
     ] = "bfloat16",
 ) -> None:
-    """Trains all weights by each gradient, resuming what was stopped; writes OUT/results.json."""
-    from dca_jax.finetune.run import check_output, finetune  # what trains is slow to import
+    """Trains all weights with each gradient, resuming interrupted runs; writes OUT/results.json."""
+    from dca_jax.finetune.run import check_output, finetune  # training code is slow to import
 
     names = gradients.split(",")
     if not set(names) <= set(GRADIENTS):
@@ -96,14 +97,14 @@ def run(
 
 
 def texts(books: list[Path], path: Path, characters: int | None = None) -> Path:
-    """A file of whole texts, as `dca-jax finetune` reads it: every token of them is trained on."""
+    """Writes whole texts as a file for `dca-jax finetune`; every token is trained on."""
     lines = [json.dumps({"text": read_document(book)[:characters]}) for book in books]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def compared(settings: Settings, names: list[str], error: Any) -> dict[str, float]:
-    """How far the second gradient is from the first, of the first update's rows; by parameter."""
+    """Relative difference of the two gradients on the first update's rows, by parameter."""
     from dca_jax.finetune.inputs import read_inputs, training_rows
     from dca_jax.finetune.loss import summed_nll
     from dca_jax.finetune.run import open_setup

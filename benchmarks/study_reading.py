@@ -1,4 +1,4 @@
-"""How a cell of the study is read: by the library's own evaluations, into a folder of its own."""
+"""Reads a cell of the study with the library's own evaluations, into its own folder."""
 
 import functools
 import hashlib
@@ -24,24 +24,24 @@ from dca_jax.evaluation.ruler.sources import read_sources
 from dca_jax.evaluation.texts import read_text
 from dca_jax.inference.documents import read_document
 
-DONE = "done.json"  # of a cell's folder: how many samples it has been asked for
+DONE = "done.json"  # in a cell's folder: the number of samples requested so far
 SCORES = {"passkey": "found", "needle": "score", "ruler": "score", "few-shot": "f1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a study is made of; what makes a worker's reader (so it is pickled).
+    """The inputs of a study, from which each worker makes its reader (so it is pickled).
 
     Attributes:
-        model: a folder or file, as dca-jax takes it.
-        text: read for its perplexity.
-        haystack: what needles are hidden in.
+        model: a folder or file, as for dca-jax.
+        text: the text whose perplexity is measured.
+        haystack: the text in which needles are hidden.
         questions: L-Eval's folder, or None.
         out: the study's folder.
-        identity: what holds for all results: the model's and texts' checksums, the device.
-        rows: prompts that are read together; None leaves it to the library.
-        longest: tokens of the longest prompt. All are read through a cache of that size, for what
-            is compiled is compiled for a cache.
+        identity: facts that hold for all results: checksums of model and texts, the device.
+        rows: number of prompts read together; None leaves it to the library.
+        longest: tokens of the longest prompt. All prompts use a cache of that size, since programs
+            are compiled for a cache size.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Given:
 
 
 class Reading:
-    """The model and its texts, to read cells with."""
+    """Reads cells with one loaded model and its texts."""
 
     def __init__(self, given: Given) -> None:
         self.given = given
@@ -69,7 +69,7 @@ class Reading:
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
-        """Of the text."""
+        """Token ids of the text."""
         return np.asarray(read_text(self.llm, self.given.text).tokens, np.int32)
 
     @functools.cached_property
@@ -79,14 +79,14 @@ class Reading:
 
     @functools.cached_property
     def sources(self) -> Any:
-        """What RULER's prompts are made of."""
+        """The material of RULER's prompts."""
         return read_sources(self.given.haystack, {})[0]
 
     def read(self, cell: Cell) -> dict[str, Any]:
-        """Reads what the cell's folder lacks; returns what came of it, in a line.
+        """Reads what the cell's folder lacks; returns the result in one line.
 
         Raises:
-            InputError: samples failed, with the first one's reason; or all are refused.
+            InputError: samples failed (with the first one's reason), or all are refused.
         """
         folder, task = self.given.out / cell.folder, PARTS[cell.part]
         settings = {**self.given.identity, **settings_of(cell.part)}
@@ -128,7 +128,7 @@ class Reading:
 
 
 def settings_of(part: str) -> dict[str, Any]:
-    """What the results of a part depend on, beside the model and the texts."""
+    """Settings that the results of a part depend on, besides the model and the texts."""
     kind, _, choice = part.partition("few-shot-")
     if choice:
         return {"examples": choice}
@@ -144,13 +144,13 @@ def settings_of(part: str) -> dict[str, Any]:
 
 
 def is_done(out: Path, cell: Cell) -> bool:
-    """Whether a cell has been read to its end, with so many samples."""
+    """Whether a cell is complete, with at least this many samples."""
     path = out / cell.folder / DONE
     return path.is_file() and json.loads(path.read_text())["samples"] >= cell.samples
 
 
 def said(cell: Cell, records: list[Record]) -> str:
-    """What came of a cell, in a few words."""
+    """The result of a cell in a few words."""
     values = [record.value for record in records if record.value is not None]
     if cell.part == "perplexity":
         return f"perplexity {math.exp(min(windows.mean_nll(records), 700.0)):.2f}"
@@ -161,7 +161,7 @@ def said(cell: Cell, records: list[Record]) -> str:
 
 
 def data_files(files: Mapping[str, Path], part: str) -> dict[str, dict[str, str]]:
-    """Of those that a part is asked from, the names and checksums."""
+    """Names and checksums of the files that a part reads."""
     if part == "l-eval":
         some = {task: path for task, path in files.items() if task in l_eval.TASKS}
     else:

@@ -1,4 +1,4 @@
-"""What came of the study: results.json, report.md and pictures, of as much as has been read."""
+"""The report of a study: results.json, report.md and plots of what has been read so far."""
 
 import json
 import math
@@ -23,15 +23,15 @@ from dca_jax.evaluation.results import RUN, Record, Run, read_run, write_json, w
 from dca_jax.evaluation.tables import Table
 from dca_jax.evaluation.tables import tokens as tokens_text
 
-BESIDE = "dca:paper"  # what perplexities are compared with, window by window
-DRAWN = len(COLORS) * len(LINES)  # curves that a picture tells apart
+BESIDE = "dca:paper"  # perplexities are compared with this method's, window by window
+DRAWN = len(COLORS) * len(LINES)  # maximum number of distinguishable curves in a plot
 
 
 class Log:
-    """study.json: what the study is of, and its runs.
+    """Reads or makes study.json, which describes the study and its runs.
 
     Raises:
-        InputError: the folder has the study of another model, text or device.
+        InputError: the folder holds the study of another model, text or device.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Log:
             changed = [name for name in now if then.get(name) != now[name]]
             if changed:
                 raise InputError(
-                    f"{out} has a study with another {', '.join(changed)}; give another --out"
+                    f"{out} holds a study with another {', '.join(changed)}; give another --out"
                 )
         else:
             out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class Log:
             write_json(self._facts, self.path)
 
     def add(self, run: Mapping[str, Any]) -> None:
-        """Notes a run: its device, versions, minutes, and how many cells are left."""
+        """Records a run: device, versions, minutes, and the number of cells left."""
         self._facts["runs"].append(dict(run))
         write_json(self._facts, self.path)
 
@@ -92,7 +92,7 @@ def write(out: Path) -> None:
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    """What the figures are of, for a reader."""
+    """A description of the study for readers."""
     what, last = facts["identity"], facts["runs"][-1] if facts["runs"] else {}
     versions = ", ".join(f"{name} {v}" for name, v in last.get("versions", {}).items())
     texts = ", ".join(what["texts"])
@@ -107,7 +107,7 @@ def headline(facts: Mapping[str, Any]) -> str:
 
 
 def read_cells(folder: Path, trained: int) -> list[Run]:
-    """A part's cells that have a result, in the order of the plan's methods, then by length."""
+    """A part's cells with a result, by the plan's order of methods, then by length."""
     names = dict.fromkeys([*every_method(trained), *ablation(trained)])
     order = {name: n for n, name in enumerate(names)}
     runs = [read_run(path.parent) for path in folder.rglob(RUN)]
@@ -117,7 +117,7 @@ def read_cells(folder: Path, trained: int) -> list[Run]:
 
 
 def method(run: Run) -> str:
-    """The one that a cell is read by."""
+    """The method of a cell."""
     return run.records[0].key["method"]
 
 
@@ -127,7 +127,7 @@ def length(run: Run) -> int:
 
 
 def row_of(run: Run) -> dict[str, Any]:
-    """A cell's figures; of SFiction's questions only those that were asked twice."""
+    """A cell's figures; of SFiction's questions only those asked in both forms."""
     task = run.records[0].key.get("task", "")
     place = run.folder.parts[-4] if task else run.folder.parts[-3]
     row = {"part": place, "task": task, "method": method(run), "tokens": length(run)}
@@ -146,24 +146,24 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """What was asked."""
+    """The task of a cell."""
     return f"{row['part']} {row['task']}".strip()
 
 
 def accuracy(share: float, samples: int) -> dict[str, Any]:
-    """A share with its interval of 95 %."""
+    """A share with its 95 % interval."""
     low, high = wilson(share, samples)
     return {"accuracy": share, "low": low, "high": high, "samples": samples}
 
 
 def merged(runs: Sequence[Run]) -> Run:
-    """All cells of a part as one run."""
+    """All cells of a part merged into one run."""
     records = [record for run in runs for record in run.records]
     return runs[0]._replace(folder=runs[0].folder.parent, records=records)
 
 
 def grouped(run: Run) -> dict[str, Run]:
-    """What one picture can show: DCA beside other methods, and DCA's settings."""
+    """Groups of methods for one plot each: DCA with other methods, and DCA's settings."""
     names = list(dict.fromkeys(record.key["method"] for record in run.records))
     methods = [name for name in names if name == BESIDE or not name.startswith("dca:")]
     settings = [name for name in names if name.startswith("dca:")]
@@ -179,14 +179,14 @@ def grouped(run: Run) -> dict[str, Run]:
 
 
 def titled(part: str, table: Table) -> Table:
-    """The library's table, with the part's name where its own does not tell it."""
+    """The library's table, with the part's name where its title lacks it."""
     return Table(
         title=f"{part}: {table.title}", header=table.header, rows=table.rows, notes=table.notes
     )
 
 
 def best_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Of each task and length the best method, and those that so few samples cannot tell apart."""
+    """The best method for each task and length, and those not distinguishable from it."""
     cells: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         if "accuracy" in row:
@@ -199,14 +199,14 @@ def best_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         shown.append([name, tokens_text(tokens), best["method"], figure, ", ".join(alike)])
     return Table(
         title="Best by task",
-        header=["task", "tokens", "best", "per cent", "not told apart from it"],
+        header=["task", "tokens", "best", "per cent", "not distinguishable from it"],
         rows=shown,
-        notes=["Not told apart: the interval of 95 % meets the best one's."],
+        notes=["Not distinguishable: the 95 % interval overlaps the best one's."],
     )
 
 
 def compared(runs: Sequence[Run]) -> list[Table]:
-    """Perplexity beside one method's, over the same windows; per cent."""
+    """Perplexity relative to one method's over the same windows, in per cent."""
     nlls = {(method(run), length(run)): by_start(run.records) for run in runs}
     lengths = sorted({n for name, n in nlls if name == BESIDE})
     rows = []
@@ -220,12 +220,12 @@ def compared(runs: Sequence[Run]) -> list[Table]:
     if not lengths or not rows:
         return []
     table = Table(
-        title=f"Perplexity beside {BESIDE} over the same windows (per cent more)",
+        title=f"Perplexity relative to {BESIDE} over the same windows (per cent more)",
         header=["method", *map(tokens_text, lengths)],
         rows=rows,
         notes=[
             "After the sign: 1.96 standard errors of the mean over windows. Windows of long texts "
-            "overlap, so that of the longest it is rather too small."
+            "overlap, so for the longest it is an underestimate."
         ],
     )
     return [table]
@@ -237,7 +237,7 @@ def by_start(records: Iterable[Record]) -> dict[int, float]:
 
 
 def change(moved: Sequence[float]) -> str:
-    """How much larger a perplexity is, from the differences of mean NLLs."""
+    """Relative growth of a perplexity, from the differences of mean NLLs."""
     if not moved:
         return ""
     center = mean(moved)
@@ -248,7 +248,7 @@ def change(moved: Sequence[float]) -> str:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one."""
+    """Mean of at least one value."""
     return math.fsum(values) / len(values)
 
 
@@ -259,11 +259,11 @@ def error(values: Sequence[float]) -> float:
     return math.sqrt(variance / count)
 
 
-# --- the picture of settings -------------------------------------------------------------------
+# --- the plot of settings ----------------------------------------------------------------------
 
 
 def settings_figure(rows: Sequence[Mapping[str, Any]], trained: int) -> Figure | None:
-    """Every method at the length nearest to 2c, a panel a task: the share, with its interval."""
+    """Each method's share, with its interval, at the length nearest to 2c; a panel per task."""
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if "accuracy" in row:
@@ -286,7 +286,7 @@ def settings_figure(rows: Sequence[Mapping[str, Any]], trained: int) -> Figure |
 
 
 def draw_panel(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The shares of one task, DCA's in another color."""
+    """Draws the shares of one task, with DCA's in another color."""
     for place, row in enumerate(rows):
         color = COLORS[4] if row["method"].startswith("dca") else COLORS[0]
         below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]

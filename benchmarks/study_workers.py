@@ -1,8 +1,8 @@
-"""Cells read by several processes of one device, as far as the time goes.
+"""Reads cells in several processes that share a device, within a time limit.
 
-Most of the time of a small model goes into compiling and into making prompts, which a core each
-does: so several processes share the device. Each keeps the model; a free one takes the next cell,
-if it can one of the method whose programs it has. What they say goes into files.
+With a small model most of the time goes into compiling and making prompts, each on one core, so
+several processes share the device. Each keeps the model loaded. A free one takes the next cell, if
+possible of the method whose programs it has compiled. Their output goes to files.
 """
 
 import multiprocessing
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from common import reason, say
 from study_cells import Cell
 
-NEAR = 12  # cells that may be taken out of turn, for their method's programs
+NEAR = 12  # how many cells ahead may be taken for the sake of compiled programs
 Read = Callable[[Cell], dict[str, Any]]
 
 
 class Done(NamedTuple):
-    """What a worker says of a cell: what came out, or why nothing did."""
+    """A worker's report on a cell: its result, or why it failed."""
 
     cell: Cell
     found: dict[str, Any]
@@ -43,14 +43,14 @@ def read_cells(
     logs: Path,
     on_done: Callable[[Done], None],
 ) -> bool:
-    """Reads the cells, in about their order; returns whether all have been taken and ended.
+    """Reads the cells, roughly in order; returns whether all were started and finished.
 
-    After `minutes` the workers are ended where they are: what a cell has read so far is kept in its
-    own file, and another run goes on from there. SIGTERM and Ctrl-C end them likewise.
+    After `minutes` the workers are stopped. What a cell has read so far is kept in its own file,
+    and another run continues from there. SIGTERM and Ctrl-C stop them in the same way.
 
     Args:
-        make: made anew in each process (so it is pickled), before its first cell.
-        logs: a folder for what the workers print.
+        make: makes the reader in each process (so it is pickled), before its first cell.
+        logs: a folder for the workers' output.
     """
     end = time.monotonic() + 60 * minutes
     left = list(cells)
@@ -79,10 +79,10 @@ def _nearest(cells: Sequence[Cell], method: str | None) -> int:
 
 
 class _Worker:
-    """A process, and the cell that it has."""
+    """A process and its current cell."""
 
     def __init__(self, make: Callable[[], Read], log: Path) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a process with JAX may hang
+        context = multiprocessing.get_context("spawn")  # forking a process that uses JAX may hang
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_work, args=(theirs, make, log))
         self.process.start()
@@ -93,12 +93,12 @@ class _Worker:
         self._since = 0.0
 
     def give(self, cell: Cell) -> None:
-        """A cell to read."""
+        """Gives the process a cell to read."""
         self.cell, self.method, self._since = cell, cell.method, time.monotonic()
         self.connection.send(cell)
 
     def take(self) -> Done:
-        """What came of its cell; of a process that has died, that."""
+        """The report on its cell; if the process has died, that."""
         assert self.cell is not None
         cell, self.cell = self.cell, None
         try:
@@ -110,7 +110,7 @@ class _Worker:
 
 
 def _work(connection: Connection, make: Callable[[], Read], log: Path) -> None:
-    """What a worker does."""
+    """The main function of a worker."""
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -124,13 +124,13 @@ def _work(connection: Connection, make: Callable[[], Read], log: Path) -> None:
         say(f"--- {cell}")
         try:
             found = read(cell), None
-        except Exception as error:  # one cell's failure loses no other
+        except Exception as error:  # one cell's failure must not lose the others
             found = {}, reason(error)
         connection.send(found)
 
 
 def _end_with_parent() -> None:
-    """So that no worker of a study that was killed goes on writing."""
+    """Ends this process with its parent, so that no worker of a killed study keeps writing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -151,7 +151,7 @@ def _workers(count: int, make: Callable[[], Read], logs: Path) -> Iterator[list[
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with the code of a program that it has ended."""
+    """In the block, SIGTERM acts like Ctrl-C, with the exit code of a terminated program."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

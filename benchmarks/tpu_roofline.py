@@ -1,10 +1,10 @@
-"""What DCA needs at least on each TPU, on paper: arithmetic, bytes moved, and the published peaks.
+"""Lower bounds of DCA's time on each TPU, from arithmetic, bytes moved and published peaks.
 
     python benchmarks/tpu_roofline.py
 
-Nothing is measured here. A time is what the larger of two takes: all arithmetic at the chip's peak
-in bfloat16, or all bytes at its memory's bandwidth. The bytes are those that our kernels' blocks
-move; the tables are those of docs/lab/tpu.md. Per chip, whole; JAX counts a v7x as two devices.
+Nothing is measured here. A time is the larger of two: all arithmetic at the chip's bfloat16 peak,
+and all bytes at its memory bandwidth. The bytes are those that our kernels' blocks move. Prints the
+tables of docs/lab/tpu.md. Figures are per whole chip; JAX counts a v7x as two devices.
 """
 
 import math
@@ -29,14 +29,14 @@ class Chip(NamedTuple):
     """A chip's peaks as Google publishes them (cloud.google.com/tpu/docs, November 2026)."""
 
     name: str
-    kind: str  # JAX's name for it
-    flops: float  # a second, bfloat16
-    bandwidth: float  # bytes a second
+    kind: str  # name of its device in JAX
+    flops: float  # per second, bfloat16
+    bandwidth: float  # bytes per second
     memory: float  # bytes
 
     @property
     def ridge(self) -> float:
-        """Operations a byte at which arithmetic and memory take the same time."""
+        """Operations per byte at which arithmetic and memory take the same time."""
         return self.flops / self.bandwidth
 
 
@@ -50,13 +50,13 @@ CHIPS = (
 
 
 class Work(NamedTuple):
-    """Operations (a multiplication and an addition are two) and bytes from and to HBM."""
+    """Operations (multiplication and addition count as two) and bytes moved from and to HBM."""
 
     flops: float
     moved: float
 
     def seconds(self, chip: Chip) -> float:
-        """At least so long, on one chip."""
+        """The lower bound of the time on one chip."""
         return max(self.flops / chip.flops, self.moved / chip.bandwidth)
 
 
@@ -88,14 +88,14 @@ def weights(config: LlamaConfig) -> int:
 
 
 def heads_of(config: LlamaConfig) -> Heads:
-    """The model's heads, all on one device."""
+    """Attention with all of the model's heads on one device."""
     return Heads(
         query=config.num_attention_heads, kv=config.num_key_value_heads, head_dim=config.head_dim
     )
 
 
 def model_prefill(length: int, config: LlamaConfig, block_q: int) -> Work:
-    """A whole prompt; weights are read once, and what passes between layers is left out."""
+    """A whole prompt; weights are read once, and activations between layers are not counted."""
     layer = attention_prefill(length, heads_of(config), block_q)
     flops = 2 * weights(config) * length + config.num_hidden_layers * layer.flops
     return Work(flops, weights(config) * ITEM + config.num_hidden_layers * layer.moved)
@@ -118,13 +118,13 @@ def cache_bytes(length: int, config: LlamaConfig) -> int:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spelled(seconds: float) -> str:
-    """Three digits, in a unit that suits."""
+    """Three digits with a suitable unit."""
     units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
     unit, size = next((row for row in units if seconds >= row[1]), units[-1])
     return f"{seconds / size:.3g} {unit}"
@@ -136,7 +136,7 @@ def block_q_of(chip: Chip, heads: Heads) -> int:
 
 
 def peaks() -> str:
-    """The chips, and the smallest block of queries that keeps the arithmetic busy.
+    """The chips, and the smallest block of queries that is not limited by memory.
 
     A block of q queries and a key of H elements: 4 q H operations for 4 H bytes of key and value.
     """
@@ -175,7 +175,7 @@ def attention() -> str:
 
 
 def models() -> str:
-    """Whole models on the fewest chips, a power of two, that hold weights and one text's cache."""
+    """Whole models on the fewest chips (a power of two) that hold weights and one text's cache."""
     rows = []
     for model in MODELS:
         config = SHAPES[model]
@@ -184,7 +184,7 @@ def models() -> str:
             held += cache_bytes(length, config)
             cells = []
             for chip in CHIPS:
-                # A tenth is left for programs and what lies between layers.
+                # A tenth is left for programs and activations.
                 chips = 2 ** max(math.ceil(math.log2(held / (0.9 * chip.memory))), 0)
                 block_q = block_q_of(chip, heads_of(config))
                 prefill = model_prefill(length, config, block_q).seconds(chip) / chips

@@ -1,11 +1,11 @@
-"""How long the TPU compiler's own schedule of a kernel's block is, without a TPU.
+"""Length of the TPU compiler's schedule for one block of a kernel, without a TPU.
 
     python benchmarks/tpu_schedule.py --chips v5e,v6e --tiles 1024x1024,512x512
 
-libtpu compiles the attention kernels for a chip and writes down the instruction bundles it has
-scheduled; a TensorCore issues one bundle a cycle unless it waits. So the bundles of a block compare
-tiles and variants of a kernel on one chip. They are no time: waiting for memory and for the matrix
-units is not in them. Linux on x86-64, with `pip install '.[dev]'`.
+libtpu compiles the attention kernels for a chip and dumps the instruction bundles it has scheduled;
+a TensorCore issues one bundle per cycle unless it stalls. So the number of bundles compares tiles
+and variants of a kernel on one chip. It is not a time: stalls for memory and matrix units are not
+included. Needs Linux on x86-64 and `pip install '.[dev]'`.
 """
 
 import itertools
@@ -44,7 +44,7 @@ UNIT = 1024 * 1024  # logits
 
 
 def prepare(dump: str) -> None:
-    """Tells libtpu, before it is loaded, what to write down and that no TPU is here."""
+    """Tells libtpu, before it is loaded, what to dump and that there is no TPU."""
     jax.config.update("jax_platforms", "cpu")
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(
         [
@@ -61,7 +61,7 @@ def prepare(dump: str) -> None:
 
 
 class Schedule(NamedTuple):
-    """Bundles of a block that needs no mask, and of one that does."""
+    """Bundles of an unmasked block and of a masked one."""
 
     unmasked: int
     masked: int
@@ -74,7 +74,7 @@ def compile_kernel(kernel: str, chip: str, tile: tuple[int, int], heads: Heads) 
         platform="tpu", topology_name=TOPOLOGIES[chip], **options
     )
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    # Chunks that the blocks of keys divide.
+    # Chunk lengths that are multiples of the key block.
     dca = DCAConfig(chunk_len=4 * tile[1], max_query_position=5 * tile[1])
 
     def like(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -100,7 +100,7 @@ def compile_kernel(kernel: str, chip: str, tile: tuple[int, int], heads: Heads) 
 
 
 def read_schedule(kernel: str, dump: str) -> Schedule:
-    """Of the kernel compiled last: the two regions of its program that multiply matrices."""
+    """The two regions of the last compiled kernel that multiply matrices."""
     files = sorted(Path(dump).glob(f"*-dca_tpu_{kernel}.*-final_bundles.txt"))
     files = [file for file in files if "schedule-analysis" not in file.name]
     begin, last, products, regions = 0, 0, 0, []
@@ -128,7 +128,7 @@ def main(
     kernels: Annotated[str, typer.Option(help="Names separated by commas.")] = "forward,dq,dkv",
     head_dim: Annotated[int, typer.Option(help="64, 128 or 256.")] = 128,
 ) -> None:
-    """Prints the bundles that a block of each size takes on each chip, in Markdown."""
+    """Prints the bundles per block for each size and chip, in Markdown."""
     unknown = {*chips.split(",")} - {*TOPOLOGIES} | {*kernels.split(",")} - {"forward", "dq", "dkv"}
     if unknown or not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", sizes):
         raise InputError(

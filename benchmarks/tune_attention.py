@@ -1,12 +1,12 @@
-"""Finds the block sizes of the GPU kernels for a device, a head_dim and a dtype, by trying them.
+"""Finds the best block sizes of the GPU kernels for a device, head_dim and dtype by trying them.
 
     python benchmarks/tune_attention.py --kernels "mosaic_gpu forward" --head-dim 128
 
-Each kernel file has a table of tiles by head_dim. For every candidate this puts it into the table,
-compiles the kernel anew, compares what it computes with what the tiles in the table compute, and
-times it. The present tiles come first, then a short list that promises most, then the others, what
-differs least from the table before the rest: so `--minutes` may cut it off anywhere. Prints each
-candidate as it is measured; at the end all, the fastest first, and the line to put into the table.
+Each kernel file has a table of tiles by head_dim. Each candidate is put into the table, the kernel
+is recompiled, its results are compared with those of the current tiles, and it is timed. The
+current tiles come first, then a short list of promising ones, then the others, those closest to the
+current tiles first, so `--minutes` may stop the search anywhere. Prints each candidate as it is
+measured, and at the end all of them, the fastest first, and the line for the table.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ class Kernel:
 
     Attributes:
         name: backend and kernel.
-        module: that holds its table of tiles.
+        module: the module with its table of tiles.
         table: the table's name.
-        field: of the table's entries, where one entry holds the tiles of several kernels.
-        call: "forward", "backward" or "decode": what runs it.
+        field: the field of a table entry, if an entry holds the tiles of several kernels.
+        call: how it is run: "forward", "backward" or "decode".
         grid: for each field of its tiles, the values to try.
-        promising: by head_dim, what to change of the present tiles before all else.
+        promising: by head_dim, the changes to the current tiles to try first.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Kernel:
 
 
 def triton_kernels() -> list[Kernel]:
-    """The four kernels of the Triton backend; an entry of its table holds the tiles of all."""
+    """The Triton backend's four kernels; a table entry holds the tiles of all of them."""
     table = "HOPPER" if current_device().capability == (9, 0) else "AMPERE"
     blocks = {"block_q": (32, 64, 128), "block_k": (32, 64, 128)}
     rest = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
@@ -111,7 +111,7 @@ def triton_kernels() -> list[Kernel]:
     ]
 
 
-# What ptxas says of the forward's loops stands behind the order: how many registers they spill.
+# The order follows the register spills that ptxas reports for the forward's loops.
 MOSAIC_KERNELS = [
     Kernel(
         name="mosaic_gpu forward",
@@ -125,7 +125,7 @@ MOSAIC_KERNELS = [
             "cluster": (1, 2),
         },
         promising={
-            # 256 keys spill two registers in a step of their loop, 192 and fewer none.
+            # 256 keys spill two registers per loop step, 192 and fewer none.
             64: [
                 {"block_k": 192, "num_stages": 3},
                 {"block_k": 128, "num_stages": 4},
@@ -135,7 +135,7 @@ MOSAIC_KERNELS = [
                 {"cluster": 1},
             ],
             128: [{"registers": 64}, {"cluster": 1}],
-            # With the query and 64 keys in shared memory, products read as fast as it can be read;
+            # With the query and 64 keys in shared memory, products are limited by its bandwidth;
             # half of the query fits into registers without a spill in the loop.
             256: [{"registers": 128}, {"registers": 64}, {"registers": 128, "cluster": 1}],
         },
@@ -184,7 +184,7 @@ def main(
         float, typer.Option(help="Start no further measurement after this many minutes in total.")
     ] = math.inf,
 ) -> None:
-    """Tries the candidates of each kernel and prints the best."""
+    """Tries the candidates of each kernel and prints the best one."""
     wanted = [word.strip() for word in kernels.split(",") if word.strip()]
     chosen = [
         kernel
@@ -203,7 +203,7 @@ def main(
         facts |= {"batch": rows, "tokens": length, "heads": heads, "head_dim": head_dim}
         share = (end - time.monotonic()) / 60 / (len(chosen) - number)
         if share <= 0:
-            say(f"out of time: {kernel.name} and what follows are not measured")
+            say(f"out of time: {kernel.name} and the following were not measured")
             break
         report = Report(path, machine() | facts, minutes=share)
         say(f"{kernel.name}, head_dim {head_dim}, {heads} heads, {length} tokens")
@@ -214,13 +214,13 @@ def main(
 
 
 def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """Tries every candidate of a kernel, and prints them, best first.
+    """Tries every candidate of a kernel and prints them, the best first.
 
     Args:
         shape: batch, tokens, query heads, kv heads, head_dim.
 
     Raises:
-        InputError: the kernel does not run on such shapes here at all.
+        InputError: the kernel does not support such shapes on this device.
     """
     table, head_dim = kernel.tables(), shape[-1]
     if head_dim not in table:
@@ -237,7 +237,7 @@ def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtyp
     present = table[head_dim]
     call = CALLS[kernel.call](kernel.backend, shape, dtype)
     choices = list(candidates(kernel, kernel.tiles(present), kernel.promising.get(head_dim, [])))
-    say(f"{len(choices)} candidates, the present one first")
+    say(f"{len(choices)} candidates, the current one first")
     expected = None
     for choice in choices:
         if report.out_of_time():
@@ -245,7 +245,7 @@ def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtyp
         try:
             with replaced(table, head_dim, kernel.entry(present, choice)):
                 outputs, timing = call()
-        except Exception as error:  # more shared memory or registers than there are
+        except Exception as error:  # more shared memory or registers than available
             report.add(choice | {"failed": reason(error)})
             require_live_device()
             continue
@@ -265,7 +265,7 @@ def tune(kernel: Kernel, report: Report, shape: tuple[int, ...], dtype: jnp.dtyp
 def candidates(
     kernel: Kernel, present: Any, promising: Sequence[dict[str, Any]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The present choice, what is promising, then all of the grid by how much they differ."""
+    """The current tiles, the promising ones, then the grid by distance from the current tiles."""
     now = {name: getattr(present, name) for name in kernel.grid}
     values = [dict.fromkeys([now[name], *options]) for name, options in kernel.grid.items()]
     choices = [dict(zip(kernel.grid, picked, strict=True)) for picked in itertools.product(*values)]
@@ -276,7 +276,7 @@ def candidates(
 
 @contextmanager
 def replaced(table: dict[int, Any], head_dim: int, entry: Any) -> Iterator[None]:
-    """`entry` in the table, and nothing compiled before, while the block runs."""
+    """Has `entry` in the table, and no earlier compilation, while the block runs."""
     present = table[head_dim]
     jax.clear_caches()
     table[head_dim] = entry
@@ -287,18 +287,18 @@ def replaced(table: dict[int, Any], head_dim: int, entry: Any) -> Iterator[None]
 
 
 def _difference(ours: Array, expected: Array) -> float:
-    """Norm of the difference over the norm; the infinite ones of a log-sum-exp left out."""
+    """Relative difference in norm, ignoring infinite values of a log-sum-exp."""
     a, b = (jnp.where(jnp.isfinite(expected), x, 0).astype(jnp.float32) for x in (ours, expected))
     return float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
 
 
-# --- what is timed: each gives its outputs and how long a call takes ---------------------------
+# --- what is timed: each returns its outputs and the time per call -----------------------------
 
 Call = Callable[[], tuple[list[Array], Timing]]
 
 
 def forward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
-    """The forward pass of all three phases, from a raw query and rotated keys."""
+    """The forward pass of all three phases, from an unrotated query and rotated keys."""
     query, key, value, _, rows = _inputs(shape, dtype)
 
     def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
@@ -322,7 +322,7 @@ def backward_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Cal
 
 
 def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
-    """One query a row, chained over the layers of a cache as `benchmarks/decode.py` does."""
+    """One query per row, chained over the layers of a cache as in `benchmarks/decode.py`."""
 
     def one(query: Array, key: Array, value: Array, rows: Any, layer: Array) -> Array:
         return backend.forward(query, key, value, layer, rows, **OPTIONS, with_lse=False)[0]
@@ -335,7 +335,7 @@ def decode_call(backend: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> Call:
 
     def call() -> tuple[list[Array], Timing]:
         out = jax.jit(lambda query, key, value: one(query, key, value, rows, jnp.int32(1)))
-        outputs = [out(query, *cache)]  # the chain's result is hardly more than its first query
+        outputs = [out(query, *cache)]  # the chain's result is dominated by its first query
         _, timing = _run(lambda *arrays: chain.run(*arrays), query, *cache, lengths)
         return outputs, Timing(*(ms / chain.calls for ms in timing))
 
@@ -363,7 +363,7 @@ def _inputs(shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array, Arr
 
 
 def _run(function: Callable[..., Any], *arrays: Any) -> tuple[list[Array], Timing]:
-    """Compiles a function that was never compiled before, runs and times it."""
+    """Compiles a new function, runs it and times it."""
     jitted = jax.jit(function)
     outputs = jax.tree.leaves(jitted(*arrays))
     return outputs, timed(jitted, *arrays)

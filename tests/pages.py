@@ -24,7 +24,7 @@ PAGES += [
 LANGUAGES = ["python", "sh"]
 OTHERS = ["text", "bibtex", "json"]
 PROGRAMS = (
-    "bash dca-jax echo export git make pip python unzip .venv/bin/pip .venv/bin/python".split()
+    "bash curl dca-jax echo export git make pip python unzip .venv/bin/pip .venv/bin/python".split()
 )
 
 

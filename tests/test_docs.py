@@ -15,7 +15,7 @@ EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
 # Programs of other people, whose options are theirs.
-OTHERS = [".", "echo", "export", "git", "mv", "unzip"]
+OTHERS = [".", "curl", "echo", "export", "git", "mv", "unzip"]
 
 
 def check(words: list[str]) -> None:

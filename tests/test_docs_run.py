@@ -43,6 +43,7 @@ PARSED = {
     "python3 -m venv": "`make test-wheel` makes one",
     ". ": "enters it",
     "export": "for libtpu",
+    "curl": "asks a server that is not there; tests/test_serving.py",
     "git": "only makes a text for a pipe",
     ".venv/bin/": "the checks themselves",
     "python -m pytest": "the checks themselves",

@@ -68,7 +68,7 @@ def test_every_method_is_read_and_what_failed_is_named(tmp_path, scripts):
     ask = ["measure", "--out", str(out), "--model", str(MODEL)]
     done = CliRunner().invoke(evaluation_figures.app, [*ask, "--methods", "dca:chunkllama,string"])
     assert done.exit_code == 2
-    assert "not all was read" in done.stderr
+    assert "not everything was evaluated" in done.stderr
     assert "string; try again" in done.stderr
     assert {path.name for path in out.iterdir()} == {"passkey", "report.html", "llama-3-8b.json"}
     assert len(np.load(tmp_path / "out.parts/held_out.npy")) > 100_000
