@@ -41,7 +41,7 @@ QWEN_1M = {
     "original_max_position_embeddings": 262_144,
 }
 PLACES = 5  # where pieces are timed, from the first to the last of the text
-COLUMNS = ("tokens before", "piece ms", "finite", "read s", "said s", "peak GB", "plan GB")
+COLUMNS = ("tokens before", "piece ms", "finite", "read s", "predicted s", "peak GB", "plan GB")
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -106,10 +106,10 @@ def measure(
     for place in range(0, first, width):
         hidden, cache = step(program, model, cache, text, place, width)
     seconds = time.perf_counter() - start
-    report.add({"tokens before": 0, "read s": seconds, "said s": said(first), "whole": first})
+    report.add({"tokens before": 0, "read s": seconds, "predicted s": said(first), "whole": first})
     planned = plan(preset, config, device=device, mesh={}, context_length=length).usage.total
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    row: dict[str, Any] = {"tokens before": 0, "whole": length, "said s": said(length)}
+    row: dict[str, Any] = {"tokens before": 0, "whole": length, "predicted s": said(length)}
     report.add(row | {"peak GB": peak and peak / 1e9, "plan GB": planned / 1e9})
     show(f"{length:,} tokens on {report.facts.get('device')}", COLUMNS, report.rows)
 

@@ -73,7 +73,17 @@ CHECKED = {"heads of the model": None, "9/3 heads of 64": (9, 3, 64)}
 PLACES = 5  # where pieces are timed, from the first to the last of the text
 # a reading starts if this multiple of its predicted time is left, plus these seconds
 SPARE = 1.1, 20.0
-COLUMNS = ("what", "sparse", "ms", "of dense", "of ideal", "read s", "said s", "peak GB", "finite")
+COLUMNS = (
+    "what",
+    "sparse",
+    "ms",
+    "of dense",
+    "of ideal",
+    "read s",
+    "predicted s",
+    "peak GB",
+    "finite",
+)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=__doc__
@@ -340,7 +350,7 @@ def read(
             continue
         seconds, cache = reader.whole("whole", name, cache)
         if seconds is not None:
-            report.add(row | {"read s": seconds, "said s": said[name], "peak GB": peak()})
+            report.add(row | {"read s": seconds, "predicted s": said[name], "peak GB": peak()})
 
 
 class Reader:
@@ -417,7 +427,7 @@ class Reader:
             slope, base = np.polyfit(places, line, 1)
             said = sum(base + slope * place for place in range(0, self.length, self.width))
             row = {"what": "line", "sparse": name, "tokens": self.length}
-            self.report.add(row | {"said s": float(said)})
+            self.report.add(row | {"predicted s": float(said)})
             return float(said), read
 
         return self._guarded("pieces", name, cache, run)

@@ -74,7 +74,7 @@ def write_provenance(
     forms: Iterable[str] = (),
     adapter: Path | None = None,
 ) -> None:
-    """Writes the source files (names, sizes, SHA-256), the result, the version and the time."""
+    """Records the source files (names, sizes, SHA-256), the dtypes, the version and the time."""
     folder = source if source.is_dir() else source.parent
     provenance = {
         "source": source.resolve().name,
@@ -96,7 +96,7 @@ def version() -> str:
 
 
 def prepare_process() -> None:
-    """For commands: computes on the host only, and hides Orbax's irrelevant warnings."""
+    """For commands: computes on the host only, and hides irrelevant warnings of Orbax."""
     jax.config.update("jax_platforms", "cpu")  # otherwise JAX would allocate most of a GPU's memory
     logging.getLogger("absl").setLevel(logging.ERROR)
 

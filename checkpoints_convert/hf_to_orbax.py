@@ -134,21 +134,19 @@ def main(
         ),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")
+        Path, typer.Argument(metavar="DST", help="Folder to create; it must not exist.")
     ],
     dtype: Annotated[
         Dtype,
-        typer.Option(
-            help="Dtype of the weights that are not packed; **keep** leaves each value as it is."
-        ),
+        typer.Option(help="Dtype of the weights that are not packed; **keep** changes no value."),
     ] = Dtype.keep,
     weights: WeightsOption = STORED,
     adapter: AdapterOption = None,
 ) -> None:
     """Convert a Hugging Face Llama-family checkpoint to Orbax.
 
-    The result opens with `dca_jax.load(DST)`, and its `params/` with any Orbax, on any mesh.
-    DST appears only when it is whole: after an interruption just run the command again.
+    `dca_jax.load(DST)` opens the result, and any Orbax opens its `params/`, on any mesh.
+    DST appears only when it is complete. After an interruption, repeat the command.
 
     Example: `python -m checkpoints_convert.hf_to_orbax ./Llama-2-7b-hf ./llama2-7b`
     """

@@ -36,7 +36,7 @@ def convert(
     adapter: Path | None = None,
     show: bool = False,
 ) -> None:
-    """Converts a folder with Orbax weights to a Hugging Face one bit for bit, unpacking weights.
+    """Converts a folder with Orbax weights to a Hugging Face one bit for bit; unpacks packed ones.
 
     `destination` gets `config.json`, the tokenizer's files and the weights as safetensors: one
     `model.safetensors`, or shards with their index. Tied embeddings are written once, as
@@ -103,24 +103,24 @@ def main(
         typer.Argument(metavar="SRC", help="Folder made by checkpoints_convert.hf_to_orbax."),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="Folder to make; it must not exist.")
+        Path, typer.Argument(metavar="DST", help="Folder to create; it must not exist.")
     ],
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="Dtype of the written weights; **keep** leaves each bit as it is, and makes "
-            "bfloat16 of packed ones."
+            help="Dtype of the written weights; **keep** changes no bit, and unpacks packed ones "
+            "into bfloat16."
         ),
     ] = Dtype.keep,
     shard_size: Annotated[
-        str, typer.Option(help="Most bytes of weights in one file, such as 5GB or 500MB.")
+        str, typer.Option(help="Maximum size of a weight file, such as 5GB or 500MB.")
     ] = "5GB",
     adapter: AdapterOption = None,
 ) -> None:
     """Convert an Orbax checkpoint back to a Hugging Face folder (safetensors).
 
-    The result opens with `transformers`, `dca_jax.load` and every server of such models.
-    DST appears only when it is whole: after an interruption just run the command again.
+    `transformers`, `dca_jax.load` and servers of such models open the result.
+    DST appears only when it is complete. After an interruption, repeat the command.
 
     Example: `python -m checkpoints_convert.orbax_to_hf ./llama2-7b ./llama2-7b-hf`
     """

@@ -109,15 +109,15 @@ def main(
         Path, typer.Argument(metavar="CONVERTED", help="The Orbax folder made from it.")
     ],
     max_kl: Annotated[
-        float, typer.Option(help="Largest mean KL divergence, in nats, that still passes.")
+        float, typer.Option(help="Largest mean KL divergence (nats) that passes.")
     ] = 1e-3,
 ) -> None:
     """Compare a converted checkpoint's logits with those of transformers (needs PyTorch).
 
-    Both models compute in float32 on random tokens, so weights converted with **--dtype keep**
-    differ by rounding only, and weights converted to another dtype by what that dtype loses.
+    Both models compute in float32 on random tokens. After a conversion with **--dtype keep** they
+    differ by rounding only; after one to another dtype, by what that dtype loses.
 
-    Exit code 0 if they agree, 1 if the KL divergence is above **--max-kl**, 2 on bad input.
+    Exit code: 0 if they agree, 1 if the KL divergence exceeds **--max-kl**, 2 for bad input.
 
     Example: `python -m checkpoints_convert.verify ./Llama-2-7b-hf ./llama2-7b`
     """

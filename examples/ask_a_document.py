@@ -1,4 +1,4 @@
-"""A question about a document many times longer than the texts the model was trained on.
+"""Asks a question about a document many times longer than the model's training texts.
 
 python examples/ask_a_document.py MODEL book.pdf "Who is Ahab?"
 """
@@ -12,7 +12,7 @@ from dca_jax.inference.documents import ask, read_document
 
 
 def main(model: str, document: Path, question: str, max_new_tokens: int = 256) -> None:
-    """Prints MODEL's answer to QUESTION about DOCUMENT (text or PDF) as it comes."""
+    """Prints MODEL's answer to QUESTION about DOCUMENT (text or PDF) as it is generated."""
     llm = dca_jax.load(model)
     text = read_document(document)
     trained = llm.model.config.trained_length

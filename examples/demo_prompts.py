@@ -1,4 +1,4 @@
-"""The demo model's tokenizer, and its retrieval prompts: numbers hidden in text, then asked for."""
+"""The demo model's tokenizer, and its retrieval prompts, which ask for numbers hidden in text."""
 
 import re
 
@@ -9,7 +9,7 @@ from dca_jax.evaluation import passkey
 
 END_OF_TEXT = "<|endoftext|>"  # id 0
 
-# A private-use character stands for a key of five digits: KEYS[0] for the first one, and so on.
+# A private-use character stands for a key of five digits: KEYS[0] for the first, and so on.
 KEYS = "\ue000\ue001\ue002\ue003"
 DIGITS = 5
 SLOTS = len(KEYS) * DIGITS
@@ -29,7 +29,7 @@ WORDS = (
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE; words as GPT-2 splits them, but every digit is a token of its own."""
+    """Byte-level BPE; words are split as in GPT-2, but every digit is its own token."""
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,11 +64,11 @@ def count_tokens(tokenizer: Tokenizer, text: str) -> int:
 
 
 def passkey_draft(rng: np.random.Generator, room: int, bare_room: int) -> str:
-    """The evaluation's own prompt with its answer, with `room` filler sentences or fewer.
+    """The evaluation's own prompt with its answer, with at most `room` filler sentences.
 
-    Half of them lack its first line, for `bare_room` sentences, and keys early in the text are
-    more frequent: DCA puts far keys at every distance up to the trained length, and most places
-    in a short text are near its end.
+    Half of the prompts lack its first line and have at most `bare_room` sentences. Keys early in
+    the text are more frequent: DCA puts far keys at every distance up to the trained length, but
+    most places in a short text are near its end.
     """
     bare = rng.random() < 0.5
     room = bare_room if bare else room
@@ -84,7 +84,8 @@ def statement_draft(rng: np.random.Generator, filler: list[str]) -> str:
     names = ["_".join(pair) for pair in rng.choice(WORDS, (count, 2), replace=False)]
     statement, question = STATEMENTS[rng.integers(len(STATEMENTS))]
     lines = list(filler)
-    # A place for each, as in `passkey_draft`; the latest goes in first: earlier places stay true.
+    # A place for each, as in `passkey_draft`; the last is inserted first, so earlier ones stay
+    # valid.
     places = np.sort((rng.random(count) ** 2 * (len(lines) + 1)).astype(int))[::-1]
     for key, name, place in zip(KEYS, names, places, strict=False):
         lines.insert(place, statement.format(name=name, key=key))
@@ -97,13 +98,13 @@ def retrieval_templates(
 ) -> np.ndarray:
     """About `count` prompts of `length` tokens with their answers, keys left open.
 
-    Half are the evaluation's prompt, half other statements among code or filler. Drafts that come
-    out too long are left out, because they would lose their question.
+    Half are the evaluation's prompt, half other statements among code or filler. Drafts that turn
+    out too long are dropped, since they would lose their question.
 
     Returns:
         uint16 [templates, length]. Digit d of key k is vocab_size + DIGITS k + d where the key is
-        first stated, which nobody can foresee, and SLOTS more where it is repeated, which is what
-        there is to learn. What room is left after the answer, the start of some text fills.
+        first stated and cannot be predicted, and SLOTS more where it is repeated, which is what the
+        model learns. The room after the answer is filled with the start of some text.
     """
     rng = np.random.default_rng(seed)
     sample = "\n".join(texts[:64])

@@ -1,4 +1,4 @@
-"""What the demo model turned out to be: its evaluation, its files, its model card."""
+"""The demo model's evaluation, files and model card."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,9 @@ from dca_jax.weights.parameters import parameters
 
 DEPTHS = tuple(float(depth) for depth in np.linspace(0, 1, 11))
 PROMPTS_PER_DEPTH = 8
-READ, SEARCHED = (1, 4, 16), (1, 8)  # times the trained length: for perplexity, and for a passkey
-BATCH_TOKENS = 8192  # of windows that are read together
+# multiples of the trained length for perplexity, and for passkeys
+READ, SEARCHED = (1, 4, 16), (1, 8)
+BATCH_TOKENS = 8192  # tokens of windows read together
 
 
 def perplexity(model: Llama, tokens: np.ndarray, length: int) -> float:
@@ -81,7 +82,7 @@ def save(
     tokenizer: Tokenizer,
     log: dict[str, Any],
 ) -> None:
-    """Writes the Hugging Face folder beside its place, then puts it there in one step.
+    """Writes the Hugging Face folder aside, then renames it.
 
     Raises:
         InputError: `folder` exists, or its parent does not.

@@ -1,6 +1,7 @@
-"""The gradient of released DCA code, as an attention backend to compare with.
+"""The gradient of released DCA code as an attention backend, for comparison.
 
-`dca_jax.attention.op.BACKENDS["detached"] = DetachedMerge()` makes it an `implementation`.
+`dca_jax.attention.op.BACKENDS["detached"] = DetachedMerge()` makes it available as an
+`implementation`.
 """
 
 import math
@@ -16,7 +17,7 @@ from dca_jax.attention.softmax import output_delta
 
 
 class DetachedMerge:
-    """The best backend's attention, with the gradient that ChunkLlama's merge of passes has.
+    """The best backend's attention, with the gradient of ChunkLlama's merge of passes.
 
     There o = sum_p w_p o_p over the three phases, w the softmax of their log-sum-exp, detached. So
     a phase's dS = P * (dP - delta_p) has the delta of its own output, delta_p = rowsum(dO * o_p),
@@ -24,13 +25,13 @@ class DetachedMerge:
     """
 
     def unsupported(self, device: Any, query: Any, key: Any, dca: Any, **kinds: bool) -> str | None:
-        """Nothing: the best backend can run."""
+        """No reason: the best backend can run."""
         return None
 
     def forward(
         self, query: Any, key: Any, value: Any, layer: Any, rows: Any, **options: Any
     ) -> tuple[jax.Array, jax.Array | None]:
-        """As the best backend."""
+        """The best backend's forward pass."""
         best = best_backend(query, key, options["dca"])
         return best.forward(query, key, value, layer, rows, **options)
 
@@ -63,7 +64,7 @@ class DetachedMerge:
 
 
 def best_backend(query: jax.Array, key: jax.Array, dca: Any) -> Backend:
-    """The backend that attention takes if none is named."""
+    """The backend that attention uses by default."""
     queries, keys = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
     return BACKENDS[choose_implementation(None, queries, keys, dca)]
 

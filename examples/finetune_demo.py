@@ -1,19 +1,19 @@
-"""Finetunes the demo model with DCA at 8 times its context, and shows what that is worth.
+"""Finetunes the demo model with DCA at 8 times its context, and measures the gain.
 
     python examples/finetune_demo.py --out outputs/finetune-demo
 
-Four models from one checkpoint of context c (512), all of which read by DCA (`paper`):
+Four models from one checkpoint with context c (512), all using DCA (`paper`):
 
     training-free   the checkpoint as it is
     exact           trained on rows of 8 c tokens with the gradient of `dca_jax`
     detached        the same rows, with the gradient of ChunkLlama's code (`detached_merge.py`)
-    short           as many updates of as many tokens, the same text, in rows of c tokens: what
-                    comes of more training alone
+    short           as many updates with as many tokens of the same text, in rows of c tokens: the
+                    effect of more training alone
 
-Each reads held-out text in windows of c to 32 c tokens, and is asked for passkeys at 8, 16 and
-32 c. `exact` and `detached` are trained anew for every seed, which draws the rows. OUT gets
-results.json and two figures, brought up to date after every model. Meant for one GPU; a CPU wants
-a smaller plan (`--updates`, `--tokens`, `--windows`, ...).
+Each reads held-out text in windows of c to 32 c tokens, and is asked for passkeys at 8, 16 and 32
+c. `exact` and `detached` are trained once per seed, which selects the rows. OUT gets results.json
+and two plots, updated after every model. Meant for one GPU; on a CPU use a smaller plan
+(`--updates`, `--tokens`, `--windows`, ...).
 """
 
 import dataclasses
@@ -49,20 +49,20 @@ from dca_jax.weights.files import refuse_existing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides what is trained and tested, but the model and the text."""
+    """All settings of training and testing, except the model and the text."""
 
-    times: int = 8  # trained lengths in a row of training
+    times: int = 8  # trained lengths per training row
     tokens: int = 65_536  # of an update
     updates: int = 250
-    retrieval_every: int = 8  # of so many updates one is of retrieval prompts
+    retrieval_every: int = 8  # one update in this many uses retrieval prompts
     learning_rate: float = 2e-4
     seeds: int = 2
     corpus_mb: float = 40.0  # of long files
-    long_file: int = 32_768  # characters: more than two rows of training have
-    windows: int = 100  # of the greatest length, at most: held-out text that is read
+    long_file: int = 32_768  # characters: more than two training rows have
+    windows: int = 100  # maximum number of held-out windows of the greatest length
     depths: int = 8  # of passkeys, from 0 to 1
-    trials: int = 4  # passkeys of each length and depth
-    batch: int = 8  # texts that are read together
+    trials: int = 4  # passkeys per length and depth
+    batch: int = 8  # texts read together
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def read_texts(plan: Plan) -> list[str]:
 
 
 def row_recipe(plan: Plan, vocab_size: int, length: int) -> Recipe:
-    """What `pretrain_demo` needs to draw an update's rows of `length` tokens."""
+    """The material from which `pretrain_demo` draws an update's rows of `length` tokens."""
     rows = plan.tokens // length
     return Recipe(vocab_size=vocab_size, context=length - 1, batch=rows, templates=64 * rows)
 
@@ -91,8 +91,8 @@ def row_recipe(plan: Plan, vocab_size: int, length: int) -> Recipe:
 def draw_batches(data: Data, recipe: Recipe, plan: Plan, seed: int) -> Iterator[Batch]:
     """The rows of each update: all text, or all retrieval prompts.
 
-    Of a prompt only the digits that can be known are trained on. Beside text they would be one
-    token in thousands of an update's mean; so they have updates of their own.
+    Of a prompt, only the digits that can be known are trained on. Mixed with text they would be one
+    token in thousands of an update's mean, so they have updates of their own.
     """
     sample = jax.jit(sample_batch, static_argnames="recipe")
     for step in range(plan.updates):
@@ -104,7 +104,7 @@ def draw_batches(data: Data, recipe: Recipe, plan: Plan, seed: int) -> Iterator[
 
 
 def compiled_update(llm: LLM, plan: Plan, implementation: str | None) -> Callable[..., Any]:
-    """The library's update with a named attention; computes in bfloat16, on a CPU in float32."""
+    """The library's update with a given attention; bfloat16, or float32 on a CPU."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     settings = Settings(
         model="-",
@@ -112,7 +112,7 @@ def compiled_update(llm: LLM, plan: Plan, implementation: str | None) -> Callabl
         data=(DataFile("-"),),
         learning_rate=plan.learning_rate,
         warmup=0.1,
-        beta2=0.95,  # as in the pretraining; updates are few
+        beta2=0.95,  # as in pretraining; there are few updates
     )
     options = {"dca": llm.model.dca, "dtype": dtype, "implementation": implementation}
 
@@ -125,7 +125,7 @@ def compiled_update(llm: LLM, plan: Plan, implementation: str | None) -> Callabl
 def finetune(
     update: Callable[..., Any], params: Params, batches: Iterator[Batch], say: Callable[[str], None]
 ) -> tuple[Params, Params, dict[str, Any]]:
-    """What came of it; the first update's gradient, on the host; and a log of all updates."""
+    """The trained weights; the first update's gradient, on the host; and a log of all updates."""
     state, told, gradient = start(jax.tree.map(jnp.copy, params)), [], {}
     begin = time.monotonic()
     for step, batch in enumerate(batches):
@@ -135,7 +135,7 @@ def finetune(
             say(f"  update {step + 1}: {float(metrics.loss):.3f} nats a trained token")
         if step == 0:
             gradient = first_gradient(state, float(metrics.grad_norm))
-            begin = time.monotonic()  # what is compiled is compiled
+            begin = time.monotonic()  # everything is compiled by now
     losses, norms, tokens, finite = map(np.stack, zip(*jax.device_get(told), strict=True))
     seconds = (time.monotonic() - begin) / max(1, len(told) - 1)
     if not finite.all():
@@ -146,16 +146,16 @@ def finetune(
 
 
 def first_gradient(state: State, norm: float) -> Params:
-    """From AdamW's mean after one update, a tenth of the gradient, which was clipped to norm 1."""
+    """The gradient from AdamW's mean after one update: a tenth of it, clipped to norm 1."""
     scale = np.float32(10 * max(1.0, norm))
     return jax.tree.map(lambda x: scale * x, jax.device_get(state.mean))
 
 
-# --- the whole ---------------------------------------------------------------------------------
+# --- the run -----------------------------------------------------------------------------------
 
 
 def compare(out: Path, folder: Path, plan: Plan, held_out_text: str) -> dict[str, Any]:
-    """Trains and tests all models; returns what results.json holds.
+    """Trains and tests all models; returns the content of results.json.
 
     Raises:
         InputError: `out` exists (before any work), or there is too little text.
@@ -168,7 +168,8 @@ def compare(out: Path, folder: Path, plan: Plan, held_out_text: str) -> dict[str
 
     llm = dca_jax.load(folder, dca="paper", dtype="float32")
     trained, vocab_size = llm.model.config.trained_length, llm.model.config.vocab_size
-    # Bound to no device, as what `start` makes: else the first update is compiled for itself.
+    # Not committed to a device, like the output of `start`; else the first update would be compiled
+    # twice.
     params = jax.tree.map(jnp.array, jax.device_get(llm.model.params()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     asked = [n * plan.times * trained for n in (1, 2, 4)]
@@ -227,17 +228,19 @@ def main(
     model: Annotated[Path, typer.Option(help="The demo model's folder.")] = Path(
         "models/demo-python-7m"
     ),
-    updates: Annotated[int, typer.Option(min=2, help="Of each training.")] = Plan.updates,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = Plan.learning_rate,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings by each gradient.")] = Plan.seeds,
-    times: Annotated[int, typer.Option(min=1, help="Row, in trained lengths.")] = Plan.times,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an update.")] = Plan.tokens,
-    corpus_mb: Annotated[float, typer.Option(help="Megabytes to train on.")] = Plan.corpus_mb,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows.")] = Plan.windows,
-    depths: Annotated[int, typer.Option(min=1, help="Of passkeys.")] = Plan.depths,
-    trials: Annotated[int, typer.Option(min=1, help="Passkeys a cell.")] = Plan.trials,
+    updates: Annotated[int, typer.Option(min=2, help="Updates per training.")] = Plan.updates,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = Plan.learning_rate,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each gradient.")] = Plan.seeds,
+    times: Annotated[int, typer.Option(min=1, help="Row length, in trained lengths.")] = Plan.times,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per update.")] = Plan.tokens,
+    corpus_mb: Annotated[
+        float, typer.Option(help="Megabytes of text to train on.")
+    ] = Plan.corpus_mb,
+    windows: Annotated[int, typer.Option(min=1, help="Number of held-out windows.")] = Plan.windows,
+    depths: Annotated[int, typer.Option(min=1, help="Number of passkey depths.")] = Plan.depths,
+    trials: Annotated[int, typer.Option(min=1, help="Passkeys per cell.")] = Plan.trials,
 ) -> None:
-    """Finetune the demo model by both gradients, test all, and draw and print what came of it."""
+    """Finetune the demo model with both gradients, test all models, and plot the results."""
     given = dict(locals())
     plan = Plan(**{f.name: given[f.name] for f in dataclasses.fields(Plan) if f.name in given})
     try:

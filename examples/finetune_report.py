@@ -1,4 +1,4 @@
-"""The tests of `finetune_demo.py`, and what they found: files, figures, a table."""
+"""The tests of `finetune_demo.py` and their results: files, plots, a table."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.score import Reader
 from dca_jax.model import Llama
 
-ANSWER = 16  # tokens at most of a key, and of what is before it
+ANSWER = 16  # maximum tokens of a key, and of the text before it
 
 LABELS = {
     "training-free": "training-free",
@@ -35,7 +35,7 @@ class Passkeys(NamedTuple):
 
 
 def draw_passkeys(llm: LLM, lengths: Sequence[int], *, depths: int, trials: int) -> Passkeys:
-    """Passkeys of each length, at so many depths from 0 to 1; the same ones for every model."""
+    """Passkeys of each length at depths from 0 to 1; the same for every model."""
     places, prompts = np.linspace(0, 1, depths).tolist(), {}
     for length in lengths:
         prompts[length] = []
@@ -50,11 +50,11 @@ def draw_passkeys(llm: LLM, lengths: Sequence[int], *, depths: int, trials: int)
 def evaluate(
     llm: LLM, params: dict[str, Any], text: np.ndarray, passkeys: Passkeys, *, batch: int
 ) -> dict[str, Any]:
-    """What `params` make of `text` and of the passkeys, as JSON; float32.
+    """The results of `params` on `text` and on the passkeys, as JSON; float32.
 
-    The mean loss in windows of the trained length, twice that, ... up to the longest passkey's, of
-    all of `text` in each, and by position in the longest windows. A key is found if each of its
-    tokens is the likeliest: then greedy decoding says it.
+    The mean loss of all of `text`, in windows of the trained length, twice that, ... up to the
+    longest passkey's, and by position in the longest windows. A key is found if each of its tokens
+    is the most likely one, so that greedy decoding writes it.
     """
     model = Llama.from_params(llm.model.config, params, dca=llm.model.dca, dtype=llm.model.dtype)
     window, longest = model.config.trained_length, max(passkeys.prompts)
@@ -88,11 +88,11 @@ def evaluate(
     }
 
 
-# --- what came of it ---------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
 def save(out: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, finetuning.png and passkey.png; each appears when it is whole."""
+    """Writes results.json, finetuning.png and passkey.png; each appears when it is complete."""
     aside = out / ".results.json.partial"
     aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     aside.replace(out / "results.json")
@@ -102,7 +102,7 @@ def save(out: Path, results: dict[str, Any]) -> None:
 
 
 def by_name(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The seeds of each kind of model that has been tested, in the order of `LABELS`."""
+    """The seeds of each kind of tested model, in the order of `LABELS`."""
     kinds = {name: [m for m in results["models"] if m["name"] == name] for name in LABELS}
     return {name: models for name, models in kinds.items() if models}
 
@@ -119,14 +119,14 @@ def grid(models: list[dict[str, Any]]) -> PasskeyGrid:
 
 
 def losses(models: list[dict[str, Any]]) -> np.ndarray:
-    """Nats a token: [seeds, window lengths]."""
+    """Nats per token: [seeds, window lengths]."""
     return np.array([list(model["loss"].values()) for model in models])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss by window beside passkeys by length; curves are means over the seeds, which are dots.
+    """Plots loss by window and passkeys by length; curves are means over seeds, dots the seeds.
 
-    Passkeys by the probability of the key: the share of keys found stops at all of them.
+    Passkeys are plotted by the probability of the key, since the share found saturates.
     """
     figure = Figure(figsize=(11, 4.5), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -158,7 +158,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The means over seeds in Markdown, and what the detached gradient costs, seed by seed."""
+    """The means over seeds in Markdown, and the cost of the detached gradient for each seed."""
     kinds = by_name(results)
     first = kinds["training-free"][0]
     windows, lengths = list(first["loss"]), first["passkey"]["lengths"]

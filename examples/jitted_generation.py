@@ -1,9 +1,9 @@
-"""Generation as one jitted function of your own: prompts in, tokens out, nothing in between.
+"""Generation as one jitted function: prompts in, tokens out, nothing in between.
 
 python examples/jitted_generation.py MODEL "Once upon a time" "The little dog"
 
-`llm.generate` does this for you, piece by piece and with text; this is for scripts that want the
-device alone to run the loop.
+`llm.generate` does this for you, piece by piece and with text. This is for scripts that want the
+whole loop to run on the device.
 """
 
 import functools
@@ -33,7 +33,7 @@ def complete(
     *,
     new_tokens: int,
 ) -> Int[Array, "B new_tokens"]:
-    """Each row's new tokens; `prompts` are right-padded to one width, PAD follows a stop id."""
+    """Each row's new tokens, with PAD after a stop id; `prompts` are right-padded to one width."""
     batch, width = prompts.shape
     capacity = capacity_bucket(width + new_tokens)
     cache = KVCache.create(model.config, batch=batch, capacity=capacity, dtype=model.dtype)
@@ -47,7 +47,7 @@ def complete(
 
 
 def main(model: str, prompts: list[str], new_tokens: int = 64, temperature: float = 0.0) -> None:
-    """Completes PROMPTS twice, to show what compiling took."""
+    """Completes PROMPTS twice, to show how long compiling took."""
     llm = dca_jax.load(model)
     rows = [llm.tokenize(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]

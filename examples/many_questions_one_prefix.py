@@ -1,4 +1,4 @@
-"""Many questions about one document, which is read once.
+"""Asks many questions about one document, which is read once.
 
 python examples/many_questions_one_prefix.py MODEL book.txt "Who is Ahab?" "Who is Queequeg?"
 """
@@ -13,7 +13,7 @@ from dca_jax.inference.documents import ask, read_document, read_once
 
 
 def main(model: str, document: Path, questions: list[str], max_new_tokens: int = 64) -> None:
-    """Answers QUESTIONS about DOCUMENT (text or PDF), and says what each took."""
+    """Answers QUESTIONS about DOCUMENT (text or PDF), with the time of each."""
     llm = dca_jax.load(model)
     text = read_document(document)
     begin = time.perf_counter()

@@ -2,9 +2,9 @@
 
     python examples/pretrain_demo.py --out models/demo-python-7m --minutes 4
 
-It reads the Python source on this machine (`demo_data.py`) and prompts that hide a number in 512
-tokens. Nothing in training is longer than 512 tokens: whatever the model does beyond, it does by
-Dual Chunk Attention. Runs on one GPU; on a CPU it works, and takes days.
+It is trained on the Python source on this machine (`demo_data.py`) and on prompts that hide a
+number in 512 tokens. Nothing in training is longer than 512 tokens, so whatever the model does
+beyond them is due to Dual Chunk Attention. Runs on one GPU; on a CPU it takes days.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from dca_jax.weights.files import refuse_existing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what is trained, but the time and the text."""
+    """All settings of training, except the time and the text."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -50,13 +50,13 @@ class Recipe:
     head_dim: int = 64
     context: int = 512  # tokens
     batch: int = 128  # sequences of `context` tokens
-    retrieval: int = 24  # how many of them are retrieval prompts
-    templates: int = 16_384  # retrieval prompts drawn up; their keys are drawn anew at each use
+    retrieval: int = 24  # number of them that are retrieval prompts
+    templates: int = 16_384  # retrieval prompts; their keys are drawn anew at each use
     answer_weight: float = 10.0  # weight of the loss on a key's digits where they can be known
     peak_learning_rate: float = 3e-3
     warmup_steps: int = 300
     weight_decay: float = 0.1
-    steps_per_call: int = 50  # steps the accelerator makes before the host looks
+    steps_per_call: int = 50  # steps on the accelerator between two looks of the host
     seed: int = 0
 
     def config(self) -> LlamaConfig:
@@ -92,7 +92,7 @@ def read_corpus(megabytes: float, seed: int) -> tuple[list[str], dict[str, int]]
 
 
 class Data(NamedTuple):
-    """What is trained on, on the device."""
+    """Training data on the device."""
 
     text: jax.Array  # [tokens] uint16
     templates: jax.Array  # [templates, context + 1] uint16
@@ -100,7 +100,7 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """What training changes. Parameters and moments are float32."""
+    """The state of training. Parameters and moments are float32."""
 
     params: dict[str, Any]
     optimizer: optax.OptState
@@ -108,7 +108,7 @@ class State(NamedTuple):
 
 
 def prepare(texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Data:
-    """Tokenizes the text into one array, each document ended by END_OF_TEXT, and the prompts."""
+    """Tokenizes the prompts, and the text into one array with END_OF_TEXT after each document."""
     end = np.zeros(1, np.uint16)
     parts = [part for ids in demo_prompts.encode(tokenizer, texts) for part in (ids, end)]
     templates = demo_prompts.retrieval_templates(
@@ -130,7 +130,7 @@ def prepare(texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Data:
 def sample_batch(key: jax.Array, data: Data, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     """Tokens [batch, context + 1] int32, and which are key digits: 0 none, 1 stated, 2 repeated.
 
-    The text is cut anywhere, so that every position and every distance is trained.
+    The text is cut at arbitrary places, so that every position and every distance is trained.
     """
     where, which, draw = jax.random.split(key, 3)
     length = recipe.context + 1
@@ -149,7 +149,7 @@ def sample_batch(key: jax.Array, data: Data, recipe: Recipe) -> tuple[jax.Array,
 def loss_fn(
     params: dict[str, Any], tokens: jax.Array, kind: jax.Array, recipe: Recipe
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted cross-entropy in nats a token; also its mean over text, and over repeated keys."""
+    """Weighted cross-entropy in nats per token; also its mean over text, and over repeated keys."""
     model = Llama.from_params(recipe.config(), params, dtype=jnp.bfloat16)
     logits = model(tokens[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -163,7 +163,7 @@ def loss_fn(
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which depends on how many steps the time allows."""
+    """AdamW without its learning rate, which depends on how many steps fit into the time."""
 
     def decayed(params: dict[str, Any]) -> dict[str, Any]:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -187,7 +187,7 @@ def learning_rate(step: jax.Array, total_steps: jax.Array, recipe: Recipe) -> ja
 def train_steps(
     state: State, key: jax.Array, data: Data, total_steps: jax.Array, recipe: Recipe
 ) -> tuple[State, dict[str, jax.Array]]:
-    """`recipe.steps_per_call` steps on the device; the host only reads the losses."""
+    """Runs `recipe.steps_per_call` steps on the device; the host only reads the losses."""
 
     def one_step(state: State, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         tokens, kind = sample_batch(key, data, recipe)
@@ -202,12 +202,12 @@ def train_steps(
 
 
 def train(data: Data, recipe: Recipe, minutes: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains for `minutes` from the first compiled step on; returns parameters and the log."""
+    """Trains for `minutes` after the first compiled step; returns parameters and the log."""
     model = Llama(recipe.config(), param_dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed))
     params = model.params()
     state = State(params, optimizer(recipe).init(params), jnp.int32(0))
     key = jax.random.key(recipe.seed)
-    calls, total_calls, curve, begin = 0, 10_000, [], 0.0  # how many calls: known after two
+    calls, total_calls, curve, begin = 0, 10_000, [], 0.0  # number of calls: known after two
     columns = [TextColumn("training"), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("{task.fields[loss]}")) as progress:
         bar = progress.add_task("training", total=None, loss="compiling")
@@ -227,7 +227,7 @@ def train(data: Data, recipe: Recipe, minutes: float) -> tuple[dict[str, Any], d
             curve.append({"step": step, **loss})
             shown = f"text {loss['text']:.3f}, key {loss['key']:.3f} nats a token"
             progress.update(bar, completed=step, total=total if calls > 1 else None, loss=shown)
-            if calls % max(1, total_calls // 10) == 0:  # what a log file keeps
+            if calls % max(1, total_calls // 10) == 0:  # for a log file
                 progress.console.print(f"step {step:,} of {total:,}: {shown}")
     steps = calls * recipe.steps_per_call
     timed = (calls - 1) * recipe.steps_per_call * recipe.batch * recipe.context
@@ -291,12 +291,14 @@ def pretrain(
 def main(
     out: Annotated[Path, typer.Option(help="New folder to write, in Hugging Face format.")],
     minutes: Annotated[
-        float, typer.Option(min=0.01, help="Training time; reading and testing come on top.")
+        float, typer.Option(min=0.01, help="Training time, without reading and testing.")
     ] = 4.0,
     corpus_mb: Annotated[
-        float, typer.Option("--corpus-mb", min=0.1, help="Megabytes of Python source, at most.")
+        float, typer.Option("--corpus-mb", min=0.1, help="Maximum megabytes of Python source.")
     ] = 200.0,
-    seed: Annotated[int, typer.Option(help="Of the text's order, the start and the batches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the text's order, the initial weights and the batches.")
+    ] = 0,
 ) -> None:
     """Train the 7M-parameter demo model (context 512) from the Python source on this machine.
 

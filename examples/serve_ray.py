@@ -1,15 +1,15 @@
-"""Several servers behind one address, by Ray Serve: texts that begin alike go to the same one.
+"""Several servers behind one address with Ray Serve: texts that begin alike go to the same one.
 
     pip install '.[serve]' 'ray[serve]'
     python examples/serve_ray.py ./Qwen2.5-7B-Instruct-1M --replicas 2 --gpus 1 --context 256k
 
-Each replica is a server as `dca-jax serve` starts it, in a process of its own, on any machine of
-Ray's cluster. The one that is asked passes a request on to the replica that has read its beginning
-before, if any has: of a book and a hundred questions, one replica reads the book, and reads it
-once. Where that replica has far more to do than the others, another one gets the request, and reads
-the beginning, too. DCA_JAX_API_KEY is what clients need, as of `dca-jax serve`; set it where the
-cluster has several machines, for then the replicas listen on the network. What has no text, such as
-/metrics, is answered by one of them for itself.
+Each replica is a server like that of `dca-jax serve`, in its own process, on any machine of Ray's
+cluster. The ingress forwards a request to the replica that has already read its beginning, if any:
+of a hundred questions about a book, one replica reads the book, once. If that replica is much
+busier than the others, another one gets the request and reads the beginning too. Clients need
+DCA_JAX_API_KEY, as with `dca-jax serve`; set it if the cluster has several machines, since the
+replicas then listen on the network. A request without text, such as /metrics, is answered by any
+one replica for itself.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from dca_jax.serving.http import make_app
 from dca_jax.serving.server import Server, listen
 from dca_jax.serving.sizing import choose_pages
 
-BEGINNING = 2000  # characters of a request's text that say where it goes
-UNEVEN = 2  # times as many requests as the average that a replica may have, and a few more
+BEGINNING = 2000  # characters of a request's text that determine its replica
+UNEVEN = 2  # a replica may have this many times the average number of requests, plus a few
 FEW = 4
-# What belongs to one connection, and not to the answer.
+# Headers of one connection, not of the answer.
 HOP = frozenset("connection content-length host keep-alive transfer-encoding upgrade".split())
 
 
 class Replica:
-    """A server of one model, listening on an address of its own.
+    """A server of one model, listening on its own address.
 
     Args:
-        alone: whether all replicas are on this machine, and need not be reached from others.
+        alone: whether all replicas are on this machine, so that no other needs to reach them.
     """
 
     def __init__(
@@ -64,20 +64,20 @@ class Replica:
         ).start()
 
     def address(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         return self._address
 
     def check_health(self) -> None:
-        """Asked by Ray, which starts another replica if this one has failed."""
+        """Called by Ray, which replaces the replica if this raises."""
         if not self._engine.alive:
-            raise RuntimeError("the engine has ended")
+            raise RuntimeError("the engine has stopped")
 
 
 class Router:
-    """Passes requests on, those that begin alike to the same replica.
+    """Forwards requests, those that begin alike to the same replica.
 
     Args:
-        replicas: handles of Ray's, with the method `address`.
+        replicas: Ray's handles, with the method `address`.
     """
 
     def __init__(self, *replicas: Any) -> None:
@@ -85,8 +85,8 @@ class Router:
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, request: Request) -> Response:
-        """One request, answered by a replica; a stream is passed on as it comes."""
-        if self._session is None:  # here, where there is an event loop
+        """Has a replica answer a request; a stream is forwarded as it arrives."""
+        if self._session is None:  # here, where an event loop runs
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
         body = await request.body()
         number = choose(beginning(body), self._busy)
@@ -101,7 +101,7 @@ class Router:
             )
         except aiohttp.ClientError as error:
             self._busy[number] -= 1
-            told = {"message": f"a replica does not answer: {error}", "type": "server_error"}
+            told = {"message": f"a replica does not respond: {error}", "type": "server_error"}
             return JSONResponse({"error": told}, 503, {"Retry-After": "1"})
         except BaseException:
             self._busy[number] -= 1
@@ -110,7 +110,7 @@ class Router:
         return StreamingResponse(self._passed_on(answer, number), answer.status, kept)
 
     async def _passed_on(self, answer: aiohttp.ClientResponse, number: int) -> AsyncIterator[bytes]:
-        """An answer's bytes; a client that goes away closes the replica's connection, too."""
+        """An answer's bytes; if the client disconnects, the replica's connection is closed too."""
         try:
             async for piece in answer.content.iter_any():
                 yield piece
@@ -120,7 +120,7 @@ class Router:
 
 
 def beginning(body: bytes) -> str:
-    """What a request's text begins with; nothing of a request that has none."""
+    """The beginning of a request's text; empty if it has none."""
     try:
         asked = json.loads(body)
         text = asked.get("messages") or asked.get("prompt")
@@ -130,13 +130,14 @@ def beginning(body: bytes) -> str:
 
 
 def choose(text: str, busy: Sequence[int]) -> int:
-    """The number of the replica for a text that begins so.
+    """The index of the replica for a text with this beginning.
 
-    Every replica has a rank for every beginning (rendezvous hashing): the first that is not far
-    busier than the others gets it, so the same one as before, and few move where one is added.
+    Every replica has a rank for every beginning (rendezvous hashing). The first one that is not
+    much busier than the others gets the request: the same one as before, and few move if one is
+    added.
 
     Args:
-        busy: requests that each replica has.
+        busy: number of requests at each replica.
     """
     most = UNEVEN * sum(busy) / len(busy) + FEW
 
@@ -157,7 +158,7 @@ def deploy(
     host: str,
     port: int,
 ) -> None:
-    """Starts the replicas and the address; returns when they serve."""
+    """Starts the replicas and the ingress; returns when they serve."""
     import ray  # pyright: ignore[reportMissingImports]
     from ray import serve  # pyright: ignore[reportMissingImports]
 
@@ -170,7 +171,7 @@ def deploy(
         own.options(name=f"replica-{number}").bind(str(Path(model).absolute()), **options)
         for number in range(replicas)
     ]
-    # It only waits: on a small machine the replicas may have every CPU that Ray counts.
+    # It only waits; on a small machine the replicas may take all CPUs that Ray counts.
     passing = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
     serve.run(serve.deployment(**passing)(Router).bind(*several))
 
@@ -180,11 +181,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a folder that every machine of the cluster has")
+    parser.add_argument("model", help="folder that exists on every machine of the cluster")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--gpus", type=float, default=0, help="of each replica")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per replica")
     parser.add_argument("--context", default="32k", help="tokens of the longest text")
-    parser.add_argument("--rows", type=int, default=32, help="texts at once, of each replica")
+    parser.add_argument("--rows", type=int, default=32, help="simultaneous texts per replica")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options: dict[str, Any] = vars(parser.parse_args())
