@@ -1,4 +1,4 @@
-"""Whole models without weights: what `dca_jax` compiles, lowered from shapes alone."""
+"""Whole models without weights: the programs of `dca_jax`, lowered from shapes alone."""
 
 import contextlib
 import math
@@ -42,14 +42,14 @@ def lower(
     sparse: Sparse | None = None,
     weights: str | None = None,
 ) -> Any:
-    """`read` (a piece of so many tokens), `read_whole` or `decode`, for the devices of a mesh."""
+    """Lowers `read` (one piece of a prompt), `read_whole` or `decode` for the devices of a mesh."""
 
     def whole(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     model = abstract_model(config, mesh, dtype, implementation, sparse, weights)
     cache = abstract_cache(config, mesh, batch, capacity, dtype)
-    # The mesh names its kind of device: what the attention looks at to choose its kernel.
+    # The mesh names its kind of device, from which the attention chooses its kernel.
     with unchecked(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if step == "read":
             arguments: tuple[Any, ...] = (
@@ -67,7 +67,7 @@ def lower(
 
 
 def _lowered(jitted: Any, mesh: Mesh, *arguments: Any) -> Any:
-    # Named, for JAX takes "gpu" for the kind that is in this machine.
+    # Named, since JAX takes "gpu" for the kind in this machine.
     platform = mesh.devices.flat[0].platform
     names = ("cuda" if platform == "gpu" else platform,)
     return jitted.trace(*arguments).lower(lowering_platforms=names)
@@ -83,7 +83,7 @@ def lower_update(
     dtype: Any = jnp.bfloat16,
     state: str = "float32",
 ) -> Any:
-    """An update of finetuning all weights, for the devices of a mesh."""
+    """Lowers an update of finetuning all weights, for the devices of a mesh."""
     where = parameter_shardings(config, mesh)
     trained = abstract_params(config, dtype=jnp.dtype(state), sharding=where)
 
@@ -104,7 +104,7 @@ def lower_update(
 
 
 def collective_sizes(hlo: str) -> list[int]:
-    """Elements of every array that a collective of the compiled program gives."""
+    """The number of elements of every array that a collective of the compiled program returns."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     sizes = []
     for line in hlo.splitlines():
@@ -115,9 +115,9 @@ def collective_sizes(hlo: str) -> list[int]:
 
 
 def summed_whole(hlo: str, size: int) -> list[str]:
-    """What is summed over devices and then whole on each, of so many elements or more.
+    """Arrays of at least this many elements that are summed over devices and whole on each.
 
-    What each device gets a part of is a fused computation, `all-reduce-scatter`, to TPUs' compiler.
+    If each device gets a part only, TPUs' compiler fuses the sum into an `all-reduce-scatter`.
     """
     found, computation = [], ""
     for line in hlo.splitlines():
@@ -167,7 +167,7 @@ def abstract_cache(
 
 
 def abstract_state(cache: KVCache, mesh: Mesh) -> steps.State:
-    """A batch that has drawn its first tokens."""
+    """A batch after its first tokens."""
     batch = cache.lengths.shape
 
     def make(cache: KVCache) -> steps.State:
@@ -183,7 +183,7 @@ def abstract_state(cache: KVCache, mesh: Mesh) -> steps.State:
 
 
 def placed(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` would return, without making it: a cache is cut, all else is everywhere."""
+    """The shapes that `make` would return: a cache is sharded, everything else replicated."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
         letters = {4: "LBSK", 5: "LBSKH"}.get(x.ndim)
@@ -196,7 +196,7 @@ def placed(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def unchecked() -> Generator[None]:
-    """Without checks of annotations: a cache is annotated with arrays, and shapes are none."""
+    """Without checks of annotations, since a cache is annotated with arrays, not shapes."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

@@ -1,8 +1,8 @@
-"""Every annotation of a package is checked at every call: shapes, dtypes and plain types.
+"""Checks every annotation of a package at every call: shapes, dtypes and plain types.
 
-As jaxtyping's import hook does it, but quicker: that one makes two checkers for each function, for
-one inside another whenever the outer one is called, and checks arguments twice. Here functions with
-shapes have jaxtyping's memory of axes around beartype's one check; others have that check alone.
+Like jaxtyping's import hook, but faster: the hook makes two checkers for each function, for a
+nested function whenever the outer one is called, and checks arguments twice. Here functions with
+shapes get jaxtyping's memory of axes around one check by beartype; others get that check alone.
 """
 
 import ast
@@ -17,16 +17,16 @@ from typing import Any, ForwardRef, Literal, get_args, get_origin
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray, TypeCheckError, config, jaxtyped
 
-# An int may stand for a float, as it does to Pyright.
+# An int may stand for a float, as for Pyright.
 CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """This function, with its arguments and what it returns checked."""
+    """The function with its arguments and result checked."""
     parts = [part for x in inspect.get_annotations(function).values() for part in parts_of(x)]
     quoted = any(isinstance(part, str | ForwardRef) for part in parts)
     if quoted or inspect.isgeneratorfunction(function):
-        # It knows of names that are there for Pyright only, and looks at nothing that is yielded.
+        # Names that exist for Pyright only are known, and yielded values are not checked.
         return jaxtyped(function, typechecker=beartype(conf=CONF))
     found = beartype(function, conf=CONF)
     if any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in parts):
@@ -40,7 +40,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parts_of(annotation: Any) -> Iterator[Any]:
-    """It, and all that stands in its brackets."""
+    """An annotation and everything in its brackets."""
     yield annotation
     if get_origin(annotation) is not Literal:
         for inner in get_args(annotation):
@@ -48,12 +48,12 @@ def parts_of(annotation: Any) -> Iterator[Any]:
 
 
 def checked_class(kind: type) -> type:
-    """A dataclass' `__init__` is written by the dataclass; other classes have their methods."""
+    """A dataclass has its generated `__init__` checked; other classes their methods."""
     return jaxtyped(kind, typechecker=beartype(conf=CONF))
 
 
 class Decorating(ast.NodeTransformer):
-    """Puts `checked` next to each function, so `jax.custom_vjp` and the like come after it."""
+    """Puts `checked` directly on each function, below `jax.custom_vjp` and the like."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.generic_visit(node)
@@ -71,7 +71,7 @@ def name_of(decorator: str, node: ast.AST) -> ast.expr:
 
 
 class CheckedLoader(SourceFileLoader):
-    """Decorates what it loads; what it compiles is not kept, as the plain module's is."""
+    """Decorates what it loads; unlike a plain module's, its bytecode is not saved."""
 
     def get_code(self, fullname: str) -> Any:
         path = self.get_filename(fullname)
@@ -97,5 +97,5 @@ class CheckedFinder(MetaPathFinder):
 
 
 def install(*packages: str) -> None:
-    """To be called before anything of these packages is imported."""
+    """Installs the hook; call it before anything of these packages is imported."""
     sys.meta_path.insert(0, CheckedFinder(packages))

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints, written from the format's description and not by our table."""
+"""Tiny Hugging Face checkpoints, written from the format's description, not from our table."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 6,  # not hidden_size / heads, so that no transposition goes unseen
+    "head_dim": 6,  # not hidden_size / heads, so that no transposition goes unnoticed
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
@@ -36,7 +36,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 def random_tensors(
     config: dict[str, Any], *, dtype: np.dtype = BFLOAT16, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every tensor that transformers' model of this config has, random."""
+    """Every tensor of transformers' model with this config, random."""
     rng = np.random.default_rng(seed)
     vocab, width, ffw = (config[k] for k in ("vocab_size", "hidden_size", "intermediate_size"))
     query = config["num_attention_heads"] * config["head_dim"]
@@ -122,7 +122,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder's safetensors files, by the library."""
+    """Every tensor of the folder's safetensors files, read by the library."""
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)

@@ -1,7 +1,7 @@
-"""Llama with DCA in float64, dense, written from the papers and sharing no code with the package.
+"""Dense Llama with DCA in float64, written from the papers without code of the package.
 
-A query is turned by exp(i M[i, j] f) towards each key, so there is no rotation of keys, no phase
-and no merge; autodiff of it is the exact gradient. For `jax.enable_x64`.
+A query is rotated by exp(i M[i, j] f) relative to each key, so there is no rotation of keys, no
+phase and no merge; its autodiff is the exact gradient. Use under `jax.enable_x64`.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from oracle import relative_position
 
 from dca_jax.config import LlamaConfig
 
-# Of a layer, "key" or "value", and the keys rotated to their own positions, or the values: those
-# that are read in their place.
+# From a layer, "key" or "value", and the rotated keys or the values, to those that are read
+# instead.
 Kept = Callable[[int, str, jax.Array], Any]
-# From the weights [B, N, T, T] of a layer's dense attention, which pairs are read.
+# From the weights [B, N, T, T] of a layer's dense attention to the pairs that are read.
 Chosen = Callable[[jax.Array], Any]
 
 
@@ -31,7 +31,7 @@ def logits(
     kept: Kept = lambda layer, name, x: x,
     chosen: Chosen = lambda weights: True,
 ):
-    """[B, T, V] of whole texts; one layer after the other, as the parameters' tree has them."""
+    """Logits [B, T, V] of whole texts, layer by layer in the order of the parameters' tree."""
     length = tokens.shape[1]
     relative = np.array(
         [[relative_position(i, max(j, 0), s, largest) if j <= i else 0 for j in range(length)]
@@ -60,7 +60,7 @@ def mean_nll(
     s: int,
     largest: int,
 ) -> jax.Array:
-    """Mean over the trained tokens of -ln p(token | those before)."""
+    """Mean over the trained tokens of -ln p(token | earlier tokens)."""
     found = logits(params, jnp.asarray(tokens), config, s, largest)[:, :-1]
     log_p = found - jax.nn.logsumexp(found, axis=-1, keepdims=True)
     nll = -jnp.take_along_axis(log_p, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
@@ -109,7 +109,7 @@ def _attention(
 
 
 def _turned(x: Any, turn: np.ndarray) -> jax.Array:
-    """Each pair of elements (h, h + H/2) as a complex number, times a number of the token's."""
+    """Multiplies each pair (h, h + H/2), as a complex number, by one number per token."""
     first, second = jnp.split(jnp.asarray(x), 2, axis=-1)
     turned = jax.lax.complex(first, second) * turn
     return jnp.concatenate([turned.real, turned.imag], axis=-1)

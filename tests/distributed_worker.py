@@ -1,7 +1,7 @@
 """One of several in `test_distributed`: python distributed_worker.py TASK OUT FOLDER [ARGUMENT ..].
 
-Its place among them comes from the environment, as under a launcher. What it found goes into OUT as
-JSON; then it runs `dca-jax` with the arguments, if there are any.
+Its number comes from the environment, as under a launcher. It writes its results to OUT as JSON,
+then runs `dca-jax` with the arguments, if there are any.
 """
 
 import json
@@ -76,7 +76,7 @@ def read_and_save(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def ask_the_primary() -> dict[str, Any]:
-    """Which process did what, and what each learned of it."""
+    """Which process did what, and what each process was told."""
     called: list[int] = []
 
     def secret() -> dict[str, Any]:
@@ -96,7 +96,7 @@ def ask_the_primary() -> dict[str, Any]:
 
 
 def compute_forever(out: Path) -> None:
-    """Sums over all devices, again and again; leaves a file when the first sum is there."""
+    """Sums over all devices repeatedly; writes a file after the first sum."""
     mesh = make_mesh("data=8")
     whole = NamedSharding(mesh, PartitionSpec())
     ones = jax.make_array_from_callback(
@@ -127,12 +127,12 @@ def main(task: str, out: Path, folder: Path, arguments: list[str]) -> None:
         out.write_text(json.dumps(found))
         if arguments:
             distributed.print_once()
-            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):  # the command is not to join again
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):  # the command must not join again
                 del os.environ[name]
             app(arguments, standalone_mode=False)
 
 
 if __name__ == "__main__":
-    # Apart from what the CPU's collectives print.
+    # Separate from what the CPU's collectives print.
     with Path(os.environ["PRINTED"]).open("w", buffering=1) as sys.stdout:
         main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,10 +1,10 @@
-"""What github.com/NVIDIA/RULER's own generators write, with stand-ins for all they download.
+"""The output of github.com/NVIDIA/RULER's own generators, with stand-ins for all downloads.
 
     python tests/golden_ruler.py RULER_CHECKOUT
 
 runs `scripts/data/prepare.py` of a checkout (commit c3f5e3b) for each of `CASES`, in a folder of
-its own, and writes `tests/golden/ruler.json`: of each prompt a checksum, its answers, its length.
-The stand-ins below are a tokenizer (words and signs), wonderwords' lists, NLTK's sentences, the
+its own, and writes `tests/golden/ruler.json`: each prompt's checksum, answers and length. The
+stand-ins below are a tokenizer (words and signs), wonderwords' lists, NLTK's sentences, the
 essays, the longer list of words, SQuAD's and HotpotQA's files.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 GOLDEN = Path(__file__).parent / "golden" / "ruler.json"
-# Beginnings of others, and words that are in two lists, are there on purpose.
+# Prefixes of other words, and words in two lists, are included on purpose.
 ADJECTIVES = ["well", "well-known", "a", "big", "red", "b-c", "b", "Able", "big"]
 NOUNS = ["tree", "known-tree", "c-d", "d", "Zebra", "ox", "red", "well"]
 VERBS = [f"verb{n * 7919 % 9973}" for n in range(150)] + ["red", "ox"]
@@ -90,7 +90,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 def sentences_of(text: str) -> list[str]:
-    """The stand-in for NLTK's."""
+    """The stand-in for NLTK's sentences."""
     return re.split(r"(?<=[.!?]) ", text)
 
 
@@ -161,7 +161,7 @@ NAMES = ("input", "answer_prefix", "outputs", "length")
 
 
 def record(question: str, beginning: str, expected: list[str], length: int) -> dict[str, Any]:
-    """What is kept of a sample; its question is long."""
+    """The recorded part of a sample; its question is long."""
     checksum = hashlib.sha256(question.encode()).hexdigest()
     return {"sha256": checksum, "beginning": beginning, "expected": expected, "length": length}
 

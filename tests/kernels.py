@@ -1,4 +1,4 @@
-"""What the tests of every backend's kernels share: inputs, and the dense oracle beside them."""
+"""Shared by the tests of all backends' kernels: inputs, and the dense oracle."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from dca_jax.rope import RopeConfig
 
 ROPE = RopeConfig()
 
-# For programs that are large and run once: compiling them is what takes the time.
+# For large programs that run once: most of the time goes into compiling them.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -38,7 +38,7 @@ def draw(
 
 
 def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
-    """Gives attention(*inputs), and the gradients of its sum weighted at random; compiled."""
+    """Compiled: attention(*inputs), and the gradients of its randomly weighted sum."""
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(*inputs: jax.Array) -> list[jax.Array]:
@@ -49,7 +49,7 @@ def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., list[ja
 
 
 def weight_of(out: jax.Array) -> jax.Array:
-    """What the sum of these outputs is weighted by."""
+    """The weights in the sum of these outputs."""
     return jnp.asarray(np.random.default_rng(9).normal(size=out.shape), jnp.float32)
 
 
@@ -64,10 +64,11 @@ def attend_by_slices(
     dca: DCAConfig,
     rows: Rows,
 ) -> list[jax.Array]:
-    """Out and gradients of query, rotated key and value, each slice of the keys met by itself.
+    """Output and gradients of query, rotated key and value, with each slice of keys on its own.
 
-    As devices do that share a text: outputs merged by their log-sum-exp; then each slice's backward
-    with the log-sum-exp and delta of all, gradients of the query summed, of the keys put together.
+    Like devices that share a text: outputs are merged by log-sum-exp; then each slice's backward
+    pass uses the global log-sum-exp and delta, query gradients are summed and key gradients
+    concatenated.
     """
     options: dict[str, Any] = {"dca": dca, "phases": PHASES}
     layer, batch = jnp.int32(0), query.shape[0]

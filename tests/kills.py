@@ -4,14 +4,13 @@
     python tests/kills.py --only finetune --runs 8  # fewer, of one kind
     python tests/kills.py --seed 7                  # other moments
 
-Each run gets SIGTERM, SIGINT or SIGKILL, once or twice, and is then repeated until it ends by
-itself. What it leaves must be what a run that nobody disturbed leaves: the same weights, the same
-results, and no other file beside them. A signal that can be caught must be answered with a sentence
-instead of a traceback.
+Each run gets SIGTERM, SIGINT or SIGKILL, once or twice, and is then repeated until it finishes. It
+must leave what an undisturbed run leaves: the same weights, the same results, and no other files. A
+signal that can be caught must be answered with a sentence instead of a traceback.
 
 Runs work on a copy of the tree, one at a time, each in a fork of a process that has imported
-everything: importing takes most of a command's time, and nothing is written meanwhile. Exit
-status 1: something was wrong.
+everything, since importing takes most of a command's time and writes nothing. Exit status 1 means
+that something was wrong.
 """
 
 import argparse
@@ -41,7 +40,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 def import_everything(tree: Path) -> None:
-    """What a command needs, from a copy of the tree; no device is touched."""
+    """Imports what a command needs from a copy of the tree, without touching a device."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path.insert(0, str(tree))
     for name in (
@@ -52,7 +51,7 @@ def import_everything(tree: Path) -> None:
 
 
 def run_forked(command: list[str], place: Path) -> int:
-    """Starts a command in a copy of this process; its errors go to `place`."""
+    """Starts a command in a fork of this process; its errors go to `place`."""
     if pid := os.fork():
         return pid
     code = 1
@@ -72,14 +71,14 @@ def run_forked(command: list[str], place: Path) -> int:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(code)  # not back into the campaign
+        os._exit(code)  # do not return to the campaign
 
 
 class Kind(NamedTuple):
-    """A command that writes, and what of its output must not depend on being killed."""
+    """A command that writes, and the part of its output that must not depend on being killed."""
 
     runs: int
-    command: Callable[[str, Path, Path], list[str]]  # of the model, the inputs, the output
+    command: Callable[[str, Path, Path], list[str]]  # from the model, the inputs and the output
     outcome: Callable[[Path], str]
 
 
@@ -119,7 +118,7 @@ def trained_weights(folder: Path) -> str:
 
 
 def results(folder: Path) -> str:
-    """All records and scores to the last digit, but for their times; records come in any order."""
+    """All records and scores to the last digit, except times; records in any order."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -166,11 +165,11 @@ class Campaign:
         self.output.parent.mkdir()
         write_inputs(self.inputs)
         self.codes: Counter[str] = Counter()
-        self.ended = False  # whether the last run came to its end before its signal
-        self.seconds = 0.0  # of the last run that nobody disturbed: a busy machine gets slower
+        self.ended = False  # whether the last run finished before its signal
+        self.seconds = 0.0  # seconds of the last undisturbed run: a busy machine gets slower
 
     def run(self, sign: signal.Signals | None = None, seconds: float = 0) -> tuple[int, str]:
-        """Runs the command, and sends it a signal after some time; its exit code and errors."""
+        """Runs the command and sends a signal after some time; returns its exit code and errors."""
         begin = time.perf_counter()
         pid = run_forked(self.kind.command(self.model, self.inputs, self.output), self.place)
         status = 0
@@ -188,12 +187,12 @@ class Campaign:
         return os.waitstatus_to_exitcode(status), (self.place / "errors").read_text()
 
     def outcome(self) -> str:
-        """What the output holds, found out by another process: this one touches no device."""
+        """The contents of the output, read by another process, since this one touches no device."""
         with multiprocessing.get_context("fork").Pool(1) as pool:
             return pool.apply(self.kind.outcome, (self.output,))
 
     def undisturbed(self) -> str:
-        """What such a run leaves; the second one, which compiles nothing."""
+        """The output of an undisturbed run: the second one, which compiles nothing."""
         for _ in range(2):
             shutil.rmtree(self.output, ignore_errors=True)
             code, errors = self.run()
@@ -202,7 +201,7 @@ class Campaign:
         return self.outcome()
 
     def faults_of_a_run(self, draw: random.Random, number: int) -> list[str]:
-        """Kills a run once or twice; returns what was wrong of its answers."""
+        """Kills a run once or twice; returns what was wrong with its messages."""
         shutil.rmtree(self.output, ignore_errors=True)
         faults, self.ended = [], False
         for again in range(draw.choice((1, 1, 2))):
@@ -220,8 +219,8 @@ class Campaign:
         return faults
 
     def faults_of_the_end(self, expected: str) -> list[str]:
-        """Runs the command to its end, unless it came to it; returns what is wrong of it."""
-        # A converted folder is there whole, or not at all.
+        """Runs the command to its end, unless it finished before; returns what is wrong with it."""
+        # A converted folder is complete or absent.
         converted = self.kind is KINDS["convert"] and self.output.exists()
         if not self.ended and not converted:
             code, errors = self.run()
@@ -229,7 +228,7 @@ class Campaign:
                 return [f"run again it ends with code {code}:\n{errors[-1500:]}"]
         faults = []
         if self.outcome() != expected:
-            faults.append("what it leaves is not what an undisturbed run leaves")
+            faults.append("its output differs from an undisturbed run's")
         others = [file.name for file in self.output.parent.iterdir() if file != self.output]
         if others:
             faults.append(f"left behind: {others}")
@@ -237,7 +236,7 @@ class Campaign:
 
 
 def campaign(name: str, runs: int, seed: int, place: Path, model: str) -> int:
-    """All runs of a kind, a line each; returns how many of them were wrong."""
+    """All runs of a kind, one line each; returns the number of wrong ones."""
     begin = time.perf_counter()
     one = Campaign(KINDS[name], place, model)
     expected = one.undisturbed()

@@ -1,4 +1,4 @@
-"""Compiling for a GPU that is not here: as far as the kernels' own compiler goes."""
+"""Compiling for an absent GPU, as far as the kernels' own compiler goes."""
 
 from collections.abc import Callable
 from typing import Any

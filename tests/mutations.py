@@ -1,11 +1,12 @@
-"""Does the suite notice? Deliberate faults, one at a time, and the tests that are to fail of each.
+"""Does the suite notice? Deliberate faults, one at a time, and the tests that should fail.
 
     python tests/mutations.py                  # each fault, with the quickest tests that know it
-    python tests/mutations.py --only cache     # faults whose name or file has this in it
+    python tests/mutations.py --only cache     # faults whose name or file contains this
     python tests/mutations.py --all-tests      # each fault, with the whole suite (hours)
 
 Every fault is made in a copy of the tree, never in the tree itself. It replaces a text that must
-stand once in its file, and says so loudly where code has moved. Exit status 1: a fault was missed.
+occur exactly once in its file; otherwise it fails loudly, because the code has moved. Exit status 1
+means that a fault was missed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ COPIED = ("dca_jax", "checkpoints_convert", "examples", "benchmarks", "docs", "t
 
 
 class Fault(NamedTuple):
-    """A fault, and what pytest is to be given to notice it."""
+    """A fault, and the arguments with which pytest should notice it."""
 
     name: str
     file: str  # in dca_jax/
@@ -464,7 +465,7 @@ def copy_of_the_tree(place: Path) -> None:
 
 
 def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
-    """Whether tests fail of the fault; and the first that did, or what happened instead."""
+    """Whether tests fail because of the fault, and the first that did, or what happened instead."""
     source = REPOSITORY / "dca_jax" / fault.file
     text = source.read_text(encoding="utf-8")
     if (found := text.count(fault.old)) != 1:
@@ -494,7 +495,8 @@ def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
         )
     lines = run.stdout.splitlines()
     failed = [line for line in lines if line.startswith("FAILED ")]
-    # 1: a test failed. Anything else (2: not collected, 4: no such test, 5: none) is no notice.
+    # 1: a test failed. Anything else (2: not collected, 4: no such test, 5: none) is not a
+    # detection.
     if run.returncode == 1 and failed:
         return True, failed[0].removeprefix("FAILED ").split(" - ")[0]
     return False, lines[-1] if lines else run.stderr[-200:]
@@ -503,7 +505,7 @@ def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all-tests", action="store_true", help="the whole suite for each fault")
-    parser.add_argument("--only", default="", help="faults whose name or file has this in it")
+    parser.add_argument("--only", default="", help="faults whose name or file contains this")
     options = parser.parse_args()
     chosen = [fault for fault in FAULTS if options.only in f"{fault.name} {fault.file}"]
     missed = 0

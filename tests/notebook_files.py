@@ -2,8 +2,8 @@
 
     make notebooks
 
-writes every .ipynb anew from its .py, without outputs. jupytext does the same, and the other way
-round for who edits the .ipynb (`jupytext --sync notebooks/*.py`).
+rewrites every .ipynb from its .py, without outputs. jupytext does the same, in both directions, if
+you edit the .ipynb (`jupytext --sync notebooks/*.py`).
 """
 
 import json
@@ -28,7 +28,7 @@ def cells(text: str) -> Iterator[tuple[str, str]]:
 
 
 def notebook(text: str) -> dict[str, Any]:
-    """A .py as a notebook (nbformat 4.5) that nobody has run."""
+    """A .py as a notebook (nbformat 4.5) without outputs."""
     made = []
     for number, (kind, source) in enumerate(cells(text)):
         cell = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}

@@ -1,7 +1,7 @@
-"""DCA in NumPy float64, written from the paper's text alone and sharing no code with the package.
+"""DCA in NumPy float64, written from the paper's text alone, without code of the package.
 
-The logit of a pair depends on its relative position only, so the query is turned by
-exp(i * M[i, j] * frequency) towards each key: no rotation of keys, no phases, no merge.
+The logit of a pair depends on its relative position only, so the query is rotated by
+exp(i * M[i, j] * frequency) relative to each key: no rotation of keys, no phases, no merge.
 """
 
 import math
@@ -35,7 +35,7 @@ def attention(
 ) -> np.ndarray:
     """One softmax over all keys j <= i; zeros for queries at or beyond their row's length.
 
-    `allowed` leaves some of these keys out.
+    `allowed` excludes some of these keys.
     """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, num_queries, num_heads, head_dim = query.shape

@@ -20,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md"]
 PAGES += [
     str(f.relative_to(REPOSITORY)) for f in FOLDER if not {"_build", "_generated"} & {*f.parts}
 ]
-# What a block may be: run or parsed, or none of a reader's business to run.
+# The languages of blocks that are run or parsed, and of those that are not.
 LANGUAGES = ["python", "sh"]
 OTHERS = ["text", "bibtex", "json"]
 PROGRAMS = (
@@ -30,7 +30,7 @@ PROGRAMS = (
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code, and the line of its page that it begins after."""
+    """A block of code, and the line of its page after which it begins."""
 
     page: str
     line: int
@@ -46,7 +46,7 @@ class Block:
 
 @cache
 def blocks(page: str) -> tuple[Block, ...]:
-    """All of a page but directives (`{toctree}`): of fences, and of indented lines."""
+    """All code blocks of a page, fenced or indented, except directives (`{toctree}`)."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     found = []
     for token in MarkdownIt().parse(text):
@@ -66,7 +66,7 @@ def _is_shell(text: str) -> bool:
 
 
 def simple(words: list[str]) -> Iterator[tuple[list[str], str]]:
-    """A line's commands, without assignments and redirections; each with the sign that ends it."""
+    """A line's commands without assignments and redirections, each with its terminator."""
     command: list[str] = []
     words = [*words, ";"]
     while words:
@@ -81,12 +81,12 @@ def simple(words: list[str]) -> Iterator[tuple[list[str], str]]:
 
 
 def parse(words: list[str], command: Any = None, name: str = "dca-jax") -> Any:
-    """What `dca-jax WORDS` hands to its command: Click's context. A mistake raises Click's own."""
+    """Click's context of `dca-jax WORDS`; a mistake raises Click's own error."""
     command = command or typer.main.get_command(app)
     context = command.make_context(name, list(words))
     while hasattr(command, "commands"):
         words = [*context._protected_args, *context.args]
         name, command, rest = command.resolve_command(context, words)
         context = command.make_context(name, rest, parent=context)
-        command = context.command  # `command` itself may be one that is imported later
+        command = context.command  # `command` itself may be a placeholder that imports it
     return context

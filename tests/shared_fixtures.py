@@ -1,6 +1,6 @@
-"""What several test files are given: one tiny model on disk and in memory, and the command line.
+"""Shared by test files: one tiny model on disk and in memory, and the command line.
 
-A session's fixtures are made once a worker; no test writes into them.
+Session fixtures are made once per worker; no test modifies them.
 """
 
 from collections.abc import Generator
@@ -27,31 +27,31 @@ from dca_jax.model import Llama
 
 
 def invoke(*arguments: object, **options: Any) -> Any:
-    """`dca-jax` with these arguments, in this process; unforeseen errors are raised."""
+    """Runs `dca-jax` with these arguments in this process; unexpected errors are raised."""
     words = [str(argument) for argument in arguments]
     return CliRunner().invoke(app, words, catch_exceptions=False, **options)
 
 
 def invoke_eval(*arguments: object) -> Any:
-    """`dca-jax eval` alone; whatever is raised is its result's."""
+    """Runs `dca-jax eval`; exceptions are kept in the result."""
     return CliRunner().invoke(measure.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a tokenizer and a chat template, as Hugging Face keeps one."""
+    """A tiny random Llama with a tokenizer and a chat template, in Hugging Face's format."""
     return make_llm(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def llm(folder: Path) -> dca_jax.LLM:
-    """`folder` as a user loads it who asks for nothing."""
+    """`folder`, loaded with default arguments."""
     return dca_jax.load(folder)
 
 
 @pytest.fixture
 def compilations() -> Generator[list[str]]:
-    """Grows by every program that XLA compiles, those of operations outside `jax.jit` too."""
+    """A list that grows with every program XLA compiles, also for operations outside `jax.jit`."""
     names: list[str] = []
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
@@ -76,7 +76,7 @@ def plain_llm(folder: Path) -> dca_jax.LLM:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
-    """What the released ChunkLlama drew and computed of `golden_model`."""
+    """What the released ChunkLlama generated and computed with `golden_model`."""
     return golden_llama.load_outputs()
 
 
@@ -87,7 +87,7 @@ def golden_model() -> Llama:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of the blockwise backend so small that short texts cross many of them."""
+    """The blockwise backend with tiles so small that short texts cross many of them."""
     monkeypatch.setattr(xla, "TILE", 16)
     monkeypatch.setattr(xla, "CPU_TILE", 16)
     monkeypatch.setattr(xla, "LOGITS", 16 * 18)  # no block of keys ends where a chunk does
@@ -101,7 +101,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     all_small = tiles.Tiles(forward=small, dq=small, dkv=small, decode=small)
     monkeypatch.setattr(triton_common, "INTERPRET", True)
     for table in (tiles.AMPERE, tiles.HOPPER):
-        monkeypatch.setitem(table, 64, all_small)  # narrower heads have it too
+        monkeypatch.setitem(table, 64, all_small)  # also for narrower heads
     monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
 
@@ -110,8 +110,8 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def interpreted_mosaic_tpu(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """A TPU whose kernels run in the interpreter, on two cores, with small blocks.
 
-    The interpreter looks for races, of two cores that share a kernel too, and for reads out of
-    bounds, and fills memory nobody has written with NaN.
+    The interpreter detects races, also between two cores that share a kernel, and out-of-bounds
+    reads, and fills uninitialized memory with NaN.
     """
     v5e = Device("tpu", "TPU v5e", None)
     small = tiles.Tiles(forward=(16, 16), dq=(16, 16), dkv=(16, 16), decode=32, decode_splits=2)

@@ -1,7 +1,7 @@
 """Each page's code runs, from its first block to its last, in an empty folder.
 
-Whatever model a page names is a tiny one there, files are small, and numbers of tokens are divided.
-What is not run is in `PARSED`; `test_docs.py` has looked at its words.
+Whatever model a page names is replaced by a tiny one, files are small, and numbers of tokens are
+divided. Commands in `PARSED` are not run; `test_docs.py` checks their options.
 """
 
 import ast
@@ -33,7 +33,7 @@ from dca_jax.serving.http import make_app
 from dca_jax.serving.server import Server, listen
 from dca_jax.sharding import parse_mesh
 
-# Beginnings of commands that are not run, and why.
+# Prefixes of commands that are not run, with the reason.
 PARSED = {
     "pip": "needs an index of packages; `make test-wheel` installs",
     "make": "its targets are the checks themselves",
@@ -60,7 +60,7 @@ PARSED = {
     "dca-jax eval longbench-v2": "tests/test_evaluation_benchmarks.py",
     "dca-jax eval few-shot": "tests/test_evaluation_examples.py",
 }
-# Python that is compiled, and whose imports are made: it waits for a second host.
+# Python that is only compiled and imported, since it waits for a second host.
 COMPILED = ["distributed.initialize("]
 
 SENTENCE = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. "
@@ -74,7 +74,7 @@ DIALOGUES = [
     }
     for n in range(12)
 ]
-# Files that pages speak of and do not make.
+# Files that pages mention and do not create.
 FILES = {
     **dict.fromkeys(["a-long-book.txt", "library.txt"], SENTENCE * 4),
     "book.txt": SENTENCE * 8,  # more than a window and the stride of `eval perplexity`
@@ -83,7 +83,7 @@ FILES = {
 }
 SCALE = 64  # a length is divided by it
 LONGEST = 128
-# What is added to a command; the last of an option that is given twice counts.
+# Added to commands; the last value of a repeated option counts.
 SHORTER = {
     "finetune": "--length 64 --steps 1 --batch 1 --dtype float32".split(),
     "preview": "--data dialogues.json".split(),
@@ -104,15 +104,15 @@ def runs(words: list[str]) -> bool:
 
 
 class Reader:
-    """Somebody who copies a page's blocks into an empty folder, one after another."""
+    """A reader who pastes a page's blocks into an empty folder, one after another."""
 
     def __init__(self, model: Path, gguf: Callable[[], Path]) -> None:
         self.model, self.gguf = model, gguf
-        # What blocks take for granted.
+        # Names that blocks assume.
         self.names: dict[str, Any] = {"dca_jax": dca_jax, "book": SENTENCE}
 
     def have(self, text: str) -> None:
-        """Puts every file that a text names where it says."""
+        """Creates every file that a text names."""
         for name, content in FILES.items():
             if name in text and not Path(name).exists():
                 Path(name).write_text(content)
@@ -120,7 +120,7 @@ class Reader:
             write_pdf(Path("book.pdf"), SENTENCE * 4)
 
     def have_model(self, name: str) -> None:
-        """Puts the model where a page says that one is; shapes that are planned for need none."""
+        """Puts a model where a page expects one; shapes for `plan` need none."""
         path = Path(name)
         if name not in SHAPES and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,9 +142,10 @@ class Reader:
             )
         for pattern, less in SMALLER.items():
             code = re.sub(pattern, less, code)
-        with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):  # as readers have it
+        # the reader's default
+        with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
             warnings.simplefilter("ignore", ResourceWarning)  # files that Python itself closes
-            # Lines have the numbers that they have on the page.
+            # Lines keep their numbers on the page.
             exec(compile("\n" * block.line + code, block.page, "exec"), self.names)
 
     def shell(self, line: list[str]) -> None:
@@ -206,7 +207,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 @pytest.fixture
 def client(llm: dca_jax.LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `openai.OpenAI` makes asks a server of the tiny model, wherever the page has it."""
+    """Connects `openai.OpenAI` to a server of the tiny model, whatever address the page uses."""
     engine = Engine(llm, context=512, rows=1, pages=20)
     engine.start()
     listening = listen("127.0.0.1", 0)
@@ -233,7 +234,7 @@ def client(llm: dca_jax.LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way of generating stops after `NEW_TOKENS`, whatever it is told."""
+    """Generation always stops after `NEW_TOKENS`, whatever is asked for."""
     made = Options.of
 
     def of(options: Options | None, changes: OptionNames) -> Options:
@@ -270,7 +271,7 @@ def test_a_page_runs(page, folder, gguf, tmp_path, monkeypatch, request):
 
 
 def test_what_is_not_run_is_somewhere():
-    """An exception that no page needs any more is taken out."""
+    """Every exception is needed by some page."""
     lines = [
         " ".join(words)
         for page in pages.PAGES

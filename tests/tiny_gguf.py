@@ -1,4 +1,4 @@
-"""GGUF files written from the format's description, by the package `gguf`, for tests to read."""
+"""GGUF files for tests, written by the package `gguf` from the format's description."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import Tokenizer
 
 PLAIN = ["F32", "F16", "BF16"]
-# Formats that `gguf` packs too, and those of which it only unpacks: their blocks are made here.
+# Formats that `gguf` can pack, and those it can only unpack, whose blocks are made here.
 BY_LIBRARY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 BY_BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
-# Where in a block its float16 scales lie, in bytes.
+# Byte offsets of a block's float16 scales.
 SCALES = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
@@ -53,7 +53,7 @@ NAMES = {
 
 
 def packed(values: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """The bytes of a matrix in a format; of `BY_BLOCKS` random ones, with scales that are small."""
+    """The bytes of a matrix in a format; random ones with small scales for `BY_BLOCKS`."""
     if kind not in BY_BLOCKS:
         return quants.quantize(values.astype(np.float32), GGMLQuantizationType[kind])
     size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -77,13 +77,13 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(values: np.ndarray, heads: int) -> np.ndarray:
-    """The rows of q or k as llama.cpp has them: halves of a head next to one another."""
+    """The rows of q or k in llama.cpp's order: halves of a head interleaved."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors with those of a layer's experts as one, as llama.cpp has them."""
+    """The tensors with a layer's experts merged into one, as in llama.cpp."""
     found: dict[str, list[np.ndarray]] = {}
     for name, value in tensors.items():
         found.setdefault(re.sub(r"experts\.\d+\.(\w+)_proj", r"\1_exps", name), []).append(value)
@@ -102,8 +102,9 @@ def write_gguf(
     """A random model; its matrices take the formats in turn, and vectors are float32.
 
     Args:
-        tokenizer: values by name, "tokenizer." and all. more: values of the architecture by name.
-        tensors: more of them, by llama.cpp's name, in float32.
+        tokenizer: values by full name ("tokenizer. ...").
+        more: values of the architecture by name.
+        tensors: additional tensors by llama.cpp's name, in float32.
     """
     rng, arch = np.random.default_rng(1), config["model_type"].replace("_", "")
     writer = GGUFWriter(path, arch)
@@ -134,7 +135,7 @@ def write_gguf(
 
 
 def add_value(writer: GGUFWriter, name: str, value: Any) -> None:
-    """A value of metadata, in the type that llama.cpp's own converter gives it."""
+    """Adds a value of metadata in the type that llama.cpp's own converter uses."""
     if isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):
@@ -179,7 +180,7 @@ def byte_level(tokenizer: Tokenizer, pre: str, **changes: Any) -> dict[str, Any]
 
 
 def sentencepiece(tokenizer: Tokenizer, **changes: Any) -> dict[str, Any]:
-    """The metadata of a SentencePiece tokenizer; the score of a token is its merge's number."""
+    """The metadata of a SentencePiece tokenizer; a token's score is the number of its merge."""
     model = json.loads(tokenizer.to_str())["model"]
     vocab = model["vocab"]
     tokens = sorted(vocab, key=vocab.__getitem__)

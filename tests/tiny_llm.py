@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# One layer, one head of 8: for what needs a model's config, and hardly a model.
+# One layer, one head of 8: for tests that need a config, but hardly a model.
 LEAST = LlamaConfig(
     vocab_size=64,
     hidden_size=8,
@@ -30,7 +30,7 @@ LEAST = LlamaConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
-# Every mesh of eight devices divides its sizes, and `tensor` is more than its kv heads.
+# Every mesh of eight devices divides its sizes, and `tensor` can exceed its kv heads.
 DIVISIBLE = LlamaConfig(
     vocab_size=96,
     hidden_size=32,
@@ -50,7 +50,7 @@ CORPUS = [
 
 
 def byte_level_tokenizer(vocab_size: int = 300, corpus: Sequence[str] = CORPUS) -> Tokenizer:
-    """Byte-level BPE, as Llama 3 and Qwen2 have: a character may take several tokens."""
+    """Byte-level BPE like Llama 3's and Qwen2's: a character may take several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def byte_level_tokenizer(vocab_size: int = 300, corpus: Sequence[str] = CORPUS) 
 
 
 def metaspace_tokenizer(vocab_size: int = 400) -> Tokenizer:
-    """SentencePiece's manner, as Llama 2 has: a word's space is part of its first token."""
+    """SentencePiece-like, as in Llama 2: a word's space is part of its first token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
@@ -91,7 +91,7 @@ def metaspace_tokenizer(vocab_size: int = 400) -> Tokenizer:
 
 
 def fast_tokenizer() -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer as `transformers` has it."""
+    """The byte-level tokenizer as an object of `transformers`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_tokenizer(),
         bos_token="<s>",
@@ -114,7 +114,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
 
 
 def make_llm(folder: Path, *, chat: bool = True, **changes: Any) -> Path:
-    """A folder with a model trained (so it says) on 64 tokens, and a byte-level tokenizer."""
+    """A folder with a byte-level tokenizer and a model whose config says it was trained on 64."""
     make_tiny(folder, dtype=np.dtype(np.float32), vocab_size=300, **changes)
     template = {"chat_template": CHAT_TEMPLATE} if chat else {}
     save_tokenizer(folder, byte_level_tokenizer(), **template)
