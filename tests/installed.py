@@ -4,7 +4,8 @@
 
 makes a virtual environment for the core and for each extra, installs the wheel there with the
 newest dependencies that its metadata allows (so it needs the network), and runs what that extra is
-for. Extras for accelerators are only resolved.
+for: with `eval` every one of its packages is used. Where an extra is missing, the command that
+needs it must name it. Extras for accelerators are only resolved.
 """
 
 import json
@@ -26,6 +27,20 @@ DIALOGUES = [
     }
     for n in range(16)
 ]
+QUESTIONS = [
+    {"id": f"q{n}", "pid": f"q{n}_0", "input": "A text. " * 9, "query": f"Who is {name}?"}
+    | {"output": "A captain."}
+    for n, name in enumerate(["Ahab", "Starbuck", "Stubb", "Flask"])
+]
+TASK = """task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{query}}"
+doc_to_choice: [" A captain.", " A whale."]
+doc_to_target: 0
+"""
 EVERY_NAME = (
     "import dca_jax, checkpoints_convert, importlib.resources as files\n"
     "for name in dca_jax.__all__: getattr(dca_jax, name)\n"
@@ -37,16 +52,26 @@ FINETUNE = (
     "dca-jax finetune --model demo --data dialogues.json --template llama-2 --length 128 "
     "--steps 1 --dtype float32 --output"
 )
+QUIET = (
+    "import contextlib, io, sys\n"
+    "with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+    "    import dca_jax; dca_jax.load('demo')\n"
+    "assert 'PyTorch' not in said.getvalue(), said.getvalue()"
+)
+SENTENCES = "import nltk.tokenize, nltk; nltk.tokenize.PunktSentenceTokenizer().tokenize('A. B.')"
 # What each environment runs, a command a line; "serve" asks a server.
 CHECKS = {
     "": [
         ["python", "-c", EVERY_NAME],
+        ["python", "-c", QUIET],
         "dca-jax --version",
+        "dca-jax info demo",
         "dca-jax generate demo prompt --max-new-tokens 4",
         "dca-jax plan llama-2-7b --device h200 --context-length 32k",
         "dca-jax convert demo orbax",
         "dca-jax generate orbax prompt --max-new-tokens 4",
         "dca-jax eval passkey demo --form fitted --length 1k --trials 1 --method dca",
+        "dca-jax eval report outputs",
     ],
     "train": [f"{FINETUNE} run", "dca-jax generate run/model prompt --max-new-tokens 4"],
     "train,tensorboard": [f"{FINETUNE} run --report tensorboard"],
@@ -54,8 +79,19 @@ CHECKS = {
     "serve": ["serve"],
     "eval": [
         "dca-jax eval ruler demo --task niah_single_1 --length 1k --trials 1 --method dca",
-        ["python", "-c", "import lm_eval.tasks, dca_jax.lm_eval"],
+        "dca-jax eval few-shot demo --data qmsum=questions.jsonl --pool qmsum=questions.jsonl "
+        "--examples best --limit 1 --max-length 700 --method dca",
+        ["python", "-c", SENTENCES],
+        "dca-jax lm-eval demo --tasks capitals --include_path . --method dca",
     ],
+}
+# What the core alone refuses, and the extra that it has to name.
+REFUSED = {
+    "dca-jax serve demo": "serve",
+    f"{FINETUNE} run": "train",
+    "dca-jax eval ruler demo --length 1k --method dca": "eval",
+    "dca-jax eval few-shot demo --data qmsum=questions.jsonl --limit 1": "eval",
+    "dca-jax lm-eval demo --tasks capitals": "eval",
 }
 RESOLVED = ["cuda12", "cuda13", "tpu"]
 
@@ -78,8 +114,13 @@ def install(wheel: Path, extras: str, folder: Path, *options: str) -> Path:
     return folder / "bin"
 
 
-def run(command: str | list[str], bin: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Runs a command of that environment; an error ends the program with all it printed."""
+def run(
+    command: str | list[str], bin: Path, folder: Path, environment: dict[str, str], extra: str = ""
+) -> None:
+    """Runs a command of that environment; an error ends the program with all it printed.
+
+    With `extra` the command must be refused, and tell how to install that extra.
+    """
     words = command.split() if isinstance(command, str) else command
     done = subprocess.run(
         [bin / words[0], *words[1:]],
@@ -89,7 +130,8 @@ def run(command: str | list[str], bin: Path, folder: Path, environment: dict[str
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0:
+    told = f"pip install 'dca_jax[{extra}]'" in " ".join((done.stdout + done.stderr).split())
+    if (done.returncode, told) != ((2, True) if extra else (0, False)):
         sys.exit(f"{' '.join(words)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
@@ -130,11 +172,16 @@ def main(wheel: Path) -> None:
             folder.mkdir()
             shutil.copytree(DEMO, folder / "demo")
             (folder / "dialogues.json").write_text(json.dumps(DIALOGUES))
+            lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+            (folder / "questions.jsonl").write_text(lines)
+            (folder / "capitals.yaml").write_text(TASK)
             for command in commands:
                 if command == "serve":
                     ask_a_server(bin, folder, clean)
                 else:
                     run(command, bin, folder, clean)
+            for command, extra in REFUSED.items() if not extras else ():
+                run(command, bin, folder, clean, extra)
         took = (
             f"installed in {installed - begin:.0f} s, used in {time.monotonic() - installed:.0f} s"
         )
