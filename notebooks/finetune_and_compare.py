@@ -134,6 +134,5 @@ measure(after)
 
 # %% [markdown]
 # The finetuned folder is read by every command (`dca-jax generate`, `eval`, `serve`), and
-# `dca-jax convert` makes a Hugging Face folder of it. The result of a longer training of this
-# model, with the exact gradient and with the one of released code, is on the page about
-# finetuning.
+# `dca-jax convert` makes a Hugging Face folder of it. `docs/lab/finetuning.md` has the results of a
+# longer training of this model, with the exact gradient and with that of released code.

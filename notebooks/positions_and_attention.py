@@ -79,13 +79,14 @@ from dca_jax.dca import key_range
 length = 20
 phase = np.full((length, length), np.nan)
 for number, name in enumerate(["intra", "succ", "inter"]):
-    start, stop = key_range(jnp.arange(length), name, dca)
-    for i in range(length):
-        phase[i, start[i] : stop[i]] = number
+    start, stop = np.asarray(key_range(jnp.arange(length)[:, None], name, dca))
+    keys = np.arange(length)
+    phase[(start <= keys) & (keys < stop)] = number
 figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
 image = axes.imshow(phase, cmap=plt.get_cmap("viridis", 3), vmin=-0.5, vmax=2.5)
 figure.colorbar(image, ticks=[0, 1, 2]).ax.set_yticklabels(["intra", "succ", "inter"])
 axes.set(xlabel="key j", ylabel="query i", title="phase")
+axes.set(xticks=range(0, length, 2), yticks=range(0, length, 2))
 figure
 
 # %% [markdown]

@@ -315,7 +315,7 @@ def test_all_are_rendered_and_what_is_dropped_is_counted(
     assert counts == {
         fewer: 1,
         "dropped: no token to train on": 2,
-        "cut: the end, beyond 60 tokens": 1,
+        "cut after 60 tokens": 1,
     }
 
 
@@ -338,7 +338,7 @@ def test_a_text_is_split_where_a_dialogue_is_cut(tokenizer: Any) -> None:
     assert whole.tokens[-1] == tokenizer.eos_token_id
     assert whole.trained.tolist() == [False] + [True] * (len(whole.tokens) - 1)
     kept, counts = render_all("x.txt", [Text("x" * 30)], tokenizer, template="llama-2", cut=8)
-    assert counts == {"split: into pieces of 8 tokens": 1}
+    assert counts == {"split into pieces of 8 tokens": 1}
     np.testing.assert_array_equal(np.concatenate([one.tokens for one in kept]), whole.tokens)
     asked = render(Text(" are", prompt="they"), tokenizer, "llama-2")
     bare = render(Text("they are"), tokenizer, "llama-2")

@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 import notebook_files as notebooks
+import numpy as np
 import pytest
 
 SCRIPTS = sorted(notebooks.FOLDER.glob("*.py"))
@@ -38,8 +40,8 @@ def test_a_pair_agrees(path: Path):
     assert kept == made, "run `make notebooks`"
 
 
-def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a notebook's cells beside a link to the demo model."""
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs a notebook's cells beside a link to the demo model; returns its names."""
     (folder / "models").symlink_to(notebooks.FOLDER.parent / "models")
     (folder / "notebooks").mkdir()
     monkeypatch.chdir(folder / "notebooks")
@@ -48,8 +50,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert text.count(large) == 1, large
         text = text.replace(large, small)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as readers do
-        exec(compile(text, f"{name}.py", "exec"), {"__name__": "__main__"})
+        exec(compile(text, f"{name}.py", "exec"), names := {"__name__": "__main__"})
     plt.close("all")
+    return names
 
 
 @pytest.mark.examples
@@ -66,7 +69,10 @@ def test_first_steps(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.examples
 def test_positions_and_attention(tmp_path, monkeypatch, capsys):
-    run("positions_and_attention", tmp_path, monkeypatch)
+    names = run("positions_and_attention", tmp_path, monkeypatch)
+    i, j = np.indices(names["phase"].shape)
+    drawn = np.where(j > i, np.nan, np.minimum(i // 6 - j // 6, 2))
+    np.testing.assert_array_equal(names["phase"], drawn)
     printed = capsys.readouterr().out
     assert "the true one: True" in printed
     differences = [float(x) for x in re.findall(r"largest difference.*: (\S+)", printed)]

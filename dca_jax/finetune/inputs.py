@@ -53,7 +53,7 @@ def read_inputs(setup: Setup) -> Inputs:
         dialogues, counts = rendered[key] = found
         tokens = sum(len(dialogue.tokens) for dialogue in dialogues)
         notes = "".join(f"; {count:,} {reason}" for reason, count in counts.items())
-        told.append(f"{file.path}: {len(dialogues):,} dialogues, {tokens:,} tokens{notes}")
+        told.append(f"{file.path}: {len(dialogues):,} samples, {tokens:,} tokens{notes}")
         return Source(Path(file.path).name, dialogues, file.weight)
 
     data = [read(file, row) for file in settings.data]

@@ -34,7 +34,7 @@ def render_all(
             longer text is split into several.
 
     Returns:
-        The rendered ones, and the numbers of those "dropped: ...", "cut: ..." and "split: ...", by
+        The rendered ones, and the numbers of those "dropped: ...", "cut ..." and "split ...", by
         reason. Dialogues that the template refuses are dropped.
 
     Raises:
@@ -63,9 +63,9 @@ def render_all(
                     counts["dropped: no token to train on"] += 1
                     continue
                 if len(pieces) > 1:
-                    counts[f"split: into pieces of {cut} tokens"] += 1
+                    counts[f"split into pieces of {cut} tokens"] += 1
                 elif len(pieces[0].tokens) < len(rendered.tokens):
-                    counts[f"cut: the end, beyond {cut} tokens"] += 1
+                    counts[f"cut after {cut} tokens"] += 1
                 kept += trained
     if first is not None and refused.total() == len(dialogues):
         raise InputError(f"{name}: none of its {len(dialogues)} dialogues can be written: {first}")

@@ -102,6 +102,7 @@ def plot_relative_positions(
 ) -> "Axes":
     """Plots `position_matrix`, with numbers in the cells for up to 32 tokens."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     if axes is None:
         _, axes = plt.subplots(figsize=(6, 5), layout="constrained")
@@ -120,5 +121,7 @@ def plot_relative_positions(
             axes.axhline(edge - 0.5, color="tab:red", linewidth=0.8)
             axes.axvline(edge - 0.5, color="tab:red", linewidth=0.8)
     axes.set(xlabel="key j", ylabel="query i", title=title)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, ticks=MaxNLocator(integer=True))
     return axes
