@@ -18,8 +18,8 @@ reverse; `answer` is the mean NLL of all digits of a needle.
 
 The share is an argument of the compiled program, so there is one program per selector, and all
 lengths use one cache. `skip-softmax` runs only if it is named; its shares are values of lambda. At
-least 32 blocks are kept, as always; shares that amount to the same blocks at a length are read once.
-To resume an interrupted run, repeat the command; what is in OUT is not read again. The most
+least 32 blocks are kept, as always; shares that amount to the same blocks at a length are read
+once. To resume an interrupted run, repeat the command; what is in OUT is not read again. The most
 informative cells come first.
 """
 
