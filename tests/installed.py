@@ -28,10 +28,10 @@ DIALOGUES = [
     for n in range(16)
 ]
 QUESTIONS = [
-    {"id": f"q{n}", "pid": f"q{n}_0", "input": "A text. " * 9, "query": f"Who is {name}?"}
-    | {"output": "A captain."}
-    for n, name in enumerate(["Ahab", "Starbuck", "Stubb", "Flask"])
+    {"query": f"Who is {name}?", "output": "A captain."}
+    for name in ("Ahab", "Starbuck", "Stubb", "Flask")
 ]
+DOCUMENT = {"input": "A text. " * 9, "instructions": ["Who?"], "outputs": ["A captain."]}
 TASK = """task: capitals
 dataset_path: json
 dataset_kwargs: {data_files: {test: questions.jsonl}}
@@ -59,6 +59,10 @@ QUIET = (
     "assert 'PyTorch' not in said.getvalue(), said.getvalue()"
 )
 SENTENCES = "import nltk.tokenize, nltk; nltk.tokenize.PunktSentenceTokenizer().tokenize('A. B.')"
+FEW_SHOT = (
+    "dca-jax eval few-shot demo --data qmsum=document.jsonl --pool qmsum=questions.jsonl "
+    "--examples best --limit 1 --method dca"
+)
 # What each environment runs, a command a line; "serve" asks a server.
 CHECKS = {
     "": [
@@ -79,8 +83,7 @@ CHECKS = {
     "serve": ["serve"],
     "eval": [
         "dca-jax eval ruler demo --task niah_single_1 --length 1k --trials 1 --method dca",
-        "dca-jax eval few-shot demo --data qmsum=questions.jsonl --pool qmsum=questions.jsonl "
-        "--examples best --limit 1 --max-length 700 --method dca",
+        f"{FEW_SHOT} --max-length 700",
         ["python", "-c", SENTENCES],
         "dca-jax lm-eval demo --tasks capitals --include_path . --method dca",
     ],
@@ -90,7 +93,7 @@ REFUSED = {
     "dca-jax serve demo": "serve",
     f"{FINETUNE} run": "train",
     "dca-jax eval ruler demo --length 1k --method dca": "eval",
-    "dca-jax eval few-shot demo --data qmsum=questions.jsonl --limit 1": "eval",
+    FEW_SHOT: "eval",
     "dca-jax lm-eval demo --tasks capitals": "eval",
 }
 RESOLVED = ["cuda12", "cuda13", "tpu"]
@@ -174,6 +177,7 @@ def main(wheel: Path) -> None:
             (folder / "dialogues.json").write_text(json.dumps(DIALOGUES))
             lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
             (folder / "questions.jsonl").write_text(lines)
+            (folder / "document.jsonl").write_text(json.dumps(DOCUMENT) + "\n")
             (folder / "capitals.yaml").write_text(TASK)
             for command in commands:
                 if command == "serve":
