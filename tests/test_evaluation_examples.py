@@ -113,6 +113,19 @@ def test_l_evals_own_questions(shared: Path) -> None:
             assert item.examples == [named[name] for name in item.chosen]
 
 
+def test_a_pool_serves_a_single_document(tmp_path: Path) -> None:
+    """Examples from the document's file would need others beside it."""
+    line = {"input": "I sail.", "instructions": ["Who is the captain?"], "outputs": ["Ahab"]}
+    data = write(tmp_path / "test.jsonl", [line])
+    pool = write(tmp_path / "train.jsonl", [one._asdict() for one in POOL])
+    (item,) = few_shot.read_files({"qasper": data}, pools={"qasper": pool}, choice=Choice("best"))[
+        "qasper"
+    ]
+    assert item.chosen == ranked("Who is the captain?", POOL, "best")[:2]
+    with pytest.raises(InputError, match="have 0 of the 2 that are needed: give more documents"):
+        few_shot.read_files({"qasper": data})
+
+
 def test_the_command_of_table_5(folder: Path, tmp_path: Path) -> None:
     texts = {"input": "I sail. " * 40, "query_examples": ["Old?"], "output_examples": [" Old."]}
     rows = [

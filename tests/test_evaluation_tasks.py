@@ -290,7 +290,7 @@ def test_files_of_either_form(tmp_path):
     assert [item.id for item in items] == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
     assert all(len(item.examples) == 2 for item in items)
     assert few_shot.read_items(tmp_path / "b", "qasper") == items  # the same draw
-    with pytest.raises(InputError, match="examples are drawn from other documents"):
+    with pytest.raises(InputError, match="examples are drawn from the other documents"):
         few_shot.read_items(write_lines(tmp_path / "c", rows[0]), "qasper")
     (tmp_path / "d").write_text("{}\n")
     with pytest.raises(InputError, match="line 1 lacks input"):

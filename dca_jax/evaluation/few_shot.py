@@ -74,8 +74,13 @@ class Item(NamedTuple):
     chosen: list[str] | None = None
 
 
-def read_items(path: Path, task: str) -> list[Item]:
+def read_items(path: Path, task: str, *, pooled: bool = False) -> list[Item]:
     """The questions in a file, in order.
+
+    Args:
+        path: the file.
+        task: one of `TASKS`.
+        pooled: whether a pool will give the examples, so that other documents need not.
 
     Raises:
         InputError: a file in neither ChunkLlama's nor L-Eval's format.
@@ -83,7 +88,7 @@ def read_items(path: Path, task: str) -> list[Item]:
     rows = read_json_lines(path, "input")
     if all("instructions" in row and "outputs" in row for row in rows):
         rows = read_json_lines(path, "input", "instructions", "outputs")
-        return _l_eval_items(rows, TASKS[task].shots)
+        return _l_eval_items(rows, 0 if pooled else TASKS[task].shots)
     items: dict[str, Item] = {}
     names = ("query", "output", "query_examples", "output_examples", "id")
     for row in read_json_lines(path, "input", *names):
@@ -105,7 +110,10 @@ def _l_eval_items(rows: Sequence[Mapping[str, Any]], shots: int) -> list[Item]:
             for k, pair in enumerate(zip(other["instructions"], other["outputs"], strict=True))
         ]
         if len(others) < shots:
-            raise InputError(f"{shots} examples are drawn from other documents; give more of them")
+            raise InputError(
+                f"examples are drawn from the other documents, which have {len(others)} of the "
+                f"{shots} that are needed: give more documents, or --pool"
+            )
         for q, pair in enumerate(zip(row["instructions"], row["outputs"], strict=True)):
             drawn = np.random.default_rng([n, q]).choice(len(others), shots, replace=False)
             chosen, examples = zip(*(others[i] for i in drawn), strict=True) if shots else ((), ())
@@ -141,7 +149,7 @@ def read_files(
         if task not in files or not TASKS[task].shots:
             with_examples = ", ".join(t for t in files if TASKS[t].shots) or "none of those asked"
             raise InputError(f"--pool {task}: a pool is for a task with examples: {with_examples}")
-    items = {task: read_items(path, task) for task, path in files.items()}
+    items = {task: read_items(path, task, pooled=task in pools) for task, path in files.items()}
     for task, some in items.items():
         if not some:
             raise InputError(f"{files[task]} has no question")
