@@ -612,15 +612,12 @@ def test_an_address_that_is_taken_is_said_so():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "temperature", "tensor"])
+@pytest.mark.parametrize("form", ["int8, temperature", "tensor"])
 def test_other_caches_temperatures_and_meshes_serve_what_they_generate(form, folder):
     import dca_jax
 
-    changes = {
-        "int8": {"cache_dtype": "int8"},
-        "temperature": {"dca": dca_jax.DCAConfig.paper(64, temperature_slope=0.1)},
-        "tensor": {"mesh": "tensor=2"},
-    }[form]
+    warm = dca_jax.DCAConfig.paper(64, temperature_slope=0.1)
+    changes = {"cache_dtype": "int8", "dca": warm} if "int8" in form else {"mesh": "tensor=2"}
     llm = dca_jax.load(folder, **changes)
     engine = Engine(llm, context=256, rows=2, pages=8)
     engine.start()
@@ -632,7 +629,7 @@ def test_other_caches_temperatures_and_meshes_serve_what_they_generate(form, fol
         assert found == alone(llm, prompt, options)
         cached.append(job.cached_tokens)
     # With a temperature a text of another length is another text.
-    assert cached == ([0, 0, 128, 128] if form == "temperature" else [0, 128, 128, 128])
+    assert cached == ([0, 0, 128, 128] if "temperature" in form else [0, 128, 128, 128])
     engine.stop()
 
 
