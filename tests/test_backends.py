@@ -318,7 +318,7 @@ def test_passes_merge_into_the_whole_and_have_its_gradient(kernel: Bench) -> Non
 
 def test_slices_of_the_keys(kernel: Bench) -> None:
     """Met one by one with the whole's log-sum-exp; one lies beyond every query of the first row."""
-    q, k, v = kernel.draw(7, 2, 25, 47, 1, 1)
+    q, k, v = kernel.draw(7, 2, 25, 47, 2, 1)
     offset = jnp.asarray([2, 22], jnp.int32)
     rows = op.make_rows(q.shape, dca=DCA, rope=ROPE, query_offset=offset)
 
