@@ -464,17 +464,17 @@ def test_an_option_that_another_command_has_is_not_advised(folder):
 @pytest.mark.processes
 def test_as_a_user_runs_it(folder, llm, tmp_path):
     """Converted, continued, and its compiled programs kept for the next time."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    converted = run("convert", folder, tmp_path / "orbax", **environment)
-    assert converted.returncode == 0, converted.stderr
+    converted = invoke("convert", folder, tmp_path / "orbax")
+    assert converted.exit_code == 0, converted.stderr
     assert converted.stdout == f"wrote {tmp_path / 'orbax'}\n"
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     options = ("--max-new-tokens", 12)
     result = run("generate", tmp_path / "orbax", PROMPT, *options, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == llm.generate(PROMPT, max_new_tokens=12)[0].text + "\n"
     assert list((tmp_path / "cache" / "dca_jax" / "xla").iterdir())
-    refused = run("generate", folder, PROMPT, "--temperature", -1, **environment)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    refused = invoke("generate", folder, PROMPT, "--temperature", -1)
+    assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr == "error: temperature must be 0 (greedy) or at least 0.0001, got -1.0\n"
 
 
