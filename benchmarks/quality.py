@@ -3,11 +3,11 @@
     python benchmarks/quality.py MODEL --text book.txt --lengths 512,2k --windows 8
 
 Each variant reads the same windows, spread over the text, and answers the same passkey prompts,
-with the same method. `loss` is the relative growth of perplexity over `exact`; `least` and `most`
-are that of single windows. A variant names weights, a cache, or both: "int8", "cache:int8",
-"int8+cache:int8". If the file's weights are packed, give an unpacked copy (`dca-jax convert --dtype
-bfloat16`). Each variant has its own process, and `--at-once` of them share the device, since most
-of the time goes into compiling.
+with the same method. `loss` is the relative growth of perplexity over `exact`, `error` its standard
+error over the windows; `least` and `most` are the growth in single windows. A variant names
+weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". If the file's weights are packed,
+give an unpacked copy (`dca-jax convert --dtype bfloat16`). Each variant has its own process, and
+`--at-once` of them share the device, since most of the time goes into compiling.
 """
 
 import json
@@ -34,7 +34,18 @@ from dca_jax.inference.llm import LLM
 from dca_jax.inference.score import Reader
 
 VARIANTS = "exact,int8,fp8,int4:32,int4,int4:128,cache:int8,cache:fp8,int8+cache:int8"
-COLUMNS = ("variant", "task", "tokens", "samples", "perplexity", "loss", "least", "most", "found")
+COLUMNS = (
+    "variant",
+    "task",
+    "tokens",
+    "samples",
+    "perplexity",
+    "loss",
+    "error",
+    "least",
+    "most",
+    "found",
+)
 ANSWER_TOKENS = 12
 
 
@@ -147,13 +158,16 @@ def losses(llm: LLM, tokens: np.ndarray, length: int, windows: int) -> list[floa
 
 
 def compared(nlls: list[float], exact: list[float]) -> dict[str, float]:
-    """Relative growth of perplexity over the exact one."""
-    moved = [math.expm1(a - b) for a, b in zip(nlls, exact, strict=True)]
-    return {
-        "loss": math.expm1((sum(nlls) - sum(exact)) / len(nlls)),
-        "least": min(moved),
-        "most": max(moved),
+    """Relative growth of perplexity over the exact one; no error for one window."""
+    moved = np.subtract(nlls, exact)
+    found = {
+        "loss": math.expm1(moved.mean()),
+        "least": math.expm1(moved.min()),
+        "most": math.expm1(moved.max()),
     }
+    if len(moved) > 1:  # of a small difference of NLL, which is that of perplexity
+        found["error"] = float(moved.std(ddof=1)) / math.sqrt(len(moved))
+    return found
 
 
 def prompts(llm: LLM, length: int, trials: int) -> list[tuple[list[int], list[list[int]]]]:

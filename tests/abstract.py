@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 from flax.traverse_util import unflatten_dict
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dca_jax.attention.sparse import Sparse
@@ -24,6 +26,7 @@ from dca_jax.inference.sampling import Sampler
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import partition
+from dca_jax.weights.layouts import values_layout
 from dca_jax.weights.packer import matrices, packed_stack
 from dca_jax.weights.parameters import abstract_params, parameters
 from dca_jax.weights.placement import parameter_shardings
@@ -153,6 +156,12 @@ def abstract_model(
             ),
             found,
         )
+        layout = values_layout(row, leaves[path])
+        if layout is not None and mesh.devices.flat[0].platform == "tpu":  # as it is loaded
+            values = leaves[path].values
+            place = Format(layout, values.sharding)
+            values = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
+            leaves[path] = replace(leaves[path], values=values)
     dca = DCAConfig.paper(config.max_position_embeddings)
     options: dict[str, Any] = {"dca": dca, "dtype": dtype, "implementation": implementation}
     return Llama.from_params(config, unflatten_dict(leaves), sparse=sparse, **options)

@@ -17,6 +17,7 @@ import methods
 import numpy as np
 import packed
 import pytest
+import quality
 import sparse_quality
 import tune_attention
 
@@ -182,6 +183,16 @@ def test_key_blocks_rows(tmp_path):
     # Of tiles 3 and 4, one block and one of 3 and 4 full ones, and each its own.
     assert rows["lists of 20 %"]["kept"] == (2 + 2) / (3 + 4 + 2)
     assert {"pages of 128, in order", "pages of 128, in any order"} < set(rows)
+
+
+def test_what_packing_costs_has_its_standard_error():
+    """Of paired differences: what the windows have in common does not count."""
+    exact = [3.0, 5.0, 4.0, 2.0]
+    found = quality.compared([3.01, 5.03, 4.02, 2.02], exact)
+    assert found["loss"] == pytest.approx(np.expm1(0.02))
+    assert found["error"] == pytest.approx(0.01 * (2 / 3) ** 0.5 / 2)
+    assert (found["least"], found["most"]) == pytest.approx((np.expm1(0.01), np.expm1(0.03)))
+    assert "error" not in quality.compared([3.01], [3.0])
 
 
 def test_cells_of_the_quality_study():

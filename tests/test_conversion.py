@@ -292,7 +292,7 @@ def test_export_of_what_plain_orbax_saved(tmp_path):
 
 def test_interrupted_save_leaves_nothing_that_looks_whole(tmp_path):
     def pieces():
-        yield (slice(0, 1), slice(0, 4)), np.ones((1, 4), np.float32)
+        yield {"values": ((slice(0, 1), slice(0, 4)), np.ones((1, 4), np.float32))}
         raise InputError("in the middle")
 
     broken = checkpoint.StreamedArray(

@@ -151,12 +151,12 @@ def test_a_signal_waits_for_what_is_on_its_way_to_the_disk(
     """TensorStore reports each write to the event loop, which must not be closed before."""
     asked, tasks, block = [], [], np.zeros((1, 2**20), np.uint8)
 
-    def pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    def pieces() -> Iterator[orbax.Pieces]:
         for index in range(6):
             asked.append(index)
             if index == 2:  # while the event loop waits for the piece before
                 asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
-            yield (slice(index, index + 1),), block
+            yield {"values": ((slice(index, index + 1),), block)}
 
     def stop(number: int, _: object) -> None:
         tasks.append(asyncio.current_task())

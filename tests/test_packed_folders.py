@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shared_fixtures import invoke
 from test_conversion import QWEN_EXPERTS
 from test_packed_weights import by_hand
 from test_quantized import same_bits
+from tiny_gguf import wide_config, write_gguf
 
 from checkpoints_convert import hf_to_orbax, orbax_to_hf
 from dca_jax.config import LlamaConfig
@@ -23,10 +25,12 @@ from dca_jax.products.packed import is_packed, packed_forms
 from dca_jax.sharding import make_mesh
 from dca_jax.weights import orbax_packed
 from dca_jax.weights.folder import load_weights
+from dca_jax.weights.gguf_file import GGUFTensor, read_gguf
 from dca_jax.weights.huggingface import read_config
 from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import parameters
 from dca_jax.weights.placement import parameter_shardings
+from dca_jax.weights.tensor_files import StoredTensor
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -71,6 +75,43 @@ def test_a_checkpoint_is_packed_into_the_folder(
     cut = load_weights(tmp_path / "orbax", config, keep="stored", sharding=where, **options)
     assert packed_forms(cut) != ""
     stand_for(cut, plain, config)
+
+
+@pytest.mark.parametrize("form", ["int4", "fp8"])
+def test_the_source_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Not once for each of a packed matrix's arrays."""
+    monkeypatch.setattr(orbax_packed, "PIECE_SIZE", 40 * 96)
+    source, read = make_tiny(tmp_path / "hf", **SIZES), Counter[str]()
+
+    def counted(self: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+        found = whole_read(self, index)
+        read[self.name] += found.size
+        return found
+
+    whole_read = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    hf_to_orbax.convert(source, tmp_path / "orbax", weights=form)
+    assert read == {name: value.size for name, value in read_safetensors(source).items()}
+
+
+def test_the_blocks_of_a_gguf_file_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = tmp_path / "model.gguf", Counter[str]()
+    write_gguf(source, wide_config(), ["Q4_1"])
+
+    def counted(self: GGUFTensor, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
+        found = whole_read(self, index)
+        read[self.name] += found[0].size
+        return found
+
+    whole_read = GGUFTensor._blocks
+    monkeypatch.setattr(GGUFTensor, "_blocks", counted)
+    hf_to_orbax.convert(source, tmp_path / "orbax")
+    sizes = {tensor.name: tensor.stored_bytes for tensor in read_gguf(source).tensors.values()}
+    assert read == sizes
 
 
 def test_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

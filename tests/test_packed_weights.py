@@ -24,6 +24,7 @@ from dca_jax.model import Llama
 from dca_jax.products import few_rows, packed_row
 from dca_jax.products.packed import FORMS, Packed, block_sizes, pack, packed_forms
 from dca_jax.sharding import make_mesh
+from dca_jax.weights import layouts
 from dca_jax.weights.packer import matrices, packer
 from dca_jax.weights.parameters import Parameter, abstract_params, parameters
 from dca_jax.weights.placement import parameter_shardings
@@ -282,6 +283,26 @@ def test_a_checkpoint_is_packed_while_it_is_read(folder: Path) -> None:
     options = ["--weights", "int8", "--max-new-tokens", 6, "--method", "rope", "--json"]
     result = invoke("generate", folder, "Call me", *options)
     assert json.loads(result.stdout)["text"] == want
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
+def test_int4_kernels_lie_in_memory_as_a_tpu_reads_them(
+    folder: Path, mesh: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On devices said to be TPUs: the last axis of outputs innermost, and the same weights."""
+    plain = dca_jax.load(folder, dca=None, weights="int4:32", mesh=mesh)
+    monkeypatch.setattr(layouts, "platform", lambda matrix: "tpu")
+    moved = dca_jax.load(folder, dca=None, weights="int4:32", mesh=mesh)
+    want, got = (flatten_dict(llm.model.params(), sep=".") for llm in (plain, moved))
+    for row in matrices(plain.model.config):
+        values = got[row.path].values
+        np.testing.assert_array_equal(values, want[row.path].values)
+        order = values.format.layout.major_to_minor
+        outputs = values.ndim - len(row.groups[1])
+        assert order[-1] == (outputs if row.path.endswith(".kernel") else values.ndim) - 1
+        assert want[row.path].values.format.layout.major_to_minor == tuple(range(values.ndim))
+    text = plain.generate("Call me", max_new_tokens=4)[0].text
+    assert moved.generate("Call me", max_new_tokens=4)[0].text == text
 
 
 def test_what_is_refused(folder: Path) -> None:

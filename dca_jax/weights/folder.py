@@ -20,6 +20,7 @@ from dca_jax.weights.gguf_file import is_gguf
 from dca_jax.weights.huggingface import LONG_CONFIG, open_checkpoint
 from dca_jax.weights.kept import Kept, KeptTensor, kept_rows, load_kept
 from dca_jax.weights.kept_config import QUANTIZATION, described, kept_in
+from dca_jax.weights.layouts import laid_out
 from dca_jax.weights.packer import matrices
 from dca_jax.weights.parameters import (
     Parameter,
@@ -83,7 +84,7 @@ def load_weights(
             return None
         return load_kept(row, config, source.kept[row.path], every[row.path].sharding, progress)
 
-    return load_tree(config, like, read, progress, then=then, instead=kept)
+    return load_tree(config, like, read, progress, then=then, instead=kept, laid=laid_out)
 
 
 def copy_description(

@@ -118,21 +118,17 @@ class GGUFTensor(StoredTensor):
         """How its weights can be kept packed, or None."""
         return KEPT.get(self.packed)
 
-    def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers."""
+    def read_packed(self, index: Index, block: tuple[int, int]) -> tuple[np.ndarray, Scales]:
+        """A piece of the integers, and the scales of its blocks."""
         blocks, first = self._blocks(index)
         values = block_values(self.packed, blocks)
-        return values[:, index[1].start - first : index[1].stop - first]
-
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """The scales of each block of a piece."""
-        blocks, first = self._blocks(index)
+        values = values[:, index[1].start - first : index[1].stop - first]
         scale, offset = block_scales(self.packed, blocks)
         groups = (corners(index, block)[1] - first) // GROUP
         scale, offset = (each if each is None else each[:, groups] for each in (scale, offset))
         assert scale is not None
         zero = np.full(scale.shape, 8, np.uint8) if self.packed == "Q4_0" else None
-        return Scales(scale, zero, offset)
+        return values, Scales(scale, zero, offset)
 
     def _blocks(self, index: tuple[slice, ...]) -> tuple[np.ndarray, int]:
         """The bytes of all blocks that overlap a piece, and their begin in a row."""

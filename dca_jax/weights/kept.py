@@ -129,12 +129,15 @@ class KeptTensor:
         """How the weights are packed; None if they are not, or cannot be kept packed."""
         return None
 
-    def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers (int4 as one per byte of uint8), or of the float8 values."""
-        raise NotImplementedError(self.name)
+    def read_packed(self, index: Index, block: tuple[int, int]) -> tuple[np.ndarray, Scales]:
+        """A piece of the values, and the scales of its blocks.
 
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """The scales of each block of a piece; each block of this size is within one tile."""
+        Args:
+            block: size of a block, which is within one tile.
+
+        Returns:
+            Integers (int4 as one per byte of uint8) or float8, and the scales.
+        """
         raise NotImplementedError(self.name)
 
 
@@ -339,10 +342,10 @@ def read_piece(
     flat = (math.prod(blocks[:count]), math.prod(blocks[count:]))
     where = (index[0], index[1])
     sizes = [stop - start for start, stop in part]
-    values = tensor.read_values(where).reshape(sizes)
+    values, scales = tensor.read_packed(where, flat)
+    values = values.reshape(sizes)
     if kept.form == "int4":
         values = halves_in_bytes(values, blocks[-1])
-    scales = tensor.read_scales(where, flat)
     check_finite(tensor.name, values, scales.scale, scales.offset)
     counts = [size // block for size, block in zip(sizes, blocks, strict=True)]
     order = scale_order(0, len(sizes) - count, len(sizes))

@@ -8,6 +8,7 @@ A converted folder (`checkpoints_convert`) has one in `params/`, next to the mod
 `config.json` and tokenizer files.
 """
 
+import asyncio
 import math
 import signal
 import threading
@@ -48,6 +49,10 @@ ZARRAY_BYTES = 2**14  # maximum size of it; those of weights have about 300
 _COMPRESSOR = {"id": "zstd", "level": 1}
 
 
+# Pieces of one or several arrays, each with its index, by the name of the array.
+Pieces = dict[str, tuple[tuple[slice, ...], np.ndarray]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamedArray:
     """An array that is saved piece by piece and is never in memory as a whole.
@@ -55,14 +60,17 @@ class StreamedArray:
     Attributes:
         shape, dtype: those of the array.
         chunks: shape of a chunk on disk.
-        pieces: function that yields (index, piece); each piece starts at the corner of a chunk and
-            fills whole chunks, except at the end of the array. Together they cover the array.
+        pieces: function that yields pieces; each starts at the corner of a chunk and fills whole
+            chunks, except at the end of its array. Together they cover the array. It is called once
+            for all arrays with the same function, which are read together.
+        name: name of the array in `pieces`.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
-    pieces: Callable[[], Iterator[tuple[tuple[slice, ...], np.ndarray]]]
+    pieces: Callable[[], Iterator[Pieces]]
+    name: str = "values"
 
     @classmethod
     def of(
@@ -83,10 +91,10 @@ class StreamedArray:
             progress: function called with the path and the bytes, after each piece.
         """
 
-        def read_pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        def read_pieces() -> Iterator[Pieces]:
             for index in pieces(row, config):
                 piece = read(row, index)
-                yield index, piece
+                yield {"values": (index, piece)}
                 if progress is not None:
                     progress(row.path, piece.nbytes)
 
@@ -330,36 +338,46 @@ class _StreamedArrayHandler(ocp.type_handlers.TypeHandler):
     ) -> Sequence[Any]:
         if not is_primary():
             return []
+        together: dict[Callable[[], Iterator[Pieces]], dict[str, ts.TensorStore]] = {}
         for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            spec = {
-                "driver": "zarr",
-                "kvstore": {"driver": "file", "path": f"{info.path}/"},
-                "metadata": {
-                    "shape": value.shape,
-                    "chunks": value.chunks,
-                    "compressor": _COMPRESSOR,
-                },
-                "store_data_equal_to_fill_value": True,  # Orbax treats a missing chunk as damage
-            }
-            store = await ts.open(spec, dtype=value.dtype, create=True, context=info.ts_context)
-            written: Awaitable[None] | None = None
+            together.setdefault(value.pieces, {})[value.name] = await self._created(value, info)
+        for read, stores in together.items():
+            written: list[Awaitable[None]] = []
             try:
-                for index, piece in value.pieces():
-                    # The last piece was compressed while this one was read; at most two are in
-                    # memory.
-                    if written is not None:
-                        await written
-                    written = None
+                for found in read():
+                    # The last pieces were compressed while these were read; at most two of an array
+                    # are in memory.
+                    await _finished(written)
+                    written = []
                     self._signals.deliver()
-                    written = store[index].write(piece, can_reference_source_data_indefinitely=True)
+                    for name, (index, piece) in found.items():
+                        store = stores[name][index]
+                        written.append(
+                            store.write(piece, can_reference_source_data_indefinitely=True)
+                        )
             finally:
-                if written is not None:
-                    await written
+                await _finished(written)
         return []  # nothing is left to wait for
+
+    async def _created(self, value: StreamedArray, info: Any) -> ts.TensorStore:
+        await info.await_path_creation()
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{info.path}/"},
+            "metadata": {"shape": value.shape, "chunks": value.chunks, "compressor": _COMPRESSOR},
+            "store_data_equal_to_fill_value": True,  # Orbax treats a missing chunk as damage
+        }
+        return await ts.open(spec, dtype=value.dtype, create=True, context=info.ts_context)
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         raise NotImplementedError("a StreamedArray is restored as a jax.Array")
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
         raise NotImplementedError("a StreamedArray is restored as a jax.Array")
+
+
+async def _finished(writes: Sequence[Awaitable[None]]) -> None:
+    """Waits for all of them, also if one fails."""
+    for found in await asyncio.gather(*writes, return_exceptions=True):
+        if found is not None:
+            raise found

@@ -22,7 +22,7 @@ from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.products.packed import DTYPES
 from dca_jax.weights.kept import Index, Kept, KeptTensor, Scales, check_finite, sampled
-from dca_jax.weights.orbax import StreamedArray, read_piece
+from dca_jax.weights.orbax import Pieces, StreamedArray, read_piece
 from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress
 from dca_jax.weights.tensor_files import StoredTensor
 
@@ -63,27 +63,36 @@ def streamed_parts(
     """
     kept = tensors[0].kept
     assert kept is not None
-    shapes = part_shapes(row, config, kept)
+    shapes, height = part_shapes(row, config, kept), _height(row, config, kept)
+    rows, columns = row.their_shape(config)
+    block = (min(kept.tile[0], rows), min(kept.tile[1], columns))
+
+    def pieces() -> Iterator[Pieces]:
+        """Some rows of every array, for which the tensor is read once."""
+        for number, tensor in enumerate(tensors):
+            corner = np.unravel_index(number, shapes["values"].shape[:-2]) if row.leading else ()
+            lead = tuple(slice(int(at), int(at) + 1) for at in corner)
+            for start in range(0, rows, height):
+                part = slice(start, min(start + height, rows))
+                found: Pieces = {}
+                for name, piece in _read_parts(tensor, kept, part, columns, block).items():
+                    at = part
+                    if name != "values":
+                        if start % block[0]:
+                            continue  # one tile has all rows, and came with the first of them
+                        at = slice(start // block[0], -(-part.stop // block[0]))
+                    where = (*lead, at, slice(0, piece.shape[-1]))
+                    found[name] = where, piece[(None,) * row.leading]
+                yield found
+                if progress is not None:
+                    progress(row.path, sum(piece.nbytes for _, piece in found.values()))
 
     def stream(name: str) -> StreamedArray:
-        shape, dtype = shapes[name].shape, shapes[name].dtype
-        height = _height(row, config, kept)
-        if name != "values":  # rows of tiles
-            height = max(1, height // kept.tile[0])
-
-        def pieces() -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-            for number, tensor in enumerate(tensors):
-                corner = np.unravel_index(number, shape[:-2]) if row.leading else ()
-                lead = tuple(slice(int(at), int(at) + 1) for at in corner)
-                for start in range(0, shape[-2], height):
-                    part = slice(start, min(start + height, shape[-2]))
-                    piece = _read_part(tensor, kept, name, part, row.their_shape(config))
-                    yield (*lead, part, slice(0, shape[-1])), piece[(None,) * row.leading]
-                    if progress is not None:
-                        progress(row.path, piece.nbytes)
-
-        chunks = (*(1,) * row.leading, min(height, shape[-2]), shape[-1])
-        return StreamedArray(shape=shape, dtype=dtype, chunks=chunks, pieces=pieces)
+        *_, count, width = shape = shapes[name].shape
+        each = height if name == "values" else max(1, height // block[0])
+        chunks = (*(1,) * row.leading, min(each, count), width)
+        dtype = shapes[name].dtype
+        return StreamedArray(shape=shape, dtype=dtype, chunks=chunks, name=name, pieces=pieces)
 
     return {name: stream(name) for name in shapes}
 
@@ -97,21 +106,16 @@ def _height(row: Parameter, config: LlamaConfig, kept: Kept) -> int:
     return max(1, PIECE_SIZE // columns // unit) * unit
 
 
-def _read_part(
-    tensor: KeptTensor, kept: Kept, name: str, part: slice, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Rows of an array of `part_shapes`, for one matrix of this shape."""
-    every = slice(0, shape[1])
-    if name == "values":
-        values = tensor.read_values((part, every))
-        check_finite(tensor.name, values)
-        return values[:, ::2] | (values[:, 1::2] << 4) if kept.form == "int4" else values
-    block = tuple(min(tile, size) for tile, size in zip(kept.tile, shape, strict=True))
-    rows = slice(part.start * block[0], min(part.stop * block[0], shape[0]))
-    found = tensor.read_scales((rows, every), (block[0], block[1]))
-    scales = getattr(found, name)
-    check_finite(tensor.name, scales)
-    return scales
+def _read_parts(
+    tensor: KeptTensor, kept: Kept, rows: slice, columns: int, block: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Some rows of one matrix in the arrays of `part_shapes`, by name."""
+    values, scales = tensor.read_packed((rows, slice(0, columns)), block)
+    check_finite(tensor.name, values, scales.scale, scales.offset)
+    if kept.form == "int4":
+        values = values[:, ::2] | (values[:, 1::2] << 4)
+    parts = {"values": values} | scales._asdict()
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -144,8 +148,8 @@ class PackedArray(StoredTensor):
             InputError: an array is damaged.
         """
         rows, columns = index
-        found = self.read_values((rows, columns)).astype(np.float32)
-        scale, zero, offset = self.read_scales((rows, columns), (1, 1))
+        values, (scale, zero, offset) = self.read_packed((rows, columns), (1, 1))
+        found = values.astype(np.float32)
         with np.errstate(all="ignore"):  # callers reject non-finite values
             if zero is not None:
                 found -= zero
@@ -154,8 +158,15 @@ class PackedArray(StoredTensor):
                 found += offset.astype(np.float32)
         return found
 
-    def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integers (int4 as one per byte), or of the float8 values."""
+    def read_packed(self, index: Index, block: tuple[int, int]) -> tuple[np.ndarray, Scales]:
+        """A piece of the integers (int4 as one per byte) or float8 values, and its blocks' scales.
+
+        Raises:
+            InputError: a zero is out of range for int4, or an array is damaged.
+        """
+        return self._values(index), self._scales(index, block)
+
+    def _values(self, index: Index) -> np.ndarray:
         rows, columns = index
         if self.how.form != "int4":
             return self._read("values", index)
@@ -164,12 +175,7 @@ class PackedArray(StoredTensor):
         both = np.stack([halves & 15, halves >> 4], axis=-1).reshape(len(halves), -1)
         return both[:, columns.start - 2 * first : columns.stop - 2 * first]
 
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """The scales of each block of a piece.
-
-        Raises:
-            InputError: a zero is out of range for int4.
-        """
+    def _scales(self, index: Index, block: tuple[int, int]) -> Scales:
         tiles = [-(-n // tile) for n, tile in zip(self.shape, self.how.tile, strict=True)]
 
         def read(name: str) -> np.ndarray:

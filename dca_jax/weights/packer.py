@@ -144,25 +144,22 @@ class PackedOnReading(KeptTensor):
         shape = self.row.inner(self.row.shape(self.config))
         return block_sizes(self.form, shape, len(self.row.groups[1]))
 
-    def read_values(self, index: Index) -> np.ndarray:
-        """A piece of whole rows, heads and blocks: integers (int4 one per byte) or float8."""
-        values = np.asarray(self._packed(index).values)
+    def read_packed(self, index: Index, block: tuple[int, int]) -> tuple[np.ndarray, Scales]:
+        """A piece of whole rows, heads and blocks, and its scales with the blocks of `kept`."""
+        packed, rows = self._packed(index), index[0].stop - index[0].start
+        values = np.asarray(packed.values)
         if self.kept.form == "int4":
             values = integers_of(values, self._blocks[-1])
-        return values.reshape(index[0].stop - index[0].start, -1)
-
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """The scales of such a piece, with the blocks of `kept`."""
-        packed, rows = self._packed(index), index[0].stop - index[0].start
         order = scale_order(0, len(self.row.groups[0]), packed.scale.ndim)
 
         def turned(part: Array | None) -> np.ndarray | None:
-            return part if part is None else np.asarray(part).transpose(order)
+            if part is None:
+                return None
+            return np.asarray(part).transpose(order).reshape(rows // block[0], -1)
 
         scale, zero = (turned(part) for part in (packed.scale, packed.zero))
         assert scale is not None
-        count = rows // block[0]
-        return Scales(scale.reshape(count, -1), None if zero is None else zero.reshape(count, -1))
+        return values.reshape(rows, -1), Scales(scale, zero)
 
     def _packed(self, index: Index) -> Packed:
         row = self.row

@@ -35,6 +35,8 @@ Progress = Callable[[str, int], None]
 Shardings = Sharding | Callable[[str], Sharding] | None
 # A function that converts a row's array, keeping the leading axes, and deletes it.
 Then = Callable[["Parameter"], Callable[[jax.Array], Any] | None]
+# A function that returns a row's array or what replaces it, as it is to lie in memory.
+Laid = Callable[["Parameter", Any], Any]
 
 
 @dataclass(frozen=True)
@@ -338,6 +340,7 @@ def load_tree(
     rows: Sequence[Parameter] | None = None,
     then: Then | None = None,
     instead: Callable[[Parameter], Any] | None = None,
+    laid: Laid | None = None,
 ) -> dict[str, Any]:
     """Fills the parameter tree; every device receives the pieces of its own shards.
 
@@ -350,6 +353,7 @@ def load_tree(
         then: converts an array once it is filled and replaces it, layer by layer for a stack. It
             may apply to some rows only and return None for the others.
         instead: returns a replacement for an array, which is then not read; or None.
+        laid: is given each parameter once it is complete, and returns what takes its place.
 
     Raises:
         InputError: the arrays do not fit into the devices' memory; raised before any is read,
@@ -360,15 +364,15 @@ def load_tree(
     leaves: dict[str, Any] = {}
     try:
         for row in parameters(config) if rows is None else rows:
-            if instead is not None and (found := instead(row)) is not None:
-                leaves[row.path] = found
-                continue
-            change = None if then is None else then(row)
-            load = partial(_load_leaf, row, config, progress=progress)
-            if change is None:
-                leaves[row.path] = load(like[row.path], read)
-            else:
-                leaves[row.path] = _load_changed(row, like[row.path], read, load, change)
+            found = None if instead is None else instead(row)
+            if found is None:
+                change = None if then is None else then(row)
+                load = partial(_load_leaf, row, config, progress=progress)
+                if change is None:
+                    found = load(like[row.path], read)
+                else:
+                    found = _load_changed(row, like[row.path], read, load, change)
+            leaves[row.path] = found if laid is None else laid(row, found)
     except (MemoryError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or not is_out_of_memory(error):
             raise

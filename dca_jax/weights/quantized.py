@@ -91,13 +91,10 @@ class PackedTensor(StoredTensor):
         """The form in which its weights can stay packed."""
         return self.scheme.kept(self.parts)
 
-    def read_values(self, index: Index) -> np.ndarray:
-        """A piece of the integer or float8 values."""
-        return self.scheme.values(self.parts, index)
-
-    def read_scales(self, index: Index, block: tuple[int, int]) -> Scales:
-        """The scales of each block of a piece."""
-        return self.scheme.scales(self.parts, index, block)
+    def read_packed(self, index: Index, block: tuple[int, int]) -> tuple[np.ndarray, Scales]:
+        """A piece of the integer or float8 values, and the scales of its blocks."""
+        values = self.scheme.values(self.parts, index)
+        return values, self.scheme.scales(self.parts, index, block)
 
 
 def unpack(stored: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, StoredTensor]:

@@ -232,5 +232,21 @@ def test_experts(case: Case, step: str) -> None:
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.parametrize("weights", ["int4:128", "int8"])
+def test_packed_weights_stay(weights: str) -> None:
+    """A program that draws tokens has no room for a copy of an MLP's values of all layers."""
+    config, case = SHAPES["llama-3-8b"], Case("v5e", "2x2", "llama-3-8b", "tensor=4")
+    capacity = capacity_bucket(LENGTH, 1)
+    options: dict[str, Any] = {"implementation": "mosaic_tpu", "weights": weights}
+    lowered = lower("decode", config, mesh_of(case), capacity=capacity, **options)
+    compiled = lowered.compile()
+    working = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{case.id} {weights} decode: {working / 1e9:.3f} GB while it runs")
+    values = config.num_hidden_layers * config.hidden_size * config.intermediate_size // 4
+    values //= 2 if weights.startswith("int4") else 1
+    assert working < values
+
+
+@pytest.mark.tpu_aot
 def test_a_whole_text_shared_by_devices() -> None:
     check("read_whole", WHOLE)
