@@ -5,9 +5,9 @@
 Each variant reads the same windows, spread over the text, and answers the same passkey prompts,
 with the same method. `loss` is the relative growth of perplexity over `exact`, `error` its standard
 error over the windows; `least` and `most` are the growth in single windows. A variant names
-weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". If the file's weights are packed,
-give an unpacked copy (`dca-jax convert --dtype bfloat16`). Each variant has its own process, and
-`--at-once` of them share the device, since most of the time goes into compiling.
+weights, a cache, or both: "int8", "cache:int8", "int8+cache:int8". If the file's weights are
+packed, give an unpacked copy (`dca-jax convert --dtype bfloat16`). Each variant has its own
+process, and `--at-once` of them share the device, since most of the time goes into compiling.
 """
 
 import json
