@@ -33,7 +33,11 @@ def unpacked(
     kind: str, blocks: UInt8[np.ndarray, "*rows blocks bytes"]
 ) -> Float[np.ndarray, "*rows values"]:
     """The values of whole blocks of any kind, float32; not finite where their scales are not."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize  # imported where it is needed
+    from gguf import (
+        GGML_QUANT_SIZES,
+        GGMLQuantizationType,
+        dequantize,
+    )  # imported where it is needed
 
     *rows, count, size = blocks.shape
     number = GGMLQuantizationType[kind]
