@@ -17,7 +17,8 @@ its mean over texts. `missed` are needles that dense reading finds and this does
 other way round; `answer` is the mean NLL of a needle's digits together.
 
 The share is an argument of what is compiled, so there is one program for a selector, and all
-lengths are read through one cache. At least 32 blocks are kept, as always: shares that come to
+lengths are read through one cache. For `skip-softmax`, which is not among the selectors unless it
+is named, shares are values of lambda. At least 32 blocks are kept, as always: shares that come to
 the same blocks at a length are read once. Repeat an interrupted command to go on: what is in OUT is
 not read again. The most telling cells come first.
 """
@@ -45,7 +46,7 @@ from matplotlib.figure import Figure
 import dca_jax
 from dca_jax.attention.backend import KeyBlocks
 from dca_jax.attention.op import BACKENDS, choose_implementation
-from dca_jax.attention.sparse import Piece, PooledQueries, SampledRows, Sparse
+from dca_jax.attention.sparse import Piece, PooledQueries, SampledRows, SkipSoftmax, Sparse
 from dca_jax.attention.sparse.best import blocks_to_keep
 from dca_jax.config import choose_dca
 from dca_jax.dca import DCAConfig, phases_within
@@ -69,7 +70,7 @@ BEGINNING = " The special magic number for {key} mentioned in the provided text 
 BLOCK = 128
 REST = 100  # tokens of a text that are read with the question: with it, they are the last tiles
 PIECE, ASKED = 4096, 384  # tokens read at once; and of the rest of a text, a question, its answer
-DENSE = "off"
+DENSE, SKIP = "off", "skip-softmax"
 COLUMNS = (
     *("tokens", "sparse", "share", "texts", "perplexity", "loss", "error"),
     *("needles", "found", "missed", "gained", "answer"),
@@ -206,7 +207,7 @@ def cells_of(
     seen = set()
 
     def new(tokens: int, name: str, share: float, kind: str) -> Iterator[tuple[Cell, str]]:
-        kept = blocks_to_keep(share, -(-tokens // BLOCK)).tobytes()
+        kept = told(name, share, -(-tokens // BLOCK)).tobytes()
         if (tokens, name, kept, kind) not in seen:
             seen.add((tokens, name, kept, kind))
             yield Cell(tokens, name, share), kind
@@ -292,7 +293,7 @@ def _around(llm: dca_jax.LLM) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """How many blocks each tile keeps, by the tile's number: an argument of the program."""
+    """What the program is told (`told`): an argument of it."""
 
     counts: Array
 
@@ -347,6 +348,25 @@ class Watched(Sparse):
         return blocks
 
 
+@dataclass(frozen=True, eq=False)
+class Skip(SkipSoftmax):
+    """`skip-softmax`, of which lambda is an argument."""
+
+    part: float = math.nan
+    given: Kept | None = None
+
+    @property
+    def skip(self) -> Any:
+        """As `Selector.skip`."""
+        assert self.given is not None
+        return jnp.log(self.given.counts[0])
+
+
+def told(name: str, share: float, blocks: int) -> np.ndarray:
+    """What a selector's program is told: how many blocks each tile keeps, or lambda."""
+    return np.asarray([share], np.float32) if name == SKIP else blocks_to_keep(share, blocks)
+
+
 class Study:
     """The model, its texts, and one cache that all are read through."""
 
@@ -383,7 +403,7 @@ class Study:
 
         row = jax.ShapeDtypeStruct((1, width), jnp.int32)
         one = jax.ShapeDtypeStruct((1,), jnp.int32)
-        kept = jax.ShapeDtypeStruct((self.capacity // BLOCK,), jnp.int32)
+        kept = jax.eval_shape(lambda: self._told(name, 1.0))
         jitted = jax.jit(run, donate_argnums=2, compiler_options=compiler_options())
         arguments = self.llm.model.params(), kept, self.cache, row, row, one, one
         try:
@@ -397,14 +417,16 @@ class Study:
         sparse = None
         if name != DENSE:
             given = Kept(kept)
-            selector = Pooled(given=given)
-            if name != "pooled":
-                selector = Rows(count=int(name.removeprefix("rows") or 8), given=given)
+            how = {SKIP: Skip(given=given), "pooled": Pooled(given=given)}
+            selector = how.get(name) or Rows(count=int(name.removeprefix("rows") or 8), given=given)
             sparse = Sparse(selector=selector, threshold=0)
             if watched:
                 sparse = Watched(selector=selector, threshold=0, note=self._note)
         options = {"dca": self.dca, "dtype": self.llm.model.dtype, "sparse": sparse}
         return Llama.from_params(self.config, params, **options)
+
+    def _told(self, name: str, share: float) -> Array:
+        return jnp.asarray(told(name, share, self.capacity // BLOCK))
 
     def _note(self, layer: Any, share: Any, count: Any) -> None:
         sums = np.asarray(share, np.float64), np.asarray(count, np.float64)
@@ -431,7 +453,7 @@ class Study:
     ) -> dict[str, Any]:
         """NLL of the text, and of its second half; which needles are found; or masses."""
         text = self._text(cell.tokens, number, kind)
-        kept = jnp.asarray(blocks_to_keep(cell.share, self.capacity // BLOCK))
+        kept, dense = self._told(cell.selector, cell.share), self._told(DENSE, 1.0)
         name = cell.selector if kind != "masses" else f"masses of {cell.selector}"
         self.sums.clear()
         self._empty()
@@ -450,7 +472,7 @@ class Study:
         row = {"nll": nll.mean(), "late": nll[len(nll) // 2 :].mean(), "read": len(text.read)}
         if text.questions:
             asked = [
-                self._ask(programs["ask"], kept, len(text.read), *question)
+                self._ask(programs["ask"], dense, len(text.read), *question)
                 for question in text.questions
             ]
             row["found"], row["answers"] = map(list, zip(*asked, strict=True))
@@ -550,7 +572,8 @@ def _summary(cell: Cell, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> 
     moved = nll - dense
     error = float(moved.std(ddof=1) / math.sqrt(len(moved))) if len(moved) > 1 else None
     met = np.arange(1, -(-cell.tokens // BLOCK) + 1)
-    share = np.minimum(blocks_to_keep(cell.share, len(met)), met).sum() / met.sum()
+    kept = met if cell.selector == SKIP else blocks_to_keep(cell.share, len(met))
+    share = np.minimum(kept, met).sum() / met.sum()
     row: dict[str, Any] = {
         "tokens": cell.tokens,
         "sparse": cell.sparse,

@@ -173,8 +173,9 @@ def test_the_gradient_of_uneven_choices_is_that_of_transformers() -> None:
 SIZES = np.array([5, 0, 40, 1, 0, 17], np.int32)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["ragged", "blocks"])
-def test_products_of_groups(name: str) -> None:
+def test_products_of_groups(name: str, transposed: bool) -> None:
     """Empty groups, one of a row, ones of several blocks; rows that belong to none."""
     with jax.enable_x64(True):
         keys, beyond, block = jax.random.split(jax.random.key(0), 3), 9, 8
@@ -187,8 +188,9 @@ def test_products_of_groups(name: str) -> None:
 
         def ours(x: jax.Array, kernels: jax.Array) -> jax.Array:
             layout = lay_out(jnp.asarray(group), 6, block)
-            product = PRODUCTS[name](spread(x, layout), kernels, jnp.int32(1), layout.sizes, block)
-            return collect(product, layout)
+            stack = kernels.swapaxes(2, 3) if transposed else kernels
+            how = jnp.int32(1), layout.sizes, block, transposed
+            return collect(PRODUCTS[name](spread(x, layout), stack, *how), layout)
 
         def dense(x: jax.Array, kernels: jax.Array) -> jax.Array:
             matrices = jnp.concatenate([kernels[1], jnp.zeros((1, 7, 5))])[group]
@@ -239,8 +241,17 @@ def test_few_rows_times_their_own_matrices(way: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("matrix", [(256, 128), (384, 512)])
-@pytest.mark.parametrize("name", ["blocks", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
-def test_products_of_groups_in_16_bits(name: str, matrix: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "transposed"),
+    [
+        ("blocks", False),
+        pytest.param("mosaic_gpu", False, marks=pytest.mark.gpu),
+        pytest.param("mosaic_gpu", True, marks=pytest.mark.gpu),
+    ],
+)
+def test_products_of_groups_in_16_bits(
+    name: str, transposed: bool, matrix: tuple[int, int]
+) -> None:
     """Value and gradients of bfloat16 rows and matrices, against float64; the same bits twice."""
     rng, inputs, outputs = np.random.default_rng(0), *matrix
     group = rng.permutation(np.repeat(np.arange(7), [300, 0, 128, 1, 129, 257, 9])).astype(np.int32)
@@ -252,8 +263,9 @@ def test_products_of_groups_in_16_bits(name: str, matrix: tuple[int, int]) -> No
     def graded(x: jax.Array, kernels: jax.Array) -> tuple[jax.Array, ...]:
         def product(x: jax.Array, kernels: jax.Array) -> jax.Array:
             layout = lay_out(jnp.asarray(group), 6, block)
-            rows = PRODUCTS[name](spread(x, layout), kernels, jnp.int32(1), layout.sizes, block)
-            return collect(rows, layout)
+            stack = kernels.swapaxes(2, 3) if transposed else kernels
+            how = jnp.int32(1), layout.sizes, block, transposed
+            return collect(PRODUCTS[name](spread(x, layout), stack, *how), layout)
 
         out, back = jax.vjp(product, x, kernels)
         return out, *back(weights)

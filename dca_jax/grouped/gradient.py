@@ -14,22 +14,29 @@ def differentiable(multiply: Callable[..., Array], outer: Callable[..., Array]) 
 
     Args:
         multiply: function of (x, kernels, layer, sizes, block) for the product; with `transposed`,
-            for the product with transposed matrices, which is the gradient of x.
+            for the product with transposed matrices. Each is the gradient of the other's x.
         outer: function of (x, dy, kernels, layer, sizes, block) for each group's transposed rows of
             x times those of dy, in a stack like `kernels`, which is the gradient of the kernels.
     """
 
-    @partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def product(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
-        return multiply(x, kernels, layer, sizes, block, transposed=False)
+    @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+    def product(
+        x: Array, kernels: Array, layer: Array, sizes: Array, block: int, transposed: bool = False
+    ) -> Array:
+        return multiply(x, kernels, layer, sizes, block, transposed=transposed)
 
-    def forward(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> tuple:
-        return product(x, kernels, layer, sizes, block), (x, kernels, layer, sizes)
+    def forward(
+        x: Array, kernels: Array, layer: Array, sizes: Array, block: int, transposed: bool
+    ) -> tuple:
+        return product(x, kernels, layer, sizes, block, transposed), (x, kernels, layer, sizes)
 
-    def backward(block: int, saved: tuple, dy: Array) -> tuple[Array, Array, None, None]:
+    def backward(
+        block: int, transposed: bool, saved: tuple, dy: Array
+    ) -> tuple[Array, Array, None, None]:
         x, kernels, layer, sizes = map(jnp.asarray, saved)  # constants may be NumPy arrays
-        dx = multiply(dy, kernels, layer, sizes, block, transposed=True)
-        return dx, outer(x, dy, kernels, layer, sizes, block), None, None
+        dx = multiply(dy, kernels, layer, sizes, block, transposed=not transposed)
+        rows = (dy, x) if transposed else (x, dy)
+        return dx, outer(*rows, kernels, layer, sizes, block), None, None
 
     product.defvjp(forward, backward)
     return product

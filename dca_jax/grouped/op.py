@@ -15,9 +15,12 @@ HOPPER = (9, 0)
 LARGEST = 128  # maximum rows of a block
 
 
-def ragged(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
+def ragged(
+    x: Array, kernels: Array, layer: Array, sizes: Array, block: int, transposed: bool = False
+) -> Array:
     """The product with `jax.lax.ragged_dot`."""
     own = jax.lax.dynamic_index_in_dim(kernels, layer, keepdims=False).astype(x.dtype)
+    own = own.swapaxes(1, 2) if transposed else own
     padded = -(-sizes // block) * block
     return jax.lax.ragged_dot(x, own, padded, precision=precision(x))
 
@@ -53,7 +56,9 @@ def grouped_product(
         block: number of rows of a block.
     """
     if isinstance(kernels, Packed):
-        kernels, layer = kernels.at(layer).unpack(x.dtype)[None], jnp.int32(0)
+        # Not transposed here: XLA would transpose the whole stack, before the loop over layers.
+        own = kernels.at(layer).unpack_inner(x.dtype)[None]
+        return PRODUCTS[name](x, own, jnp.int32(0), sizes, block, True)
     return PRODUCTS[name](x, kernels, layer, sizes, block)
 
 

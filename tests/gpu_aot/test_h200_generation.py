@@ -72,6 +72,31 @@ def test_experts_stay_where_they_are(step: str, tokens: int) -> None:
     assert held + working < usage.total
 
 
+@pytest.mark.parametrize("form", ["int4:128", "fp8"])
+def test_packed_experts_are_unpacked_a_layer_at_a_time(form: str) -> None:
+    """XLA would transpose the stacks of all layers before the loop: 14 and 29 GB."""
+    config, mesh = SHAPES["qwen3-30b-a3b"], make_mesh("tensor=1", h200s(1))
+    capacity = capacity_bucket(32_768, 1)
+    lowered = lower("read", config, mesh, capacity=capacity, tokens=MIXTURE_PIECE, weights=form)
+    found = lowered.compile(OPTIONS | GPU_OPTIONS).memory_analysis()
+    print(f"{form}: {found.temp_size_in_bytes / 1e9:.2f} GB while it runs")
+    assert found.temp_size_in_bytes < 3.5e9
+
+
+def test_the_largest_model_in_fp8_fits_four_devices() -> None:
+    """Qwen3-235B-A22B at 256k tokens."""
+    name, length, mesh = "qwen3-235b-a22b", 262_144, make_mesh("tensor=4", h200s(4))
+    options = {"capacity": capacity_bucket(length, 1), "tokens": MIXTURE_PIECE, "weights": "fp8"}
+    found = lower("read", SHAPES[name], mesh, **options).compile(OPTIONS | GPU_OPTIONS)
+    memory, four = found.memory_analysis(), parse_mesh("tensor=4")
+    usage = plan(
+        name, SHAPES[name], device="h200", mesh=four, context_length=length, weights="fp8"
+    ).usage
+    held, working = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    print(f"{held / 1e9:.2f} GB held, {working / 1e9:.2f} while it runs")
+    assert held + working < usage.total
+
+
 def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
     """Drawing a token of Llama-3-8B on one H200: no product is written down before it is summed."""
     config, mesh = SHAPES["llama-3-8b"], make_mesh("tensor=1", h200s(1))
