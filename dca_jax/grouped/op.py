@@ -25,12 +25,14 @@ def ragged(
     return jax.lax.ragged_dot(x, own, padded, precision=precision(x))
 
 
-def mosaic_gpu(x: Array, kernels: Array, layer: Array, sizes: Array, block: int) -> Array:
+def mosaic_gpu(
+    x: Array, kernels: Array, layer: Array, sizes: Array, block: int, transposed: bool = False
+) -> Array:
     """The product with the kernels for Hopper."""
     # JAX's compiler for these kernels takes half a second to import.
     from dca_jax.grouped import hopper
 
-    return hopper.mosaic_gpu(x, kernels, layer, sizes, block)
+    return hopper.mosaic_gpu(x, kernels, layer, sizes, block, transposed)
 
 
 PRODUCTS: dict[str, Any] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blocks": blocks}
