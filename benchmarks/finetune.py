@@ -34,6 +34,7 @@ from flax.traverse_util import unflatten_dict
 from dca_jax.config import LoraConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.distributed import exit_on_input_error
+from dca_jax.errors import InputError
 from dca_jax.finetune.lora import init_lora
 from dca_jax.finetune.meters import PEAKS, update_flops
 from dca_jax.finetune.settings import DataFile, Settings
@@ -210,6 +211,11 @@ def measure(
     ] = 60.0,
 ) -> None:
     """Time updates in every combination of what may be repeated."""
+    for sizes in map(parse_mesh, mesh or []):
+        if batch % (shards := sizes["data"] * sizes["fsdp"]):
+            raise InputError(
+                f"a mesh of {shards} shards of the batch needs as many rows, got {batch}"
+            )
     report = Report(out, machine() | {"preset": preset, "length": length}, minutes=minutes)
     combinations = itertools.product(
         mesh or ["tensor=1"],

@@ -28,13 +28,18 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     if quoted or inspect.isgeneratorfunction(function):
         # It knows of names that are there for Pyright only, and looks at nothing that is yielded.
         return jaxtyped(function, typechecker=beartype(conf=CONF))
-    found = beartype(function, conf=CONF)
-    if any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in parts):
-        found = jaxtyped(found, typechecker=None)
+    found = None
 
     @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
-        return (function if config.jaxtyping_disable else found)(*args, **kwargs)
+        nonlocal found
+        if config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        if found is None:  # when it is first called: most of what a process imports never is
+            found = beartype(function, conf=CONF)
+            if any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in parts):
+                found = jaxtyped(found, typechecker=None)
+        return found(*args, **kwargs)
 
     return either
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle import relative_position
+from oracle import relative_positions
 
 from dca_jax.config import LlamaConfig
 
@@ -33,10 +33,9 @@ def logits(
 ):
     """[B, T, V] of whole texts; one layer after the other, as the parameters' tree has them."""
     length = tokens.shape[1]
-    relative = np.array(
-        [[relative_position(i, max(j, 0), s, largest) if j <= i else 0 for j in range(length)]
-         for i in range(length)]
-    )  # fmt: skip
+    relative = np.zeros((length, length), int)
+    for i in range(length):
+        relative[i, : i + 1] = relative_positions(i, s, largest)
     x = params["embed_tokens"]["embedding"][tokens]
     for number in range(config.num_hidden_layers):
         layer = _layer(params, number)

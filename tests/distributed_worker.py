@@ -1,7 +1,7 @@
-"""One of several in `test_distributed`: python distributed_worker.py TASK OUT FOLDER [ARGUMENT ..].
+"""One of several in `test_distributed`: python distributed_worker.py TASK OUT FOLDER [COMMAND ..].
 
 Its place among them comes from the environment, as under a launcher. What it found goes into OUT as
-JSON; then it runs `dca-jax` with the arguments, if there are any.
+JSON; then it runs `dca-jax` with each command, a JSON list of words.
 """
 
 import json
@@ -36,12 +36,10 @@ TEXT = np.random.default_rng(5).integers(3, 300, 150)
 WINDOWS = {"form": "strided", "methods": ["dca"], "lengths": [90], "stride": 30, "batch": 2}
 
 
-def generate_and_evaluate(folder: Path, out: Path) -> dict[str, Any]:
+def read_a_text(folder: Path, out: Path) -> dict[str, Any]:
     llm = dca_jax.load(folder, mesh=MESH)
-    generations = llm.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
     return {
         "devices": [jax.local_device_count(), jax.device_count()],
-        "tokens": [generation.tokens for generation in generations],
         "nll": evaluate(llm, out.parent / "results"),
     }
 
@@ -109,7 +107,7 @@ def compute_forever(out: Path) -> None:
         time.sleep(0.05)
 
 
-def main(task: str, out: Path, folder: Path, arguments: list[str]) -> None:
+def main(task: str, out: Path, folder: Path, commands: list[str]) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with distributed.ending_together():
@@ -122,14 +120,14 @@ def main(task: str, out: Path, folder: Path, arguments: list[str]) -> None:
         )
         if task == "forever":
             compute_forever(out)
-        found = generate_and_evaluate(folder, out) | read_and_save(folder, out) | ask_the_primary()
+        found = read_a_text(folder, out) | read_and_save(folder, out) | ask_the_primary()
         found["printed"] = Path(os.environ["PRINTED"]).read_text()
         out.write_text(json.dumps(found))
-        if arguments:
-            distributed.print_once()
-            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):  # the command is not to join again
-                del os.environ[name]
-            app(arguments, standalone_mode=False)
+        distributed.print_once()
+        for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):  # no command is to join again
+            del os.environ[name]
+        for command in commands:
+            app(json.loads(command), standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -173,14 +173,14 @@ FAULTS = [
         "attention/xla.py",
         "(jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block",
         "jnp.max(jnp.where(meets, stop, 0)) // block",
-        f"{EDGES}[xla-31]",
+        f"{EDGES}[xla-65]",
     ),
     Fault(
         "the last block's first keys count twice",
         "attention/xla.py",
         "(j >= jnp.maximum(start, n * block)[:, :, None])",
         "(j >= start[:, :, None])",
-        f"{EDGES}[xla-31]",
+        f"{EDGES}[xla-65]",
     ),
     Fault(
         "the first token of padding is attended from",

@@ -4,6 +4,7 @@ The logit of a pair depends on its relative position only, so the query is turne
 exp(i * M[i, j] * frequency) towards each key: no rotation of keys, no phases, no merge.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -18,6 +19,12 @@ def relative_position(i: int, j: int, s: int, largest: int) -> int:
     else:
         query = min(2 * s - 1, largest)
     return query - j % s
+
+
+@functools.cache
+def relative_positions(i: int, s: int, largest: int) -> np.ndarray:
+    """Of a query and every key up to it."""
+    return np.array([relative_position(i, j, s, largest) for j in range(i + 1)])
 
 
 def attention(
@@ -42,6 +49,8 @@ def attention(
     group = num_heads // key.shape[2]
     half = head_dim // 2
     frequency = theta ** (-2.0 * np.arange(half) / head_dim)
+    positions = np.arange(min(2 * s, key.shape[1]))  # no pair is further apart
+    turns = np.exp(1j * positions[:, None] * frequency)
     offset = offset or [0] * batch
     lengths = lengths or [start + num_queries for start in offset]
     out = np.zeros_like(query)
@@ -50,12 +59,11 @@ def attention(
             i = offset[b] + t
             if i >= lengths[b]:
                 continue
-            relative = np.array([relative_position(i, j, s, largest) for j in range(i + 1)])
-            turn = np.exp(1j * relative[:, None] * frequency[None, :])
+            turn = turns[relative_positions(i, s, largest)]
             for n in range(num_heads):
                 k, v = key[b, : i + 1, n // group], value[b, : i + 1, n // group]
                 q = query[b, t, n, :half] + 1j * query[b, t, n, half:]
-                logits = (q * turn * np.conj(k[:, :half] + 1j * k[:, half:])).real.sum(axis=1)
+                logits = (q * turn * (k[:, :half] - 1j * k[:, half:])).real.sum(axis=1)
                 logits *= temperature / math.sqrt(head_dim)
                 if allowed is not None:
                     logits = np.where(allowed[b, n // group, t, : i + 1], logits, -np.inf)

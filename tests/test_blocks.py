@@ -215,7 +215,7 @@ def passed_by(case: Case, part: float) -> np.ndarray:
         index = int(case.rows.offset[b]) + np.arange(query.shape[1])
         logits = np.full((len(index), len(k)), -np.inf)
         for t, i in enumerate(index[index < int(case.rows.lengths[b])]):
-            turn = [oracle.relative_position(i, j, s, largest) for j in range(i + 1)]
+            turn = oracle.relative_positions(int(i), s, largest)
             q = query[b, t, n, :half] + 1j * query[b, t, n, half:]
             turned = q * np.exp(1j * np.outer(turn, frequency)) * np.conj(k[: i + 1])
             logits[t, : i + 1] = turned.real.sum(1) / np.sqrt(2 * half)

@@ -190,11 +190,10 @@ def as_jsonl(lines) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-@pytest.mark.parametrize("batch", [2, 8])
-def test_generate_answers_jsonl(folder, llm, tmp_path, batch):
+def test_generate_answers_jsonl(folder, llm, tmp_path):
     (tmp_path / "in.jsonl").write_text(as_jsonl(LINES).replace("\n", "\n\n", 1))  # a blank line
     output = tmp_path / "out.jsonl"
-    options = ("--max-new-tokens", 12, "--stop", "e", "--batch", batch)
+    options = ("--max-new-tokens", 12, "--stop", "e", "--batch", 2)
     result = invoke(
         *("generate", folder, "--input", tmp_path / "in.jsonl", "--output", output, *options)
     )
@@ -208,7 +207,8 @@ def test_generate_answers_jsonl(folder, llm, tmp_path, batch):
     assert "exists already" in again.stderr
     piped = invoke("generate", folder, "--input", "-", "--json", *options, input=as_jsonl(LINES))
     assert piped.stdout == expected
-    text = invoke("generate", folder, "--input", "-", *options, input=as_jsonl(LINES))
+    all_at_once = (*options, "--batch", 8)
+    text = invoke("generate", folder, "--input", "-", *all_at_once, input=as_jsonl(LINES))
     assert text.stdout == "".join(json.loads(x)["text"] + "\n" for x in expected.splitlines())
 
 
@@ -232,10 +232,11 @@ def test_what_a_batch_draws_is_drawn_once(folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_generates(folder, name):
-    name = MEASURED.get(name, name)
-    result = invoke("generate", folder, PROMPT, "--method", name, "--max-new-tokens", 1)
-    assert result.exit_code == 0, result.stderr
+def test_every_method_generates(llm, name):
+    """What `--method` asks of a model that is loaded once for all of them."""
+    tokens = llm.tokenize(PROMPT)
+    method = reading(llm, MEASURED.get(name, name), len(tokens) + 1)
+    assert len(method.generate([tokens], max_new_tokens=1)[0].tokens) == 1
 
 
 def test_how_a_prompt_is_read_does_not_depend_on_the_others(folder):
@@ -467,17 +468,17 @@ def test_an_option_that_another_command_has_is_not_advised(folder):
 @pytest.mark.processes
 def test_as_a_user_runs_it(folder, llm, tmp_path):
     """Converted, continued, and its compiled programs kept for the next time."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    converted = run("convert", folder, tmp_path / "orbax", **environment)
-    assert converted.returncode == 0, converted.stderr
+    converted = invoke("convert", folder, tmp_path / "orbax")
+    assert converted.exit_code == 0, converted.stderr
     assert converted.stdout == f"wrote {tmp_path / 'orbax'}\n"
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     options = ("--max-new-tokens", 12)
     result = run("generate", tmp_path / "orbax", PROMPT, *options, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == llm.generate(PROMPT, max_new_tokens=12)[0].text + "\n"
     assert list((tmp_path / "cache" / "dca_jax" / "xla").iterdir())
-    refused = run("generate", folder, PROMPT, "--temperature", -1, **environment)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    refused = invoke("generate", folder, PROMPT, "--temperature", -1)
+    assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr == "error: temperature must be 0 (greedy) or at least 0.0001, got -1.0\n"
 
 

@@ -94,7 +94,7 @@ SMALLER = {
     r"\bSettings\(": "Settings(length=64, steps=1, dtype='float32', ",
     "context=2048, rows=4, pages=64": "context=512, rows=1, pages=20",
 }
-NEW_TOKENS = 2  # of every text
+NEW_TOKENS = 1  # of every text: a second one takes another program
 
 
 def runs(words: list[str]) -> bool:

@@ -209,6 +209,7 @@ def test_a_run_may_leave_a_hugging_face_folder(
     assert losses(tmp_path / "run") == losses(whole)  # no update was made
 
 
+@pytest.mark.slow
 def test_lora_on_packed_weights_exports_the_merged_model(
     model: Path, dialogues: Path, tmp_path: Path
 ) -> None:

@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import os
+import runpy
 import sqlite3
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `e
 # Of other people's packages, on the way to their figures.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CHOICES = [
     {"context": "Call me Ishmael. Some years", "choices": [" ago", " never mind", " x"], "gold": 0},
     {"context": "never mind how long" * 4, "choices": [" precisely", " I thought"], "gold": 1},
@@ -193,42 +191,32 @@ def test_a_bad_method_is_refused_before_the_tasks_are_built(folder):
         DcaJaxLM(str(folder), method="alibi")
 
 
-# `python -m dca_jax.lm_eval`, without lm-eval's own 14,000 files of tasks, which take it long.
-MODULE = """
-from functools import partial
-from runpy import run_module
-from lm_eval import tasks
-tasks.TaskManager = partial(tasks.TaskManager, include_defaults=False)
-run_module("dca_jax.lm_eval", run_name="__main__", alter_sys=True)
-"""
+@pytest.fixture
+def only_local_tasks(monkeypatch):
+    """Without lm-eval's own 14,000 files of tasks, which take it long."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
 
 
-@pytest.mark.processes
-def test_as_a_user_runs_it(folder, task_folder, tmp_path):
-    """lm-eval's own command, with this model in its list."""
+@pytest.mark.slow
+@pytest.mark.usefixtures("only_local_tasks")
+def test_as_a_user_runs_it(folder, task_folder, tmp_path, monkeypatch, capsys):
+    """`python -m dca_jax.lm_eval`: lm-eval's own command, with this model in its list."""
     arguments = ["run", "--model", "dca_jax", "--tasks", "local_answer", "--batch_size", "2"]
     arguments += ["--model_args", f"pretrained={folder},method=dca,max_length=4096,dtype=float32"]
     arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", MODULE, *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "|local_answer|" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *map(str, arguments)])
+    runpy.run_module("dca_jax.lm_eval", run_name="__main__", alter_sys=True)
+    assert "|local_answer|" in capsys.readouterr().out
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert "exact_match,none" in json.loads(results.read_text())["results"]["local_answer"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_local_tasks")
 def test_by_our_own_command(folder, task_folder, tmp_path, monkeypatch):
     """`dca-jax lm-eval`: our options, and lm-eval's for the rest."""
-    from lm_eval import tasks
-
-    only_ours = partial(tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(tasks, "TaskManager", only_ours)
     arguments = ["lm-eval", folder, "--method", "dca:40,60", "--max-length", "4k"]
     arguments += ["--dtype", "float32", "--tasks", "local_answer", "--batch_size", "2"]
     arguments += ["--include_path", task_folder, "--output_path", tmp_path / "out"]

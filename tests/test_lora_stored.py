@@ -98,12 +98,11 @@ def by_library(folder: Path, name: str) -> tuple[Path, LlamaConfig, Tree]:
     ("make", "name", "mesh"),
     [
         (by_tests, "awq", None),
-        (by_tests, "awq", "fsdp=2,tensor=2"),
+        pytest.param(by_tests, "awq", "fsdp=2,tensor=2", marks=pytest.mark.slow),
         (by_library, "Q4_K", None),
         pytest.param(by_tests, "gptq", None, marks=pytest.mark.slow),
         pytest.param(by_tests, "fp8-ragged", None, marks=pytest.mark.slow),
         pytest.param(by_tests, "w8a8", None, marks=pytest.mark.slow),
-        pytest.param(by_library, "Q8_0", None, marks=pytest.mark.slow),
     ],
 )
 def test_value_and_gradients(tmp_path: Path, make: Callable, name: str, mesh: str | None) -> None:

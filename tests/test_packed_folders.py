@@ -46,14 +46,8 @@ def stand_for(params: Any, want: Any, config: LlamaConfig) -> None:
         np.testing.assert_allclose(leaf, want[row.path], rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("form", "family"),
-    [
-        ("int4", QWEN_EXPERTS),
-        pytest.param("int8", {}, marks=pytest.mark.slow),
-        pytest.param("fp8", {}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "family"), [("int4", QWEN_EXPERTS), ("int8", {}), ("fp8", {})])
 def test_a_checkpoint_is_packed_into_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, family: dict[str, Any]
 ) -> None:

@@ -203,8 +203,7 @@ def test_the_kernel_for_few_rows(config: LlamaConfig, form: str, count: int) -> 
 @pytest.mark.parametrize(
     ("mesh", "form", "config"),
     [
-        ("fsdp=2,tensor=2", "int8", DENSE),
-        pytest.param("tensor=4", "int4:32", DENSE, marks=pytest.mark.slow),
+        ("tensor=4", "int8", DENSE),  # more than kv heads
         pytest.param("fsdp=2,tensor=2", "int4:32", SPARSE, marks=pytest.mark.slow),
     ],
 )
@@ -266,6 +265,7 @@ def test_one_row_by_large_matrices_has_its_kernel(form: str) -> None:
 # --- what a user does ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_packed_while_it_is_read(folder: Path) -> None:
     """Through Python and the command line, read by another method too; what it is called."""
     plain, packed = (dca_jax.load(folder, dca=None, weights=form) for form in (None, "int8"))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from kernels import QUICK
 from lowering import lower, shapes
-from oracle import relative_position
+from oracle import relative_positions
 from shared_fixtures import invoke
 
 import dca_jax
@@ -146,10 +146,6 @@ def block_sums(p: np.ndarray) -> np.ndarray:
     return np.add.reduceat(p, np.arange(0, p.shape[-1], 128), axis=-1)
 
 
-def served(rows: np.ndarray, keys: int) -> np.ndarray:
-    return np.array([[relative_position(i, j, S, Q) for j in range(keys)] for i in rows])
-
-
 def scores(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: int) -> np.ndarray:
     """Of each block up to the tile's own, for a kv head."""
     query, key = query.astype(np.float64), key[:, head].astype(np.float64)
@@ -165,7 +161,7 @@ def scores(selector: Any, query: np.ndarray, key: np.ndarray, tile: int, head: i
     apart = 128 // selector.count
     found = []
     for i in range(128 * tile + apart - 1, end, apart):
-        position = served(np.array([i]), i + 1)
+        position = relative_positions(i, S, Q)[None]
         for n in group:
             p = block_sums(softmax(logits(query[i : i + 1, n], key[: i + 1], position)[0]))
             found.append(np.pad(p, (0, tile + 1 - len(p))))

@@ -251,8 +251,8 @@ def _heat_maps(panels: Mapping[str, Panel], path: Path, *, trained_length: int, 
         axes.set_axis_off()
     for axes, (method, panel) in zip(all_axes.flat, panels.items(), strict=False):
         image = _heat_map(axes, panel, trained_length)
-        known = panel.accuracy[panel.accuracy == panel.accuracy]
-        axes.set_title(f"{method}: {known.mean():.0%} found" if known.size else method)
+        mean = panel.accuracy.mean()  # not a number if a cell is missing: no mean to compare
+        axes.set_title(method if np.isnan(mean) else f"{method}: {mean:.0%} found")
     for axes in all_axes[:, 0]:
         axes.set_ylabel(rows)
     figure.colorbar(image, ax=list(all_axes.flat), label="accuracy", shrink=0.9)
@@ -263,7 +263,7 @@ def _heat_map(axes: Axes, grid: Panel, trained_length: int) -> AxesImage:
     accuracy = grid.accuracy.T  # depth downwards, length to the right, as in the paper
     image = axes.imshow(accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     if accuracy.size <= CELLS:
-        for row, col in itertools.product(*map(range, accuracy.shape)):
+        for row, col in np.argwhere(~np.isnan(accuracy)):
             color = "black" if accuracy[row, col] > 0.5 else "white"
             text = f"{accuracy[row, col]:.0%}"
             axes.text(col, row, text, ha="center", va="center", color=color, fontsize=8)
