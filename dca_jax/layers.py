@@ -359,7 +359,8 @@ class Layers(nnx.Module):
 def stays_whole(path: Any, stack: Any, rows: int) -> bool:
     """Whether this parameter is read in place in its stack, without slicing, for so many rows.
 
-    This is true for packed kernels and, on a GPU with one row, for small kernels.
+    This is true for packed kernels and, with one row, for small kernels on a GPU and for float32
+    kernels on a CPU.
     """
     if is_packed(stack):
         return True
@@ -372,7 +373,7 @@ def stays_whole(path: Any, stack: Any, rows: int) -> bool:
     row = jax.ShapeDtypeStruct((1, inputs), stack.dtype)
     matrices = jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)
     is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
-    return is_small and can_multiply(row, [matrices])
+    return (is_small or current_device().platform == "cpu") and can_multiply(row, [matrices])
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:

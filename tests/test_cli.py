@@ -68,7 +68,10 @@ def test_what_help_says_of_a_command_is_what_its_own_begins_with():
 
 
 def test_help_and_version_load_what_they_need():
-    """JAX takes seconds to import; `generate` needs it, and neither PyTorch nor Orbax."""
+    """JAX takes seconds to import; `generate` needs it, and neither PyTorch nor Orbax.
+
+    Nor does it need JAX's compiler for Hopper's kernels, which takes half a second.
+    """
     heavy = set("jax numpy flax orbax tensorstore transformers matplotlib torch".split())
     code = f"""if True:
         import contextlib, io, sys
@@ -80,9 +83,10 @@ def test_help_and_version_load_what_they_need():
         print(sorted({heavy!r} & set(sys.modules)))
         import dca_jax.cli.run
         print(sorted({heavy!r} & set(sys.modules)))
+        print("jax.experimental.mosaic.gpu" in sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n['flax', 'jax', 'numpy']\n"
+    assert done.stdout == "[]\n['flax', 'jax', 'numpy']\nFalse\n"
 
 
 def test_version():

@@ -54,6 +54,40 @@ def test_rows_times_their_own_matrices(dtype: str, monkeypatch: pytest.MonkeyPat
         np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
+@pytest.mark.parametrize("inputs", [320, 330, 317])
+def test_a_row_on_a_cpu_in_blocks(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks for each matrix; 317 is a prime, so its blocks would have one input."""
+    monkeypatch.setattr(row_products, "BLOCK", 4 * 64 * 50)
+    monkeypatch.setattr(row_products, "SMALLEST_BLOCK", 4 * 64 * 5)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, inputs)), jnp.float32)
+    stacks = [jnp.asarray(rng.standard_normal((3, inputs, n)), jnp.float32) for n in (64, 256, 96)]
+    assert row_products.can_multiply(x, stacks) == (inputs != 317)
+    if inputs == 317:
+        return
+    got = jax.jit(row_products.row_products)(x, stacks, np.array([2], np.int32))
+    for ours, stack in zip(got, stacks, strict=True):
+        expected = np.asarray(x, np.float64) @ np.asarray(stack, np.float64)[2]
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
+def test_a_cpu_copies_no_matrix_to_draw_a_token() -> None:
+    """The program's memory besides its arguments is less than a layer's smallest wide matrix."""
+    config = replace(DENSE, hidden_size=512, intermediate_size=1024)
+    model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def next_hidden(model: Llama, tokens: jax.Array) -> jax.Array:
+        cache = KVCache.create(config, batch=1, capacity=16, dtype=jnp.float32)
+        return model.hidden_states(tokens, cache=cache)[0]
+
+    compiled = jax.jit(next_hidden).lower(model, jnp.zeros((1, 1), jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * 512 * 1024
+
+
 def test_what_no_tile_divides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_products, "INTERPRET", True)
     x = jnp.zeros((1, 64))
@@ -63,6 +97,7 @@ def test_what_no_tile_divides_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not row_products.can_multiply(wide, [jnp.zeros((1, 64, 48))])
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(
     ("config", "launches"),
     [
@@ -71,7 +106,7 @@ def test_what_no_tile_divides_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_token_is_drawn_by_few_launches(
-    config: LlamaConfig, launches: int, monkeypatch: pytest.MonkeyPatch
+    config: LlamaConfig, launches: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And comes out as it does when the text is read whole, by other products."""
     lora = None if config.mixture else LoraConfig(rank=2, targets=("q_proj", "down_proj"))
@@ -87,8 +122,10 @@ def test_a_token_is_drawn_by_few_launches(
         hidden, _ = model.hidden_states(tokens[:, -1:], cache=cache)
         return model.unembed(hidden[:, 0])[0]
 
-    monkeypatch.setattr(row_products, "INTERPRET", True)
+    monkeypatch.setattr(row_products, "INTERPRET", kernel)
+    monkeypatch.setattr(row_products, "BLOCK", 4 * 96 * 16)  # several blocks
+    monkeypatch.setattr(row_products, "SMALLEST_BLOCK", 0)
     monkeypatch.setattr(experts, "are_few", lambda rows, groups: 2 * rows <= groups)
-    assert str(jax.make_jaxpr(last)(model, tokens)).count("pallas_call[") == launches
+    assert str(jax.make_jaxpr(last)(model, tokens)).count("pallas_call[") == launches * kernel
     got = jax.jit(last)(model, tokens)
     np.testing.assert_allclose(got, whole, atol=1e-5 * np.abs(whole).max())

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.device import MULTIPROCESSORS
 from dca_jax.grouped.gradient import differentiable, in_stack
+from dca_jax.grouped.layout import HOPPER_BLOCK as BLOCK
+from dca_jax.grouped.layout import HOPPER_TILE as TILE
 from dca_jax.grouped.layout import block_ends, group_of_block
 
-BLOCK = 128  # rows of a block and of a tile: 64 for each computing warpgroup
-TILE = 128  # rows and columns of a matrix must be multiples of this
 DEPTH = 64  # depth of a step
 WARPGROUPS = 2  # computing warpgroups
 WARPGROUP_ROWS = BLOCK // WARPGROUPS

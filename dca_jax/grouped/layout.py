@@ -14,6 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.dtypes import compute_dtype
 
+# Of the kernels for Hopper, here because importing those takes half a second.
+HOPPER_BLOCK = 128  # rows of a block and of a tile: 64 for each computing warpgroup
+HOPPER_TILE = 128  # rows and columns of a matrix must be multiples of this
+
 
 class Layout(NamedTuple):
     """The placement of rows.

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.device import Device
 from dca_jax.grouped.blocks import blocks, precision
-from dca_jax.grouped.hopper import BLOCK, TILE, mosaic_gpu
+from dca_jax.grouped.layout import HOPPER_BLOCK, HOPPER_TILE
 from dca_jax.products.packed import Packed
 
 HOPPER = (9, 0)
@@ -23,6 +23,16 @@ def ragged(
     own = own.swapaxes(1, 2) if transposed else own
     padded = -(-sizes // block) * block
     return jax.lax.ragged_dot(x, own, padded, precision=precision(x))
+
+
+def mosaic_gpu(
+    x: Array, kernels: Array, layer: Array, sizes: Array, block: int, transposed: bool = False
+) -> Array:
+    """The product with the kernels for Hopper."""
+    # JAX's compiler for these kernels takes half a second to import.
+    from dca_jax.grouped import hopper
+
+    return hopper.mosaic_gpu(x, kernels, layer, sizes, block, transposed)
 
 
 PRODUCTS: dict[str, Any] = {"ragged": ragged, "mosaic_gpu": mosaic_gpu, "blocks": blocks}
@@ -59,7 +69,7 @@ def choose(device: Device, dtype: Any, matrix: tuple[int, ...]) -> str:
     if device.platform == "tpu":
         return "ragged"
     halves = dtype in (jnp.bfloat16, jnp.float16)
-    tiles = all(size % TILE == 0 for size in matrix)
+    tiles = all(size % HOPPER_TILE == 0 for size in matrix)
     if device.platform == "gpu" and device.capability == HOPPER and halves and tiles:
         return "mosaic_gpu"
     return "blocks"
@@ -68,5 +78,5 @@ def choose(device: Device, dtype: Any, matrix: tuple[int, ...]) -> str:
 def block_size(name: str, rows: int, groups: int) -> int:
     """Rows per block: the kernel's, or a power of two near the mean rows per group."""
     if name == "mosaic_gpu":
-        return BLOCK
+        return HOPPER_BLOCK
     return min(LARGEST, max(1, 2 ** (max(rows // groups, 1) - 1).bit_length()))

@@ -103,7 +103,7 @@ class Run:
         self._num_rows, fill = len(prompts), cache.lengths.shape[0] - len(prompts)
         self._prompts = [*prompts, *[[0]] * fill]
         self._start += [1] * fill
-        self._model, self._sampler = model, sampler.traced()
+        self._model, self._sampler = model, sampler.of_programs()
         self._max_new_tokens, self._seed = max_new_tokens, seed
         # Only ids that can be generated; padded, so that another number of them does not recompile.
         ids = sorted({int(n) for n in stop_ids if 0 <= n < model.config.vocab_size})
@@ -128,7 +128,8 @@ class Run:
         numbers = replicated((self._sampler, self._stop_ids), mesh_of(self._model))
         sampler, stop_ids = on_device(self._model, numbers)
         state = self._draw_first(hidden, sampler, stop_ids)
-        decode = self._compiled(stop_and_decode, self._model, len(stop_ids))
+        widths = len(stop_ids), int(self._sampler.is_greedy)
+        decode = self._compiled(stop_and_decode, self._model, *widths)
         lengths = [len(prompt) for prompt in self._prompts]
         yield self._rows(np.asarray(state.token)[:, None], lengths)
         drawn, segment = 1, 1
@@ -225,11 +226,14 @@ class Run:
     def _draw_first(
         self, hidden: Float[Array, "B D"], sampler: Sampler, stop_ids: Int[Array, " n"]
     ) -> State:
-        seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
-        if self._sampler.repetition_penalty != 1:
+        seen = None
+        if self._sampler.penalizes:
+            seen = np.zeros((len(self._prompts), self._model.config.vocab_size), bool)
+        if seen is not None and self._sampler.repetition_penalty != 1:
             for row, prompt in enumerate(self._prompts):
                 seen[row, np.asarray(prompt)] = True
-        program = compiled(begin, self._model, len(self._prompts), len(stop_ids))
+        widths = len(stop_ids), int(self._sampler.is_greedy)
+        program = compiled(begin, self._model, len(self._prompts), *widths)
         state = program(self.cache.lengths, hidden, self._seed, sampler, stop_ids, seen)
         return State(cache=self.cache, **state)
 

@@ -79,6 +79,14 @@ class Sampler:
         )
         return self.tree_unflatten(None, numbers)
 
+    def of_programs(self) -> "Sampler":
+        """The same sampler in one of the two forms for which programs are compiled.
+
+        They are greedy decoding without a penalty, which compiles in half a second less and is what
+        most processes do, and every other sampler (`traced`).
+        """
+        return Sampler() if self.is_greedy and not self.penalizes else self.traced()
+
     @classmethod
     def of_rows(cls, samplers: Sequence["Sampler"]) -> "Sampler":
         """A `traced` sampler for a batch with a different sampler per row; settings are arrays.
@@ -105,14 +113,15 @@ class Sampler:
     def sample(
         self,
         logits: Float[Array, "B V"],
-        key: Key[Array, " B"],
+        key: Key[Array, " B"] | None,
         seen: Bool[Array, "B V"] | None = None,
     ) -> Int[Array, " B"]:
         """One token for each row, int32.
 
         Args:
             logits: float32.
-            key: one key per row, so that a row's token does not depend on the other rows.
+            key: one key per row, so that a row's token does not depend on the other rows; needed
+                unless `is_greedy`.
             seen: the tokens in each row; needed if and only if `penalizes`.
         """
         if self.penalizes:
@@ -120,6 +129,7 @@ class Sampler:
             logits = penalized(logits, seen, self.repetition_penalty)
         if self.is_greedy:
             return _most_likely(logits)
+        assert key is not None, "only greedy decoding needs no key"
 
         def draw(logits: Array) -> Array:
             filtered = self.filtered(logits)

@@ -43,14 +43,14 @@ class State:
         finished: rows that have reached a stop id, have failed, or were stopped by the caller; they
             do not change any more.
         key: one key per row. It is combined with the position of each token, so that sampling does
-            not depend on the other rows or on the segments.
+            not depend on the other rows or on the segments. None if the sampler `is_greedy`.
         seen: the tokens in each row, for a repetition penalty; None without one.
     """
 
     cache: KVCache
     token: Int[Array, " B"]
     finished: Bool[Array, " B"]
-    key: Key[Array, " B"]
+    key: Key[Array, " B"] | None
     seen: Bool[Array, "B V"] | None
 
 
@@ -163,7 +163,7 @@ def at_last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[A
 def first_token(
     logits: Float[Array, "B V"],
     cache: KVCache,
-    key: Key[Array, " B"],
+    key: Key[Array, " B"] | None,
     sampler: Sampler,
     stop_ids: Int[Array, " n"],
     seen: Bool[Array, "B V"] | None = None,
@@ -226,7 +226,7 @@ def decode(
 
 def _draw(
     logits: Float[Array, "B V"],
-    key: Key[Array, " B"],
+    key: Key[Array, " B"] | None,
     lengths: Int[Array, " B"],
     seen: Bool[Array, "B V"] | None,
     sampler: Sampler,
@@ -238,7 +238,9 @@ def _draw(
     If the logits are not all finite, it is `FAILED` and ends the row. Finished rows in `state` keep
     their token.
     """
-    token = sampler.sample(logits, jax.vmap(jax.random.fold_in)(key, lengths), seen)
+    if key is not None:
+        key = jax.vmap(jax.random.fold_in)(key, lengths)
+    token = sampler.sample(logits, key, seen)
     token = jnp.where(jnp.isfinite(logits).all(axis=1), token, FAILED)
     if state is not None:
         token = jnp.where(state.finished, state.token, token)
@@ -265,8 +267,10 @@ def begin(
 ) -> dict[str, Any]:
     """A `State` without its cache, which does not need to pass through."""
     logits = whole(model, model.unembed(hidden))
-    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
-    key = whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
+    key = None
+    if not sampler.is_greedy:
+        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
+        key = whole(model, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows))
     token, ends, seen = _draw(logits, key, lengths, whole(model, seen), sampler, stop_ids)
     return {"token": token, "finished": ends, "key": key, "seen": seen}
 

@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
 from dca_jax.products.packed import Packed
-from dca_jax.products.packed_row import choose_plan, multiply_row
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 ROWS = 16  # minimum rows of a tensor-core product; fewer are padded
@@ -69,6 +68,9 @@ def multiply(
         tile: sizes that divide those of a matrix and its groups or blocks (default: those of
             `choose_tile`).
     """
+    # Mosaic GPU's compiler takes half a second to import, which only GPUs need to spend.
+    from dca_jax.products.packed_row import choose_plan, multiply_row
+
     rows, inputs = x.shape
     plan = None if tile or INTERPRET else choose_plan(x, stacks)
     if plan is not None:

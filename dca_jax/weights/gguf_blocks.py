@@ -1,4 +1,4 @@
-"""The integers and scales of GGUF's blocks that can be kept packed.
+"""GGUF's blocks: unpacked, and the integers and scales of those that can be kept packed.
 
 Each row of a tensor is stored in blocks with these numbers of values (ggml's `ggml-common.h`):
 
@@ -11,9 +11,10 @@ Each row of a tensor is stored in blocks with these numbers of values (ggml's `g
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 
 from dca_jax.weights.kept import Kept
+from dca_jax.weights.parameters import contiguous
 
 GROUP = 32  # values per scale, in all of them
 _HALF, _WIDE = np.dtype(np.float16), np.dtype(np.float32)
@@ -25,6 +26,52 @@ KEPT = {
 }
 # The offset of the integers in a block.
 _BEGIN = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16, "Q8_0": 2}
+TOGETHER = 2048  # blocks that `unpacked` takes for a row
+
+
+def unpacked(
+    kind: str, blocks: UInt8[np.ndarray, "*rows blocks bytes"]
+) -> Float[np.ndarray, "*rows values"]:
+    """The values of whole blocks of any kind, float32; not finite where their scales are not."""
+    from gguf import (
+        GGML_QUANT_SIZES,
+        GGMLQuantizationType,
+        dequantize,
+    )  # imported where it is needed
+
+    *rows, count, size = blocks.shape
+    number = GGMLQuantizationType[kind]
+    flat, width = blocks.reshape(-1, size), GGML_QUANT_SIZES[number][0]
+    values = np.empty((len(flat), width), _WIDE)
+    # The library unpacks 16 rows at a time, of a small model too few values; here it gets one row.
+    with np.errstate(all="ignore"):  # callers reject scales that are not finite
+        for at in range(0, len(flat), TOGETHER):
+            part = flat[at : at + TOGETHER].reshape(1, -1)
+            values[at : at + TOGETHER] = dequantize(part, number).reshape(-1, width)
+    return values.reshape(*rows, count * width)
+
+
+def unpacked_columns(
+    kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
+) -> Float[np.ndarray, "rows values"]:
+    """`unpacked` of a kind in `KEPT`, as the transpose of a contiguous array.
+
+    It transposes the integers, which is quicker than transposing the values; and NumPy's loops are
+    then as long as there are rows, instead of as there are values in a block.
+    """
+    scale, offset = (None if x is None else x.T.astype(_WIDE) for x in block_scales(kind, blocks))
+    assert scale is not None
+    integers = block_values(kind, blocks)
+    if kind == "Q4_0":
+        integers = integers.view(np.int8) - np.int8(8)
+    columns = contiguous(integers.T).reshape(-1, GROUP, len(blocks))
+    values = np.empty(columns.shape, _WIDE)
+    with np.errstate(all="ignore"):  # callers reject scales that are not finite
+        for number, group in enumerate(values):
+            np.multiply(columns[number], scale[number], out=group)
+            if offset is not None:
+                group += offset[number]
+    return values.reshape(-1, len(blocks)).T
 
 
 def block_values(

@@ -22,7 +22,14 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import POINTER, refuse_pointer
-from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values
+from dca_jax.weights.gguf_blocks import (
+    GROUP,
+    KEPT,
+    block_scales,
+    block_values,
+    unpacked,
+    unpacked_columns,
+)
 from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
 
@@ -39,6 +46,7 @@ MOST_BYTES = 2**24  # bytes of a string
 MOST_AXES = 4
 
 FLOAT32, STRING, ARRAY = 6, 8, 9
+SIZE = struct.Struct("<Q")  # of a string; a vocabulary has a hundred thousand
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
 # Storage types by ggml's number. In packed types a block of values shares its scales; unpacked
@@ -59,10 +67,13 @@ class GGUFTensor(StoredTensor):
     Attributes:
         offset: offset of its data in the file, in bytes.
         head_dim: head_dim for q and k of a Llama, whose rows llama.cpp permutes; else 0.
+        by_columns: whether the columns of what `read` returns should be contiguous in memory,
+            because the caller transposes it. It is an array of the same shape and values.
     """
 
     offset: int
     head_dim: int = 0
+    by_columns: bool = False
 
     def part(self, number: int) -> "GGUFTensor":
         """One of the tensors that are stacked along this one's first axis.
@@ -100,18 +111,16 @@ class GGUFTensor(StoredTensor):
         Raises:
             InputError: the file has changed since it was listed.
         """
-        from gguf import GGMLQuantizationType, dequantize  # imported where it is needed
-
         if self.head_dim and len(index) == 1:  # a bias: each value is a row
             whole = replace(self, head_dim=0).read((slice(0, self.shape[0]),))
             return whole[self._rows(index)]
-        packed, first = self._blocks(index)
-        packed = packed.reshape(*packed.shape[:-2], -1)
+        blocks, first = self._blocks(index)
         if not self.packed:
-            return packed.view(self.dtype)
+            return blocks.reshape(*blocks.shape[:-2], -1).view(self.dtype)
         cut = slice(index[-1].start - first, index[-1].stop - first)
-        with np.errstate(all="ignore"):  # the caller refuses scales that are not finite
-            return dequantize(packed, GGMLQuantizationType[self.packed])[..., cut]
+        if self.by_columns and self.packed in KEPT and blocks.ndim == 3:
+            return unpacked_columns(self.packed, blocks)[:, cut]
+        return unpacked(self.packed, blocks)[..., cut]
 
     @property
     def kept(self) -> Kept | None:
@@ -283,7 +292,7 @@ class _Header:
         return begin
 
     def string(self, what: str) -> str:
-        (size,) = self.numbers("Q")
+        (size,) = SIZE.unpack_from(self.data, self.take(8))
         if size > MOST_BYTES:
             raise InputError(
                 f"{self.path} is damaged: {shown(what, quote=False)} has {size} bytes; expected at "

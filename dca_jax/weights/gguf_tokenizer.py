@@ -125,7 +125,7 @@ def _byte_level(file: GGUF, vocab: dict[str, int]) -> dict[str, Any]:
             f"supported; expected one of {', '.join(SPLITS)}"
         )
     merges = [merge.split(" ") for merge in _texts(file, "merges")]
-    wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
+    wrong = next((m for m in merges if not _is_merge(m, vocab)), None)
     if wrong is not None:
         raise InputError(
             f"{where}: {shown(' '.join(wrong))} in {GGML}merges is not a pair of tokens that merge "
@@ -160,6 +160,10 @@ def _byte_level(file: GGUF, vocab: dict[str, int]) -> dict[str, Any]:
             "merges": merges,
         },
     }
+
+
+def _is_merge(pair: list[str], vocab: dict[str, int]) -> bool:
+    return len(pair) == 2 and pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab
 
 
 def _sentencepiece(

@@ -2,6 +2,9 @@
 
 Other position methods use the forward kernel for prefill, with one launch per band; decoding and
 gradients use plain XLA.
+
+The modules of the kernels are imported by the functions that launch them: JAX's compiler for them
+takes half a second to import, and most processes run elsewhere or only ask `unsupported`.
 """
 
 from typing import Any
@@ -14,16 +17,8 @@ from jaxtyping import Array, Float, Int, Num
 from dca_jax.attention import xla
 from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.bands import Method, PositionMethod
-from dca_jax.attention.mosaic_gpu import (
-    band_forward,
-    decode_tiles,
-    few_queries,
-    flash_forward,
-    forward_tiles,
-)
-from dca_jax.attention.mosaic_gpu.backward import backward as backward_of_dca
+from dca_jax.attention.mosaic_gpu import decode_tiles, forward_tiles
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
-from dca_jax.attention.mosaic_gpu.few_queries import rows_at_once
 from dca_jax.attention.pages import Common, unpaged
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.dca import PHASES, Phase
@@ -101,6 +96,8 @@ def forward(
     """
     if isinstance(dca, PositionMethod):
         return _by_method(query, key, value, layer, rows, dca, with_lse, scales)
+    from dca_jax.attention.mosaic_gpu import few_queries, flash_forward  # see this module's top
+
     options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": with_lse}
     shape = key.shape
     if pages is not None:
@@ -143,6 +140,8 @@ def _by_method(
     if scales is not None:
         key, value = dequantized_layer(key, value, scales, layer, query.dtype)
         layer = jnp.int32(0)
+    from dca_jax.attention.mosaic_gpu import band_forward  # see this module's top
+
     out, lse = band_forward.forward(query, key, value, layer, rows, method=method)
     return out, lse if with_lse else None
 
@@ -164,4 +163,13 @@ def backward(
     arrays = query, key, value, layer, rows, do, lse, delta
     if isinstance(dca, PositionMethod):
         return xla.backward(*arrays, dca=dca, phases=phases)
-    return backward_of_dca(*arrays, dca=dca, phases=phases)
+    from dca_jax.attention.mosaic_gpu import flash_backward  # see this module's top
+
+    return flash_backward.backward(*arrays, dca=dca, phases=phases)
+
+
+def rows_at_once(query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct) -> int:
+    """As `few_queries.rows_at_once`."""
+    from dca_jax.attention.mosaic_gpu import few_queries  # see this module's top
+
+    return few_queries.rows_at_once(query, key)

@@ -21,32 +21,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
-from dca_jax.attention.mosaic_gpu import miscompiling_cuda
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens
 from dca_jax.attention.softmax import LOG2E
 from dca_jax.attention.sparse.piece import Piece
 from dca_jax.attention.stored import dequantized_layer
 from dca_jax.dca import DCAConfig, Phase, phases_within
-from dca_jax.device import current_device
 
 UNIT = 64  # rows of one WGMMA
 WARPGROUPS = 4  # computing warpgroups, with one unit each; one more feeds them
 SPAN = 64  # blocks of keys per CTA
 STAGES = 3  # blocks of keys in flight: 96 KiB, besides 64 for queries and 64 for results
-HEAD_DIMS = (64, 128)
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 Rotated = Mapping[Phase, Float[Array, "B tiles R N H"]]
-
-
-def fits(piece: Piece, dca: DCAConfig) -> bool:
-    """Whether the kernel supports this piece on this device."""
-    return (
-        current_device().capability == (9, 0)
-        and not miscompiling_cuda()
-        and piece.query.dtype in (jnp.bfloat16, jnp.float16)
-        and piece.query.shape[3] in HEAD_DIMS
-        and dca.chunk_len % BLOCK == 0
-    )
 
 
 def block_scores(

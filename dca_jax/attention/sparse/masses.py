@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dca_jax.attention.blocks import BLOCK
-from dca_jax.attention.sparse import hopper
+from dca_jax.attention.mosaic_gpu import miscompiling_cuda
 from dca_jax.attention.sparse.piece import Keys, Piece
 from dca_jax.dca import DCAConfig, Phase, key_range, phases_within
 from dca_jax.device import current_device
@@ -19,6 +19,7 @@ from dca_jax.dtypes import compute_dtype
 
 # Keys per span: a CPU's caches are small, and a GPU must launch each step.
 SPAN, CPU_SPAN = 16_384, 1024
+HOPPER_HEAD_DIMS = (64, 128)
 TOGETHER = 32  # queries of a head per product, whatever the length of a piece
 
 Queries = Mapping[Phase, Float[Array, "B K M H"]]
@@ -46,7 +47,10 @@ def block_scores(
         wanted: tiles to score; the scores of other tiles are meaningless.
     """
     batch, tiles, count = index.shape
-    if hopper.fits(piece, dca):
+    if _is_for_hopper(piece, dca):
+        # JAX's compiler for this kernel takes half a second to import.
+        from dca_jax.attention.sparse import hopper
+
         return hopper.block_scores(rotated, piece, dca, of_maximum)
     together = max(1, TOGETHER // count)
     keys = piece.keys()
@@ -76,6 +80,17 @@ def block_scores(
     scores = jax.lax.map(of_some, (given, split(index), split(wanted)))
     scores = jnp.moveaxis(scores, 0, 2)
     return scores.reshape(batch, kv_heads, -1, scores.shape[-1])[:, :, :tiles]
+
+
+def _is_for_hopper(piece: Piece, dca: DCAConfig) -> bool:
+    """Whether the kernel in `hopper` supports this piece on this device."""
+    return (
+        current_device().capability == (9, 0)
+        and not miscompiling_cuda()
+        and piece.query.dtype in (jnp.bfloat16, jnp.float16)
+        and piece.query.shape[3] in HOPPER_HEAD_DIMS
+        and dca.chunk_len % BLOCK == 0
+    )
 
 
 def by_kv_head(query: Float[Array, "B *rows N H"], kv_heads: int) -> Float[Array, "B K M H"]:
