@@ -255,7 +255,7 @@ def list_gguf_tensors(path: str | Path, config: LlamaConfig) -> dict[str, GGUFTe
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     found: dict[str, GGUFTensor] = {}
     used: set[str] = set()
-    for theirs, transposed in _hf_names(config):
+    for theirs in _hf_names(config):
         own = names.get_name(EXPERT.sub(".experts.", theirs), (".weight", ".bias"))
         if own not in tensors:
             continue
@@ -265,14 +265,13 @@ def list_gguf_tensors(path: str | Path, config: LlamaConfig) -> dict[str, GGUFTe
             tensor = tensor.part(int(expert[1]))
         elif permuted and (".attn_q." in own or ".attn_k." in own):
             tensor = replace(tensor, head_dim=config.head_dim)
-        found[theirs] = replace(tensor, by_columns=transposed)
+        found[theirs] = tensor
     return {**found, **{name: tensor for name, tensor in tensors.items() if name not in used}}
 
 
-def _hf_names(config: LlamaConfig) -> Iterator[tuple[str, bool]]:
-    """Hugging Face's name of every tensor, and whether our array is its transpose."""
+def _hf_names(config: LlamaConfig) -> Iterator[str]:
     for row in parameters(config):
-        yield from ((name, row.transposed) for name in row.their_names(config))
+        yield from row.their_names(config)
 
 
 def write_companions(path: Path, folder: Path) -> None:

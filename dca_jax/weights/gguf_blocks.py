@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
 from dca_jax.weights.kept import Kept
-from dca_jax.weights.parameters import contiguous
 
 GROUP = 32  # values per scale, in all of them
 _HALF, _WIDE = np.dtype(np.float16), np.dtype(np.float32)
@@ -33,11 +32,8 @@ def unpacked(
     kind: str, blocks: UInt8[np.ndarray, "*rows blocks bytes"]
 ) -> Float[np.ndarray, "*rows values"]:
     """The values of whole blocks of any kind, float32; not finite where their scales are not."""
-    from gguf import (
-        GGML_QUANT_SIZES,
-        GGMLQuantizationType,
-        dequantize,
-    )  # imported where it is needed
+    # Imported where it is needed.
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     *rows, count, size = blocks.shape
     number = GGMLQuantizationType[kind]
@@ -49,29 +45,6 @@ def unpacked(
             part = flat[at : at + TOGETHER].reshape(1, -1)
             values[at : at + TOGETHER] = dequantize(part, number).reshape(-1, width)
     return values.reshape(*rows, count * width)
-
-
-def unpacked_columns(
-    kind: str, blocks: UInt8[np.ndarray, "rows blocks bytes"]
-) -> Float[np.ndarray, "rows values"]:
-    """`unpacked` of a kind in `KEPT`, as the transpose of a contiguous array.
-
-    It transposes the integers, which is quicker than transposing the values; and NumPy's loops are
-    then as long as there are rows, instead of as there are values in a block.
-    """
-    scale, offset = (None if x is None else x.T.astype(_WIDE) for x in block_scales(kind, blocks))
-    assert scale is not None
-    integers = block_values(kind, blocks)
-    if kind == "Q4_0":
-        integers = integers.view(np.int8) - np.int8(8)
-    columns = contiguous(integers.T).reshape(-1, GROUP, len(blocks))
-    values = np.empty(columns.shape, _WIDE)
-    with np.errstate(all="ignore"):  # callers reject scales that are not finite
-        for number, group in enumerate(values):
-            np.multiply(columns[number], scale[number], out=group)
-            if offset is not None:
-                group += offset[number]
-    return values.reshape(-1, len(blocks)).T
 
 
 def block_values(

@@ -22,14 +22,7 @@ import numpy as np
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.text_files import POINTER, refuse_pointer
-from dca_jax.weights.gguf_blocks import (
-    GROUP,
-    KEPT,
-    block_scales,
-    block_values,
-    unpacked,
-    unpacked_columns,
-)
+from dca_jax.weights.gguf_blocks import GROUP, KEPT, block_scales, block_values, unpacked
 from dca_jax.weights.kept import Index, Kept, Scales, corners
 from dca_jax.weights.tensor_files import StoredTensor
 
@@ -67,13 +60,10 @@ class GGUFTensor(StoredTensor):
     Attributes:
         offset: offset of its data in the file, in bytes.
         head_dim: head_dim for q and k of a Llama, whose rows llama.cpp permutes; else 0.
-        by_columns: whether the columns of what `read` returns should be contiguous in memory,
-            because the caller transposes it. It is an array of the same shape and values.
     """
 
     offset: int
     head_dim: int = 0
-    by_columns: bool = False
 
     def part(self, number: int) -> "GGUFTensor":
         """One of the tensors that are stacked along this one's first axis.
@@ -118,8 +108,6 @@ class GGUFTensor(StoredTensor):
         if not self.packed:
             return blocks.reshape(*blocks.shape[:-2], -1).view(self.dtype)
         cut = slice(index[-1].start - first, index[-1].stop - first)
-        if self.by_columns and self.packed in KEPT and blocks.ndim == 3:
-            return unpacked_columns(self.packed, blocks)[:, cut]
         return unpacked(self.packed, blocks)[..., cut]
 
     @property

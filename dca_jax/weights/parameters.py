@@ -323,11 +323,8 @@ def abstract_params(
 def contiguous(matrix: np.ndarray) -> np.ndarray:
     """A C-contiguous copy of a transposed matrix, two to four times as fast as NumPy's own.
 
-    It copies 16 columns at a time, so that the data stays in the CPU cache until it is used up. A
-    matrix that is C-contiguous is returned itself.
+    It copies 16 columns at a time, so that the data stays in the CPU cache until it is used up.
     """
-    if matrix.flags.c_contiguous:
-        return matrix
     copy = np.empty(matrix.shape, matrix.dtype)
     for start in range(0, matrix.shape[1], 16):
         copy[:, start : start + 16] = matrix[:, start : start + 16]
