@@ -16,8 +16,8 @@ from pathlib import Path
 # Read at import, so before any import: nothing may reach for a network, and the two processes of
 # `pytest -n 2` share one GPU's memory.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two processes share two cores: threads of NumPy and of PyTorch that wait for each other turn
-# idly meanwhile. The oracles' products are small.
+# Two processes share two cores: threads of NumPy and of PyTorch spin while they wait for each
+# other. The oracles' products are small.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The processes that tests start keep what they compile for each other, in a folder that is thrown
 # away at the end: what an earlier run compiled has no part in this one.

@@ -159,6 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "dtype": jnp.float32,
         "atol": 1e-5,
     },
+    "plain": {"size": 4, "lengths": [45, 1, 13], "dca": None, "heads": (2, 2)},
 }
 
 

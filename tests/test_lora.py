@@ -313,6 +313,7 @@ def on_one_device(form: str | None) -> tuple[float, dict[str, np.ndarray]]:
     [
         ("tensor=4", "int8"),  # more than kv heads
         pytest.param("fsdp=2,context=2,tensor=2", None, marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gives_what_one_device_does(mesh: str, form: str | None) -> None:

@@ -39,7 +39,7 @@ def unpacked(
     number = GGMLQuantizationType[kind]
     flat, width = blocks.reshape(-1, size), GGML_QUANT_SIZES[number][0]
     values = np.empty((len(flat), width), _WIDE)
-    # The library unpacks 16 rows at a time, of a small model too few values; here it gets one row.
+    # The library unpacks 16 rows at a time, too few values in a small model: it is given one row.
     with np.errstate(all="ignore"):  # callers reject scales that are not finite
         for at in range(0, len(flat), TOGETHER):
             part = flat[at : at + TOGETHER].reshape(1, -1)
