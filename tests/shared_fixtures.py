@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax.attention import mosaic_tpu, op, xla
+from dca_jax.attention.mosaic_ampere import tiles as ampere_tiles
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.triton import common as triton_common
 from dca_jax.attention.triton import tiles as triton_tiles
@@ -104,6 +106,19 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(table, 64, all_small)  # also for narrower heads
     monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
+
+
+@pytest.fixture
+def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The kernels of Ampere in Pallas' GPU interpreter, with small tiles."""
+    small = ampere_tiles.Tile(block_q=16, block_k=16)
+    all_small = ampere_tiles.Tiles(forward=small, decode=small, dq=small, dkv=small)
+    monkeypatch.setattr(ampere_tiles, "INTERPRET", True)
+    monkeypatch.setattr(ampere_tiles, "choose_tiles", lambda *_: all_small)
+    monkeypatch.setattr(ampere_tiles, "MAX_PACKED", 16)
+    monkeypatch.setattr(ampere_tiles, "SPLIT_KEYS", 32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
 
 
 @pytest.fixture
