@@ -155,7 +155,7 @@ class _QueryShared(NamedTuple):
 
 def _launch_dq(inputs: Inputs, problem: Problem) -> Float[Array, "P B R N H"]:
     """Gradients of the rotated queries, before the logit scale."""
-    num_phases, batch, rows, heads, head_dim = inputs.query.shape
+    num_phases, batch, _, heads, head_dim = inputs.query.shape
     tile, dtype = problem.tile, inputs.key.dtype
     shapes = [(tile.block_q, head_dim)] * 2 + [(2, tile.block_k, head_dim)] * 2
     tiles = problem.plan.spans.shape[1] // num_phases
@@ -186,8 +186,6 @@ def _dq(
     plan = problem.plan
     steps = Steps(gmem.spans.at[batch, phase * tiles + tile], plan.phases, plan.full)
     num_full, total = steps.count()
-    for source, target in ((gmem.query.at[phase, batch], smem.query), (gmem.do.at[batch], smem.do)):
-        wg.fetch(source.at[:, head], target, rows.start, gmem.do.shape[1])
 
     def fetch(n: Array, place: Place) -> None:
         kv_head = lax.div(head, jnp.int32(problem.group))
@@ -215,7 +213,13 @@ def _dq(
         return following, wg.add_weighted(acc, ds.astype(gmem.key.dtype), key)
 
     first = Place.of(jnp.int32(0), steps)
-    pl.when(total > 0)(lambda: fetch(jnp.int32(0), first))
+
+    @pl.when(total > 0)
+    def _start() -> None:
+        for source, target in ((gmem.query.at[phase], smem.query), (gmem.do, smem.do)):
+            wg.fetch(source.at[batch, :, head], target, rows.start, gmem.do.shape[1])
+        fetch(jnp.int32(0), first)
+
     state = first, wg.splat((block_q, head_dim), 0.0)
     state = lax.fori_loop(jnp.int32(0), num_full, functools.partial(step, edge=False), state)
     _, acc = lax.fori_loop(num_full, total, functools.partial(step, edge=True), state)
@@ -275,9 +279,6 @@ def _dkv(
     columns = pl.ds(part * width, width)
     steps = Steps(gmem.spans.at[batch, block], plan.phases, plan.full)
     num_full, total = steps.count()
-    for source, target in ((gmem.key, smem.key), (gmem.value, smem.value)):
-        source = source.at[gmem.cache_row[batch], :, kv_head]
-        wg.fetch(source, target, block * block_k, num_keys)
 
     def of_visit(n: Array, place: Place) -> tuple[Array, Any]:
         """Query head and queries of visit n; a step is one visit for each head of the group."""
@@ -315,7 +316,14 @@ def _dkv(
         return following, dk, dv
 
     first = Place.of(jnp.int32(0), steps)
-    pl.when(total > 0)(lambda: fetch(jnp.int32(0), first))
+
+    @pl.when(total > 0)
+    def _start() -> None:
+        for source, target in ((gmem.key, smem.key), (gmem.value, smem.value)):
+            source = source.at[gmem.cache_row[batch], :, kv_head]
+            wg.fetch(source, target, block * block_k, num_keys)
+        fetch(jnp.int32(0), first)
+
     zeros = wg.splat((block_k, width), 0.0)
     middle, end = num_full * group, total * group
     state = first, zeros, zeros

@@ -1,11 +1,11 @@
-"""What a warpgroup of these kernels does beyond Pallas' primitives: copies, and operands of products.
+"""What a warpgroup of these kernels does beyond Pallas' primitives: copies, and products.
 
 A warpgroup is four warps. Each multiplies 16 of every 64 rows of the left operand by the whole
 right operand (`mma.sync`, operands and sums in registers).
 
-Pallas copies into shared memory asynchronously by `cp.async` on Ampere and Ada, and by the bulk copy
-engine on newer GPUs. These kernels use `cp.async` everywhere, so what runs on one GPU is what runs
-on another; it also lets a row that does not exist be replaced by one that does.
+Pallas' own copies into shared memory are `cp.async` on Ampere and Ada, and on newer GPUs the work
+of the bulk copy engine. These kernels use `cp.async` everywhere: one program runs on all of them.
+It also lets a row that does not exist be replaced by one that does.
 """
 
 from typing import Any
@@ -14,7 +14,6 @@ import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
@@ -24,12 +23,12 @@ from dca_jax.attention.mosaic_ampere import tiles
 
 ROWS = 64  # rows of the left operand that a warpgroup's four warps multiply at once
 DEPTH = 16  # terms of the sum in one product
-# An 8 x 16 tile is 256 contiguous bytes, in an order in which neither `ldmatrix`, which reads 8 rows
-# of 16 bytes, nor the copies have bank conflicts.
+# An 8 x 16 tile is 256 contiguous bytes, in an order in which neither the copies nor `ldmatrix`,
+# which reads 8 rows of 16 bytes, have bank conflicts.
 TRANSFORMS = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(2 * DEPTH))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)  # of products, float32
 PER_ROW, PER_COLUMN = SUMS.reduce(1), SUMS.reduce(0)
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+_SCALAR, _OPERAND = plgpu.Layout.WG_SPLAT(()), plgpu.RefType(TRANSFORMS)
 
 
 def shared(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -54,7 +53,7 @@ def fetch(
         rows = jnp.minimum(first + jnp.arange(target.shape[0], dtype=jnp.int32), limit - 1)
         target[...] = jnp.take(source[pl.ds(start, size)], rows - start, axis=0)
         return
-    types = plgpu.RefType(), plgpu.RefType(TRANSFORMS), _SCALAR, _SCALAR
+    types = plgpu.RefType(), _OPERAND, _SCALAR, _SCALAR
     plgpu.inline_mgpu(arg_types=types)(_fetch)(source, target, first, limit)
 
 
@@ -64,7 +63,7 @@ def _fetch(ctx: Any, source: Any, target: Any, first: Any, limit: Any) -> None:
     A warp copies 128 contiguous bytes of each of four rows if rows are that long.
     """
     del ctx
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    i64 = ir.IntegerType.get_signless(64)
     row_tiles, across, _, _ = ir.MemRefType(target.type).shape
     strides, _ = ir.MemRefType(source.type).get_strides_and_offset()
     element = ir.MemRefType(source.type).element_type
@@ -119,63 +118,58 @@ def arrive() -> None:
 
 def add_product(acc: Float[Array, "M N"], left: Any, right: Any) -> Float[Array, "M N"]:
     """acc + left right^T for left [M, H] and right [N, H], both in shared memory."""
-    for start in range(0, left.shape[1], DEPTH):
-        columns = pl.ds(start, DEPTH)
-        a, b = left.at[:, columns], right.at[:, columns].transpose((1, 0))
-        acc = _mma(acc, _left(a), _right(b))
-    return acc
+    if tiles.INTERPRET:
+        return acc + jnp.dot(left[...], right[...].T, preferred_element_type=jnp.float32)
+    return _inline(_add_product, acc, (SUMS, _OPERAND, _OPERAND))(acc, left, right)
 
 
 def add_weighted(
     acc: Float[Array, "M H"], weights: Float[Array, "M N"], rows: Any
 ) -> Float[Array, "M H"]:
-    """acc + weights rows for rows [N, H] in shared memory and weights in registers, of its dtype."""
-    for start, part in zip(range(0, rows.shape[0], DEPTH), _parts(weights), strict=True):
-        acc = _mma(acc, part, _right(rows.at[pl.ds(start, DEPTH)]))
+    """acc + weights rows for weights in registers, of the dtype of rows [N, H] in shared memory."""
+    if tiles.INTERPRET:
+        return acc + jnp.dot(weights, rows[...], preferred_element_type=jnp.float32)
+    return _inline(_add_weighted, acc, (SUMS, SUMS, _OPERAND))(acc, weights, rows)
+
+
+def _inline(function: Any, acc: Array, types: tuple[Any, ...]) -> Any:
+    # As one operation each, since Mosaic's search for layouts takes time for each operation.
+    result = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=SUMS)
+    return plgpu.inline_mgpu(arg_types=types, return_type=result)(function)
+
+
+def _add_product(ctx: Any, acc: Any, left: Any, right: Any) -> Any:
+    del ctx
+    layouts = _layouts(left)
+    right = mgpu.memref_transpose(right, (1, 0, 3, 2))
+    for tile in range(left.type.shape[1]):
+        a = _load(mgpu.memref_slice(left, (slice(None), mgpu.ds(tile, 1))), layouts.lhs)
+        b = _load(mgpu.memref_slice(right, (mgpu.ds(tile, 1),)), layouts.rhs)
+        acc = mgpu.mma(acc, a, b)
     return acc
 
 
-def _left(ref: Any) -> Array:
-    return ref[...] if tiles.INTERPRET else plgpu.load(ref, layout=plgpu.Layout.MMA_LHS(ref.dtype))
+def _add_weighted(ctx: Any, acc: Any, weights: Any, rows: Any) -> Any:
+    del ctx
+    layouts, (height, width) = _layouts(rows), weights.shape
+    # Sums have the registers of a left operand: of 64 rows, 8 columns at a time; and of those, two
+    # halves of each warp's 16 rows.
+    registers = weights.registers.reshape(height // ROWS, width // DEPTH, -1)
+    shape = layouts.lhs.registers_shape((height, DEPTH))
+    for step in range(width // DEPTH):
+        part = registers[:, step].reshape(shape)
+        a = mgpu.FragmentedArray(_registers=part, _layout=layouts.lhs, _is_signed=None)
+        b = _load(mgpu.memref_slice(rows, (mgpu.ds(2 * step, 2),)), layouts.rhs)
+        acc = mgpu.mma(acc, a, b)
+    return acc
 
 
-def _right(ref: Any) -> Array:
-    return ref[...] if tiles.INTERPRET else plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))
+def _layouts(operand: Any) -> Any:
+    return mgpu.MMALayouts(ir.MemRefType(operand.type).element_type)
 
 
-def _mma(acc: Array, left: Array, right: Array) -> Array:
-    if tiles.INTERPRET:
-        return acc + jnp.dot(left, right, preferred_element_type=jnp.float32)
-    return plgpu.mma(acc, left, right)
-
-
-def _parts(weights: Float[Array, "M N"]) -> list[Float[Array, "M 16"]]:
-    """Sums' columns, 16 at a time, as left operands: the same registers under another name."""
-    if tiles.INTERPRET:
-        return jnp.split(weights, weights.shape[1] // DEPTH, axis=1)
-    rows, columns = weights.shape
-    layout = plgpu.Layout.MMA_LHS(weights.dtype)
-    part = plgpu.ShapeDtypeStruct((rows, DEPTH), weights.dtype, layout=layout)
-
-    def rename(ctx: Any, x: Any) -> list[Any]:
-        del ctx
-        to, i32 = layout.to_mgpu(), ir.IntegerType.get_signless(32)
-        # Of 64 rows: 8 columns at a time, and of those two halves of a warp's 16 rows.
-        registers = x.registers.copy().reshape(rows // ROWS, columns // DEPTH, -1)
-        shape = to.registers_shape((rows, DEPTH))
-        # If a single part had the very same registers as x, Mosaic would take it for x.
-        for at, register in np.ndenumerate(registers):
-            word = mgpu.utils.bitcast(register, i32)
-            registers[at] = mgpu.utils.bitcast(word, register.type)
-        return [
-            mgpu.FragmentedArray(
-                _registers=registers[:, n].reshape(shape), _layout=to, _is_signed=None
-            )
-            for n in range(columns // DEPTH)
-        ]
-
-    count = columns // DEPTH
-    return plgpu.inline_mgpu(arg_types=(SUMS,), return_type=[part] * count)(rename)(weights)
+def _load(tiled: Any, layout: Any) -> Any:
+    return mgpu.FragmentedArray.load_tiled(tiled, swizzle=2 * DEPTH, layout=layout)
 
 
 def splat(shape: tuple[int, ...], value: float, layout: Any = SUMS) -> Float[Array, "..."]:
@@ -200,7 +194,7 @@ def masked(
     first: Int[Array, ""],
     axis: int,
 ) -> Float[Array, "M N"]:
-    """-inf where the key is not in [low, high); keys are consecutive along an axis, from `first`."""
+    """-inf where the key is not in [low, high); keys are consecutive along `axis`, from `first`."""
     j = plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=SUMS) + first
     return jnp.where((low <= j) & (j < high), logits, jnp.full_like(logits, -jnp.inf))
 
