@@ -114,7 +114,8 @@ def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None
     small = ampere_tiles.Tile(block_q=16, block_k=16)
     all_small = ampere_tiles.Tiles(forward=small, decode=small, dq=small, dkv=small)
     monkeypatch.setattr(ampere_tiles, "INTERPRET", True)
-    monkeypatch.setattr(ampere_tiles, "choose_tiles", lambda *_: all_small)
+    for head_dim in ampere_tiles.TILES:
+        monkeypatch.setitem(ampere_tiles.TILES, head_dim, all_small)
     monkeypatch.setattr(ampere_tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(ampere_tiles, "SPLIT_KEYS", 32)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

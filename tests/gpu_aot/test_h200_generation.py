@@ -5,8 +5,8 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from absent import OPTIONS, h200s
 from abstract import collective_sizes, lower
-from h200 import OPTIONS, h200s
 
 from dca_jax.attention.sparse import SampledRows, Sparse
 from dca_jax.inference.buckets import MIXTURE_PIECE, PIECE, capacity_bucket

@@ -39,8 +39,8 @@ def unsupported(
     if listed:
         return "it does not support lists of key blocks"
     head_dim = query.shape[-1]
-    if head_dim not in tiles.AMPERE:
-        return f"head_dim must be one of {sorted(tiles.AMPERE)}, got {head_dim}"
+    if head_dim not in tiles.TILES:
+        return f"head_dim must be one of {sorted(tiles.TILES)}, got {head_dim}"
     if tiles.INTERPRET:
         return None
     if device.platform != "gpu" or device.capability is None or device.capability < (8, 0):

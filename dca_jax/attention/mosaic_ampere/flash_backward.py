@@ -21,16 +21,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
-from dca_jax.attention.mosaic_ampere import tiles as table
 from dca_jax.attention.mosaic_ampere import warpgroup as wg
-from dca_jax.attention.mosaic_ampere.tiles import Tile
+from dca_jax.attention.mosaic_ampere.tiles import TILES, Tile
 from dca_jax.attention.mosaic_ampere.walks import Place, Plan, Steps
 from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges, spans_of
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys, Walk, full_and_edge_walks
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, query_position
-from dca_jax.device import current_device
 from dca_jax.rope import rotate
 
 
@@ -73,7 +71,7 @@ def backward(
     """Gradients of query, key (rotated) and value; as `Backend.backward`."""
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
-    group, tiles = heads // kv_heads, table.choose_tiles(current_device(), head_dim)
+    group, tiles = heads // kv_heads, TILES[head_dim]
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     multiple = math.lcm(tiles.dq.block_q, tiles.dkv.block_q)
     low, high = key_ranges(index, rows, num_keys, multiple, dca, phases)

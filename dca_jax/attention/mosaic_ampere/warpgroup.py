@@ -25,7 +25,10 @@ ROWS = 64  # rows of the left operand that a warpgroup's four warps multiply at 
 DEPTH = 16  # terms of the sum in one product
 # An 8 x 16 tile is 256 contiguous bytes, in an order in which neither the copies nor `ldmatrix`,
 # which reads 8 rows of 16 bytes, have bank conflicts.
-TRANSFORMS = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(2 * DEPTH))
+TRANSFORMS = (
+    plgpu.TilingTransform((8, DEPTH)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(2 * DEPTH),  # pyright: ignore[reportAbstractUsage]
+)
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)  # of products, float32
 PER_ROW, PER_COLUMN = SUMS.reduce(1), SUMS.reduce(0)
 _SCALAR, _OPERAND = plgpu.Layout.WG_SPLAT(()), plgpu.RefType(TRANSFORMS)
