@@ -122,7 +122,7 @@ def test_seventy_billion_in_int4_fit_one_device(step: str, tokens: int) -> None:
         f"{working / 1e9:.2f} while it runs"
     )
     assert held + working < usage.total
-    assert working < 3e9
+    assert working < 4e9  # activations of 16,384 tokens, and a layer of 1.7 GB
     assert ("dca_packed_row" in program.as_text()) == (step == "decode")
 
 
