@@ -66,8 +66,12 @@ class Shared(NamedTuple):
         num_stages = problem.tiles.num_stages
         keys = (num_stages, BLOCK_K, head_dim)
 
-        def ordered(count: int) -> Any:
-            return plgpu.Barrier(num_barriers=count, orders_tensor_core=True)
+        def ordered(**sizes: int) -> Any:
+            return plgpu.Barrier(orders_tensor_core=True, **sizes)
+
+        # Apart, so that a warpgroup need not keep the state of the other's in registers.
+        def by_tile() -> Any:
+            return tuple(ordered() for _ in range(TILES_PER_CTA))
 
         def logits_and_weights() -> Any:
             return plgpu.RefUnion(
@@ -89,12 +93,12 @@ class Shared(NamedTuple):
             q_loaded=plgpu.Barrier(num_arrivals=TILES_PER_CTA),
             k_loaded=plgpu.Barrier(num_barriers=num_stages),
             v_loaded=plgpu.Barrier(num_barriers=num_stages),
-            q_consumed=ordered(1),
-            k_consumed=ordered(num_stages),
-            v_consumed=ordered(num_stages),
-            multiplied=ordered(TILES_PER_CTA),
-            weighted=ordered(TILES_PER_CTA),
-            added=ordered(TILES_PER_CTA),
+            q_consumed=ordered(),
+            k_consumed=ordered(num_barriers=num_stages),
+            v_consumed=ordered(num_barriers=num_stages),
+            multiplied=by_tile(),
+            weighted=by_tile(),
+            added=by_tile(),
         )
 
 

@@ -82,10 +82,9 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
 
     def body(smem: Shared) -> None:
         cta = CTA(problem, gmem, smem, batch, head, first)
-        warpgroup = lax.axis_index("warpgroup")
-        for tile in range(TILES_PER_CTA):  # apart, as their places in tensor memory are static
-            pl.when(warpgroup == tile)(functools.partial(attend, cta, tile))
-        pl.when(warpgroup == TILES_PER_CTA)(lambda: feed(cta))
+        # The tiles' code is apart, as their places in tensor memory are static.
+        compute = [functools.partial(attend, cta, tile) for tile in range(TILES_PER_CTA)]
+        lax.switch(lax.axis_index("warpgroup"), [*compute, functools.partial(feed, cta)])
 
     shared = Shared.types(problem, gmem.out.dtype, head_dim)
     pl.run_scoped(body, shared, collective_axes="warpgroup")

@@ -23,6 +23,7 @@ from dca_jax.attention.softmax import LOG2E, MASKED
 
 IN_ROWS = plgpu.Layout.TCGEN05_TMEM_NATIVE
 PER_QUERY = IN_ROWS.reduce(1)
+KEYS = 64  # whose weights are in registers at once
 COLUMNS = 32  # of the sum in registers at once, while it is rescaled
 
 # The sum is rescaled only when a query's maximum has grown by this much, in log2 units: weights
@@ -63,30 +64,39 @@ class _Queries(NamedTuple):
 
 def attend(cta: CTA, tile: int) -> None:
     """Attention of a tile's queries: first over full blocks, then over the edges."""
-    plgpu.set_max_registers(216, action="increase")
+    plgpu.set_max_registers(224, action="increase")
     queries = _Queries(cta, tile)
     plgpu.barrier_wait(cta.smem.planned)
-    full, edges = recall(cta.smem.walks)
-    num_full, num_steps = steps(full), steps(full + edges)
+    state = _Softmax(_splat(MASKED), _splat(0.0))
+    state = _over_full(queries, state)
+    _write(queries, _over_edges(queries, state))
 
-    def over_full(_: Array, state: _Softmax) -> _Softmax:
+
+def _over_full(queries: _Queries, state: _Softmax) -> _Softmax:
+    full, _ = recall(queries.cta.smem.walks)
+
+    def attend(_: Array, state: _Softmax) -> _Softmax:
         return _attend_block(queries, state, lambda logits: logits)
 
-    def over_edge(n: Array, state: _Softmax) -> _Softmax:
-        phase, block = locate(n, edges, num_full)
+    return lax.fori_loop(0, steps(full), attend, state)
+
+
+def _over_edges(queries: _Queries, state: _Softmax) -> _Softmax:
+    """Blocks to which some queries attend partly or not at all."""
+    _, edges = recall(queries.cta.smem.walks)
+
+    def attend(n: Array, state: _Softmax) -> _Softmax:
+        phase, block = locate(n, edges, jnp.int32(0))
 
         def masked(logits: Array) -> Array:
-            lower, upper = (_along_keys(x) for x in queries.ranges(phase))
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape, 1)
-            j = block * BLOCK_K + iota(layout=IN_ROWS)
+            in_block = (x - block * BLOCK_K for x in queries.ranges(phase))
+            lower, upper = (_along(x, logits) for x in in_block)
+            j = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=IN_ROWS)
             return jnp.where((j >= lower) & (j < upper), logits, -jnp.inf)
 
         return _attend_block(queries, state, masked)
 
-    state = _Softmax(_splat(MASKED), _splat(0.0))
-    state = lax.fori_loop(0, num_full, over_full, state)
-    state = lax.fori_loop(num_full, num_steps, over_edge, state)
-    _write(queries, state, num_steps)
+    return lax.fori_loop(0, steps(edges), attend, state)
 
 
 def _attend_block(
@@ -95,16 +105,20 @@ def _attend_block(
     """One step of the online softmax: weights from logits, for the warp that multiplies."""
     smem, tile = queries.cta.smem, queries.tile
     place_of_logits, place_of_weights = smem.logits[tile]
-    plgpu.barrier_wait(smem.multiplied.at[tile])
+    plgpu.barrier_wait(smem.multiplied[tile])
     logits = plgpu.async_load_tmem(place_of_logits, layout=IN_ROWS)
     plgpu.wait_load_tmem()
     logits = masked(logits)
     m_i, l_i = _raise_maxima(queries, state, logits)
-    p = jnp.exp2(logits - _along_keys(m_i))
-    plgpu.async_store_tmem(place_of_weights, p.astype(smem.v.dtype))
+    for start in range(0, BLOCK_K, KEYS):
+        part = logits[:, start : start + KEYS]
+        p = jnp.exp2(part - _along(m_i, part))
+        narrow = p.astype(smem.v.dtype)
+        plgpu.async_store_tmem(place_of_weights.at[:, pl.ds(start, KEYS)], narrow)
+        l_i = l_i + p.sum(axis=1)
     plgpu.commit_tmem()
-    plgpu.barrier_arrive(smem.weighted.at[tile])
-    return _Softmax(m_i, l_i + p.sum(axis=1))
+    plgpu.barrier_arrive(smem.weighted[tile])
+    return _Softmax(m_i, l_i)
 
 
 def _raise_maxima(
@@ -136,11 +150,12 @@ def _update_sum(queries: _Queries, update: Callable[[Array], Array]) -> None:
         plgpu.async_store_tmem(part, update(old))
 
 
-def _write(queries: _Queries, state: _Softmax, num_steps: Int[Array, ""]) -> None:
+def _write(queries: _Queries, state: _Softmax) -> None:
     """Writes the output and the log-sum-exp via shared memory; 0 and -inf without keys."""
     cta, tile, (m_i, l_i) = queries.cta, queries.tile, state
     gmem, smem = cta.gmem, cta.smem
-    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.multiplied.at[tile]))
+    full, edges = recall(smem.walks)
+    pl.when(steps(full + edges) > 0)(lambda: plgpu.barrier_wait(smem.multiplied[tile]))
     is_met = (queries.index() < gmem.place[cta.batch, 2]) & (l_i > 0)
     safe = jnp.where(is_met, l_i, 1.0)
     inverse = jnp.where(is_met, 1 / safe, 0.0)

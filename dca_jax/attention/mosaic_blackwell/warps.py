@@ -30,7 +30,7 @@ COPIES, MULTIPLIES = 0, 1  # warps
 
 def feed(cta: CTA) -> None:
     """Computes which blocks the CTA visits, then runs both warps."""
-    plgpu.set_max_registers(72, action="decrease")
+    plgpu.set_max_registers(56, action="decrease")
     full, edges = _walks(cta)
     remember(full, edges, cta.smem.walks)
     plgpu.barrier_arrive(cta.smem.planned)
@@ -78,7 +78,7 @@ def _copy(cta: CTA, walks: list[Walk]) -> None:
 def _copy_queries(cta: CTA, phase: Int[Array, ""], previous: Int[Array, ""]) -> None:
     """Replaces the queries by those rotated for `phase`."""
     gmem, smem = cta.gmem, cta.smem
-    pl.when(previous >= 0)(lambda: plgpu.barrier_wait(smem.q_consumed.at[0]))
+    pl.when(previous >= 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
 
     def copy(rotated: Any) -> None:
         for tile in range(TILES_PER_CTA):
@@ -100,7 +100,7 @@ def _drain(cta: CTA, num_steps: Int[Array, ""]) -> None:
             plgpu.barrier_wait(smem.v_consumed.at[slot])
 
         pl.when(slot < num_steps)(wait)
-    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.q_consumed.at[0]))
+    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
 
 
 def _multiply(cta: CTA, walks: list[Walk]) -> None:
@@ -118,10 +118,10 @@ def _multiply(cta: CTA, walks: list[Walk]) -> None:
             logits, _ = smem.logits[tile]
             q, k = smem.q.at[tile], smem.k.at[slot]
             plgpu.tcgen05_mma(logits, q, k.transpose((1, 0)), accumulate=False)
-            plgpu.tcgen05_commit_arrive(smem.multiplied.at[tile])
+            plgpu.tcgen05_commit_arrive(smem.multiplied[tile])
         plgpu.tcgen05_commit_arrive(smem.k_consumed.at[slot])
         is_last = (n + 1 == num_steps) | (following != phase)
-        pl.when(is_last)(lambda: plgpu.tcgen05_commit_arrive(smem.q_consumed.at[0]))
+        pl.when(is_last)(lambda: plgpu.tcgen05_commit_arrive(smem.q_consumed))
         return phase
 
     lax.fori_loop(0, num_steps, step, jnp.int32(-1))
@@ -130,7 +130,7 @@ def _multiply(cta: CTA, walks: list[Walk]) -> None:
     def _finish() -> None:
         for tile in range(TILES_PER_CTA):
             _add_values(cta, num_steps - 1, tile)
-            plgpu.tcgen05_commit_arrive(smem.multiplied.at[tile])
+            plgpu.tcgen05_commit_arrive(smem.multiplied[tile])
 
 
 def _add_values(cta: CTA, n: Array, tile: int) -> None:
@@ -143,10 +143,10 @@ def _add_values(cta: CTA, n: Array, tile: int) -> None:
     slot = lax.rem(n, jnp.int32(cta.problem.tiles.num_stages))
     if tile == 0:
         plgpu.barrier_wait(smem.v_loaded.at[slot])
-    plgpu.barrier_wait(smem.weighted.at[tile])
+    plgpu.barrier_wait(smem.weighted[tile])
     _, weights = smem.logits[tile]
     plgpu.tcgen05_mma(smem.acc[tile], weights, smem.v.at[slot], accumulate=n > 0)
-    plgpu.tcgen05_commit_arrive(smem.added.at[tile])
+    plgpu.tcgen05_commit_arrive(smem.added[tile])
     if tile == TILES_PER_CTA - 1:
         plgpu.tcgen05_commit_arrive(smem.v_consumed.at[slot])
-    plgpu.barrier_wait(smem.added.at[tile])
+    plgpu.barrier_wait(smem.added[tile])
