@@ -10,7 +10,6 @@ from dca_jax.attention.mosaic_blackwell.tiles import (
     BLOCK_K,
     TILE_Q,
     TILES_PER_CTA,
-    ForwardTiles,
 )
 from dca_jax.dca import DCAConfig, Phase
 
@@ -22,7 +21,7 @@ class Problem(NamedTuple):
     group: int  # query heads per kv head
     dca: DCAConfig
     phases: tuple[Phase, ...]
-    tiles: ForwardTiles
+    num_stages: int  # blocks of keys, and of values, in flight
 
 
 class Refs(NamedTuple):
@@ -63,7 +62,7 @@ class Shared(NamedTuple):
     @classmethod
     def types(cls, problem: Problem, dtype: Any, head_dim: int) -> "Shared":
         """The types to allocate."""
-        num_stages = problem.tiles.num_stages
+        num_stages = problem.num_stages
         keys = (num_stages, BLOCK_K, head_dim)
 
         def ordered(**sizes: int) -> Any:
@@ -86,9 +85,7 @@ class Shared(NamedTuple):
             lse=plgpu.SMEM((TILES_PER_CTA, TILE_Q), jnp.float32),
             walks=plgpu.SMEM((3 * len(problem.phases), 2), jnp.int32),
             logits=tuple(logits_and_weights() for _ in range(TILES_PER_CTA)),
-            acc=tuple(
-                plgpu.TMEM((TILE_Q, head_dim), jnp.float32) for _ in range(TILES_PER_CTA)
-            ),
+            acc=tuple(plgpu.TMEM((TILE_Q, head_dim), jnp.float32) for _ in range(TILES_PER_CTA)),
             planned=plgpu.Barrier(),
             q_loaded=plgpu.Barrier(num_arrivals=TILES_PER_CTA),
             k_loaded=plgpu.Barrier(num_barriers=num_stages),

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_blackwell.cta import CTA, Problem, Refs, Shared
 from dca_jax.attention.mosaic_blackwell.softmax import attend
-from dca_jax.attention.mosaic_blackwell.tiles import BLOCK_Q, TILES, TILES_PER_CTA
+from dca_jax.attention.mosaic_blackwell.tiles import BLOCK_Q, STAGES, TILES_PER_CTA
 from dca_jax.attention.mosaic_blackwell.warps import feed
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries
 from dca_jax.dca import DCAConfig, Phase
@@ -49,7 +49,7 @@ def forward(
     rotated = tuple(rotated_queries(pad_tokens(query, 1), rows, dca, phases))
     row = layer * batch + jnp.arange(batch, dtype=jnp.int32)
     place = jnp.stack([row, rows.offset, rows.lengths, rows.key_offset], axis=1)
-    problem = Problem(num_keys, heads // kv_heads, dca, phases, TILES[head_dim])
+    problem = Problem(num_keys, heads // kv_heads, dca, phases, STAGES[head_dim])
     num_ctas = -(-num_queries // BLOCK_Q)
     out = jax.ShapeDtypeStruct(rotated[0].shape, query.dtype)
     # Whole tiles: a copy from a row of an array does not stop at the row's end.

@@ -5,7 +5,6 @@ sum of weighted values stays in tensor memory, and is rescaled there only when a
 grown by much, which becomes rare after the first few blocks.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from dca_jax.attention.softmax import LOG2E, MASKED
 
 IN_ROWS = plgpu.Layout.TCGEN05_TMEM_NATIVE
 PER_QUERY = IN_ROWS.reduce(1)
-KEYS = 64  # whose weights are in registers at once
 COLUMNS = 32  # of the sum in registers at once, while it is rescaled
 
 # The sum is rescaled only when a query's maximum has grown by this much, in log2 units: weights
@@ -99,9 +97,7 @@ def _over_edges(queries: _Queries, state: _Softmax) -> _Softmax:
     return lax.fori_loop(0, steps(edges), attend, state)
 
 
-def _attend_block(
-    queries: _Queries, state: _Softmax, masked: Callable[[Array], Array]
-) -> _Softmax:
+def _attend_block(queries: _Queries, state: _Softmax, masked: Callable[[Array], Array]) -> _Softmax:
     """One step of the online softmax: weights from logits, for the warp that multiplies."""
     smem, tile = queries.cta.smem, queries.tile
     place_of_logits, place_of_weights = smem.logits[tile]
@@ -110,15 +106,11 @@ def _attend_block(
     plgpu.wait_load_tmem()
     logits = masked(logits)
     m_i, l_i = _raise_maxima(queries, state, logits)
-    for start in range(0, BLOCK_K, KEYS):
-        part = logits[:, start : start + KEYS]
-        p = jnp.exp2(part - _along(m_i, part))
-        narrow = p.astype(smem.v.dtype)
-        plgpu.async_store_tmem(place_of_weights.at[:, pl.ds(start, KEYS)], narrow)
-        l_i = l_i + p.sum(axis=1)
+    p = jnp.exp2(logits - _along(m_i, logits))
+    plgpu.async_store_tmem(place_of_weights, p.astype(smem.v.dtype))
     plgpu.commit_tmem()
     plgpu.barrier_arrive(smem.weighted[tile])
-    return _Softmax(m_i, l_i)
+    return _Softmax(m_i, l_i + p.sum(axis=1))
 
 
 def _raise_maxima(
@@ -183,10 +175,6 @@ def _write(queries: _Queries, state: _Softmax) -> None:
 
 def _along(x: Array, rows: Array) -> Array:
     return lax.broadcast_in_dim(x, rows.shape, [0])
-
-
-def _along_keys(x: Array) -> Array:
-    return lax.broadcast_in_dim(x, (TILE_Q, BLOCK_K), [0])
 
 
 def _splat(value: float) -> Float[Array, " queries"]:

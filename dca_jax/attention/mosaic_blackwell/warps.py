@@ -1,8 +1,8 @@
-"""The warpgroup of Blackwell's forward kernel that feeds the others: one warp copies, one multiplies.
+"""The warpgroup of Blackwell's forward kernel that feeds the others: a warp copies, one multiplies.
 
-Step n of a tile: logits q k^T (this file), weights by a computing warpgroup (`softmax.py`), and the
-weights times v, added to the tile's sum (this file). A tile's steps follow one another; while one
-tile's weights are computed, the tensor cores work for the other.
+Step n of a tile: its logits q k^T (here), their weights by a computing warpgroup (`softmax.py`),
+and the weights times v, which are added to the tile's sum (here). A tile's steps follow one
+another; while one tile's weights are computed, the tensor cores work for the other.
 """
 
 import functools
@@ -54,7 +54,7 @@ def _walks(cta: CTA) -> tuple[list[Walk], list[Walk]]:
 def _copy(cta: CTA, walks: list[Walk]) -> None:
     """Keeps keys and values in flight, and the queries' rotation that they need."""
     problem, gmem, smem = cta.problem, cta.gmem, cta.smem
-    num_stages, num_steps = problem.tiles.num_stages, steps(walks)
+    num_stages, num_steps = problem.num_stages, steps(walks)
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
     row = gmem.place[cta.batch, 0]
 
@@ -93,7 +93,7 @@ def _copy_queries(cta: CTA, phase: Int[Array, ""], previous: Int[Array, ""]) -> 
 def _drain(cta: CTA, num_steps: Int[Array, ""]) -> None:
     """Waits for the tensor cores' last signals, which must not come after the CTA has left."""
     smem = cta.smem
-    for slot in range(cta.problem.tiles.num_stages):
+    for slot in range(cta.problem.num_stages):
 
         def wait(slot: int = slot) -> None:
             plgpu.barrier_wait(smem.k_consumed.at[slot])
@@ -105,7 +105,7 @@ def _drain(cta: CTA, num_steps: Int[Array, ""]) -> None:
 
 def _multiply(cta: CTA, walks: list[Walk]) -> None:
     """Issues the products: for each step both tiles' logits, after the sums of the step before."""
-    smem, num_stages, num_steps = cta.smem, cta.problem.tiles.num_stages, steps(walks)
+    smem, num_stages, num_steps = cta.smem, cta.problem.num_stages, steps(walks)
 
     def step(n: Array, previous: Int[Array, ""]) -> Int[Array, ""]:
         phase, _ = locate(n, walks, jnp.int32(0))
@@ -140,7 +140,7 @@ def _add_values(cta: CTA, n: Array, tile: int) -> None:
     products with one and the same result.
     """
     smem = cta.smem
-    slot = lax.rem(n, jnp.int32(cta.problem.tiles.num_stages))
+    slot = lax.rem(n, jnp.int32(cta.problem.num_stages))
     if tile == 0:
         plgpu.barrier_wait(smem.v_loaded.at[slot])
     plgpu.barrier_wait(smem.weighted[tile])

@@ -33,9 +33,7 @@ def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""
     return _vote(x, threshold, _IN_WARP, _OF_WGMMA)
 
 
-def any_in_warpgroup(
-    x: Float[Array, " queries"], layout: Any = _OF_WGMMA
-) -> Bool[Array, ""]:
+def any_in_warpgroup(x: Float[Array, " queries"], layout: Any = _OF_WGMMA) -> Bool[Array, ""]:
     """Whether any of a warpgroup's queries is positive; the same for all of its threads."""
     return _vote(x, 0.0, _IN_WARPGROUP, layout)
 
