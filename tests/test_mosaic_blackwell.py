@@ -160,7 +160,7 @@ def test_queries_without_keys_and_rows_of_different_texts() -> None:
     lengths = jnp.asarray([450, 1, 101, 250], jnp.int32)
     rows = make_rows(q.shape, dca=dca, rope=ROPE, lengths=lengths, query_offset=offset)
     rows = rows._replace(key_offset=jnp.asarray([200, 0, 500, 160], jnp.int32))
-    index = rows.key_offset[:, None] + jnp.arange(203, dtype=jnp.int32)
+    index = rows.key_offset[:, None] + jnp.arange(203, dtype=jnp.int32)[None]
     k = rotate_keys(raw, index, dca=dca, inv_freq=rows.inv_freq)
     out, lse = by_kernel(q, k, v, dca, rows)
     expected = by_definition(q, k, v, dca, rows)
