@@ -6,8 +6,8 @@ products of the tensor cores (`warps.py`), whose results lie in tensor memory. T
 the queries do not fit in shared memory, so they are rotated before the kernel, and a tile's queries
 are read again where the phase changes.
 
-The shape is that of FlashAttention-4 (two tiles in ping-pong, weights in the place of logits) and
-of the kernel for these GPUs in openxla/tokamax. Compiled for Blackwell, never run on one.
+Two tiles in ping-pong and weights in the place of logits are FlashAttention-4's; warps of their own
+for copies and products are also openxla/tokamax's. Compiled for Blackwell, never run on one.
 """
 
 import functools
