@@ -9,17 +9,20 @@ from typing import Any
 
 import golden_llama
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
-from dca_jax.attention import mosaic_tpu, op, xla
+from dca_jax.attention import mosaic_blackwell, mosaic_tpu, op, xla
 from dca_jax.attention.mosaic_ampere import tiles as ampere_tiles
+from dca_jax.attention.mosaic_gpu import vote
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.triton import common as triton_common
 from dca_jax.attention.triton import tiles as triton_tiles
@@ -120,6 +123,25 @@ def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None
     monkeypatch.setattr(ampere_tiles, "SPLIT_KEYS", 32)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
+
+
+@pytest.fixture
+def interpreted_mosaic_blackwell(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """A B200 whose kernel runs in the interpreter, whatever the number of queries.
+
+    The interpreter detects races, by the guarantees that `tcgen05` gives, and barriers that nobody
+    waits for; it fills uninitialized memory with NaN. The vote, which is in PTX, is replaced.
+    """
+    monkeypatch.setattr(op, "current_device", lambda: Device("gpu", "NVIDIA B200", (10, 0)))
+    monkeypatch.setattr(mosaic_blackwell, "FEWEST", 1)
+    monkeypatch.setattr(vote, "any_in_warpgroup", lambda x, layout: jnp.any(x > 0))
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        races = gpu_callbacks._races
+        assert races is None or not races.races_found  # None: no kernel ran
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 @pytest.fixture

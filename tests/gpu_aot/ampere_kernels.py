@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lowering
-from absent import OPTIONS, gpus
+from h200 import OPTIONS
+from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from dca_jax.attention import mosaic_ampere
@@ -21,6 +22,15 @@ from dca_jax.dca import PHASES, DCAConfig
 DCA = DCAConfig(chunk_len=1000, max_query_position=1500)
 STEPS = ("prefill", "decode", "gradient")
 SHAPES = [*((dim, jnp.bfloat16) for dim in (16, 32, 64, 128, 256)), (128, jnp.float16)]
+
+
+def gpu(card: str) -> jax.Device:
+    """The one that `card`.txtpb beside this file describes."""
+    config = (Path(__file__).parent / f"{card}.txtpb").read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=card, topology="1x1x1", target_config=config
+    )
+    return topology.devices[0]
 
 
 def compile_for(device: jax.Device, step: str, dim: int, dtype: Any) -> None:
@@ -47,4 +57,4 @@ if __name__ == "__main__":
             folder = Path(sys.argv[2]) / f"{step} {dim} {jnp.dtype(dtype)}"
             folder.mkdir()
             os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-            compile_for(gpus(sys.argv[1])[0], step, dim, dtype)
+            compile_for(gpu(sys.argv[1]), step, dim, dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import lowering
 import pytest
-from absent import OPTIONS, h200s
+from h200 import OPTIONS, h200s
 from jax.sharding import SingleDeviceSharding
 
 from dca_jax.attention import mosaic_gpu

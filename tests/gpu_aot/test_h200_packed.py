@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lowering
 import packed
 import pytest
-from absent import OPTIONS, h200s
+from h200 import OPTIONS, h200s
 from jax.sharding import SingleDeviceSharding
 
 from dca_jax.inference.compiled import GPU_OPTIONS

@@ -4,8 +4,8 @@ import importlib.util
 from typing import NamedTuple
 
 import pytest
-from absent import OPTIONS, h200s
 from abstract import lower_update, summed_whole
+from h200 import OPTIONS, h200s
 
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
