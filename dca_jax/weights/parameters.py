@@ -461,7 +461,7 @@ def _load_leaf(
     for bounds, devices in devices_of.items():
         local_shape = tuple(stop - start for start, stop in bounds)
         for device in devices:
-            shards[device] = _buffer(local_shape, leaf.dtype, device)
+            shards[device] = new_buffer(local_shape, leaf.dtype, device)
         part = tuple(slice(start, stop) for start, stop in bounds)
         for index in pieces(row, config, part):
             piece = read(row, index)
@@ -479,7 +479,7 @@ def _load_leaf(
     )
 
 
-def _buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
+def new_buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
     """For pieces to be placed in; a CPU's is an array of the host, which needs no program."""
     if device.platform != "cpu":
         return jnp.zeros(shape, dtype, device=device)
