@@ -212,7 +212,8 @@ def test_products_of_groups(name: str, transposed: bool) -> None:
 def test_every_row_has_one_place_and_every_block_one_group(block: int) -> None:
     group = np.random.default_rng(block).integers(0, 9, 200).astype(np.int32)
     group[group == 3] = 4  # one is empty; 8 is no group
-    layout = jax.tree.map(np.asarray, lay_out(jnp.asarray(group), 8, block))
+    run = jax.jit(lay_out, static_argnums=(1, 2))
+    layout = jax.tree.map(np.asarray, run(jnp.asarray(group), 8, block))
     places = len(layout.source)
     np.testing.assert_array_equal(layout.sizes, np.bincount(group, minlength=9)[:8])
     np.testing.assert_array_equal(layout.place < places, group < 8)

@@ -463,7 +463,7 @@ def _load_leaf(
     for bounds, devices in devices_of.items():
         local_shape = tuple(stop - start for start, stop in bounds)
         for device in devices:
-            shards[device] = _buffer(local_shape, leaf.dtype, device)
+            shards[device] = new_buffer(local_shape, leaf.dtype, device)
         part = tuple(slice(start, stop) for start, stop in bounds)
         for index, piece in _read_ahead(partial(read, row), pieces(row, config, part)):
             corner = [own.start - whole.start for own, whole in zip(index, part, strict=True)]
@@ -495,7 +495,7 @@ def _read_ahead(
             yield rest, piece.result()
 
 
-def _buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
+def new_buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
     """For pieces to be placed in; a CPU's is an array of the host, which needs no program."""
     if device.platform != "cpu":
         return jnp.zeros(shape, dtype, device=device)
