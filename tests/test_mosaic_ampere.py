@@ -14,14 +14,17 @@ import pytest
 from kernels import ROPE, draw
 
 from dca_jax.attention import dual_chunk_attention, mosaic_ampere, op
+from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.mosaic_ampere.walks import Place, Plan, Steps
 from dca_jax.attention.mosaic_gpu.ranges import Walk
+from dca_jax.attention.stored import Scales
 from dca_jax.dca import PHASES, DCAConfig
 from dca_jax.device import Device
 from dca_jax.errors import InputError
 
 S = 40  # no multiple of the tile
 DCA = DCAConfig(chunk_len=S, max_query_position=60)
+WIDE = DCAConfig(chunk_len=700, max_query_position=1000)
 
 
 @pytest.mark.slow
@@ -80,48 +83,63 @@ class Kind(jax.sharding.AbstractDevice):
         return {"NVIDIA A100-SXM4-80GB": "8.0", "NVIDIA L40S": "8.9"}[self.device_kind]
 
 
+def exported(kind: str, function: Any, *shapes: Any) -> str:
+    device = Kind(device_kind=kind, num_cores=108, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(jax.jit(function), platforms=["cuda"])(*shapes).mlir_module()
+
+
+def read(
+    *arrays: Any, phases: Any = PHASES, dca: DCAConfig = WIDE, pages: jax.Array | None = None
+) -> Any:
+    options: Any = {"dca": dca, "phases": phases, "with_lse": True, "pages": pages}
+    return mosaic_ampere.forward(*arrays, **options)
+
+
+def test_decoding_lowers_for_cuda() -> None:
+    shapes = lowering.shapes(2, 1, 4001, 8, 2, 128, jnp.bfloat16)
+    assert "mosaic_gpu_v2" in exported("NVIDIA A100-SXM4-80GB", read, *shapes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "head_dim", "dtype"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 128, jnp.bfloat16),
-        pytest.param("NVIDIA L40S", 64, jnp.float16, marks=pytest.mark.slow),
-    ],
+    [("NVIDIA A100-SXM4-80GB", 128, jnp.bfloat16), ("NVIDIA L40S", 64, jnp.float16)],
 )
 def test_lowers_for_cuda(kind: str, head_dim: int, dtype: Any) -> None:
-    """Every variant at odd lengths: gradients, a cache in 8 bits, pages, one pass, plain."""
-    dca = DCAConfig(chunk_len=700, max_query_position=1000)
-    mesh = jax.sharding.AbstractMesh(
-        (1,), ("x",), abstract_device=Kind(device_kind=kind, num_cores=108, platform="cuda")
-    )
-
-    def exported(function: Any, *shapes: Any) -> str:
-        with jax.sharding.use_abstract_mesh(mesh):
-            return jax.export.export(jax.jit(function), platforms=["cuda"])(*shapes).mlir_module()
+    """Gradients at odd lengths, one pass and plain attention, pages, and a cache in 8 bits."""
 
     def train(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = dual_chunk_attention(q, k, v, dca=dca, rope=ROPE, implementation="mosaic_ampere")
+        out = dual_chunk_attention(q, k, v, dca=WIDE, rope=ROPE, implementation="mosaic_ampere")
         return jnp.sum(out.astype(jnp.float32))
 
     q = jax.ShapeDtypeStruct((1, 2001, 8, head_dim), dtype)
     k = jax.ShapeDtypeStruct((1, 2001, 2, head_dim), dtype)
-    text = exported(jax.grad(train, (0, 1, 2)), q, k, k)
-    assert text.count("mosaic_gpu_v2") == 3
-
-    def read(phases: Any, dca: DCAConfig, pages: Any, *arrays: Any) -> Any:
-        options: Any = {"dca": dca, "phases": phases, "with_lse": True, "pages": pages}
-        return mosaic_ampere.forward(*arrays, **options)
+    text = exported(kind, jax.grad(train, (0, 1, 2)), q, k, k)
+    assert text.count("mosaic_gpu_v2") == 3  # forward, dq, dkv
 
     arrays = lowering.shapes(2, 1, 4001, 8, 2, head_dim, dtype)
+    for phases, dca in ((("succ",), WIDE), (("intra",), PLAIN)):
+        assert "mosaic_gpu_v2" in exported(kind, partial(read, phases=phases, dca=dca), *arrays)
     pool = jax.ShapeDtypeStruct((3, 70, 128, 2, head_dim), dtype)
     pages = jax.ShapeDtypeStruct((2, 32), jnp.int32)
-    for phases, used in ((PHASES, dca), (("succ",), dca), (("intra",), op.PLAIN)):
-        assert "mosaic_gpu_v2" in exported(partial(read, phases, used, None), *arrays)
-    paged = arrays[0], pool, pool, *arrays[3:]
+    scales = Scales(*[jax.ShapeDtypeStruct((3, 70, 2, 128), jnp.float32)] * 2)
+    in_8_bits = jax.ShapeDtypeStruct(pool.shape, jnp.int8)
 
-    def through_pages(pages: Any, *arrays: Any) -> Any:
-        return read(PHASES, dca, pages, *arrays)
+    def from_pages(pages: jax.Array, *arrays: Any) -> Any:
+        return read(*arrays, pages=pages)
 
-    assert "mosaic_gpu_v2" in exported(through_pages, pages, *paged)
+    def from_pages_in_8_bits(pages: jax.Array, scales: Scales, *arrays: Any) -> Any:
+        options: Any = {"dca": WIDE, "phases": PHASES, "with_lse": False, "pages": pages}
+        return mosaic_ampere.forward(*arrays, scales=scales, **options)
+
+    paged, packed = (pool, pool), (in_8_bits, in_8_bits)
+    for text in (
+        exported(kind, from_pages, pages, arrays[0], *paged, *arrays[3:]),
+        exported(kind, from_pages_in_8_bits, pages, scales, arrays[0], *packed, *arrays[3:]),
+    ):
+        assert "mosaic_gpu_v2" in text
 
 
 def why_not(device: Device, head_dim: int = 128, dtype: Any = jnp.bfloat16) -> str | None:
