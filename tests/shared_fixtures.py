@@ -117,7 +117,7 @@ def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None
     small = ampere_tiles.Tile(block_q=16, block_k=16)
     all_small = ampere_tiles.Tiles(forward=small, decode=small, dq=small, dkv=small)
     monkeypatch.setattr(ampere_tiles, "INTERPRET", True)
-    for head_dim in ampere_tiles.TILES:
+    for head_dim in ampere_tiles.TILES:  # those of the CPU, which is none of the smaller chips
         monkeypatch.setitem(ampere_tiles.TILES, head_dim, all_small)
     monkeypatch.setattr(ampere_tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(ampere_tiles, "SPLIT_KEYS", 32)

@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_ampere import warpgroup as wg
-from dca_jax.attention.mosaic_ampere.tiles import TILES, Tile
+from dca_jax.attention.mosaic_ampere.tiles import Tile, choose_tiles
 from dca_jax.attention.mosaic_ampere.walks import Place, Plan, Steps
 from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges, spans_of
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys, Walk, full_and_edge_walks
 from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase, query_position
+from dca_jax.device import current_device
 from dca_jax.rope import rotate
 
 
@@ -71,7 +72,7 @@ def backward(
     """Gradients of query, key (rotated) and value; as `Backend.backward`."""
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[2:4]
-    group, tiles = heads // kv_heads, TILES[head_dim]
+    group, tiles = heads // kv_heads, choose_tiles(current_device(), head_dim)
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     multiple = math.lcm(tiles.dq.block_q, tiles.dkv.block_q)
     low, high = key_ranges(index, rows, num_keys, multiple, dca, phases)
@@ -170,7 +171,7 @@ def _launch_dq(inputs: Inputs, problem: Problem) -> Float[Array, "P B R N H"]:
         grid_names=("head", "tile", "phase", "batch"),
         kernel_name="dca_ampere_dq",
         scratch_types=[wg.shared(shape, dtype) for shape in shapes],
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=wg.PARAMS,
     )(*inputs._replace(spans=problem.plan.spans))
 
 
@@ -260,7 +261,7 @@ def _launch_dkv(
         grid_names=("head", "block", "batch"),
         kernel_name="dca_ampere_dkv",
         scratch_types=[wg.shared(shape, dtype) for shape in shapes],
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=wg.PARAMS,
     )(*inputs._replace(spans=problem.plan.spans))
     return dk[:, :num_keys], dv[:, :num_keys]
 

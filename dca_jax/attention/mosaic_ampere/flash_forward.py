@@ -21,13 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_ampere import warpgroup as wg
-from dca_jax.attention.mosaic_ampere.tiles import TILES, Tile, is_packed, splits_of_keys
+from dca_jax.attention.mosaic_ampere.tiles import Tile, choose_tiles, is_packed, splits_of_keys
 from dca_jax.attention.mosaic_ampere.walks import Place, Plan, Steps
 from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges
 from dca_jax.attention.mosaic_gpu.queries import rotated_queries
 from dca_jax.attention.mosaic_gpu.ranges import Keys, full_and_edge_walks
 from dca_jax.attention.softmax import FAR, LOG2E, MASKED
 from dca_jax.dca import DCAConfig, Phase
+from dca_jax.device import current_device
 
 
 class Problem(NamedTuple):
@@ -84,7 +85,7 @@ def forward(
     batch, num_queries, heads, head_dim = query.shape
     num_rows, capacity, kv_heads = key.shape[1:4]
     group, num_keys = heads // kv_heads, capacity if pages is None else capacity * pages.shape[1]
-    tiles = TILES[head_dim]
+    tiles = choose_tiles(current_device(), head_dim)
     packed = is_packed(num_queries, group)
     tile, pack = (tiles.decode, group) if packed else (tiles.forward, 1)
     splits = splits_of_keys(batch * kv_heads, num_keys) if packed else 1
@@ -190,7 +191,7 @@ def _launch(inputs: Inputs, problem: Problem, dtype: jnp.dtype) -> Outputs:
             grid_names=("head", "tile", "batch"),
             kernel_name="dca_ampere_forward",
             scratch_types=tuple(scratch),
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+            compiler_params=wg.PARAMS,
         )(*given)
     )
 

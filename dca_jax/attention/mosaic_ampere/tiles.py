@@ -1,6 +1,8 @@
-"""Tiles of these kernels by head_dim, and the split of a cache's keys."""
+"""Tiles of these kernels by device and head_dim, and the split of a cache's keys."""
 
 import dataclasses
+
+from dca_jax.device import Device
 
 INTERPRET = False  # set by tests to run the kernels on any device, in Pallas' GPU interpreter
 MAX_PACKED = 64  # most queries per kv head, counting its heads, that are packed into one tile
@@ -26,7 +28,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The kernels' tiles for one head_dim."""
+    """The kernels' tiles for one kind of device and one head_dim."""
 
     forward: Tile
     decode: Tile  # block_q counts queries times packed heads
@@ -34,8 +36,7 @@ class Tiles:
     dkv: Tile
 
 
-# By head_dim; all fit into 99 KiB of shared memory, what Ada and the smaller chips of Ampere have.
-# None has been timed on such a chip.
+# By head_dim: what compiles without spilling registers. None has been timed on such a chip.
 TILES = {
     16: Tiles(Tile(128, 64), Tile(64, 128), Tile(64, 64), Tile(64, 64)),
     32: Tiles(Tile(128, 64), Tile(64, 128), Tile(64, 64), Tile(64, 64)),
@@ -43,6 +44,17 @@ TILES = {
     128: Tiles(Tile(128, 32), Tile(64, 64), Tile(64, 32), Tile(32, 64)),
     256: Tiles(Tile(64, 32), Tile(64, 32), Tile(64, 16), Tile(16, 64)),
 }
+# For Ada and the smaller chips of Ampere, whose multiprocessors have 100 KiB of shared memory.
+SMALL_TILES = TILES | {
+    64: dataclasses.replace(TILES[64], forward=Tile(128, 32)),
+    128: dataclasses.replace(TILES[128], forward=Tile(64, 32)),
+}
+
+
+def choose_tiles(device: Device, head_dim: int) -> Tiles:
+    """The tiles for a device and a head_dim."""
+    small = device.capability in ((8, 6), (8, 9), (12, 0))
+    return (SMALL_TILES if small else TILES)[head_dim]
 
 
 def is_packed(num_queries: int, group: int) -> bool:

@@ -31,6 +31,10 @@ TRANSFORMS = (
 )
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)  # of products, float32
 PER_ROW, PER_COLUMN = SUMS.reduce(1), SUMS.reduce(0)
+# No reduction crosses warps, so none needs shared memory.
+PARAMS = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+)
 _SCALAR, _OPERAND = plgpu.Layout.WG_SPLAT(()), plgpu.RefType(TRANSFORMS)
 
 
