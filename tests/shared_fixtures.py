@@ -20,7 +20,7 @@ from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
-from dca_jax.attention import mosaic_blackwell, mosaic_tpu, op, xla
+from dca_jax.attention import mosaic_tpu, op, xla
 from dca_jax.attention.mosaic_ampere import tiles as ampere_tiles
 from dca_jax.attention.mosaic_gpu import vote
 from dca_jax.attention.mosaic_tpu import tiles
@@ -127,13 +127,12 @@ def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None
 
 @pytest.fixture
 def interpreted_mosaic_blackwell(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """A B200 whose kernel runs in the interpreter, whatever the number of queries.
+    """A B200 whose kernel runs in the interpreter.
 
     The interpreter detects races, by the guarantees that `tcgen05` gives, and barriers that nobody
     waits for; it fills uninitialized memory with NaN. The vote, which is in PTX, is replaced.
     """
     monkeypatch.setattr(op, "current_device", lambda: Device("gpu", "NVIDIA B200", (10, 0)))
-    monkeypatch.setattr(mosaic_blackwell, "FEWEST", 1)
     monkeypatch.setattr(vote, "any_in_warpgroup", lambda x, layout: jnp.any(x > 0))
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
