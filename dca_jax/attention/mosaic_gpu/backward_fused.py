@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dca_jax.attention.mosaic_gpu.backward_inputs import Gradients, Inputs, zero
+from dca_jax.attention.mosaic_gpu.backward_inputs import Gradients, Inputs
 from dca_jax.attention.mosaic_gpu.backward_spans import spans_of
 from dca_jax.attention.mosaic_gpu.backward_tiles import (
     BLOCK_KV,
@@ -35,6 +35,7 @@ from dca_jax.attention.mosaic_gpu.backward_tiles import (
     BackwardTiles,
     Sizes,
 )
+from dca_jax.attention.mosaic_gpu.operands import zero
 from dca_jax.device import MULTIPROCESSORS
 
 REGISTERS = 240, 24  # per computing thread, and per thread that moves data
@@ -45,9 +46,7 @@ def gradients(inputs: Inputs, num_keys: int, tiles: BackwardTiles) -> Gradients:
     heads, head_dim = inputs.queries[0].shape[2:]
     sizes = Sizes.of(tiles, head_dim, heads // inputs.key.shape[2])
     spans = spans_of(inputs.low, inputs.high, num_keys, sizes.block_q, BLOCK_KV)
-    # The counters of additions belong to one launch: `jax.vmap` runs launches one after another.
-    run = jax.custom_batching.sequential_vmap(functools.partial(_run, sizes=sizes))
-    return run(inputs._replace(table=spans))
+    return _run(inputs._replace(table=spans), sizes)
 
 
 # --- the kernel --------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dca_jax.attention.mosaic_gpu.backward_inputs import Inputs, zero
+from dca_jax.attention.mosaic_gpu.backward_inputs import Inputs
 from dca_jax.attention.mosaic_gpu.backward_spans import spans_of
 from dca_jax.attention.mosaic_gpu.backward_tiles import WARPGROUP_KEYS, WARPGROUPS
+from dca_jax.attention.mosaic_gpu.operands import zero
 
 KEYS = WARPGROUP_KEYS  # keys per CTA
 BLOCK_Q = 64  # queries per step

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dca_jax.attention.mosaic_gpu.backward_inputs import Inputs, zero
+from dca_jax.attention.mosaic_gpu.backward_inputs import Inputs
 from dca_jax.attention.mosaic_gpu.forward_tiles import BLOCK_Q, WARPGROUP_Q, WARPGROUPS
+from dca_jax.attention.mosaic_gpu.operands import zero
 from dca_jax.attention.mosaic_gpu.ranges import walks_of_band
 from dca_jax.attention.softmax import FAR
 

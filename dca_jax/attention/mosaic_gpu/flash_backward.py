@@ -8,12 +8,15 @@ and a last pass rotates them back and sums them. Memory: the rotated query and a
 phase.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu import backward_fused, backward_keys, backward_queries
-from dca_jax.attention.mosaic_gpu.backward_inputs import Inputs
+from dca_jax.attention.mosaic_gpu.backward_inputs import Gradients, Inputs
 from dca_jax.attention.mosaic_gpu.backward_spans import key_ranges
 from dca_jax.attention.mosaic_gpu.backward_tiles import TILES
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries
@@ -38,7 +41,7 @@ def backward(
     phases: tuple[Phase, ...],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of query, key (rotated) and value; as `Backend.backward`."""
-    batch, num_queries, _, head_dim = query.shape
+    batch, num_queries = query.shape[:2]
     num_keys = key.shape[2]
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
@@ -57,11 +60,9 @@ def backward(
         high=high,
         cache_rows=layer.astype(jnp.int32) * batch + jnp.arange(batch, dtype=jnp.int32),
     )
-    if head_dim in TILES:
-        dqs, dk, dv = backward_fused.gradients(inputs, num_keys, TILES[head_dim])
-    else:
-        dqs = backward_queries.gradients(inputs)
-        dk, dv = backward_keys.gradients(inputs, num_keys)
+    # The fused kernel's counters belong to one launch: `jax.vmap` runs launches one after another.
+    run = jax.custom_batching.sequential_vmap(functools.partial(_run, num_keys=num_keys))
+    dqs, dk, dv = run(inputs)
 
     dq = jnp.zeros(query.shape, jnp.float32)
     met = low < high
@@ -72,3 +73,12 @@ def backward(
         dq += rotate(dq_phase, -query_position(index, phase, dca), rows.inv_freq)
     dq = (dq * rows.scale[:, None, None, None]).astype(query.dtype)
     return dq, dk[:, :num_keys], dv[:, :num_keys]
+
+
+def _run(inputs: Inputs, num_keys: int) -> Gradients:
+    """Launches the kernels for this head_dim."""
+    head_dim = inputs.do.shape[3]
+    if head_dim in TILES:
+        return backward_fused.gradients(inputs, num_keys, TILES[head_dim])
+    dqs = backward_queries.gradients(inputs)
+    return Gradients(dqs, *backward_keys.gradients(inputs, num_keys))

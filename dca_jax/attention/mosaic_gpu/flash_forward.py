@@ -138,15 +138,19 @@ def _launch(
     num_tiles = -(-num_queries // tiles.block_q)
     if tiles.registers % 64 or tiles.registers > head_dim:
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
+    if tiles.warpgroups != 2 and not (tiles.ahead and tiles.warpgroups == 3):
+        raise InputError(f"{tiles} must have two warpgroups, or three that run ahead")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
     if key.shape[2] % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
+    tables: Any = ()
+    rotated: Any = query
     if tiles.resident:
         tables = rotation_tables(rows, dca, num_tiles * tiles.block_q)
     else:
-        tables, query = (), rotated_queries(query, rows, dca, phases)
-    query = jax.tree.map(lambda x: pad_tokens(x, 1), query)
+        rotated = rotated_queries(query, rows, dca, phases)
+    queries = jax.tree.map(lambda x: pad_tokens(x, 1), rotated)
     cache_row = layer * num_rows + jnp.arange(batch, dtype=jnp.int32)
     page = None
     if pages is not None:
@@ -156,7 +160,7 @@ def _launch(
     rotations = len(phases) if tiles.resident else 1
     group = heads // kv_heads
     problem = Problem(num_keys, group, cluster, dca, phases, tiles, page, rotations)
-    given = Refs(query, key, value, place, tables, blocks, pages, None, None, None)
+    given = Refs(queries, key, value, place, tables, blocks, pages, None, None, None)
     return launch(problem, given, num_queries, with_lse)
 
 

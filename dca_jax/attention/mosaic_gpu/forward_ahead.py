@@ -35,7 +35,7 @@ def attend_ahead(
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     stages, dtype = jnp.int32(tiles.num_stages), smem.v.dtype
     s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, tiles.block_k), jnp.float32)
-    acc_type = plgpu.WGMMAAccumulatorRef(state.acc.shape, jnp.float32)
+    acc_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, smem.v.shape[-1]), jnp.float32)
 
     def multiply(s: Any, n: Array) -> None:
         for columns, q in parts:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA
 from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q
+from dca_jax.attention.mosaic_gpu.operands import zero
 from dca_jax.attention.mosaic_gpu.ranges import Keys, ranges_of_queries
 from dca_jax.dca import DCAConfig, Phase
 
@@ -38,7 +39,7 @@ class Queries(NamedTuple):
     def in_phase(self, phase: int | Array, step: Array) -> list[Any]:
         """The queries in shared memory, rotated for a phase, or in all rotations of a band."""
         q, problem = self.cta.smem.q, self.cta.problem
-        at = self.warpgroup + lax.shift_right_logical(step, jnp.int32(30))
+        at = self.warpgroup + zero(step)
         if problem.dca is None:
             return [q.at[at, number] for number in range(problem.rotations)]
         return [q.at[at, phase if problem.tiles.resident else 0]]

@@ -19,10 +19,10 @@ class ForwardTiles:
         registers: number of columns of the query, a multiple of 64, that are multiplied from
             registers if no mask is needed; the others, and all with a mask, from shared memory.
         cluster: number of query heads of one kv head that share their reads (1 or 2).
-        warpgroups: number of computing warpgroups, 2 or 3; lists, pages and bands need 2.
+        warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; lists and bands need
+            2.
         ahead: whether a block's logits are computed with the previous block's values, and the
-            warpgroups run freely; else two warpgroups take turns. Not with `KeyBlocks.skip` and
-            bands.
+            warpgroups run freely; else two warpgroups take turns. Not for lists and bands.
     """
 
     block_k: int
