@@ -45,7 +45,7 @@ soak: $(VENV)/.dev  ## Ask a server many things at once for ten minutes, and com
 	PYTHONPATH=. $(BIN)/python benchmarks/serving.py load --requests 1000000 --minutes 10 --compare 200
 
 # JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
-test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, without one (a minute)
+test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, and a kernel for a B200, without one (minutes)
 	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/gpu_aot -m "" -rP
 
 $(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt
@@ -62,8 +62,8 @@ test-wheel: dist  ## Install the wheel into clean environments, core and each ex
 notebooks: $(VENV)/pyvenv.cfg  ## Write the notebooks (.ipynb) anew from their scripts (.py)
 	$(BIN)/python tests/notebook_files.py
 
-# Pyright and Sphinx each keep one core busy; what each says stays together.
-check: $(VENV)/.dev  ## lint and docs, side by side
+# Sphinx keeps one core busy, PyTorch's install and then Pyright the other; what each says stays together.
+check: $(VENV)/.docs  ## lint and docs, side by side
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint docs
 
 lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
@@ -71,7 +71,7 @@ lint: $(VENV)/.dev  ## Ruff (rules and format) and Pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-docs: $(VENV)/.dev  ## Build the documentation strictly into docs/_build/html
+docs: $(VENV)/.docs  ## Build the documentation strictly into docs/_build/html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -b html docs docs/_build/html
 
 clean:  ## Remove .venv and everything built
@@ -84,10 +84,15 @@ $(VENV)/.core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing dca_jax and what its tests need into $(VENV) (some minutes; 6 GB, most of it PyTorch)"
-	@$(PIP_INSTALL) -e '.[dev]'
+$(VENV)/.docs: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing dca_jax and what its documentation needs into $(VENV) (a minute or two; 1.5 GB)"
+	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $(VENV)/.core $@
+
+$(VENV)/.dev: $(VENV)/.docs
+	@echo "Installing what the tests need into $(VENV) (some minutes; 5 GB, most of it PyTorch)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
 
 $(VENV)/.build: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@$(PIP_INSTALL) build hatchling

@@ -58,7 +58,7 @@ from dca_jax.attention.op import choose_implementation
 from dca_jax.config import LlamaConfig, MixtureConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import new_cache, piece_length, read_at_once, widest_piece
+from dca_jax.inference.buckets import new_cache, pieces_of
 from dca_jax.inference.generate import Run
 from dca_jax.memory import GPU_SHARE
 from dca_jax.planning.shapes import SHAPES
@@ -377,8 +377,8 @@ def _time_ours(model: Llama, length: int, new_tokens: int) -> dict[str, Any]:
             [leaf for name, leaf in experts.items() if name != "router"]
         )
     token_bytes = _device_bytes((cache.key, cache.value)) // cache.capacity
-    once = read_at_once(model.config)
-    width, piece = piece_length(1, once), widest_piece(1, length, once)
+    pieces = pieces_of(model)
+    width, piece = pieces.widths[0], pieces.widest(length)
     query = (1, piece, model.config.num_attention_heads, model.config.head_dim)
     attention = choose_implementation(
         model.implementation,

@@ -42,9 +42,10 @@ from dca_jax import KVCache, Llama, dual_chunk_attention
 from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import capacity_bucket, piece_length
+from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.inference.compiled import compiled
 from dca_jax.inference.methods import Method, method_by_name
+from dca_jax.inference.pieces import NARROW
 from dca_jax.inference.steps import empty_hidden, read
 from dca_jax.rope import RopeConfig
 
@@ -229,7 +230,7 @@ def read_rows(cases: list[Case], pool: Executor, report: Report) -> Iterator[dic
     config = cases[0].config
     config = replace(config, num_hidden_layers=min(config.num_hidden_layers, LAYERS))
     base = generate.random_model(config, dca=False, implementation=None)
-    capacity, width = capacity_bucket(cases[0].tokens), piece_length(1)
+    capacity, width = capacity_bucket(cases[0].tokens), NARROW[0]
     whole = np.asarray([cases[0].tokens], np.int32)
     text = np.random.default_rng(0).integers(0, config.vocab_size, (1, cases[0].tokens))
     pieces = [text[:, at : at + width].astype(np.int32) for at in range(0, text.shape[1], width)]

@@ -28,8 +28,9 @@ from jaxtyping import Array
 from dca_jax import DCAConfig, KVCache, Llama
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import capacity_bucket, piece_length, read_at_once
+from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.inference.compiled import compiled
+from dca_jax.inference.pieces import prompt_pieces
 from dca_jax.inference.steps import empty_hidden, read
 from dca_jax.lengths import parse_tokens
 from dca_jax.planning.plan import plan
@@ -73,7 +74,7 @@ def measure(
     if config is None:
         raise InputError(f"{preset!r} is not one of {', '.join(SHAPES)}")
     length, first = parse_tokens(tokens), parse_tokens(whole)
-    width = piece_length(1, read_at_once(config))
+    width = prompt_pieces(config, jax.default_backend(), packed=False).widths[0]
     if length % width or first % width:
         raise InputError(f"{length} and {first} tokens must be multiples of a piece's {width}")
     report = Report(out, machine() | {"benchmark": "million", "model": preset, "tokens": length})

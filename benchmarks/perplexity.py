@@ -25,7 +25,8 @@ from dca_jax import Llama
 from dca_jax.attention.backend import PLAIN
 from dca_jax.attention.op import attend, choose_implementation, make_rows
 from dca_jax.distributed import exit_on_input_error
-from dca_jax.inference.buckets import cache_shape, cut, piece_length, piece_widths
+from dca_jax.inference.buckets import cache_shape
+from dca_jax.inference.pieces import scored_pieces
 from dca_jax.inference.score import Reader
 from dca_jax.planning.shapes import SHAPES, find_shape
 
@@ -83,7 +84,7 @@ def measured(model: Llama, length: int) -> dict[str, Any]:
 
 def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
     """Seconds of attention for all layers and pieces of a text, and the implementation."""
-    config, width = model.config, piece_length(1)
+    config, pieces = model.config, scored_pieces(jax.default_backend())
     keys = (*cache_shape(model, 1, length), config.num_key_value_heads, config.head_dim)
     key, value = (jax.random.normal(jax.random.key(n), keys, model.dtype) for n in range(2))
 
@@ -100,11 +101,11 @@ def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
 
     milliseconds = 0.0
     heads, start = (config.num_attention_heads, config.head_dim), 0
-    for count, padded in cut(length - 1, piece_widths(1)):
+    for count, padded in pieces.cut(length - 1):
         query = jax.random.normal(jax.random.key(2), (1, padded, *heads), model.dtype)
         milliseconds += timed(piece, query, key, value, jnp.int32(start)).median
         start += count
-    query_like = jax.ShapeDtypeStruct((1, width, *heads), model.dtype)
+    query_like = jax.ShapeDtypeStruct((1, pieces.widths[0], *heads), model.dtype)
     key_like = jax.ShapeDtypeStruct((1, *keys), model.dtype)
     name = choose_implementation(None, query_like, key_like, model.dca or PLAIN)
     return name, config.num_hidden_layers * milliseconds / 1e3

@@ -58,8 +58,9 @@ from dca_jax.config import LlamaConfig
 from dca_jax.distributed import exit_on_input_error
 from dca_jax.errors import InputError
 from dca_jax.inference import steps
-from dca_jax.inference.buckets import capacity_bucket, piece_length, read_at_once
+from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.inference.compiled import compiler_options
+from dca_jax.inference.pieces import prompt_pieces
 from dca_jax.inference.steps import empty_hidden
 from dca_jax.lengths import parse_tokens
 from dca_jax.planning.shapes import SHAPES
@@ -117,7 +118,7 @@ def measure(
     if config is None:
         raise InputError(f"{preset!r} is not one of {', '.join(SHAPES)}")
     lengths = {"long": parse_tokens(long), "middle": parse_tokens(middle)}
-    width = piece_length(1, read_at_once(config))
+    width = prompt_pieces(config, jax.default_backend(), packed=False).widths[0]
     if any(length % width for length in lengths.values()):
         raise InputError(f"{lengths} must be multiples of a piece's {width} tokens")
     facts = machine() | {"benchmark": "sparse_prefill", "model": preset, **lengths}

@@ -1,7 +1,8 @@
 """Dense Llama with DCA in float64, written from the papers without code of the package.
 
 A query is rotated by exp(i M[i, j] f) relative to each key, so there is no rotation of keys, no
-phase and no merge; its autodiff is the exact gradient. Use under `jax.enable_x64`.
+phase and no merge; its autodiff is the exact gradient. With `xp=jnp`, use under `jax.enable_x64`;
+with `xp=np`, which compiles nothing, give it NumPy's arrays.
 """
 
 from collections.abc import Callable
@@ -30,23 +31,31 @@ def logits(
     largest: int,
     kept: Kept = lambda layer, name, x: x,
     chosen: Chosen = lambda weights: True,
+    xp: Any = jnp,
 ):
-    """Logits [B, T, V] of whole texts, layer by layer in the order of the parameters' tree."""
+    """Logits [B, T, V] of whole texts, layer by layer in the order of the parameters' tree.
+
+    With `xp=np`, `kept` and `chosen` are given, and return, NumPy's arrays.
+    """
     length = tokens.shape[1]
     relative = np.zeros((length, length), int)
     for i in range(length):
         relative[i, : i + 1] = relative_positions(i, s, largest)
+    half = config.head_dim // 2
+    frequency = config.rope.theta ** (-2.0 * np.arange(half) / config.head_dim)
+    own = np.exp(1j * (np.arange(length) % s)[:, None] * frequency)[None, :, None]
+    turns = own, np.exp(1j * relative[:, :, None] * frequency)
     x = params["embed_tokens"]["embedding"][tokens]
     for number in range(config.num_hidden_layers):
         layer = _layer(params, number)
-        normed = _norm(x, layer["input_layernorm"]["scale"], config)
+        normed = _norm(xp, x, layer["input_layernorm"]["scale"], config)
         hooks = partial(kept, number), chosen
-        x = x + _attention(layer["self_attn"], normed, config, relative, s, *hooks)
-        normed = _norm(x, layer["post_attention_layernorm"]["scale"], config)
+        x = x + _attention(xp, layer["self_attn"], normed, config, turns, *hooks)
+        normed = _norm(xp, x, layer["post_attention_layernorm"]["scale"], config)
         gate = normed @ layer["mlp"]["gate_proj"]["kernel"]
         up = normed @ layer["mlp"]["up_proj"]["kernel"]
-        x = x + (gate / (1 + jnp.exp(-gate)) * up) @ layer["mlp"]["down_proj"]["kernel"]
-    x = _norm(x, params["norm"]["scale"], config)
+        x = x + (gate / (1 + xp.exp(-gate)) * up) @ layer["mlp"]["down_proj"]["kernel"]
+    x = _norm(xp, x, params["norm"]["scale"], config)
     tied = config.tie_word_embeddings
     return x @ (params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"])
 
@@ -70,45 +79,48 @@ def _layer(params: dict[str, Any], number: int) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[number], params["layers"])
 
 
-def _norm(x: jax.Array, scale: jax.Array, config: LlamaConfig) -> jax.Array:
-    size = jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + config.rms_norm_eps)
+def _norm(xp: Any, x: Any, scale: Any, config: LlamaConfig) -> Any:
+    size = xp.sqrt((x * x).mean(axis=-1, keepdims=True) + config.rms_norm_eps)
     return x / size * scale[None, None, :]
 
 
 def _attention(
+    xp: Any,
     layer: dict[str, Any],
-    x: jax.Array,
+    x: Any,
     config: LlamaConfig,
-    relative: np.ndarray,
-    s: int,
-    kept: Callable[[str, jax.Array], Any],
+    turns: tuple[np.ndarray, np.ndarray],
+    kept: Callable[[str, Any], Any],
     chosen: Chosen,
-) -> jax.Array:
+) -> Any:
+    """`turns` are exp(i p f): of each key's own position [1, T, 1, f], and of M [T, T, f]."""
     query, key, value = (
-        jnp.einsum("btd,dnh->btnh", x, layer[f"{name}_proj"]["kernel"]) for name in "qkv"
+        xp.einsum("btd,dnh->btnh", x, layer[f"{name}_proj"]["kernel"]) for name in "qkv"
     )
-    half = config.head_dim // 2
-    frequency = config.rope.theta ** (-2.0 * np.arange(half) / config.head_dim)
-    own = np.exp(1j * (np.arange(x.shape[1]) % s)[:, None] * frequency)[None, :, None]
-    key = _turned(kept("key", _turned(key, own)), own.conj())
+    own, turn = turns
+    key = _turned(xp, kept("key", _turned(xp, key, own)), own.conj())
     value = kept("value", value)
     group = config.num_attention_heads // config.num_key_value_heads
-    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
-    turn = np.exp(1j * relative[:, :, None] * frequency)
-    q = jax.lax.complex(query[..., :half], query[..., half:])
-    k = jax.lax.complex(key[..., :half], key[..., half:])
-    scores = jnp.einsum("binf,ijf,bjnf->bnij", q, turn, k.conj()).real / np.sqrt(config.head_dim)
-    causal = np.tril(np.ones(relative.shape, bool))
-    scores = jnp.where(causal[None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    weights = jnp.where(chosen(weights), weights, 0)
+    key, value = xp.repeat(key, group, axis=2), xp.repeat(value, group, axis=2)
+    q, k = _pairs(xp, query), _pairs(xp, key)
+    scores = xp.einsum("binf,ijf,bjnf->bnij", q, turn, k.conj()).real / np.sqrt(config.head_dim)
+    causal = np.tril(np.ones(turn.shape[:2], bool))
+    scores = xp.where(causal[None, None], scores, -np.inf)
+    weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    read = jnp.einsum("bnij,bjnh->binh", weights, value)
-    return jnp.einsum("btnh,nhd->btd", read, layer["o_proj"]["kernel"])
+    weights = xp.where(chosen(weights), weights, 0)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    read = xp.einsum("bnij,bjnh->binh", weights, value)
+    return xp.einsum("btnh,nhd->btd", read, layer["o_proj"]["kernel"])
 
 
-def _turned(x: Any, turn: np.ndarray) -> jax.Array:
-    """Multiplies each pair (h, h + H/2), as a complex number, by one number per token."""
-    first, second = jnp.split(jnp.asarray(x), 2, axis=-1)
-    turned = jax.lax.complex(first, second) * turn
-    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+def _pairs(xp: Any, x: Any) -> Any:
+    """Each pair (h, h + H/2) as a complex number."""
+    first, second = xp.split(xp.asarray(x, complex), 2, axis=-1)
+    return first + second * 1j
+
+
+def _turned(xp: Any, x: Any, turn: np.ndarray) -> Any:
+    """Multiplies each pair by one number per token."""
+    turned = _pairs(xp, x) * turn
+    return xp.concatenate([turned.real, turned.imag], axis=-1)

@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dca_jax.attention import merge_passes
 from dca_jax.attention.backend import Backend, Rows
+from dca_jax.attention.op import BACKENDS
 from dca_jax.attention.softmax import output_delta
 from dca_jax.dca import PHASES, DCAConfig
+from dca_jax.device import current_device
 from dca_jax.rope import RopeConfig
 
 ROPE = RopeConfig()
@@ -35,6 +38,15 @@ def draw(
     shapes = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
     q, k, v = (rng.normal(size=(batch, n, h, dim)) for n, h in shapes)
     return jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+
+
+def runs_here(name: str, head_dim: int) -> None:
+    """Skips where the kernel says that it cannot run."""
+    query = jax.ShapeDtypeStruct((1, 512, 4, head_dim), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 1, 4096, 2, head_dim), jnp.bfloat16)
+    reason = BACKENDS[name].unsupported(current_device(), query, key, DCAConfig.paper(512))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:

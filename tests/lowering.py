@@ -50,12 +50,13 @@ def lower_forward(
     phases: tuple[Phase, ...],
     *,
     with_lse: bool = True,
+    kind: str = "NVIDIA H200",
 ) -> str:
     def forward(*arrays: Any) -> Any:
         options: Any = {"dca": dca, "phases": phases, "with_lse": with_lse}
         return backend.forward(*arrays, **options)
 
-    return lower(forward, *shapes)
+    return lower(forward, *shapes, kind=kind)
 
 
 def lower_backward(

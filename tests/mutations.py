@@ -37,6 +37,7 @@ EDGES = "tests/test_backends.py::test_edges_as_shapes"
 OFFSET = "tests/test_backends.py::test_offset_lengths_and_temperature"
 HUGGING_FACE = "tests/test_model.py::test_logits_equal_transformers[llama-2]"
 RING = "tests/test_context.py::test_equals_the_oracle[short_chunks]"
+BLACKWELL = "tests/test_mosaic_blackwell.py::test_more_blocks_than_are_in_flight[64-bfloat16-30.0]"
 FAULTS = [
     # --- families ---
     Fault(
@@ -282,6 +283,35 @@ FAULTS = [
         "value_row = layer * batch + row",
         "value_row = row",
         "tests/test_band_forward.py::test_what_is_launched_is_the_definition[rerope]",
+    ),
+    # --- Blackwell's kernel ---
+    Fault(
+        "logits are written over weights that are still read",
+        "attention/mosaic_blackwell/warps.py",
+        "    plgpu.barrier_wait(smem.added[tile])",
+        "    pass",
+        BLACKWELL,
+    ),
+    Fault(
+        "queries are replaced while they are multiplied",
+        "attention/mosaic_blackwell/warps.py",
+        "    pl.when(previous >= 0)(lambda: plgpu.barrier_wait(smem.q_consumed))",
+        "    pass",
+        BLACKWELL,
+    ),
+    Fault(
+        "a sum keeps its scale where a maximum grows",
+        "attention/mosaic_blackwell/softmax.py",
+        "lambda acc: acc * _along(decay, acc)",
+        "lambda acc: acc",
+        BLACKWELL,
+    ),
+    Fault(
+        "an edge's mask lets one key too many through",
+        "attention/mosaic_blackwell/softmax.py",
+        "(j < upper)",
+        "(j <= upper)",
+        f"{EDGES}[mosaic_blackwell-7]",
     ),
     # --- lists of key blocks ---
     Fault(

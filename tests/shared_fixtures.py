@@ -9,15 +9,19 @@ from typing import Any
 
 import golden_llama
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from tiny_llm import make_llm
 from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax.attention import mosaic_tpu, op, xla
+from dca_jax.attention.mosaic_gpu import vote
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.triton import common as triton_common
 from dca_jax.attention.triton import tiles as triton_tiles
@@ -104,6 +108,24 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(table, 64, all_small)  # also for narrower heads
     monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
+
+
+@pytest.fixture
+def interpreted_mosaic_blackwell(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """A B200 whose kernel runs in the interpreter.
+
+    The interpreter detects races, by the guarantees that `tcgen05` gives, and barriers that nobody
+    waits for; it fills uninitialized memory with NaN. The vote, which is in PTX, is replaced.
+    """
+    monkeypatch.setattr(op, "current_device", lambda: Device("gpu", "NVIDIA B200", (10, 0)))
+    monkeypatch.setattr(vote, "any_in_warpgroup", lambda x, layout: jnp.any(x > 0))
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        races = gpu_callbacks._races
+        assert races is None or not races.races_found  # None: no kernel ran
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 @pytest.fixture

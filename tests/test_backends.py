@@ -16,7 +16,15 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from kernels import QUICK, ROPE, attend_by_slices, draw, weight_of, with_gradients
+from kernels import (
+    QUICK,
+    ROPE,
+    attend_by_slices,
+    draw,
+    runs_here,
+    weight_of,
+    with_gradients,
+)
 
 from dca_jax.attention import attention_pass, dual_chunk_attention, merge_passes, op
 from dca_jax.attention.stored import Scales
@@ -35,6 +43,7 @@ class Bench(NamedTuple):
     dim: int  # the smallest head_dim it takes
     dtype: Any = jnp.float32
     atol: float = 1e-5
+    largest: int = 256  # the largest head_dim
 
     def agrees(self, ours: Any, theirs: Any) -> None:
         ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
@@ -46,7 +55,7 @@ class Bench(NamedTuple):
             assert (error <= 1e-2 * np.maximum(size, 1)).all(), error / size
 
     def draw(self, seed: int, *sizes: int, dim: int | None = None) -> Inputs:
-        return draw(seed, *sizes, dim or self.dim, self.dtype)  # pyright: ignore
+        return draw(seed, *sizes, min(dim or self.dim, self.largest), self.dtype)  # pyright: ignore
 
 
 BENCHES = {
@@ -55,11 +64,13 @@ BENCHES = {
     "triton": Bench("triton", dim=16),
     "mosaic_tpu": Bench("mosaic_tpu", dim=64, atol=2e-5),
     "mosaic_gpu": Bench("mosaic_gpu", dim=64, dtype=jnp.bfloat16),
+    "mosaic_blackwell": Bench("mosaic_blackwell", dim=64, dtype=jnp.bfloat16, largest=128),
 }
 INTERPRETED = {
     "xla": "small_tiles",
     "triton": "interpreted_triton",
     "mosaic_tpu": "interpreted_mosaic_tpu",
+    "mosaic_blackwell": "interpreted_mosaic_blackwell",
 }
 
 
@@ -68,13 +79,21 @@ MARKS = {
     "triton": pytest.mark.slow,
     "mosaic_tpu": pytest.mark.slow,
     "mosaic_gpu": pytest.mark.gpu,
+    "mosaic_blackwell": pytest.mark.slow,
 }
 
 
-@pytest.fixture(params=[pytest.param(x, marks=MARKS.get(x, ())) for x in BENCHES])
+@pytest.fixture(
+    params=[
+        *(pytest.param(x, marks=MARKS.get(x, ())) for x in BENCHES),
+        pytest.param("mosaic_blackwell", marks=pytest.mark.gpu, id="mosaic_blackwell, on its GPU"),
+    ]
+)
 def bench(request: pytest.FixtureRequest) -> Bench:
     name = request.param
-    if name in INTERPRETED:
+    if request.node.get_closest_marker("gpu"):
+        runs_here(name, 64)
+    elif name in INTERPRETED:
         request.getfixturevalue(INTERPRETED[name])
     return BENCHES[name]
 
@@ -241,7 +260,7 @@ def test_a_layer_of_a_cache_in_8_bits(
 
     What lies beyond a row's tokens must not be read, and other layers hold other scales.
     """
-    offset = np.array([0, S - 1, 2 * S, 3 * S + 4], np.int32)
+    offset, dim = np.array([0, S - 1, 2 * S, 3 * S + 4], np.int32), min(dim, bench.largest)
     rng = np.random.default_rng(5)
     q = jnp.asarray(rng.normal(size=(4, num_queries, heads, dim)), bench.dtype)
     shape = (4, num_keys, kv_heads, dim)

@@ -396,7 +396,7 @@ def test_packed_matrices_are_timed_in_every_way(tmp_path, monkeypatch):
 def test_methods_are_compared_and_timed(tmp_path, monkeypatch, capsys):
     """Attention beside the plain XLA form, and a model's reading; a wrong output is not timed."""
     monkeypatch.setattr(methods, "CHECKED", 64)
-    monkeypatch.setattr(methods, "piece_length", lambda batch: 128)
+    monkeypatch.setattr(methods, "NARROW", (128,))
     options = {"shapes": "tiny", "tokens": "512", "minutes": 10.0}
     out = tmp_path / "methods.json"
     methods.measure(out=out, methods="dca rope lampe", what="attention,read", **options)

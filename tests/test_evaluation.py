@@ -21,14 +21,14 @@ from dca_jax.evaluation import answers, passkey
 from dca_jax.evaluation.passkey import PasskeyGrid, first_number, passkey_grid
 from dca_jax.evaluation.plots import plot_passkey, plot_perplexity
 from dca_jax.inference import score as perplexity_module
-from dca_jax.inference.buckets import piece_length
 from dca_jax.inference.llm import LLM
+from dca_jax.inference.pieces import scored_pieces
 from dca_jax.inference.score import LOGITS, Reader, perplexity, token_nll, window_nlls
 from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
 VOCAB = 300
-PIECE = piece_length(2)  # tokens that each of two rows reads at once
+PIECE = scored_pieces("cpu", batch=2).widths[0]  # tokens that each of two rows reads at once
 HOT = DCAConfig(
     chunk_len=40, max_query_position=60, trained_length=64, temperature_slope=0.1
 )  # its temperature depends on the length of the whole text

@@ -336,8 +336,8 @@ def test_few_programs_read_windows_of_all_lengths(
     tmp_path, plain_llm, tokens, compilations, monkeypatch
 ):
     """Short ones, several at once, by one program, and long ones by another."""
-    monkeypatch.setattr(windows, "piece_length", lambda batch: 200)
-    options = {"form": "paper", "stride": 40, "limit": 8, "lengths": (40, 90, 160, 300, 400)}
+    monkeypatch.setattr(windows, "NARROW", (200,))
+    options = {"form": "paper", "stride": 40, "limit": 8, "lengths": (40, 90, 160, 300, 350)}
     with ResultLog(tmp_path, "perplexity", {}) as log:
         windows.evaluate(plain_llm.model, tokens, log, methods=["rerope", "rerope:30"], **options)
         records = log.records

@@ -34,7 +34,8 @@ from dca_jax.grouped import (
 from dca_jax.inference.generate import generate
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.products import row_products
+from dca_jax.products import few_rows, row_products
+from dca_jax.products.packed import Packed, pack
 from dca_jax.sharding import describe, make_mesh, parse_mesh
 from dca_jax.weights.folder import load_weights
 from dca_jax.weights.parameters import lora_parameters
@@ -211,7 +212,8 @@ def test_products_of_groups(name: str, transposed: bool) -> None:
 def test_every_row_has_one_place_and_every_block_one_group(block: int) -> None:
     group = np.random.default_rng(block).integers(0, 9, 200).astype(np.int32)
     group[group == 3] = 4  # one is empty; 8 is no group
-    layout = jax.tree.map(np.asarray, lay_out(jnp.asarray(group), 8, block))
+    run = jax.jit(lay_out, static_argnums=(1, 2))
+    layout = jax.tree.map(np.asarray, run(jnp.asarray(group), 8, block))
     places = len(layout.source)
     np.testing.assert_array_equal(layout.sizes, np.bincount(group, minlength=9)[:8])
     np.testing.assert_array_equal(layout.place < places, group < 8)
@@ -238,6 +240,48 @@ def test_few_rows_times_their_own_matrices(way: str, monkeypatch: pytest.MonkeyP
     for ours, kernels in zip(got, stacks, strict=True):
         expected = np.einsum("ri,rio->ro", x, kernels[1, groups], dtype=np.float64)
         np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def packed_experts(form: str, inputs: int, outputs: int) -> Packed:
+    """Those of two layers with six experts, of normal numbers."""
+    matrices = np.random.default_rng(outputs).standard_normal((12, inputs, outputs))
+    packed = [pack(jnp.asarray(m.T, jnp.float32), form, 1, order=(1, 0)) for m in matrices]
+    return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(2, 6, *parts[0].shape), *packed)
+
+
+def check_few_packed_rows(forms: tuple[str, str], dtype: Any, tolerance: float) -> None:
+    """Eight rows times the matrices of their experts in two stacks, against float64."""
+    rng, groups = np.random.default_rng(0), jnp.asarray([5, 0, 5, 2, 1, 3, 4, 0], jnp.int32)
+    x = jnp.asarray(rng.standard_normal((8, 768)), dtype)
+    stacks = tuple(packed_experts(form, 768, 256) for form in forms)
+    for ours, stack in zip(
+        jax.jit(chosen_products)(x, stacks, jnp.int32(1), groups), stacks, strict=True
+    ):
+        own = np.asarray(stack[1, groups].unpack_inner(jnp.float32), np.float64)
+        expected = np.einsum("ri,roi->ro", np.asarray(x, np.float64), own)
+        error = np.linalg.norm(np.asarray(ours, np.float64) - expected)
+        assert error < tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "forms", [("int4:128", "int4:128"), ("fp8", "fp8"), ("int8", "int4:32")], ids="+".join
+)
+def test_few_rows_times_their_own_packed_matrices(
+    forms: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "INTERPRET", True)
+    check_few_packed_rows(forms, jnp.float32, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "forms",
+    [("int4:128", "int4:128"), ("fp8", "fp8"), ("int8", "int4:32"), ("int8", "int8")],
+    ids="+".join,
+)
+def test_few_rows_times_their_own_packed_matrices_on_a_gpu(forms: tuple[str, str]) -> None:
+    check_few_packed_rows(forms, jnp.bfloat16, 4e-3)
 
 
 @pytest.mark.parametrize("matrix", [(256, 128), (384, 512)])

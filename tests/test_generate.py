@@ -18,6 +18,7 @@ from dca_jax.errors import InputError
 from dca_jax.inference import buckets
 from dca_jax.inference import generate as engine
 from dca_jax.inference.generate import Run, generate
+from dca_jax.inference.pieces import Pieces, prompt_pieces
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import read
 from dca_jax.kv_cache import KVCache
@@ -80,8 +81,8 @@ def test_a_ragged_batch_equals_each_row_alone(model, golden):
 def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, count, monkeypatch):
     expected = continued(model, ragged, max_new_tokens=4)
     whole = jax.jit(Llama.__call__)(model, jnp.asarray(ragged[:1], jnp.int32))[:, -1]
-    monkeypatch.setattr(engine, "SMALLEST", width)
-    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens, segment: (3 * width, width))
+    monkeypatch.setattr(engine, "ENDS", width)
+    monkeypatch.setattr(engine, "pieces_of", lambda *_: Pieces((3 * width, width), overhead=0))
     pieces = []
     cache = empty_cache(model, 2)
     run = Run(model, ragged, max_new_tokens=4, cache=cache, on_piece=pieces.append)
@@ -255,16 +256,32 @@ def test_buckets_are_few_and_waste_little(length):
     assert buckets.capacity_bucket(capacity) == capacity
 
 
-@given(st.integers(1, 10**5), st.sampled_from([1, 2, 3, 8, 33, 100]))
-def test_a_text_is_cut_into_pieces_of_few_widths(length, batch):
-    widths = buckets.piece_widths(batch)
-    pieces = buckets.cut(length, widths)
-    assert sum(count for count, _ in pieces) == length
-    assert all(count <= width for count, width in pieces)
-    assert {width for _, width in pieces} <= set(widths)
-    assert all(2 * count > width for count, width in pieces if width != widths[-1])
-    assert len(widths) <= 3
-    assert widths[0] == buckets.widest_piece(batch, 10**5)
+PLATFORMS = st.sampled_from(["cpu", "gpu", "tpu"])
+
+
+@given(st.integers(1, 10**5), st.sampled_from([1, 2, 3, 8, 33, 100]), PLATFORMS, st.booleans())
+def test_a_text_is_cut_into_pieces_of_few_widths(length, batch, platform, packed):
+    pieces = prompt_pieces(LEAST, platform, packed=packed, batch=batch)
+    found = list(pieces.cut(length))
+    assert sum(count for count, _ in found) == length
+    assert all(count <= width for count, width in found)
+    assert {width for _, width in found} <= set(pieces.widths)
+    assert len(pieces.widths) <= 4
+    assert found[0][1] == pieces.widest(length)
+    assert pieces.widest(10**5) == pieces.widths[0]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_other_pieces_are_much_faster(platform, packed):
+    """Beside the fastest pieces of all, by dynamic programming over the length."""
+    pieces = prompt_pieces(LEAST, platform, packed=packed)
+    costs = {width: width + pieces.overhead for width in pieces.widths}
+    best = np.zeros(20_001)
+    for length in range(1, len(best)):
+        best[length] = min(cost + best[max(0, length - w)] for w, cost in costs.items())
+    for length in range(1, len(best), 17):
+        assert sum(costs[width] for _, width in pieces.cut(length)) <= 1.25 * best[length]
 
 
 def test_an_octave_has_eight_capacities():
@@ -272,7 +289,9 @@ def test_an_octave_has_eight_capacities():
 
 
 def test_a_piece_is_smaller_for_more_rows():
-    assert [buckets.piece_length(n) for n in (1, 2, 3, 8, 64)] == [4096, 2048, 1024, 512, 128]
+    batches = (1, 2, 3, 8, 64)
+    widest = [prompt_pieces(LEAST, "cpu", packed=False, batch=n).widths[0] for n in batches]
+    assert widest == [4096, 2048, 1024, 512, 128]
 
 
 def test_plain_attention_is_asked_for_what_the_text_needs():

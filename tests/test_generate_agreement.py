@@ -12,6 +12,7 @@ import pytest
 
 from dca_jax.inference import generate as engine
 from dca_jax.inference.generate import Run, generate
+from dca_jax.inference.pieces import Pieces
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import PAD
 from dca_jax.kv_cache import KVCache
@@ -30,7 +31,7 @@ def test_every_piece_knows_the_length_of_the_whole_prompt(model, golden, monkeyp
     config = replace(model.config, rope=rope)
     hot = replace(model.dca, trained_length=64, temperature_slope=0.1)
     model = Llama.from_params(config, model.params(), dca=hot, dtype=jnp.float32)
-    monkeypatch.setattr(engine, "piece_widths", lambda batch, tokens, segment: (96, 64))
+    monkeypatch.setattr(engine, "pieces_of", lambda *_: Pieces((96, 64), overhead=16))
     tokens = golden["input_ids"][:, :200]
     run = Run(
         model,

@@ -15,7 +15,7 @@ import pytest
 import test_moby_dick
 from conftest import REPOSITORY
 from flax import nnx
-from kernels import attend_by_slices
+from kernels import attend_by_slices, runs_here
 
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
@@ -23,7 +23,6 @@ from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.config import LlamaConfig
 from dca_jax.dca import PHASES, DCAConfig, key_range, query_position
-from dca_jax.device import current_device
 from dca_jax.dtypes import CACHE_DTYPES
 from dca_jax.evaluation.passkey import passkey_grid
 from dca_jax.inference.score import perplexity, token_nll
@@ -36,11 +35,18 @@ pytestmark = [
 ]
 
 ROPE = RopeConfig()
-KERNELS = ("mosaic_gpu", "triton")
+KERNELS = ("mosaic_gpu", "triton", "mosaic_blackwell")
 FORWARD, BACKWARD = 0.8, 1.0  # of the naive error that ours may reach
 
 # A chunk that is a multiple of every block, one that is of none, and one shorter than a block.
 CHUNKS = [(256, 300), (200, 399), (40, 60)]
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_other_gpus_are_skipped(request: pytest.FixtureRequest) -> None:
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "name" in params:
+        runs_here(params["name"], params.get("dim", 128))
 
 
 def config(chunk: tuple[int, int]) -> DCAConfig:
@@ -129,7 +135,8 @@ def check(name: str, arrays: list[jax.Array], dca: DCAConfig) -> None:
 @pytest.mark.parametrize("extra", ["1", "s-1", "s", "s+1", "2*s", "2*s+1", "3*s+77"])
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(
-    ("name", "dim"), [("mosaic_gpu", 64), ("mosaic_gpu", 128), ("mosaic_gpu", 256), ("triton", 128)]
+    ("name", "dim"),
+    [("mosaic_gpu", 64), ("mosaic_gpu", 256), *((name, 128) for name in KERNELS)],
 )
 def test_edges(name: str, dim: int, chunk: tuple[int, int], extra: str) -> None:
     length = {"1": 1, "s-1": -1, "s": 0, "s+1": 1, "2*s": chunk[0], "2*s+1": chunk[0] + 1}.get(
@@ -202,7 +209,6 @@ def test_long_rows_of_a_cache_in_8_bits(
     name: str, heads: int, kv_heads: int, dim: int, num_queries: int, dtype: str
 ) -> None:
     """Rows of 1 token and of many blocks; beyond their tokens lies what must not be read."""
-    runs_here(name, dim)
     dca, capacity, lengths = DCAConfig.paper(4096), 20_008, [20_001, 1, 5_000, 3_072 + 64]
     q, k, v, _ = draw(len(lengths), num_queries, capacity, heads, kv_heads, dim, jnp.bfloat16)
     told = jnp.asarray(lengths, jnp.int32)
@@ -322,15 +328,6 @@ def test_weights_that_leave_the_range_of_the_first_block(name: str) -> None:
 # --- whole models ------------------------------------------------------------------------------
 
 DEMO = REPOSITORY / "models" / "demo-python-7m"
-
-
-def runs_here(name: str, head_dim: int) -> None:
-    """Skips where the kernel says that it cannot run."""
-    query = jax.ShapeDtypeStruct((1, 512, 4, head_dim), jnp.bfloat16)
-    key = jax.ShapeDtypeStruct((1, 1, 4096, 2, head_dim), jnp.bfloat16)
-    reason = BACKENDS[name].unsupported(current_device(), query, key, DCAConfig.paper(512))
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("name", KERNELS)

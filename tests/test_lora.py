@@ -255,10 +255,11 @@ def test_a_packed_base_computes_with_what_it_stands_for(form: str) -> None:
     got = logits(model(join(adapters, base), lora=LORA), TOKENS)
     leaves = flat(base)
     kernels = {row.path for row in projections(CONFIG)}
+    unpacked = jax.jit(lambda leaf: leaf.unpack(jnp.float32))
     for name, leaf in leaves.items():
         assert isinstance(leaf, Packed) == (name in kernels)
         if name in kernels:
-            leaves[name] = leaf.unpack(jnp.float32)
+            leaves[name] = unpacked(leaf)
         else:
             np.testing.assert_array_equal(leaf, before[name])
     close(got, logits(model(merged(adapters, unflatten_dict(leaves, sep="."))), TOKENS))

@@ -222,7 +222,7 @@ def test_a_cache_in_8_bits_is_what_is_read(tiny: Llama, dtype: str, largest: flo
     logits, cache = step(model, tokens, None, empty, jnp.asarray([61, 61], jnp.int32))
     arrays = {name: np.asarray(array) for name, array in cache.stored._asdict().items()}
 
-    def kept(layer: int, name: str, own: jax.Array) -> np.ndarray:
+    def kept(layer: int, name: str, own: np.ndarray) -> np.ndarray:
         numbers = np.float64(arrays[name][layer, :, :61]).reshape(own.shape)
         scale = np.float64(arrays[f"{name}_scale"][layer, :, 0, :, :61]).swapaxes(1, 2)
         np.testing.assert_allclose(scale, np.abs(own).max(axis=-1) / largest, rtol=1e-5)
@@ -232,9 +232,8 @@ def test_a_cache_in_8_bits_is_what_is_read(tiny: Llama, dtype: str, largest: flo
         assert np.all(np.abs(read - own) <= 0.51 * step)
         return read
 
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.params())
-        expected = dense_llama.logits(wide, tokens, tiny.config, 12, 15, kept)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), model.params())
+    expected = dense_llama.logits(wide, np.asarray(tokens), tiny.config, 12, 15, kept, xp=np)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * float(np.abs(expected).max()))
 
 

@@ -136,7 +136,7 @@ def test_a_model_that_does_not_fit(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(parameters, "_buffer", full)
+    monkeypatch.setattr(parameters, "new_buffer", full)
     config = read_config(whole)
     rows = [row.shape(config) for row in parameter_rows(config)]
     gib = sum(4 * int(np.prod(shape)) for shape in rows) / 2**30

@@ -110,10 +110,10 @@ def test_weights_and_cache_are_those_of_real_arrays(mesh: str, kept: Any) -> Non
 def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
     """A wide MLP, so that the CPU's attention, which no other device runs, hardly counts."""
     sizes = parse_mesh(mesh)
-    job = job_for(SMALL, context_length=4096, batch=batch, dtype=jnp.dtype(jnp.float32))
+    job = job_for(SMALL, context_length=8192, batch=batch, dtype=jnp.dtype(jnp.float32))
     step = "read_whole" if sizes["context"] > 1 else "read"
-    capacity = capacity_bucket(4096, sizes["context"])
-    options: dict[str, Any] = {"capacity": capacity, "tokens": 4096 // batch, "batch": batch}
+    capacity = capacity_bucket(8192, sizes["context"])
+    options: dict[str, Any] = {"capacity": capacity, "tokens": 8192 // batch, "batch": batch}
     lowered = lower(step, SMALL, make_mesh(mesh), dtype=jnp.float32, **options)
     analysis = lowered.compile().memory_analysis()
     usage = job.usage(sizes)

@@ -302,9 +302,9 @@ def sparse_llm(folder: Path) -> dca_jax.LLM:
     return dca_jax.load(folder, dca=PAPER, dtype="float32", sparse=SPARSE)
 
 
-def pairs_read(weights: jax.Array) -> np.ndarray:
+def pairs_read(weights: np.ndarray) -> np.ndarray:
     """Pairs of tokens that are read: the definition of `rows`, from a layer's dense weights."""
-    p = np.asarray(weights)[0]
+    p = weights[0]
     heads, length, _ = p.shape
     blocks = -(-length // 128)
     read = np.zeros(p.shape, bool)
@@ -326,12 +326,12 @@ def pairs_read(weights: jax.Array) -> np.ndarray:
 
 def in_float64(llm: dca_jax.LLM, chosen: dense_llama.Chosen) -> np.ndarray:
     """Log-probabilities [T, V] of TEXT by a model that shares no code with ours."""
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(best, "LEAST", LEAST)
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), llm.model.params())
-        text, config = jnp.asarray([TEXT]), llm.model.config
-        found = dense_llama.logits(params, text, config, 48, 63, chosen=chosen)
-        return np.asarray(jax.nn.log_softmax(found[0], axis=-1))
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), llm.model.params())
+        text, config = np.asarray([TEXT]), llm.model.config
+        found = dense_llama.logits(params, text, config, 48, 63, chosen=chosen, xp=np)[0]
+        return found - np.logaddexp.reduce(found, axis=-1, keepdims=True)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention import mosaic_gpu, mosaic_tpu, triton, xla
+from dca_jax.attention import mosaic_blackwell, mosaic_gpu, mosaic_tpu, triton, xla
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
 from dca_jax.attention.bands import (
     Method,
@@ -50,6 +50,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": triton,
     "mosaic_tpu": mosaic_tpu,
     "xla": xla,
+    "mosaic_blackwell": mosaic_blackwell,  # by name only, as xla runs everywhere
 }
 IMPLEMENTATIONS = ("reference", *BACKENDS)
 SKIPPING = "mosaic_gpu", "xla"  # those that support `KeyBlocks.skip`

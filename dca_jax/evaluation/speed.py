@@ -24,7 +24,7 @@ from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
-from dca_jax.inference.buckets import new_cache, read_at_once, widest_piece
+from dca_jax.inference.buckets import new_cache, pieces_of
 from dca_jax.inference.compiled import compiler_options
 from dca_jax.inference.generate import Run
 from dca_jax.inference.methods import method_by_name, with_method
@@ -132,7 +132,7 @@ def _largest_piece(model: Llama, length: int) -> tuple[Any, ...]:
         return jax.tree.leaves(read(model, jax.tree.unflatten(tree, cache), *rest))
 
     program = jax.jit(piece, donate_argnums=1, compiler_options=compiler_options())
-    width = widest_piece(1, length, read_at_once(model.config))
+    width = pieces_of(model).widest(length)
     hidden = np.zeros((1, model.config.hidden_size), model.dtype)
     tokens = np.zeros((1, width), np.int32)
     lengths = np.full((1,), min(width, length), np.int32)

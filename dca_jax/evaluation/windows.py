@@ -35,8 +35,8 @@ from dca_jax.evaluation.forms import Form
 from dca_jax.evaluation.results import Record, ResultLog, in_batches
 from dca_jax.evaluation.tables import Outcome, Table, number
 from dca_jax.evaluation.tables import tokens as tokens_text
-from dca_jax.inference.buckets import piece_length
 from dca_jax.inference.methods import method_by_name, with_method
+from dca_jax.inference.pieces import NARROW
 from dca_jax.inference.progress import progress, reading_work
 from dca_jax.inference.score import Reader, check_ids
 from dca_jax.model import Llama
@@ -153,7 +153,7 @@ def _rows(windows: int, length: int, batch: int | None) -> int:
 
 
 def _is_short(length: int) -> bool:
-    return length < piece_length(1)
+    return length < NARROW[0]
 
 
 def _capacity(rows: int, windows: Mapping[int, Sequence[Window]], batch: int | None) -> int:

@@ -1,18 +1,21 @@
 """Products of few rows with chosen matrices, reading only those, as in decoding.
 
-The time is that of reading the matrices, with `dca_jax.products.row_products` on NVIDIA GPUs from
+The time is that of reading the matrices, with the kernels of `dca_jax.products` on NVIDIA GPUs from
 Ampere on; XLA would write out the gathered matrices and read them again.
 """
 
 import functools
+import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dca_jax.device import current_device
 from dca_jax.dtypes import compute_dtype
 from dca_jax.grouped.blocks import matrix_of, precision
+from dca_jax.products import few_rows
 from dca_jax.products.packed import Packed
 from dca_jax.products.row_products import can_multiply, row_products
 
@@ -36,15 +39,16 @@ def chosen_products(
         stacks: stacks of equal shape, packed or not.
         layer: index in each stack.
     """
-    wide = [kernels for kernels in stacks if not isinstance(kernels, Packed)]
-    if not wide:
-        if current_device().platform == "gpu":
-            return tuple(_unpacked_sums(x, kernels, layer, groups) for kernels in stacks)
-    else:
-        flat = [kernels.reshape(-1, *kernels.shape[2:]) for kernels in wide]
-        if can_multiply(x, flat):
-            found = row_products(x, flat, layer * wide[0].shape[1] + groups)
-            return tuple(sums.astype(x.dtype) for sums in found)
+    flat = [_flat(kernels) for kernels in stacks]
+    numbers = layer * stacks[0].shape[1] + groups
+    packed = [kernels for kernels in flat if isinstance(kernels, Packed)]
+    found = None
+    if len(packed) == len(flat):
+        found = _packed_rows(x, packed, numbers)
+    elif not packed and can_multiply(x, flat):
+        found = row_products(x, flat, numbers)
+    if found is not None:
+        return tuple(sums.astype(x.dtype) for sums in found)
     product = functools.partial(jnp.dot, precision=precision(x))
 
     def by_row(kernels: Array | Packed) -> Array:
@@ -57,8 +61,28 @@ def chosen_products(
     return tuple(map(by_row, stacks))
 
 
-def _unpacked_sums(x: Array, kernels: Any, layer: Array, groups: Array) -> Array:
+def _flat(kernels: Any) -> Any:
+    """A stack of the matrices of all layers and groups."""
+    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), kernels)
+
+
+def _packed_rows(
+    x: Array, stacks: list[Packed], numbers: Int[Array, " rows"]
+) -> tuple[Array, ...] | None:
+    """The products with packed matrices on a GPU, as sums; None elsewhere."""
+    if few_rows.are_few(1, x.dtype):
+        launches = [stacks] if few_rows.alike(stacks) else [[stack] for stack in stacks]
+        tiled = [(some, few_rows.choose_tile(some, len(x))) for some in launches]
+        found = [few_rows.multiply_chosen(x, some, numbers, tile) for some, tile in tiled if tile]
+        if len(found) == len(launches):
+            return tuple(itertools.chain(*found))
+    if current_device().platform == "gpu":
+        return tuple(_unpacked_sums(x, stack, numbers) for stack in stacks)
+    return None
+
+
+def _unpacked_sums(x: Array, stack: Packed, numbers: Array) -> Array:
     """The sums from one fusion that gathers, unpacks, multiplies and sums."""
     wide = compute_dtype(x.dtype)
-    matrices = kernels[layer, groups].unpack_inner(wide)  # outputs before inputs
-    return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2).astype(x.dtype)
+    matrices = stack[numbers].unpack_inner(wide)  # outputs before inputs
+    return jnp.sum(x.astype(wide)[:, None, :] * matrices, axis=2)

@@ -24,63 +24,17 @@ from dca_jax.dtypes import parse_cache_dtype
 from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.fields import LARGEST
 from dca_jax.inference.compiled import compiled
+from dca_jax.inference.pieces import Pieces, prompt_pieces
 from dca_jax.kv_cache import KVCache, cache_arrays
 from dca_jax.memory import free_bytes, total_bytes
 from dca_jax.model import Llama
+from dca_jax.products.packed import packed_forms
 from dca_jax.sharding import AXES, Shards, axis_size, mesh_of, partition
 
-PIECE = 4096  # tokens read at once, over all rows
-# With a mixture of experts it is larger, so that reading an expert's weights pays off.
-MIXTURE_PIECE = 16_384
-SMALLEST = (
-    64  # tokens of the smallest piece; fewer take a GPU as long, because it reads all weights
-)
 # Shares of a device's memory: a cache up to the first has one of a few shapes, up to the second one
 # of several.
 FEW, SEVERAL = 1 / 32, 1 / 16
 OF_MANY = 2**34  # bytes assumed as memory if there are several processes, which must agree
-
-# --- pieces of texts ---------------------------------------------------------------------------
-
-
-def read_at_once(config: LlamaConfig) -> int:
-    """Number of prompt tokens that are read at once, over all rows.
-
-    It bounds the memory for activations, whatever the length of the prompt.
-    """
-    return PIECE if config.mixture is None else MIXTURE_PIECE
-
-
-def piece_length(batch: int, tokens: int = PIECE) -> int:
-    """Tokens of each row that are read at once: `tokens` in total, and at least 128 per row."""
-    return max(128, tokens // power_of_two(batch))
-
-
-def piece_widths(batch: int, tokens: int = PIECE, segment: int = 1) -> tuple[int, ...]:
-    """The widths to which pieces of a batch are padded, widest first; multiples of `segment`."""
-    width = piece_length(batch, tokens)
-    widths = (w for w in (width, width // 8, width // 64) if w >= min(16, width))
-    return tuple(dict.fromkeys(multiple(w, segment) for w in widths))
-
-
-def cut(length: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Splits `length` tokens into pieces; returns the tokens and the width of each, in order.
-
-    A piece is padded to a width only if its tokens fill more than half of it.
-    """
-    pieces = []
-    for width in widths:
-        least = 0 if width == widths[-1] else width // 2
-        while length > least:
-            pieces.append((min(length, width), width))
-            length -= pieces[-1][0]
-    return pieces
-
-
-def widest_piece(batch: int, length: int, tokens: int = PIECE) -> int:
-    """The width of the first, widest piece of texts of `length` tokens."""
-    return cut(length, piece_widths(batch, tokens))[0][1]
-
 
 # --- caches ------------------------------------------------------------------------------------
 
@@ -228,7 +182,8 @@ def _fitting(
     config, mesh = model.config, mesh_of(model)
     rows, capacity = cache_shape(model, batch, length, dtype, more_rows=more_rows)
     _, free = device_memory(model)
-    room = free - reading_bytes(config, batch, length, model.dtype)
+    tokens = min(pieces_of(model).widths[0], batch * length)
+    room = free - reading_bytes(config, batch, tokens, model.dtype)
     needed = cache_bytes(config, rows, capacity, dtype, mesh)
     if needed > room:
         token = needed / capacity
@@ -275,14 +230,24 @@ def cache_bytes(
     return total
 
 
-def reading_bytes(config: LlamaConfig, batch: int, length: int, dtype: Any) -> int:
-    """Approximate bytes for reading a piece of the prompts besides the cache: activations."""
-    tokens = min(read_at_once(config), batch * length)
+def reading_bytes(config: LlamaConfig, batch: int, tokens: int, dtype: Any) -> int:
+    """Approximate bytes for reading a piece of `tokens` tokens in all rows, besides the cache."""
     layer = 2 * config.hidden_size + 3 * config.intermediate_size
     if config.mixture is not None:
         inner = config.hidden_size + config.mixture.moe_intermediate_size
         layer = max(layer, 3 * config.mixture.num_experts_per_tok * inner)
     return tokens * layer * jnp.dtype(dtype).itemsize + 8 * batch * config.vocab_size
+
+
+def pieces_of(model: Llama, rows: int = 1) -> Pieces:
+    """How prompts are read, in `rows` rows at once."""
+    return prompt_pieces(
+        model.config,
+        _device(model).platform,
+        packed=bool(packed_forms(model)),
+        batch=rows,
+        segment=1 if model.sparse is None else model.sparse.segment,
+    )
 
 
 def device_memory(model: Llama) -> tuple[float, float]:

@@ -16,14 +16,12 @@ from jaxtyping import Array, Float, Int
 from dca_jax.errors import InputError
 from dca_jax.fields import shown
 from dca_jax.inference.buckets import (
-    SMALLEST,
-    cut,
     new_cache,
     on_device,
-    piece_widths,
-    read_at_once,
+    pieces_of,
 )
 from dca_jax.inference.compiled import compiled
+from dca_jax.inference.pieces import ENDS
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import (
     FAILED,
@@ -160,14 +158,14 @@ class Run:
         hidden, at = empty_hidden(self._model, len(self._prompts)), np.asarray(self._start)
         rows = 1 if mesh is None else len(self._prompts)
         model = self._model.reading(max(map(len, self._prompts)))
-        widths = _widths(model, rows)
+        pieces = pieces_of(model, rows)
         if mesh is None and len(self._prompts) > 1:
             # Long pieces row by row, because rows differ in length; the rest with all rows
             # together.
             for row in range(self._num_rows):
                 hidden = self._read_row(row, at, hidden)
-            model, widths = model.reading(0), (SMALLEST,)
-        for count, width in cut(int((context_lengths - at).max()), widths):
+            model, pieces = model.reading(0), pieces._replace(widths=(ENDS,))
+        for count, width in pieces.cut(int((context_lengths - at).max())):
             lengths = np.clip(context_lengths - at, 0, count).astype(np.int32)
             tokens = np.zeros((len(at), width), np.int32)
             for row, length in enumerate(lengths):
@@ -187,11 +185,8 @@ class Run:
         """
         prompt = self._prompts[row]
         model = self._model.reading(len(prompt))
-        widths = _widths(model, 1)
-        if model.sparse is None:
-            widths = (*widths[:-1], SMALLEST)
-        for count, width in cut(len(prompt) - int(at[row]), widths):
-            if width == SMALLEST:
+        for count, width in pieces_of(model).cut(len(prompt) - int(at[row])):
+            if model.sparse is None and width == ENDS:
                 break
             tokens = np.zeros((1, width), np.int32)
             tokens[0, :count] = prompt[at[row] : at[row] + count]
@@ -250,12 +245,6 @@ class Run:
             lengths[number] += len(new)
             rows.append(new)
         return rows
-
-
-def _widths(model: Llama, rows: int) -> tuple[int, ...]:
-    """The widths to which pieces of prompts are padded."""
-    segment = 1 if model.sparse is None else model.sparse.segment
-    return piece_widths(rows, read_at_once(model.config), segment)
 
 
 class NotFiniteError(InputError):

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dca_jax.device import current_device
 from dca_jax.errors import InputError
-from dca_jax.inference.buckets import PIECE, cut, new_cache, piece_widths
+from dca_jax.inference.buckets import new_cache
 from dca_jax.inference.compiled import compiled
+from dca_jax.inference.pieces import scored_pieces
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.sharding import Shards
@@ -145,8 +147,8 @@ class Reader:
         bests = [np.zeros((rows, 0), bool)]
         start, model = 0, self.model.reading(max(whole))
         segment = 1 if model.sparse is None else model.sparse.segment
-        widths = piece_widths(rows, PIECE, segment)
-        for count, width in cut(tokens.shape[2], widths):
+        pieces = scored_pieces(current_device().platform, batch=rows, segment=segment)
+        for count, width in pieces.cut(tokens.shape[2]):
             lengths = np.clip(counts - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
             piece[:, :, :count] = tokens[:, :, start : start + count]

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,9 +105,11 @@ def _without_advice() -> Iterator[None]:
 
 def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     """The tokenizer in tokenizer.json, with the special tokens named in the other files."""
-    with _without_advice():
-        from transformers import AddedToken, PreTrainedTokenizerFast  # takes seconds to import
-
+    with ThreadPoolExecutor(1) as pool:  # another process tries the file during the import
+        tried = pool.submit(_try_file, member(folder, FILE))
+        with _without_advice():
+            from transformers import AddedToken, PreTrainedTokenizerFast  # takes a second to import
+        tried.result()
     where, named = f"{folder / SETTINGS}", dict(settings)
     described = fields.mapping(settings, "added_tokens_decoder", where)
     if described is None and (folder / SPECIAL).exists():  # as in transformers, which wrote both
@@ -121,7 +124,6 @@ def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     if not isinstance(extra, list):
         raise InputError(f"{where}: extra_special_tokens must be a list, got {shown(extra)}")
     wanted = [*special.values(), *(_content(v, "extra_special_tokens", where) for v in extra)]
-    _try_file(member(folder, FILE))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(member(folder, FILE)))
     # Tokens that only the older files have. Those in tokenizer.json are not changed.
     older = read_json(folder, ADDED) if (folder / ADDED).exists() else {}

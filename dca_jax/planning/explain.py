@@ -69,14 +69,15 @@ def _of_method(method: PositionMethod, length: int) -> dict[str, str]:
     last = jnp.asarray([[length - 1]], jnp.int32)
     furthest, met = 0, 0
     for band in each_band(method.bands(last, jnp.asarray([length], jnp.int32))):
-        keys = jnp.arange(int(band.start[0, 0]), int(band.stop[0, 0]), dtype=jnp.int32)[None, :]
-        if keys.size:
-            first = 0 if band.key_position is None else np.asarray(band.key_position(keys)[0, 0])
-            relative = np.max(np.asarray(band.query_position[0, 0]) - first)
+        start, stop = (int(np.asarray(edge)[0, 0]) for edge in (band.start, band.stop))
+        if start < stop:
+            key = jnp.asarray([[start]], jnp.int32)  # the furthest
+            first = 0 if band.key_position is None else np.asarray(band.key_position(key))[0, 0]
+            relative = np.max(np.asarray(band.query_position)[0, 0] - first)
             if band.steps is not None:
-                relative -= int(band.steps.nearer(keys)[0, 0, 0])
+                relative -= int(np.asarray(band.steps.nearer(key))[0, 0, 0])
             furthest = max(furthest, int(relative))
-            met += keys.size
+            met += stop - start
     fields = dataclasses.fields(method)  # pyright: ignore[reportArgumentType] -- each is one
     return {
         **{field.name.replace("_", " "): str(getattr(method, field.name)) for field in fields},

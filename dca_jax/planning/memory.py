@@ -15,6 +15,7 @@ int8.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -24,7 +25,8 @@ from dca_jax.attention.sparse import Sparse
 from dca_jax.config import LlamaConfig, LoraConfig, axis_sizes
 from dca_jax.errors import InputError
 from dca_jax.experts import PIECE
-from dca_jax.inference.buckets import SMALLEST, capacity_bucket, read_at_once, widest_piece
+from dca_jax.inference.buckets import capacity_bucket
+from dca_jax.inference.pieces import ENDS, prompt_pieces
 from dca_jax.kv_cache import cache_arrays
 from dca_jax.memory import GPU_SHARE
 from dca_jax.products.packed import packed_bytes
@@ -49,6 +51,7 @@ class DeviceKind:
     """A kind of device, as JAX counts devices.
 
     Attributes:
+        platform: "gpu" or "tpu", as in JAX.
         memory: bytes available to programs and their data.
         island: number of devices with fast links to each other; `tensor` should stay within it.
         runtime: bytes besides arrays and temporaries, for library workspaces and code.
@@ -60,6 +63,7 @@ class DeviceKind:
     """
 
     name: str
+    platform: str
     memory: int
     island: int
     runtime: int
@@ -73,14 +77,18 @@ def _gpu(name: str, gib: float) -> DeviceKind:
     # On one H200 with Llama-2-7B, the peak was 0.45 GB (32k tokens) and 0.6 GB (8k) above the
     # arrays and the largest program's temporaries; on two, 1.3 to 1.4 GB more for both 7B and 70B.
     memory = int(GPU_SHARE * gib * GIB)
-    return DeviceKind(name, memory, 8, 600_000_000, 1_300_000_000, share=JAX_SHARE / GPU_SHARE)
+    return DeviceKind(
+        name, "gpu", memory, 8, 600_000_000, 1_300_000_000, share=JAX_SHARE / GPU_SHARE
+    )
 
 
 def _tpu(name: str, gib: float, *, tiles_again: bool = False) -> DeviceKind:
     # The memory that libtpu 0.0.48 compiles for. All chips of a slice have equal links. The
     # runtime's part, for programs and small arrays, is a guess.
     memory = int(gib * GIB)
-    return DeviceKind(name, memory, 256, 200_000_000, 0, tiles_again=tiles_again, narrows=True)
+    return DeviceKind(
+        name, "tpu", memory, 256, 200_000_000, 0, tiles_again=tiles_again, narrows=True
+    )
 
 
 # A v4 or v5p chip is one device, a v7x chip two.
@@ -257,14 +265,17 @@ def prompt_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
     This includes a layer's keys and values in the dtype for reading, if the cache has another.
     """
-    rows, context, once = _rows(job, sizes), sizes["context"], read_at_once(job.config)
+    rows, context = _rows(job, sizes), sizes["context"]
+    pieces = partial(
+        prompt_pieces, job.config, job.device.platform, packed=bool(job.weights or job.kept)
+    )
     if context > 1:
         tokens = rows * capacity_bucket(job.context_length, context) // context
     elif math.prod(sizes.values()) > 1:
         batch = rows * sizes["data"] * sizes["fsdp"]
-        tokens = rows * widest_piece(batch, job.context_length, once)
+        tokens = rows * pieces(batch=batch).widest(job.context_length)
     else:  # one row at a time, then the ends of all rows
-        tokens = max(widest_piece(1, job.context_length, once), rows * SMALLEST)
+        tokens = max(pieces().widest(job.context_length), rows * ENDS)
     layer = job.width * tokens * max(_mlp(job.config, sizes), _attention(job.config, sizes))
     layer = max(layer, _experts(job, sizes, tokens, *EXPERTS_FORWARD))
     if context == 1 and job.cache_dtype not in (None, job.dtype):

@@ -81,7 +81,9 @@ def device_at_hand(mesh: Mesh | None) -> DeviceKind | None:
         return None
     # All CPU devices share one machine.
     memory = min(free) // (len(devices) if devices[0].platform == "cpu" else 1)
-    return DeviceKind(devices[0].device_kind, memory, len(devices), runtime=0, links=0)
+    return DeviceKind(
+        devices[0].device_kind, devices[0].platform, memory, len(devices), runtime=0, links=0
+    )
 
 
 def _refusal(job: Job, sizes: dict[str, int]) -> str:

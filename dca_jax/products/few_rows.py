@@ -71,7 +71,6 @@ def multiply(
     # Mosaic GPU's compiler takes half a second to import, which only GPUs need to spend.
     from dca_jax.products.packed_row import choose_plan, multiply_row
 
-    rows, inputs = x.shape
     plan = None if tile or INTERPRET else choose_plan(x, stacks)
     if plan is not None:
         return multiply_row(x, stacks, layer, plan)
@@ -86,6 +85,32 @@ def multiply(
                 "rD,VD->rV", x, matrix, precision=precision, preferred_element_type=jnp.float32
             ),
         )
+    return tuple(y[0] for y in _launch(x[None], stacks, layer[None], tile))
+
+
+def multiply_chosen(
+    x: Float[Array, "rows inputs"],
+    stacks: Sequence[Packed],
+    numbers: Int[Array, " rows"],
+    tile: Tile,
+) -> tuple[Float[Array, "rows _"], ...]:
+    """Each row times matrix `numbers[row]` of each of the stacks, in float32, in one launch.
+
+    Args:
+        x, stacks, tile: as in `multiply`, but for any number of rows; `choose_tile(stacks, rows)`
+            gives a tile.
+    """
+    return tuple(y[:, 0] for y in _launch(x[:, None], stacks, numbers, tile))
+
+
+def _launch(
+    x: Float[Array, "sets rows inputs"],
+    stacks: Sequence[Packed],
+    numbers: Int[Array, " sets"],
+    tile: Tile,
+) -> list[Float[Array, "sets rows _"]]:
+    """Each set of rows times matrix `numbers[set]` of each of the stacks, in float32."""
+    sets, rows, inputs = x.shape
     widths = [matrices.inner_shape[1] for matrices in stacks]
     leaves, tree = jax.tree.flatten(list(stacks))
     kernel = functools.partial(
@@ -98,20 +123,29 @@ def multiply(
     )
     out = pl.pallas_call(
         kernel,
-        grid=(sum(widths) // tile.outputs, tile.splits),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, rows, sum(widths)), jnp.float32),
+        grid=(sum(widths) // tile.outputs, tile.splits, sets),
+        out_shape=jax.ShapeDtypeStruct((tile.splits, sets, rows, sum(widths)), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=INTERPRET,
         name="dca_few_rows",
-    )(layer.astype(jnp.int32).reshape(1), _filled_up(x), *leaves)
+    )(numbers.astype(jnp.int32), _filled_up(x), *leaves)
     ends = list(itertools.accumulate(widths))
-    return tuple(jnp.split(out.sum(axis=0), ends[:-1], axis=1))
+    return jnp.split(out.sum(axis=0), ends[:-1], axis=2)
 
 
-def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
+def alike(stacks: Sequence[Packed]) -> bool:
+    """Whether stacks have the same form, so that one launch can multiply by all of them."""
+    kinds = {(jax.tree.structure(s), *(part.dtype for part in jax.tree.leaves(s))) for s in stacks}
+    return len(kinds) == 1
+
+
+def choose_tile(stacks: Sequence[Packed], sets: int = 1) -> Tile | None:
     """Tile sizes for stacks of matrices; None if their groups do not suit tensor cores.
 
     Groups and tiles are powers of two, and tensor cores add 16 products.
+
+    Args:
+        sets: number of matrices of each stack that are multiplied.
     """
     inputs, widths = stacks[0].inner_shape[2], [matrices.inner_shape[1] for matrices in stacks]
     groups = {matrices.scale.shape[1] for matrices in stacks}
@@ -120,11 +154,12 @@ def choose_tile(stacks: Sequence[Packed]) -> Tile | None:
     least = 32 if stacks[0].form == "int4" else 16
     if len(groups) > 1 or deep & (deep - 1) or deep < least or math.gcd(OUTPUTS, *widths) < 16:
         return None
-    tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS, *widths))
+    outputs = sets * sum(widths)
+    tile = _split(inputs, outputs, deep, math.gcd(OUTPUTS, *widths))
     if (
         inputs // deep // tile.splits < STEPS
     ):  # a narrower tile, so that fewer programs share the inputs
-        tile = _split(inputs, sum(widths), deep, math.gcd(OUTPUTS // 2, *widths))
+        tile = _split(inputs, outputs, deep, math.gcd(OUTPUTS // 2, *widths))
     return tile
 
 
@@ -138,39 +173,41 @@ def _split(inputs: int, outputs: int, deep: int, wide: int) -> Tile:
 
 def _filled_up(x: Array) -> Array:
     """Padded with arbitrary rows, for the interpreter, which reads no row twice."""
-    return jnp.pad(x, ((0, ROWS - len(x)), (0, 0))) if INTERPRET else x
+    return jnp.pad(x, ((0, 0), (0, ROWS - x.shape[1]), (0, 0))) if INTERPRET else x
 
 
 def _kernel(
-    layer_ref: Any,  # [1]
-    x_ref: Any,  # [rows, inputs]
-    *refs: Any,  # the parts of each stack; out: [splits, rows, outputs]
+    number_ref: Any,  # [sets]
+    x_ref: Any,  # [sets, rows, inputs]
+    *refs: Any,  # the parts of each stack; out: [splits, sets, rows, outputs]
     tile: Tile,
     steps: int,
     group: int,
     widths: list[int],
     tree: Any,
 ) -> None:
-    """Grid: (tiles of the outputs of all stacks, splits of the inputs)."""
+    """Grid: (tiles of the outputs of all stacks, splits of the inputs, sets)."""
     *parts, out_ref = refs
     stacks = jax.tree.unflatten(tree, parts)
-    column, split = pl.program_id(0), pl.program_id(1)  # at the top, for the interpreter
+    # At the top, for the interpreter.
+    column, split, place = (pl.program_id(axis) for axis in range(3))
+    number = number_ref[place]
     start = 0
     for stack, width in zip(stacks, widths, strict=True):
         stop = start + width // tile.outputs
 
         def multiply(stack: Any = stack, first: Any = (column - start) * tile.outputs) -> None:
-            where = layer_ref[0], split * steps, first
-            total = _tiles(where, x_ref, stack, out_ref.shape[1], tile, steps, group)
-            _store(out_ref, total, split, column * tile.outputs)
+            where = number, place, split * steps, first
+            total = _tiles(where, x_ref, stack, out_ref.shape[2], tile, steps, group)
+            _store(out_ref, total, split, place, column * tile.outputs)
 
         pl.when((column >= start) & (column < stop))(multiply)
         start = stop
 
 
 def _tiles(
-    where: tuple[Array, Array, Array],
-    x_ref: Any,  # [rows, inputs]
+    where: tuple[Array, Array, Array, Array],
+    x_ref: Any,  # [sets, rows, inputs]
     stack: Packed,
     num_rows: int,
     tile: Tile,
@@ -180,12 +217,13 @@ def _tiles(
     """The sums over a program's tiles of a matrix.
 
     Args:
-        where: the matrix's number, and the program's first tile and first output.
+        where: the numbers of the matrix and of the set of rows, the program's first tile and first
+            output.
         stack: references to values [L, outputs, inputs], or half the inputs if two share a byte; to
             scales [L, groups, blocks of outputs]; and to zeros and offsets, if there are any.
     """
     values_ref, scale_ref = stack.values, stack.scale
-    layer, begin, first = where
+    matrix, place, begin, first = where
     outputs = pl.ds(first, tile.outputs)
     block_outputs = values_ref.shape[1] // scale_ref.shape[2]
     row = jnp.arange(ROWS, dtype=jnp.int32)
@@ -204,13 +242,13 @@ def _tiles(
         else:
             every = first + jnp.arange(tile.outputs, dtype=jnp.int32)
             at = lax.div(every, jnp.int32(block_outputs))
-        return plgpu.load(ref.at[layer, number, at])
+        return plgpu.load(ref.at[matrix, number, at])
 
     def load_x(inputs: Any) -> Array:
         if INTERPRET:
-            return x_ref[:, inputs]
+            return x_ref[place, :, inputs]
         mask = jnp.broadcast_to((row < num_rows)[:, None], (ROWS, width))
-        return plgpu.load(x_ref.at[rows, inputs], mask=mask, other=0.0)
+        return plgpu.load(x_ref.at[place, rows, inputs], mask=mask, other=0.0)
 
     def scaled(x: Array, scale: Array) -> Array:
         scale = scale.astype(jnp.float32)
@@ -226,7 +264,7 @@ def _tiles(
         total, own = carry
         # Those of the next step are loaded while this one computes.
         following = parts(begin + jnp.minimum(n + 1, steps - 1))
-        values = plgpu.load(values_ref.at[layer, outputs, pl.ds(number * width, width)])
+        values = plgpu.load(values_ref.at[matrix, outputs, pl.ds(number * width, width)])
         found = jnp.zeros_like(total) if grouped else total
         sums = jnp.zeros(ROWS, jnp.float32)
         for half in range(halves):
@@ -249,16 +287,18 @@ def _tiles(
     return total if grouped else scaled(total, part(scale_ref, jnp.int32(0)))
 
 
-def _store(out_ref: Any, total: Float[Array, "ROWS outputs"], split: Array, first: Array) -> None:
-    """Stores the sums from output `first` on, without padding rows."""
-    num_rows, outputs = out_ref.shape[1], pl.ds(first, total.shape[1])
+def _store(
+    out_ref: Any, total: Float[Array, "ROWS outputs"], split: Array, place: Array, first: Array
+) -> None:
+    """Stores the sums of a set from output `first` on, without padding rows."""
+    num_rows, outputs = out_ref.shape[2], pl.ds(first, total.shape[1])
     if INTERPRET:
-        out_ref[split, :, outputs] = total[:num_rows]
+        out_ref[split, place, :, outputs] = total[:num_rows]
         return
     row = jnp.arange(ROWS, dtype=jnp.int32)
     mask = jnp.broadcast_to((row < num_rows)[:, None], total.shape)
     rows = jnp.minimum(row, num_rows - 1)
-    plgpu.store(out_ref.at[split, rows, outputs], total, mask=mask)
+    plgpu.store(out_ref.at[split, place, rows, outputs], total, mask=mask)
 
 
 def _dot(x: Array, kernel: Array) -> Array:

@@ -72,8 +72,7 @@ def packed_products(
     first, _ = subscripts[0].split(",")
     inputs = sum(letter in first for letter in subscripts[0].partition("->")[0].split(",")[1])
     lead = x.shape[: x.ndim - inputs]
-    alike = {(jax.tree.structure(s), *(part.dtype for part in jax.tree.leaves(s))) for s in stacks}
-    together = Shards.of(stacks[0]).mesh is None and len(alike) == 1
+    together = Shards.of(stacks[0]).mesh is None and few_rows.alike(stacks)
     if not together or not few_rows.are_few(math.prod(lead), x.dtype):
         return [packed_product(s, x, m, layer) for s, m in zip(subscripts, stacks, strict=True)]
     rows = x.reshape(math.prod(lead), -1)

@@ -49,7 +49,7 @@ def load_weights(
 ) -> dict[str, Any]:
     """The parameters of a Hugging Face or converted folder or a GGUF file, streamed to devices.
 
-    Each device's part is filled piece by piece, so the host holds only one or two pieces and never
+    Each device's part is filled piece by piece, so the host holds only a few pieces and never
     a whole parameter, and a process reads only its own shards.
 
     Args:

@@ -6,6 +6,7 @@ package `gguf` unpacks the data. Its reader for the rest is not used: it creates
 element of every array (14 seconds for a vocabulary of 49,152), and trusts the file.
 """
 
+import functools
 import math
 import mmap
 import re
@@ -201,6 +202,19 @@ def read_gguf(path: str | Path) -> GGUF:
             version, has a tensor of an unsupported type, or lacks a part.
     """
     files = gguf_files(Path(path))
+    return _read_files(tuple(map(_stamped, files)))
+
+
+def _stamped(file: Path) -> tuple[Path, int, int]:
+    """A file with its time and size, which change if it is written anew."""
+    with _reading(file):
+        status = file.stat()
+    return file, status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=1)  # for the config, the tokenizer and the weights of a model
+def _read_files(stamped: tuple[tuple[Path, int, int], ...]) -> GGUF:
+    files = [file for file, *_ in stamped]
     parts = [_read_file(file) for file in files]
     count = parts[0].metadata.get("split.count", 1)
     if count not in (0, len(parts)):

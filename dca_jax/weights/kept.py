@@ -23,7 +23,7 @@ from jaxtyping import Num
 from dca_jax.config import LlamaConfig
 from dca_jax.errors import InputError
 from dca_jax.products.packed import DTYPES, Packed
-from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress, placed
+from dca_jax.weights.parameters import PIECE_SIZE, Parameter, Progress, new_buffer, placed
 
 EVERY = 2**62  # all rows or columns, in the size of a tile
 LARGEST = 128  # most inputs or outputs per scale, unless it is for all
@@ -214,17 +214,19 @@ def load_kept(
     for bounds, devices in devices_of.items():
         local = [stop - start for start, stop in bounds]
 
-        def zeros(leaf: Any, device: Any) -> jax.Array:
-            return jnp.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, device=device)
+        def empty(leaf: Any, device: Any) -> jax.Array | np.ndarray:
+            return new_buffer(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, device)
 
         for device in devices:
-            shards[device] = jax.tree.map(lambda leaf, d=device: zeros(leaf, d), like)
+            shards[device] = jax.tree.map(lambda leaf, d=device: empty(leaf, d), like)
         for corner, piece in _pieces(row, config, kept, tensors, bounds, blocks):
             for device in devices:
                 shards[device] = _placed(shards[device], piece, corner, local, device)
             jax.block_until_ready([shards[device] for device in devices])
             if progress is not None:
                 progress(row.path, sum(part.nbytes for part in jax.tree.leaves(piece)))
+        for device in devices:
+            shards[device] = jax.device_put(shards[device], device)
 
     def whole(leaf: jax.ShapeDtypeStruct, *parts: jax.Array) -> jax.Array:
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, list(parts))
@@ -238,7 +240,9 @@ def _placed(
     """A device's part with a piece written to its place."""
     order = scale_order(shard.lead, shard.num_inputs, shard.ndim)
 
-    def place(buffer: jax.Array, part: np.ndarray, axes: Sequence[int]) -> jax.Array:
+    def place[Buffer: (jax.Array, np.ndarray)](
+        buffer: Buffer, part: np.ndarray, axes: Sequence[int]
+    ) -> Buffer:
         at = zip(buffer.shape, axes, strict=True)
         return placed(buffer, part, [corner[n] * own // sizes[n] for own, n in at], device)
 

@@ -9,8 +9,9 @@ about `PIECE_SIZE` elements, so that the host needs little memory however large 
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from dca_jax.errors import InputError, is_out_of_memory
 from dca_jax.memory import free_bytes
 
 PIECE_SIZE = 2**24  # elements: 32 MiB of bfloat16
+READERS = 2  # threads that read pieces
 ALIGNED = 64  # bytes: at a multiple of them JAX takes over a host's array without copying it
 
 # Called after each piece with the parameter's path and the bytes processed.
@@ -461,10 +463,9 @@ def _load_leaf(
     for bounds, devices in devices_of.items():
         local_shape = tuple(stop - start for start, stop in bounds)
         for device in devices:
-            shards[device] = _buffer(local_shape, leaf.dtype, device)
+            shards[device] = new_buffer(local_shape, leaf.dtype, device)
         part = tuple(slice(start, stop) for start, stop in bounds)
-        for index in pieces(row, config, part):
-            piece = read(row, index)
+        for index, piece in _read_ahead(partial(read, row), pieces(row, config, part)):
             corner = [own.start - whole.start for own, whole in zip(index, part, strict=True)]
             for device in devices:
                 shards[device] = placed(shards[device], piece, corner, device)
@@ -479,7 +480,22 @@ def _load_leaf(
     )
 
 
-def _buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
+def _read_ahead(
+    read: Callable[[tuple[slice, ...]], np.ndarray], indices: Iterable[tuple[slice, ...]]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Each index with its piece, in order; the next pieces are read in threads meanwhile."""
+    reading: deque[tuple[tuple[slice, ...], Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for index in indices:
+            reading.append((index, pool.submit(read, index)))
+            if len(reading) > READERS:
+                first, piece = reading.popleft()
+                yield first, piece.result()
+        for rest, piece in reading:
+            yield rest, piece.result()
+
+
+def new_buffer(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
     """For pieces to be placed in; a CPU's is an array of the host, which needs no program."""
     if device.platform != "cpu":
         return jnp.zeros(shape, dtype, device=device)

@@ -9,8 +9,9 @@ from abstract import collective_sizes, lower
 from h200 import OPTIONS, h200s
 
 from dca_jax.attention.sparse import SampledRows, Sparse
-from dca_jax.inference.buckets import MIXTURE_PIECE, PIECE, capacity_bucket
+from dca_jax.inference.buckets import capacity_bucket
 from dca_jax.inference.compiled import GPU_OPTIONS
+from dca_jax.inference.pieces import WIDE, WIDEST
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
 from dca_jax.sharding import make_mesh, parse_mesh
@@ -26,7 +27,7 @@ pytestmark = [
 MODEL, MESH, LENGTH = SHAPES["llama-2-70b"], "tensor=4", 102_400
 
 
-@pytest.mark.parametrize(("step", "tokens"), [("read", 4096), ("decode", 1)])
+@pytest.mark.parametrize(("step", "tokens"), [("read", WIDE[0]), ("decode", 1)])
 def test_activations_move_and_nothing_else(step: str, tokens: int) -> None:
     """No weights, no keys, and of the table of tokens only the rows that are read."""
     mesh = make_mesh(MESH, h200s(4))
@@ -50,7 +51,7 @@ def test_activations_move_and_nothing_else(step: str, tokens: int) -> None:
     assert held + working < usage.total
 
 
-@pytest.mark.parametrize(("step", "tokens"), [("read", MIXTURE_PIECE), ("decode", 1)])
+@pytest.mark.parametrize(("step", "tokens"), [("read", WIDEST[0]), ("decode", 1)])
 def test_experts_stay_where_they_are(step: str, tokens: int) -> None:
     """Qwen3-30B-A3B on two H200s: tokens move, and the experts' products are our kernels."""
     config = SHAPES["qwen3-30b-a3b"]
@@ -77,7 +78,7 @@ def test_packed_experts_are_unpacked_a_layer_at_a_time(form: str) -> None:
     """XLA would transpose the stacks of all layers before the loop: 14 and 29 GB."""
     config, mesh = SHAPES["qwen3-30b-a3b"], make_mesh("tensor=1", h200s(1))
     capacity = capacity_bucket(32_768, 1)
-    lowered = lower("read", config, mesh, capacity=capacity, tokens=MIXTURE_PIECE, weights=form)
+    lowered = lower("read", config, mesh, capacity=capacity, tokens=WIDEST[0], weights=form)
     found = lowered.compile(OPTIONS | GPU_OPTIONS).memory_analysis()
     print(f"{form}: {found.temp_size_in_bytes / 1e9:.2f} GB while it runs")
     assert found.temp_size_in_bytes < 3.5e9
@@ -86,7 +87,7 @@ def test_packed_experts_are_unpacked_a_layer_at_a_time(form: str) -> None:
 def test_the_largest_model_in_fp8_fits_four_devices() -> None:
     """Qwen3-235B-A22B at 256k tokens."""
     name, length, mesh = "qwen3-235b-a22b", 262_144, make_mesh("tensor=4", h200s(4))
-    options = {"capacity": capacity_bucket(length, 1), "tokens": MIXTURE_PIECE, "weights": "fp8"}
+    options = {"capacity": capacity_bucket(length, 1), "tokens": WIDEST[0], "weights": "fp8"}
     found = lower("read", SHAPES[name], mesh, **options).compile(OPTIONS | GPU_OPTIONS)
     memory, four = found.memory_analysis(), parse_mesh("tensor=4")
     usage = plan(
@@ -105,7 +106,7 @@ def test_a_row_is_multiplied_where_its_kernels_lie() -> None:
     assert program.memory_analysis().temp_size_in_bytes < 100e6
 
 
-@pytest.mark.parametrize(("step", "tokens"), [("read", 4096), ("decode", 1)])
+@pytest.mark.parametrize(("step", "tokens"), [("read", WIDEST[0]), ("decode", 1)])
 def test_seventy_billion_in_int4_fit_one_device(step: str, tokens: int) -> None:
     """No more than a layer is unpacked at a time; large matrices have the kernel for one row."""
     mesh, capacity = make_mesh("tensor=1", h200s(1)), capacity_bucket(32_768, 1)
@@ -121,7 +122,7 @@ def test_seventy_billion_in_int4_fit_one_device(step: str, tokens: int) -> None:
         f"{working / 1e9:.2f} while it runs"
     )
     assert held + working < usage.total
-    assert working < 3e9
+    assert working < 4e9  # activations of 16,384 tokens, and a layer of 1.7 GB
     assert ("dca_packed_row" in program.as_text()) == (step == "decode")
 
 
@@ -130,7 +131,7 @@ def test_a_million_tokens_are_read_sparsely() -> None:
     config, mesh, length = SHAPES["qwen2.5-7b"], make_mesh("tensor=1", h200s(1)), 1_048_576
     sparse = Sparse(selector=SampledRows(0.05))
     capacity = capacity_bucket(length, 1)
-    lowered = lower("read", config, mesh, capacity=capacity, tokens=PIECE, sparse=sparse)
+    lowered = lower("read", config, mesh, capacity=capacity, tokens=WIDE[0], sparse=sparse)
     program = lowered.compile(OPTIONS | GPU_OPTIONS)
     hlo, found = program.as_text(), program.memory_analysis()
     one = parse_mesh("tensor=1")

@@ -24,7 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dca_jax.config import LlamaConfig
-from dca_jax.inference.buckets import MIXTURE_PIECE, capacity_bucket
+from dca_jax.inference.buckets import capacity_bucket
+from dca_jax.inference.pieces import NARROW, WIDEST
 from dca_jax.planning.memory import DEVICES
 from dca_jax.planning.plan import plan
 from dca_jax.planning.shapes import SHAPES
@@ -81,8 +82,8 @@ WHOLE = Case("v5p", "2x2x2", "llama-3-70b", "context=2,tensor=4")
 
 def tokens_of(case: Case) -> int:
     if case in EXPERTS:
-        return MIXTURE_PIECE
-    return 2048 if case.model == "llama-2-7b" else 4096
+        return WIDEST[0]
+    return 2048 if case.model == "llama-2-7b" else NARROW[0]
 
 
 def mesh_of(case: Case) -> Mesh:

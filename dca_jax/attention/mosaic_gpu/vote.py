@@ -21,6 +21,8 @@ _IN_WARPGROUP = (
     " bar.red.or.pred q, b, 128, p; selp.s32 $0, 1, 0, q; }"
 )
 
+_OF_WGMMA = plgpu.Layout.WGMMA.reduce(1)
+
 
 def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""]:
     """Whether any of a warp's queries exceeds `threshold`; x has the layout of WGMMA's rows.
@@ -28,15 +30,17 @@ def any_in_warp(x: Float[Array, " queries"], threshold: float) -> Bool[Array, ""
     The result may differ between warps, so code that depends on it must not synchronize a
     warpgroup.
     """
-    return _vote(x, threshold, _IN_WARP)
+    return _vote(x, threshold, _IN_WARP, _OF_WGMMA)
 
 
-def any_in_warpgroup(x: Float[Array, " queries"]) -> Bool[Array, ""]:
+def any_in_warpgroup(x: Float[Array, " queries"], layout: Any = _OF_WGMMA) -> Bool[Array, ""]:
     """Whether any of a warpgroup's queries is positive; the same for all of its threads."""
-    return _vote(x, 0.0, _IN_WARPGROUP)
+    return _vote(x, 0.0, _IN_WARPGROUP, layout)
 
 
-def _vote(x: Float[Array, " queries"], threshold: float, assembly: str) -> Bool[Array, ""]:
+def _vote(
+    x: Float[Array, " queries"], threshold: float, assembly: str, layout: Any
+) -> Bool[Array, ""]:
     def vote(ctx: Any, x: Any) -> Any:
         del ctx
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
@@ -49,7 +53,7 @@ def _vote(x: Float[Array, " queries"], threshold: float, assembly: str) -> Bool[
         return mgpu.FragmentedArray.splat(result, (), is_signed=True)
 
     inline = plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA.reduce(1),),
+        arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
     )
     return inline(vote)(x) != 0
