@@ -382,18 +382,18 @@ def _step(
     sizes, shared, barriers = cta.sizes, cta.shared, cta.barriers
     s, dp, dq, dk, dv = accumulators
     slot, do_slot = (lax.rem(step, jnp.int32(n)) for n in (sizes.num_stages, sizes.num_do_stages))
-    q, do, keys = shared.q.at[slot], shared.do.at[do_slot], _keys(warpgroup, step)
+    q, do = shared.q.at[slot], shared.do.at[do_slot]
 
     dp[...] = _of_queries(shared.minus_delta.at[slot])
     plgpu.barrier_wait(barriers.do_full.at[do_slot])
-    plgpu.wgmma(dp, shared.v.at[keys], do.transpose((1, 0)))
+    plgpu.wgmma(dp, shared.v.at[_keys(warpgroup, step)], do.transpose((1, 0)))
     logits = plgpu.wgmma_accumulator_load(s, wait_n=None)
     p = jnp.exp2(logits if mask is None else mask(logits))
     plgpu.wgmma(dv, p.astype(q.dtype), do)
     ds = (p * plgpu.wgmma_accumulator_load(dp, wait_n=1)).astype(q.dtype)
     # Two buffers, so a warpgroup that is ahead does not overwrite data the other still reads.
     ds_smem = shared.ds.at[lax.rem(step, jnp.int32(2))]
-    ds_smem[keys, :] = ds
+    ds_smem[_keys(warpgroup, step), :] = ds
     plgpu.commit_smem()
     _meet(barriers.ds_full)
 

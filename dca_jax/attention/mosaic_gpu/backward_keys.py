@@ -218,7 +218,8 @@ def _values(cta: CTA) -> Float[Array, "keys H"]:
             plgpu.wgmma(dv, p, smem.do.at[slot])
             begin(step + 1)
 
-        _walk(cta, begin, visit)
+        steps = _walk(cta, begin, visit)
+        _release(steps, smem.do_free, smem.q_free)
 
     return pl.run_state(run)((_zeros(KEYS, BLOCK_Q), _zeros(*smem.k.shape[1:])))[1]
 
@@ -251,7 +252,8 @@ def _keys(cta: CTA) -> Float[Array, "keys H"]:
             plgpu.barrier_arrive(smem.p_free.at[slot])
             begin(step + 1)
 
-        _walk(cta, begin, visit)
+        steps = _walk(cta, begin, visit)
+        _release(steps, smem.q_free, smem.do_free)
 
     return pl.run_state(run)((_zeros(KEYS, BLOCK_Q), _zeros(*smem.v.shape[1:])))[1]
 
@@ -260,8 +262,8 @@ def _walk(
     cta: CTA,
     begin: Callable[[Array], None],
     visit: Callable[[Array, Callable[[Array], Array] | None], None],
-) -> None:
-    """Visits the spans of all phases; begins one step more than it visits."""
+) -> Array:
+    """Visits the spans of all phases, and begins one step more; the number of visited steps."""
 
     def pair(n: Array, step: Array) -> Array:
         phase = lax.div(n, jnp.int32(2))
@@ -280,8 +282,17 @@ def _walk(
 
     plgpu.barrier_wait(cta.smem.keys_full)
     begin(jnp.int32(0))
-    lax.fori_loop(0, 2 * len(cta.inputs.queries), pair, jnp.int32(0))
+    steps = lax.fori_loop(0, 2 * len(cta.inputs.queries), pair, jnp.int32(0))
     plgpu.wgmma_wait(0)
+    return steps
+
+
+def _release(steps: Array, of_last: Any, of_extra: Any) -> None:
+    """Releases what the last step and the extra one hold, so that every load is released."""
+    last, extra = (lax.rem(steps + n, jnp.int32(STAGES)) for n in (STAGES - 1, 0))
+    pl.when(steps > 0)(lambda: plgpu.barrier_arrive(of_last.at[last]))
+    plgpu.barrier_arrive(of_last.at[extra])
+    plgpu.barrier_arrive(of_extra.at[extra])
 
 
 def _write(cta: CTA, smem: Any, gradient: Float[Array, "keys H"], target: Any) -> None:

@@ -27,7 +27,6 @@ from dca_jax.attention.softmax import FAR
 
 BLOCK_K = 64
 KEY_STAGES, VALUE_STAGES = 2, 1  # keys are needed until the end of a step, values only at first
-CLUSTER = 2  # query heads of one kv head that share their reads of keys and values
 REGISTERS = 240, 24  # per computing thread, and per thread that feeds them
 PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
 
@@ -50,7 +49,6 @@ class Shared(NamedTuple):
 class CTA:
     """A CTA's work, and references to its data."""
 
-    cluster: int
     group: int  # query heads per kv head
     inputs: Inputs
     smem: Shared
@@ -90,19 +88,17 @@ def gradients(inputs: Inputs) -> tuple[Float[Array, "B padded N H"], ...]:
     ]
     inputs = inputs._replace(table=jnp.stack(walks, axis=1))
     num_tiles, group = padded // BLOCK_Q, heads // inputs.key.shape[2]
-    cluster = CLUSTER if group % CLUSTER == 0 else 1
     out = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.float32)
 
     def body(inputs: Inputs, dqs: tuple[Any, ...], smem: Shared) -> None:
         cta = CTA(
-            cluster=cluster,
             group=group,
             inputs=inputs,
             smem=smem,
             batch=lax.axis_index("batch"),
             # Tiles with the most work go first, so that the last ones are short.
             tile=num_tiles - 1 - lax.axis_index("tile"),
-            head=lax.axis_index("heads") * cluster + lax.axis_index("pair"),
+            head=lax.axis_index("head"),
         )
         warpgroup = lax.axis_index("warpgroup")
 
@@ -119,27 +115,18 @@ def gradients(inputs: Inputs) -> tuple[Float[Array, "B padded N H"], ...]:
     (dqs,) = plgpu.kernel(
         body,
         out_type=((out,) * num_phases,),
-        grid=(heads // cluster, num_tiles, batch),
-        grid_names=("heads", "tile", "batch"),
-        cluster=(cluster,),
-        cluster_names=("pair",),
+        grid=(heads, num_tiles, batch),
+        grid_names=("head", "tile", "batch"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="dca_backward_queries",
-        scratch_types=(_shared(head_dim, inputs.key.dtype, cluster),),
+        scratch_types=(_shared(head_dim, inputs.key.dtype),),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(inputs)
     return dqs
 
 
-def _shared(head_dim: int, dtype: Any, cluster: int) -> Shared:
-    def consumed(stages: int) -> Any:
-        if cluster == 1:
-            return plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-        return plgpu.ClusterBarrier(
-            collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=stages
-        )
-
+def _shared(head_dim: int, dtype: Any) -> Shared:
     queries = WARPGROUPS, WARPGROUP_Q, head_dim
     return Shared(
         q=plgpu.SMEM(queries, dtype),
@@ -149,8 +136,8 @@ def _shared(head_dim: int, dtype: Any, cluster: int) -> Shared:
         q_loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
         k_loaded=plgpu.Barrier(num_barriers=KEY_STAGES),
         v_loaded=plgpu.Barrier(num_barriers=VALUE_STAGES),
-        k_consumed=consumed(KEY_STAGES),
-        v_consumed=consumed(VALUE_STAGES),
+        k_consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=KEY_STAGES),
+        v_consumed=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=VALUE_STAGES),
     )
 
 
@@ -158,7 +145,6 @@ def _feed(cta: CTA) -> None:
     """Keeps keys and values in flight."""
     inputs, smem = cta.inputs, cta.smem
     kv_head, row = lax.div(cta.head, jnp.int32(cta.group)), inputs.cache_rows[cta.batch]
-    axes = "pair" if cta.cluster > 1 else None
     pipes = (
         (inputs.key, smem.k, smem.k_loaded, smem.k_consumed, KEY_STAGES),
         (inputs.value, smem.v, smem.v_loaded, smem.v_consumed, VALUE_STAGES),
@@ -171,17 +157,12 @@ def _feed(cta: CTA) -> None:
             free = consumed.at[slot]
             pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free))
             keys = source.at[row, pl.ds(block * BLOCK_K, BLOCK_K), kv_head]
-            plgpu.copy_gmem_to_smem(keys, target.at[slot], loaded.at[slot], collective_axes=axes)
+            plgpu.copy_gmem_to_smem(keys, target.at[slot], loaded.at[slot])
 
     def one_phase(phase: Array, step: Array) -> Array:
         return cta.walk(phase, step, load)
 
-    steps = lax.fori_loop(0, len(inputs.queries), one_phase, jnp.int32(0))
-    if cta.cluster > 1:  # the cluster's other CTA still signals to this one
-        for *_, consumed, stages in pipes:
-            for slot in range(stages):
-                free = consumed.at[slot]
-                pl.when(slot < steps)(lambda free=free: plgpu.barrier_wait(free))
+    lax.fori_loop(0, len(inputs.queries), one_phase, jnp.int32(0))
 
 
 # --- the warpgroups that compute ---------------------------------------------------------------

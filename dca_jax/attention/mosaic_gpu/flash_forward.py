@@ -35,7 +35,9 @@ from dca_jax.attention.mosaic_gpu.forward_queries import (
 )
 from dca_jax.attention.mosaic_gpu.forward_softmax import Softmax, along_keys, raise_maxima, splat
 from dca_jax.attention.mosaic_gpu.forward_tiles import (
+    EXITING,
     LIST_TILES,
+    PASS_TILES,
     TILES,
     WARPGROUP_Q,
     ForwardTiles,
@@ -50,7 +52,7 @@ from dca_jax.attention.mosaic_gpu.ranges import (
 )
 from dca_jax.attention.mosaic_gpu.vote import any_in_warpgroup
 from dca_jax.attention.softmax import LOG2E, MASKED
-from dca_jax.dca import DCAConfig, Phase
+from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
 
 
@@ -77,13 +79,15 @@ def forward(
             )
         options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
         return _by_tiles_of_the_text(query, key, value, layer, rows, blocks, tiles, **options)
-    tiles = tiles or _tiles_for(query.shape[3], None if pages is None else key.shape[2])
+    tiles = tiles or _tiles_for(query.shape[3], phases, None if pages is None else key.shape[2])
     return _launch(query, key, value, layer, rows, dca, phases, with_lse, None, pages, tiles)
 
 
-def _tiles_for(head_dim: int, page: int | None) -> ForwardTiles:
+def _tiles_for(head_dim: int, phases: tuple[Phase, ...], page: int | None) -> ForwardTiles:
     """The tiles of the dense kernel; with pages, tiles whose blocks do not cross pages."""
-    tiles = TILES[head_dim]
+    if page is None and len(phases) == len(PHASES):
+        return TILES[head_dim]
+    tiles = PASS_TILES[head_dim]
     return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
 
 
@@ -150,7 +154,9 @@ def _launch(
         tables = rotation_tables(rows, dca, num_tiles * tiles.block_q)
     else:
         rotated = rotated_queries(query, rows, dca, phases)
-    queries = jax.tree.map(lambda x: pad_tokens(x, 1), rotated)
+        if blocks is not None or pages is not None:
+            rotated = jnp.stack(rotated)
+    queries = jax.tree.map(lambda x: pad_tokens(x, x.ndim - 3), rotated)
     cache_row = layer * num_rows + jnp.arange(batch, dtype=jnp.int32)
     page = None
     if pages is not None:
@@ -227,7 +233,8 @@ def _compute(cta: CTA, warpgroup: Array) -> None:
     problem = cta.problem
     plgpu.set_max_registers(problem.tiles.registers_per_thread[0], action="increase")
     queries = Queries(cta, warpgroup, cta.tile * problem.tiles.block_q + warpgroup * WARPGROUP_Q)
-    if problem.dca is None or "intra" in problem.phases or cta.gmem.blocks is not None:
+    exits = cta.smem.q.shape[-1] in EXITING and cta.is_dense and "intra" not in problem.phases
+    if not exits or problem.dca is None:
         _attend(queries)
     else:  # a single pass: the first tiles of a text have no keys in its phase
         first, last, keys = cta.text()
@@ -252,7 +259,7 @@ def _attend(queries: Queries) -> None:
     if not tiles.ahead:
         pl.when(warpgroup == 1)(lambda: _switch(smem))
     state = _attend_full(queries, full, num_steps)
-    state = _attend_edges(queries, state, num_full, num_steps)
+    state = _attend_edges(queries, state, full, num_full, num_steps)
     if not tiles.ahead:
         pl.when(warpgroup == 0)(lambda: _switch(smem))
     _write(queries, state)
@@ -305,11 +312,13 @@ def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> Softma
     return state
 
 
-def _attend_edges(queries: Queries, state: Softmax, num_full: Array, num_steps: Array) -> Softmax:
+def _attend_edges(
+    queries: Queries, state: Softmax, full: list[Walk], num_full: Array, num_steps: Array
+) -> Softmax:
     """Processes the blocks to which some queries attend partly or not at all."""
     tiles = queries.cta.problem.tiles
     block_k = tiles.block_k
-    full, edges = recall(queries.cta.smem.walks)
+    _, edges = recall(queries.cta.smem.walks)
     choose = _chooser(queries)
 
     held = jnp.int32(-1)  # the phase whose queries are in shared memory, if not all are
@@ -319,8 +328,10 @@ def _attend_edges(queries: Queries, state: Softmax, num_full: Array, num_steps: 
     def attend(n: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
         state, held = carry
         phase, block = locate(n, edges, num_full)
-        if not tiles.resident:
+        if not tiles.resident and queries.cta.is_dense:
             pl.when(phase != held)(lambda: fetch(queries, phase))
+        elif not tiles.resident:
+            fetch(queries, phase)
 
         def masked(logits: list[Array]) -> Array:
             lower, upper = queries.ranges(phase)
@@ -470,7 +481,7 @@ def _write(queries: Queries, state: Softmax) -> None:
     if gmem.lse is not None:
         target = gmem.lse.at[cta.batch, cta.head, queries.slots]
         plgpu.copy_smem_to_gmem(smem.lse.at[at], target)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=cta.is_dense)
 
 
 def _parts(

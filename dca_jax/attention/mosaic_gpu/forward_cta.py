@@ -40,7 +40,8 @@ class OfBand(NamedTuple):
 class Refs(NamedTuple):
     """The kernel's arguments and results, in global memory."""
 
-    query: Any  # [B, T, N, H] raw; or rotated, one for each phase; or all rotations of a band
+    query: Any  # [B, T, N, H] raw; or rotated, one for each phase, or stacked if not dense; or all
+    # rotations of a band
     key: Any  # [L * B, S, K, H]; or a pool [L * P, page, K, H]
     value: Any
     place: Any  # [B, 5]: rows of keys and values, or a pool's first page; then the text's
@@ -108,6 +109,13 @@ class CTA(NamedTuple):
     batch: Array
     head: Array
     tile: Array
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it attends to all keys of DCA's phases, contiguous in memory."""
+        return (
+            self.problem.dca is not None and self.problem.page is None and self.gmem.blocks is None
+        )
 
     def text(self) -> tuple[Array, Array, Keys]:
         """First and last text index of the tile's queries, and the available keys.

@@ -39,7 +39,7 @@ class Queries(NamedTuple):
     def in_phase(self, phase: int | Array, step: Array) -> list[Any]:
         """The queries in shared memory, rotated for a phase, or in all rotations of a band."""
         q, problem = self.cta.smem.q, self.cta.problem
-        at = self.warpgroup + zero(step)
+        at = self.warpgroup + zero(step) if self.cta.is_dense else self.warpgroup
         if problem.dca is None:
             return [q.at[at, number] for number in range(problem.rotations)]
         return [q.at[at, phase if problem.tiles.resident else 0]]
@@ -64,15 +64,16 @@ def fetch(queries: Queries, phase: int | Array) -> None:
     """Loads this phase's rotation, if only one rotation of the queries fits."""
     cta, at = queries.cta, queries.warpgroup
 
-    def load(source: Any) -> None:
-        rotated = source.at[cta.batch, queries.slots, cta.head]
+    def load(source: Any, *phase: Any) -> None:
+        rotated = source.at[*phase, cta.batch, queries.slots, cta.head]
         plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
 
-    for number, source in enumerate(cta.gmem.query):
-        if isinstance(phase, int):
-            if phase == number:
-                load(source)
-        else:
+    if not cta.is_dense:
+        load(cta.gmem.query, phase)
+    elif isinstance(phase, int):
+        load(cta.gmem.query[phase])
+    else:
+        for number, source in enumerate(cta.gmem.query):
             pl.when(phase == number)(functools.partial(load, source))
     plgpu.barrier_wait(cta.smem.q_loaded.at[at])
 

@@ -19,10 +19,11 @@ class ForwardTiles:
         registers: number of columns of the query, a multiple of 64, that are multiplied from
             registers if no mask is needed; the others, and all with a mask, from shared memory.
         cluster: number of query heads of one kv head that share their reads (1 or 2).
-        warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; lists and bands need
-            2.
+        warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; with lists, pages and
+            bands 2.
         ahead: whether a block's logits are computed with the previous block's values, and the
-            warpgroups run freely; else two warpgroups take turns. Not for lists and bands.
+            warpgroups run freely; else two warpgroups take turns. Not with lists, pages and
+            bands.
     """
 
     block_k: int
@@ -52,7 +53,7 @@ class ForwardTiles:
 
 RESERVED = 3 * 1024  # for log-sum-exp, walks and barriers, each aligned to a KiB
 
-# By head_dim, the fastest of a few tried by hand on an H200; 256: the first that fits.
+# By head_dim, for all phases, the fastest of a few tried by hand on an H200.
 TILES = {
     64: ForwardTiles(
         block_k=128,
@@ -66,19 +67,22 @@ TILES = {
     128: ForwardTiles(
         block_k=128, num_stages=2, resident=True, registers=128, cluster=2, ahead=True
     ),
+    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=64, cluster=2),
+}
+# For one or two of the phases, and for pages that the blocks divide.
+PASS_TILES = {
+    64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
+    128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
-# For lists of key blocks: blocks that divide 128 keys.
-LIST_TILES = {
-    64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2),
-    128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
-    256: TILES[256],
+EXITING = (128,)  # head_dims of which a tile without keys in a single pass ends at once
+# For lists and pages: blocks that divide 128 keys.
+LIST_TILES = PASS_TILES | {
+    64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2)
 }
 # For a band of a method other than DCA: queries have one rotation, which is resident.
-BAND_TILES = {
-    64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
-    128: LIST_TILES[128],
-    256: ForwardTiles(block_k=64, num_stages=2, resident=True, registers=0, cluster=2),
+BAND_TILES = PASS_TILES | {
+    256: ForwardTiles(block_k=64, num_stages=2, resident=True, registers=0, cluster=2)
 }
 # For a band with positions in steps: two rotations, and logits for both.
 STEP_TILES = {
