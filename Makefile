@@ -45,7 +45,7 @@ soak: $(VENV)/.dev  ## Ask a server many things at once for ten minutes, and com
 	PYTHONPATH=. $(BIN)/python benchmarks/serving.py load --requests 1000000 --minutes 10 --compare 200
 
 # JAX's plugin alone, without CUDA's libraries, and where no other command finds it.
-test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, and a kernel for a B200, without one (minutes)
+test-gpu-aot: $(VENV)/.dev $(VENV)/cuda/.plugin  ## Compile finetuning and generation for H200s, and kernels for A100, L40S and B200, without one (minutes)
 	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/gpu_aot -m "" -rP
 
 $(VENV)/cuda/.plugin: $(VENV)/pyvenv.cfg constraints.txt

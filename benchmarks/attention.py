@@ -388,7 +388,7 @@ def _curves(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _style(name: str) -> dict[str, Any]:
     """Color by implementation, line style by variant; colors of Okabe and Ito (2008)."""
     colors = {"mosaic_gpu": "#D55E00", "triton": "#0072B2", "xla": "#009E73", "cuDNN": "#000000"}
-    colors |= {"JAX Triton": "#56B4E9", "JAX Mosaic": "#E69F00"}
+    colors |= {"JAX Triton": "#56B4E9", "JAX Mosaic": "#E69F00", "mosaic_ampere": "#F0E442"}
     color = next((c for start, c in colors.items() if name.startswith(start)), "#CC79A7")
     plain = ("plain causal", "mha", "example", "cuDNN")
     line = "--" if name.endswith("passes") else ":" if name.endswith(plain) else "-"

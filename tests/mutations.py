@@ -284,6 +284,27 @@ FAULTS = [
         "value_row = row",
         "tests/test_band_forward.py::test_what_is_launched_is_the_definition[rerope]",
     ),
+    Fault(
+        "padding on Ampere gets what its tile's full blocks give",
+        "attention/mosaic_ampere/flash_forward.py",
+        "met = (state.l_i > 0) & is_text",
+        "met = state.l_i > 0",
+        "tests/test_backends.py::test_offset_lengths_and_temperature[mosaic_ampere]",
+    ),
+    Fault(
+        "gradients of keys on Ampere are in units of log2",
+        "attention/mosaic_ampere/flash_backward.py",
+        "(dk * math.log(2))",
+        "dk",
+        f"{EDGES}[mosaic_ampere-7]",
+    ),
+    Fault(
+        "a span on Ampere begins at its own first step",
+        "attention/mosaic_ampere/walks.py",
+        "axis=2) - (ends - counts)",
+        "axis=2)",
+        "tests/test_mosaic_ampere.py::test_steps_are_those_of_the_walks",
+    ),
     # --- Blackwell's kernel ---
     Fault(
         "logits are written over weights that are still read",

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import dca_jax
 from dca_jax.attention import mosaic_tpu, op, xla
+from dca_jax.attention.mosaic_ampere import tiles as ampere_tiles
 from dca_jax.attention.mosaic_gpu import vote
 from dca_jax.attention.mosaic_tpu import tiles
 from dca_jax.attention.triton import common as triton_common
@@ -108,6 +109,20 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(table, 64, all_small)  # also for narrower heads
     monkeypatch.setattr(tiles, "MAX_PACKED", 16)
     monkeypatch.setattr(tiles, "SPLIT_KEYS", 32)
+
+
+@pytest.fixture
+def interpreted_mosaic_ampere(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The kernels of Ampere in Pallas' GPU interpreter, with small tiles."""
+    small = ampere_tiles.Tile(block_q=16, block_k=16)
+    all_small = ampere_tiles.Tiles(forward=small, decode=small, dq=small, dkv=small)
+    monkeypatch.setattr(ampere_tiles, "INTERPRET", True)
+    for head_dim in ampere_tiles.TILES:  # those of the CPU, which is none of the smaller chips
+        monkeypatch.setitem(ampere_tiles.TILES, head_dim, all_small)
+    monkeypatch.setattr(ampere_tiles, "MAX_PACKED", 16)
+    monkeypatch.setattr(ampere_tiles, "SPLIT_KEYS", 32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
 
 
 @pytest.fixture

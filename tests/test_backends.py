@@ -62,6 +62,7 @@ BENCHES = {
     "reference": Bench("reference", dim=16),
     "xla": Bench("xla", dim=16),
     "triton": Bench("triton", dim=16),
+    "mosaic_ampere": Bench("mosaic_ampere", dim=16),
     "mosaic_tpu": Bench("mosaic_tpu", dim=64, atol=2e-5),
     "mosaic_gpu": Bench("mosaic_gpu", dim=64, dtype=jnp.bfloat16),
     "mosaic_blackwell": Bench("mosaic_blackwell", dim=64, dtype=jnp.bfloat16, largest=128),
@@ -69,6 +70,7 @@ BENCHES = {
 INTERPRETED = {
     "xla": "small_tiles",
     "triton": "interpreted_triton",
+    "mosaic_ampere": "interpreted_mosaic_ampere",
     "mosaic_tpu": "interpreted_mosaic_tpu",
     "mosaic_blackwell": "interpreted_mosaic_blackwell",
 }
@@ -77,6 +79,7 @@ INTERPRETED = {
 # Kernels take seconds in their interpreters.
 MARKS = {
     "triton": pytest.mark.slow,
+    "mosaic_ampere": pytest.mark.slow,
     "mosaic_tpu": pytest.mark.slow,
     "mosaic_gpu": pytest.mark.gpu,
     "mosaic_blackwell": pytest.mark.slow,

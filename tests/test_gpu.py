@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 ROPE = RopeConfig()
-KERNELS = ("mosaic_gpu", "triton", "mosaic_blackwell")
+KERNELS = ("mosaic_gpu", "triton", "mosaic_ampere", "mosaic_blackwell")
 FORWARD, BACKWARD = 0.8, 1.0  # of the naive error that ours may reach
 
 # A chunk that is a multiple of every block, one that is of none, and one shorter than a block.

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
-from dca_jax.attention import mosaic_blackwell, mosaic_gpu, mosaic_tpu, triton, xla
+from dca_jax.attention import (
+    mosaic_ampere,
+    mosaic_blackwell,
+    mosaic_gpu,
+    mosaic_tpu,
+    triton,
+    xla,
+)
 from dca_jax.attention.backend import PLAIN, SAVED, Backend, KeyBlocks, Rows
 from dca_jax.attention.bands import (
     Method,
@@ -48,6 +55,7 @@ log = logging.getLogger(__name__)
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": mosaic_gpu,
     "triton": triton,
+    "mosaic_ampere": mosaic_ampere,
     "mosaic_tpu": mosaic_tpu,
     "xla": xla,
     "mosaic_blackwell": mosaic_blackwell,  # by name only, as xla runs everywhere

@@ -1,4 +1,6 @@
-"""The blocks of keys that a tile of queries visits, as scalars computed inside a kernel.
+"""The blocks of keys that a tile of queries visits.
+
+Here they are scalars computed inside a kernel; `full_and_edge_walks` also takes arrays of tiles.
 
 A phase's keys are a contiguous range for every query, and both its bounds grow with the query. So
 for the queries first .. last, a block is full (all of them attend to all of it), an edge (some
@@ -38,8 +40,8 @@ class Walk(NamedTuple):
     """Consecutive blocks of keys that a tile visits in one phase."""
 
     phase: int  # its number among the kernel's phases
-    start: Int[Array, ""]  # the first block
-    count: Int[Array, ""]
+    start: Int[Array, "..."]  # the first block
+    count: Int[Array, "..."]
 
 
 def any_met(
@@ -58,8 +60,8 @@ def any_met(
 
 
 def full_and_edge_walks(
-    first: Int[Array, ""],
-    last: Int[Array, ""],
+    first: Int[Array, "..."],
+    last: Int[Array, "..."],
     phases: tuple[Phase, ...],
     dca: DCAConfig,
     keys: Keys,
