@@ -111,7 +111,6 @@ def triton_kernels() -> list[Kernel]:
     ]
 
 
-# The order follows the register spills that ptxas reports for the forward's loops.
 MOSAIC_KERNELS = [
     Kernel(
         name="mosaic_gpu forward",
@@ -123,37 +122,23 @@ MOSAIC_KERNELS = [
             "resident": (True, False),
             "registers": (0, 64, 128),
             "cluster": (1, 2),
+            "warpgroups": (2, 3),
+            "ahead": (True, False),
         },
         promising={
-            # 256 keys spill two registers per loop step, 192 and fewer none.
-            64: [
-                {"block_k": 192, "num_stages": 3},
-                {"block_k": 128, "num_stages": 4},
-                {"block_k": 192, "num_stages": 2},
-                {"block_k": 128, "num_stages": 3},
-                {"block_k": 128, "num_stages": 4, "registers": 64},
-                {"cluster": 1},
-            ],
-            128: [{"registers": 64}, {"cluster": 1}],
-            # With the query and 64 keys in shared memory, products are limited by its bandwidth;
-            # half of the query fits into registers without a spill in the loop.
-            256: [{"registers": 128}, {"registers": 64}, {"registers": 128, "cluster": 1}],
+            64: [{"num_stages": 4}, {"cluster": 1}, {"warpgroups": 2, "num_stages": 4}],
+            128: [{"registers": 64}, {"cluster": 1}, {"ahead": False}],
+            256: [{"registers": 64}, {"registers": 128}, {"cluster": 1}],
         },
     ),
     Kernel(
         name="mosaic_gpu backward",
         module="mosaic_gpu.backward_tiles",
         call="backward",
-        grid={
-            "block_q": (64, 128),
-            "block_kv": (64, 128),
-            "num_stages": (2, 3),
-            "num_do_stages": (1, 2),
-        },
+        grid={"block_q": (64, 128), "num_stages": (2, 3), "num_do_stages": (1, 2)},
         promising={
             64: [{"num_stages": 3}, {"num_do_stages": 1}],
-            128: [{"num_do_stages": 1}, {"block_kv": 64}],
-            256: [],
+            128: [{"num_do_stages": 1}],
         },
     ),
     Kernel(

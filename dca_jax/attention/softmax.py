@@ -1,5 +1,6 @@
 """Shared parts of blockwise softmax: constants, and merging by log-sum-exp."""
 
+import functools
 import math
 
 import jax
@@ -19,14 +20,18 @@ def merge_passes(
     o = sum_p w_p o_p with w = softmax over p of lse_p (section 3.4, with one softmax overall). The
     result equals the single softmax up to rounding. Queries without keys keep 0 and -inf.
     """
-    lse = jnp.stack(lses)
-    met = jnp.isfinite(lse).any(axis=0)
-    lse = jnp.where(met[None], lse, 0)  # a softmax over no keys has neither value nor gradient
-    total = jax.nn.logsumexp(lse, axis=0)
-    weights = jnp.swapaxes(jnp.exp(lse - total[None]), 2, 3)[..., None]
-    stacked = jnp.stack(outs).astype(lse.dtype)
-    out = jnp.sum(weights * stacked, axis=0).astype(outs[0].dtype)
-    return out, jnp.where(met, total, -jnp.inf)
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
+    met = jnp.isfinite(largest)
+    largest = jnp.where(met, largest, 0)  # no difference of infinities
+    weights = [jnp.exp(lse - largest) for lse in lses]
+    # A softmax over no keys has neither value nor gradient.
+    total = jnp.where(met, functools.reduce(jnp.add, weights), 1)
+    parts = [
+        jnp.swapaxes(weight / total, 1, 2)[..., None] * out.astype(total.dtype)
+        for weight, out in zip(weights, outs, strict=True)
+    ]
+    out = functools.reduce(jnp.add, parts).astype(outs[0].dtype)
+    return out, jnp.where(met, largest + jnp.log(total), -jnp.inf)
 
 
 def output_delta(

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 from dca_jax.attention import xla
 from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.bands import Method, PositionMethod
-from dca_jax.attention.mosaic_gpu import decode_tiles, forward_tiles
-from dca_jax.attention.mosaic_gpu.backward_tiles import TILES as BACKWARD_TILES
+from dca_jax.attention.mosaic_gpu import backward_tiles, decode_tiles, forward_tiles
 from dca_jax.attention.pages import Common, unpaged
 from dca_jax.attention.stored import Scales, dequantized_layer
 from dca_jax.dca import PHASES, Phase
@@ -54,10 +53,11 @@ def unsupported(
     needed = max(
         # A few keys may be a slice of a long text and include all phases.
         forward_tiles.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        forward_tiles.PASS_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.LIST_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.BAND_TILES[head_dim].shared_bytes(head_dim, 1),
         forward_tiles.STEP_TILES[head_dim].shared_bytes(head_dim, 2),
-        BACKWARD_TILES[head_dim].shared_bytes(head_dim),
+        backward_tiles.shared_bytes(head_dim),
     )
     if needed > SHARED_BYTES:
         return (

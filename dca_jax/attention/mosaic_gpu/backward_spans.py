@@ -1,7 +1,7 @@
 """Tables of which queries attend to which keys, for the backward kernel on Hopper."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.mosaic_gpu.ranges import Keys
@@ -33,8 +33,8 @@ def spans_of(
     num_keys: int,
     block_q: int,
     block_kv: int,
-) -> tuple[Int[Array, "B key_tiles spans"], Bool[Array, "B phases query_tiles"]]:
-    """The query tiles that attend to each key tile, and whether a query tile has any keys.
+) -> Int[Array, "B key_tiles spans"]:
+    """The query tiles that attend to each key tile.
 
     In a phase, the query tiles that attend to a key tile are contiguous, and so are those in their
     middle whose queries all attend to all of its keys, which need no mask. From last to first:
@@ -45,8 +45,7 @@ def spans_of(
 
     Returns:
         Six descending bounds per phase: (start, middle, stop) of a masked span and the full span
-        after it, twice, where the second full span is empty. And whether a tile's queries have any
-        keys.
+        after it, twice, where the second full span is empty.
     """
     tiled = (*low.shape[:2], 1, -1, block_q)
     low, high = low.reshape(tiled), high.reshape(tiled)
@@ -68,5 +67,4 @@ def spans_of(
     full_start = jnp.clip(count(first_high < begin + block_kv), start, stop)
     full_stop = jnp.clip(count(last_low <= begin), full_start, stop)
     spans = jnp.stack([stop, full_stop, full_start, full_start, start, start], axis=-1)
-    spans = jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)
-    return spans, (is_text & (last_high > first_low))[:, :, 0]
+    return jnp.swapaxes(spans, 1, 2).reshape(low.shape[0], num_tiles, -1)

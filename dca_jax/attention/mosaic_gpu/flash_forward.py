@@ -1,9 +1,9 @@
 """The forward pass on Hopper: one flash-attention kernel for any of DCA's phases together.
 
-A CTA processes 128 queries of one head: two warpgroups compute 64 queries each, and a third feeds
-them keys and values through the bulk copy engine. The kernel rotates the query once for each phase,
-and all rotations stay in shared memory if they fit. So going from one phase's keys to the next
-costs nothing, and DCA does the same work as plain causal attention.
+A CTA processes 128 or 192 queries of one head: two or three warpgroups compute 64 queries each, and
+another one feeds them keys and values through the bulk copy engine. The kernel rotates the query
+once for each phase, and all rotations stay in shared memory if they fit. So going from one phase's
+keys to the next costs nothing, and DCA does the same work as plain causal attention.
 
 Two query heads of one kv head form a cluster, which reads every block of keys once for both.
 
@@ -12,7 +12,7 @@ It also computes one band of another method (`band_forward`), with rotated queri
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK
+from dca_jax.attention.mosaic_gpu.forward_ahead import attend_ahead
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Problem, Refs, Shared
 from dca_jax.attention.mosaic_gpu.forward_feed import feed
 from dca_jax.attention.mosaic_gpu.forward_queries import (
@@ -32,29 +33,27 @@ from dca_jax.attention.mosaic_gpu.forward_queries import (
     place_band,
     place_rotations,
 )
+from dca_jax.attention.mosaic_gpu.forward_softmax import Softmax, along_keys, raise_maxima, splat
 from dca_jax.attention.mosaic_gpu.forward_tiles import (
-    BLOCK_Q,
+    EXITING,
     LIST_TILES,
+    PASS_TILES,
     TILES,
     WARPGROUP_Q,
-    WARPGROUPS,
     ForwardTiles,
 )
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.attention.mosaic_gpu.ranges import (
     Walk,
+    any_met,
     locate,
     recall,
     steps,
 )
-from dca_jax.attention.mosaic_gpu.vote import any_in_warp, any_in_warpgroup
+from dca_jax.attention.mosaic_gpu.vote import any_in_warpgroup
 from dca_jax.attention.softmax import LOG2E, MASKED
-from dca_jax.dca import DCAConfig, Phase
+from dca_jax.dca import PHASES, DCAConfig, Phase
 from dca_jax.errors import InputError
-
-# The accumulator is rescaled only when a query's maximum has grown by this much, in log2 units:
-# weights stay below 2^8, which fits float16, and float32 sums are precise enough.
-SLACK = 8.0
 
 
 def forward(
@@ -80,13 +79,15 @@ def forward(
             )
         options = {"dca": dca, "phases": phases, "with_lse": with_lse, "pages": pages}
         return _by_tiles_of_the_text(query, key, value, layer, rows, blocks, tiles, **options)
-    tiles = tiles or _tiles_for(query.shape[3], None if pages is None else key.shape[2])
+    tiles = tiles or _tiles_for(query.shape[3], phases, None if pages is None else key.shape[2])
     return _launch(query, key, value, layer, rows, dca, phases, with_lse, None, pages, tiles)
 
 
-def _tiles_for(head_dim: int, page: int | None) -> ForwardTiles:
+def _tiles_for(head_dim: int, phases: tuple[Phase, ...], page: int | None) -> ForwardTiles:
     """The tiles of the dense kernel; with pages, tiles whose blocks do not cross pages."""
-    tiles = TILES[head_dim]
+    if page is None and len(phases) == len(PHASES):
+        return TILES[head_dim]
+    tiles = PASS_TILES[head_dim]
     return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
 
 
@@ -138,18 +139,24 @@ def _launch(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
     batch, num_queries, heads, head_dim = query.shape
     num_rows, num_keys, kv_heads = key.shape[1:4]
-    num_tiles = -(-num_queries // BLOCK_Q)
+    num_tiles = -(-num_queries // tiles.block_q)
     if tiles.registers % 64 or tiles.registers > head_dim:
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
+    if tiles.warpgroups != 2 and not (tiles.ahead and tiles.warpgroups == 3):
+        raise InputError(f"{tiles} must have two warpgroups, or three that run ahead")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
     if key.shape[2] % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
     key, value = (pad_tokens(x.reshape(-1, *x.shape[2:]), 1) for x in (key, value))
+    tables: Any = ()
+    rotated: Any = query
     if tiles.resident:
-        tables = rotation_tables(rows, dca, num_tiles * BLOCK_Q)
+        tables = rotation_tables(rows, dca, num_tiles * tiles.block_q)
     else:
-        tables, query = (), jnp.stack(rotated_queries(query, rows, dca, phases))
-    query = pad_tokens(query, query.ndim - 3)
+        rotated = rotated_queries(query, rows, dca, phases)
+        if blocks is not None or pages is not None:
+            rotated = jnp.stack(rotated)
+    queries = jax.tree.map(lambda x: pad_tokens(x, x.ndim - 3), rotated)
     cache_row = layer * num_rows + jnp.arange(batch, dtype=jnp.int32)
     page = None
     if pages is not None:
@@ -159,7 +166,7 @@ def _launch(
     rotations = len(phases) if tiles.resident else 1
     group = heads // kv_heads
     problem = Problem(num_keys, group, cluster, dca, phases, tiles, page, rotations)
-    given = Refs(query, key, value, place, tables, blocks, pages, None, None, None)
+    given = Refs(queries, key, value, place, tables, blocks, pages, None, None, None)
     return launch(problem, given, num_queries, with_lse)
 
 
@@ -169,10 +176,11 @@ def launch(
     """Runs the kernel on the given references, adding its results; as `Backend.forward`."""
     query = jax.tree.leaves(given)[0]
     batch, _, heads, _ = query.shape[-4:]
-    num_tiles, cluster = -(-num_queries // BLOCK_Q), problem.cluster
+    block_q, cluster = problem.tiles.block_q, problem.cluster
+    num_tiles = -(-num_queries // block_q)
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy from a row of an array does not stop at the row's end.
-    lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * BLOCK_Q), jnp.float32)
+    lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * block_q), jnp.float32)
     out_type = (out, lse) if with_lse else (out,)
     # None arguments are omitted.
     refs = given._replace(out=out, lse=lse if with_lse else None)
@@ -183,7 +191,7 @@ def launch(
         grid_names=("heads", "tile", "batch"),
         cluster=(cluster,),
         cluster_names=("pair",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=problem.tiles.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="dca_forward",
         compiler_params=plgpu.CompilerParams(
@@ -204,13 +212,14 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
     batch = lax.axis_index("batch")
     head = lax.axis_index("heads") * problem.cluster + lax.axis_index("pair")
     # Tiles with the most work go first, so that the last ones are short.
-    tile = pl.cdiv(num_queries, BLOCK_Q) - 1 - lax.axis_index("tile")
+    tile = pl.cdiv(num_queries, problem.tiles.block_q) - 1 - lax.axis_index("tile")
 
     def body(smem: Shared) -> None:
         cta = CTA(problem, gmem, smem, batch, head, tile)
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < WARPGROUPS)(lambda: _compute(cta, warpgroup))
-        pl.when(warpgroup == WARPGROUPS)(lambda: feed(cta))
+        computing = problem.tiles.warpgroups
+        pl.when(warpgroup < computing)(lambda: _compute(cta, warpgroup))
+        pl.when(warpgroup == computing)(lambda: feed(cta))
 
     shared = Shared.types(problem, gmem.out.dtype, head_dim)
     pl.run_scoped(body, shared, collective_axes="warpgroup")
@@ -219,38 +228,51 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
 # --- the warpgroups that compute ---------------------------------------------------------------
 
 
-class _Softmax(NamedTuple):
-    """The state of an online softmax, in registers; maxima in log2 units.
-
-    `m_i` is the reference of the weights, which may lag behind the largest logit by SLACK;
-    `largest` is that logit, tracked only if small blocks are skipped.
-    """
-
-    acc: Float[Array, "queries H"]
-    m_i: Float[Array, " queries"]
-    l_i: Float[Array, " queries"]
-    largest: Float[Array, " queries"] | None
-
-
 def _compute(cta: CTA, warpgroup: Array) -> None:
-    """Attention of a warpgroup's queries: first over full blocks, then over the edges."""
-    plgpu.set_max_registers(232, action="increase")
-    smem = cta.smem
-    queries = Queries(cta, warpgroup, cta.tile * BLOCK_Q + warpgroup * WARPGROUP_Q)
+    """Attention of a warpgroup's queries, if they have keys."""
+    problem = cta.problem
+    plgpu.set_max_registers(problem.tiles.registers_per_thread[0], action="increase")
+    queries = Queries(cta, warpgroup, cta.tile * problem.tiles.block_q + warpgroup * WARPGROUP_Q)
+    exits = cta.smem.q.shape[-1] in EXITING and cta.is_dense and "intra" not in problem.phases
+    if not exits or problem.dca is None:
+        _attend(queries)
+    else:  # a single pass: the first tiles of a text have no keys in its phase
+        first, last, keys = cta.text()
+        met = any_met(first, last, problem.phases, problem.dca, keys)
+        pl.when(met)(lambda: _attend(queries))
+        pl.when(~met)(lambda: _write(queries, _start(queries)))
+
+
+def _attend(queries: Queries) -> None:
+    """Attends first to full blocks, then to the edges."""
+    cta, warpgroup, smem = queries.cta, queries.warpgroup, queries.cta.smem
+    tiles = cta.problem.tiles
     if cta.problem.dca is None:
         place_band(queries)
-    elif cta.problem.tiles.resident:
+    elif tiles.resident:
         place_rotations(queries)
 
     plgpu.barrier_wait(smem.planned)
     full, edges = recall(smem.walks)
     num_full, num_steps = steps(full), steps(full + edges)
     pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.k_loaded.at[0]))
-    pl.when(warpgroup == 1)(lambda: _switch(smem))
+    if not tiles.ahead:
+        pl.when(warpgroup == 1)(lambda: _switch(smem))
     state = _attend_full(queries, full, num_steps)
-    state = _attend_edges(queries, state, num_full, num_steps)
-    pl.when(warpgroup == 0)(lambda: _switch(smem))
+    state = _attend_edges(queries, state, full, num_full, num_steps)
+    if not tiles.ahead:
+        pl.when(warpgroup == 0)(lambda: _switch(smem))
     _write(queries, state)
+
+
+def _start(queries: Queries) -> Softmax:
+    """The state before any keys."""
+    return Softmax(
+        splat((WARPGROUP_Q, queries.cta.smem.q.shape[-1]), 0.0, plgpu.Layout.WGMMA),
+        splat((WARPGROUP_Q,), MASKED, PER_QUERY),
+        splat((WARPGROUP_Q,), 0.0, PER_QUERY),
+        None if _skip(queries) is None else splat((WARPGROUP_Q,), MASKED, PER_QUERY),
+    )
 
 
 def _switch(smem: Shared) -> None:
@@ -259,62 +281,69 @@ def _switch(smem: Shared) -> None:
     plgpu.barrier_wait(smem.ping_pong)
 
 
-def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> _Softmax:
+def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> Softmax:
     """Processes the blocks to which all the tile's queries attend fully, phase by phase."""
-    tiles, head_dim = queries.cta.problem.tiles, queries.cta.smem.q.shape[-1]
-    skip = _skip(queries)
-    state = _Softmax(
-        _splat((WARPGROUP_Q, head_dim), 0.0, plgpu.Layout.WGMMA),
-        _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
-        _splat((WARPGROUP_Q,), 0.0, PER_QUERY),
-        None if skip is None else _splat((WARPGROUP_Q,), MASKED, PER_QUERY),
-    )
+    tiles = queries.cta.problem.tiles
+    state = _start(queries)
     choose, done = _chooser(queries), jnp.int32(0)
     for walk in full:
         if not tiles.resident:
             pl.when(walk.count > 0)(functools.partial(fetch, queries, walk.phase))
-        parts = [_parts(rotated, tiles.registers) for rotated in queries.in_phase(walk.phase)]
+        parts = _parts(queries, walk.phase, tiles.registers)
 
         def attend(
             n: Array,
-            state: _Softmax,
+            state: Softmax,
             parts: list = parts,
             walk: Walk = walk,
             done: Array = done,
-        ) -> _Softmax:
+        ) -> Softmax:
             def chosen(logits: list[Array]) -> Array:
                 return choose(logits, lambda: walk.start + (n - done))
 
             return _attend_block(queries, n, num_steps, state, parts, chosen)
 
-        state = lax.fori_loop(done, done + walk.count, attend, state)
+        if tiles.ahead:
+            ahead = functools.partial(attend_ahead, queries, num_steps, parts[0], done, walk.count)
+            state = lax.cond(walk.count > 0, ahead, lambda state: state, state)
+        else:
+            state = lax.fori_loop(done, done + walk.count, attend, state)
         done = done + walk.count
     return state
 
 
-def _attend_edges(queries: Queries, state: _Softmax, num_full: Array, num_steps: Array) -> _Softmax:
+def _attend_edges(
+    queries: Queries, state: Softmax, full: list[Walk], num_full: Array, num_steps: Array
+) -> Softmax:
     """Processes the blocks to which some queries attend partly or not at all."""
     tiles = queries.cta.problem.tiles
     block_k = tiles.block_k
     _, edges = recall(queries.cta.smem.walks)
     choose = _chooser(queries)
 
-    def attend(n: Array, state: _Softmax) -> _Softmax:
+    held = jnp.int32(-1)  # the phase whose queries are in shared memory, if not all are
+    for walk in full:
+        held = jnp.where(walk.count > 0, jnp.int32(walk.phase), held)
+
+    def attend(n: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
+        state, held = carry
         phase, block = locate(n, edges, num_full)
-        if not tiles.resident:
+        if not tiles.resident and queries.cta.is_dense:
+            pl.when(phase != held)(lambda: fetch(queries, phase))
+        elif not tiles.resident:
             fetch(queries, phase)
 
         def masked(logits: list[Array]) -> Array:
             lower, upper = queries.ranges(phase)
             shape, layout = (WARPGROUP_Q, block_k), plgpu.Layout.WGMMA
             j = block * block_k + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            met = (j >= _along_keys(lower, block_k)) & (j < _along_keys(upper, block_k))
+            met = (j >= along_keys(lower, block_k)) & (j < along_keys(upper, block_k))
             return jnp.where(met, choose(logits, lambda: block), -jnp.inf)
 
-        parts = [_parts(rotated, 0) for rotated in queries.in_phase(phase)]
-        return _attend_block(queries, n, num_steps, state, parts, masked)
+        parts = _parts(queries, phase, 0)
+        return _attend_block(queries, n, num_steps, state, parts, masked), phase
 
-    return lax.fori_loop(num_full, num_steps, attend, state)
+    return lax.fori_loop(num_full, num_steps, attend, (state, held))[0]
 
 
 def _chooser(queries: Queries) -> Callable[[list[Array], Callable[[], Array]], Array]:
@@ -330,7 +359,7 @@ def _chooser(queries: Queries) -> Callable[[list[Array], Callable[[], Array]], A
         layout = plgpu.Layout.WGMMA.reduce(0)
         of_keys = plgpu.load(steps, layout=layout, optimized=False)
         of_keys = lax.broadcast_in_dim(of_keys, (WARPGROUP_Q, block_k), [1])
-        return jnp.where(of_keys > _along_keys(of_queries, block_k), logits[1], logits[0])
+        return jnp.where(of_keys > along_keys(of_queries, block_k), logits[1], logits[0])
 
     return choose
 
@@ -339,10 +368,10 @@ def _attend_block(
     queries: Queries,
     n: Array,
     num_steps: Array,
-    state: _Softmax,
+    state: Softmax,
     rotations: list[list[tuple[Any, Any]]],
     chosen: Callable[[list[Array]], Array],
-) -> _Softmax:
+) -> Softmax:
     """Step n of the online softmax, with the block of keys that is in flight for it.
 
     Args:
@@ -355,8 +384,9 @@ def _attend_block(
     def logits_of(*accs: Any) -> list[Array]:
         for acc, parts in zip(accs, rotations, strict=True):
             for columns, q in parts:
-                plgpu.wgmma(acc, q, smem.k.at[slot, :, columns].transpose((1, 0)))
-        _switch(smem)
+                plgpu.wgmma(acc, q(n), smem.k.at[slot, :, columns].transpose((1, 0)))
+        if not tiles.ahead:
+            _switch(smem)
         return [acc[...] for acc in accs]
 
     acc = plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, tiles.block_k), jnp.float32)
@@ -381,7 +411,7 @@ def _skip(queries: Queries) -> Float[Array, ""] | None:
     return None if blocks is None or blocks.skip is None else blocks.skip[queries.cta.batch] * LOG2E
 
 
-def _pass_by(queries: Queries, n: Array, num_steps: Array, state: _Softmax) -> _Softmax:
+def _pass_by(queries: Queries, n: Array, num_steps: Array, state: Softmax) -> Softmax:
     """Skips a block of values, in step with the loading warpgroup and the other one."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
@@ -401,19 +431,21 @@ def _add_values(
     queries: Queries,
     n: Array,
     num_steps: Array,
-    state: _Softmax,
+    state: Softmax,
     logits: Float[Array, "queries block_k"],
-) -> _Softmax:
+) -> Softmax:
     """Adds the block's weighted values to the state."""
     tiles, smem = queries.cta.problem.tiles, queries.cta.smem
     head_dim = smem.v.shape[-1]
     slot = lax.rem(n, jnp.int32(tiles.num_stages))
-    state = _raise_maxima(state, logits)
-    p = jnp.exp2(logits - _along_keys(state.m_i, tiles.block_k))
+    state = raise_maxima(state, logits)
+    p = jnp.exp2(logits - along_keys(state.m_i, tiles.block_k))
     narrow = p.astype(smem.v.dtype)
-    plgpu.barrier_arrive(smem.ping_pong)
+    if not tiles.ahead:
+        plgpu.barrier_arrive(smem.ping_pong)
     plgpu.barrier_wait(smem.v_loaded.at[slot])
-    plgpu.barrier_wait(smem.ping_pong)  # wait for the tensor cores
+    if not tiles.ahead:
+        plgpu.barrier_wait(smem.ping_pong)  # wait for the tensor cores
 
     def add_values(acc: Any) -> tuple[Array, Array]:
         acc[...] = state.acc
@@ -433,24 +465,7 @@ def _add_values(
     return state._replace(acc=acc, l_i=l_i)
 
 
-def _raise_maxima(state: _Softmax, logits: Float[Array, "queries block_k"]) -> _Softmax:
-    """Raises the maxima to these logits, in warps where they have grown by more than SLACK.
-
-    Otherwise nothing is rescaled: the weights are larger than usual, but as precise.
-    """
-    m_next = jnp.maximum(state.m_i, logits.max(axis=1))
-
-    def rescale(acc: Array, m_i: Array, l_i: Array) -> tuple[Array, Array, Array]:
-        decay = jnp.exp2(m_i - m_next)
-        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-        return acc, m_next, l_i * decay
-
-    grown = any_in_warp(m_next - state.m_i, SLACK)
-    acc, m_i, l_i = lax.cond(grown, rescale, lambda *state: state, *state[:3])
-    return state._replace(acc=acc, m_i=m_i, l_i=l_i)
-
-
-def _write(queries: Queries, state: _Softmax) -> None:
+def _write(queries: Queries, state: Softmax) -> None:
     """Writes the output and the log-sum-exp via shared memory; 0 and -inf for padding."""
     cta, (acc, m_i, l_i, _) = queries.cta, state
     gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
@@ -466,24 +481,23 @@ def _write(queries: Queries, state: _Softmax) -> None:
     if gmem.lse is not None:
         target = gmem.lse.at[cta.batch, cta.head, queries.slots]
         plgpu.copy_smem_to_gmem(smem.lse.at[at], target)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=cta.is_dense)
 
 
-def _parts(q_smem: Any, registers: int) -> list[tuple[Any, Any]]:
-    """Parts of the query's columns for the product: first in registers, then in shared memory."""
-    columns = q_smem.shape[1]
+def _parts(
+    queries: Queries, phase: int | Array, registers: int
+) -> list[list[tuple[Any, Callable[[Array], Any]]]]:
+    """Parts of the columns of each rotation: first in registers, then in shared memory."""
+    columns = queries.cta.smem.q.shape[-1]
     held, rest = pl.ds(0, registers), pl.ds(registers, columns - registers)
-    parts = []
-    if held.size:
-        parts.append((held, plgpu.load(q_smem.at[:, held], layout=plgpu.Layout.WGMMA)))
-    if rest.size:
-        parts.append((rest, q_smem.at[:, rest]))
-    return parts
-
-
-def _along_keys(x: Array, block_k: int) -> Array:
-    return lax.broadcast_in_dim(x, (WARPGROUP_Q, block_k), [0])
-
-
-def _splat(shape: tuple[int, ...], value: float, layout: Any) -> Float[Array, "..."]:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    rotations = queries.in_phase(phase, jnp.int32(0))
+    of_all = []
+    for number, rotated in enumerate(rotations):
+        parts = []
+        if held.size:
+            q = plgpu.load(rotated.at[:, held], layout=plgpu.Layout.WGMMA)
+            parts.append((held, lambda n, q=q: q))
+        if rest.size:
+            parts.append((rest, lambda n, at=number: queries.in_phase(phase, n)[at].at[:, rest]))
+        of_all.append(parts)
+    return of_all

@@ -6,7 +6,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q, WARPGROUPS, ForwardTiles
+from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q, ForwardTiles
+from dca_jax.attention.mosaic_gpu.ranges import Keys
 from dca_jax.dca import DCAConfig, Phase
 
 
@@ -39,7 +40,8 @@ class OfBand(NamedTuple):
 class Refs(NamedTuple):
     """The kernel's arguments and results, in global memory."""
 
-    query: Any  # [B, T, N, H] raw; or rotated [phases, B, T, N, H]; for a band, one or several
+    query: Any  # [B, T, N, H] raw; or rotated, one for each phase, or stacked if not dense; or all
+    # rotations of a band
     key: Any  # [L * B, S, K, H]; or a pool [L * P, page, K, H]
     value: Any
     place: Any  # [B, 5]: rows of keys and values, or a pool's first page; then the text's
@@ -55,10 +57,10 @@ class Refs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
-    q: Any  # [WARPGROUPS, rotations, WARPGROUP_Q, H]; finally the output
+    q: Any  # [warpgroups, rotations, WARPGROUP_Q, H]; finally the output
     k: Any  # [num_stages, block_k, H]
     v: Any  # [num_stages, block_k, H]
-    lse: Any  # [WARPGROUPS, WARPGROUP_Q]
+    lse: Any  # [warpgroups, WARPGROUP_Q]
     walks: Any  # [3 * phases, 2], a band being one phase: the blocks of keys to visit
     q_loaded: Any
     k_loaded: Any
@@ -72,28 +74,29 @@ class Shared(NamedTuple):
     def types(cls, problem: Problem, dtype: Any, head_dim: int) -> "Shared":
         """The types to allocate."""
         num_stages, block_k = problem.tiles.num_stages, problem.tiles.block_k
+        warpgroups = problem.tiles.warpgroups
         keys = (num_stages, block_k, head_dim)
 
         def consumed() -> Any:
             if problem.cluster == 1:
-                return plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=num_stages)
+                return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=num_stages)
             return plgpu.ClusterBarrier(
-                collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=num_stages
+                collective_axes=("pair",), num_arrivals=warpgroups, num_barriers=num_stages
             )
 
         return cls(
-            q=plgpu.SMEM((WARPGROUPS, problem.rotations, WARPGROUP_Q, head_dim), dtype),
+            q=plgpu.SMEM((warpgroups, problem.rotations, WARPGROUP_Q, head_dim), dtype),
             k=plgpu.SMEM(keys, dtype),
             v=plgpu.SMEM(keys, dtype),
-            lse=plgpu.SMEM((WARPGROUPS, WARPGROUP_Q), jnp.float32),
+            lse=plgpu.SMEM((warpgroups, WARPGROUP_Q), jnp.float32),
             walks=plgpu.SMEM((3 * max(len(problem.phases), 1), 2), jnp.int32),
-            q_loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
+            q_loaded=plgpu.Barrier(num_barriers=warpgroups),
             k_loaded=plgpu.Barrier(num_barriers=num_stages),
             v_loaded=plgpu.Barrier(num_barriers=num_stages),
             planned=plgpu.Barrier(),
             k_consumed=consumed(),
             v_consumed=consumed(),
-            ping_pong=plgpu.Barrier(num_arrivals=WARPGROUPS),
+            ping_pong=plgpu.Barrier(num_arrivals=warpgroups),
         )
 
 
@@ -106,3 +109,21 @@ class CTA(NamedTuple):
     batch: Array
     head: Array
     tile: Array
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it attends to all keys of DCA's phases, contiguous in memory."""
+        return (
+            self.problem.dca is not None and self.problem.page is None and self.gmem.blocks is None
+        )
+
+    def text(self) -> tuple[Array, Array, Keys]:
+        """First and last text index of the tile's queries, and the available keys.
+
+        The last is less than the first if the tile has none.
+        """
+        offset, length, key_offset = (self.gmem.place[self.batch, n] for n in range(2, 5))
+        block_q = self.problem.tiles.block_q
+        first = offset + self.tile * block_q
+        end = jnp.minimum(jnp.minimum(first + block_q, length), offset + self.gmem.out.shape[1])
+        return first, end - 1, Keys(key_offset, self.problem.num_keys)

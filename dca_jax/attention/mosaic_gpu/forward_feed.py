@@ -12,9 +12,7 @@ from jaxtyping import Array
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Shared
-from dca_jax.attention.mosaic_gpu.forward_tiles import BLOCK_Q
 from dca_jax.attention.mosaic_gpu.ranges import (
-    Keys,
     Walk,
     full_and_edge_walks,
     listed_and_edge_walks,
@@ -27,7 +25,7 @@ from dca_jax.dca import PHASES
 
 def feed(cta: CTA) -> None:
     """Computes which blocks the tile visits, and keeps their keys and values in flight."""
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(cta.problem.tiles.registers_per_thread[1], action="decrease")
     problem, gmem, smem = cta.problem, cta.gmem, cta.smem
     num_stages = problem.tiles.num_stages
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
@@ -72,11 +70,7 @@ def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:
         full, *edges = (Walk(0, walks[n, 0], walks[n, 1]) for n in range(3))
         return [full], edges
     assert problem.dca is not None
-    num_queries, block_k = gmem.out.shape[1], problem.tiles.block_k
-    offset, length, key_offset = (gmem.place[cta.batch, n] for n in range(2, 5))
-    first = offset + cta.tile * BLOCK_Q
-    last = jnp.minimum(jnp.minimum(first + BLOCK_Q, length), offset + num_queries) - 1
-    keys = Keys(key_offset, problem.num_keys)
+    (first, last, keys), block_k = cta.text(), problem.tiles.block_k
     if gmem.blocks is None:
         return full_and_edge_walks(first, last, problem.phases, problem.dca, keys, block_k)
     counts = [

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA
 from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q
+from dca_jax.attention.mosaic_gpu.operands import zero
 from dca_jax.attention.mosaic_gpu.ranges import Keys, ranges_of_queries
 from dca_jax.dca import DCAConfig, Phase
 
@@ -35,12 +36,13 @@ class Queries(NamedTuple):
         iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WARPGROUP_Q,), 0)
         return self.cta.gmem.place[self.cta.batch, 2] + self.first + iota(layout=PER_QUERY)
 
-    def in_phase(self, phase: int | Array) -> list[Any]:
+    def in_phase(self, phase: int | Array, step: Array) -> list[Any]:
         """The queries in shared memory, rotated for a phase, or in all rotations of a band."""
         q, problem = self.cta.smem.q, self.cta.problem
+        at = self.warpgroup + zero(step) if self.cta.is_dense else self.warpgroup
         if problem.dca is None:
-            return [q.at[self.warpgroup, number] for number in range(problem.rotations)]
-        return [q.at[self.warpgroup, phase if problem.tiles.resident else 0]]
+            return [q.at[at, number] for number in range(problem.rotations)]
+        return [q.at[at, phase if problem.tiles.resident else 0]]
 
     def ranges(self, phase: Array) -> tuple[Int[Array, " queries"], Int[Array, " queries"]]:
         """[start, stop) of each query's slots in a phase or a band."""
@@ -61,8 +63,18 @@ class Queries(NamedTuple):
 def fetch(queries: Queries, phase: int | Array) -> None:
     """Loads this phase's rotation, if only one rotation of the queries fits."""
     cta, at = queries.cta, queries.warpgroup
-    rotated = cta.gmem.query.at[phase, cta.batch, queries.slots, cta.head]
-    plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
+
+    def load(source: Any, *phase: Any) -> None:
+        rotated = source.at[*phase, cta.batch, queries.slots, cta.head]
+        plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
+
+    if not cta.is_dense:
+        load(cta.gmem.query, phase)
+    elif isinstance(phase, int):
+        load(cta.gmem.query[phase])
+    else:
+        for number, source in enumerate(cta.gmem.query):
+            pl.when(phase == number)(functools.partial(load, source))
     plgpu.barrier_wait(cta.smem.q_loaded.at[at])
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 WARPGROUP_Q = 64  # queries per warpgroup: the rows of one WGMMA
-WARPGROUPS = 2  # computing warpgroups; one more feeds them
+WARPGROUPS = 2  # computing warpgroups of most tiles; one more feeds them
 BLOCK_Q = WARPGROUP_Q * WARPGROUPS
 
 
@@ -19,6 +19,11 @@ class ForwardTiles:
         registers: number of columns of the query, a multiple of 64, that are multiplied from
             registers if no mask is needed; the others, and all with a mask, from shared memory.
         cluster: number of query heads of one kv head that share their reads (1 or 2).
+        warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; with lists, pages and
+            bands 2.
+        ahead: whether a block's logits are computed with the previous block's values, and the
+            warpgroups run freely; else two warpgroups take turns. Not with lists, pages and
+            bands.
     """
 
     block_k: int
@@ -26,28 +31,57 @@ class ForwardTiles:
     resident: bool
     registers: int
     cluster: int
+    warpgroups: int = 2
+    ahead: bool = False
+
+    @property
+    def block_q(self) -> int:
+        """Queries per CTA."""
+        return WARPGROUP_Q * self.warpgroups
+
+    @property
+    def registers_per_thread(self) -> tuple[int, int]:
+        """Of a computing thread, and of one that feeds; all must fit into the CTA's at launch."""
+        return (232, 40) if self.warpgroups == 2 else (160, 32)
 
     def shared_bytes(self, head_dim: int, rotations: int) -> int:
         """Bytes of shared memory per CTA."""
-        queries = (rotations if self.resident else 1) * BLOCK_Q * head_dim * 2
+        queries = (rotations if self.resident else 1) * self.block_q * head_dim * 2
         keys_values = 2 * self.num_stages * self.block_k * head_dim * 2
         return queries + keys_values + RESERVED
 
 
 RESERVED = 3 * 1024  # for log-sum-exp, walks and barriers, each aligned to a KiB
 
-# By head_dim, the fastest of a few tried by hand on an H200; 256: the first that fits.
+# By head_dim, for all phases, the fastest of a few tried by hand on an H200.
 TILES = {
+    64: ForwardTiles(
+        block_k=128,
+        num_stages=3,
+        resident=True,
+        registers=0,
+        cluster=2,
+        warpgroups=3,
+        ahead=True,
+    ),
+    128: ForwardTiles(
+        block_k=128, num_stages=2, resident=True, registers=128, cluster=2, ahead=True
+    ),
+    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=64, cluster=2),
+}
+# For one or two of the phases, and for pages that the blocks divide.
+PASS_TILES = {
     64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
     128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
+EXITING = (128,)  # head_dims of which a tile without keys in a single pass ends at once
 # For lists and pages: blocks that divide 128 keys.
-LIST_TILES = TILES | {
+LIST_TILES = PASS_TILES | {
     64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2)
 }
 # For a band of a method other than DCA: queries have one rotation, which is resident.
-BAND_TILES = TILES | {
+BAND_TILES = PASS_TILES | {
     256: ForwardTiles(block_k=64, num_stages=2, resident=True, registers=0, cluster=2)
 }
 # For a band with positions in steps: two rotations, and logits for both.

@@ -44,6 +44,21 @@ class Walk(NamedTuple):
     count: Int[Array, "..."]
 
 
+def any_met(
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+    phases: tuple[Phase, ...],
+    dca: DCAConfig,
+    keys: Keys,
+) -> Bool[Array, ""]:
+    """Whether queries first .. last attend to any keys: else `full_and_edge_walks` are empty."""
+    met = jnp.bool(False)
+    for phase in phases:
+        low, high = key_range(first, phase, dca)[0], key_range(last, phase, dca)[1]
+        met = met | (keys.slot(high) > keys.slot(low))
+    return met & (last >= first)
+
+
 def full_and_edge_walks(
     first: Int[Array, "..."],
     last: Int[Array, "..."],
