@@ -130,7 +130,7 @@ def _plan_of_keys(
     low: Int[Array, "B phases R"], high: Int[Array, "B phases R"], num_keys: int, tile: Tile
 ) -> Plan:
     """The tiles of queries of each block of keys."""
-    bounds, _ = spans_of(low, high, num_keys, tile.block_q, tile.block_k)
+    bounds = spans_of(low, high, num_keys, tile.block_q, tile.block_k)
     full, edges = [], []
     for phase in range(low.shape[1]):
         stop, full_stop, full_start, _, start, _ = (bounds[:, :, 6 * phase + n] for n in range(6))
