@@ -337,13 +337,13 @@ def test_pages(bench: Bench, name: str, page: int, request: pytest.FixtureReques
         }
         for pool in (Pool.of(case, page), Pool.of(case, page, shuffled=False))
     )
-    if bench.name not in ("triton", "mosaic_ampere", "mosaic_tpu"):
+    if bench.name in ("reference", "xla", "mosaic_gpu"):
         over_lists = attend(bench, case, blocks=lists_of(name), **pages)
         bench.agrees(over_lists, expected(name, bench.dim, bench.dtype))
     few = case._replace(query=case.query[:, -1:])
     few = few._replace(rows=case.rows._replace(offset=case.rows.lengths - 1))
-    # A TPU's prefill copies the pages out, and is tested without them: it takes a minute here.
-    for queries in (few,) if bench.name == "mosaic_tpu" else (case, few):
+    # These prefills copy the pages out, and are tested without them: it takes a minute here.
+    for queries in (few,) if bench.name in ("mosaic_tpu", "mosaic_blackwell") else (case, few):
         found = attend(bench, queries, **pages)
         bench.agrees(found, queries.expected())
         if bench.name == "mosaic_gpu":
@@ -356,8 +356,8 @@ def test_pages(bench: Bench, name: str, page: int, request: pytest.FixtureReques
 def test_pages_of_keys_in_8_bits(
     bench: Bench, num_queries: int, request: pytest.FixtureRequest
 ) -> None:
-    if bench.name == "mosaic_tpu" and num_queries > 1:
-        pytest.skip("a TPU's prefill copies the pages out")
+    if bench.name in ("mosaic_tpu", "mosaic_blackwell") and num_queries > 1:
+        pytest.skip("its prefill copies the pages out")
     interpret(bench, request)
     case = drawn("even", bench.dim, bench.dtype)
     case = case._replace(query=case.query[:, -num_queries:])
