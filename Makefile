@@ -85,12 +85,12 @@ $(VENV)/.core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing dca_jax and what its documentation needs into $(VENV) (a minute or two; 1.5 GB)"
+	@echo "Installing dca_jax and what its documentation needs into $(VENV) (a minute or two)"
 	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $(VENV)/.core $@
 
 $(VENV)/.dev: $(VENV)/.docs
-	@echo "Installing what the tests need into $(VENV) (some minutes; 5 GB, most of it PyTorch)"
+	@echo "Installing what the tests need into $(VENV) (some minutes; 6 GB in all, most of it PyTorch)"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 

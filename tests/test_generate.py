@@ -256,7 +256,7 @@ def test_buckets_are_few_and_waste_little(length):
     assert buckets.capacity_bucket(capacity) == capacity
 
 
-PLATFORMS = st.sampled_from(["cpu", "gpu", "tpu"])
+PLATFORMS = st.sampled_from(["cpu", "gpu", "tpu", "another"])
 
 
 @given(st.integers(1, 10**5), st.sampled_from([1, 2, 3, 8, 33, 100]), PLATFORMS, st.booleans())

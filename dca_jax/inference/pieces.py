@@ -3,7 +3,7 @@
 A piece is padded to one of a few widths, so that few programs are compiled. Its time is that of its
 width plus a constant, because every piece reads all weights: with Llama-3-8B's shape on an H200, 22
 microseconds per token plus 4.5 ms, or 10 ms if weights are unpacked from int4. The constant is
-counted as tokens here (`OVERHEAD`). So wide pieces read long texts, and narrow ones waste little at
+counted as tokens here (`overhead`). So wide pieces read long texts, and narrow ones waste little at
 their ends.
 """
 
@@ -17,7 +17,6 @@ NARROW = (4096, 512, 64)
 WIDE = (8192, 1024, 256, 64)
 WIDEST = (16_384, 2048, 512, 64)
 ENDS = 64  # for the ends of several texts, which are read together
-OVERHEAD = {"cpu": 16, "gpu": 256, "tpu": 256}  # tokens
 
 
 class Pieces(NamedTuple):
@@ -51,6 +50,11 @@ class Pieces(NamedTuple):
         return next(self.cut(length))[1]
 
 
+def overhead(platform: str) -> int:
+    """`Pieces.overhead` of one text: little on a CPU, whose products take longer than its reads."""
+    return 16 if platform == "cpu" else 256
+
+
 def prompt_pieces(
     config: LlamaConfig, platform: str, *, packed: bool, batch: int = 1, segment: int = 1
 ) -> Pieces:
@@ -60,7 +64,7 @@ def prompt_pieces(
     they are widest on any device, so that reading an expert's weights pays off.
 
     Args:
-        platform: of the device, as in JAX: "cpu", "gpu" or "tpu".
+        platform: of the device, as in JAX, such as "cpu", "gpu" or "tpu".
         packed: whether weights are packed.
         batch: number of texts that are read at once; each has its share of the tokens.
         segment: number that divides all widths.
@@ -87,4 +91,4 @@ def _shared(widths: tuple[int, ...], platform: str, batch: int, segment: int) ->
     widest = max(128, most // (1 << (batch - 1).bit_length()))
     own = [width * widest // most for width in widths]
     kept = dict.fromkeys(-(-w // segment) * segment for w in own if w >= min(16, widest))
-    return Pieces(tuple(kept), OVERHEAD[platform] * widest // most)
+    return Pieces(tuple(kept), overhead(platform) * widest // most)

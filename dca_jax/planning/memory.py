@@ -51,7 +51,7 @@ class DeviceKind:
     """A kind of device, as JAX counts devices.
 
     Attributes:
-        platform: "gpu" or "tpu", as in JAX.
+        platform: as in JAX, such as "gpu" or "tpu".
         memory: bytes available to programs and their data.
         island: number of devices with fast links to each other; `tensor` should stay within it.
         runtime: bytes besides arrays and temporaries, for library workspaces and code.

@@ -23,7 +23,7 @@ from dca_jax.errors import InputError
 from dca_jax.inference.generate import check_prompts
 from dca_jax.inference.llm import LLM
 from dca_jax.inference.options import Options
-from dca_jax.inference.pieces import OVERHEAD, Pieces
+from dca_jax.inference.pieces import Pieces, overhead
 from dca_jax.inference.prefix import depends_on_length
 from dca_jax.inference.sampling import Sampler
 from dca_jax.inference.steps import FAILED
@@ -288,7 +288,7 @@ class Engine:
         """Tokens to read at once from the first rows, within the time limit of a piece."""
         widths, first = self.programs.pieces, rows[0]
         quick = [w for w in widths if self._seconds([first], w) <= PIECE_SECONDS]
-        pieces = Pieces(tuple(quick) or widths[-1:], OVERHEAD[current_device().platform])
+        pieces = Pieces(tuple(quick) or widths[-1:], overhead(current_device().platform))
         counts = [next(pieces.cut(first.left))[0]]
         narrow = widths[-1]
         rests = [row for row in rows[: self.programs.rests] if row.left <= narrow]
