@@ -198,10 +198,16 @@ def test_pages_are_used_again_and_nothing_is_compiled(engine, paper_llm, compila
     assert found[0][:2] == [alone(paper_llm, one, options)[0] for one in prompts[:2]]
 
 
-def test_texts_that_are_put_back_are_those_of_generate(engine, paper_llm, monkeypatch):
+@pytest.fixture
+def five_pages(engine):
+    """The engine with room for five pages; what it had kept in others is forgotten."""
+    few = engine._scheduler = Scheduler(Pages(5, PAGE), rows=ROWS, queue=QUEUE)
+    yield few
+    engine._scheduler = engine._new_scheduler()
+
+
+def test_texts_that_are_put_back_are_those_of_generate(engine, paper_llm, five_pages):
     """Four texts of two pages each in the end, and room for five pages."""
-    few = Scheduler(Pages(5, PAGE), rows=ROWS, queue=QUEUE)
-    monkeypatch.setattr(engine, "_scheduler", few)
     rng = np.random.default_rng(11)
     prompts = [rng.integers(3, 300, 90).tolist() for _ in SAMPLERS]
     begun = []
@@ -216,7 +222,7 @@ def test_texts_that_are_put_back_are_those_of_generate(engine, paper_llm, monkey
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(write, range(len(prompts))))
     assert max(begun) > 1
-    assert few.pages.available == 5
+    assert five_pages.pages.available == 5
     for number, found in enumerate(together):
         options = Options(max_new_tokens=100, sampler=SAMPLERS[number], seed=number)
         whole = alone(paper_llm, prompts[number], options)[0][0]
