@@ -286,7 +286,7 @@ class MLP(nnx.Module):
         both = self.gate_proj, self.up_proj
         if all(linear.is_plain and linear.is_stack("D", "F") for linear in both):
             rows, stacks = _rows(x), [linear.matrices("D") for linear in both]
-            if dense_rows.can_multiply(rows, stacks):
+            if dense_rows.can_multiply(rows, stacks, gated=True):
                 assert layer is not None  # stacks exist only with a layer number
                 options = {"norm": norm.of_rows, "gated": True}
                 (y,) = dense_rows.multiply(rows, stacks, layer, **options)

@@ -110,7 +110,7 @@ def choose_plan(inputs: int, widths: Sequence[int], *, gated: bool = False) -> P
         part, ctas = inputs // splits, sum(widths) // (1 + gated) // tile * splits
         stage = tile * STEP * 2 * (1 + gated)
         stages = min((SHARED_BYTES - MARGIN - part * 2 * ROWS) // stage, part // STEP)
-        divided = not any(width % tile for width in widths) and inputs % math.lcm(splits * STEP, 128) == 0
+        divided = inputs % math.lcm(splits * STEP, 128) == 0 and math.gcd(tile, *widths) == tile
         if divided and stages >= 4:
             rounds = -(-ctas // MULTIPROCESSORS)
             found.append((rounds, -ctas, splits, Plan(tile, splits, stages)))
