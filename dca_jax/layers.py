@@ -360,23 +360,23 @@ class Run(NamedTuple):
         last = self.first + self.stop - self.start
         return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
 
-    def sliced(self, rows: int) -> Block:
+    def sliced(self, x: Array) -> Block:
         """`block` without parts that are read in place in a stack: experts, and `stays_whole`."""
         block = self._common if isinstance(self.whole.feed_forward, Experts) else self.block
 
         def part(path: Any, leaf: Any) -> Any:
-            return None if stays_whole(path, leaf, rows) else leaf
+            return None if stays_whole(path, leaf, x) else leaf
 
         return jax.tree_util.tree_map_with_path(part, block, is_leaf=is_packed)
 
-    def with_stacks(self, sliced: Block, rows: int) -> Block:
+    def with_stacks(self, sliced: Block, x: Array) -> Block:
         """A slice of `sliced`, with whole stacks in place of the parts that it lacks."""
         block = self.whole
         if isinstance(block.feed_forward, Experts):
             sliced = sliced._replace(feed_forward=block.feed_forward)
 
         def part(path: Any, whole: Any, own: Any) -> Any:
-            return whole if stays_whole(path, whole, rows) else own
+            return whole if stays_whole(path, whole, x) else own
 
         return jax.tree_util.tree_map_with_path(part, block, sliced, is_leaf=is_packed)
 
@@ -428,8 +428,8 @@ class Layers(nnx.Module):
             yield Run(Block(*common, feed_forward), start, stop, first)
 
 
-def stays_whole(path: Any, stack: Any, rows: int) -> bool:
-    """Whether this parameter is read in place in its stack, without slicing, for so many rows.
+def stays_whole(path: Any, stack: Any, x: Float[Array, "B T D"]) -> bool:
+    """Whether this parameter is read in place in its stack, without slicing, for these rows.
 
     This is true for packed kernels. With few rows, it is true for norms' scales and for kernels on
     GPUs of the Hopper generation; with one row, for small kernels on other GPUs and for float32
@@ -438,6 +438,7 @@ def stays_whole(path: Any, stack: Any, rows: int) -> bool:
     if is_packed(stack):
         return True
     *_, module, name, _ = (getattr(key, "name", None) for key in path)
+    rows = x.shape[0] * x.shape[1]
     if rows > dense_rows.ROWS or Shards.of(stack).mesh is not None:
         return False
     if name == "scale":
@@ -447,13 +448,12 @@ def stays_whole(path: Any, stack: Any, rows: int) -> bool:
     # The inputs of o_proj are heads and their elements, those of all others the model or MLP width.
     inputs = math.prod(stack.shape[1 : 3 if module == "o_proj" else 2])
     outputs = math.prod(stack.shape[1:]) // inputs
-    x = jax.ShapeDtypeStruct((rows, inputs), stack.dtype)
-    matrices = jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)
-    if dense_rows.can_multiply(x, [matrices]):
+    matrices = [jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)]
+    if dense_rows.can_multiply(jax.ShapeDtypeStruct((rows, inputs), x.dtype), matrices):
         return True
     is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
     with_one = rows == 1 and (is_small or current_device().platform == "cpu")
-    return with_one and can_multiply(x, [matrices])
+    return with_one and can_multiply(jax.ShapeDtypeStruct((1, inputs), stack.dtype), matrices)
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:

@@ -315,7 +315,7 @@ class Llama(nnx.Module):
             run: Run, carry: tuple[Array, Array, Stored], block: Block
         ) -> tuple[tuple[Array, Array, Stored], None]:
             number, x, stored = carry
-            block = run.with_stacks(block, tokens.size)
+            block = run.with_stacks(block, x)
             in_cache = number if numbers is None else numbers[number]
 
             def attend(query: Array, key: Array, value: Array) -> Array:
@@ -339,8 +339,8 @@ class Llama(nnx.Module):
         x = self._embed(tokens, shards.out("BTD", whole="T"))
         carry = jnp.int32(0), x, cache.stored
         for run in self.layers.runs():
-            # Experts, packed kernels and kernels multiplied by one row must not be copied either.
-            xs, length = run.sliced(tokens.size), run.stop - run.start
+            # Experts, packed kernels and kernels of few rows must not be copied either.
+            xs, length = run.sliced(carry[1]), run.stop - run.start
             carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs, length)
         _, x, stored = carry
         return self.norm(x), stored

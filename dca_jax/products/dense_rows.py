@@ -26,8 +26,10 @@ from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES, current_device
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' GPU interpreter
 ROWS = 8  # columns of WGMMA's right operand, at least
-TILES, STEP = (128, 64), 64  # outputs of a tile; inputs of a step
+TILES, STEP = (256, 128, 64), 64  # outputs of a tile (of both matrices if gated); inputs of a step
 SPLITS = (1, 2, 4, 8)  # CTAs of a cluster
+STAGES = 3  # steps in flight, at least
+BUSY, SHARE = 64, 2**19  # CTAs that keep the memory busy; bytes for which one more is worth while
 MARGIN = 16384  # bytes of shared memory for sums, barriers and reductions
 OUTPUTS = plgpu.Layout.WGMMA.reduce(1)
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -48,13 +50,11 @@ class Plan(NamedTuple):
         tile: outputs of a tile.
         splits: CTAs that share a tile's inputs.
         stages: number of steps in flight.
-        step: inputs of a step.
     """
 
     tile: int
     splits: int
     stages: int
-    step: int = STEP
 
 
 class _Problem(NamedTuple):
@@ -104,16 +104,22 @@ class _Shared(NamedTuple):
 
 
 def choose_plan(inputs: int, widths: Sequence[int], *, gated: bool = False) -> Plan | None:
-    """A plan for these sizes with as many CTAs as run at once; None if no tile divides them."""
-    found = []
-    for tile, splits in itertools.product(TILES, SPLITS):
-        part, ctas = inputs // splits, sum(widths) // (1 + gated) // tile * splits
-        stage = tile * STEP * 2 * (1 + gated)
-        stages = min((SHARED_BYTES - MARGIN - part * 2 * ROWS) // stage, part // STEP)
+    """A plan for these sizes; None if no tile divides them or shared memory is too small.
+
+    All CTAs run at once if they can. There are `BUSY` of them, or more if each still reads `SHARE`
+    bytes: the sums of a cluster cost time too. Of as many CTAs, those with the widest tiles have
+    the longest runs of memory to read (measured on an H200).
+    """
+    found, each = [], 1 + gated
+    useful = max(BUSY, 2 * inputs * sum(widths) // SHARE)
+    for wide, splits in itertools.product(TILES, SPLITS):
+        tile, part = wide // each, inputs // splits
+        ctas = sum(widths) // wide * splits
+        stages = min((SHARED_BYTES - MARGIN - part * ROWS * 2) // (wide * STEP * 2), part // STEP)
         divided = inputs % math.lcm(splits * STEP, 128) == 0 and math.gcd(tile, *widths) == tile
-        if divided and stages >= 4:
+        if divided and tile >= TILES[-1] and stages >= STAGES:
             rounds = -(-ctas // MULTIPROCESSORS)
-            found.append((rounds, -ctas, splits, Plan(tile, splits, stages)))
+            found.append((rounds, -min(ctas, useful), ctas, -tile, Plan(tile, splits, stages)))
     return min(found)[-1] if found else None
 
 
@@ -176,7 +182,7 @@ def _launch(arrays: tuple[Any, ...], problem: _Problem) -> Float[Array, "rows ou
     out = [jax.ShapeDtypeStruct((problem.rows, tiles * plan.tile), x.dtype), None]
     shared = _Shared(
         x=plgpu.SMEM((ROWS, problem.part), x.dtype),
-        values=plgpu.SMEM((plan.stages, each, plan.step, plan.tile), x.dtype),
+        values=plgpu.SMEM((plan.stages, each, STEP, plan.tile), x.dtype),
         out=plgpu.SMEM((problem.rows, plan.tile), x.dtype),
         x_ready=plgpu.Barrier(),
         ready=plgpu.Barrier(num_arrivals=each, num_barriers=plan.stages),
@@ -221,7 +227,7 @@ def _feed(problem: _Problem, gmem: _Refs, smem: _Shared) -> None:
     def load(n: Array, _: None) -> None:
         slot = lax.rem(n, plan.stages)
         pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
-        inputs = pl.ds(begin + n * plan.step, plan.step)
+        inputs = pl.ds(begin + n * STEP, STEP)
 
         def load_from(matrices: Sequence[Any], start: int) -> None:
             outputs = pl.ds((tile - start) * plan.tile, plan.tile)
@@ -231,7 +237,7 @@ def _feed(problem: _Problem, gmem: _Refs, smem: _Shared) -> None:
 
         _for_own(problem, gmem, tile, load_from)
 
-    lax.fori_loop(0, problem.part // plan.step, load, None)
+    lax.fori_loop(0, problem.part // STEP, load, None)
 
 
 def _for_own(problem: _Problem, gmem: _Refs, tile: Array, do: Callable[..., None]) -> None:
@@ -247,7 +253,7 @@ def _for_own(problem: _Problem, gmem: _Refs, tile: Array, do: Callable[..., None
 
 def _compute(problem: _Problem, gmem: _Refs, smem: _Shared) -> None:
     """The warpgroup that multiplies."""
-    plan, each, steps = problem.plan, 1 + problem.gated, problem.part // problem.plan.step
+    plan, each, steps = problem.plan, 1 + problem.gated, problem.part // STEP
     tile, split = lax.axis_index("tile"), lax.axis_index("split")
     outputs = pl.ds(tile * plan.tile, plan.tile)
     _place_rows(problem, gmem, smem, split * problem.part)
@@ -256,7 +262,7 @@ def _compute(problem: _Problem, gmem: _Refs, smem: _Shared) -> None:
         def add(n: Array, _: None) -> None:
             slot = lax.rem(n, plan.stages)
             plgpu.barrier_wait(smem.ready.at[slot])
-            x = smem.x.at[:, pl.ds(n * plan.step, plan.step)]
+            x = smem.x.at[:, pl.ds(n * STEP, STEP)]
             for number, acc in enumerate(accs):
                 plgpu.wgmma(acc, smem.values.at[slot, number].T, x.T)
             plgpu.wgmma_wait(0)
@@ -335,16 +341,14 @@ def _place_rows(problem: _Problem, gmem: _Refs, smem: _Shared, begin: Array) -> 
 def _store(
     problem: _Problem, gmem: _Refs, smem: _Shared, outputs: Any, sums: Sequence[Sequence[Array]]
 ) -> None:
-    """Finishes a tile's sums and stores them."""
+    """Finishes a tile's float32 sums, rounds them once, and stores them."""
     for row, (total, *up) in enumerate(zip(*sums, strict=True)):
-        y = total.astype(smem.out.dtype)
         if up:
-            gate = y.astype(jnp.float32)
-            y = (gate / (1 + jnp.exp(-gate))).astype(y.dtype) * up[0].astype(y.dtype)
+            total = total / (1 + jnp.exp(-total)) * up[0]
         if gmem.residual is not None:
             before = gmem.residual.at[row, outputs]
-            y = plgpu.load(before, layout=OUTPUTS, optimized=False) + y
-        smem.out[row] = y
+            total += plgpu.load(before, layout=OUTPUTS, optimized=False).astype(jnp.float32)
+        smem.out[row] = total.astype(smem.out.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem.out, gmem.out.at[:, outputs])
     plgpu.wait_smem_to_gmem(0)
