@@ -37,17 +37,17 @@ VARIANTS = [
     pytest.param(
         *((1, 4096, 4096, 4, 4, 128, jnp.bfloat16), PLAIN, ("intra",)),
         id="plain",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
     pytest.param(
         *((1, 1024, 1024, 8, 1, 64, jnp.bfloat16), DCA, ("inter",)),
         id="inter",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
     pytest.param(
         *((1, 1024, 1024, 4, 2, 128, jnp.float16), DCA, ("succ",)),
         id="succ",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
 ]
 
@@ -58,7 +58,7 @@ def test_forward_lowers(sizes: tuple, dca: DCAConfig, phases: tuple[Phase, ...])
     assert CALL in text
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.parametrize("kind", [B200, "NVIDIA GB300"])
 def test_forward_without_log_sum_exp_lowers(kind: str) -> None:
     sizes = (1, 1024, 1024, 4, 2, 64, jnp.bfloat16)
@@ -72,8 +72,8 @@ def test_forward_without_log_sum_exp_lowers(kind: str) -> None:
         (1, None, None, False),
         (15, 128, jnp.int8, False),
         (300, 256, jnp.int8, True),
-        pytest.param(16, None, jnp.float8_e4m3fn, True, marks=pytest.mark.slow),
-        pytest.param(300, 128, None, True, marks=pytest.mark.slow),
+        pytest.param(16, None, jnp.float8_e4m3fn, True, marks=pytest.mark.by_name),
+        pytest.param(300, 128, None, True, marks=pytest.mark.by_name),
     ],
 )
 def test_caches_of_every_kind_lower(
@@ -124,7 +124,7 @@ def by_kernel(q: Any, k: Any, v: Any, dca: DCAConfig, rows: Any) -> tuple[Any, A
     return forward(q, k[None], v[None], jnp.int32(0), rows)
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.usefixtures("interpreted_mosaic_blackwell")
 @pytest.mark.parametrize(
     ("dim", "dtype", "growth"),
@@ -150,7 +150,7 @@ def test_more_blocks_than_are_in_flight(dim: int, dtype: Any, growth: float) -> 
     assert np.isfinite(lse).all()
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.usefixtures("interpreted_mosaic_blackwell")
 def test_queries_without_keys_and_rows_of_different_texts() -> None:
     """Slices that end before, hold, and begin after a row's keys; text of one token; padding."""
