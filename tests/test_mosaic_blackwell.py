@@ -32,8 +32,16 @@ CALL = "stablehlo.custom_call @mosaic_gpu_v2"
 # divides. Each takes JAX seconds.
 VARIANTS = [
     pytest.param((1, 4096, 4096, 32, 8, 128, jnp.bfloat16), DCA, PHASES, id="gqa"),
-    pytest.param((2, 1003, 1005, 6, 2, 128, jnp.float16), DCA, PHASES[1:], id="ragged"),
-    pytest.param((1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES, id="mha"),
+    pytest.param(
+        *((2, 1003, 1005, 6, 2, 128, jnp.float16), DCA, PHASES[1:]),
+        id="ragged",
+        marks=pytest.mark.by_name,
+    ),
+    pytest.param(
+        *((1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES),
+        id="mha",
+        marks=pytest.mark.by_name,
+    ),
     pytest.param(
         *((1, 4096, 4096, 4, 4, 128, jnp.bfloat16), PLAIN, ("intra",)),
         id="plain",
@@ -71,7 +79,7 @@ def test_forward_without_log_sum_exp_lowers(kind: str) -> None:
     [
         (1, None, None, False),
         (15, 128, jnp.int8, False),
-        (300, 256, jnp.int8, True),
+        pytest.param(300, 256, jnp.int8, True, marks=pytest.mark.by_name),
         pytest.param(16, None, jnp.float8_e4m3fn, True, marks=pytest.mark.by_name),
         pytest.param(300, 128, None, True, marks=pytest.mark.by_name),
     ],
@@ -98,6 +106,7 @@ def test_caches_of_every_kind_lower(
     assert (CALL in text) == by_kernel
 
 
+@pytest.mark.by_name
 def test_the_gradient_is_by_plain_xla() -> None:
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         options: Any = {"dca": DCA, "rope": ROPE, "implementation": "mosaic_blackwell"}
