@@ -17,7 +17,8 @@ from dca_jax.device import SHARED_BYTES, current_device
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
 from dca_jax.products import dense_rows
-from dca_jax.products.dense_rows import ROWS, STEP, Norm, Plan, choose_plan
+from dca_jax.products.dense_plan import ROWS, STEP, Plan, choose_plan
+from dca_jax.products.dense_rows import Norm
 
 LLAMA = LlamaConfig(
     vocab_size=61,
