@@ -74,7 +74,7 @@ class Linear(nnx.Module):
         inputs: str,
         layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """before + y, where y is x, [B, T, *inputs], mapped to D; `layer` as in `project`."""
+        """before + y, where y is x with its inputs mapped to D; `layer` as in `project`."""
         if self.is_plain and self.is_stack(inputs, "D"):
             rows, stack = _rows(x), self.matrices(inputs)
             if dense_rows.can_multiply(rows, [stack]):
@@ -154,7 +154,7 @@ def project(
 ) -> list[Array]:
     """Applies several `Linear`s to the same x, in one kernel launch if that is faster.
 
-    Each maps [B, T, *inputs] to [B, T, *outputs].
+    The axes B and T of x stay, and those of its inputs become those of the outputs.
 
     Args:
         linears: the modules with the letters of their outputs.

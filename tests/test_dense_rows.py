@@ -20,6 +20,11 @@ from dca_jax.products import dense_rows
 from dca_jax.products.dense_plan import ROWS, STEP, Plan, choose_plan
 from dca_jax.products.dense_rows import Norm
 
+# The float32 model's rows have that kernel on a GPU.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
 LLAMA = LlamaConfig(
     vocab_size=61,
     hidden_size=256,
