@@ -37,6 +37,7 @@ from dca_jax.attention.mosaic_gpu.forward_softmax import Softmax, along_keys, ra
 from dca_jax.attention.mosaic_gpu.forward_tiles import (
     EXITING,
     LIST_TILES,
+    PAGE_TILES,
     PASS_TILES,
     TILES,
     WARPGROUP_Q,
@@ -85,10 +86,10 @@ def forward(
 
 def _tiles_for(head_dim: int, phases: tuple[Phase, ...], page: int | None) -> ForwardTiles:
     """The tiles of the dense kernel; with pages, tiles whose blocks do not cross pages."""
-    if page is None and len(phases) == len(PHASES):
-        return TILES[head_dim]
-    tiles = PASS_TILES[head_dim]
-    return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
+    if page is None:
+        return (TILES if len(phases) == len(PHASES) else PASS_TILES)[head_dim]
+    tiles = PAGE_TILES[head_dim]
+    return tiles if page % tiles.block_k == 0 else LIST_TILES[head_dim]
 
 
 def _by_tiles_of_the_text(

@@ -69,19 +69,21 @@ TILES = {
     ),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=64, cluster=2),
 }
-# For one or two of the phases, and for pages that the blocks divide.
-PASS_TILES = {
+# For pages that the blocks divide.
+PAGE_TILES = {
     64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
     128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
+# For one or two of the phases.
+PASS_TILES = TILES | {256: PAGE_TILES[256]}
 EXITING = (128,)  # head_dims of which a tile without keys in a single pass ends at once
 # For lists and pages: blocks that divide 128 keys.
-LIST_TILES = PASS_TILES | {
+LIST_TILES = PAGE_TILES | {
     64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2)
 }
 # For a band of a method other than DCA: queries have one rotation, which is resident.
-BAND_TILES = PASS_TILES | {
+BAND_TILES = PAGE_TILES | {
     256: ForwardTiles(block_k=64, num_stages=2, resident=True, registers=0, cluster=2)
 }
 # For a band with positions in steps: two rotations, and logits for both.
