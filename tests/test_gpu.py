@@ -313,10 +313,10 @@ def dense_pass(
     start, stop = key_range(index, phase, dca)
     met = (start[:, None] <= index[None]) & (index[None] < stop[:, None])
     some = (start < stop)[:, None]
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", turned, k)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", turned, k, precision="highest")
     logits = jnp.where(met | ~some, logits, -jnp.inf)
     weights = jnp.where(some, jax.nn.softmax(logits, axis=-1), 0.0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision="highest").reshape(q.shape)
     lse = jnp.where(some[:, 0], jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
     return out, lse.reshape(q.shape[0], heads, length)
 

@@ -3,6 +3,7 @@
 What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
+import itertools
 import logging
 import re
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.blocks import num_tiles
 from dca_jax.attention.mosaic_gpu import backward_spans, decode, forward_tiles, widening
 from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
+from dca_jax.attention.mosaic_gpu.forward_cta import Problem, Refs, Shared
+from dca_jax.attention.mosaic_gpu.forward_schedule import Worker
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     any_met,
@@ -398,6 +401,55 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
     needed = {(p, slot // block) for p, _, slot in zip(*case.met.nonzero(), strict=True)}
     assert needed <= set(listed)
     assert all(0 <= at * block < sizes["num_keys"] for _, at in listed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "tokens", "phases"),
+    [
+        ((1, 8192, 32), 4, 3072, PHASES),
+        ((1, 8192, 32), 4, 3072, ("intra",)),
+        ((2, 1003, 6), 3, 200, ("succ",)),
+        ((3, 650, 4), 2, 40, ("intra",)),
+        ((1, 5000, 4), 1, 700, ("intra",)),
+        ((1, 1, 2), 2, 40, PHASES),
+    ],
+)
+def test_workers_share_the_tiles(
+    shape: tuple[int, int, int], group: int, tokens: int, phases: tuple[Phase, ...]
+) -> None:
+    """Each tile of each head goes to one worker; none has much more work than the others."""
+    batch, num_queries, heads = shape
+    dca = DCAConfig(chunk_len=tokens, max_query_position=tokens + 3)
+    tiles, cluster = forward_tiles.TILES[128], 2 if group % 2 == 0 else 1
+    problem = Problem(num_queries, group, cluster, dca, phases, tiles, None, len(phases))
+    nothing: Any = [None] * len(Refs._fields)
+    gmem = Refs(*nothing)._replace(out=jax.ShapeDtypeStruct((*shape, 128), jnp.bfloat16))
+    smem = Shared(*[jnp.arange(2)] * len(Shared._fields))
+    num_tiles = -(-num_queries // tiles.block_q)
+    items = heads // cluster * num_tiles * batch
+    workers = min(132 // cluster, items)
+
+    @jax.jit
+    def share(number: jax.Array) -> tuple[jax.Array, ...]:
+        worker = Worker(problem, gmem, smem, number, jnp.int32(0), workers)
+        ctas = [worker.cta(jnp.int32(n), jnp.int32(0)) for n in range(-(-items // workers))]
+        found = ([x.batch for x in ctas], [x.head for x in ctas], [x.tile for x in ctas])
+        return worker.num_tiles(), *(jnp.stack(x) for x in found)
+
+    counts, *of_all = jax.vmap(share)(jnp.arange(workers, dtype=jnp.int32))
+    first = jnp.arange(num_tiles, dtype=jnp.int32) * tiles.block_q
+    last = jnp.minimum(first + tiles.block_q, num_queries) - 1
+    keys = Keys(jnp.int32(0), num_queries)
+    full, edges = full_and_edge_walks(first, last, phases, dca, keys, tiles.block_k)
+    work = np.sum([walk.count for walk in (*full, *edges)], axis=0)
+    seen, sums = [], []
+    for number, count in enumerate(np.asarray(counts)):
+        mine = np.stack([np.asarray(x)[number, :count] for x in of_all], axis=1)
+        seen += map(tuple, mine.tolist())
+        sums.append(int(work[mine[:, 2]].sum()))
+    expected = itertools.product(range(batch), range(0, heads, cluster), range(num_tiles))
+    assert sorted(seen) == sorted(expected)
+    assert max(sums) <= np.mean(sums) + work.max()
 
 
 # --- what runs where ---------------------------------------------------------------------------

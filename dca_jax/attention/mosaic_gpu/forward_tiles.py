@@ -24,6 +24,9 @@ class ForwardTiles:
         ahead: whether a block's logits are computed with the previous block's values, and the
             warpgroups run freely; else two warpgroups take turns. Not with lists, pages and
             bands.
+        persistent: whether there are as many CTAs as run at once, each of which processes several
+            tiles of queries: the next one's keys are in flight while the last one's output is
+            written. Not with lists, pages and bands.
     """
 
     block_k: int
@@ -33,6 +36,7 @@ class ForwardTiles:
     cluster: int
     warpgroups: int = 2
     ahead: bool = False
+    persistent: bool = False
 
     @property
     def block_q(self) -> int:
@@ -63,11 +67,26 @@ TILES = {
         cluster=2,
         warpgroups=3,
         ahead=True,
+        persistent=True,
     ),
     128: ForwardTiles(
-        block_k=128, num_stages=2, resident=True, registers=128, cluster=2, ahead=True
+        block_k=128,
+        num_stages=2,
+        resident=True,
+        registers=128,
+        cluster=2,
+        ahead=True,
+        persistent=True,
     ),
-    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=64, cluster=2),
+    256: ForwardTiles(
+        block_k=64, num_stages=2, resident=False, registers=64, cluster=2, persistent=True
+    ),
+}
+# For one or two of the phases.
+PASS_TILES = TILES | {
+    256: ForwardTiles(
+        block_k=64, num_stages=2, resident=False, registers=0, cluster=2, persistent=True
+    )
 }
 # For pages that the blocks divide.
 PAGE_TILES = {
@@ -75,9 +94,6 @@ PAGE_TILES = {
     128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
-# For one or two of the phases.
-PASS_TILES = TILES | {256: PAGE_TILES[256]}
-EXITING = (128,)  # head_dims of which a tile without keys in a single pass ends at once
 # For lists and pages: blocks that divide 128 keys.
 LIST_TILES = PAGE_TILES | {
     64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2)
