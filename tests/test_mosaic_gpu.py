@@ -122,12 +122,12 @@ def test_decoding_from_8_bits_lowers(
 ) -> None:
     query, key, _, *rest = shapes(2, 1, 4096, heads, kv_heads, dim, dtype)
     key = jax.ShapeDtypeStruct(key.shape, cache)
-    scale = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
 
     def forward(*arrays: Any) -> Any:
-        *arrays, scales = arrays
-        options = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
-        return mosaic_gpu.forward(*arrays, **options)
+        *given, scales = arrays
+        options: Any = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
+        return mosaic_gpu.forward(*given, **options)
 
     text = lower(forward, query, key, key, *rest, Scales(scale, scale))
     assert "dca_decode" in text
@@ -169,12 +169,12 @@ def test_lists_and_pages_lower(
         options["pages"] = jax.ShapeDtypeStruct((2, 4096 // page), jnp.int32)
     if cache is not None:
         key = jax.ShapeDtypeStruct(key.shape, cache)
-        scale = jax.ShapeDtypeStruct((*key.shape[:2], kv_heads, key.shape[2]), jnp.float32)
+        scale: Any = jax.ShapeDtypeStruct((*key.shape[:2], kv_heads, key.shape[2]), jnp.float32)
         options["scales"] = Scales(scale, scale)
     if listed:
         of_tiles = 2, kv_heads, num_tiles(num_queries)
-        lists = ((*of_tiles, 3), (*of_tiles, 7))
-        options["blocks"] = KeyBlocks(*(jax.ShapeDtypeStruct(x, jnp.int32) for x in lists))
+        lists: Any = [jax.ShapeDtypeStruct((*of_tiles, n), jnp.int32) for n in (3, 7)]
+        options["blocks"] = KeyBlocks(*lists)
 
     def forward(query: Any, key: Any, layer: Any, rows: Any, options: Any) -> Any:
         static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
@@ -189,8 +189,9 @@ def test_blocks_are_passed_by_together(dim: int) -> None:
     """All threads of a warpgroup vote; heads whose blocks are of fewer keys are refused."""
     query, key, _, layer, rows = shapes(2, 300, 1024, 4, 2, dim, jnp.bfloat16)
     of_tiles = 2, 2, num_tiles(300)
-    lists = ((*of_tiles, 3), jnp.int32), ((*of_tiles, 8), jnp.int32), ((2,), jnp.float32)
-    blocks = KeyBlocks(*(jax.ShapeDtypeStruct(*x) for x in lists))
+    lists: Any = [jax.ShapeDtypeStruct((*of_tiles, n), jnp.int32) for n in (3, 8)]
+    lists += [jax.ShapeDtypeStruct((2,), jnp.float32)]
+    blocks = KeyBlocks(*lists)
 
     def forward(query: Any, key: Any, layer: Any, rows: Any, blocks: Any) -> Any:
         static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
@@ -239,7 +240,7 @@ def owners(layout: Any, shape: tuple[int, int]) -> dict[tuple[int, ...], np.ndar
     def offsets(dims: tuple[int, ...]) -> np.ndarray:
         sizes = [tiled[d] for d in dims]
         index = np.indices(sizes).reshape(len(dims), -1)
-        return sum(i * strides[d] for i, d in zip(index, dims, strict=True))
+        return np.sum([i * strides[d] for i, d in zip(index, dims, strict=True)], axis=0)
 
     warp, lane = offsets(layout.warp_dims), offsets(layout.lane_dims)
     thread = (warp[:, None] + lane[None, :]).reshape(-1, 1)

@@ -36,7 +36,7 @@ from dca_jax.attention.mosaic_gpu.forward_tiles import (
 )
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
 from dca_jax.dca import PHASES, DCAConfig, Phase
-from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
+from dca_jax.device import SHARED_BYTES, multiprocessors
 from dca_jax.errors import InputError
 
 
@@ -128,6 +128,8 @@ def _launch(
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     if tiles.warpgroups != 2 and not (tiles.ahead and tiles.warpgroups == 3):
         raise InputError(f"{tiles} must have two warpgroups, or three that run ahead")
+    if tiles.ahead and not tiles.resident:  # see `fetch`
+        raise InputError(f"{tiles} must keep all rotations in shared memory to run ahead")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
     if key.shape[2] % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
@@ -176,7 +178,7 @@ def launch(
     grid, names = (clusters, num_tiles, batch), ("heads", "tile", "batch")
     kernel = functools.partial(_kernel, problem)
     if problem.tiles.persistent:
-        workers = min(MULTIPROCESSORS // cluster, math.prod(grid))
+        workers = min(multiprocessors() // cluster, math.prod(grid))
         grid, names = (workers,), ("worker",)
         kernel = functools.partial(_persistent_kernel, problem, workers)
     out, *lse = plgpu.kernel(

@@ -73,6 +73,8 @@ def fetch(queries: Queries, phase: int | Array) -> None:
         rotated = source.at[*phase, cta.batch, queries.slots, cta.head]
         plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
 
+    # No thread still reads the former queries: every thread of the warpgroup has arrived at
+    # `ping_pong`, or at a barrier of the last tile's end, since the last product with them.
     if not cta.is_dense:
         load(cta.gmem.query, phase)
     elif isinstance(phase, int):

@@ -22,8 +22,8 @@ class ForwardTiles:
         warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; with lists, pages and
             bands 2.
         ahead: whether a block's logits are computed with the previous block's values, and the
-            warpgroups run freely; else two warpgroups take turns. Not with lists, pages and
-            bands.
+            warpgroups run freely; else two warpgroups take turns. Only if resident, and not with
+            lists, pages and bands.
         persistent: whether there are as many CTAs as run at once, each of which processes several
             tiles of queries: the next one's keys are in flight while the last one's output is
             written. Not with lists, pages and bands.
