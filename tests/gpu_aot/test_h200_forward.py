@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 TOKENS = 8192
-SPILLED = 96  # bytes per thread, at most; none in the loops over full blocks
+SPILLED = 64  # bytes per thread, none in the loops over full blocks; for two phases twice that
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_registers_and_shared_memory_suffice(
     frame = re.search(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert frame is not None
     spilled = [int(x) for x in frame.groups()]
-    assert max(spilled) <= SPILLED
+    assert max(spilled) <= SPILLED * (2 if len(phases) == 2 else 1)
     shared = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])  # pyright: ignore[reportOptionalSubscript]
     assert shared + 1024 <= SHARED_BYTES
     print(f"{spilled} bytes spilled, {shared} bytes of shared memory")
