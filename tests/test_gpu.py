@@ -4,6 +4,7 @@ The yardstick is the same formula computed naively in the inputs' own precision:
 sums rounded to it. Kernels that sum in float32 must err by a fraction of that only.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from kernels import attend_by_slices, runs_here
 
 import dca_jax
 from dca_jax.attention import attend, attention_pass, dual_chunk_attention, merge_passes
+from dca_jax.attention.mosaic_gpu import flash_forward
+from dca_jax.attention.mosaic_gpu.forward_tiles import PASS_TILES, TILES, ForwardTiles
 from dca_jax.attention.op import BACKENDS, make_rows, rotate_keys
 from dca_jax.attention.stored import Scales, quantize
 from dca_jax.config import LlamaConfig
@@ -320,6 +323,36 @@ def dense_pass(
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision="highest").reshape(q.shape)
     lse = jnp.where(some[:, 0], jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
     return out, lse.reshape(q.shape[0], heads, length)
+
+
+@pytest.mark.parametrize("phases", [PHASES, PHASES[1:], *((phase,) for phase in PHASES)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(32, 8, 64), (32, 8, 128), (33, 11, 128), (16, 4, 256)]
+)
+def test_a_cta_computes_many_tiles(
+    heads: int, kv_heads: int, dim: int, phases: tuple[Phase, ...]
+) -> None:
+    """As CTAs that compute one tile each, to the bit, in rows with much text, little and none."""
+    runs_here("mosaic_gpu", dim)
+    dca, length, told = config((200, 250)), 2101, [2101, 0, 1, 1300]
+    q, k, v, _ = draw(len(told), length, length, heads, kv_heads, dim, jnp.bfloat16)
+    rows = make_rows(q.shape, dca=dca, rope=ROPE, lengths=jnp.asarray(told, jnp.int32))
+    tiles = (TILES if phases == PHASES else PASS_TILES)[dim]
+    assert tiles.persistent
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tiles: ForwardTiles, k: jax.Array, v: jax.Array) -> Any:
+        options: dict[str, Any] = {"dca": dca, "phases": phases, "with_lse": True, "tiles": tiles}
+        return flash_forward.forward(q, k[None], v[None], jnp.int32(0), rows, **options)
+
+    alone = run(dataclasses.replace(tiles, persistent=False), k, v)
+    for _ in range(2):
+        for one, other in zip(run(tiles, k, v), alone, strict=True):
+            np.testing.assert_array_equal(one, other)
+    if phases == PHASES:
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        expected = attend(*wide, dca=dca, rows=rows, implementation="reference")
+        assert error(alone[0], expected) < 4e-3
 
 
 @pytest.mark.parametrize("length", [1, 256, 257, 845])
