@@ -433,9 +433,13 @@ def test_workers_share_the_tiles(
     @jax.jit
     def share(number: jax.Array) -> tuple[jax.Array, ...]:
         worker = Worker(problem, gmem, smem, number, jnp.int32(0), workers)
-        ctas = [worker.cta(jnp.int32(n), jnp.int32(0)) for n in range(-(-items // workers))]
-        found = ([x.batch for x in ctas], [x.head for x in ctas], [x.tile for x in ctas])
-        return worker.num_tiles(), *(jnp.stack(x) for x in found)
+
+        def numbers(n: jax.Array) -> tuple[jax.Array, ...]:
+            cta = worker.cta(n, jnp.int32(0))
+            return cta.batch, cta.head, cta.tile
+
+        most = jnp.arange(-(-items // workers), dtype=jnp.int32)
+        return worker.num_tiles(), *jax.vmap(numbers)(most)
 
     counts, *of_all = jax.vmap(share)(jnp.arange(workers, dtype=jnp.int32))
     first = jnp.arange(num_tiles, dtype=jnp.int32) * tiles.block_q
