@@ -568,7 +568,7 @@ def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--all-tests", action="store_true", help="the whole suite for each fault")
     parser.add_argument("--only", default="", help="faults whose name or file contains this")
     options = parser.parse_args()
