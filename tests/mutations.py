@@ -306,6 +306,13 @@ FAULTS = [
         "tests/test_band_forward.py::test_a_tile_walks_over_each_block_that_it_meets",
     ),
     Fault(
+        "some workers omit their last tile, and others invent one",
+        "attention/mosaic_gpu/forward_schedule.py",
+        "(self._place_in(jnp.int32(rows)) < rest).astype(jnp.int32)",
+        "(self.number < rest).astype(jnp.int32)",
+        "tests/test_mosaic_gpu.py::test_workers_share_the_tiles",
+    ),
+    Fault(
         "a band's values are those of the first layer",
         "attention/mosaic_gpu/band_forward.py",
         "value_row = layer * batch + row",
@@ -589,7 +596,7 @@ def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--all-tests", action="store_true", help="the whole suite for each fault")
     parser.add_argument("--only", default="", help="faults whose name or file contains this")
     options = parser.parse_args()
