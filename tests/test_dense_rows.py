@@ -66,11 +66,11 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("dtype", "rows", "widths", "kind", "plan"),
     [
-        ("bfloat16", 1, (128, 64, 64), "norm", Plan(64, 1, 3)),
-        ("float16", 1, (128,), "residual", Plan(128, 4, 2)),
-        ("bfloat16", 3, (128,), "residual", Plan(64, 1, 4)),
-        pytest.param("float16", 3, (256, 256), "", Plan(256, 2, 2), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 8, (128, 128), "gated", Plan(64, 2, 2), marks=pytest.mark.slow),
+        ("bfloat16", 1, (128, 64, 64), "norm", Plan(64, 3)),
+        ("float16", 1, (128,), "residual", Plan(128, 2)),
+        ("bfloat16", 3, (128,), "residual", Plan(64, 4)),
+        pytest.param("float16", 3, (256, 256), "", Plan(256, 2), marks=pytest.mark.slow),
+        pytest.param("bfloat16", 8, (128, 128), "gated", Plan(64, 2), marks=pytest.mark.slow),
     ],
 )
 def test_rows_times_a_layers_matrices(
@@ -87,7 +87,7 @@ def test_rows_times_a_layers_matrices(
         (4096, (4096, 1024, 1024), "norm"),
         (4096, (4096,), "residual"),
         (4096, (14336, 14336), "gated"),
-        (11008, (4096,), "residual"),
+        (4096, (4096, 4096, 4096), "norm"),
         (896, (896, 128, 128), "norm"),
     ],
 )
@@ -150,21 +150,26 @@ def test_plans_fit_in_shared_memory_and_divide_their_matrices() -> None:
         if plan is None:
             continue
         found += 1
-        part, each = inputs // plan.splits, 1 + gated
+        each = 1 + gated
         steps = plan.stages * STEP * plan.tile * each * 2
         sums = ROWS * plan.tile * each * 4
         results = ROWS * plan.tile * 2
-        assert ROWS * part * 2 + steps + sums + results <= SHARED_BYTES - 4096
-        assert width % plan.tile == inputs % (plan.splits * STEP) == 0
-        assert plan.stages * STEP <= part
-    assert found > 500
+        assert ROWS * inputs * 2 + steps + sums + results <= SHARED_BYTES - 4096
+        assert width % plan.tile == inputs % STEP == 0
+        assert plan.stages * STEP <= inputs
+    assert found > 100
 
 
 def test_plans_are_the_ones_that_were_fastest() -> None:
-    """On an H200: of Llama-3-8B q, k and v; o; gate and up."""
-    assert choose_plan(4096, [4096, 1024, 1024]) == Plan(256, 4, 6)
-    assert choose_plan(4096, [4096]) == Plan(256, 4, 6)
-    assert choose_plan(4096, [14336, 14336], gated=True) == Plan(128, 1, 4)
+    """On an H200, of those of one CTA a tile: Llama-3-8B's q, k and v; o; gate and up; 7B's first.
+
+    The 8B's down has too many inputs for shared memory, and the 7B's leaves no room for steps.
+    """
+    assert choose_plan(4096, [4096, 1024, 1024]) == Plan(64, 18)
+    assert choose_plan(4096, [4096]) == Plan(64, 18)
+    assert choose_plan(4096, [14336, 14336], gated=True) == Plan(128, 4)
+    assert choose_plan(4096, [4096, 4096, 4096]) == Plan(128, 9)
+    assert choose_plan(14336, [4096]) is choose_plan(11008, [4096]) is None
     assert choose_plan(4096, [4096, 1000]) is None
 
 
@@ -172,7 +177,7 @@ def test_plans_are_the_ones_that_were_fastest() -> None:
     ("inputs", "widths", "gated"),
     [
         (4096, (4096, 1024, 1024), False),
-        pytest.param(27648, (5120,), False, marks=pytest.mark.slow),
+        pytest.param(8192, (8192,), False, marks=pytest.mark.slow),
         pytest.param(8192, (28672, 28672), True, marks=pytest.mark.slow),
     ],
 )

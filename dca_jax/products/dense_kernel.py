@@ -3,10 +3,8 @@
 Its time is that of reading the matrices, in place in their stacks. One warpgroup keeps several
 steps of a tile in flight from the first moment on; the other multiplies on tensor cores, a tile's
 outputs as WGMMA's rows and the rows of x as its eight columns. Rows are normalized while the first
-steps arrive; a residual is added or SiLU's gate applied before sums are rounded.
-
-The CTAs of a cluster share a tile's inputs. Their sums go through global memory to the first of
-them, which adds them in order, so a result is the same every time.
+steps arrive; a residual is added or SiLU's gate applied before sums are rounded. A tile is one
+CTA's, which adds in a fixed order.
 """
 
 import itertools
@@ -33,7 +31,7 @@ class Problem(NamedTuple):
     Attributes:
         plan: how it is divided.
         rows: number of rows.
-        part: number of inputs per split.
+        inputs: number of inputs.
         starts: the first tile of each matrix, and the end; of one matrix if they are `gated`.
         gated: whether the result is silu(x gate) * (x up).
         epsilon: that of the norm; None without one.
@@ -41,7 +39,7 @@ class Problem(NamedTuple):
 
     plan: Plan
     rows: int
-    part: int
+    inputs: int
     starts: list[int]
     gated: bool
     epsilon: float | None
@@ -57,47 +55,35 @@ class _Refs(NamedTuple):
     residual: Any  # [rows, outputs], or None
     matrices: Any  # [L, inputs, outputs] each
     out: Any  # [rows, outputs of all]
-    sums: Any  # [tiles, splits, products, rows, tile] float32; None of one split
 
 
 class _Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
-    x: Any  # [ROWS, inputs of a split]
+    x: Any  # [ROWS, inputs]
     values: Any  # [stages, matrices of a tile, STEP, tile]
     out: Any  # [rows, tile]
-    sums: Any  # [products, rows, tile] float32, or None
     x_ready: Any
     ready: Any
     free: Any
-    summed: Any  # None of one split
 
 
 def launch(
-    arrays: tuple[Any, ...], problem: Problem, *, interpret: bool
+    arrays: tuple[Any, Any, Any, Any, Any, Any], problem: Problem, *, interpret: bool
 ) -> Float[Array, "rows outputs"]:
-    """The products; `arrays` are those of `_Refs` but the results."""
+    """The products; `arrays` are those of `_Refs` but the result."""
     plan, each = problem.plan, 1 + problem.gated
     x, tiles = arrays[1], problem.starts[-1]
-    out = [jax.ShapeDtypeStruct((problem.rows, tiles * plan.tile), x.dtype), None]
+    out = jax.ShapeDtypeStruct((problem.rows, tiles * plan.tile), x.dtype)
     shared = _Shared(
-        x=plgpu.SMEM((ROWS, problem.part), x.dtype),
+        x=plgpu.SMEM((ROWS, problem.inputs), x.dtype),
         values=plgpu.SMEM((plan.stages, each, STEP, plan.tile), x.dtype),
         out=plgpu.SMEM((problem.rows, plan.tile), x.dtype),
         x_ready=plgpu.Barrier(),
         ready=plgpu.Barrier(num_arrivals=each, num_barriers=plan.stages),
         free=plgpu.Barrier(num_barriers=plan.stages),
-        sums=None,
-        summed=None,
     )
-    if plan.splits > 1:
-        sums = each, problem.rows, plan.tile
-        out[1] = jax.ShapeDtypeStruct((tiles, plan.splits, *sums), jnp.float32)
-        shared = shared._replace(
-            sums=plgpu.SMEM(sums, jnp.float32),
-            summed=plgpu.ClusterBarrier(collective_axes=("split",)),
-        )
-    tree = jax.tree.structure((_Refs(*arrays, *out), shared))
+    tree = jax.tree.structure((_Refs(*arrays, out), shared))
 
     def kernel(*refs: Any) -> None:
         gmem, smem = jax.tree.unflatten(tree, refs)
@@ -106,28 +92,25 @@ def launch(
 
     return plgpu.kernel(
         kernel,
-        out_type=tuple(jax.tree.leaves(out)),
+        out_type=out,
         grid=(tiles,),
         grid_names=("tile",),
-        cluster=(plan.splits,),
-        cluster_names=("split",),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="dca_dense_rows",
         scratch_types=jax.tree.leaves(shared),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*jax.tree.leaves(arrays))[0]
+    )(*jax.tree.leaves(arrays))
 
 
 def _feed(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
     """The warpgroup that keeps steps in flight."""
-    plan, tile = problem.plan, lax.axis_index("tile")
-    begin, layer = lax.axis_index("split") * problem.part, gmem.layer[0]
+    plan, tile, layer = problem.plan, lax.axis_index("tile"), gmem.layer[0]
 
     def load(n: Array, _: None) -> None:
         slot = lax.rem(n, plan.stages)
         pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
-        inputs = pl.ds(begin + n * STEP, STEP)
+        inputs = pl.ds(n * STEP, STEP)
 
         def load_from(matrices: Sequence[Any], start: int) -> None:
             outputs = pl.ds((tile - start) * plan.tile, plan.tile)
@@ -137,7 +120,7 @@ def _feed(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
 
         _for_own(problem, gmem, tile, load_from)
 
-    lax.fori_loop(0, problem.part // STEP, load, None)
+    lax.fori_loop(0, problem.inputs // STEP, load, None)
 
 
 def _for_own(problem: Problem, gmem: _Refs, tile: Array, do: Callable[..., None]) -> None:
@@ -153,10 +136,8 @@ def _for_own(problem: Problem, gmem: _Refs, tile: Array, do: Callable[..., None]
 
 def _compute(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
     """The warpgroup that multiplies."""
-    plan, each, steps = problem.plan, 1 + problem.gated, problem.part // STEP
-    tile, split = lax.axis_index("tile"), lax.axis_index("split")
-    outputs = pl.ds(tile * plan.tile, plan.tile)
-    _place_rows(problem, gmem, smem, split * problem.part)
+    plan, each, steps = problem.plan, 1 + problem.gated, problem.inputs // STEP
+    _place_rows(problem, gmem, smem)
 
     def add_steps(*accs: Any) -> tuple[Array, ...]:
         def add(n: Array, _: None) -> None:
@@ -173,28 +154,7 @@ def _compute(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
 
     acc = plgpu.WGMMAAccumulatorRef((plan.tile, ROWS), jnp.float32)
     sums = [_by_row(total, problem.rows) for total in pl.run_scoped(add_steps, *[acc] * each)]
-    places = list(itertools.product(range(each), range(problem.rows)))
-    if plan.splits > 1:
-
-        def give() -> None:
-            for number, row in places:
-                smem.sums[number, row] = sums[number][row]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.sums, gmem.sums.at[tile, split])
-            plgpu.wait_smem_to_gmem(0)
-
-        pl.when(split > 0)(give)
-        plgpu.barrier_arrive(smem.summed)
-        plgpu.barrier_wait(smem.summed)
-
-    def finish() -> None:
-        for other in range(1, plan.splits):
-            for number, row in places:
-                part = gmem.sums.at[tile, other, number, row]
-                sums[number][row] += plgpu.load(part, layout=OUTPUTS, optimized=False)
-        _store(problem, gmem, smem, outputs, sums)
-
-    pl.when(split == 0)(finish)
+    _store(problem, gmem, smem, sums)
 
 
 def _by_row(total: Float[Array, "tile ROWS"], rows: int) -> list[Float[Array, " tile"]]:
@@ -203,14 +163,13 @@ def _by_row(total: Float[Array, "tile ROWS"], rows: int) -> list[Float[Array, " 
     return [jnp.where(column == row, total, 0).sum(axis=1) for row in range(rows)]
 
 
-def _place_rows(problem: Problem, gmem: _Refs, smem: _Shared, begin: Array) -> None:
-    """Loads a split's part of the rows into shared memory, and normalizes it there.
+def _place_rows(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
+    """Loads the rows into shared memory, and normalizes them there.
 
     Rows that there are not are zeros.
     """
-    part, inputs = pl.ds(begin, problem.part), gmem.x.shape[1]
-    first = lax.axis_index("tile") * 0
-    plgpu.copy_gmem_to_smem(gmem.x.at[pl.ds(first, ROWS), part], smem.x, smem.x_ready)
+    inputs, first = problem.inputs, lax.axis_index("tile") * 0
+    plgpu.copy_gmem_to_smem(gmem.x.at[pl.ds(first, ROWS)], smem.x, smem.x_ready)
     if problem.epsilon is None:
         plgpu.barrier_wait(smem.x_ready)
         return
@@ -223,25 +182,25 @@ def _place_rows(problem: Problem, gmem: _Refs, smem: _Shared, begin: Array) -> N
         root = lax.rsqrt(jnp.sum(full * full) / inputs + problem.epsilon)
         inverse = jnp.where(row == number, root, inverse)
     plgpu.barrier_wait(smem.x_ready)
-    size = math.gcd(problem.part, 512)
+    size = math.gcd(inputs, 512)
 
     def normalize(n: Array, _: None) -> None:
         chunk = pl.ds(n * size, size)
         x = plgpu.load(smem.x.at[:, chunk].T, layout=TURNED)
-        own = gmem.scale.at[gmem.scale_layer[0], pl.ds(begin + n * size, size)]
+        own = gmem.scale.at[gmem.scale_layer[0], chunk]
         scale = plgpu.load(own, layout=TURNED.reduce(1), optimized=False)
         normed = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, [1])
         scaled = normed.astype(x.dtype) * lax.broadcast_in_dim(scale, x.shape, [0])
         smem.x.at[:, chunk].T[...] = scaled
 
-    lax.fori_loop(0, problem.part // size, normalize, None)
+    lax.fori_loop(0, inputs // size, normalize, None)
     plgpu.commit_smem()
 
 
-def _store(
-    problem: Problem, gmem: _Refs, smem: _Shared, outputs: Any, sums: Sequence[Sequence[Array]]
-) -> None:
+def _store(problem: Problem, gmem: _Refs, smem: _Shared, sums: Sequence[Sequence[Array]]) -> None:
     """Finishes a tile's float32 sums, rounds them once, and stores them."""
+    tile = problem.plan.tile
+    outputs = pl.ds(lax.axis_index("tile") * tile, tile)
     for row, (total, *up) in enumerate(zip(*sums, strict=True)):
         if up:
             total = total / (1 + jnp.exp(-total)) * up[0]

@@ -1,6 +1,5 @@
 """How products of a few rows with dense matrices are divided (`dca_jax.products.dense_rows`)."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +8,9 @@ from dca_jax.device import MULTIPROCESSORS, SHARED_BYTES
 
 ROWS = 8  # columns of WGMMA's right operand, at least
 TILES, STEP = (256, 128, 64), 64  # outputs of a tile (of both matrices if gated); inputs of a step
-SPLITS = (1, 2, 4, 8)  # CTAs of a cluster
-STAGES = 3  # steps in flight, at least
-BUSY, SHARE = 64, 2**19  # CTAs that keep the memory busy; bytes for which one more is worth while
+BUSY = 64  # CTAs that keep the memory busy
+# Steps that a CTA must keep in flight to do so, and their bytes.
+STAGES, IN_FLIGHT = 3, 65536
 MARGIN = 16384  # bytes of shared memory for sums, barriers and reductions
 
 
@@ -19,31 +18,27 @@ class Plan(NamedTuple):
     """How a product is divided.
 
     Attributes:
-        tile: outputs of a tile.
-        splits: CTAs that share a tile's inputs.
+        tile: outputs of a tile, each of which is a CTA's.
         stages: number of steps in flight.
     """
 
     tile: int
-    splits: int
     stages: int
 
 
 def choose_plan(inputs: int, widths: Sequence[int], *, gated: bool = False) -> Plan | None:
     """A plan for these sizes; None if no tile divides them or shared memory is too small.
 
-    All CTAs run at once if they can. There are `BUSY` of them, or more if each still reads `SHARE`
-    bytes: the sums of a cluster cost time too. Of as many CTAs, those with the widest tiles have
-    the longest runs of memory to read (measured on an H200).
+    All CTAs run at once if they can, and there are `BUSY` of them. Of several such plans, the one
+    with the widest tile has the longest runs of memory to read (measured on an H200).
     """
     found, each = [], 1 + gated
-    useful = max(BUSY, 2 * inputs * sum(widths) // SHARE)
-    for wide, splits in itertools.product(TILES, SPLITS):
-        tile, part = wide // each, inputs // splits
-        ctas = sum(widths) // wide * splits
-        stages = min((SHARED_BYTES - MARGIN - part * ROWS * 2) // (wide * STEP * 2), part // STEP)
-        divided = inputs % math.lcm(splits * STEP, 128) == 0 and math.gcd(tile, *widths) == tile
-        if divided and tile >= TILES[-1] and stages >= STAGES:
+    for wide in TILES:
+        tile, ctas, step = wide // each, sum(widths) // wide, wide * STEP * 2
+        stages = min((SHARED_BYTES - MARGIN - inputs * ROWS * 2) // step, inputs // STEP)
+        divided = inputs % 128 == 0 and math.gcd(tile, *widths) == tile and tile >= TILES[-1]
+        enough = stages >= STAGES and stages * step >= min(IN_FLIGHT, inputs // STEP * step)
+        if divided and enough:
             rounds = -(-ctas // MULTIPROCESSORS)
-            found.append((rounds, -min(ctas, useful), ctas, -tile, Plan(tile, splits, stages)))
+            found.append((rounds, -min(ctas, BUSY), ctas, Plan(tile, stages)))
     return min(found)[-1] if found else None

@@ -67,13 +67,13 @@ def multiply(
     problem = dense_kernel.Problem(
         plan=plan,
         rows=len(x),
-        part=x.shape[1] // plan.splits,
+        inputs=x.shape[1],
         starts=list(itertools.accumulate((width // plan.tile for width in widths), initial=0)),
         gated=gated,
         epsilon=None if norm is None else norm.epsilon,
     )
-    of_norm = (None, None) if norm is None else (norm.scale, _one(norm.layer))
-    arrays = _one(layer), x, *of_norm, residual, list(stacks)
+    scale, scale_layer = (None, None) if norm is None else (norm.scale, _one(norm.layer))
+    arrays = _one(layer), x, scale, scale_layer, residual, list(stacks)
     out = dense_kernel.launch(arrays, problem, interpret=INTERPRET)
     return tuple(jnp.split(out, list(itertools.accumulate(widths))[:-1], axis=1))
 
