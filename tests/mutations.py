@@ -173,15 +173,29 @@ FAULTS = [
     Fault(
         "the last block of keys is lost",
         "attention/xla.py",
-        "(jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block",
-        "jnp.max(jnp.where(meets, stop, 0)) // block",
+        "first, -((first - last) // block)",
+        "first, (last - first) // block",
         f"{EDGES}[xla-65]",
     ),
     Fault(
         "the last block's first keys count twice",
         "attention/xla.py",
-        "(j >= jnp.maximum(start, n * block)[:, :, None])",
-        "(j >= start[:, :, None])",
+        "(j >= jnp.maximum(first, start)[:, :, None])",
+        "(j >= first[:, :, None])",
+        f"{EDGES}[xla-65]",
+    ),
+    Fault(
+        "a block that only the last query attends to completely is not masked",
+        "attention/xla.py",
+        "(jnp.min(stop) - first) // block",
+        "(jnp.max(stop) - first) // block",
+        f"{EDGES}[xla-65]",
+    ),
+    Fault(
+        "a block that only the first query attends to completely is not masked",
+        "attention/xla.py",
+        "(first - jnp.max(start)) // block",
+        "(first - jnp.min(start)) // block",
         f"{EDGES}[xla-65]",
     ),
     Fault(
