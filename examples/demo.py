@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -294,17 +295,33 @@ def side_by_side(said: dict[str, str]) -> Table:
 
 def together(work: Callable[[Any], Any], inputs: Iterable[Any]) -> list[Any]:
     """The result of `work` for each input, all computed at the same time."""
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         return list(pool.map(work, inputs))
+    finally:  # after Ctrl-C, `progress` ends what still runs
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` tokens; yields a function that advances it."""
+    """A progress bar over `total` tokens; yields a function that advances it, in any thread.
+
+    After the block the function raises, so that threads end which the block left behind.
+    """
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    over = threading.Event()
+
+    def advance(tokens: int) -> None:
+        if over.is_set():
+            raise RuntimeError(f"{name} was interrupted")
+        bar.advance(task, tokens)
+
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=total)
-        yield lambda tokens: bar.advance(task, tokens)
+        try:
+            yield advance
+        finally:
+            over.set()
 
 
 def find_model() -> Path:
