@@ -79,19 +79,22 @@ INTERPRETED = {
 # Kernels take seconds in their interpreters.
 MARKS = {
     "triton": pytest.mark.slow,
-    "mosaic_ampere": pytest.mark.slow,
+    "mosaic_ampere": pytest.mark.by_name,
     "mosaic_tpu": pytest.mark.slow,
     "mosaic_gpu": pytest.mark.gpu,
-    "mosaic_blackwell": pytest.mark.slow,
+    "mosaic_blackwell": pytest.mark.by_name,
 }
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param(x, marks=MARKS.get(x, ())) for x in BENCHES),
-        pytest.param("mosaic_blackwell", marks=pytest.mark.gpu, id="mosaic_blackwell, on its GPU"),
+def backends(marks: dict[str, pytest.MarkDecorator]) -> list[Any]:
+    on_its_gpu = {"marks": pytest.mark.gpu, "id": "mosaic_blackwell, on its GPU"}
+    return [
+        *(pytest.param(name, marks=marks.get(name, ())) for name in BENCHES),
+        pytest.param("mosaic_blackwell", **on_its_gpu),  # pyright: ignore
     ]
-)
+
+
+@pytest.fixture(params=backends(MARKS))
 def bench(request: pytest.FixtureRequest) -> Bench:
     name = request.param
     if request.node.get_closest_marker("gpu"):
@@ -171,6 +174,12 @@ def by_the_oracle(
 # --- edges -------------------------------------------------------------------------------------
 
 
+# The one test that every change runs of backends that are chosen by name only.
+@pytest.mark.parametrize(
+    "bench",
+    backends(MARKS | dict.fromkeys(("mosaic_ampere", "mosaic_blackwell"), pytest.mark.slow)),
+    indirect=True,
+)
 def test_texts_that_end_at_an_edge(bench: Bench) -> None:
     """1, s - 1, s, s + 1, 2s and 2s + 1 tokens, the shorter ones padded; Q = 2s - 1.
 

@@ -101,7 +101,13 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(band_forward, "launch", launch)
 
 
-@pytest.mark.parametrize("name", band_methods.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("rerope", "lm-infinite") else pytest.param(name, marks=pytest.mark.slow)
+        for name in band_methods.NAMES
+    ],
+)
 @pytest.mark.usefixtures("followed")
 def test_what_is_launched_is_the_definition(name: str) -> None:
     """Pieces at different places of texts of different lengths, in one layer of several."""
@@ -183,7 +189,11 @@ def test_a_tile_walks_over_each_block_that_it_meets(seed: int, block: int, grow:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "dtype"),
-    [(9, 3, 64, jnp.bfloat16), (32, 8, 128, jnp.bfloat16), (4, 2, 256, jnp.float16)],
+    [
+        (9, 3, 64, jnp.bfloat16),
+        pytest.param(32, 8, 128, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(4, 2, 256, jnp.float16, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", ["rerope", "adagrope", "dpe"])
 def test_prompts_lower(name: str, heads: int, kv_heads: int, dim: int, dtype: Any) -> None:

@@ -324,7 +324,8 @@ class Pool(NamedTuple):
 def test_pages(bench: Bench, name: str, page: int, request: pytest.FixtureRequest) -> None:
     """Over lists, all that is met, and few queries; by our kernels, as pages in order to the bit.
 
-    Where a block of the dense kernel lies in one page, that is also as keys laid out.
+    Few queries, where a block of their kernel lies in one page, also as keys laid out. Prefill from
+    pages takes turns where that from keys laid out does not, and the two round differently.
     """
     interpret(bench, request)
     case = drawn(name, bench.dim, bench.dtype)
@@ -351,7 +352,7 @@ def test_pages(bench: Bench, name: str, page: int, request: pytest.FixtureReques
         found = attend(bench, queries, **pages)
         bench.agrees(found, queries.expected())
         if bench.name == "mosaic_gpu":
-            laid_out = {} if page == 256 else in_order
+            laid_out = {} if queries is few and page == 256 else in_order
             np.testing.assert_array_equal(found, attend(bench, queries, **laid_out))
 
 

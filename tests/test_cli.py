@@ -360,6 +360,7 @@ def test_explain_takes_a_model_or_a_trained_length(folder):
     assert "40 tokens (7 chunks)" in preset  # of 4 * 64 tokens
 
 
+@pytest.mark.slow
 def test_explain_takes_every_method(tmp_path):
     for name in METHODS:
         name = MEASURED.get(name, name)

@@ -172,11 +172,11 @@ def tiles_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLOW = pytest.mark.slow
-QUICK_ONES = ["one_device", "short_chunks"]
+QUICK_ONE = "short_chunks"
 
 
 @pytest.mark.parametrize(
-    "setting", [pytest.param(x, marks=[SLOW] * (x not in QUICK_ONES)) for x in SETTINGS]
+    "setting", [pytest.param(x, marks=[SLOW] * (x != QUICK_ONE)) for x in SETTINGS]
 )
 @pytest.mark.usefixtures("tiles_of_four")
 def test_equals_the_oracle(setting: str) -> None:
@@ -346,6 +346,7 @@ def collectives(text: str) -> list[tuple[str, int]]:
     return [(kind, max(elements(result))) for result, kind in found]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiles_of_four")
 def test_the_ring_never_holds_all_keys() -> None:
     """What the compiler makes of value and gradient of a long text: what it moves, and holds."""

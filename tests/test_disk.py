@@ -115,6 +115,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_standard_output_on_a_full_disk() -> None:
     with Path("/dev/full").open("w") as full:

@@ -263,6 +263,7 @@ def test_a_prefix_changes_nothing_but_the_time(llm):
     assert "".join(llm.stream(QUESTIONS[0], max_new_tokens=12, prefix=prefix)) == whole[0].text
 
 
+@pytest.mark.slow
 def test_a_cache_in_8_bits_is_like_the_exact_one(folder, llm):
     """Rows of a batch, prefixes and scores; it costs little."""
     small = dca_jax.load(folder, cache_dtype="int8")

@@ -88,6 +88,7 @@ def direct_logprobs(paper_llm, ids: list[int]) -> np.ndarray:
     return np.take_along_axis(logprobs, np.asarray(ids[1:])[:, None], axis=-1)[:, 0]
 
 
+@pytest.mark.slow
 def test_the_figures_of_local_tasks_are_those_computed_directly(model, paper_llm, task_folder):
     results = evaluate(model, task_folder)
     samples = results["samples"]

@@ -108,6 +108,7 @@ def ruler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return TASKS / "ruler"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["niah_single_1", "ruler_vt"])
 def test_ruler(pair: tuple, ruler: Path, task: str) -> None:
     ours, theirs, folder = pair
@@ -131,6 +132,7 @@ def by_hand(samples: list[dict]) -> float:
     return float(np.mean(shares))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "metric"),
     [("qasper", QASPER, "qa_f1_score"), ("trec", TREC, "classification_score")],

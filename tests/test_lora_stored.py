@@ -97,7 +97,7 @@ def by_library(folder: Path, name: str) -> tuple[Path, LlamaConfig, Tree]:
 @pytest.mark.parametrize(
     ("make", "name", "mesh"),
     [
-        (by_tests, "awq", None),
+        pytest.param(by_tests, "awq", None, marks=pytest.mark.slow),
         pytest.param(by_tests, "awq", "fsdp=2,tensor=2", marks=pytest.mark.slow),
         (by_library, "Q4_K", None),
         pytest.param(by_tests, "gptq", None, marks=pytest.mark.slow),
@@ -127,6 +127,7 @@ def test_value_and_gradients(tmp_path: Path, make: Callable, name: str, mesh: st
         assert np.linalg.norm(leaf - other) < 1e-5 * np.linalg.norm(other), leaf_name
 
 
+@pytest.mark.slow
 def test_a_run_over_a_gguf_file(tmp_path: Path) -> None:
     """It leaves an adapter of PEFT's, and the model that it makes of the unpacked weights."""
     tokenizer = byte_level(byte_level_tokenizer(), "gpt-2")

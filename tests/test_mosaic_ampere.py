@@ -27,7 +27,7 @@ DCA = DCAConfig(chunk_len=S, max_query_position=60)
 WIDE = DCAConfig(chunk_len=700, max_query_position=1000)
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.usefixtures("interpreted_mosaic_ampere")
 @pytest.mark.parametrize("num_queries", [2, 20])
 def test_slices_of_a_cache_that_differ_from_row_to_row(num_queries: int) -> None:
@@ -102,7 +102,7 @@ def test_decoding_lowers_for_cuda() -> None:
     assert "mosaic_gpu_v2" in exported("NVIDIA A100-SXM4-80GB", read, *shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.parametrize(
     ("kind", "head_dim", "dtype"),
     [("NVIDIA A100-SXM4-80GB", 128, jnp.bfloat16), ("NVIDIA L40S", 64, jnp.float16)],

@@ -32,22 +32,30 @@ CALL = "stablehlo.custom_call @mosaic_gpu_v2"
 # divides. Each takes JAX seconds.
 VARIANTS = [
     pytest.param((1, 4096, 4096, 32, 8, 128, jnp.bfloat16), DCA, PHASES, id="gqa"),
-    pytest.param((2, 1003, 1005, 6, 2, 128, jnp.float16), DCA, PHASES[1:], id="ragged"),
-    pytest.param((1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES, id="mha"),
+    pytest.param(
+        *((2, 1003, 1005, 6, 2, 128, jnp.float16), DCA, PHASES[1:]),
+        id="ragged",
+        marks=pytest.mark.by_name,
+    ),
+    pytest.param(
+        *((1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES),
+        id="mha",
+        marks=pytest.mark.by_name,
+    ),
     pytest.param(
         *((1, 4096, 4096, 4, 4, 128, jnp.bfloat16), PLAIN, ("intra",)),
         id="plain",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
     pytest.param(
         *((1, 1024, 1024, 8, 1, 64, jnp.bfloat16), DCA, ("inter",)),
         id="inter",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
     pytest.param(
         *((1, 1024, 1024, 4, 2, 128, jnp.float16), DCA, ("succ",)),
         id="succ",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.by_name,
     ),
 ]
 
@@ -58,7 +66,7 @@ def test_forward_lowers(sizes: tuple, dca: DCAConfig, phases: tuple[Phase, ...])
     assert CALL in text
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.parametrize("kind", [B200, "NVIDIA GB300"])
 def test_forward_without_log_sum_exp_lowers(kind: str) -> None:
     sizes = (1, 1024, 1024, 4, 2, 64, jnp.bfloat16)
@@ -71,9 +79,9 @@ def test_forward_without_log_sum_exp_lowers(kind: str) -> None:
     [
         (1, None, None, False),
         (15, 128, jnp.int8, False),
-        (300, 256, jnp.int8, True),
-        pytest.param(16, None, jnp.float8_e4m3fn, True, marks=pytest.mark.slow),
-        pytest.param(300, 128, None, True, marks=pytest.mark.slow),
+        pytest.param(300, 256, jnp.int8, True, marks=pytest.mark.by_name),
+        pytest.param(16, None, jnp.float8_e4m3fn, True, marks=pytest.mark.by_name),
+        pytest.param(300, 128, None, True, marks=pytest.mark.by_name),
     ],
 )
 def test_caches_of_every_kind_lower(
@@ -98,6 +106,7 @@ def test_caches_of_every_kind_lower(
     assert (CALL in text) == by_kernel
 
 
+@pytest.mark.by_name
 def test_the_gradient_is_by_plain_xla() -> None:
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         options: Any = {"dca": DCA, "rope": ROPE, "implementation": "mosaic_blackwell"}
@@ -124,7 +133,7 @@ def by_kernel(q: Any, k: Any, v: Any, dca: DCAConfig, rows: Any) -> tuple[Any, A
     return forward(q, k[None], v[None], jnp.int32(0), rows)
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.usefixtures("interpreted_mosaic_blackwell")
 @pytest.mark.parametrize(
     ("dim", "dtype", "growth"),
@@ -150,7 +159,7 @@ def test_more_blocks_than_are_in_flight(dim: int, dtype: Any, growth: float) -> 
     assert np.isfinite(lse).all()
 
 
-@pytest.mark.slow
+@pytest.mark.by_name
 @pytest.mark.usefixtures("interpreted_mosaic_blackwell")
 def test_queries_without_keys_and_rows_of_different_texts() -> None:
     """Slices that end before, hold, and begin after a row's keys; text of one token; padding."""

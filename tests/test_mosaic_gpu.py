@@ -46,11 +46,29 @@ DCA = DCAConfig.paper(4096)
 VARIANTS = [
     pytest.param((1, 4096, 4096, 32, 8, 128, jnp.bfloat16), DCA, PHASES, id="gqa"),
     pytest.param((2, 1003, 1005, 6, 2, 128, jnp.float16), DCA, PHASES[1:], id="ragged"),
-    pytest.param((1, 4096, 4096, 4, 4, 128, jnp.bfloat16), PLAIN, ("intra",), id="plain"),
-    pytest.param((1, 1024, 1024, 8, 1, 64, jnp.bfloat16), DCA, ("inter",), id="inter"),
-    pytest.param((1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES, id="mha"),
-    pytest.param((1, 1024, 1024, 4, 2, 256, jnp.float16), DCA, ("succ",), id="succ"),
-    pytest.param((1, 1024, 1024, 8, 1, 256, jnp.bfloat16), DCA, ("intra",), id="intra"),
+    pytest.param(
+        (1, 4096, 4096, 4, 4, 128, jnp.bfloat16),
+        PLAIN,
+        ("intra",),
+        id="plain",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        (1, 1024, 1024, 8, 1, 64, jnp.bfloat16), DCA, ("inter",), id="inter", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        (1, 1024, 1024, 4, 4, 64, jnp.float16), DCA, PHASES, id="mha", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        (1, 1024, 1024, 4, 2, 256, jnp.float16), DCA, ("succ",), id="succ", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        (1, 1024, 1024, 8, 1, 256, jnp.bfloat16),
+        DCA,
+        ("intra",),
+        id="intra",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -71,7 +89,7 @@ def test_backward_lowers(sizes: tuple, dca: DCAConfig, phases: tuple[Phase, ...]
     assert "mosaic_gpu" in lower_backward(mosaic_gpu, shapes(*sizes), dca, phases)
 
 
-@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("dim", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_gradient_lowers_under_vmap_as_one_launch_after_another(dim: int) -> None:
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         options: Any = {"dca": DCA, "rope": RopeConfig(), "implementation": "mosaic_gpu"}
@@ -88,13 +106,13 @@ def test_the_gradient_lowers_under_vmap_as_one_launch_after_another(dim: int) ->
     ("heads", "kv_heads", "dim", "dtype"),  # every two of grouping, head_dim and dtype together
     [
         (4, 4, 64, jnp.bfloat16),
-        (4, 4, 128, jnp.float16),
-        (4, 4, 256, jnp.bfloat16),
-        (32, 8, 64, jnp.float16),
+        pytest.param(4, 4, 128, jnp.float16, marks=pytest.mark.slow),
+        pytest.param(4, 4, 256, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(32, 8, 64, jnp.float16, marks=pytest.mark.slow),
         (32, 8, 128, jnp.bfloat16),
-        (32, 8, 256, jnp.float16),
-        (8, 1, 64, jnp.bfloat16),
-        (8, 1, 128, jnp.float16),
+        pytest.param(32, 8, 256, jnp.float16, marks=pytest.mark.slow),
+        pytest.param(8, 1, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(8, 1, 128, jnp.float16, marks=pytest.mark.slow),
         (8, 1, 256, jnp.bfloat16),
     ],
 )
@@ -106,12 +124,12 @@ def test_decoding_lowers(heads: int, kv_heads: int, dim: int, dtype: Any) -> Non
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "dtype", "cache"),
     [
-        (4, 4, 64, jnp.bfloat16, jnp.float8_e4m3fn),
-        (32, 8, 64, jnp.float16, jnp.int8),
+        pytest.param(4, 4, 64, jnp.bfloat16, jnp.float8_e4m3fn, marks=pytest.mark.slow),
+        pytest.param(32, 8, 64, jnp.float16, jnp.int8, marks=pytest.mark.slow),
         (32, 8, 128, jnp.bfloat16, jnp.int8),
         (8, 1, 128, jnp.float16, jnp.float8_e4m3fn),
-        (8, 1, 256, jnp.bfloat16, jnp.int8),
-        (4, 4, 256, jnp.bfloat16, jnp.float8_e4m3fn),
+        pytest.param(8, 1, 256, jnp.bfloat16, jnp.int8, marks=pytest.mark.slow),
+        pytest.param(4, 4, 256, jnp.bfloat16, jnp.float8_e4m3fn, marks=pytest.mark.slow),
     ],
 )
 def test_decoding_from_8_bits_lowers(
@@ -136,8 +154,8 @@ def test_decoding_from_8_bits_lowers(
     ("num_queries", "heads", "kv_heads", "dim", "listed", "page", "cache"),
     [
         (1000, 28, 4, 128, True, None, None),
-        (1000, 8, 1, 256, True, 256, None),
-        (1000, 9, 3, 64, False, 256, None),
+        pytest.param(1000, 8, 1, 256, True, 256, None, marks=pytest.mark.slow),
+        pytest.param(1000, 9, 3, 64, False, 256, None, marks=pytest.mark.slow),
         (1000, 4, 2, 128, True, 128, jnp.int8),
         (1, 28, 4, 128, False, 256, None),
         (1, 8, 2, 128, False, 128, jnp.int8),
@@ -325,6 +343,7 @@ def test_a_tile_of_queries_walks_over_each_key_once(block: int, **sizes: int) ->
     np.testing.assert_array_equal(visits, case.met)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(blocks=st.sampled_from([(8, 16), (16, 8), (32, 64)]), **SIZES)
 def test_a_tile_of_keys_walks_over_each_query_once_and_adds_in_order(

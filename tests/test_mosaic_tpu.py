@@ -232,7 +232,7 @@ def make_steps(
 @pytest.mark.parametrize(
     ("s", "shape", "tile"),
     [
-        (24, (70, 90), (16, 16)),
+        pytest.param(24, (70, 90), (16, 16), marks=pytest.mark.slow),
         (7, (61, 61), (16, 24)),  # many chunks a block
         (32, (90, 64), (12, 16)),  # blocks of keys divide the chunk
         (1, (9, 12), (4, 5)),
@@ -272,7 +272,7 @@ def test_every_pair_is_computed_once_in_its_phase(
     ("chunk_len", "dims", "itemsizes"),
     [
         (2560, [128], [2]),
-        (2816, [64, 128, 256], [2, 4]),
+        pytest.param(2816, [64, 128, 256], [2, 4], marks=pytest.mark.slow),
         (3072, [128], [2]),
         (20240, [128], [2]),
     ],

@@ -171,7 +171,14 @@ def test_a_size_that_does_not_divide_has_smaller_groups() -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "form"), [(DENSE, "int8"), (SPARSE, "int4:32"), (DENSE, "fp8")])
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        (DENSE, "int8"),
+        pytest.param(SPARSE, "int4:32", marks=pytest.mark.slow),
+        pytest.param(DENSE, "fp8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_computes_with_what_its_weights_stand_for(config: LlamaConfig, form: str) -> None:
     packed = model(packed_params(config, form), config)
     close(logits(packed, config), logits(unpacked_model(config, form), config))
@@ -285,7 +292,7 @@ def test_a_checkpoint_is_packed_while_it_is_read(folder: Path) -> None:
     assert json.loads(result.stdout)["text"] == want
 
 
-@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("fsdp=2,tensor=2", marks=pytest.mark.slow)])
 def test_int4_kernels_lie_in_memory_as_a_tpu_reads_them(
     folder: Path, mesh: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

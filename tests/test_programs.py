@@ -6,6 +6,7 @@ import random
 
 import jax
 import numpy as np
+import pytest
 
 from dca_jax import Sampler
 from dca_jax.inference import compiled as compiled_module
@@ -17,6 +18,7 @@ from dca_jax.inference.steps import stop_and_decode
 LENGTHS = (1, 5, 63, 200, 512)
 
 
+@pytest.mark.slow
 def test_a_process_settles_on_few_programs(llm, compilations):
     """Through every door: what was asked after the first requests compiles nothing."""
     draw = random.Random(0)
@@ -63,6 +65,7 @@ def _doubled(model, x):
     return 2 * x
 
 
+@pytest.mark.slow
 def test_programs_longest_unused_are_dropped(monkeypatch):
     """And what they took is free: the process holds no more of them."""
     few = functools.lru_cache(maxsize=4)(compiled_module._program.__wrapped__)

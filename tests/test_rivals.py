@@ -457,6 +457,7 @@ def tiny() -> Llama:
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 80)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_settings_and_lengths(tiny: Llama, compilations: list[str]) -> None:
     """Of a method, and of plain attention with any rope: what differs is data."""
     kinds = {
