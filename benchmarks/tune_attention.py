@@ -124,10 +124,11 @@ MOSAIC_KERNELS = [
             "cluster": (1, 2),
             "warpgroups": (2, 3),
             "ahead": (True, False),
+            "persistent": (True, False),
         },
         promising={
             64: [{"num_stages": 4}, {"cluster": 1}, {"warpgroups": 2, "num_stages": 4}],
-            128: [{"registers": 64}, {"cluster": 1}, {"ahead": False}],
+            128: [{"persistent": False}, {"registers": 64}, {"cluster": 1}, {"ahead": False}],
             256: [{"registers": 64}, {"registers": 128}, {"cluster": 1}],
         },
     ),

@@ -21,7 +21,7 @@ CAPABILITIES = {
 # Properties of an H100 or H200 (CUDA C++ Programming Guide; NVIDIA's datasheet), by which kernels
 # split their work.
 SHARED_BYTES = 227 * 1024  # maximum shared memory of a CTA
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132  # where the device does not say; see `multiprocessors`
 
 
 class Device(NamedTuple):
@@ -48,6 +48,18 @@ def current_device() -> Device:
     capability = next((CAPABILITIES[word] for word in words if word in CAPABILITIES), None)
     platform = "gpu" if abstract.platform == "cuda" else abstract.platform
     return Device(platform, abstract.device_kind, capability)
+
+
+def multiprocessors() -> int:
+    """Number of multiprocessors of the current GPU: an H100 PCIe has 114, an H20 78.
+
+    A mesh names it, so none of its devices need be present. Without a mesh JAX's default device is
+    asked; one that is no GPU stands for an H200, as in ahead-of-time compilation.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.num_cores or MULTIPROCESSORS
+    return getattr(_default_device(), "core_count", None) or MULTIPROCESSORS
 
 
 def describe(device: Device) -> str:

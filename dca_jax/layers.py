@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from dca_jax.config import LlamaConfig, LoraConfig
 from dca_jax.device import current_device
 from dca_jax.experts import Experts, Routing
+from dca_jax.products import dense_rows
 from dca_jax.products.packed import is_packed
 from dca_jax.products.packed_product import packed_product, packed_products
 from dca_jax.products.row_products import can_multiply, row_products
@@ -66,14 +67,37 @@ class Linear(nnx.Module):
             b = nnx.Param(jnp.zeros((*layers, lora.rank, *outputs), jnp.float32))
         self.lora, self.lora_a, self.lora_b = lora, a, b
 
-    def __call__(
-        self, x: Array, inputs: str, outputs: str, layer: Int[Array, ""] | None = None
-    ) -> Array:
-        """Maps [B, T, *inputs] to [B, T, *outputs].
+    def added(
+        self,
+        before: Float[Array, "B T D"],
+        x: Array,
+        inputs: str,
+        layer: Int[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """before + y, where y is x with its inputs mapped to D; `layer` as in `project`."""
+        if self.is_plain and self.is_stack(inputs, "D"):
+            rows, stack = _rows(x), self.matrices(inputs)
+            if dense_rows.can_multiply(rows, [stack]):
+                assert layer is not None  # stacks exist only with a layer number
+                residual = before.reshape(len(rows), -1)
+                (y,) = dense_rows.multiply(rows, [stack], layer, residual=residual)
+                return y.reshape(before.shape)
+        return before + project(x, inputs, [(self, "D")], layer)[0]
 
-        With `layer`, a kernel that `stays_whole` is the whole stack instead of this layer's slice.
-        """
-        return project(x, inputs, [(self, outputs)], layer)[0]
+    @property
+    def is_plain(self) -> bool:
+        """Whether y is the product with the kernel and nothing more."""
+        return self.lora is None and self.bias is None
+
+    def is_stack(self, inputs: str, outputs: str) -> bool:
+        """Whether the kernel, which is not packed, is the whole stack."""
+        kernel = self.kernel[...]
+        return not is_packed(kernel) and kernel.ndim > len(inputs + outputs)
+
+    def matrices(self, inputs: str) -> Float[Array, "L inputs outputs"]:
+        """The stack, with one axis of inputs and one of outputs."""
+        kernel = self.kernel[...]
+        return kernel.reshape(len(kernel), math.prod(kernel.shape[1 : 1 + len(inputs)]), -1)
 
     def multiply(self, x: Array, inputs: str, outputs: str) -> Array:
         """x times this layer's kernel."""
@@ -126,39 +150,47 @@ def project(
     inputs: str,
     linears: Sequence[tuple[Linear, str]],
     layer: Int[Array, ""] | None = None,
+    norm: "LayerNorm | None" = None,
 ) -> list[Array]:
     """Applies several `Linear`s to the same x, in one kernel launch if that is faster.
 
+    The axes B and T of x stay, and those of its inputs become those of the outputs.
+
     Args:
         linears: the modules with the letters of their outputs.
-        layer: as in `Linear`.
+        layer: with it, kernels that `stays_whole` are whole stacks instead of this layer's slices.
+        norm: normalizes x first.
     """
+    normed = x if norm is None else norm(x)
     products: dict[int, Array] = {}
     kernels = {number: linear.kernel[...] for number, (linear, _) in enumerate(linears)}
-    stacks = {n: k for n, k in kernels.items() if is_packed(k)}
-    if stacks and layer is not None:
-        subscripts = [f"BT{inputs},{inputs}{linears[n][1]}->BT{linears[n][1]}" for n in stacks]
-        found = packed_products(subscripts, x, list(stacks.values()), layer)
-        products |= zip(stacks, found, strict=True)
-    rows = {
-        n: kernel
-        for n, kernel in kernels.items()
-        if n not in products and kernel.ndim > len(inputs + linears[n][1])
-    }
-    if rows:
+    packed = {n: k for n, k in kernels.items() if is_packed(k)}
+    if packed and layer is not None:
+        subscripts = [f"BT{inputs},{inputs}{linears[n][1]}->BT{linears[n][1]}" for n in packed]
+        found = packed_products(subscripts, normed, list(packed.values()), layer)
+        products |= zip(packed, found, strict=True)
+    stacks = {n: lin for n, (lin, out) in enumerate(linears) if lin.is_stack(inputs, out)}
+    if stacks:
         assert layer is not None  # stacks exist only with a layer number
-        flat = [kernel.reshape(len(kernel), x[0, 0].size, -1) for kernel in rows.values()]
-        found = row_products(x.reshape(1, -1), flat, layer[None])
-        for (n, kernel), y in zip(rows.items(), found, strict=True):
-            shape = kernel.shape[1 + len(inputs) :]
-            products[n] = y.astype(x.dtype).reshape(1, 1, *shape)
+        rows, matrices = _rows(x), [linear.matrices(inputs) for linear in stacks.values()]
+        if dense_rows.can_multiply(rows, matrices):
+            found = dense_rows.multiply(rows, matrices, layer, norm=norm and norm.of_rows)
+        else:
+            found = row_products(_rows(normed), matrices, layer[None])
+        for (n, linear), y in zip(stacks.items(), found, strict=True):
+            shape = linear.kernel.shape[1 + len(inputs) :]
+            products[n] = y.astype(x.dtype).reshape(*x.shape[:2], *shape)
     for n, (linear, outputs) in enumerate(linears):
         if n not in products:
-            products[n] = linear.multiply(x, inputs, outputs)
+            products[n] = linear.multiply(normed, inputs, outputs)
     return [
-        linear.finished(x, products[n], inputs, outputs)
+        linear.finished(normed, products[n], inputs, outputs)
         for n, (linear, outputs) in enumerate(linears)
     ]
+
+
+def _rows(x: Array) -> Float[Array, "BT inputs"]:
+    return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -168,13 +200,35 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        """Normalizes x; the result has the dtype of x."""
+    def __call__(
+        self, x: Float[Array, "*rest D"], layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "*rest D"]:
+        """Normalizes x; the result has the dtype of x. With `layer`, the scale may be a stack."""
         full = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
         normed = (full * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        scale = self.scale[...].astype(x.dtype)
+        scale = self.scale[...]
+        if layer is not None and scale.ndim > 1:
+            scale = jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+        scale = scale.astype(x.dtype)
         return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class LayerNorm(NamedTuple):
+    """The RMSNorm of one layer; `layer` as in `RMSNorm`."""
+
+    norm: RMSNorm
+    layer: Int[Array, ""] | None
+
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        """Normalizes x."""
+        return self.norm(x, self.layer)
+
+    @property
+    def of_rows(self) -> dense_rows.Norm:
+        """For a product that normalizes its rows itself."""
+        assert self.layer is not None  # as with stacks of kernels
+        return dense_rows.Norm(self.norm.scale[...], self.layer, self.norm.epsilon)
 
 
 class Attention(nnx.Module):
@@ -196,14 +250,18 @@ class Attention(nnx.Module):
         self.k_norm = norm(H) if config.qk_norm else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, layer: Int[Array, ""] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        norm: LayerNorm,
+        attend: Attend,
+        layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The attention block's output; `layer` as in `Linear`."""
+        """x plus the attention of its norm; `layer` as in `project`."""
         projections = (self.q_proj, "NH"), (self.k_proj, "KH"), (self.v_proj, "KH")
-        query, key, value = project(x, "D", projections, layer)
+        query, key, value = project(x, "D", projections, layer, norm)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return self.o_proj(attend(query, key, value), "NH", "D", layer)
+        return self.o_proj.added(x, attend(query, key, value), "NH", layer)
 
 
 class MLP(nnx.Module):
@@ -216,11 +274,25 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], norm: LayerNorm, layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Applies the MLP to each token; `layer` as in `Linear`."""
-        gate, up = project(x, "D", [(self.gate_proj, "F"), (self.up_proj, "F")], layer)
-        return self.down_proj(jax.nn.silu(gate) * up, "F", "D", layer)
+        """x plus the MLP of its norm, token by token; `layer` as in `project`."""
+        return self.down_proj.added(x, self._hidden(x, norm, layer), "F", layer)
+
+    def _hidden(
+        self, x: Float[Array, "B T D"], norm: LayerNorm, layer: Int[Array, ""] | None
+    ) -> Float[Array, "B T F"]:
+        """silu(gate) * up."""
+        both = self.gate_proj, self.up_proj
+        if all(linear.is_plain and linear.is_stack("D", "F") for linear in both):
+            rows, stacks = _rows(x), [linear.matrices("D") for linear in both]
+            if dense_rows.can_multiply(rows, stacks, gated=True):
+                assert layer is not None  # stacks exist only with a layer number
+                options = {"norm": norm.of_rows, "gated": True}
+                (y,) = dense_rows.multiply(rows, stacks, layer, **options)
+                return y.reshape(*x.shape[:2], -1)
+        gate, up = project(x, "D", [(linear, "F") for linear in both], layer, norm)
+        return jax.nn.silu(gate) * up
 
 
 class Place(NamedTuple):
@@ -243,20 +315,20 @@ class Block(NamedTuple):
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """The layer's output, and the result of its router if it has one.
 
-        With `place`, packed kernels and experts are whole stacks instead of this layer's slices,
-        and `place` has the layer's indices in them.
+        With `place`, experts and what `stays_whole` are whole stacks instead of this layer's
+        slices, and `place` has the layer's indices in them.
         """
         attention, number = (None, None) if place is None else place
         with jax.named_scope("self_attn"):
-            x = x + self.self_attn(self.input_layernorm(x), attend, attention)
-        normed = self.post_attention_layernorm(x)
+            x = self.self_attn(x, LayerNorm(self.input_layernorm, attention), attend, attention)
+        norm = LayerNorm(self.post_attention_layernorm, attention)
         if isinstance(self.feed_forward, Experts):
             with jax.named_scope("experts"):
-                y, routing = self.feed_forward(normed, number)
+                y, routing = self.feed_forward(norm(x), number)
                 return x + y, routing
         assert self.feed_forward is not None
         with jax.named_scope("mlp"):
-            return x + self.feed_forward(normed, number), None
+            return self.feed_forward(x, norm, number), None
 
 
 class Run(NamedTuple):
@@ -288,23 +360,23 @@ class Run(NamedTuple):
         last = self.first + self.stop - self.start
         return self._common._replace(feed_forward=_part(self.whole.feed_forward, self.first, last))
 
-    def sliced(self, rows: int) -> Block:
+    def sliced(self, x: Array) -> Block:
         """`block` without parts that are read in place in a stack: experts, and `stays_whole`."""
         block = self._common if isinstance(self.whole.feed_forward, Experts) else self.block
 
         def part(path: Any, leaf: Any) -> Any:
-            return None if stays_whole(path, leaf, rows) else leaf
+            return None if stays_whole(path, leaf, x) else leaf
 
         return jax.tree_util.tree_map_with_path(part, block, is_leaf=is_packed)
 
-    def with_stacks(self, sliced: Block, rows: int) -> Block:
+    def with_stacks(self, sliced: Block, x: Array) -> Block:
         """A slice of `sliced`, with whole stacks in place of the parts that it lacks."""
         block = self.whole
         if isinstance(block.feed_forward, Experts):
             sliced = sliced._replace(feed_forward=block.feed_forward)
 
         def part(path: Any, whole: Any, own: Any) -> Any:
-            return whole if stays_whole(path, whole, rows) else own
+            return whole if stays_whole(path, whole, x) else own
 
         return jax.tree_util.tree_map_with_path(part, block, sliced, is_leaf=is_packed)
 
@@ -356,24 +428,32 @@ class Layers(nnx.Module):
             yield Run(Block(*common, feed_forward), start, stop, first)
 
 
-def stays_whole(path: Any, stack: Any, rows: int) -> bool:
-    """Whether this parameter is read in place in its stack, without slicing, for so many rows.
+def stays_whole(path: Any, stack: Any, x: Float[Array, "B T D"]) -> bool:
+    """Whether this parameter is read in place in its stack, without slicing, for these rows.
 
-    This is true for packed kernels and, with one row, for small kernels on a GPU and for float32
+    This is true for packed kernels. With few rows, it is true for norms' scales and for kernels on
+    GPUs of the Hopper generation; with one row, for small kernels on other GPUs and for float32
     kernels on a CPU.
     """
     if is_packed(stack):
         return True
-    *_, linear, name, _ = (getattr(key, "name", None) for key in path)
-    if rows != 1 or name != "kernel" or Shards.of(stack).mesh is not None:
+    *_, module, name, _ = (getattr(key, "name", None) for key in path)
+    rows = x.shape[0] * x.shape[1]
+    if rows > dense_rows.ROWS or Shards.of(stack).mesh is not None:
+        return False
+    if name == "scale":
+        return module in ("input_layernorm", "post_attention_layernorm")
+    if name != "kernel":
         return False
     # The inputs of o_proj are heads and their elements, those of all others the model or MLP width.
-    inputs = math.prod(stack.shape[1 : 3 if linear == "o_proj" else 2])
+    inputs = math.prod(stack.shape[1 : 3 if module == "o_proj" else 2])
     outputs = math.prod(stack.shape[1:]) // inputs
-    row = jax.ShapeDtypeStruct((1, inputs), stack.dtype)
-    matrices = jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)
+    matrices = [jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)]
+    if dense_rows.can_multiply(jax.ShapeDtypeStruct((rows, inputs), x.dtype), matrices):
+        return True
     is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
-    return (is_small or current_device().platform == "cpu") and can_multiply(row, [matrices])
+    with_one = rows == 1 and (is_small or current_device().platform == "cpu")
+    return with_one and can_multiply(jax.ShapeDtypeStruct((1, inputs), stack.dtype), matrices)
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:

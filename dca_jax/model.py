@@ -312,11 +312,10 @@ class Llama(nnx.Module):
             paged = {"pages": cache.pages, "common": cache.common}
 
         def run_layer(
-            run: Run, carry: tuple[Array, Stored], xs: tuple[Block, Array]
-        ) -> tuple[tuple[Array, Stored], None]:
-            x, stored = carry
-            block, number = xs
-            block = run.with_stacks(block, tokens.size)
+            run: Run, carry: tuple[Array, Array, Stored], block: Block
+        ) -> tuple[tuple[Array, Array, Stored], None]:
+            number, x, stored = carry
+            block = run.with_stacks(block, x)
             in_cache = number if numbers is None else numbers[number]
 
             def attend(query: Array, key: Array, value: Array) -> Array:
@@ -333,16 +332,17 @@ class Llama(nnx.Module):
                 return out
 
             x, _ = block(x, attend, run.place(number))
-            return (x, stored), None
+            return (number + 1, x, stored), None
 
         # The cache is the carry of the scan, not scanned over: as xs and ys it would be in memory
-        # twice.
-        carry = self._embed(tokens, shards.out("BTD", whole="T")), cache.stored
+        # twice. A layer's number is one too: XLA then has it from the loop's own counter.
+        x = self._embed(tokens, shards.out("BTD", whole="T"))
+        carry = jnp.int32(0), x, cache.stored
         for run in self.layers.runs():
-            # Experts, packed kernels and kernels multiplied by one row must not be copied either.
-            xs = run.sliced(tokens.size), run.numbers
-            carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs)
-        x, stored = carry
+            # Experts, packed kernels and kernels of few rows must not be copied either.
+            xs, length = run.sliced(carry[1]), run.stop - run.start
+            carry, _ = jax.lax.scan(partial(run_layer, run), carry, xs, length)
+        _, x, stored = carry
         return self.norm(x), stored
 
     def _sparse_text(

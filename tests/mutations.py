@@ -55,6 +55,34 @@ FAULTS = [
         "tests/test_row_products.py::test_a_row_on_a_cpu_in_blocks[320]",
     ),
     Fault(
+        "a cluster's first CTA leaves out what the last has summed",
+        "products/dense_kernel.py",
+        "for other in range(1, plan.splits):",
+        "for other in range(1, plan.splits - 1):",
+        "tests/test_dense_rows.py::test_rows_times_a_layers_matrices[float16-1-widths1-residual-plan1]",
+    ),
+    Fault(
+        "a gate is rounded before it multiplies",
+        "products/dense_kernel.py",
+        "total = total / (1 + jnp.exp(-total)) * up[0]",
+        "total = (total / (1 + jnp.exp(-total))).astype(smem.out.dtype) * up[0]",
+        "tests/test_dense_rows.py::test_rows_times_a_layers_matrices[bfloat16-8-widths4-gated-plan4]",
+    ),
+    Fault(
+        "an adapted o_proj is taken for a plain one",
+        "layers.py",
+        "return self.lora is None and self.bias is None",
+        "return self.bias is None",
+        "tests/test_dense_rows.py::test_a_token_has_few_launches[lora]",
+    ),
+    Fault(
+        "rows in float32 are left to a kernel that has none",
+        "layers.py",
+        "jax.ShapeDtypeStruct((rows, inputs), x.dtype), matrices)",
+        "jax.ShapeDtypeStruct((rows, inputs), stack.dtype), matrices)",
+        "tests/test_dense_rows.py::test_a_token_has_few_launches[bias]",
+    ),
+    Fault(
         "the weights of chosen experts do not add up to 1",
         "experts.py",
         "weights = weights / weights.sum(axis=-1, keepdims=True)",
@@ -290,6 +318,13 @@ FAULTS = [
         "by_all = (met | ~present).all(axis=2) & met.any(axis=2)",
         "by_all = met.any(axis=2)",
         "tests/test_band_forward.py::test_a_tile_walks_over_each_block_that_it_meets",
+    ),
+    Fault(
+        "some workers omit their last tile, and others invent one",
+        "attention/mosaic_gpu/forward_schedule.py",
+        "(self._place_in(jnp.int32(rows)) < rest).astype(jnp.int32)",
+        "(self.number < rest).astype(jnp.int32)",
+        "tests/test_mosaic_gpu.py::test_workers_share_the_tiles",
     ),
     Fault(
         "a band's values are those of the first layer",
@@ -575,7 +610,7 @@ def tests_notice(fault: Fault, all_tests: bool) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--all-tests", action="store_true", help="the whole suite for each fault")
     parser.add_argument("--only", default="", help="faults whose name or file contains this")
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice
 from dca_jax import device as device_module
 from dca_jax.attention import mosaic_gpu, op, triton
 from dca_jax.dca import DCAConfig
-from dca_jax.device import Device, current_device
+from dca_jax.device import MULTIPROCESSORS, Device, current_device, multiprocessors
 
 DCA = DCAConfig(chunk_len=8, max_query_position=12)
 
@@ -24,6 +24,7 @@ class StandIn(NamedTuple):
     platform: str
     device_kind: str
     compute_capability: Any = None
+    core_count: int | None = None
 
 
 @contextmanager
@@ -146,6 +147,15 @@ def test_the_default_device_counts(present: list[Any], monkeypatch: pytest.Monke
     for default in (cpu, "cpu"):
         with jax.default_device(default):
             assert current_device() == Device("cpu", cpu.device_kind, None)
+
+
+def test_a_mesh_or_the_device_says_how_many_multiprocessors_there_are(present: list[Any]) -> None:
+    present.append(StandIn("gpu", "NVIDIA H100 PCIe", "9.0", core_count=114))
+    assert multiprocessors() == 114
+    with mesh_of("NVIDIA H20", "cuda"):
+        assert multiprocessors() == 100
+    present[0] = StandIn("cpu", "cpu")
+    assert multiprocessors() == MULTIPROCESSORS
 
 
 def test_a_concrete_mesh_of_what_is_here() -> None:

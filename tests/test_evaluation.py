@@ -74,8 +74,9 @@ def direct_nll(model: Llama, tokens: np.ndarray) -> np.ndarray:
         (None, RopeConfig(), 2),
         (None, RopeConfig(), PIECE + 1),  # one whole piece
         (HOT, RopeConfig(), 100),
-        (HOT, RopeConfig(), PIECE + 2),  # the second piece has one token
-        (None, NTK, PIECE + 77),
+        # The second piece has one token.
+        pytest.param(HOT, RopeConfig(), PIECE + 2, marks=pytest.mark.slow),
+        pytest.param(None, NTK, PIECE + 77, marks=pytest.mark.slow),
     ],
 )
 def test_token_nll_is_that_of_the_whole_forward_pass(dca, rope, length):

@@ -332,6 +332,7 @@ def test_a_signal_says_where_it_stopped_and_how_to_go_on(
     assert sum(no_model) == 2  # of four windows
 
 
+@pytest.mark.slow
 def test_few_programs_read_windows_of_all_lengths(
     tmp_path, plain_llm, tokens, compilations, monkeypatch
 ):

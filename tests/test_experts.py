@@ -264,7 +264,15 @@ def check_few_packed_rows(forms: tuple[str, str], dtype: Any, tolerance: float) 
 
 
 @pytest.mark.parametrize(
-    "forms", [("int4:128", "int4:128"), ("fp8", "fp8"), ("int8", "int4:32")], ids="+".join
+    "forms",
+    [
+        pytest.param((gate, down), id=f"{gate}+{down}", marks=marks)
+        for gate, down, marks in (
+            ("int4:128", "int4:128", ()),
+            ("fp8", "fp8", pytest.mark.slow),
+            ("int8", "int4:32", pytest.mark.slow),
+        )
+    ],
 )
 def test_few_rows_times_their_own_packed_matrices(
     forms: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -509,7 +517,9 @@ def expected() -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
     return float(loss), np.asarray(logits), flatten_dict(gradient.params(), sep=".")
 
 
-@pytest.mark.parametrize("mesh", [None, "fsdp=2,context=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.slow)]
+)
 def test_a_model_on_a_mesh_is_that_of_one_device_whatever_the_padding(mesh: str | None) -> None:
     loss, logits, gradient = expected()
     padded = np.where(IS_TEXT, BATCH, 7).astype(np.int32)

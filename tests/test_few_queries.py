@@ -148,10 +148,10 @@ def test_what_rows_have_in_common_is_read_once(bench: Bench, dca: DCAConfig) -> 
     ("heads", "kv_heads", "dim", "quantized", "most"),
     [
         (32, 8, 128, False, 14),
-        (28, 4, 128, False, 8),
-        (32, 8, 128, True, 16),
-        (9, 3, 64, False, 21),
-        (8, 8, 256, False, 32),
+        pytest.param(28, 4, 128, False, 8, marks=pytest.mark.slow),
+        pytest.param(32, 8, 128, True, 16, marks=pytest.mark.slow),
+        pytest.param(9, 3, 64, False, 21, marks=pytest.mark.slow),
+        pytest.param(8, 8, 256, False, 32, marks=pytest.mark.slow),
     ],
 )
 def test_pieces_and_common_beginnings_lower(heads, kv_heads, dim, quantized, most) -> None:

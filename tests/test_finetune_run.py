@@ -269,6 +269,7 @@ def test_a_run_begins_with_an_adapter_of_peft(model: Path, dialogues: Path, tmp_
         finetune(replace(chosen, output=str(tmp_path / "none"), adapter=str(tmp_path / "none")))
 
 
+@pytest.mark.slow
 def test_a_run_is_lengthened(
     whole: Path,
     model: Path,
@@ -401,6 +402,7 @@ def test_sigterm_saves_and_leaves_and_another_mesh_goes_on(
         np.testing.assert_allclose(found, losses(whole)[step], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(model: Path, dialogues: Path, tmp_path: Path):
     output = tmp_path / "run"
     chosen = settings(

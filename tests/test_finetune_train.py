@@ -104,7 +104,7 @@ def assert_expected(nll: Any, count: Any, gradients: Any, dca: DCAConfig = DCA) 
         np.testing.assert_allclose(found, gradient[name], atol=1e-5 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_loss_and_gradient_are_those_of_a_dense_float64_computation(accumulate: int) -> None:
     """Also in batches one after another: a token counts alike in whichever it stands."""
     batch = place(ROWS, accumulate, None)
@@ -144,6 +144,7 @@ def test_loss_and_gradient_on_meshes(sizes: str, accumulate: int) -> None:
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), name
 
 
+@pytest.mark.slow
 def test_packed_dialogues_are_trained_as_each_alone() -> None:
     """Of the rows above, end to end in packed ones: loss and gradient of each dialogue alone."""
     texts = [
@@ -314,6 +315,7 @@ def test_stochastic_rounding_is_right_on_average_and_never_far() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), far, rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_updates_of_a_narrow_state_are_adamw_rounded() -> None:
     """Every number is one of the two of bfloat16 around what float32 arithmetic gives."""
     chosen = settings(warmup=0.0, learning_rate=1e-3, weight_decay=0.1, state="bfloat16")

@@ -77,7 +77,7 @@ def test_a_ragged_batch_equals_each_row_alone(model, golden):
     assert together == [continued(model, [row], max_new_tokens=50)[0] for row in rows]
 
 
-@pytest.mark.parametrize(("width", "count"), [(7, 11), (40, 3)])
+@pytest.mark.parametrize(("width", "count"), [pytest.param(7, 11, marks=pytest.mark.slow), (40, 3)])
 def test_a_prompt_may_be_read_in_any_pieces(model, ragged, width, count, monkeypatch):
     expected = continued(model, ragged, max_new_tokens=4)
     whole = jax.jit(Llama.__call__)(model, jnp.asarray(ragged[:1], jnp.int32))[:, -1]

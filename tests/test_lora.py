@@ -312,7 +312,8 @@ def on_one_device(form: str | None) -> tuple[float, dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("mesh", "form"),
     [
-        ("tensor=4", "int8"),  # more than kv heads
+        # More than kv heads.
+        pytest.param("tensor=4", "int8", marks=pytest.mark.slow),
         pytest.param("fsdp=2,context=2,tensor=2", None, marks=pytest.mark.slow),
         pytest.param("fsdp=2,tensor=2", "int8", marks=pytest.mark.slow),
     ],

@@ -3,6 +3,7 @@
 What they compute is tested on a GPU, in test_gpu.py: WGMMA has no interpreter.
 """
 
+import itertools
 import logging
 import re
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from dca_jax.attention.backend import PLAIN, KeyBlocks, Rows
 from dca_jax.attention.blocks import num_tiles
 from dca_jax.attention.mosaic_gpu import backward_spans, decode, forward_tiles, widening
 from dca_jax.attention.mosaic_gpu.decode_tiles import DecodeTiles
+from dca_jax.attention.mosaic_gpu.forward_cta import Problem, Refs, Shared
+from dca_jax.attention.mosaic_gpu.forward_schedule import Worker
 from dca_jax.attention.mosaic_gpu.ranges import (
     Keys,
     any_met,
@@ -137,12 +140,12 @@ def test_decoding_from_8_bits_lowers(
 ) -> None:
     query, key, _, *rest = shapes(2, 1, 4096, heads, kv_heads, dim, dtype)
     key = jax.ShapeDtypeStruct(key.shape, cache)
-    scale = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((2, 2, kv_heads, 4096), jnp.float32)
 
     def forward(*arrays: Any) -> Any:
-        *arrays, scales = arrays
-        options = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
-        return mosaic_gpu.forward(*arrays, **options)
+        *given, scales = arrays
+        options: Any = {"dca": DCA, "phases": PHASES, "with_lse": True, "scales": scales}
+        return mosaic_gpu.forward(*given, **options)
 
     text = lower(forward, query, key, key, *rest, Scales(scale, scale))
     assert "dca_decode" in text
@@ -184,12 +187,12 @@ def test_lists_and_pages_lower(
         options["pages"] = jax.ShapeDtypeStruct((2, 4096 // page), jnp.int32)
     if cache is not None:
         key = jax.ShapeDtypeStruct(key.shape, cache)
-        scale = jax.ShapeDtypeStruct((*key.shape[:2], kv_heads, key.shape[2]), jnp.float32)
+        scale: Any = jax.ShapeDtypeStruct((*key.shape[:2], kv_heads, key.shape[2]), jnp.float32)
         options["scales"] = Scales(scale, scale)
     if listed:
         of_tiles = 2, kv_heads, num_tiles(num_queries)
-        lists = ((*of_tiles, 3), (*of_tiles, 7))
-        options["blocks"] = KeyBlocks(*(jax.ShapeDtypeStruct(x, jnp.int32) for x in lists))
+        lists: Any = [jax.ShapeDtypeStruct((*of_tiles, n), jnp.int32) for n in (3, 7)]
+        options["blocks"] = KeyBlocks(*lists)
 
     def forward(query: Any, key: Any, layer: Any, rows: Any, options: Any) -> Any:
         static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
@@ -204,8 +207,9 @@ def test_blocks_are_passed_by_together(dim: int) -> None:
     """All threads of a warpgroup vote; heads whose blocks are of fewer keys are refused."""
     query, key, _, layer, rows = shapes(2, 300, 1024, 4, 2, dim, jnp.bfloat16)
     of_tiles = 2, 2, num_tiles(300)
-    lists = ((*of_tiles, 3), jnp.int32), ((*of_tiles, 8), jnp.int32), ((2,), jnp.float32)
-    blocks = KeyBlocks(*(jax.ShapeDtypeStruct(*x) for x in lists))
+    lists: Any = [jax.ShapeDtypeStruct((*of_tiles, n), jnp.int32) for n in (3, 8)]
+    lists += [jax.ShapeDtypeStruct((2,), jnp.float32)]
+    blocks = KeyBlocks(*lists)
 
     def forward(query: Any, key: Any, layer: Any, rows: Any, blocks: Any) -> Any:
         static: Any = {"dca": DCA, "implementation": "mosaic_gpu"}
@@ -254,7 +258,7 @@ def owners(layout: Any, shape: tuple[int, int]) -> dict[tuple[int, ...], np.ndar
     def offsets(dims: tuple[int, ...]) -> np.ndarray:
         sizes = [tiled[d] for d in dims]
         index = np.indices(sizes).reshape(len(dims), -1)
-        return sum(i * strides[d] for i, d in zip(index, dims, strict=True))
+        return np.sum([i * strides[d] for i, d in zip(index, dims, strict=True)], axis=0)
 
     warp, lane = offsets(layout.warp_dims), offsets(layout.lane_dims)
     thread = (warp[:, None] + lane[None, :]).reshape(-1, 1)
@@ -417,6 +421,59 @@ def test_decoding_has_each_block_once_in_its_list(block: int, **sizes: int) -> N
     needed = {(p, slot // block) for p, _, slot in zip(*case.met.nonzero(), strict=True)}
     assert needed <= set(listed)
     assert all(0 <= at * block < sizes["num_keys"] for _, at in listed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "tokens", "phases"),
+    [
+        ((1, 8192, 32), 4, 3072, PHASES),
+        ((1, 8192, 32), 4, 3072, ("intra",)),
+        ((2, 1003, 6), 3, 200, ("succ",)),
+        ((3, 650, 4), 2, 40, ("intra",)),
+        ((1, 5000, 4), 1, 700, ("intra",)),
+        ((1, 1, 2), 2, 40, PHASES),
+    ],
+)
+def test_workers_share_the_tiles(
+    shape: tuple[int, int, int], group: int, tokens: int, phases: tuple[Phase, ...]
+) -> None:
+    """Each tile of each head goes to one worker; none has much more work than the others."""
+    batch, num_queries, heads = shape
+    dca = DCAConfig(chunk_len=tokens, max_query_position=tokens + 3)
+    tiles, cluster = forward_tiles.TILES[128], 2 if group % 2 == 0 else 1
+    problem = Problem(num_queries, group, cluster, dca, phases, tiles, None, len(phases))
+    nothing: Any = [None] * len(Refs._fields)
+    gmem = Refs(*nothing)._replace(out=jax.ShapeDtypeStruct((*shape, 128), jnp.bfloat16))
+    smem = Shared(*[jnp.arange(2)] * len(Shared._fields))
+    num_tiles = -(-num_queries // tiles.block_q)
+    items = heads // cluster * num_tiles * batch
+    workers = min(132 // cluster, items)
+
+    @jax.jit
+    def share(number: jax.Array) -> tuple[jax.Array, ...]:
+        worker = Worker(problem, gmem, smem, number, jnp.int32(0), workers)
+
+        def numbers(n: jax.Array) -> tuple[jax.Array, ...]:
+            cta = worker.cta(n, jnp.int32(0))
+            return cta.batch, cta.head, cta.tile
+
+        most = jnp.arange(-(-items // workers), dtype=jnp.int32)
+        return worker.num_tiles(), *jax.vmap(numbers)(most)
+
+    counts, *of_all = jax.vmap(share)(jnp.arange(workers, dtype=jnp.int32))
+    first = jnp.arange(num_tiles, dtype=jnp.int32) * tiles.block_q
+    last = jnp.minimum(first + tiles.block_q, num_queries) - 1
+    keys = Keys(jnp.int32(0), num_queries)
+    full, edges = full_and_edge_walks(first, last, phases, dca, keys, tiles.block_k)
+    work = np.sum([walk.count for walk in (*full, *edges)], axis=0)
+    seen, sums = [], []
+    for number, count in enumerate(np.asarray(counts)):
+        mine = np.stack([np.asarray(x)[number, :count] for x in of_all], axis=1)
+        seen += map(tuple, mine.tolist())
+        sums.append(int(work[mine[:, 2]].sum()))
+    expected = itertools.product(range(batch), range(0, heads, cluster), range(num_tiles))
+    assert sorted(seen) == sorted(expected)
+    assert max(sums) <= np.mean(sums) + work.max()
 
 
 # --- what runs where ---------------------------------------------------------------------------

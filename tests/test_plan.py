@@ -125,7 +125,7 @@ def test_the_formula_beside_the_compiler(mesh: str, batch: int) -> None:
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for the CPU's devices")
 @pytest.mark.parametrize(
     "remat",
-    ["layer", *(pytest.param(x, marks=pytest.mark.slow) for x in REMAT if x != "layer")],
+    [pytest.param(x, marks=pytest.mark.slow) for x in REMAT],
 )
 def test_the_formula_of_training_beside_the_compiler(remat: str) -> None:
     batch, length, mesh = 4, 2 * LOSS_TOKENS, make_mesh("fsdp=2")

@@ -97,7 +97,7 @@ def test_what_no_tile_divides_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not row_products.can_multiply(wide, [jnp.zeros((1, 64, 48))])
 
 
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(
     ("config", "launches"),
     [

@@ -156,6 +156,7 @@ def test_a_cache_in_8_bits_is_cut_with_its_scales(sizes):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_one_device():
     sampler = Sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.2)
     sizes = {"data": 2, "context": 2, "tensor": 2}
@@ -163,6 +164,7 @@ def test_draws_are_those_of_one_device():
     assert generate(model_on(sizes), PROMPTS, **options) == expected_tokens(sampler)
 
 
+@pytest.mark.slow
 def test_a_text_goes_on_in_a_cache_cut_along_context():
     """A prompt read at once, then a second turn after it in pieces, in a cache that has grown."""
     model = model_on({"context": 4, "tensor": 2})

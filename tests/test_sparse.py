@@ -349,6 +349,7 @@ def test_a_text_is_read_sparsely(sparse_llm: dca_jax.LLM, expected: np.ndarray) 
     assert np.abs(dense[np.arange(999), TEXT[1:]] + pieces).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_prefix_reads_its_dense_end_again(sparse_llm: dca_jax.LLM) -> None:
     """What a cache holds is what one reading of the whole prompt leaves in it."""
     prefix = sparse_llm.prefill(TEXT[:900], room=200)
@@ -373,6 +374,7 @@ def room(llm: dca_jax.LLM, batch: int, capacity: int = 1280) -> KVCache:
     return KVCache.create(llm.model.config, batch=batch, capacity=capacity, dtype=jnp.float32)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_read_as_each_alone(
     sparse_llm: dca_jax.LLM, expected: np.ndarray
 ) -> None:

@@ -91,11 +91,11 @@ def test_the_log_sum_exp_is_given_on_request(num_queries: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "head_dim", "dtype"),  # every two of them together
     [
-        ("NVIDIA H200", 64, jnp.bfloat16),
+        pytest.param("NVIDIA H200", 64, jnp.bfloat16, marks=pytest.mark.slow),
         ("NVIDIA H200", 128, jnp.float16),
-        ("NVIDIA H200", 256, jnp.bfloat16),
-        ("NVIDIA A100", 64, jnp.float16),
-        ("NVIDIA A100", 128, jnp.bfloat16),
+        pytest.param("NVIDIA H200", 256, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("NVIDIA A100", 64, jnp.float16, marks=pytest.mark.slow),
+        pytest.param("NVIDIA A100", 128, jnp.bfloat16, marks=pytest.mark.slow),
         ("NVIDIA A100", 256, jnp.float16),
     ],
 )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dca_jax.device import MULTIPROCESSORS
+from dca_jax.device import multiprocessors
 from dca_jax.grouped.gradient import differentiable, in_stack
 from dca_jax.grouped.layout import HOPPER_BLOCK as BLOCK
 from dca_jax.grouped.layout import HOPPER_TILE as TILE
@@ -41,6 +41,7 @@ class _Problem(NamedTuple):
         target: function that returns a tile's rows and first column in the result.
         multiply: adds a step's product to the accumulator of a warpgroup's rows.
         width: number of columns of a tile.
+        ctas: number of CTAs, which share the tiles.
         num_stages: number of steps in flight.
     """
 
@@ -51,6 +52,7 @@ class _Problem(NamedTuple):
     multiply: Callable[[Any, Any, Any, Array], None]
     shapes: tuple[tuple[int, int], tuple[int, int]]
     width: int
+    ctas: int
     num_stages: int = 4
 
 
@@ -78,7 +80,7 @@ def _run(
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(MULTIPROCESSORS,),
+        grid=(problem.ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -96,10 +98,10 @@ def _run(
 def _each_tile(problem: _Problem, tables: Any, visit: Callable[[Array, Any, Array], None]) -> None:
     """Calls visit(tile, its steps, steps before it) for this CTA's tiles."""
     cta = lax.axis_index("cta")
-    count = lax.div(problem.tiles(tables) - cta + (MULTIPROCESSORS - 1), MULTIPROCESSORS)
+    count = lax.div(problem.tiles(tables) - cta + (problem.ctas - 1), problem.ctas)
 
     def one(n: Array, done: Array) -> Array:
-        tile = cta + n * MULTIPROCESSORS
+        tile = cta + n * problem.ctas
         steps = problem.steps(tables, tile)
         visit(tile, steps, done)
         return done + steps
@@ -217,6 +219,7 @@ def _multiply(
         multiply=multiply,
         shapes=((BLOCK, DEPTH), (width, DEPTH) if transposed else (DEPTH, width)),
         width=width,
+        ctas=multiprocessors(),
     )
     out = jax.ShapeDtypeStruct((places, outputs), x.dtype)
     return _run(problem, out, tables, x, kernels, "grouped_product")
@@ -259,6 +262,7 @@ def _outer(
         multiply=multiply,
         shapes=((DEPTH, TILE), (DEPTH, width)),
         width=width,
+        ctas=multiprocessors(),
         num_stages=4 if jnp.dtype(dtype).itemsize == 2 else 3,  # because the result is larger
     )
     out = jax.ShapeDtypeStruct((len(sizes), inputs, outputs), dtype)

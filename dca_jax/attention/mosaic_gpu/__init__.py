@@ -53,7 +53,8 @@ def unsupported(
     needed = max(
         # A few keys may be a slice of a long text and include all phases.
         forward_tiles.TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
-        forward_tiles.PASS_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
+        forward_tiles.PASS_TILES[head_dim].shared_bytes(head_dim, len(PHASES) - 1),
+        forward_tiles.PAGE_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.LIST_TILES[head_dim].shared_bytes(head_dim, len(PHASES)),
         forward_tiles.BAND_TILES[head_dim].shared_bytes(head_dim, 1),
         forward_tiles.STEP_TILES[head_dim].shared_bytes(head_dim, 2),

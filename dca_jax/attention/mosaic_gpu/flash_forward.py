@@ -11,7 +11,7 @@ It also computes one band of another method (`band_forward`), with rotated queri
 """
 
 import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -23,36 +23,20 @@ from jaxtyping import Array, Float, Int, Num
 
 from dca_jax.attention.backend import KeyBlocks, Rows
 from dca_jax.attention.blocks import BLOCK
-from dca_jax.attention.mosaic_gpu.forward_ahead import attend_ahead
+from dca_jax.attention.mosaic_gpu.forward_compute import compute, compute_tiles
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Problem, Refs, Shared
-from dca_jax.attention.mosaic_gpu.forward_feed import feed
-from dca_jax.attention.mosaic_gpu.forward_queries import (
-    PER_QUERY,
-    Queries,
-    fetch,
-    place_band,
-    place_rotations,
-)
-from dca_jax.attention.mosaic_gpu.forward_softmax import Softmax, along_keys, raise_maxima, splat
+from dca_jax.attention.mosaic_gpu.forward_feed import feed, feed_tiles
+from dca_jax.attention.mosaic_gpu.forward_schedule import Worker
 from dca_jax.attention.mosaic_gpu.forward_tiles import (
-    EXITING,
     LIST_TILES,
+    PAGE_TILES,
     PASS_TILES,
     TILES,
-    WARPGROUP_Q,
     ForwardTiles,
 )
 from dca_jax.attention.mosaic_gpu.queries import pad_tokens, rotated_queries, rotation_tables
-from dca_jax.attention.mosaic_gpu.ranges import (
-    Walk,
-    any_met,
-    locate,
-    recall,
-    steps,
-)
-from dca_jax.attention.mosaic_gpu.vote import any_in_warpgroup
-from dca_jax.attention.softmax import LOG2E, MASKED
 from dca_jax.dca import PHASES, DCAConfig, Phase
+from dca_jax.device import SHARED_BYTES, multiprocessors
 from dca_jax.errors import InputError
 
 
@@ -85,10 +69,10 @@ def forward(
 
 def _tiles_for(head_dim: int, phases: tuple[Phase, ...], page: int | None) -> ForwardTiles:
     """The tiles of the dense kernel; with pages, tiles whose blocks do not cross pages."""
-    if page is None and len(phases) == len(PHASES):
-        return TILES[head_dim]
-    tiles = PASS_TILES[head_dim]
-    return tiles if page is None or page % tiles.block_k == 0 else LIST_TILES[head_dim]
+    if page is None:
+        return (TILES if len(phases) == len(PHASES) else PASS_TILES)[head_dim]
+    tiles = PAGE_TILES[head_dim]
+    return tiles if page % tiles.block_k == 0 else LIST_TILES[head_dim]
 
 
 def _by_tiles_of_the_text(
@@ -144,6 +128,8 @@ def _launch(
         raise InputError(f"{tiles} must hold a multiple of 64 of the {head_dim} columns")
     if tiles.warpgroups != 2 and not (tiles.ahead and tiles.warpgroups == 3):
         raise InputError(f"{tiles} must have two warpgroups, or three that run ahead")
+    if tiles.ahead and not tiles.resident:  # see `fetch`
+        raise InputError(f"{tiles} must keep all rotations in shared memory to run ahead")
     cluster = tiles.cluster if (heads // kv_heads) % tiles.cluster == 0 else 1
     if key.shape[2] % 8:  # needs padding: take only one layer
         key, value, layer = key[layer][None], value[layer][None], jnp.int32(0)
@@ -164,8 +150,12 @@ def _launch(
         num_keys = pages.shape[1] * page
     place = jnp.stack([cache_row, cache_row, rows.offset, rows.lengths, rows.key_offset], axis=1)
     rotations = len(phases) if tiles.resident else 1
+    room = tiles.shared_bytes(head_dim, rotations + 1) <= SHARED_BYTES
+    spare = int(tiles.persistent and tiles.resident and room)
+    if tiles.persistent and tiles.resident and rotations + spare == 1:
+        raise InputError(f"{tiles} leave no room for the next queries, needed to be persistent")
     group = heads // kv_heads
-    problem = Problem(num_keys, group, cluster, dca, phases, tiles, page, rotations)
+    problem = Problem(num_keys, group, cluster, dca, phases, tiles, page, rotations, spare)
     given = Refs(queries, key, value, place, tables, blocks, pages, None, None, None)
     return launch(problem, given, num_queries, with_lse)
 
@@ -178,17 +168,24 @@ def launch(
     batch, _, heads, _ = query.shape[-4:]
     block_q, cluster = problem.tiles.block_q, problem.cluster
     num_tiles = -(-num_queries // block_q)
+    clusters = heads // cluster
     out = jax.ShapeDtypeStruct(query.shape[-4:], query.dtype)
     # Whole tiles: a copy from a row of an array does not stop at the row's end.
     lse = jax.ShapeDtypeStruct((batch, heads, num_tiles * block_q), jnp.float32)
     out_type = (out, lse) if with_lse else (out,)
     # None arguments are omitted.
     refs = given._replace(out=out, lse=lse if with_lse else None)
+    grid, names = (clusters, num_tiles, batch), ("heads", "tile", "batch")
+    kernel = functools.partial(_kernel, problem)
+    if problem.tiles.persistent:
+        workers = min(multiprocessors() // cluster, math.prod(grid))
+        grid, names = (workers,), ("worker",)
+        kernel = functools.partial(_persistent_kernel, problem, workers)
     out, *lse = plgpu.kernel(
-        functools.partial(_kernel, problem, jax.tree.structure(refs)),
+        functools.partial(kernel, jax.tree.structure(refs)),
         out_type=out_type,
-        grid=(heads // cluster, num_tiles, batch),
-        grid_names=("heads", "tile", "batch"),
+        grid=grid,
+        grid_names=names,
         cluster=(cluster,),
         cluster_names=("pair",),
         num_threads=problem.tiles.warpgroups + 1,
@@ -215,289 +212,26 @@ def _kernel(problem: Problem, tree: Any, *refs: Any) -> None:
     tile = pl.cdiv(num_queries, problem.tiles.block_q) - 1 - lax.axis_index("tile")
 
     def body(smem: Shared) -> None:
-        cta = CTA(problem, gmem, smem, batch, head, tile)
+        cta = CTA(problem, gmem, smem, batch, head, tile, jnp.int32(0))
         warpgroup = lax.axis_index("warpgroup")
         computing = problem.tiles.warpgroups
-        pl.when(warpgroup < computing)(lambda: _compute(cta, warpgroup))
+        pl.when(warpgroup < computing)(lambda: compute(cta, warpgroup))
         pl.when(warpgroup == computing)(lambda: feed(cta))
 
     shared = Shared.types(problem, gmem.out.dtype, head_dim)
     pl.run_scoped(body, shared, collective_axes="warpgroup")
 
 
-# --- the warpgroups that compute ---------------------------------------------------------------
+def _persistent_kernel(problem: Problem, workers: int, tree: Any, *refs: Any) -> None:
+    gmem: Refs = jax.tree.unflatten(tree, refs)
 
+    def body(smem: Shared) -> None:
+        numbers = lax.axis_index("worker"), lax.axis_index("pair")
+        worker = Worker(problem, gmem, smem, *numbers, workers)
+        warpgroup = lax.axis_index("warpgroup")
+        computing = problem.tiles.warpgroups
+        pl.when(warpgroup < computing)(lambda: compute_tiles(worker, warpgroup))
+        pl.when(warpgroup == computing)(lambda: feed_tiles(worker))
 
-def _compute(cta: CTA, warpgroup: Array) -> None:
-    """Attention of a warpgroup's queries, if they have keys."""
-    problem = cta.problem
-    plgpu.set_max_registers(problem.tiles.registers_per_thread[0], action="increase")
-    queries = Queries(cta, warpgroup, cta.tile * problem.tiles.block_q + warpgroup * WARPGROUP_Q)
-    exits = cta.smem.q.shape[-1] in EXITING and cta.is_dense and "intra" not in problem.phases
-    if not exits or problem.dca is None:
-        _attend(queries)
-    else:  # a single pass: the first tiles of a text have no keys in its phase
-        first, last, keys = cta.text()
-        met = any_met(first, last, problem.phases, problem.dca, keys)
-        pl.when(met)(lambda: _attend(queries))
-        pl.when(~met)(lambda: _write(queries, _start(queries)))
-
-
-def _attend(queries: Queries) -> None:
-    """Attends first to full blocks, then to the edges."""
-    cta, warpgroup, smem = queries.cta, queries.warpgroup, queries.cta.smem
-    tiles = cta.problem.tiles
-    if cta.problem.dca is None:
-        place_band(queries)
-    elif tiles.resident:
-        place_rotations(queries)
-
-    plgpu.barrier_wait(smem.planned)
-    full, edges = recall(smem.walks)
-    num_full, num_steps = steps(full), steps(full + edges)
-    pl.when(num_steps > 0)(lambda: plgpu.barrier_wait(smem.k_loaded.at[0]))
-    if not tiles.ahead:
-        pl.when(warpgroup == 1)(lambda: _switch(smem))
-    state = _attend_full(queries, full, num_steps)
-    state = _attend_edges(queries, state, full, num_full, num_steps)
-    if not tiles.ahead:
-        pl.when(warpgroup == 0)(lambda: _switch(smem))
-    _write(queries, state)
-
-
-def _start(queries: Queries) -> Softmax:
-    """The state before any keys."""
-    return Softmax(
-        splat((WARPGROUP_Q, queries.cta.smem.q.shape[-1]), 0.0, plgpu.Layout.WGMMA),
-        splat((WARPGROUP_Q,), MASKED, PER_QUERY),
-        splat((WARPGROUP_Q,), 0.0, PER_QUERY),
-        None if _skip(queries) is None else splat((WARPGROUP_Q,), MASKED, PER_QUERY),
-    )
-
-
-def _switch(smem: Shared) -> None:
-    """Hands the tensor cores to the other warpgroup, and waits until it returns them."""
-    plgpu.barrier_arrive(smem.ping_pong)
-    plgpu.barrier_wait(smem.ping_pong)
-
-
-def _attend_full(queries: Queries, full: list[Walk], num_steps: Array) -> Softmax:
-    """Processes the blocks to which all the tile's queries attend fully, phase by phase."""
-    tiles = queries.cta.problem.tiles
-    state = _start(queries)
-    choose, done = _chooser(queries), jnp.int32(0)
-    for walk in full:
-        if not tiles.resident:
-            pl.when(walk.count > 0)(functools.partial(fetch, queries, walk.phase))
-        parts = _parts(queries, walk.phase, tiles.registers)
-
-        def attend(
-            n: Array,
-            state: Softmax,
-            parts: list = parts,
-            walk: Walk = walk,
-            done: Array = done,
-        ) -> Softmax:
-            def chosen(logits: list[Array]) -> Array:
-                return choose(logits, lambda: walk.start + (n - done))
-
-            return _attend_block(queries, n, num_steps, state, parts, chosen)
-
-        if tiles.ahead:
-            ahead = functools.partial(attend_ahead, queries, num_steps, parts[0], done, walk.count)
-            state = lax.cond(walk.count > 0, ahead, lambda state: state, state)
-        else:
-            state = lax.fori_loop(done, done + walk.count, attend, state)
-        done = done + walk.count
-    return state
-
-
-def _attend_edges(
-    queries: Queries, state: Softmax, full: list[Walk], num_full: Array, num_steps: Array
-) -> Softmax:
-    """Processes the blocks to which some queries attend partly or not at all."""
-    tiles = queries.cta.problem.tiles
-    block_k = tiles.block_k
-    _, edges = recall(queries.cta.smem.walks)
-    choose = _chooser(queries)
-
-    held = jnp.int32(-1)  # the phase whose queries are in shared memory, if not all are
-    for walk in full:
-        held = jnp.where(walk.count > 0, jnp.int32(walk.phase), held)
-
-    def attend(n: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
-        state, held = carry
-        phase, block = locate(n, edges, num_full)
-        if not tiles.resident and queries.cta.is_dense:
-            pl.when(phase != held)(lambda: fetch(queries, phase))
-        elif not tiles.resident:
-            fetch(queries, phase)
-
-        def masked(logits: list[Array]) -> Array:
-            lower, upper = queries.ranges(phase)
-            shape, layout = (WARPGROUP_Q, block_k), plgpu.Layout.WGMMA
-            j = block * block_k + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            met = (j >= along_keys(lower, block_k)) & (j < along_keys(upper, block_k))
-            return jnp.where(met, choose(logits, lambda: block), -jnp.inf)
-
-        parts = _parts(queries, phase, 0)
-        return _attend_block(queries, n, num_steps, state, parts, masked), phase
-
-    return lax.fori_loop(num_full, num_steps, attend, (state, held))[0]
-
-
-def _chooser(queries: Queries) -> Callable[[list[Array], Callable[[], Array]], Array]:
-    """A function that selects the logits from those of each rotation of the queries."""
-    gmem, batch = queries.cta.gmem, queries.cta.batch
-    block_k = queries.cta.problem.tiles.block_k
-    if gmem.band is None or gmem.band.query_steps is None:
-        return lambda logits, block: logits[0]
-    of_queries = queries.load(gmem.band.query_steps)
-
-    def choose(logits: list[Array], block: Callable[[], Array]) -> Array:
-        steps = gmem.band.key_steps.at[batch, pl.ds(block() * block_k, block_k)]
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        of_keys = plgpu.load(steps, layout=layout, optimized=False)
-        of_keys = lax.broadcast_in_dim(of_keys, (WARPGROUP_Q, block_k), [1])
-        return jnp.where(of_keys > along_keys(of_queries, block_k), logits[1], logits[0])
-
-    return choose
-
-
-def _attend_block(
-    queries: Queries,
-    n: Array,
-    num_steps: Array,
-    state: Softmax,
-    rotations: list[list[tuple[Any, Any]]],
-    chosen: Callable[[list[Array]], Array],
-) -> Softmax:
-    """Step n of the online softmax, with the block of keys that is in flight for it.
-
-    Args:
-        rotations: rotations of the queries, each in parts.
-        chosen: function that selects from the logits of each rotation, with -inf where masked.
-    """
-    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
-    slot = lax.rem(n, jnp.int32(tiles.num_stages))
-
-    def logits_of(*accs: Any) -> list[Array]:
-        for acc, parts in zip(accs, rotations, strict=True):
-            for columns, q in parts:
-                plgpu.wgmma(acc, q(n), smem.k.at[slot, :, columns].transpose((1, 0)))
-        if not tiles.ahead:
-            _switch(smem)
-        return [acc[...] for acc in accs]
-
-    acc = plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, tiles.block_k), jnp.float32)
-    logits = pl.run_scoped(logits_of, *(acc for _ in rotations))
-    plgpu.barrier_arrive(smem.k_consumed.at[slot])
-    logits = chosen(logits)
-    add = functools.partial(_add_values, queries, n, num_steps)
-    skip = _skip(queries)
-    if skip is None or state.largest is None:
-        return add(state, logits)
-    largest = logits.max(axis=1)
-    # A difference of infinities would be NaN, which would also affect a thread's other query.
-    wanted = any_in_warpgroup(jnp.where(largest > state.largest + skip, 1.0, 0.0))
-    state = state._replace(largest=jnp.maximum(state.largest, largest))
-    pass_by = functools.partial(_pass_by, queries, n, num_steps)
-    return lax.cond(wanted, add, lambda state, _: pass_by(state), state, logits)
-
-
-def _skip(queries: Queries) -> Float[Array, ""] | None:
-    """The row's `KeyBlocks.skip` in log2 units."""
-    blocks = queries.cta.gmem.blocks
-    return None if blocks is None or blocks.skip is None else blocks.skip[queries.cta.batch] * LOG2E
-
-
-def _pass_by(queries: Queries, n: Array, num_steps: Array, state: Softmax) -> Softmax:
-    """Skips a block of values, in step with the loading warpgroup and the other one."""
-    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
-    slot = lax.rem(n, jnp.int32(tiles.num_stages))
-    plgpu.barrier_arrive(smem.ping_pong)
-    plgpu.barrier_wait(smem.v_loaded.at[slot])
-    plgpu.barrier_wait(smem.ping_pong)
-
-    @pl.when(n + 1 < num_steps)
-    def _wait_for_next() -> None:
-        plgpu.barrier_wait(smem.k_loaded.at[lax.rem(n + 1, jnp.int32(tiles.num_stages))])
-
-    plgpu.barrier_arrive(smem.v_consumed.at[slot])
-    return state
-
-
-def _add_values(
-    queries: Queries,
-    n: Array,
-    num_steps: Array,
-    state: Softmax,
-    logits: Float[Array, "queries block_k"],
-) -> Softmax:
-    """Adds the block's weighted values to the state."""
-    tiles, smem = queries.cta.problem.tiles, queries.cta.smem
-    head_dim = smem.v.shape[-1]
-    slot = lax.rem(n, jnp.int32(tiles.num_stages))
-    state = raise_maxima(state, logits)
-    p = jnp.exp2(logits - along_keys(state.m_i, tiles.block_k))
-    narrow = p.astype(smem.v.dtype)
-    if not tiles.ahead:
-        plgpu.barrier_arrive(smem.ping_pong)
-    plgpu.barrier_wait(smem.v_loaded.at[slot])
-    if not tiles.ahead:
-        plgpu.barrier_wait(smem.ping_pong)  # wait for the tensor cores
-
-    def add_values(acc: Any) -> tuple[Array, Array]:
-        acc[...] = state.acc
-        plgpu.wgmma(acc, narrow, smem.v.at[slot])
-
-        @pl.when(n + 1 < num_steps)
-        def _wait_for_next() -> None:
-            plgpu.barrier_wait(smem.k_loaded.at[lax.rem(n + 1, jnp.int32(tiles.num_stages))])
-
-        l_i = state.l_i + p.sum(axis=1)  # while the product runs
-        return acc[...], l_i
-
-    acc, l_i = pl.run_scoped(
-        add_values, plgpu.WGMMAAccumulatorRef((WARPGROUP_Q, head_dim), jnp.float32)
-    )
-    plgpu.barrier_arrive(smem.v_consumed.at[slot])
-    return state._replace(acc=acc, l_i=l_i)
-
-
-def _write(queries: Queries, state: Softmax) -> None:
-    """Writes the output and the log-sum-exp via shared memory; 0 and -inf for padding."""
-    cta, (acc, m_i, l_i, _) = queries.cta, state
-    gmem, smem, at = cta.gmem, cta.smem, queries.warpgroup
-    is_text = (queries.index() < gmem.place[cta.batch, 3]) & (l_i > 0)
-    inverse = jnp.where(is_text, 1 / jnp.where(l_i > 0, l_i, 1.0), 0.0)
-    out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-    smem.q[at, 0] = out.astype(smem.q.dtype)
-    if gmem.lse is not None:
-        log2_l = jnp.log(jnp.where(l_i > 0, l_i, 1.0)) * LOG2E
-        smem.lse[at] = jnp.where(is_text, (m_i + log2_l) / LOG2E, -jnp.inf)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem.q.at[at, 0], gmem.out.at[cta.batch, queries.slots, cta.head])
-    if gmem.lse is not None:
-        target = gmem.lse.at[cta.batch, cta.head, queries.slots]
-        plgpu.copy_smem_to_gmem(smem.lse.at[at], target)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=cta.is_dense)
-
-
-def _parts(
-    queries: Queries, phase: int | Array, registers: int
-) -> list[list[tuple[Any, Callable[[Array], Any]]]]:
-    """Parts of the columns of each rotation: first in registers, then in shared memory."""
-    columns = queries.cta.smem.q.shape[-1]
-    held, rest = pl.ds(0, registers), pl.ds(registers, columns - registers)
-    rotations = queries.in_phase(phase, jnp.int32(0))
-    of_all = []
-    for number, rotated in enumerate(rotations):
-        parts = []
-        if held.size:
-            q = plgpu.load(rotated.at[:, held], layout=plgpu.Layout.WGMMA)
-            parts.append((held, lambda n, q=q: q))
-        if rest.size:
-            parts.append((rest, lambda n, at=number: queries.in_phase(phase, n)[at].at[:, rest]))
-        of_all.append(parts)
-    return of_all
+    shared = Shared.types(problem, gmem.out.dtype, gmem.out.shape[3])
+    pl.run_scoped(body, shared, collective_axes="warpgroup")

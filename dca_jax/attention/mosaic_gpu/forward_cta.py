@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from dca_jax.attention.mosaic_gpu.forward_tiles import WARPGROUP_Q, ForwardTiles
-from dca_jax.attention.mosaic_gpu.ranges import Keys
+from dca_jax.attention.mosaic_gpu.ranges import Keys, any_met
 from dca_jax.dca import DCAConfig, Phase
 
 
@@ -22,6 +22,12 @@ class Problem(NamedTuple):
     tiles: ForwardTiles
     page: int | None  # tokens per page; None if a row's keys are contiguous
     rotations: int  # rotations of the queries in shared memory at once
+    spare: int = 0  # 1 if there is room for the next tile's queries besides
+
+    @property
+    def slots(self) -> int:
+        """Tiles of queries in shared memory; the last one receives those before rotation."""
+        return self.rotations + self.spare
 
 
 class OfBand(NamedTuple):
@@ -57,15 +63,17 @@ class Refs(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory: tiles, then barriers."""
 
-    q: Any  # [warpgroups, rotations, WARPGROUP_Q, H]; finally the output
+    q: Any  # [warpgroups, slots, WARPGROUP_Q, H]; finally the output
     k: Any  # [num_stages, block_k, H]
     v: Any  # [num_stages, block_k, H]
     lse: Any  # [warpgroups, WARPGROUP_Q]
-    walks: Any  # [3 * phases, 2], a band being one phase: the blocks of keys to visit
+    walks: Any  # [3 * phases, 2], a band being one phase: the blocks of keys to visit; if
+    # persistent, two of them, for two tiles
     q_loaded: Any
     k_loaded: Any
     v_loaded: Any
     planned: Any  # signals that the walks are ready
+    walked: Any  # and that they are not needed any more; None if not persistent
     k_consumed: Any
     v_consumed: Any
     ping_pong: Any  # hands the tensor cores from one computing warpgroup to the other
@@ -74,8 +82,9 @@ class Shared(NamedTuple):
     def types(cls, problem: Problem, dtype: Any, head_dim: int) -> "Shared":
         """The types to allocate."""
         num_stages, block_k = problem.tiles.num_stages, problem.tiles.block_k
-        warpgroups = problem.tiles.warpgroups
+        warpgroups, persistent = problem.tiles.warpgroups, problem.tiles.persistent
         keys = (num_stages, block_k, head_dim)
+        walks = (3 * max(len(problem.phases), 1), 2)
 
         def consumed() -> Any:
             if problem.cluster == 1:
@@ -85,15 +94,16 @@ class Shared(NamedTuple):
             )
 
         return cls(
-            q=plgpu.SMEM((warpgroups, problem.rotations, WARPGROUP_Q, head_dim), dtype),
+            q=plgpu.SMEM((warpgroups, problem.slots, WARPGROUP_Q, head_dim), dtype),
             k=plgpu.SMEM(keys, dtype),
             v=plgpu.SMEM(keys, dtype),
             lse=plgpu.SMEM((warpgroups, WARPGROUP_Q), jnp.float32),
-            walks=plgpu.SMEM((3 * max(len(problem.phases), 1), 2), jnp.int32),
+            walks=plgpu.SMEM((2, *walks) if persistent else walks, jnp.int32),
             q_loaded=plgpu.Barrier(num_barriers=warpgroups),
             k_loaded=plgpu.Barrier(num_barriers=num_stages),
             v_loaded=plgpu.Barrier(num_barriers=num_stages),
-            planned=plgpu.Barrier(),
+            planned=plgpu.Barrier(num_barriers=2 if persistent else 1),
+            walked=(plgpu.Barrier(num_arrivals=warpgroups, num_barriers=2) if persistent else None),
             k_consumed=consumed(),
             v_consumed=consumed(),
             ping_pong=plgpu.Barrier(num_arrivals=warpgroups),
@@ -109,6 +119,7 @@ class CTA(NamedTuple):
     batch: Array
     head: Array
     tile: Array
+    begin: Array  # steps of the tiles before this one, which have used the stages in turn
 
     @property
     def is_dense(self) -> bool:
@@ -127,3 +138,9 @@ class CTA(NamedTuple):
         first = offset + self.tile * block_q
         end = jnp.minimum(jnp.minimum(first + block_q, length), offset + self.gmem.out.shape[1])
         return first, end - 1, Keys(key_offset, self.problem.num_keys)
+
+    def has_keys(self) -> Bool[Array, ""]:
+        """Whether the tile's queries attend to any keys of DCA's phases."""
+        assert self.problem.dca is not None
+        first, last, keys = self.text()
+        return any_met(first, last, self.problem.phases, self.problem.dca, keys)

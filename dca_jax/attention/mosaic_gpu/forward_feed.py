@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from dca_jax.attention.blocks import BLOCK
 from dca_jax.attention.mosaic_gpu.forward_cta import CTA, Shared
+from dca_jax.attention.mosaic_gpu.forward_schedule import Worker
 from dca_jax.attention.mosaic_gpu.ranges import (
     Walk,
     full_and_edge_walks,
@@ -26,6 +27,29 @@ from dca_jax.dca import PHASES
 def feed(cta: CTA) -> None:
     """Computes which blocks the tile visits, and keeps their keys and values in flight."""
     plgpu.set_max_registers(cta.problem.tiles.registers_per_thread[1], action="decrease")
+    num_steps = _feed_tile(cta)
+    if cta.problem.cluster > 1:
+        _drain(cta.smem, cta.problem.tiles.num_stages, num_steps)
+
+
+def feed_tiles(worker: Worker) -> None:
+    """As `feed` for one tile of the worker after another."""
+    tiles = worker.problem.tiles
+    plgpu.set_max_registers(tiles.registers_per_thread[1], action="decrease")
+
+    def feed_next(n: Array, begin: Array) -> Array:
+        cta = worker.cta(n, begin)
+        # The walks take the place of those of the tile before the last one.
+        pl.when(n >= 2)(lambda: plgpu.barrier_wait(cta.smem.walked))
+        return _feed_tile(cta)
+
+    num_steps = lax.fori_loop(0, worker.num_tiles(), feed_next, jnp.int32(0))
+    if worker.problem.cluster > 1:
+        _drain(worker.smem, tiles.num_stages, num_steps)
+
+
+def _feed_tile(cta: CTA) -> Array:
+    """Feeds a tile; returns how many steps the CTA has made then."""
     problem, gmem, smem = cta.problem, cta.gmem, cta.smem
     num_stages = problem.tiles.num_stages
     kv_head = lax.div(cta.head, jnp.int32(problem.group))
@@ -35,7 +59,7 @@ def feed(cta: CTA) -> None:
     # Done here, while the computing warpgroups rotate, for which they need the registers.
     remember(full, edges, smem.walks)
     plgpu.barrier_arrive(smem.planned)
-    num_full, num_steps = steps(full), steps(full + edges)
+    first_edge, end = cta.begin + steps(full), cta.begin + steps(full + edges)
 
     def load(n: Array, _: Any, *, block_of: Callable[[Array], Array]) -> None:
         slot = lax.rem(n, jnp.int32(num_stages))
@@ -51,15 +75,14 @@ def feed(cta: CTA) -> None:
     def block_of_full(n: Array) -> Array:
         if gmem.blocks is not None:
             return _listed(cta, kv_head, n)
-        return locate(n, full, jnp.int32(0))[1]
+        return locate(n, full, cta.begin)[1]
 
     def block_of_edges(n: Array) -> Array:
-        return locate(n, edges, num_full)[1]
+        return locate(n, edges, first_edge)[1]
 
-    lax.fori_loop(0, num_full, functools.partial(load, block_of=block_of_full), None)
-    lax.fori_loop(num_full, num_steps, functools.partial(load, block_of=block_of_edges), None)
-    if problem.cluster > 1:
-        _drain(smem, num_stages, num_steps)
+    lax.fori_loop(cta.begin, first_edge, functools.partial(load, block_of=block_of_full), None)
+    lax.fori_loop(first_edge, end, functools.partial(load, block_of=block_of_edges), None)
+    return end
 
 
 def _walks(cta: CTA, kv_head: Array) -> tuple[list[Walk], list[Walk]]:

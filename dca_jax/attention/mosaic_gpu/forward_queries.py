@@ -26,6 +26,11 @@ class Queries(NamedTuple):
     warpgroup: Array
     first: Array  # index of the first one among the row's queries
 
+    @classmethod
+    def of(cls, cta: CTA, warpgroup: Array) -> "Queries":
+        """The share of warpgroup number `warpgroup`."""
+        return cls(cta, warpgroup, cta.tile * cta.problem.tiles.block_q + warpgroup * WARPGROUP_Q)
+
     @property
     def slots(self) -> Any:
         """Their slots among the row's queries."""
@@ -68,6 +73,8 @@ def fetch(queries: Queries, phase: int | Array) -> None:
         rotated = source.at[*phase, cta.batch, queries.slots, cta.head]
         plgpu.copy_gmem_to_smem(rotated, cta.smem.q.at[at, 0], cta.smem.q_loaded.at[at])
 
+    # No thread still reads the former queries: every thread of the warpgroup has arrived at
+    # `ping_pong`, or at a barrier of the last tile's end, since the last product with them.
     if not cta.is_dense:
         load(cta.gmem.query, phase)
     elif isinstance(phase, int):
@@ -87,21 +94,32 @@ def place_band(queries: Queries) -> None:
         plgpu.barrier_wait(cta.smem.q_loaded.at[at])
 
 
+def fetch_raw(queries: Queries) -> None:
+    """Starts loading the queries before rotation."""
+    cta, at = queries.cta, queries.warpgroup
+    source = cta.gmem.query.at[cta.batch, queries.slots, cta.head]
+    plgpu.copy_gmem_to_smem(source, _raw(queries), cta.smem.q_loaded.at[at])
+
+
+def _raw(queries: Queries) -> Any:
+    return queries.cta.smem.q.at[queries.warpgroup, queries.cta.problem.slots - 1]
+
+
 def place_rotations(queries: Queries) -> None:
-    """Loads the queries, and stores them in shared memory rotated for each phase."""
+    """Stores the queries that `fetch_raw` loads in shared memory, rotated for each phase."""
     cta, at = queries.cta, queries.warpgroup
     problem, smem = cta.problem, cta.smem
     assert problem.dca is not None
-    raw = smem.q.at[at, len(problem.phases) - 1]
-    source = cta.gmem.query.at[cta.batch, queries.slots, cta.head]
-    plgpu.copy_gmem_to_smem(source, raw, smem.q_loaded.at[at])
     *intra, fixed = cta.gmem.tables
     intra = [table.at[cta.batch, queries.slots] for table in intra]
     tables = _load_tables(problem.phases, intra, fixed.at[cta.batch])
     plgpu.barrier_wait(smem.q_loaded.at[at])
-    q = plgpu.load(raw, layout=plgpu.Layout.WGMMA)
+    q = plgpu.load(_raw(queries), layout=plgpu.Layout.WGMMA)
     rotated = _rotations(q, problem.phases, tables, queries.index, problem.dca)
-    plgpu.commit_smem()  # every thread has read the raw query
+    if problem.tiles.persistent:  # every thread has read the raw query, and the output has left
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    else:
+        plgpu.commit_smem()  # every thread has read the raw query
     for number, q in enumerate(rotated):
         smem.q[at, number] = q.astype(smem.q.dtype)
     plgpu.commit_smem()

@@ -22,8 +22,11 @@ class ForwardTiles:
         warpgroups: number of computing warpgroups: 2, or 3 if they run ahead; with lists, pages and
             bands 2.
         ahead: whether a block's logits are computed with the previous block's values, and the
-            warpgroups run freely; else two warpgroups take turns. Not with lists, pages and
-            bands.
+            warpgroups run freely; else two warpgroups take turns. Only if resident, and not with
+            lists, pages and bands.
+        persistent: whether there are as many CTAs as run at once, each of which processes several
+            tiles of queries: the next one's keys are in flight while the last one's output is
+            written. Not with lists, pages and bands.
     """
 
     block_k: int
@@ -33,6 +36,7 @@ class ForwardTiles:
     cluster: int
     warpgroups: int = 2
     ahead: bool = False
+    persistent: bool = False
 
     @property
     def block_q(self) -> int:
@@ -63,25 +67,39 @@ TILES = {
         cluster=2,
         warpgroups=3,
         ahead=True,
+        persistent=True,
     ),
     128: ForwardTiles(
-        block_k=128, num_stages=2, resident=True, registers=128, cluster=2, ahead=True
+        block_k=128,
+        num_stages=2,
+        resident=True,
+        registers=128,
+        cluster=2,
+        ahead=True,
+        persistent=True,
     ),
-    256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=64, cluster=2),
+    256: ForwardTiles(
+        block_k=64, num_stages=2, resident=False, registers=64, cluster=2, persistent=True
+    ),
 }
-# For one or two of the phases, and for pages that the blocks divide.
-PASS_TILES = {
+# For one or two of the phases.
+PASS_TILES = TILES | {
+    256: ForwardTiles(
+        block_k=64, num_stages=2, resident=False, registers=0, cluster=2, persistent=True
+    )
+}
+# For pages that the blocks divide.
+PAGE_TILES = {
     64: ForwardTiles(block_k=256, num_stages=2, resident=True, registers=0, cluster=2),
     128: ForwardTiles(block_k=128, num_stages=2, resident=True, registers=128, cluster=2),
     256: ForwardTiles(block_k=64, num_stages=2, resident=False, registers=0, cluster=2),
 }
-EXITING = (128,)  # head_dims of which a tile without keys in a single pass ends at once
 # For lists and pages: blocks that divide 128 keys.
-LIST_TILES = PASS_TILES | {
+LIST_TILES = PAGE_TILES | {
     64: ForwardTiles(block_k=128, num_stages=4, resident=True, registers=0, cluster=2)
 }
 # For a band of a method other than DCA: queries have one rotation, which is resident.
-BAND_TILES = PASS_TILES | {
+BAND_TILES = PAGE_TILES | {
     256: ForwardTiles(block_k=64, num_stages=2, resident=True, registers=0, cluster=2)
 }
 # For a band with positions in steps: two rotations, and logits for both.

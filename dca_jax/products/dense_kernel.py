@@ -1,0 +1,254 @@
+"""A kernel for Hopper for products of a few rows with dense matrices, as in decoding.
+
+Its time is that of reading the matrices, in place in their stacks. One warpgroup keeps several
+steps of a tile in flight from the first moment on; the other multiplies on tensor cores, a tile's
+outputs as WGMMA's rows and the rows of x as its eight columns. Rows are normalized while the first
+steps arrive; a residual is added or SiLU's gate applied before sums are rounded.
+
+The CTAs of a cluster share a tile's inputs. Their sums go through global memory to the first of
+them, which adds them in order, so a result is the same every time.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dca_jax.products.dense_plan import ROWS, STEP, Plan
+
+OUTPUTS = plgpu.Layout.WGMMA.reduce(1)
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED
+
+
+class Problem(NamedTuple):
+    """The static parameters of a product.
+
+    Attributes:
+        plan: how it is divided.
+        rows: number of rows.
+        part: number of inputs per split.
+        starts: the first tile of each matrix, and the end; of one matrix if they are `gated`.
+        gated: whether the result is silu(x gate) * (x up).
+        epsilon: that of the norm; None without one.
+    """
+
+    plan: Plan
+    rows: int
+    part: int
+    starts: list[int]
+    gated: bool
+    epsilon: float | None
+
+
+class _Refs(NamedTuple):
+    """The kernel's arguments and results in global memory."""
+
+    layer: Any  # [1]
+    x: Any  # [rows, inputs]
+    scale: Any  # [L, inputs], or None like its layer
+    scale_layer: Any  # [1]
+    residual: Any  # [rows, outputs], or None
+    matrices: Any  # [L, inputs, outputs] each
+    out: Any  # [rows, outputs of all]
+    sums: Any  # [tiles, splits, products, rows, tile] float32; None of one split
+
+
+class _Shared(NamedTuple):
+    """Shared memory: tiles, then barriers."""
+
+    x: Any  # [ROWS, inputs of a split]
+    values: Any  # [stages, matrices of a tile, STEP, tile]
+    out: Any  # [rows, tile]
+    sums: Any  # [products, rows, tile] float32, or None
+    x_ready: Any
+    ready: Any
+    free: Any
+    summed: Any  # None of one split
+
+
+def launch(
+    arrays: tuple[Any, ...], problem: Problem, *, interpret: bool
+) -> Float[Array, "rows outputs"]:
+    """The products; `arrays` are those of `_Refs` but the results."""
+    plan, each = problem.plan, 1 + problem.gated
+    x, tiles = arrays[1], problem.starts[-1]
+    out = [jax.ShapeDtypeStruct((problem.rows, tiles * plan.tile), x.dtype), None]
+    shared = _Shared(
+        x=plgpu.SMEM((ROWS, problem.part), x.dtype),
+        values=plgpu.SMEM((plan.stages, each, STEP, plan.tile), x.dtype),
+        out=plgpu.SMEM((problem.rows, plan.tile), x.dtype),
+        x_ready=plgpu.Barrier(),
+        ready=plgpu.Barrier(num_arrivals=each, num_barriers=plan.stages),
+        free=plgpu.Barrier(num_barriers=plan.stages),
+        sums=None,
+        summed=None,
+    )
+    if plan.splits > 1:
+        sums = each, problem.rows, plan.tile
+        out[1] = jax.ShapeDtypeStruct((tiles, plan.splits, *sums), jnp.float32)
+        shared = shared._replace(
+            sums=plgpu.SMEM(sums, jnp.float32),
+            summed=plgpu.ClusterBarrier(collective_axes=("split",)),
+        )
+    tree = jax.tree.structure((_Refs(*arrays, *out), shared))
+
+    def kernel(*refs: Any) -> None:
+        gmem, smem = jax.tree.unflatten(tree, refs)
+        pl.when(lax.axis_index("warpgroup") == 1)(lambda: _feed(problem, gmem, smem))
+        pl.when(lax.axis_index("warpgroup") == 0)(lambda: _compute(problem, gmem, smem))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(jax.tree.leaves(out)),
+        grid=(tiles,),
+        grid_names=("tile",),
+        cluster=(plan.splits,),
+        cluster_names=("split",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="dca_dense_rows",
+        scratch_types=jax.tree.leaves(shared),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*jax.tree.leaves(arrays))[0]
+
+
+def _feed(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
+    """The warpgroup that keeps steps in flight."""
+    plan, tile = problem.plan, lax.axis_index("tile")
+    begin, layer = lax.axis_index("split") * problem.part, gmem.layer[0]
+
+    def load(n: Array, _: None) -> None:
+        slot = lax.rem(n, plan.stages)
+        pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(smem.free.at[slot]))
+        inputs = pl.ds(begin + n * STEP, STEP)
+
+        def load_from(matrices: Sequence[Any], start: int) -> None:
+            outputs = pl.ds((tile - start) * plan.tile, plan.tile)
+            for number, matrix in enumerate(matrices):
+                values = matrix.at[layer, inputs, outputs]
+                plgpu.copy_gmem_to_smem(values, smem.values.at[slot, number], smem.ready.at[slot])
+
+        _for_own(problem, gmem, tile, load_from)
+
+    lax.fori_loop(0, problem.part // STEP, load, None)
+
+
+def _for_own(problem: Problem, gmem: _Refs, tile: Array, do: Callable[..., None]) -> None:
+    """Calls do(matrices of a tile, their first tile)."""
+    if problem.gated:
+        do(gmem.matrices, 0)
+        return
+    for matrix, (start, stop) in zip(
+        gmem.matrices, itertools.pairwise(problem.starts), strict=True
+    ):
+        pl.when((tile >= start) & (tile < stop))(lambda m=matrix, s=start: do([m], s))
+
+
+def _compute(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
+    """The warpgroup that multiplies."""
+    plan, each, steps = problem.plan, 1 + problem.gated, problem.part // STEP
+    tile, split = lax.axis_index("tile"), lax.axis_index("split")
+    outputs = pl.ds(tile * plan.tile, plan.tile)
+    _place_rows(problem, gmem, smem, split * problem.part)
+
+    def add_steps(*accs: Any) -> tuple[Array, ...]:
+        def add(n: Array, _: None) -> None:
+            slot = lax.rem(n, plan.stages)
+            plgpu.barrier_wait(smem.ready.at[slot])
+            x = smem.x.at[:, pl.ds(n * STEP, STEP)]
+            for number, acc in enumerate(accs):
+                plgpu.wgmma(acc, smem.values.at[slot, number].T, x.T)
+            plgpu.wgmma_wait(0)
+            pl.when(n < steps - plan.stages)(lambda: plgpu.barrier_arrive(smem.free.at[slot]))
+
+        lax.fori_loop(0, steps, add, None)
+        return tuple(acc[...] for acc in accs)
+
+    acc = plgpu.WGMMAAccumulatorRef((plan.tile, ROWS), jnp.float32)
+    sums = [_by_row(total, problem.rows) for total in pl.run_scoped(add_steps, *[acc] * each)]
+    places = list(itertools.product(range(each), range(problem.rows)))
+    if plan.splits > 1:
+
+        def give() -> None:
+            for number, row in places:
+                smem.sums[number, row] = sums[number][row]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem.sums, gmem.sums.at[tile, split])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(split > 0)(give)
+        plgpu.barrier_arrive(smem.summed)
+        plgpu.barrier_wait(smem.summed)
+
+    def finish() -> None:
+        for other in range(1, plan.splits):
+            for number, row in places:
+                part = gmem.sums.at[tile, other, number, row]
+                sums[number][row] += plgpu.load(part, layout=OUTPUTS, optimized=False)
+        _store(problem, gmem, smem, outputs, sums)
+
+    pl.when(split == 0)(finish)
+
+
+def _by_row(total: Float[Array, "tile ROWS"], rows: int) -> list[Float[Array, " tile"]]:
+    """The columns of a tile's sums, each with all threads that have its outputs."""
+    column = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=plgpu.Layout.WGMMA)
+    return [jnp.where(column == row, total, 0).sum(axis=1) for row in range(rows)]
+
+
+def _place_rows(problem: Problem, gmem: _Refs, smem: _Shared, begin: Array) -> None:
+    """Loads a split's part of the rows into shared memory, and normalizes it there.
+
+    Rows that there are not are zeros.
+    """
+    part, inputs = pl.ds(begin, problem.part), gmem.x.shape[1]
+    first = lax.axis_index("tile") * 0
+    plgpu.copy_gmem_to_smem(gmem.x.at[pl.ds(first, ROWS), part], smem.x, smem.x_ready)
+    if problem.epsilon is None:
+        plgpu.barrier_wait(smem.x_ready)
+        return
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=TURNED.reduce(0))
+    inverse = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.float32), TURNED.reduce(0))
+    for number in range(problem.rows):
+        vector = math.gcd(inputs // 128, 8)
+        layout = plgpu.Layout.WG_STRIDED((inputs,), vec_size=vector)
+        full = plgpu.load(gmem.x.at[number], layout=layout).astype(jnp.float32)
+        root = lax.rsqrt(jnp.sum(full * full) / inputs + problem.epsilon)
+        inverse = jnp.where(row == number, root, inverse)
+    plgpu.barrier_wait(smem.x_ready)
+    size = math.gcd(problem.part, 512)
+
+    def normalize(n: Array, _: None) -> None:
+        chunk = pl.ds(n * size, size)
+        x = plgpu.load(smem.x.at[:, chunk].T, layout=TURNED)
+        own = gmem.scale.at[gmem.scale_layer[0], pl.ds(begin + n * size, size)]
+        scale = plgpu.load(own, layout=TURNED.reduce(1), optimized=False)
+        normed = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse, x.shape, [1])
+        scaled = normed.astype(x.dtype) * lax.broadcast_in_dim(scale, x.shape, [0])
+        smem.x.at[:, chunk].T[...] = scaled
+
+    lax.fori_loop(0, problem.part // size, normalize, None)
+    plgpu.commit_smem()
+
+
+def _store(
+    problem: Problem, gmem: _Refs, smem: _Shared, outputs: Any, sums: Sequence[Sequence[Array]]
+) -> None:
+    """Finishes a tile's float32 sums, rounds them once, and stores them."""
+    for row, (total, *up) in enumerate(zip(*sums, strict=True)):
+        if up:
+            total = total / (1 + jnp.exp(-total)) * up[0]
+        if gmem.residual is not None:
+            before = gmem.residual.at[row, outputs]
+            total += plgpu.load(before, layout=OUTPUTS, optimized=False).astype(jnp.float32)
+        smem.out[row] = total.astype(smem.out.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.out, gmem.out.at[:, outputs])
+    plgpu.wait_smem_to_gmem(0)
