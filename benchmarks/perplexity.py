@@ -29,6 +29,7 @@ from dca_jax.inference.buckets import cache_shape
 from dca_jax.inference.pieces import scored_pieces
 from dca_jax.inference.score import Reader
 from dca_jax.planning.shapes import SHAPES, find_shape
+from dca_jax.products.packed import packed_forms
 
 COLUMNS = ("model", "tokens", "method", "attention", "s", "tokens/s", "attention s", "share")
 COLUMNS += ("peak GB",)
@@ -84,7 +85,8 @@ def measured(model: Llama, length: int) -> dict[str, Any]:
 
 def attention_seconds(model: Llama, length: int) -> tuple[str, float]:
     """Seconds of attention for all layers and pieces of a text, and the implementation."""
-    config, pieces = model.config, scored_pieces(jax.default_backend())
+    config, platform = model.config, jax.default_backend()
+    pieces = scored_pieces(config, platform, packed=bool(packed_forms(model)))
     keys = (*cache_shape(model, 1, length), config.num_key_value_heads, config.head_dim)
     key, value = (jax.random.normal(jax.random.key(n), keys, model.dtype) for n in range(2))
 

@@ -17,8 +17,10 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -44,11 +46,13 @@ from dca_jax.inference.score import window_nlls
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = (1, 2, 4, 8, 16)  # context lengths, in trained lengths
-TEXTS = 3  # held-out texts of the greatest length, each read at all lengths
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the passkey
-BATCH = 3  # passkey prompts read together
+TEXTS = 2  # held-out texts of the greatest length, each read at all lengths
+DEPTHS = (0.0, 0.3, 0.7, 1.0)  # of the passkey
 SCALINGS = {"PI": "linear", "NTK": "dynamic", "YaRN": "yarn"}
 METHODS = ("RoPE", *SCALINGS, "DCA")
+# Read at the same time, so that no core waits while the other compiles, or computes what cannot be
+# divided. The methods of a group have compiled programs in common.
+GROUPS = (("RoPE", "PI", "YaRN"), ("DCA", "NTK"))
 DOCUMENT = "unittest/mock.py"  # held out
 # Comments inserted into the document, the first at its beginning. In training, the demo model saw
 # such comments and questions with other names and numbers, at most 512 tokens apart.
@@ -105,20 +109,23 @@ def perplexities(llm: LLM, tokens: np.ndarray, lengths: list[int]) -> dict[str, 
     """{length: perplexity} for each method; all lengths use the same tokens."""
     known: dict[Any, float] = {}  # by configuration: methods coincide where the factor is 1
     results: dict[str, dict[int, float]] = {method: {} for method in METHODS}
+
+    def read(methods: Sequence[str]) -> None:
+        for method, length in itertools.product(methods, lengths):
+            model = with_method(llm, method, length).model
+            key = (model.config, model.dca, length)
+            if key not in known:
+                nlls = []
+                for nll in window_nlls(model, tokens, window=length, capacity=max(lengths)):
+                    nlls.append(nll)
+                    advance(length)
+                known[key] = float(np.exp(np.mean(nlls)))
+            else:
+                advance(len(tokens))
+            results[method][length] = known[key]
+
     with progress("perplexity", len(METHODS) * len(lengths) * len(tokens)) as advance:
-        for method in METHODS:
-            for length in lengths:
-                model = with_method(llm, method, length).model
-                key = (model.config, model.dca, length)
-                if key not in known:
-                    nlls = []
-                    for nll in window_nlls(model, tokens, window=length, capacity=max(lengths)):
-                        nlls.append(nll)
-                        advance(length)
-                    known[key] = float(np.exp(np.mean(nlls)))
-                else:
-                    advance(len(tokens))
-                results[method][length] = known[key]
+        together(read, GROUPS)
     return results
 
 
@@ -143,17 +150,14 @@ def perplexity_table(results: dict[str, dict[int, float]]) -> Table:
 def passkey_grids(llm: LLM, lengths: list[int]) -> dict[str, PasskeyGrid]:
     """Keys found by length and depth, for plain RoPE and DCA on the same prompts."""
     total = 2 * sum(lengths) * len(DEPTHS)
+    methods = "RoPE", "DCA"
+
+    def ask(method: str) -> PasskeyGrid:
+        model = with_method(llm, method, max(lengths))
+        return passkey_grid(model, lengths, DEPTHS, batch=1, on_tokens=advance)
+
     with progress("passkey", total) as advance:
-        return {
-            method: passkey_grid(
-                with_method(llm, method, max(lengths)),
-                lengths,
-                DEPTHS,
-                batch=BATCH,
-                on_tokens=advance,
-            )
-            for method in ("RoPE", "DCA")
-        }
+        return dict(zip(methods, together(ask, methods), strict=True))
 
 
 def passkey_table(grids: dict[str, PasskeyGrid]) -> Table:
@@ -227,11 +231,10 @@ def read_document(llm: LLM, document: Document) -> dict[str, Any]:
         f"\nThe first {document.tokens:,} tokens of {DOCUMENT}, with {len(NOTES)} comments between "
         f'its lines, such as "# {name} is {value}, keep this in mind":\n'
     )
-    readers, prefixes = {}, {}
-    for method in ("RoPE", "DCA"):
-        with console.status(f"{method} reads ..."):
-            readers[method] = with_method(llm, method, document.tokens)
-            prefixes[method] = readers[method].prefill(document.text, progress=False)
+    readers = {method: with_method(llm, method, document.tokens) for method in ("RoPE", "DCA")}
+    with console.status("RoPE and DCA read ..."):
+        read = together(lambda llm: llm.prefill(document.text, progress=False), readers.values())
+    prefixes = dict(zip(readers, read, strict=True))
     answers: dict[str, dict[str, str]] = {name: {} for name in NOTES}
     for name, method in itertools.product(NOTES, readers):
         question = f"\n# what was {name}? {name} is"
@@ -290,13 +293,35 @@ def side_by_side(said: dict[str, str]) -> Table:
 # --- the run -----------------------------------------------------------------------------------
 
 
+def together(work: Callable[[Any], Any], inputs: Iterable[Any]) -> list[Any]:
+    """The result of `work` for each input, all computed at the same time."""
+    pool = ThreadPoolExecutor()
+    try:
+        return list(pool.map(work, inputs))
+    finally:  # after Ctrl-C, `progress` ends what still runs
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` tokens; yields a function that advances it."""
+    """A progress bar over `total` tokens; yields a function that advances it, in any thread.
+
+    After the block the function raises, so that threads end which the block left behind.
+    """
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    over = threading.Event()
+
+    def advance(tokens: int) -> None:
+        if over.is_set():
+            raise RuntimeError(f"{name} was interrupted")
+        bar.advance(task, tokens)
+
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=total)
-        yield lambda tokens: bar.advance(task, tokens)
+        try:
+            yield advance
+        finally:
+            over.set()
 
 
 def find_model() -> Path:

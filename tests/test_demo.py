@@ -86,7 +86,6 @@ def test_the_demo_runs(folder, tmp_path, app, monkeypatch):
     monkeypatch.setattr(demo, "TIMES", (1, 8))
     monkeypatch.setattr(demo, "TEXTS", 1)
     monkeypatch.setattr(demo, "DEPTHS", (0.0, 1.0))
-    monkeypatch.setattr(demo, "BATCH", 2)
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.json").write_text("{}")  # of an earlier run

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_llm import LEAST
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +29,8 @@ from dca_jax.model import Llama
 from dca_jax.rope import RopeConfig
 
 VOCAB = 300
-PIECE = scored_pieces("cpu", batch=2).widths[0]  # tokens that each of two rows reads at once
+# Tokens that each of two rows reads at once.
+PIECE = scored_pieces(LEAST, "cpu", packed=False, batch=2).widths[0]
 HOT = DCAConfig(
     chunk_len=40, max_query_position=60, trained_length=64, temperature_slope=0.1
 )  # its temperature depends on the length of the whole text

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dca_jax.dca import PHASES, DCAConfig, Phase, key_range, query_position
+from dca_jax.attention.softmax import FAR
+from dca_jax.dca import PHASES, DCAConfig, Phase, key_range, phases_within, query_position
 from dca_jax.dtypes import compute_dtype
 from dca_jax.rope import rotate
 
@@ -340,10 +341,14 @@ def bands_of(
     whole: Int[Array, " B"],
     phases: tuple[Phase, ...] = PHASES,
 ) -> tuple[Band | Series, ...]:
-    """The bands of these queries: DCA's phases, over keys rotated to P_k, or a method's bands."""
+    """The bands of these queries: DCA's phases, over keys rotated to P_k, or a method's bands.
+
+    Plain attention is DCA with a single chunk and so has one band.
+    """
     if isinstance(dca, PositionMethod):
         return dca.bands(index, whole)
-    return phase_bands(index, dca, phases)
+    met = phases_within(FAR, dca)
+    return phase_bands(index, dca, tuple(phase for phase in phases if phase in met))
 
 
 def phase_bands(

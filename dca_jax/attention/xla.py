@@ -7,10 +7,11 @@ tile's queries attend to are visited, so the work is at most that of causal atte
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dca_jax.attention.backend import Rows
 from dca_jax.attention.bands import (
@@ -97,10 +98,10 @@ def forward(
 
         def with_band(state: Softmax, band: Band) -> Softmax:
             seen = _seen(queries, band, scale, rows)
-            first, last, span = _blocks(index, band, rows, num_keys, block)
+            blocks = _blocks(index, band, rows, num_keys, block)
 
-            def step(n: Array, state: Softmax) -> Softmax:
-                at, met = _block(n, num_keys, span, block)
+            def step(start: Array, state: Softmax, masked: bool) -> Softmax:
+                at = jnp.minimum(start, num_keys - block)
                 text = _text_index(at, block, rows)
                 keys = read(key, at, block).astype(queries.dtype)
                 keys = rotated_keys(keys, text, band, rows.inv_freq)
@@ -108,7 +109,8 @@ def forward(
                 logits = _chosen(logits, text, band)
                 if scales is not None:
                     logits = logits * read_scales(scales.key, at, block)
-                logits = jnp.where(met, logits, -jnp.inf)
+                if masked:
+                    logits = jnp.where(blocks.met(start, at), logits, -jnp.inf)
 
                 def weighted(p: Array) -> Array:
                     if scales is not None:
@@ -118,7 +120,7 @@ def forward(
 
                 return state.add(logits, weighted)
 
-            return jax.lax.fori_loop(first, last, step, state)
+            return blocks.each(step, state)
 
         state = over_bands(bands_of(index, dca, rows.whole, phases), with_band, state)
         return state.result(queries.dtype)
@@ -157,16 +159,18 @@ def backward(
         def with_band(state: tuple, band: Band) -> tuple:
             dq, carry = state
             seen = _seen(queries, band, scale, rows)
-            first, last, span = _blocks(index, band, rows, num_keys, block)
+            blocks = _blocks(index, band, rows, num_keys, block)
 
-            def step(n: Array, state: tuple) -> tuple:
+            def step(start: Array, state: tuple, masked: bool) -> tuple:
                 dk, dv, dseen = state
-                at, met = _block(n, num_keys, span, block)
+                at = jnp.minimum(start, num_keys - block)
                 text = _text_index(at, block, rows)
                 keys = rotated_keys(read(key, at, block), text, band, rows.inv_freq)
                 values = read(value, at, block)
                 logits = [dot("BKGTH,BSKH->BKGTS", rotated, keys) for rotated in seen]
-                p = jnp.exp(jnp.where(met, _chosen(logits, text, band) - lse, -jnp.inf))
+                p = jnp.exp(_chosen(logits, text, band) - lse)
+                if masked:
+                    p = jnp.where(blocks.met(start, at), p, 0)
                 dp = dot("BKGTH,BSKH->BKGTS", do_tile, values)
                 ds = _shared((p * (dp - delta[..., None])).astype(query.dtype), text, band)
                 p = p.astype(value.dtype)
@@ -180,7 +184,7 @@ def backward(
                 return dk, dv, dseen
 
             init = (*carry, [jnp.zeros(rotated.shape, compute) for rotated in seen])
-            dk, dv, dseen = jax.lax.fori_loop(first, last, step, init)
+            dk, dv, dseen = blocks.each(step, init)
             for position, drotated in zip(band.query_positions, dseen, strict=True):
                 drotated = jnp.moveaxis(drotated, 3, 1)
                 dq = dq + rotate(drotated, -position, rows.inv_freq)
@@ -218,33 +222,66 @@ def _block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
     return tile, min(num_keys, longest, LOGITS // tile)
 
 
-def _blocks(
-    index: Int[Array, "B t"], band: Band, rows: Rows, num_keys: int, block: int
-) -> tuple[Array, Array, tuple[Array, Array]]:
-    """[first, last) of the blocks that any query of the tile attends to; each query's key range."""
+class _Blocks(NamedTuple):
+    """The blocks of keys of a band that any query of a tile attends to.
+
+    The last block of a cache starts early if it does not fit, and masks the keys of the block
+    before it: nothing is padded or copied.
+
+    Attributes:
+        size: number of keys of a block.
+        first: slot at which block 0 starts; every other one starts where the last one ended.
+        count: number of blocks; none if it is negative.
+        whole: [begin, end) of the blocks that all queries attend to completely; may be empty.
+        span: [start, stop) of each query's keys.
+    """
+
+    size: int
+    first: Int[Array, ""]
+    count: Int[Array, ""]
+    whole: tuple[Int[Array, ""], Int[Array, ""]]
+    span: tuple[Int[Array, "B t"], Int[Array, "B t"]]
+
+    def each(self, step: Callable[[Array, Any, bool], Any], state: Any) -> Any:
+        """The state after `step` on each block, given its first slot and whether to mask it.
+
+        Masks are a pass over the logits and more work in their exponentials. One query has so few
+        logits that a second loop, without masks, is not worth compiling.
+        """
+
+        def one(n: Array, state: Any, masked: bool) -> Any:
+            return step(self.first + n * self.size, state, masked)
+
+        begin, end = self.whole
+        if self.span[0].shape[1] > 1:
+            state = jax.lax.fori_loop(begin, end, functools.partial(one, masked=False), state)
+        else:
+            end = begin
+
+        def at_edges(n: Array, state: Any) -> Any:
+            return one(jnp.where(n < begin, n, n + (end - begin)), state, masked=True)
+
+        return jax.lax.fori_loop(jnp.int32(0), self.count - (end - begin), at_edges, state)
+
+    def met(self, start: Int[Array, ""], at: Int[Array, ""]) -> Bool[Array, "B 1 1 t size"]:
+        """Which keys each query attends to, of the block from `start`, read from slot `at` on."""
+        j = at + jnp.arange(self.size, dtype=jnp.int32)[None, None, :]
+        first, stop = self.span
+        met = (j >= jnp.maximum(first, start)[:, :, None]) & (j < stop[:, :, None])
+        return met[:, None, None, :, :]
+
+
+def _blocks(index: Int[Array, "B t"], band: Band, rows: Rows, num_keys: int, block: int) -> _Blocks:
     start = band.start
     stop = jnp.where(index < rows.lengths[:, None], band.stop, start)  # padding attends to nothing
     slots = (text - rows.key_offset[:, None] for text in (start, stop))
     start, stop = (jnp.clip(slot, 0, num_keys) for slot in slots)
     meets = start < stop
-    first = jnp.min(jnp.where(meets, start, jnp.int32(2**31 - 1))) // block
-    last = (jnp.max(jnp.where(meets, stop, 0)) + (block - 1)) // block
-    return first, last, (start, stop)
-
-
-def _block(
-    n: Int[Array, ""], num_keys: int, span: tuple[Array, Array], block: int
-) -> tuple[Array, Array]:
-    """The start of block n, and which of its keys each query attends to [B, 1, 1, t, block].
-
-    If the length of the cache is not a multiple of `block`, the last block starts early and masks
-    the keys of the block before it: nothing is padded or copied.
-    """
-    at = jnp.minimum(n * block, num_keys - block)
-    j = at + jnp.arange(block, dtype=jnp.int32)[None, None, :]
-    start, stop = span
-    met = (j >= jnp.maximum(start, n * block)[:, :, None]) & (j < stop[:, :, None])
-    return at, met[:, None, None, :, :]
+    first = jnp.min(jnp.where(meets, start, num_keys))
+    last = jnp.max(jnp.where(meets, stop, 0))
+    begin, end = -((first - jnp.max(start)) // block), (jnp.min(stop) - first) // block
+    whole = begin, jnp.maximum(begin, end)
+    return _Blocks(block, first, -((first - last) // block), whole, (start, stop))
 
 
 def _seen(

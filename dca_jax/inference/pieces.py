@@ -16,6 +16,7 @@ from dca_jax.config import LlamaConfig
 NARROW = (4096, 512, 64)
 WIDE = (8192, 1024, 256, 64)
 WIDEST = (16_384, 2048, 512, 64)
+IN_CACHE = (512, 64)  # on a CPU, whose caches would not hold the activations of many more tokens
 ENDS = 64  # for the ends of several texts, which are read together
 
 
@@ -60,8 +61,9 @@ def prompt_pieces(
 ) -> Pieces:
     """How prompts are read.
 
-    On a GPU pieces are wider, and wider still if they unpack weights. With a mixture of experts
-    they are widest on any device, so that reading an expert's weights pays off.
+    On a CPU pieces are narrower, unless they unpack weights. On a GPU they are wider, and wider
+    still if they unpack weights. With a mixture of experts they are widest on any device, so that
+    reading an expert's weights pays off.
 
     Args:
         platform: of the device, as in JAX, such as "cpu", "gpu" or "tpu".
@@ -69,7 +71,7 @@ def prompt_pieces(
         batch: number of texts that are read at once; each has its share of the tokens.
         segment: number that divides all widths.
     """
-    widths = NARROW
+    widths = _narrow(config, platform, packed)
     if platform == "gpu":
         widths = WIDEST if packed else WIDE
     if config.mixture is not None:
@@ -77,12 +79,19 @@ def prompt_pieces(
     return _shared(widths, platform, batch, segment)
 
 
-def scored_pieces(platform: str, *, batch: int = 1, segment: int = 1) -> Pieces:
+def scored_pieces(
+    config: LlamaConfig, platform: str, *, packed: bool, batch: int = 1, segment: int = 1
+) -> Pieces:
     """How texts are read whose every token is scored; arguments as in `prompt_pieces`.
 
     They are narrow, because every token has logits.
     """
-    return _shared(NARROW, platform, batch, segment)
+    return _shared(_narrow(config, platform, packed), platform, batch, segment)
+
+
+def _narrow(config: LlamaConfig, platform: str, packed: bool) -> tuple[int, ...]:
+    is_light = platform == "cpu" and not packed and config.mixture is None
+    return IN_CACHE if is_light else NARROW
 
 
 def _shared(widths: tuple[int, ...], platform: str, batch: int, segment: int) -> Pieces:

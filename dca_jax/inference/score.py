@@ -22,6 +22,7 @@ from dca_jax.inference.compiled import compiled
 from dca_jax.inference.pieces import scored_pieces
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
+from dca_jax.products.packed import packed_forms
 from dca_jax.sharding import Shards
 
 # Tokens whose logits are in memory at once; with a vocabulary of 128k they take 256 MiB.
@@ -147,7 +148,13 @@ class Reader:
         bests = [np.zeros((rows, 0), bool)]
         start, model = 0, self.model.reading(max(whole))
         segment = 1 if model.sparse is None else model.sparse.segment
-        pieces = scored_pieces(current_device().platform, batch=rows, segment=segment)
+        pieces = scored_pieces(
+            model.config,
+            current_device().platform,
+            packed=bool(packed_forms(model)),
+            batch=rows,
+            segment=segment,
+        )
         for count, width in pieces.cut(tokens.shape[2]):
             lengths = np.clip(counts - start, 0, count)
             piece = np.zeros((2, rows, width), np.int32)
