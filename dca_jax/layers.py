@@ -150,7 +150,7 @@ def project(
     inputs: str,
     linears: Sequence[tuple[Linear, str]],
     layer: Int[Array, ""] | None = None,
-    norm: "LayerNorm | None" = None,
+    norm: "NormOfLayer | None" = None,
 ) -> list[Array]:
     """Applies several `Linear`s to the same x, in one kernel launch if that is faster.
 
@@ -214,7 +214,7 @@ class RMSNorm(nnx.Module):
         return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
-class LayerNorm(NamedTuple):
+class NormOfLayer(NamedTuple):
     """The RMSNorm of one layer; `layer` as in `RMSNorm`."""
 
     norm: RMSNorm
@@ -252,7 +252,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        norm: LayerNorm,
+        norm: NormOfLayer,
         attend: Attend,
         layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -274,13 +274,13 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj", (F,), (D,), bias=config.mlp_bias)
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: LayerNorm, layer: Int[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], norm: NormOfLayer, layer: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         """x plus the MLP of its norm, token by token; `layer` as in `project`."""
         return self.down_proj.added(x, self._hidden(x, norm, layer), "F", layer)
 
     def _hidden(
-        self, x: Float[Array, "B T D"], norm: LayerNorm, layer: Int[Array, ""] | None
+        self, x: Float[Array, "B T D"], norm: NormOfLayer, layer: Int[Array, ""] | None
     ) -> Float[Array, "B T F"]:
         """silu(gate) * up."""
         both = self.gate_proj, self.up_proj
@@ -320,8 +320,8 @@ class Block(NamedTuple):
         """
         attention, number = (None, None) if place is None else place
         with jax.named_scope("self_attn"):
-            x = self.self_attn(x, LayerNorm(self.input_layernorm, attention), attend, attention)
-        norm = LayerNorm(self.post_attention_layernorm, attention)
+            x = self.self_attn(x, NormOfLayer(self.input_layernorm, attention), attend, attention)
+        norm = NormOfLayer(self.post_attention_layernorm, attention)
         if isinstance(self.feed_forward, Experts):
             with jax.named_scope("experts"):
                 y, routing = self.feed_forward(norm(x), number)

@@ -139,7 +139,7 @@ def compare(
 
 
 def test_plans_fit_in_shared_memory_and_divide_their_matrices() -> None:
-    """Of rows, steps in flight, sums and results; some is left for barriers and reductions."""
+    """Of rows, steps in flight and results; some is left for barriers and reductions."""
     found = 0
     for inputs, width, count, gated in itertools.product(
         range(64, 30_000, 448), (64, 128, 576, 896, 4096, 14336, 28672), (1, 2, 3), (False, True)
@@ -152,9 +152,8 @@ def test_plans_fit_in_shared_memory_and_divide_their_matrices() -> None:
         found += 1
         each = 1 + gated
         steps = plan.stages * STEP * plan.tile * each * 2
-        sums = ROWS * plan.tile * each * 4
         results = ROWS * plan.tile * 2
-        assert ROWS * inputs * 2 + steps + sums + results <= SHARED_BYTES - 4096
+        assert ROWS * inputs * 2 + steps + results <= SHARED_BYTES - 12_288
         assert width % plan.tile == inputs % STEP == 0
         assert plan.stages * STEP <= inputs
     assert found > 100

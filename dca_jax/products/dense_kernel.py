@@ -166,7 +166,7 @@ def _by_row(total: Float[Array, "tile ROWS"], rows: int) -> list[Float[Array, " 
 def _place_rows(problem: Problem, gmem: _Refs, smem: _Shared) -> None:
     """Loads the rows into shared memory, and normalizes them there.
 
-    Rows that there are not are zeros.
+    Rows beyond the last one are zeros.
     """
     inputs, first = problem.inputs, lax.axis_index("tile") * 0
     plgpu.copy_gmem_to_smem(gmem.x.at[pl.ds(first, ROWS)], smem.x, smem.x_ready)

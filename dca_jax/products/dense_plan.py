@@ -11,7 +11,7 @@ TILES, STEP = (256, 128, 64), 64  # outputs of a tile (of both matrices if gated
 BUSY = 64  # CTAs that keep the memory busy
 # Steps that a CTA must keep in flight to do so, and their bytes.
 STAGES, IN_FLIGHT = 3, 65536
-MARGIN = 16384  # bytes of shared memory for sums, barriers and reductions
+MARGIN = 16384  # bytes of shared memory for results, barriers and reductions
 
 
 class Plan(NamedTuple):

@@ -1,7 +1,7 @@
 """Products of a few rows with dense matrices on Hopper, as in decoding.
 
-What surrounds a product in a decoder layer costs a launch each otherwise, and is done on the way:
-RMSNorm of the rows before, the residual sum or SiLU's gate after (`dca_jax.products.dense_kernel`).
+The kernel (`dca_jax.products.dense_kernel`) also does what would otherwise take a launch each: the
+RMSNorm of the rows before a product, and the residual sum or SiLU's gate after it.
 """
 
 import itertools
@@ -18,7 +18,13 @@ INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas
 
 
 class Norm(NamedTuple):
-    """An RMSNorm of the rows, with one of the scales of all layers."""
+    """An RMSNorm of the rows.
+
+    Attributes:
+        scale: the scales of all layers, in the dtype of the rows.
+        layer: which of them to use.
+        epsilon: added to the mean square.
+    """
 
     scale: Float[Array, "L inputs"]
     layer: Int[Array, ""]
@@ -51,7 +57,7 @@ def multiply(
     """x times matrix `layer` of each stack, in the dtype of x, in one launch.
 
     Args:
-        x: up to `ROWS` rows.
+        x: up to `ROWS` rows, bfloat16 or float16 like the stacks.
         norm: normalizes the rows first.
         residual: is added to the product with a single matrix.
         gated: the stacks are two, gate and up, and the only result is silu(x gate) * (x up).
