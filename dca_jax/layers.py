@@ -173,7 +173,7 @@ def project(
     if stacks:
         assert layer is not None  # stacks exist only with a layer number
         rows, matrices = _rows(x), [linear.matrices(inputs) for linear in stacks.values()]
-        if dense_rows.can_multiply(rows, matrices):
+        if dense_rows.can_multiply(rows, matrices, norm=norm is not None):
             found = dense_rows.multiply(rows, matrices, layer, norm=norm and norm.of_rows)
         else:
             found = row_products(_rows(normed), matrices, layer[None])
@@ -286,7 +286,7 @@ class MLP(nnx.Module):
         both = self.gate_proj, self.up_proj
         if all(linear.is_plain and linear.is_stack("D", "F") for linear in both):
             rows, stacks = _rows(x), [linear.matrices("D") for linear in both]
-            if dense_rows.can_multiply(rows, stacks, gated=True):
+            if dense_rows.can_multiply(rows, stacks, gated=True, norm=True):
                 assert layer is not None  # stacks exist only with a layer number
                 options = {"norm": norm.of_rows, "gated": True}
                 (y,) = dense_rows.multiply(rows, stacks, layer, **options)
@@ -449,7 +449,8 @@ def stays_whole(path: Any, stack: Any, x: Float[Array, "B T D"]) -> bool:
     inputs = math.prod(stack.shape[1 : 3 if module == "o_proj" else 2])
     outputs = math.prod(stack.shape[1:]) // inputs
     matrices = [jax.ShapeDtypeStruct((len(stack), inputs, outputs), stack.dtype)]
-    if dense_rows.can_multiply(jax.ShapeDtypeStruct((rows, inputs), x.dtype), matrices):
+    few, norm = jax.ShapeDtypeStruct((rows, inputs), x.dtype), module not in ("o_proj", "down_proj")
+    if dense_rows.can_multiply(few, matrices, norm=norm):
         return True
     is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
     with_one = rows == 1 and (is_small or current_device().platform == "cpu")

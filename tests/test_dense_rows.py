@@ -16,7 +16,7 @@ from dca_jax.dca import DCAConfig
 from dca_jax.device import SHARED_BYTES, current_device
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.products import dense_rows
+from dca_jax.products import dense_plan, dense_rows
 from dca_jax.products.dense_plan import ROWS, STEP, Plan, choose_plan
 from dca_jax.products.dense_rows import Norm
 
@@ -50,7 +50,9 @@ ADAPTED = LoraConfig(rank=2, targets=("o_proj", "gate_proj"))
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_rows, "INTERPRET", jax.default_backend() == "cpu")
+    if jax.default_backend() == "cpu":
+        monkeypatch.setattr(dense_rows, "INTERPRET", True)
+        monkeypatch.setattr(dense_plan, "SPLITS", (1,))  # there are no clusters in the interpreter
 
 
 def needs_hopper() -> None:
@@ -66,11 +68,11 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("dtype", "rows", "widths", "kind", "plan"),
     [
-        ("bfloat16", 1, (128, 64, 64), "norm", Plan(64, 3)),
-        ("float16", 1, (128,), "residual", Plan(128, 2)),
-        ("bfloat16", 3, (128,), "residual", Plan(64, 4)),
-        pytest.param("float16", 3, (256, 256), "", Plan(256, 2), marks=pytest.mark.slow),
-        pytest.param("bfloat16", 8, (128, 128), "gated", Plan(64, 2), marks=pytest.mark.slow),
+        ("bfloat16", 1, (128, 64, 64), "norm", Plan(64, 1, 3)),
+        ("float16", 1, (128,), "residual", Plan(128, 1, 2)),
+        ("bfloat16", 3, (128,), "residual", Plan(64, 1, 4)),
+        pytest.param("float16", 3, (256, 256), "", Plan(256, 1, 2), marks=pytest.mark.slow),
+        pytest.param("bfloat16", 8, (128, 128), "gated", Plan(64, 1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_rows_times_a_layers_matrices(
@@ -87,7 +89,10 @@ def test_rows_times_a_layers_matrices(
         (4096, (4096, 1024, 1024), "norm"),
         (4096, (4096,), "residual"),
         (4096, (14336, 14336), "gated"),
+        (14336, (4096,), "residual"),
         (4096, (4096, 4096, 4096), "norm"),
+        (4096, (11008, 11008), "gated"),
+        (11008, (4096,), "residual"),
         (896, (896, 128, 128), "norm"),
     ],
 )
@@ -139,36 +144,36 @@ def compare(
 
 
 def test_plans_fit_in_shared_memory_and_divide_their_matrices() -> None:
-    """Of rows, steps in flight and results; some is left for barriers and reductions."""
-    found = 0
-    for inputs, width, count, gated in itertools.product(
-        range(64, 30_000, 448), (64, 128, 576, 896, 4096, 14336, 28672), (1, 2, 3), (False, True)
+    """Of rows, steps in flight, sums and results; some is left for barriers and reductions."""
+    found, options = 0, itertools.product((False, True), repeat=2)
+    for inputs, width, count, (gated, norm) in itertools.product(
+        range(64, 30_000, 448), (64, 128, 576, 896, 4096, 14336, 28672), (1, 2, 3), list(options)
     ):
         if gated and count != 2:
             continue
-        plan = choose_plan(inputs, [width] * count, gated=gated)
+        plan = choose_plan(inputs, [width] * count, gated=gated, norm=norm)
         if plan is None:
             continue
         found += 1
-        each = 1 + gated
+        each, part = 1 + gated, inputs // plan.splits
+        rows = ROWS * (part if norm else plan.stages * STEP) * 2
         steps = plan.stages * STEP * plan.tile * each * 2
+        sums = (plan.splits - 1) * each * plan.tile * ROWS * 4
         results = ROWS * plan.tile * 2
-        assert ROWS * inputs * 2 + steps + results <= SHARED_BYTES - 12_288
-        assert width % plan.tile == inputs % STEP == 0
-        assert plan.stages * STEP <= inputs
+        assert rows + steps + sums + results <= SHARED_BYTES - 12_288
+        assert width % plan.tile == part % STEP == inputs % plan.splits == 0
+        assert plan.stages * STEP <= part
     assert found > 100
 
 
 def test_plans_are_the_ones_that_were_fastest() -> None:
-    """On an H200, of those of one CTA a tile: Llama-3-8B's q, k and v; o; gate and up; 7B's first.
-
-    The 8B's down has too many inputs for shared memory, and the 7B's leaves no room for steps.
-    """
-    assert choose_plan(4096, [4096, 1024, 1024]) == Plan(64, 18)
-    assert choose_plan(4096, [4096]) == Plan(64, 18)
-    assert choose_plan(4096, [14336, 14336], gated=True) == Plan(128, 4)
-    assert choose_plan(4096, [4096, 4096, 4096]) == Plan(128, 9)
-    assert choose_plan(14336, [4096]) is choose_plan(11008, [4096]) is None
+    """On an H200: Llama-3-8B's q, k and v; o; gate and up; down; Llama-2-7B's."""
+    assert choose_plan(4096, [4096, 1024, 1024], norm=True) == Plan(256, 4, 5)
+    assert choose_plan(4096, [4096]) == Plan(256, 4, 5)
+    assert choose_plan(4096, [14336, 14336], gated=True, norm=True) == Plan(128, 1, 4)
+    assert choose_plan(14336, [4096]) == Plan(256, 4, 5)
+    assert choose_plan(4096, [4096, 4096, 4096], norm=True) == Plan(256, 2, 5)
+    assert choose_plan(11008, [4096]) == Plan(256, 4, 5)
     assert choose_plan(4096, [4096, 1000]) is None
 
 
@@ -178,14 +183,15 @@ def test_plans_are_the_ones_that_were_fastest() -> None:
         (4096, (4096, 1024, 1024), False),
         pytest.param(8192, (8192,), False, marks=pytest.mark.slow),
         pytest.param(8192, (28672, 28672), True, marks=pytest.mark.slow),
+        (14336, (4096,), False),
     ],
 )
 def test_compiles_for_hopper(inputs: int, widths: tuple[int, ...], gated: bool) -> None:
     """As far as the kernel's own compiler goes, which counts shared memory."""
 
     def multiply(x: jax.Array, stacks: list[jax.Array], layer: jax.Array) -> tuple[jax.Array, ...]:
-        assert dense_rows.can_multiply(x, stacks, gated=gated)
         norm = Norm(jnp.ones((2, inputs), x.dtype), layer, 1e-5) if inputs < 9000 else None
+        assert dense_rows.can_multiply(x, stacks, gated=gated, norm=norm is not None)
         return dense_rows.multiply(x, stacks, layer, norm=norm, gated=gated)
 
     x = jax.ShapeDtypeStruct((ROWS, inputs), jnp.bfloat16)
@@ -195,12 +201,17 @@ def test_compiles_for_hopper(inputs: int, widths: tuple[int, ...], gated: bool) 
 
 
 def test_other_devices_and_shapes_are_refused(interpreted: None) -> None:
-    def can(rows: int, inputs: int, width: int, dtype: str = "bfloat16") -> bool:
+    def can(
+        rows: int, inputs: int, width: int, dtype: str = "bfloat16", *, norm: bool = False
+    ) -> bool:
         x = jax.ShapeDtypeStruct((rows, inputs), jnp.dtype(dtype))
-        return dense_rows.can_multiply(x, [jax.ShapeDtypeStruct((2, inputs, width), x.dtype)])
+        matrix = jax.ShapeDtypeStruct((2, inputs, width), x.dtype)
+        return dense_rows.can_multiply(x, [matrix], norm=norm)
 
     assert can(1, 256, 64)
     assert can(8, 256, 64)
+    assert can(1, 65_536, 64)
+    assert not can(1, 65_536, 64, norm=True)  # its rows stay in shared memory
     assert not can(9, 256, 64)
     assert not can(1, 320, 64)
     assert not can(1, 256, 96)

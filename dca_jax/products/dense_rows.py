@@ -31,8 +31,14 @@ class Norm(NamedTuple):
     epsilon: float
 
 
-def can_multiply(x: Any, matrices: Sequence[Any], *, gated: bool = False) -> bool:
-    """Whether the kernel runs here with these rows and stacks of matrices (or their shapes)."""
+def can_multiply(
+    x: Any, matrices: Sequence[Any], *, gated: bool = False, norm: bool = False
+) -> bool:
+    """Whether the kernel runs here with these rows and stacks of matrices (or their shapes).
+
+    Args:
+        gated, norm: whether `multiply` will be called with them.
+    """
     capability = (9, 0) if INTERPRET else current_device().capability
     return (
         capability is not None
@@ -40,7 +46,8 @@ def can_multiply(x: Any, matrices: Sequence[Any], *, gated: bool = False) -> boo
         and len(x) <= ROWS
         and x.dtype in (jnp.bfloat16, jnp.float16)
         and all(matrix.dtype == x.dtype for matrix in matrices)
-        and choose_plan(x.shape[1], [m.shape[2] for m in matrices], gated=gated) is not None
+        and choose_plan(x.shape[1], [m.shape[2] for m in matrices], gated=gated, norm=norm)
+        is not None
     )
 
 
@@ -64,7 +71,7 @@ def multiply(
         plan: how to divide the product (default: that of `choose_plan`).
     """
     widths = [stack.shape[2] for stack in stacks]
-    plan = plan or choose_plan(x.shape[1], widths, gated=gated)
+    plan = plan or choose_plan(x.shape[1], widths, gated=gated, norm=norm is not None)
     assert plan is not None, "as `can_multiply` says"
     widths = widths[: len(widths) // (1 + gated)]
     # JAX's compiler for Hopper takes half a second to import, and most processes run elsewhere.
@@ -73,7 +80,7 @@ def multiply(
     problem = dense_kernel.Problem(
         plan=plan,
         rows=len(x),
-        inputs=x.shape[1],
+        part=x.shape[1] // plan.splits,
         starts=list(itertools.accumulate((width // plan.tile for width in widths), initial=0)),
         gated=gated,
         epsilon=None if norm is None else norm.epsilon,
