@@ -2,12 +2,13 @@
 
     python benchmarks/cpu.py SmolLM2-135M-Instruct.Q4_1.gguf --out outputs/cpu.json
 
-Both read one prompt of random ids and then decode greedily, in float32, with their default number
-of threads. Ours uses DCA; the peer is transformers on PyTorch with its defaults: plain attention by
-SDPA, its default KV cache, the logits of the last token only. `--peers` names other dtypes for the
-peer. The engines take turns, so that other load on the machine affects all of them equally, after a
-warm-up round in which ours compiles. A figure is the median over the rounds; `cpu` is processor
-time, which depends less on other processes than wall time does.
+Both read one prompt of random ids and then decode greedily, with their default number of threads.
+Ours uses DCA; the peer is transformers on PyTorch with its defaults: plain attention by SDPA, its
+default KV cache, the logits of the last token only. `--ours` and `--peers` name dtypes, `--ours`
+also forms of packed weights, with which ours computes in float32. The engines take turns, so that
+other load on the machine affects all of them equally, after a warm-up round in which ours compiles.
+A figure is the median over the rounds; `cpu` is processor time, which depends less on other
+processes than wall time does.
 """
 
 import statistics
@@ -24,9 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import dca_jax
 from dca_jax.distributed import exit_on_input_error
+from dca_jax.dtypes import DTYPES
 from dca_jax.inference.generate import Run
 
-OURS = "dca_jax float32"
 COLUMNS = ("engine", "task", "tokens", "ms", "cpu ms", "speed", "speed by cpu")
 WARM_UP = 4  # tokens decoded in the warm-up round
 
@@ -45,17 +46,17 @@ def main(
         int, typer.Option(min=1, help="Number of tokens decoded after the first.")
     ] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
+    ours: Annotated[
+        str, typer.Option(help="Dtypes or `--weights` of ours; speeds are relative to the first.")
+    ] = "float32",
     peers: Annotated[str, typer.Option(help="Dtypes of the peer.")] = "float32,bfloat16",
 ) -> None:
-    """Times prefill and decoding with each engine; speeds are ours relative to the peer's."""
+    """Times prefill and decoding with each engine."""
     (tokens,) = numbers(length)
-    llm = dca_jax.load(model, dtype="float32")
-    ids = np.random.default_rng(0).integers(0, llm.model.config.vocab_size, tokens).tolist()
-
-    def ours(ids: list[int], new_tokens: int) -> Iterator[Any]:
-        yield from Run(llm.model, [ids], max_new_tokens=new_tokens + 1)
-
-    engines: dict[str, Engine] = {OURS: ours}
+    loaded = {f"dca_jax {kind}": load(model, kind) for kind in ours.split(",")}
+    vocab_size = next(iter(loaded.values())).model.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocab_size, tokens).tolist()
+    engines: dict[str, Engine] = {name: own(llm) for name, llm in loaded.items()}
     engines |= {f"transformers {dtype}": peer(model, dtype) for dtype in peers.split(",")}
     for name, engine in engines.items():
         say(f"{name}: warm-up round")
@@ -71,6 +72,22 @@ def main(
     for row in rows:
         report.add(row)
     show(f"{model.name}, {tokens} tokens", COLUMNS, rows)
+
+
+def load(model: Path, kind: str) -> dca_jax.LLM:
+    """In a dtype, or in float32 with packed weights."""
+    if kind in DTYPES:
+        return dca_jax.load(model, dtype=kind)
+    return dca_jax.load(model, dtype="float32", weights=kind)
+
+
+def own(llm: dca_jax.LLM) -> Engine:
+    """Prefill and greedy decoding of ours."""
+
+    def run(ids: list[int], new_tokens: int) -> Iterator[Any]:
+        yield from Run(llm.model, [ids], max_new_tokens=new_tokens + 1)
+
+    return run
 
 
 def peer(model: Path, dtype: str) -> Engine:
@@ -108,7 +125,7 @@ def measured(engine: Engine, ids: list[int], new_tokens: int) -> np.ndarray:
 def summary(
     found: dict[str, list[np.ndarray]], tokens: int, new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each engine and task: medians, and our speed relative to the peer's."""
+    """A row for each engine and task: medians, and the first engine's speed relative to it."""
     medians = {
         name: [[statistics.median(each) for each in task] for task in np.stack(rounds, axis=-1)]
         for name, rounds in found.items()
@@ -116,9 +133,9 @@ def summary(
     for task, (what, count) in enumerate((("prefill", tokens), ("a token", new_tokens))):
         for name, median in medians.items():
             ms, cpu = median[task]
-            own_ms, own_cpu = medians[OURS][task]
+            first_ms, first_cpu = next(iter(medians.values()))[task]
             row = {"engine": name, "task": what, "tokens": count, "ms": ms, "cpu ms": cpu}
-            yield row | {"speed": ms / own_ms, "speed by cpu": cpu / own_cpu}
+            yield row | {"speed": ms / first_ms, "speed by cpu": cpu / first_cpu}
 
 
 if __name__ == "__main__":

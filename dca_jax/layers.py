@@ -432,8 +432,8 @@ def stays_whole(path: Any, stack: Any, x: Float[Array, "B T D"]) -> bool:
     """Whether this parameter is read in place in its stack, without slicing, for these rows.
 
     This is true for packed kernels. With few rows, it is true for norms' scales and for kernels on
-    GPUs of the Hopper generation; with one row, for small kernels on other GPUs and for float32
-    kernels on a CPU.
+    GPUs of the Hopper generation; with one row, for small kernels on other GPUs and for all on a
+    CPU.
     """
     if is_packed(stack):
         return True
@@ -454,7 +454,7 @@ def stays_whole(path: Any, stack: Any, x: Float[Array, "B T D"]) -> bool:
         return True
     is_small = inputs * outputs * stack.dtype.itemsize <= SMALL
     with_one = rows == 1 and (is_small or current_device().platform == "cpu")
-    return with_one and can_multiply(jax.ShapeDtypeStruct((1, inputs), stack.dtype), matrices)
+    return with_one and can_multiply(few, matrices)
 
 
 def _part(stack: Any, start: int, stop: int) -> Any:

@@ -49,10 +49,24 @@ FAULTS = [
     ),
     Fault(
         "a row on a CPU multiplies by a matrix's first block again and again",
-        "products/row_products.py",
-        "(number, first, 0), (1, size, outputs)",
+        "products/cpu_rows.py",
+        "(number, at, 0), (1, size, outputs)",
         "(number, 0, 0), (1, size, outputs)",
-        "tests/test_row_products.py::test_a_row_on_a_cpu_in_blocks[320]",
+        "tests/test_cpu_rows.py::test_blocks_of_inputs[320-float32]",
+    ),
+    Fault(
+        "inputs that two blocks share count twice on a CPU",
+        "products/cpu_rows.py",
+        "jnp.where(at + jnp.arange(size) >= first, row, 0)",
+        "row",
+        "tests/test_cpu_rows.py::test_blocks_of_inputs[317-float32]",
+    ),
+    Fault(
+        "blocks of outputs on a CPU have the first block's scales",
+        "products/cpu_rows.py",
+        "cut(part, 2, at // each, size // each)",
+        "cut(part, 2, jnp.int32(0), size // each)",
+        "tests/test_cpu_rows.py::test_blocks_of_outputs[128-90-int8-1-float32]",
     ),
     Fault(
         "a tile's sums lack the last step",

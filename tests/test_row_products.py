@@ -13,7 +13,7 @@ from dca_jax.config import LlamaConfig, LoraConfig, MixtureConfig
 from dca_jax.dca import DCAConfig
 from dca_jax.kv_cache import KVCache
 from dca_jax.model import Llama
-from dca_jax.products import row_products
+from dca_jax.products import cpu_rows, row_products
 
 DENSE = LlamaConfig(
     vocab_size=61,
@@ -55,26 +55,9 @@ def test_rows_times_their_own_matrices(dtype: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
-@pytest.mark.parametrize("inputs", [320, 330, 317])
-def test_a_row_on_a_cpu_in_blocks(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks for each matrix; 317 is a prime, so its blocks would have one input."""
-    monkeypatch.setattr(row_products, "BLOCK", 4 * 64 * 50)
-    monkeypatch.setattr(row_products, "SMALLEST_BLOCK", 4 * 64 * 5)
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((1, inputs)), jnp.float32)
-    stacks = [jnp.asarray(rng.standard_normal((3, inputs, n)), jnp.float32) for n in (64, 256, 96)]
-    assert row_products.can_multiply(x, stacks) == (inputs != 317)
-    if inputs == 317:
-        return
-    got = jax.jit(row_products.row_products)(x, stacks, np.array([2], np.int32))
-    for ours, stack in zip(got, stacks, strict=True):
-        expected = np.asarray(x, np.float64) @ np.asarray(stack, np.float64)[2]
-        np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
-def test_a_cpu_copies_no_matrix_to_draw_a_token() -> None:
+def test_a_cpu_copies_no_matrix_to_draw_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program's memory besides its arguments is less than a layer's smallest wide matrix."""
+    monkeypatch.setattr(cpu_rows, "BLOCK", 2**18)
     config = replace(DENSE, hidden_size=512, intermediate_size=1024)
     model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
@@ -123,8 +106,7 @@ def test_a_token_is_drawn_by_few_launches(
         return model.unembed(hidden[:, 0])[0]
 
     monkeypatch.setattr(row_products, "INTERPRET", kernel)
-    monkeypatch.setattr(row_products, "BLOCK", 4 * 96 * 16)  # several blocks
-    monkeypatch.setattr(row_products, "SMALLEST_BLOCK", 0)
+    monkeypatch.setattr(cpu_rows, "BLOCK", 4 * 96 * 16)  # several blocks
     monkeypatch.setattr(experts, "are_few", lambda rows, groups: 2 * rows <= groups)
     assert str(jax.make_jaxpr(last)(model, tokens)).count("pallas_call[") == launches * kernel
     got = jax.jit(last)(model, tokens)

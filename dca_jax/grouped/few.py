@@ -70,7 +70,7 @@ def _packed_rows(
     x: Array, stacks: list[Packed], numbers: Int[Array, " rows"]
 ) -> tuple[Array, ...] | None:
     """The products with packed matrices on a GPU, as sums; None elsewhere."""
-    if few_rows.are_few(1, x.dtype):
+    if few_rows.has_kernel(x.dtype):
         launches = [stacks] if few_rows.alike(stacks) else [[stack] for stack in stacks]
         tiled = [(some, few_rows.choose_tile(some, len(x))) for some in launches]
         found = [few_rows.multiply_chosen(x, some, numbers, tile) for some, tile in tiled if tile]

@@ -26,10 +26,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from dca_jax.device import current_device
+from dca_jax.products import cpu_rows
 from dca_jax.products.packed import Packed
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
-ROWS = 16  # minimum rows of a tensor-core product; fewer are padded
+ROWS = 16  # minimum rows of a tensor-core product, to which fewer are padded; maximum here
 INPUTS, OUTPUTS = 128, 128  # maximum size of a tile
 STEPS = 4  # minimum tiles per program, if there are enough: the first ones are not prefetched
 PROGRAMS = 256  # target number of programs: about two per multiprocessor of an H200
@@ -46,11 +47,15 @@ class Tile(NamedTuple):
 
 
 def are_few(rows: int, dtype: Any) -> bool:
-    """Whether to use `multiply`: for up to 16 rows, on NVIDIA GPUs from Ampere on."""
-    if rows > ROWS or INTERPRET:
-        return rows <= ROWS
-    capability = current_device().capability
-    return capability is not None and capability >= (8, 0) and dtype == jnp.bfloat16
+    """Whether to use `multiply`: for up to 16 rows, on a CPU or with the kernel."""
+    on_cpu = current_device().platform == "cpu" and jnp.dtype(dtype).itemsize <= 4
+    return rows <= ROWS and (on_cpu or has_kernel(dtype))
+
+
+def has_kernel(dtype: Any) -> bool:
+    """Whether the kernel runs here: on NVIDIA GPUs from Ampere on."""
+    capability = current_device().capability or (0, 0)
+    return INTERPRET or (capability >= (8, 0) and dtype == jnp.bfloat16)
 
 
 def multiply(
@@ -61,6 +66,8 @@ def multiply(
 ) -> tuple[Float[Array, "rows _"], ...]:
     """x times matrix `layer` of each stack, in float32; in one launch if a tile fits all.
 
+    On a CPU there is no kernel, and `dca_jax.products.cpu_rows` multiplies.
+
     Args:
         x: up to `ROWS` rows.
         stacks: stacks in the same form with the same number of inputs; each matrix has one axis of
@@ -68,6 +75,8 @@ def multiply(
         tile: sizes that divide those of a matrix and its groups or blocks (default: those of
             `choose_tile`).
     """
+    if current_device().platform == "cpu" and not INTERPRET:
+        return tuple(cpu_rows.multiply(x, stack, layer) for stack in stacks)
     # Mosaic GPU's compiler takes half a second to import, which only GPUs need to spend.
     from dca_jax.products.packed_row import choose_plan, multiply_row
 

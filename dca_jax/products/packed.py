@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dca_jax.device import current_device
 from dca_jax.errors import InputError
 
 # Maximum number of inputs (and, with fp8, outputs) per scale; if it does not divide an axis, the
@@ -158,7 +159,10 @@ class Packed:
             groups = scale.shape[-1]
             values = values.reshape(*values.shape[:-1], groups, 1, values.shape[-1] // groups)
             shifts = jnp.array([0, 4], jnp.uint8).reshape((1,) * (values.ndim - 2) + (2, 1))
-            values = ((values >> shifts) & jnp.uint8(15)).astype(FLOAT32)
+            values = (values >> shifts) & jnp.uint8(15)
+            if current_device().platform == "cpu":
+                # Bytes first, then float32: XLA's loop that does both at once is not vectorized.
+                values = jax.lax.optimization_barrier(values)
         wide = values.reshape(blocked).astype(FLOAT32)
         if zero is not None:
             wide -= zero.reshape(spread).astype(FLOAT32)

@@ -8,8 +8,7 @@ would write out a gather of chosen matrices.
 Each thread multiplies and adds on its own, and sums are combined at a program's end, because one
 row does not fill tensor cores. Packed matrices have another kernel (`dca_jax.products.few_rows`).
 
-On a CPU, XLA copies a matrix out of its stack before it multiplies by it. There a loop multiplies
-by a block of it at a time, whose copy is still in the core's cache.
+On a CPU a row is multiplied by blocks of a matrix (`dca_jax.products.cpu_rows`).
 """
 
 import functools
@@ -25,14 +24,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from dca_jax.device import current_device
+from dca_jax.products import cpu_rows
 
 INTERPRET = False  # tests set it: the kernel then runs on any device, in Pallas' interpreter
 INPUTS, OUTPUTS = 32, 128  # of a tile, at most
 PROGRAMS = 512  # enough to keep a GPU's memory busy: about four per multiprocessor of an H200
 FEWEST_STEPS, STEPS = 4, 16  # tiles per program, if they divide the inputs
-# On a CPU: the most bytes of a block, and the fewest of one that is not the whole matrix. On an AMD
-# EPYC, blocks of 48 to 192 KiB took the same time, and larger ones as long as copying the matrix.
-BLOCK, SMALLEST_BLOCK = 192 * 2**10, 24 * 2**10
 
 
 class Tile(NamedTuple):
@@ -54,8 +51,7 @@ class Tile(NamedTuple):
 def can_multiply(x: Any, stacks: Sequence[Any]) -> bool:
     """Whether the kernel runs here with these rows and matrices (their shapes and dtypes)."""
     if current_device().platform == "cpu" and not INTERPRET:
-        blocks = [_block_inputs(stack) for stack in stacks]
-        return len(x) == 1 and x.dtype == jnp.float32 and None not in blocks
+        return len(x) == 1 and x.dtype.itemsize <= 4
     if x.dtype.itemsize > 4 or choose_tile(stacks, len(x)) is None:
         return False
     return INTERPRET or (current_device().capability or (0, 0)) >= (8, 0)
@@ -75,7 +71,7 @@ def row_products(
         tile: tile sizes (default: those of `choose_tile`).
     """
     if current_device().platform == "cpu" and not INTERPRET:
-        return tuple(_by_blocks(x, stack, numbers[0]) for stack in stacks)
+        return tuple(cpu_rows.multiply(x, stack, numbers[0]) for stack in stacks)
     rows, inputs = x.shape
     tile = choose_tile(stacks, rows) if tile is None else tile
     assert tile is not None, "as `can_multiply` says"
@@ -91,31 +87,6 @@ def row_products(
     )(numbers.astype(jnp.int32), x, *stacks)
     ends = list(itertools.accumulate(widths))
     return tuple(jnp.split(out.sum(axis=0), ends[:-1], axis=1))
-
-
-def _block_inputs(stack: Any) -> int | None:
-    """Inputs of a block on a CPU, a divisor of all inputs; None if none is large enough."""
-    _, inputs, outputs = stack.shape
-    each = outputs * stack.dtype.itemsize
-    most = max(1, min(BLOCK // each, inputs))
-    size = next(n for n in range(most, 0, -1) if inputs % n == 0)
-    return size if size == inputs or size * each >= SMALLEST_BLOCK else None
-
-
-def _by_blocks(
-    x: Float[Array, "1 inputs"], stack: Float[Array, "M inputs _"], number: Int[Array, ""]
-) -> Float[Array, "1 _"]:
-    """The product with one matrix, a block of its inputs at a time."""
-    size, (_, inputs, outputs) = _block_inputs(stack), stack.shape
-    assert size is not None, "as `can_multiply` says"
-
-    def add(block: Array, sums: Array) -> Array:
-        first = block * size
-        row = jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
-        kernel = jax.lax.dynamic_slice(stack, (number, first, 0), (1, size, outputs))[0]
-        return sums + jnp.matmul(row, kernel.astype(x.dtype), precision="highest")
-
-    return jax.lax.fori_loop(0, inputs // size, add, jnp.zeros((1, outputs), x.dtype))
 
 
 def choose_tile(stacks: Sequence[Any], rows: int) -> Tile | None:
