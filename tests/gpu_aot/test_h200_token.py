@@ -28,7 +28,7 @@ pytestmark = [
 def test_few_launches_and_no_spills(
     rows: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Norms, gate and a residual sum are in the launches of three products; down is cuBLAS'."""
+    """Norms, gate and residual sums are in the launches of four products."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     config, mesh = SHAPES["llama-3-8b"], make_mesh("tensor=1", h200s(1))
     place = SingleDeviceSharding(h200s(1)[0])
@@ -48,13 +48,13 @@ def test_few_launches_and_no_spills(
         program = traced.lower(lowering_platforms=("cuda",)).compile(OPTIONS | GPU_OPTIONS)
     hlo = program.as_text() or ""
     layer = next(  # the body of the scan over layers
-        body for body in re.split(r"\n\n", hlo) if body.count("dca_dense_rows") >= 3
+        body for body in re.split(r"\n\n", hlo) if body.count("dca_dense_rows") >= 4
     )
     launches = re.findall(r" = .* (fusion|custom-call|copy|dynamic-update-slice)\(", layer)
     with capfd.disabled():
         print(f"{rows} rows: {len(launches)} launches a layer")
-    assert layer.count('custom_call_target="mosaic_gpu_v2"') == 4  # and attention
+    assert layer.count('custom_call_target="mosaic_gpu_v2"') == 5  # and attention
     assert len(launches) <= 13
     spilled = re.findall(r"(\d+) bytes spill stores", "".join(capfd.readouterr()))
-    assert len(spilled) >= 4
+    assert len(spilled) >= 5
     assert set(spilled) == {"0"}
