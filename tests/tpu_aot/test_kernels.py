@@ -63,15 +63,17 @@ def compile_for(
     dtype: Any = jnp.bfloat16,
     cache: Any = None,
 ) -> Any:
-    """forward, backward, or decode (2 new tokens), of one of two layers of a cache.
+    """forward, backward, or decode (2 new tokens), of one of several layers of a cache.
 
-    The cache may be in 8 bits.
+    The cache may be in 8 bits; eight layers of it do not fit a chip's VMEM, to which XLA may
+    otherwise copy it, and count it as its own instead of the kernel's.
     """
+    layers = 8 if part == "decode" else 2
     device = chip(name)
     dca = DCAConfig(chunk_len=chunk_len, max_query_position=chunk_len + 1023)
     num_queries = 2 if part == "decode" else length
     query_shape = (1, num_queries, heads.query, heads.head_dim)
-    cache_shape = (2, 1, length, heads.kv, heads.head_dim)
+    cache_shape = (layers, 1, length, heads.kv, heads.head_dim)
 
     def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         sharding = jax.sharding.SingleDeviceSharding(device)
@@ -102,7 +104,7 @@ def compile_for(
     saved = (flat(query_shape), stat, stat) if part == "backward" else ()
     number, scales = like(1, dtype=jnp.int32), None
     if cache is not None:
-        scale: Any = like(2, 1, heads.kv, length, dtype=jnp.float32)
+        scale: Any = like(layers, 1, heads.kv, length, dtype=jnp.float32)
         scales = Scales(scale, scale)
     kept = flat(cache_shape, cache or dtype)
     abstract = AbstractDevice(device.device_kind, device.num_cores, "tpu")
