@@ -47,7 +47,8 @@ def main(
     ] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
     ours: Annotated[
-        str, typer.Option(help="Dtypes or `--weights` of ours; speeds are relative to the first.")
+        str,
+        typer.Option(help="Dtypes or `--weights` of ours; `speed` is the first one's over each."),
     ] = "float32",
     peers: Annotated[str, typer.Option(help="Dtypes of the peer.")] = "float32,bfloat16",
 ) -> None:

@@ -80,8 +80,8 @@ def _packed(x: Array, stack: Packed, number: Array) -> Array:
 def _of_bytes(x: Array, matrix: Packed) -> list[tuple[Array, Packed]]:
     """Rows and packed matrices whose products add up to x times the matrix, with a value per byte.
 
-    Lower and upper halves of bytes are for two halves of a group's inputs. XLA's loop that unpacks
-    both, side by side, is not vectorized, and takes twice as long.
+    The lower halves of int4's bytes belong to the first half of a group's inputs, the upper ones to
+    the second. To unpack both side by side takes longer (`Packed.unpack_inner`).
     """
     if matrix.form != "int4":
         return [(x, matrix)]
@@ -95,9 +95,9 @@ def _of_bytes(x: Array, matrix: Packed) -> list[tuple[Array, Packed]]:
 def _over_blocks(
     step: Callable[[Array, Array, int, Any], Any], length: int, unit: int, width: int, state: Array
 ) -> Array:
-    """The state after `step` on each block, given where it starts, where it is read, and its size.
+    """The state after `step` on each block, given its start, where it is read, and its size.
 
-    The last block is read from further ahead if it does not fit.
+    The last block is read from an earlier place if it does not fit, and overlaps the one before.
 
     Args:
         length: size of the axis that is divided into blocks, a multiple of `unit`.
